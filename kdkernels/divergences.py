@@ -1,0 +1,409 @@
+"""The divergences between a teacher p and a student q, one frozen dataclass each.
+
+Per token, ``u = z_teacher / T``, ``x = z_student / T``, ``p = softmax(u)``, ``q = softmax(x)``. A divergence is a sum over
+the vocabulary of a function ``f(log q, log p)`` of one column. With ``g = df / d log q``,
+
+    T * dD/dz_student = g - q * sum(g)
+
+so a divergence is the pair (value, slope) = (f, g), and nothing else in the package knows which one is computed. Adding
+``c * q`` to every slope changes no gradient; each form below uses that freedom, and adds to f terms that sum to zero, so
+that no digits are lost near p = q: every column of a value is then >= 0.
+
+Columns with p = 0 or q = 0 contribute their limit (``0 log 0 = 0``); where both are 0 the column is skipped. A teacher that
+gives mass to a column where the student has none makes ForwardKL infinite, as its definition says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ABDivergence",
+    "AlphaDivergence",
+    "Divergence",
+    "ForwardKL",
+    "JSD",
+    "LogitMSE",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "SymmetricKL",
+    "TotalVariation",
+    "resolve",
+]
+
+Normalizer = Literal["softmax", "mean", "none"]
+
+
+def _zero_where(empty: Tensor, x: Tensor) -> Tensor:
+    """0 where ``empty``, else x: the limit of 0 * log 0. In place, since x is always a fresh temporary."""
+    return x.masked_fill_(empty, 0.0)
+
+
+def _number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """Checks that a parameter is a finite float in the open interval (low, high)."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low < value < high
+    if not ok:
+        bounds = "a finite number" if math.isinf(low) else f"in the open interval ({low:g}, {high:g})"
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Base of all divergences. ``name`` is the string accepted wherever a divergence is; ``id`` is its number in compiled code."""
+
+    name: ClassVar[str]
+    id: ClassVar[int]
+    slope_sum: ClassVar[float | None] = None
+    """``sum(g)`` where it is known before the row is read, else None: then kernels need one more sweep."""
+    normalizer: ClassVar[Normalizer] = "softmax"
+    """What is subtracted from x and u to give the two arguments: their log-sum-exp, their mean, or nothing."""
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """The parameters in order, as floats: what compiled kernels receive."""
+        return tuple(float(getattr(self, f.name)) for f in dataclasses.fields(self))
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """``[..., V]``, ``[..., V]`` -> ``[..., V]``: f as the papers write it; differentiable; the definition the others answer to."""
+        raise NotImplementedError
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns' (value, slope), ``[..., V]`` each, from the logarithms and their exponentials; loses no digits near p = q."""
+        raise NotImplementedError
+
+
+def _safe_product(weight: Tensor, factor: Tensor) -> Tensor:
+    """``weight * factor`` with 0 wherever weight is 0, in value and in gradient (reference formulas only)."""
+    empty = weight == 0
+    return torch.where(empty, torch.zeros_like(weight), weight * torch.where(empty, torch.zeros_like(factor), factor))
+
+
+def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log(a / b), 0 where both are 0 (reference formulas only)."""
+    both = (log_a == -math.inf) & (log_b == -math.inf)
+    zero = torch.zeros((), dtype=log_a.dtype, device=log_a.device)
+    return torch.where(both, zero, torch.where(both, zero, log_a) - torch.where(both, zero, log_b))
+
+
+def _log_mix(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log(weight * a + (1 - weight) * b) (reference formulas only). Both -inf gives -inf, with gradient 0."""
+    both = (log_a == -math.inf) & (log_b == -math.inf)
+    zero = torch.zeros((), dtype=log_a.dtype, device=log_a.device)
+    mixed = torch.logaddexp(
+        torch.where(both, zero, log_a) + math.log(weight), torch.where(both, zero, log_b) + math.log1p(-weight)
+    )
+    return torch.where(both, zero - math.inf, mixed)
+
+
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """Where ``condition`` yes, else no, in the dtype of ``like`` (torch.where of two numbers would round them to float32)."""
+    return condition.to(like.dtype).mul_(yes - no).add_(no)
+
+
+def _mixture(weight_q: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """``(log(q / m), log(p / m))`` for ``m = weight_q * q + (1 - weight_q) * p``.
+
+    The larger of p and q is factored out of m, so that nothing overflows and p near q is log(1 - small). NaN where both are 0.
+    """
+    ratio = log_q - log_p
+    q_larger = ratio >= 0
+    share = _choose(q_larger, 1 - weight_q, weight_q, ratio)  # weight in m of the smaller one
+    log_m = torch.log1p(torch.expm1(-ratio.abs()).mul_(share))  # log(m / larger)
+    log_qm = torch.where(q_larger, -log_m, ratio - log_m)
+    log_pm = torch.where(q_larger, -ratio - log_m, -log_m)
+    return log_qm, log_pm
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """``KL(p || q) = sum p (log p - log q)``, the loss of Hinton et al. 2015 (arXiv:1503.02531), entropy of the teacher included."""
+
+    name = "forward_kl"
+    id = 0
+    slope_sum = -1.0
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return _safe_product(log_p.exp(), -_log_ratio(log_q, log_p))
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        value = _zero_where(p == 0, (log_p - log_q).mul_(p))
+        return value.add_(q).sub_(p), -p
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """``KL(q || p) = sum q (log q - log p)``: mode-seeking; MiniLLM (arXiv:2306.08543), GKD (arXiv:2306.13649)."""
+
+    name = "reverse_kl"
+    id = 1
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return _safe_product(log_q.exp(), _log_ratio(log_q, log_p))
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        slope = _zero_where(q == 0, (log_q - log_p).mul_(q))
+        return slope - q + p, slope
+
+
+@dataclass(frozen=True)
+class SymmetricKL(Divergence):
+    """``(1 - weight) KL(p || q) + weight KL(q || p)`` with ``0 < weight < 1``; 0.5 is half of Jeffreys' divergence."""
+
+    weight: float = 0.5
+    name = "symmetric_kl"
+    id = 2
+
+    def __post_init__(self) -> None:
+        _number("SymmetricKL(weight)", self.weight, 0.0, 1.0)
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        w = self.weight
+        return (1 - w) * ForwardKL().reference(log_q, log_p) + w * ReverseKL().reference(log_q, log_p)
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        w = self.weight
+        ratio = log_q - log_p
+        reverse = _zero_where(q == 0, ratio * q).mul_(w)
+        forward = _zero_where(p == 0, ratio.mul_(p)).mul_(w - 1)
+        value = forward.add_(reverse).add_(q - p, alpha=1 - 2 * w)
+        return value, reverse.sub_(p, alpha=1 - w)
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """Generalised Jensen-Shannon divergence ``b KL(p || m) + (1 - b) KL(q || m)``, ``m = b p + (1 - b) q``, ``0 < b < 1``.
+
+    b as in GKD (arXiv:2306.13649). It vanishes as b tends to 0 or 1, so those are errors: ask for ForwardKL or ReverseKL.
+    """
+
+    beta: float = 0.5
+    name = "jsd"
+    id = 3
+
+    def __post_init__(self) -> None:
+        if self.beta in (0, 1):
+            other = "ForwardKL()" if self.beta == 0 else "ReverseKL()"
+            raise ValueError(
+                f"JSD(beta) must be in the open interval (0, 1), got {self.beta!r}: the divergence itself is 0 there; "
+                f"libraries that treat it as a limit mean {other} (beta = 0 is ForwardKL, beta = 1 is ReverseKL)"
+            )
+        _number("JSD(beta)", self.beta, 0.0, 1.0)
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        b = self.beta
+        log_m = _log_mix(b, log_p, log_q)
+        return b * _safe_product(log_p.exp(), _log_ratio(log_p, log_m)) + (1 - b) * _safe_product(
+            log_q.exp(), _log_ratio(log_q, log_m)
+        )
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        log_qm, log_pm = _mixture(1 - self.beta, log_q, log_p)
+        slope = _zero_where(q == 0, log_qm.mul_(q)).mul_(1 - self.beta)
+        value = _zero_where(p == 0, log_pm.mul_(p)).mul_(self.beta).add_(slope)
+        return value, slope
+
+
+@dataclass(frozen=True)
+class SkewKL(Divergence):
+    """``KL(p || m)``, ``m = a p + (1 - a) q``, ``0 < a < 1``: skew KL of DistiLLM (arXiv:2402.03898), which uses a = 0.1."""
+
+    alpha: float = 0.1
+    name = "skew_kl"
+    id = 4
+
+    def __post_init__(self) -> None:
+        _number("SkewKL(alpha)", self.alpha, 0.0, 1.0)
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return _safe_product(log_p.exp(), _log_ratio(log_p, _log_mix(self.alpha, log_p, log_q)))
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        _, log_pm = _mixture(1 - self.alpha, log_q, log_p)
+        # q (p/m - 1) instead of q p/m: the slopes then vanish at p = q instead of cancelling in the sum.
+        slope = _zero_where(q == 0, torch.expm1(log_pm).mul_(q)).mul_(self.alpha - 1)
+        value = _zero_where(p == 0, log_pm.mul_(p)).add_(q - p, alpha=1 - self.alpha)
+        return value, slope
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """``KL(q || m)``, ``m = (1 - a) p + a q``, ``0 < a < 1``: skew reverse KL of DistiLLM (arXiv:2402.03898)."""
+
+    alpha: float = 0.1
+    name = "skew_reverse_kl"
+    id = 5
+
+    def __post_init__(self) -> None:
+        _number("SkewReverseKL(alpha)", self.alpha, 0.0, 1.0)
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return _safe_product(log_q.exp(), _log_ratio(log_q, _log_mix(self.alpha, log_q, log_p)))
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.alpha
+        log_qm, _ = _mixture(a, log_q, log_p)
+        empty = q == 0
+        value = _zero_where(empty, log_qm * q)
+        # 1 - q/m instead of -q/m: the slopes then vanish at p = q instead of cancelling in the sum.
+        slope = _zero_where(empty, torch.expm1(log_qm).mul_(q)).mul_(-a).add_(value)
+        return value.add_(p - q, alpha=1 - a), slope
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """``1/2 sum |p - q|``; f-DISTILL (arXiv:2307.15190). Its slope is undefined at p = q, where 0 is taken."""
+
+    name = "total_variation"
+    id = 6
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return 0.5 * (log_p.exp() - log_q.exp()).abs()
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        difference = q - p
+        slope = torch.sign(difference).mul_(q).mul_(0.5)
+        return difference.abs_().mul_(0.5), slope
+
+
+@dataclass(frozen=True)
+class AlphaDivergence(Divergence):
+    """``(sum p^a q^(1-a) - 1) / (a (a - 1))``, a other than 0 and 1 (Amari 1985). Its limits there are ReverseKL and ForwardKL."""
+
+    alpha: float = 0.5
+    name = "alpha_divergence"
+    id = 7
+
+    def __post_init__(self) -> None:
+        _number("AlphaDivergence(alpha)", self.alpha)
+        if self.alpha in (0, 1):
+            other = "ReverseKL()" if self.alpha == 0 else "ForwardKL()"
+            raise ValueError(f"AlphaDivergence(alpha) must not be 0 or 1, got {self.alpha!r}: the limit there is {other}")
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        # (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)): the subtracted terms sum to the 1 of the definition.
+        a = self.alpha
+        skipped = (log_q == -math.inf) & (log_p == -math.inf)
+        lq, lp = (torch.where(skipped, torch.zeros_like(x), x) for x in (log_q, log_p))
+        column = ((a * lp + (1 - a) * lq).exp() - a * lp.exp() - (1 - a) * lq.exp()) / (a * (a - 1))
+        return torch.where(skipped, torch.zeros_like(column), column)
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.alpha
+        ratio = log_q - log_p
+        q_larger = ratio >= 0
+        larger = torch.where(q_larger, q, p)
+        size = ratio.neg().where(q_larger, ratio)  # log(smaller / larger) <= 0
+        power = _choose(q_larger, a, 1 - a, ratio)  # of the smaller one in p^a q^(1-a)
+        grown = torch.expm1(power * size)  # p^a q^(1-a) / larger - 1
+        empty = larger == 0
+        shrunk = torch.expm1(size)  # smaller / larger - 1
+        value = _zero_where(empty, (grown - power * shrunk).mul_(larger)).div_(a * (a - 1))
+        slope = torch.where(q_larger, grown, grown - shrunk)  # (p^a q^(1-a) - q) / larger
+        return value, _zero_where(empty, slope.mul_(larger)).div_(-a)
+
+
+@dataclass(frozen=True)
+class ABDivergence(Divergence):
+    """``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]``, none of a, b, a + b zero.
+
+    Cichocki et al. 2011; for distillation ABKD (arXiv:2505.04560), whose recommended pair is the default.
+    """
+
+    alpha: float = 0.2
+    beta: float = 0.7
+    name = "ab_divergence"
+    id = 8
+
+    def __post_init__(self) -> None:
+        _number("ABDivergence(alpha)", self.alpha)
+        _number("ABDivergence(beta)", self.beta)
+        if 0 in (self.alpha, self.beta, self.alpha + self.beta):
+            raise ValueError(
+                f"ABDivergence needs alpha, beta and alpha + beta other than 0, got alpha={self.alpha!r}, beta={self.beta!r}; "
+                "its limits (1, 0) and (0, 1) are ForwardKL() and ReverseKL()"
+            )
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        a, b = self.alpha, self.beta
+        s = a + b
+        skipped = (log_q == -math.inf) & (log_p == -math.inf)
+        lq, lp = (torch.where(skipped, torch.zeros_like(x), x) for x in (log_q, log_p))
+        column = ((a * lp + b * lq).exp() - a / s * (s * lp).exp() - b / s * (s * lq).exp()) / (-a * b)
+        return torch.where(skipped, torch.zeros_like(column), column)
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.alpha, self.beta
+        s = a + b
+        ratio = log_q - log_p
+        q_larger = ratio >= 0
+        larger = torch.exp(s * torch.where(q_larger, log_q, log_p))  # larger^(a+b)
+        size = ratio.neg().where(q_larger, ratio)
+        power = _choose(q_larger, a, b, ratio)  # of the smaller one in p^a q^b
+        grown = torch.expm1(power * size)  # p^a q^b / larger^(a+b) - 1
+        shrunk = torch.expm1(s * size)  # smaller^(a+b) / larger^(a+b) - 1
+        empty = (q == 0) & (p == 0)
+        value = _zero_where(empty, (grown - power / s * shrunk).mul_(larger)).div_(-a * b)
+        slope = torch.where(q_larger, -grown, shrunk - grown)  # (q^(a+b) - p^a q^b) / larger^(a+b)
+        return value, _zero_where(empty, slope.mul_(larger)).div_(a)
+
+
+@dataclass(frozen=True)
+class LogitMSE(Divergence):
+    """``1/2 sum (x - u)^2`` of the logits over T; with ``centered`` each row's mean is taken off first.
+
+    Logit matching: Ba & Caruana 2014 (arXiv:1312.6184); Kim et al. 2021 (arXiv:2105.08919).
+    """
+
+    centered: bool = False
+    name = "logit_mse"
+    id = 9
+    slope_sum = 0.0  # centred slopes sum to 0; uncentred ones are not projected at all
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.centered, bool):
+            raise ValueError(f"LogitMSE(centered) must be True or False, got {self.centered!r}")
+
+    @property
+    def normalizer(self) -> Normalizer:  # type: ignore[override]
+        return "mean" if self.centered else "none"
+
+    def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return 0.5 * _log_ratio(log_q, log_p) ** 2
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        skipped = (log_q == -math.inf) & (log_p == -math.inf)
+        slope = _zero_where(skipped, log_q - log_p)
+        return slope.square().mul_(0.5), slope
+
+
+REGISTRY: dict[str, type[Divergence]] = {
+    cls.name: cls
+    for cls in (
+        ForwardKL, ReverseKL, SymmetricKL, JSD, SkewKL, SkewReverseKL, TotalVariation, AlphaDivergence, ABDivergence, LogitMSE,
+    )
+}  # fmt: skip
+
+
+def resolve(divergence: Divergence | str) -> Divergence:
+    """A divergence from itself or from its snake-case name, with default parameters.
+
+    Raises:
+        ValueError: unknown name; the message lists the valid ones.
+        TypeError: neither a string nor a divergence.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence
+    if isinstance(divergence, str):
+        if divergence not in REGISTRY:
+            raise ValueError(f"divergence {divergence!r} is unknown; valid names: {', '.join(REGISTRY)}")
+        return REGISTRY[divergence]()
+    if isinstance(divergence, type) and issubclass(divergence, Divergence):
+        raise TypeError(f"divergence must be an instance: write {divergence.__name__}() instead of {divergence.__name__}")
+    raise TypeError(f"divergence must be a name or a kdkernels divergence, got {type(divergence).__name__}")
