@@ -14,7 +14,7 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch"), "
 
 NAMES = ("cuda", "triton", "native", "torch", "reference")
 
-_MODULES = {"torch": "kdkernels.backends.torch"}
+_MODULES = {"triton": "kdkernels.backends.triton", "torch": "kdkernels.backends.torch"}
 
 
 class BackendUnavailable(RuntimeError):

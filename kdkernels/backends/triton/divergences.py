@@ -1,0 +1,145 @@
+"""The divergences as jit functions: ``(log_q, log_p, a, b) -> (q, value, slope)`` of a block of columns, a and b the parameters.
+
+The twins of the ``terms`` in ``kdkernels.divergences``, whose comments say why each form is what it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ... import divergences as d
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 in float32. The series is good to 2e-8 where the difference would lose digits."""
+    series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * 0.0013888889)))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) in float32 (Kahan): the rounding of 1 + x is divided out again."""
+    w = 1.0 + x
+    return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
+
+
+@triton.jit
+def mixture(weight_q, log_q, log_p):
+    """log(q / m), log(p / m) for m = weight_q * q + (1 - weight_q) * p."""
+    ratio = log_q - log_p
+    q_larger = ratio >= 0.0
+    share = tl.where(q_larger, 1.0 - weight_q, weight_q)
+    log_m = log1p(share * expm1(-tl.abs(ratio)))
+    return tl.where(q_larger, -log_m, ratio - log_m), tl.where(q_larger, -ratio - log_m, -log_m)
+
+
+@triton.jit
+def forward_kl(log_q, log_p, a, b):
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    value = tl.where(p == 0.0, 0.0, p * (log_p - log_q)) + (q - p)
+    return q, value, -p
+
+
+@triton.jit
+def reverse_kl(log_q, log_p, a, b):
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    slope = tl.where(q == 0.0, 0.0, q * (log_q - log_p))
+    return q, slope - (q - p), slope
+
+
+@triton.jit
+def symmetric_kl(log_q, log_p, a, b):
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    ratio = log_q - log_p
+    reverse = a * tl.where(q == 0.0, 0.0, q * ratio)
+    forward = (a - 1.0) * tl.where(p == 0.0, 0.0, p * ratio)
+    return q, forward + reverse + (1.0 - 2.0 * a) * (q - p), reverse - (1.0 - a) * p
+
+
+@triton.jit
+def jsd(log_q, log_p, a, b):
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    log_qm, log_pm = mixture(1.0 - a, log_q, log_p)
+    slope = (1.0 - a) * tl.where(q == 0.0, 0.0, q * log_qm)
+    return q, a * tl.where(p == 0.0, 0.0, p * log_pm) + slope, slope
+
+
+@triton.jit
+def skew_kl(log_q, log_p, a, b):
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    _, log_pm = mixture(1.0 - a, log_q, log_p)
+    slope = (a - 1.0) * tl.where(q == 0.0, 0.0, q * expm1(log_pm))
+    return q, tl.where(p == 0.0, 0.0, p * log_pm) + (1.0 - a) * (q - p), slope
+
+
+@triton.jit
+def skew_reverse_kl(log_q, log_p, a, b):
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    log_qm, _ = mixture(a, log_q, log_p)
+    value = tl.where(q == 0.0, 0.0, q * log_qm)
+    slope = value - a * tl.where(q == 0.0, 0.0, q * expm1(log_qm))
+    return q, value + (1.0 - a) * (p - q), slope
+
+
+@triton.jit
+def total_variation(log_q, log_p, a, b):
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    difference = q - p
+    sign = tl.where(difference > 0.0, 0.5, tl.where(difference < 0.0, -0.5, 0.0))
+    return q, 0.5 * tl.abs(difference), sign * q
+
+
+@triton.jit
+def alpha_divergence(log_q, log_p, a, b):
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    ratio = log_q - log_p
+    q_larger = ratio >= 0.0
+    larger = tl.where(q_larger, q, p)
+    size = tl.where(q_larger, -ratio, ratio)
+    power = tl.where(q_larger, a, 1.0 - a)
+    grown, shrunk = expm1(power * size), expm1(size)
+    empty = larger == 0.0
+    value = tl.where(empty, 0.0, (grown - power * shrunk) * larger) / (a * (a - 1.0))
+    slope = tl.where(empty, 0.0, tl.where(q_larger, grown, grown - shrunk) * larger) / -a
+    return q, value, slope
+
+
+@triton.jit
+def ab_divergence(log_q, log_p, a, b):
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    total = a + b
+    ratio = log_q - log_p
+    q_larger = ratio >= 0.0
+    larger = tl.exp(total * tl.where(q_larger, log_q, log_p))
+    size = tl.where(q_larger, -ratio, ratio)
+    power = tl.where(q_larger, a, b)
+    grown, shrunk = expm1(power * size), expm1(total * size)
+    empty = (q == 0.0) & (p == 0.0)
+    value = tl.where(empty, 0.0, (grown - power / total * shrunk) * larger) / (-a * b)
+    slope = tl.where(empty, 0.0, tl.where(q_larger, -grown, shrunk - grown) * larger) / a
+    return q, value, slope
+
+
+@triton.jit
+def logit_mse(log_q, log_p, a, b):
+    skipped = (log_q == float("-inf")) & (log_p == float("-inf"))
+    slope = tl.where(skipped, 0.0, log_q - log_p)
+    return slope, 0.5 * slope * slope, slope
+
+
+FUNCTIONS: dict[str, Any] = {
+    d.ForwardKL.name: forward_kl,
+    d.ReverseKL.name: reverse_kl,
+    d.SymmetricKL.name: symmetric_kl,
+    d.JSD.name: jsd,
+    d.SkewKL.name: skew_kl,
+    d.SkewReverseKL.name: skew_reverse_kl,
+    d.TotalVariation.name: total_variation,
+    d.AlphaDivergence.name: alpha_divergence,
+    d.ABDivergence.name: ab_divergence,
+    d.LogitMSE.name: logit_mse,
+}

@@ -1,0 +1,32 @@
+"""Launch parameters as a pure function of shape. No autotuning: the first call is as fast as the hundredth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Columns per block, warps per program, and the compiler options that the kernels are measured with."""
+
+    block: int
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Register limit and contraction to FMA, both stated outright.
+
+        Left alone, ptxas spills a few registers to fit one more block on a multiprocessor; more rows in flight only push each
+        other's second read out of L2. Contraction is Triton's default up to 3.9 and no longer.
+        """
+        return {"num_warps": self.num_warps, "maxnreg": 255, "enable_fp_fusion": True}
+
+
+def choose(vocab: int) -> Launch:
+    """Sixteen columns a thread, at most 4096 a block.
+
+    Sixteen because a warp then reads 2 KB of float32 a side at a time, and because every divergence with every feature still
+    fits the registers of 256 threads (8192 columns on 512 threads spill, with 128 registers each).
+    """
+    block = max(128, min(4096, 1 << (vocab - 1).bit_length()))
+    return Launch(block, max(1, min(8, block // 512)))

@@ -1,0 +1,103 @@
+"""Compiles the Triton kernel ahead of time and prints what each variant takes: no GPU needed.
+
+A process of its own, since under TRITON_INTERPRET=1 there is nothing to compile: ``python tests/triton_aot.py ARCH [--all]``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kdkernels.backends.triton import _NORMALIZERS  # noqa: E402
+from kdkernels.backends.triton.divergences import FUNCTIONS  # noqa: E402
+from kdkernels.backends.triton.kernel import kd_rows_kernel  # noqa: E402
+from kdkernels.backends.triton.launch import choose  # noqa: E402
+from kdkernels.divergences import REGISTRY, Divergence, LogitMSE  # noqa: E402
+
+VOCAB = 128256
+DTYPES = {  # student and teacher logits, dz
+    "float32": ("fp32", "fp32", "fp32"),
+    "float32 -> bfloat16": ("fp32", "fp32", "bf16"),
+    "float32 -> float16": ("fp32", "fp32", "fp16"),
+    "bfloat16": ("bf16", "bf16", "bf16"),
+    "float16": ("fp16", "fp16", "fp16"),
+    "bfloat16 / float32": ("bf16", "fp32", "bf16"),
+}
+MODES = {"fused": (True, True), "statistics": (True, False), "gradient": (False, True)}
+
+
+def compile_variant(arch: int, divergence: Divergence, dtypes: str, mode: str, features: bool) -> bytes:
+    """The cubin of one specialisation."""
+    student, teacher, dz = DTYPES[dtypes]
+    statistics, gradient = MODES[mode]
+    launch = choose(VOCAB)
+    constants = {
+        "DIVERGENCE": FUNCTIONS[divergence.name],
+        "NORMALIZER": _NORMALIZERS[divergence.normalizer],
+        "SLOPE_SUM": divergence.slope_sum,
+        "STATISTICS": statistics,
+        "GRADIENT": gradient,
+        "STATS": features and statistics,
+        "BLOCK": launch.block,
+    }
+    for name in ("STUDENT_BIAS", "TEACHER_BIAS", "STUDENT_SOFTCAP", "TEACHER_SOFTCAP", "CE", "WEIGHT"):
+        constants[name] = features
+    pointers = {"student": student, "teacher": teacher, "dz": dz, "labels": "i64"}
+    pointers |= dict.fromkeys(("student_bias", "teacher_bias", "weight", "state", "loss", "stats"), "fp32")
+    names = kd_rows_kernel.arg_names
+    signature, attributes = {}, {}
+    for position, name in enumerate(names):
+        integer = name == "vocab" or name.endswith("_stride")
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = "*" + pointers[name]
+        else:
+            signature[name] = "i32" if integer else "fp32"
+        if name in pointers or integer:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    indexed = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kd_rows_kernel, signature, indexed, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options).asm["cubin"]
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread, bytes of stack (where spills go), local and shared memory."""
+    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", out)}
+
+
+def variants(everything: bool) -> Iterator[tuple[Divergence, str, str, bool]]:
+    """By default every divergence fused, with and without features, on 32- and 16-bit rows, and each other dtype and mode once
+    or twice: what spills is decided by the divergence and the features, hardly by the conversion of a load or store."""
+    divergences = [cls() for cls in REGISTRY.values()] + [LogitMSE(centered=True)]
+    if everything:
+        yield from itertools.product(divergences, DTYPES, MODES, (False, True))
+        return
+    yield from itertools.product(divergences, ("float32 -> bfloat16", "bfloat16"), ("fused",), (False, True))
+    for i, (dtypes, mode) in enumerate(itertools.product(DTYPES, MODES)):
+        yield divergences[i % len(divergences)], dtypes, mode, i % 2 == 0
+
+
+if __name__ == "__main__":
+    for divergence, dtypes, mode, features in variants("--all" in sys.argv):
+        cubin = compile_variant(int(sys.argv[1]), divergence, dtypes, mode, features)
+        label = f"{divergence} {dtypes} {mode}{' features' if features else ''}"
+        print(json.dumps({"variant": label, **resources(cubin)}), flush=True)
