@@ -34,13 +34,16 @@ def distill(
     teacher_bias: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
+    numbers: Tensor,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (summed, or per token), number of valid tokens, statistics, and what backward needs: see ``engine.Outputs``."""
-    problem = decode(spec, temperature, kd_weight, ce_weight)
+    """Loss (summed, or per token), number of valid tokens, statistics, and what backward needs: see ``engine.Outputs``.
+
+    Args:
+        numbers: ``[3]`` float64 on the host: temperature, kd_weight, ce_weight.
+        spec: everything else that is no tensor, as ``Problem.encode`` writes it.
+    """
+    problem = decode(spec, *numbers.tolist())
     inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights)
     with _no_autocast(student):
         return _astuple(engine.forward(problem, inputs))
@@ -56,12 +59,10 @@ def _(
     teacher_bias: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
+    numbers: Tensor,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = decode(spec, temperature, kd_weight, ce_weight)
+    problem = decode(spec)
     inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights)
     return _astuple(engine.empty_outputs(problem, inputs))
 
@@ -81,13 +82,11 @@ def distill_backward(
     d_weight: Tensor,
     d_bias: Tensor,
     upstream: Tensor,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
+    numbers: Tensor,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by the student's tensors, empty where not wanted."""
-    problem = decode(spec, temperature, kd_weight, ce_weight)
+    problem = decode(spec, *numbers.tolist())
     inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights)
     saved = Outputs(upstream, upstream, upstream, state, d_student, d_weight, d_bias)
     with _no_autocast(student):
@@ -114,12 +113,10 @@ def _(
     d_weight: Tensor,
     d_bias: Tensor,
     upstream: Tensor,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
+    numbers: Tensor,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = decode(spec, temperature, kd_weight, ce_weight)
+    problem = decode(spec)
 
     def gradient(like: Tensor | None, wanted: bool) -> Tensor:
         return student.new_empty(0) if like is None else like.new_empty(like.shape if wanted else (0,))
@@ -137,27 +134,27 @@ def _astuple(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, numbers = inputs[:8], inputs[8:]
+    *tensors, numbers, spec = inputs
     loss, count, *kept = output
     ctx.mark_non_differentiable(count, *kept)
     ctx.set_materialize_grads(False)
-    ctx.numbers = numbers
-    problem = decode(numbers[3], 1.0, 1.0, 1.0)
+    ctx.spec = spec
+    problem = decode(spec)
     recompute = engine.recomputes(problem, tensors[1] is not None, tensors[4] is not None)
     student, student_weight, student_bias, *others = tensors
     if not recompute:  # backward only scales: the teacher and the labels need not be kept alive
         others = [others[0][:0], None, None, None, None]
     # The head is kept for the shape and dtype of its gradient; it is a parameter, alive anyway.
-    ctx.save_for_backward(student, student_weight, student_bias, *others, *kept[1:])
+    ctx.save_for_backward(student, student_weight, student_bias, *others, *kept[1:], numbers)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    none = (None,) * 12
+    none = (None,) * 10
     if upstream is None:
         return none
-    spec = ctx.numbers[3]
-    problem = decode(spec, 1.0, 1.0, 1.0)
-    grads = distill_backward(*ctx.saved_tensors, upstream, *ctx.numbers)
+    problem = decode(ctx.spec)
+    *saved, numbers = ctx.saved_tensors
+    grads = distill_backward(*saved, upstream, numbers, ctx.spec)
     wanted = (problem.wants_input, problem.wants_weight, problem.wants_bias)
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *none[3:])
 
@@ -168,8 +165,11 @@ distill.register_autograd(_backward, setup_context=_setup_context)
 def distillation_rows(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss (summed, or per token), number of valid tokens (0-dim int64), statistics ``[5, ...]`` or None. Differentiable once."""
     i = inputs
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     loss, count, stats, *_ = distill(
         i.student, i.student_weight, i.student_bias, i.teacher, i.teacher_weight, i.teacher_bias, i.labels, i.token_weights,
-        problem.temperature, problem.kd_weight, problem.ce_weight, problem.encode(),
+        # On the host, and a tensor: numbers given as such would be compiled in, and annealing them would recompile every step.
+        torch.stack([one * problem.temperature, one * problem.kd_weight, one * problem.ce_weight]),
+        problem.encode(),
     )  # fmt: skip
     return loss, count, stats if problem.return_stats else None

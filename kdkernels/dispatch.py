@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -46,34 +47,40 @@ def unavailable(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) ->
     return reason
 
 
-def select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> tuple[str, dict[str, str]]:
-    """The backend to run, and for every other one the reason why not.
+@lru_cache(maxsize=256)
+def _select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    if backend == "auto":
+        order = AUTO_ORDER.get(device_type, ("torch",))
+        return next(name for name in order if unavailable(name, device_type, dtypes) is None)
+    if backend not in NAMES:
+        raise ValueError(f"backend {backend!r} is unknown; valid names: auto, {', '.join(NAMES)}")
+    if (reason := unavailable(backend, device_type, dtypes)) is not None:
+        raise BackendUnavailable(f"backend={backend!r} cannot run here: {reason}")
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The backend to run: the one that was asked for, or the best that can.
 
     Raises:
         ValueError: unknown name; the message lists the valid ones.
         BackendUnavailable: an explicit choice cannot run; only "auto" falls back.
     """
-    if backend != "auto" and backend not in NAMES:
-        raise ValueError(f"backend {backend!r} is unknown; valid names: auto, {', '.join(NAMES)}")
-    reasons = {name: unavailable(name, device_type, dtypes) for name in NAMES}
+    return _select(backend, device_type, dtypes)
+
+
+def not_chosen(chosen: str, backend: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, str]:
+    """For every backend other than the chosen one, the reason."""
     order = AUTO_ORDER.get(device_type, ("torch",))
-    if backend != "auto":
-        if (reason := reasons[backend]) is not None:
-            raise BackendUnavailable(f"backend={backend!r} cannot run here: {reason}")
-        chosen = backend
-    else:
-        chosen = next(name for name in order if reasons[name] is None)
-    others = {}
-    for name in NAMES:
-        if name == chosen:
-            continue
+
+    def reason(name: str) -> str:
+        if (why := unavailable(name, device_type, dtypes)) is not None:
+            return why
         if backend != "auto":
-            fallback = f"backend={backend!r} was asked for"
-        elif name in order:
-            fallback = f"{chosen} is faster"
-        elif name == "reference":
-            fallback = "dense and slow: for checks only"
-        else:
-            fallback = f"never chosen by itself on {device_type}"
-        others[name] = reasons[name] or fallback
-    return chosen, others
+            return f"backend={backend!r} was asked for"
+        if name in order:
+            return f"{chosen} is faster"
+        return "dense and slow: for checks only" if name == "reference" else f"never chosen by itself on {device_type}"
+
+    return {name: reason(name) for name in NAMES if name != chosen}

@@ -125,7 +125,7 @@ def distillation_loss(
         TypeError, ValueError: an argument that makes no sense; the message names it, what was given, and the way out.
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
-    problem, inputs, _ = _prepare(
+    problem, inputs = _prepare(
         student, teacher, divergence, temperature, t_squared, labels, ignore_index, kd_weight, ce_weight, token_weights,
         reduction, num_items, memory_budget, chunk_rows, logits_dtype, backend, return_stats,
     )  # fmt: skip
@@ -215,7 +215,7 @@ def plan(
     Raises:
         The errors of ``distillation_loss``.
     """
-    problem, inputs, not_chosen = _prepare(
+    problem, inputs = _prepare(
         student, teacher, divergence, temperature, t_squared, labels, ignore_index, kd_weight, ce_weight, token_weights,
         reduction, num_items, memory_budget, chunk_rows, logits_dtype, backend, return_stats,
     )  # fmt: skip
@@ -223,22 +223,26 @@ def plan(
         num_rows = math.prod(inputs.student.shape[:-1])
     else:
         _, num_rows = engine.check_and_select(problem, inputs)
-    sizes = [d.itemsize for d, head in _heads(problem, inputs) if head]
-    gradient = problem.student_dtype.itemsize if problem.wants_grad and inputs.student_weight is not None else 0
+    is_head = (inputs.student_weight is not None, inputs.teacher_weight is not None)
+    device_type = _device_type(inputs.student)
+    not_chosen = dispatch.not_chosen(problem.backend, backend, device_type, _storages(problem, *is_head))
+    sizes = [d.itemsize for d, head in zip((problem.student_dtype, problem.teacher_dtype), is_head, strict=True) if head]
+    gradient = problem.student_dtype.itemsize if problem.wants_grad and is_head[0] else 0
     dense = num_rows * problem.vocab * (sum(sizes) + gradient)
     if problem.backend == "reference":
         return Plan("reference", num_rows, 1 if num_rows else 0, dense, dense, 0, not_chosen)
     bytes_per_row = engine.row_bytes(problem, inputs)
-    chunks = engine.plan(problem, num_rows, bytes_per_row, _device_type(inputs.student))
+    chunks = engine.plan(problem, num_rows, bytes_per_row, device_type)
     held = min(chunks.rows, num_rows) * bytes_per_row
     return Plan(problem.backend, chunks.rows, chunks.count, held, dense, max(0, dense - held), not_chosen)
 
 
-def _heads(problem: Problem, inputs: Inputs) -> list[tuple[torch.dtype, bool]]:
-    return [
-        (problem.student_dtype, inputs.student_weight is not None),
-        (problem.teacher_dtype, inputs.teacher_weight is not None),
-    ]
+def _storages(problem: Problem, student_is_head: bool, teacher_is_head: bool) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the logits that a backend will read."""
+    return (
+        problem.storage(problem.student_dtype) if student_is_head else problem.student_dtype,
+        problem.storage(problem.teacher_dtype) if teacher_is_head else problem.teacher_dtype,
+    )
 
 
 def _device_type(tensor: Tensor) -> str:
@@ -273,8 +277,8 @@ def _prepare(
     logits_dtype: torch.dtype | None,
     backend: str,
     return_stats: bool,
-) -> tuple[Problem, Inputs, dict[str, str]]:
-    """Checks every argument and turns it into what the engine takes; also why other backends were not chosen."""
+) -> tuple[Problem, Inputs]:
+    """Checks every argument and turns it into what the engine takes."""
     resolved = divergences.resolve(divergence)
     _check_numbers(temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
     _check_choices(reduction=reduction, memory_budget=memory_budget, chunk_rows=chunk_rows)
@@ -344,15 +348,14 @@ def _prepare(
         memory_budget=memory_budget,
         chunk_rows=chunk_rows,
     )
-    storages = tuple(problem.storage(s.dtype) if s.is_head else s.dtype for s in (student_side, teacher_side))
-    chosen, not_chosen = dispatch.select(backend, _device_type(student_side.input), storages)
+    chosen = dispatch.select(backend, _device_type(student_side.input), _storages(problem, student_side.is_head, teacher_side.is_head))
     inputs = Inputs(
         *student_side.tensors,
         *teacher_tensors,
         labels=None if labels is None else labels.detach(),
         token_weights=None if token_weights is None else token_weights.detach(),
     )  # type: ignore[misc]
-    return replace(problem, backend=chosen), inputs, not_chosen
+    return replace(problem, backend=chosen), inputs
 
 
 @dataclass(frozen=True)

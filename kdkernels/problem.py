@@ -144,8 +144,8 @@ def _decode_structure(spec: str) -> Problem:
     )
 
 
-def decode(spec: str, temperature: float, kd_weight: float, ce_weight: float) -> Problem:
-    """The inverse of ``Problem.encode``."""
+def decode(spec: str, temperature: float = 1.0, kd_weight: float = 1.0, ce_weight: float = 0.0) -> Problem:
+    """The inverse of ``Problem.encode``; without the numbers, what can be said of shapes and dtypes."""
     return replace(_decode_structure(spec), temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
 
 
