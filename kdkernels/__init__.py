@@ -17,8 +17,6 @@ from .divergences import (
 from .losses import DistillationLoss, Plan, TokenStats, distillation_loss, plan
 from .sides import LMHead
 
-
-
 __all__ = [
     "ABDivergence",
     "AlphaDivergence",

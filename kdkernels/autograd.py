@@ -135,7 +135,7 @@ def _astuple(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, numbers, spec = inputs
-    loss, count, *kept = output
+    _, count, *kept = output
     ctx.mark_non_differentiable(count, *kept)
     ctx.set_materialize_grads(False)
     ctx.spec = spec

@@ -53,9 +53,7 @@ def plan_chunks(
         return Chunks(num_rows, max(1, min(chunk_rows, num_rows)))
     budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
     if budget < bytes_per_row:
-        raise ValueError(
-            f"memory_budget={budget} bytes is too small for one row of logits: the minimum here is {bytes_per_row} bytes"
-        )
+        raise ValueError(f"memory_budget={budget} bytes is too small for one row of logits: the minimum here is {bytes_per_row} bytes")
     fits = budget // bytes_per_row if bytes_per_row else num_rows
     if enough_rows is not None:
         fits = min(fits, enough_rows)

@@ -96,9 +96,7 @@ def _log_mix(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
     """log(weight * a + (1 - weight) * b) (reference formulas only). Both -inf gives -inf, with gradient 0."""
     both = (log_a == -math.inf) & (log_b == -math.inf)
     zero = torch.zeros((), dtype=log_a.dtype, device=log_a.device)
-    mixed = torch.logaddexp(
-        torch.where(both, zero, log_a) + math.log(weight), torch.where(both, zero, log_b) + math.log1p(-weight)
-    )
+    mixed = torch.logaddexp(torch.where(both, zero, log_a) + math.log(weight), torch.where(both, zero, log_b) + math.log1p(-weight))
     return torch.where(both, zero - math.inf, mixed)
 
 
@@ -199,9 +197,7 @@ class JSD(Divergence):
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         b = self.beta
         log_m = _log_mix(b, log_p, log_q)
-        return b * _safe_product(log_p.exp(), _log_ratio(log_p, log_m)) + (1 - b) * _safe_product(
-            log_q.exp(), _log_ratio(log_q, log_m)
-        )
+        return b * _safe_product(log_p.exp(), _log_ratio(log_p, log_m)) + (1 - b) * _safe_product(log_q.exp(), _log_ratio(log_q, log_m))
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         log_qm, log_pm = _mixture(1 - self.beta, log_q, log_p)
@@ -391,7 +387,7 @@ REGISTRY: dict[str, type[Divergence]] = {
 }  # fmt: skip
 
 
-def resolve(divergence: Divergence | str) -> Divergence:
+def resolve(divergence: object) -> Divergence:
     """A divergence from itself or from its snake-case name, with default parameters.
 
     Raises:

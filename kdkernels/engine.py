@@ -93,7 +93,13 @@ class _Side:
     """One side's logits, chunk by chunk: multiplied into a buffer, or read where they are."""
 
     def __init__(
-        self, source: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, index: Tensor | None, problem: Problem
+        self,
+        source: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        index: Tensor | None,
+        problem: Problem,
     ) -> None:
         self.rows = _Rows(source, index)
         self.is_head = weight is not None
@@ -143,9 +149,7 @@ def row_bytes(problem: Problem, inputs: Inputs) -> int:
 
 def plan(problem: Problem, num_rows: int, bytes_per_row: int, device_type: str) -> Chunks:
     """The chunks of a call with ``num_rows`` valid rows."""
-    return chunking.plan_chunks(
-        num_rows, bytes_per_row, problem.memory_budget, problem.chunk_rows, chunking.ENOUGH_ROWS.get(device_type)
-    )
+    return chunking.plan_chunks(num_rows, bytes_per_row, problem.memory_budget, problem.chunk_rows, chunking.ENOUGH_ROWS.get(device_type))
 
 
 def _sides(problem: Problem, inputs: Inputs, index: Tensor | None) -> tuple[_Side, _Side]:
@@ -395,4 +399,15 @@ def _over_chunks(
                 accumulator.mul_(1.0 / dz_scale)
 
 
-__all__ = ["Inputs", "Outputs", "Transform", "check_and_select", "empty_outputs", "forward", "plan", "recompute", "recomputes", "scale"]
+__all__ = [
+    "Inputs",
+    "Outputs",
+    "Transform",
+    "check_and_select",
+    "empty_outputs",
+    "forward",
+    "plan",
+    "recompute",
+    "recomputes",
+    "scale",
+]

@@ -40,7 +40,8 @@ def grad_hidden(dz: Tensor, weight: Tensor, scale: float) -> Tensor:
         if scale == 1.0:
             return torch.mm(dz, weight)
         if weight.is_cuda:
-            return torch.ops.aten.mm.dtype(dz, weight.contiguous(), torch.float32).mul_(scale)
+            product: Tensor = torch.ops.aten.mm.dtype(dz, weight, torch.float32)
+            return product.mul_(scale)
     out = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.promote_types(dz.dtype, torch.float32), device=dz.device)
     for rows, block in _blocks(weight, out.dtype):
         out.addmm_(dz[:, rows].to(out.dtype), block)

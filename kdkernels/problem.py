@@ -130,11 +130,11 @@ class Problem:
 def _decode_structure(spec: str) -> Problem:
     name, parameters, transforms, dtypes, rest = ast.literal_eval(spec)
     cls = divergences.REGISTRY[name]
-    types = [type(f.default) for f in fields(cls)]
     s_scale, s_cap, t_scale, t_cap = transforms
     student_dtype, teacher_dtype, logits_dtype = (None if d is None else DTYPES[d] for d in dtypes)
     return Problem(
-        divergence=cls(*(t(v) for t, v in zip(types, parameters, strict=True))),
+        # Parameters travel as floats; a flag is one of 0.0 and 1.0.
+        divergence=cls(**{f.name: bool(v) if f.type == "bool" else v for f, v in zip(fields(cls), parameters, strict=True)}),
         student=Transform(s_scale, s_cap),
         teacher=Transform(t_scale, t_cap),
         student_dtype=student_dtype or torch.float32,

@@ -48,8 +48,9 @@ def test_launch_covers_a_row_within_limits(vocab: int) -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter only")
 def test_jit_divergences_equal_the_torch_terms() -> None:
     """Value, slope and q of each column, apart from any kernel."""
-    from kdkernels.backends.triton.divergences import FUNCTIONS
     from triton_columns import columns
+
+    from kdkernels.backends.triton.divergences import FUNCTIONS
 
     generator = torch.Generator().manual_seed(0)
     log_q, log_p = (torch.randn(256, generator=generator).mul_(4).log_softmax(0) for _ in range(2))

@@ -17,15 +17,15 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from kdkernels.backends.triton import _NORMALIZERS  # noqa: E402
-from kdkernels.backends.triton.divergences import FUNCTIONS  # noqa: E402
-from kdkernels.backends.triton.kernel import kd_rows_kernel  # noqa: E402
-from kdkernels.backends.triton.launch import choose  # noqa: E402
-from kdkernels.divergences import REGISTRY, Divergence, LogitMSE  # noqa: E402
+from kdkernels.backends.triton import _NORMALIZERS
+from kdkernels.backends.triton.divergences import FUNCTIONS
+from kdkernels.backends.triton.kernel import kd_rows_kernel
+from kdkernels.backends.triton.launch import choose
+from kdkernels.divergences import REGISTRY, Divergence, LogitMSE
 
 VOCAB = 128256
 DTYPES = {  # student and teacher logits, dz
