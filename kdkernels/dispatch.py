@@ -15,7 +15,11 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch"), "
 
 NAMES = ("cuda", "triton", "native", "torch", "reference")
 
-_MODULES = {"triton": "kdkernels.backends.triton", "torch": "kdkernels.backends.torch"}
+_MODULES = {
+    "triton": "kdkernels.backends.triton",
+    "native": "kdkernels.backends.native",
+    "torch": "kdkernels.backends.torch",
+}
 
 
 class BackendUnavailable(RuntimeError):
@@ -38,7 +42,7 @@ def unavailable(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) ->
     if name == "reference":
         return None
     if name not in _MODULES:
-        return "the compiled extension kdkernels._C is not part of this version"
+        return "CUDA C++ kernels are not part of this version"
     try:
         module = load(name)
     except ImportError as error:

@@ -1,0 +1,105 @@
+// Python bindings: plain numbers and addresses. kdkernels/backends/native.py, the only importer, answers for what they point to.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/rows.h"
+#include "divergence.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class Class, class Member> auto address(Member Class::* member) {
+    return [member](Class& c, uintptr_t value) { c.*member = reinterpret_cast<Member>(value); };
+}
+
+template <class Class, class Enum> auto code(Enum Class::* member) {
+    return [member](Class& c, int value) { c.*member = static_cast<Enum>(value); };
+}
+
+// Write-only: Python fills the fields in, C++ reads them.
+template <class Class, class Setter> void field(py::class_<Class>& c, const char* name, Setter setter) {
+    c.def_property(name, nullptr, setter);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled row kernels of kdkernels; use kdkernels.backends.native.";
+
+    py::class_<kd::Side> side(m, "Side");
+    side.def(py::init<>());
+    field(side, "logits", address(&kd::Side::logits));
+    field(side, "bias", address(&kd::Side::bias));
+    field(side, "dtype", code(&kd::Side::dtype));
+    side.def_readwrite("stride", &kd::Side::stride)
+        .def_readwrite("scale", &kd::Side::scale)
+        .def_readwrite("softcap", &kd::Side::softcap);
+
+    using Args = kd::RowArguments;
+    py::class_<Args> args(m, "RowArguments");
+    args.def(py::init<>());
+    field(args, "normalizer", code(&Args::normalizer));
+    field(args, "dz_dtype", code(&Args::dz_dtype));
+    field(args, "labels", address(&Args::labels));
+    field(args, "weight", address(&Args::weight));
+    field(args, "state", address(&Args::state));
+    field(args, "loss", address(&Args::loss));
+    field(args, "stats", address(&Args::stats));
+    field(args, "dz", address(&Args::dz));
+    args.def_readwrite("student", &Args::student)
+        .def_readwrite("teacher", &Args::teacher)
+        .def_readwrite("rows", &Args::rows)
+        .def_readwrite("vocab", &Args::vocab)
+        .def_readwrite("divergence", &Args::divergence)
+        .def_readwrite("a", &Args::a)
+        .def_readwrite("b", &Args::b)
+        .def_readwrite("slope_sum_known", &Args::slope_sum_known)
+        .def_readwrite("slope_sum", &Args::slope_sum)
+        .def_readwrite("temperature", &Args::temperature)
+        .def_readwrite("value_scale", &Args::value_scale)
+        .def_readwrite("slope_scale", &Args::slope_scale)
+        .def_readwrite("ce_weight", &Args::ce_weight)
+        .def_readwrite("dz_scale", &Args::dz_scale)
+        .def_readwrite("double_precision", &Args::double_precision)
+        .def_readwrite("statistics", &Args::statistics)
+        .def_readwrite("state_stride", &Args::state_stride)
+        .def_readwrite("stats_stride", &Args::stats_stride)
+        .def_readwrite("dz_stride", &Args::dz_stride);
+
+    m.def(
+        "cpu_rows",
+        [](const Args& a, int threads, const std::optional<std::string>& isa) {
+            const py::gil_scoped_release release;
+            kd::cpu_rows(a, threads, isa ? isa->c_str() : nullptr);
+        },
+        py::arg("arguments"), py::arg("threads"), py::arg("isa") = py::none());
+
+    m.def("cpu_isas", [] {
+        std::vector<std::string> names;
+        for (const char* const* name = kd::cpu_isas(); *name; ++name) names.emplace_back(*name);
+        return names;
+    });
+
+    m.def("divergences", [] {
+        std::vector<std::tuple<int, std::string>> all;
+        for (int id = 0; kd::with_divergence(id, [&](auto d) { all.emplace_back(d.id, d.name); }); ++id) {}
+        return all;
+    });
+
+    // One column of a divergence, in double: what the tests compare with the Python and Triton definitions.
+    m.def("divergence_terms", [](int id, double log_q, double log_p, double q, double p, double a, double b) {
+        std::tuple<double, double> out{0.0, 0.0};
+        if (!kd::with_divergence(id, [&](auto d) {
+                const kd::Terms<double> t = d.terms(log_q, log_p, q, p, a, b);
+                out = {t.value, t.slope};
+            }))
+            throw std::invalid_argument("no divergence has the id " + std::to_string(id));
+        return out;
+    });
+}

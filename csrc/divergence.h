@@ -1,0 +1,155 @@
+// Each divergence once: the value and the slope df/d(log q) of one column, from log q, log p and their exponentials.
+// T * dD/dz_student = slope - q * sum(slope). The forms are those of `terms` in kdkernels/divergences.py, whose comments
+// say why; a test holds the two, and the Triton twins, against each other. Ids are that file's too.
+#pragma once
+#include "math.h"
+
+namespace kd {
+
+template <class Real> struct Terms { Real value, slope; };
+
+template <class Real> KD_INLINE Real magnitude(Real x) { return x < Real(0) ? -x : x; }
+
+// log(q / m) and log(p / m), m = weight_q * q + (1 - weight_q) * p.
+template <class Real> struct Mixture { Real log_qm, log_pm; };
+template <class Real> KD_INLINE Mixture<Real> mixture(Real weight_q, Real log_q, Real log_p) {
+    const Real ratio = log_q - log_p;
+    const bool q_larger = ratio >= Real(0);
+    const Real share = q_larger ? Real(1) - weight_q : weight_q;
+    const Real log_m = log1p(share * expm1(-magnitude(ratio)));
+    return {q_larger ? -log_m : ratio - log_m, q_larger ? -ratio - log_m : -log_m};
+}
+
+struct ForwardKL {
+    static constexpr int id = 0;
+    static constexpr const char* name = "forward_kl";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real, Real) {
+        const Real value = p == Real(0) ? Real(0) : p * (log_p - log_q);
+        return {value + (q - p), -p};
+    }
+};
+
+struct ReverseKL {
+    static constexpr int id = 1;
+    static constexpr const char* name = "reverse_kl";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real, Real) {
+        const Real slope = q == Real(0) ? Real(0) : q * (log_q - log_p);
+        return {slope - (q - p), slope};
+    }
+};
+
+struct SymmetricKL {
+    static constexpr int id = 2;
+    static constexpr const char* name = "symmetric_kl";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real w, Real) {
+        const Real ratio = log_q - log_p;
+        const Real reverse = w * (q == Real(0) ? Real(0) : q * ratio);
+        const Real forward = (w - Real(1)) * (p == Real(0) ? Real(0) : p * ratio);
+        return {forward + reverse + (Real(1) - Real(2) * w) * (q - p), reverse - (Real(1) - w) * p};
+    }
+};
+
+struct JSD {
+    static constexpr int id = 3;
+    static constexpr const char* name = "jsd";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real beta, Real) {
+        const Mixture<Real> m = mixture(Real(1) - beta, log_q, log_p);
+        const Real slope = (Real(1) - beta) * (q == Real(0) ? Real(0) : q * m.log_qm);
+        return {beta * (p == Real(0) ? Real(0) : p * m.log_pm) + slope, slope};
+    }
+};
+
+struct SkewKL {
+    static constexpr int id = 4;
+    static constexpr const char* name = "skew_kl";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real) {
+        const Mixture<Real> m = mixture(Real(1) - a, log_q, log_p);
+        const Real slope = (a - Real(1)) * (q == Real(0) ? Real(0) : q * expm1(m.log_pm));
+        return {(p == Real(0) ? Real(0) : p * m.log_pm) + (Real(1) - a) * (q - p), slope};
+    }
+};
+
+struct SkewReverseKL {
+    static constexpr int id = 5;
+    static constexpr const char* name = "skew_reverse_kl";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real) {
+        const Mixture<Real> m = mixture(a, log_q, log_p);
+        const Real value = q == Real(0) ? Real(0) : q * m.log_qm;
+        const Real slope = value - a * (q == Real(0) ? Real(0) : q * expm1(m.log_qm));
+        return {value + (Real(1) - a) * (p - q), slope};
+    }
+};
+
+struct TotalVariation {
+    static constexpr int id = 6;
+    static constexpr const char* name = "total_variation";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real, Real, Real q, Real p, Real, Real) {
+        const Real difference = q - p;
+        const Real sign = difference > Real(0) ? Real(0.5) : (difference < Real(0) ? Real(-0.5) : Real(0));
+        return {Real(0.5) * magnitude(difference), sign * q};
+    }
+};
+
+struct AlphaDivergence {
+    static constexpr int id = 7;
+    static constexpr const char* name = "alpha_divergence";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real) {
+        const Real ratio = log_q - log_p;
+        const bool q_larger = ratio >= Real(0);
+        const Real larger = q_larger ? q : p;
+        const Real size = q_larger ? -ratio : ratio;
+        const Real power = q_larger ? a : Real(1) - a;
+        const Real grown = expm1(power * size), shrunk = expm1(size);
+        const bool empty = larger == Real(0);
+        const Real value = (grown - power * shrunk) * larger / (a * (a - Real(1)));
+        const Real slope = (q_larger ? grown : grown - shrunk) * larger / -a;
+        return {empty ? Real(0) : value, empty ? Real(0) : slope};
+    }
+};
+
+struct ABDivergence {
+    static constexpr int id = 8;
+    static constexpr const char* name = "ab_divergence";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real b) {
+        const Real total = a + b;
+        const Real ratio = log_q - log_p;
+        const bool q_larger = ratio >= Real(0);
+        const Real larger = exp(total * (q_larger ? log_q : log_p));
+        const Real size = q_larger ? -ratio : ratio;
+        const Real power = q_larger ? a : b;
+        const Real grown = expm1(power * size), shrunk = expm1(total * size);
+        const bool empty = q == Real(0) && p == Real(0);
+        const Real value = (grown - power / total * shrunk) * larger / (-a * b);
+        const Real slope = (q_larger ? -grown : shrunk - grown) * larger / a;
+        return {empty ? Real(0) : value, empty ? Real(0) : slope};
+    }
+};
+
+struct LogitMSE {
+    static constexpr int id = 9;
+    static constexpr const char* name = "logit_mse";
+    template <class Real> KD_INLINE static Terms<Real> terms(Real x, Real u, Real, Real, Real, Real) {
+        const bool skipped = x == -kInfinity<Real> && u == -kInfinity<Real>;
+        const Real slope = skipped ? Real(0) : x - u;
+        return {Real(0.5) * slope * slope, slope};
+    }
+};
+
+// Calls `f` with the divergence of an id; false if there is none.
+template <class F> bool with_divergence(int id, F&& f) {
+    switch (id) {
+        case ForwardKL::id: f(ForwardKL{}); return true;
+        case ReverseKL::id: f(ReverseKL{}); return true;
+        case SymmetricKL::id: f(SymmetricKL{}); return true;
+        case JSD::id: f(JSD{}); return true;
+        case SkewKL::id: f(SkewKL{}); return true;
+        case SkewReverseKL::id: f(SkewReverseKL{}); return true;
+        case TotalVariation::id: f(TotalVariation{}); return true;
+        case AlphaDivergence::id: f(AlphaDivergence{}); return true;
+        case ABDivergence::id: f(ABDivergence{}); return true;
+        case LogitMSE::id: f(LogitMSE{}); return true;
+        default: return false;
+    }
+}
+
+}  // namespace kd

@@ -1,0 +1,43 @@
+# The compiled extension: see csrc/params.h for what the fields mean. Addresses are ints, 0 for none.
+
+class Side:
+    logits: int
+    stride: int
+    dtype: int
+    bias: int
+    scale: float
+    softcap: float
+
+class RowArguments:
+    student: Side
+    teacher: Side
+    rows: int
+    vocab: int
+    divergence: int
+    a: float
+    b: float
+    normalizer: int
+    slope_sum_known: bool
+    slope_sum: float
+    temperature: float
+    value_scale: float
+    slope_scale: float
+    ce_weight: float
+    dz_scale: float
+    double_precision: bool
+    statistics: bool
+    labels: int
+    weight: int
+    state: int
+    state_stride: int
+    loss: int
+    stats: int
+    stats_stride: int
+    dz: int
+    dz_stride: int
+    dz_dtype: int
+
+def cpu_rows(arguments: RowArguments, threads: int, isa: str | None = None) -> None: ...
+def cpu_isas() -> list[str]: ...
+def divergences() -> list[tuple[int, str]]: ...
+def divergence_terms(id: int, log_q: float, log_p: float, q: float, p: float, a: float, b: float) -> tuple[float, float]: ...
