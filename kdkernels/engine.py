@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import chunking, dispatch, gemm
+from . import chunking, dispatch, gemm, pages
 from .chunking import Chunks
 from .problem import STATE, STATS, Problem, RowBatch, Transform
 
@@ -119,7 +119,7 @@ class _Side:
     def allocate(self, rows: int) -> None:
         if self.is_head:
             width = chunking.padded_vocab(self.vocab, self.storage.itemsize)
-            self.buffer = torch.empty(rows, width, dtype=self.storage, device=self.rows.tensor.device)
+            self.buffer = pages.advise(torch.empty(rows, width, dtype=self.storage, device=self.rows.tensor.device))
 
     def hidden(self, start: int, stop: int) -> Tensor:
         return self.rows.take(start, stop).to(self.dtype)
@@ -184,7 +184,7 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
     if bad_labels is not None and labels is not None and bool(any_bad_label):
         wrong = labels[bad_labels]
         raise ValueError(
-            f"labels contain {int(wrong[0])} ({wrong.numel()} such entries), which is outside the vocabulary [0, {problem.vocab}) and is not "
+            f"labels contain {int(wrong[0])} ({wrong.numel()} such entries), outside the vocabulary [0, {problem.vocab}) and not "
             f"ignore_index={problem.ignore_index}: mask those positions with ignore_index, or correct vocab_size"
         )
     if bad_weights is not None and weights is not None and bool(any_bad_weight):
@@ -204,13 +204,15 @@ def _select(values: Tensor | None, index: Tensor | None, dtype: torch.dtype) -> 
     if values is None:
         return None
     flat = values.reshape(-1)
-    return (flat if index is None else flat.index_select(0, index)).to(dtype)
+    return (flat if index is None else flat.index_select(0, index)).to(dtype).contiguous()  # an upstream gradient may be expanded
 
 
 def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """Loss, statistics, and the gradients or the row state that backward will need."""
     index, count = check_and_select(problem, inputs)
     outputs = empty_outputs(problem, inputs)
+    for gradient in (outputs.d_student, outputs.d_weight):
+        pages.advise(gradient)
     outputs.count.fill_(count)
     if index is not None:
         outputs.d_student.zero_()
@@ -253,9 +255,9 @@ def recompute(problem: Problem, inputs: Inputs, state: Tensor, upstream: Tensor)
     weight = upstream.to(dtype).expand(inputs.student.shape[:-1])
     if inputs.token_weights is not None:
         weight = weight * inputs.token_weights
-    d_weight = _accumulator(inputs.student_weight, problem.wants_weight, problem, inputs.student)
+    d_weight = pages.advise(_accumulator(inputs.student_weight, problem.wants_weight, problem, inputs.student))
     d_bias = _accumulator(inputs.student_bias, problem.wants_bias, problem, inputs.student)
-    d_student = inputs.student.new_empty(0) if student.is_head else torch.empty_like(inputs.student, memory_format=torch.contiguous_format)
+    d_student = pages.advise(inputs.student.new_empty(0 if student.is_head else inputs.student.shape))
     if index is not None:
         d_student.zero_()
     _over_chunks(
@@ -285,7 +287,7 @@ def scale(problem: Problem, inputs: Inputs, saved: Outputs, upstream: Tensor) ->
 def _scaled(gradient: Tensor, factor: Tensor, like: Tensor | None) -> Tensor:
     """Multiplied in the wider dtype while it is written in that of ``like``: no float32 copy in between."""
     dtype = gradient.dtype if like is None else like.dtype
-    out = torch.empty_like(gradient, dtype=dtype)
+    out = pages.advise(torch.empty_like(gradient, dtype=dtype))
     return torch.mul(gradient, factor, out=out) if gradient.numel() else out
 
 

@@ -149,7 +149,7 @@ def _check_side(name: str, side: Side) -> _Checked:
     _check_floating(what, x)
     if x.dim() < 2:
         raise ValueError(
-            f"{what} must have at least two dimensions [..., {'D' if what != name else 'V'}], got shape {list(x.shape)}: add one with [None]"
+            f"{what} must have two or more dimensions [..., {'D' if what != name else 'V'}], got shape {list(x.shape)}: add one with [None]"
         )
     if isinstance(side, Tensor):
         if x.shape[-1] == 0:

@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -69,7 +70,12 @@ void cpu_rows(const RowArguments& a, int threads, const char* isa) {
         for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < a.rows;) chosen.rows(a, row, row + 1, memory);
     };
     std::vector<std::thread> helpers;
-    for (size_t i = 1; i < scratch.size(); ++i) helpers.emplace_back(work, scratch[i].get());
+    helpers.reserve(scratch.size());
+    try {
+        for (size_t i = 1; i < scratch.size(); ++i) helpers.emplace_back(work, scratch[i].get());
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that there are do the work.
+    }
     work(scratch[0].get());
     for (std::thread& t : helpers) t.join();
 }

@@ -9,8 +9,9 @@ from ..problem import Problem, RowBatch, Transform
 
 try:
     from .. import _C
+
+    _MISSING = None
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
     _MISSING = f"the compiled extension kdkernels._C is not there ({error}): reinstall where a C++17 compiler is found"
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -19,9 +20,9 @@ _NORMALIZERS = {"softmax": 0, "mean": 1, "none": 2}
 
 def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why it cannot run there, or None."""
-    if _C is None:
-        return _MISSING
-    return None if device_type == "cpu" else f"it runs on the CPU, and the tensors are on {device_type}"
+    if device_type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {device_type}"
+    return _MISSING
 
 
 def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:

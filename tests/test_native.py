@@ -1,0 +1,124 @@
+"""What is particular to the compiled CPU kernels: their numbers are in test_loss.py and its neighbours, with every other backend's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels import divergences
+from kdkernels.backends import native
+from kdkernels.problem import Problem, RowBatch
+
+_C = pytest.importorskip("kdkernels._C")
+
+
+def test_registries_agree() -> None:
+    assert dict(_C.divergences()) == {cls.id: name for name, cls in divergences.REGISTRY.items()}
+
+
+PARAMETERS = [
+    *(cls() for cls in divergences.REGISTRY.values()),
+    kd.SymmetricKL(0.9), kd.JSD(0.01), kd.JSD(0.99), kd.SkewKL(0.7), kd.SkewReverseKL(0.7), kd.AlphaDivergence(-0.5),
+    kd.AlphaDivergence(2.0), kd.ABDivergence(0.5, -0.2), kd.ABDivergence(1.5, 1.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("divergence", PARAMETERS, ids=str)
+def test_columns_equal_the_python_terms(divergence: divergences.Divergence) -> None:
+    """Each column in float64, at the corners too: one side empty, both empty, p = q, p near q."""
+    a, b = (*divergence.parameters, 0.0, 0.0)[:2]
+    logs = [0.0, -1e-9, -0.3, -5.0, -5.0 - 1e-7, -40.0, -600.0, -math.inf]
+    for log_q in logs:
+        for log_p in logs:
+            lq, lp = (torch.tensor([x], dtype=torch.float64) for x in (log_q, log_p))
+            expected = divergence.terms(lq, lp, lq.exp(), lp.exp())
+            actual = _C.divergence_terms(divergence.id, log_q, log_p, lq.exp().item(), lp.exp().item(), a, b)
+            for ours, theirs in zip(actual, expected, strict=True):
+                assert ours == pytest.approx(theirs.item(), rel=1e-13, abs=1e-300, nan_ok=True), (log_q, log_p)
+
+
+def run_rows(student: Tensor, teacher: Tensor, divergence: divergences.Divergence, dz_dtype: torch.dtype, **options: float) -> RowBatch:
+    count, vocab = student.shape
+    problem = Problem(divergence, vocab, student_dtype=student.dtype, teacher_dtype=teacher.dtype, t_squared=False, **options)  # type: ignore[arg-type]
+    dtype = problem.compute_dtype
+    batch = RowBatch(
+        student, teacher, None, None, None, None, torch.empty(4, count, dtype=dtype), torch.empty(count, dtype=dtype), None,
+        torch.empty(count, vocab, dtype=dz_dtype),
+    )  # fmt: skip
+    native.rows(problem, batch, statistics=True)
+    return batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_is_read_and_written_exactly(dtype: torch.dtype) -> None:
+    """LogitMSE against zeros has the logits for gradient: all 65536 patterns go through both conversions."""
+    patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
+    dz = run_rows(patterns, torch.zeros_like(patterns), kd.LogitMSE(), dtype).dz
+    assert dz is not None
+    same = (dz == patterns) | (dz.isnan() & patterns.isnan())
+    assert same.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_is_rounded_as_torch_rounds_it(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (64, 4096), generator=generator).to(torch.int32).view(torch.float32)
+    near_ties = (torch.randn(64, 4096, generator=generator).to(dtype).float().view(torch.int32) + torch.randint(-1, 2, (64, 4096))).view(
+        torch.float32
+    )
+    for logits in (bits, near_ties, bits * 1e-30):
+        dz = run_rows(logits, torch.zeros_like(logits), kd.LogitMSE(), dtype).dz
+        assert dz is not None
+        expected = logits.to(dtype)
+        assert ((dz == expected) | (dz.isnan() & expected.isnan())).all()
+
+
+@pytest.mark.parametrize("isa", _C.cpu_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_instruction_set_gives_the_same_numbers(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(9, 1037, generator=generator, dtype=dtype) * 5 for _ in range(2))
+    best = run_rows(student, teacher, kd.JSD(0.3), dtype, temperature=2.0)
+    rows = _C.cpu_rows
+    monkeypatch.setattr(_C, "cpu_rows", lambda arguments, threads: rows(arguments, threads, isa))
+    other = run_rows(student, teacher, kd.JSD(0.3), dtype, temperature=2.0)
+    close = {"rtol": 64 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
+    torch.testing.assert_close(other.loss, best.loss, **close)
+    torch.testing.assert_close(other.dz, best.dz, **close)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (torch.randn(64, 4099, generator=generator) for _ in range(2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run_rows(student, teacher, kd.SkewKL(), torch.float32)
+        torch.set_num_threads(5)
+        five = run_rows(student, teacher, kd.SkewKL(), torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    assert one.dz is not None
+    assert five.dz is not None
+    assert torch.equal(one.dz, five.dz)
+    assert torch.equal(one.state, five.state)
+
+
+def test_what_the_compiled_code_would_touch_is_checked() -> None:
+    logits = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="unit stride"):
+        run_rows(torch.randn(8, 4).t(), logits, kd.ForwardKL(), torch.float32)
+    batch = RowBatch(logits, logits, None, None, None, None, torch.empty(4, 4), dz=torch.empty(4, 7))
+    with pytest.raises(ValueError, match=r"dz must be .* of shape \[4, 8\]"):
+        native.rows(Problem(kd.ForwardKL(), 8), batch, statistics=True)
+    arguments = _C.RowArguments()
+    arguments.divergence = 99
+    with pytest.raises(ValueError, match="id 99"):
+        _C.cpu_rows(arguments, 1)
+    arguments.divergence, arguments.rows, arguments.vocab = 0, 1, 1
+    with pytest.raises(ValueError, match="no instruction set mmx"):
+        _C.cpu_rows(arguments, 1, "mmx")
