@@ -1,0 +1,150 @@
+"""Time and peak memory of one distillation loss, forward and backward, against the GEMM floor and the dense formula.
+
+``python -m benchmarks.loss`` is the run that the README's table comes from; ``--help`` says how to measure something else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+
+import kdkernels as kd
+
+from . import variants
+from .cases import Case, build
+from .measure import OutOfProcessError, peak_extra_bytes, quantile, time_interleaved
+from .results import RESULTS, environment, save
+
+SHAPES, DIVERGENCES, DTYPES = ["2048,32000,512,1024"], ["forward_kl", "jsd"], ["float32", "bfloat16"]
+
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+COLUMNS = ("loss", "ms p50 [p20, p80]", "x of floor", "eager / it", "peak extra MiB", "of eager's")
+
+
+def measure(case: Case, device: str, names: list[str], samples: int, progress: Progress) -> dict[str, Any]:
+    """One case. A variant that cannot run keeps its row, with the reason."""
+    task = progress.add_task(str(case), total=len(names) * (samples + 2))
+    inputs = build(case, device)
+    steps: dict[str, variants.Step] = {}
+    skipped: dict[str, str] = {}
+    for name in names:
+        progress.update(task, description=f"{case}: checking {name}")
+        try:
+            variants.check(name, case, device)
+            steps[name] = variants.build(name, case, inputs)
+        except Exception as error:  # whatever a compiler, a driver or a peer comes up with is this row's result
+            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            progress.advance(task, samples + 2)
+
+    def advance(name: str) -> None:
+        progress.update(task, description=f"{case}: timing {name}", advance=1)
+
+    taken = time_interleaved(steps, inputs, samples, progress=advance)
+    plans = {name: plan(name, case, inputs) for name in steps if name.partition("/")[0] in variants.BACKENDS}
+    del inputs
+    steps.clear()  # so that the processes that measure memory have the machine's to themselves
+    results = []
+    for name in names:
+        row: dict[str, Any] = {"variant": name}
+        if name in skipped:
+            results.append({**row, "skipped": skipped[name]})
+            continue
+        progress.update(task, description=f"{case}: memory of {name}", advance=1)
+        row["samples_ms"] = taken[name]
+        try:
+            row["peak_extra_bytes"] = peak_extra_bytes(name, case, device)
+        except OutOfProcessError as error:
+            row["peak_extra_bytes"], row["no_memory_because"] = None, str(error)
+        results.append({**row, **({"plan": plans[name]} if name in plans else {})})
+    progress.update(task, description=str(case))
+    return {"case": asdict(case), "flop": case.flop, "input_bytes": case.input_bytes, "results": results}
+
+
+def plan(name: str, case: Case, inputs: Any) -> dict[str, int]:
+    backend, _, logits_dtype = name.partition("/")
+    p = kd.plan(
+        inputs.student, inputs.teacher, divergence=case.divergence, temperature=case.temperature,
+        backend=backend, logits_dtype=getattr(torch, logits_dtype) if logits_dtype else None,
+    )  # fmt: skip
+    return {"rows_per_chunk": p.rows_per_chunk, "num_chunks": p.num_chunks, "buffer_bytes": p.buffer_bytes}
+
+
+def rows(measured: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The table of one case, as text; also what the documentation shows."""
+    by_name = {r["variant"]: r for r in measured["results"]}
+
+    def median(name: str) -> float | None:
+        samples = by_name.get(name, {}).get("samples_ms")
+        return quantile(samples, 0.5) if samples else None
+
+    floor, eager, eager_peak = median("floor"), median("eager"), by_name.get("eager", {}).get("peak_extra_bytes")
+    for name, r in by_name.items():
+        if "skipped" in r:
+            yield (name, f"did not run: {r['skipped']}", "", "", "", "")
+            continue
+        low, mid, high = (quantile(r["samples_ms"], q) for q in (0.2, 0.5, 0.8))
+        peak = r["peak_extra_bytes"]
+        yield (
+            name,
+            f"{mid:,.0f} [{low:,.0f}, {high:,.0f}]" if mid >= 100 else f"{mid:.2f} [{low:.2f}, {high:.2f}]",
+            f"{mid / floor:.2f}" if floor else "",
+            f"{eager / mid:.2f}" if eager else "",
+            f"{peak / 2**20:,.0f}" if peak is not None else "",
+            f"{peak / eager_peak:.0%}" if peak is not None and eager_peak else "",
+        )
+
+
+def show(measured: dict[str, Any]) -> None:
+    table = Table(title=str(Case(**measured["case"])), title_justify="left")
+    for at, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if at else "left", no_wrap=True)
+    for row in rows(measured):
+        table.add_row(*row)
+    console.print(table)
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield progress
+
+
+def main(
+    shape: Annotated[list[str], typer.Option(help="N,V,Ds,Dt; may be repeated.")] = SHAPES,
+    divergence: Annotated[list[str], typer.Option(help="forward_kl, reverse_kl or jsd; may be repeated.")] = DIVERGENCES,
+    dtype: Annotated[list[str], typer.Option(help="Of hidden states and heads; may be repeated.")] = DTYPES,
+    temperature: Annotated[float, typer.Option()] = 2.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    variant: Annotated[list[str] | None, typer.Option(help="Such as floor, eager, native, torch/bfloat16; default: all that run.")] = None,
+    samples: Annotated[int, typer.Option(help="Timed rounds per case, after one that warms up.")] = 9,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
+) -> None:
+    """Measures time and peak memory and writes OUT/MACHINE/loss.json."""
+    where = environment(device)  # first: later the load is our own
+    console.print(f"{where['machine']}: torch {where['torch']}, {where['threads']} threads, load average {where['load_average']}")
+    record: dict[str, Any] = {"environment": where, "settings": {"device": device, "samples": samples, "warmup": 1}, "cases": []}
+    with bars() as progress:
+        for text, name, of_type in product(shape, divergence, dtype):
+            n, v, ds, dt = (int(x) for x in text.split(","))
+            case = Case(n, v, ds, dt, of_type, name, temperature)
+            measured = measure(case, device, variant or variants.default_variants(case, device), samples, progress)
+            record["cases"].append(measured)
+            show(measured)
+            path = save(out, "loss", record)  # after every case: a run cut short keeps what it has
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

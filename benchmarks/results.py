@@ -1,0 +1,99 @@
+"""Where results live, and the machine they come from: ``benchmarks/results/<machine>/<name>.json``."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kdkernels
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if names:
+            return str(names[0]).strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine(device: str) -> str:
+    """A short name for the kind of machine, never for the machine: ``cpu-2core-amd-epyc``, ``nvidia-h200``."""
+    if device == "cpu":
+        model = re.sub(r"\((r|tm)\)|cpu|processor|@.*", " ", cpu_model(), flags=re.IGNORECASE)
+        name = f"cpu-{cores()}core-{model}"
+    else:
+        name = torch.cuda.get_device_name(device)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the numbers depend on."""
+    gpu = device != "cpu"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": machine(device),
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "kdkernels": kdkernels.__version__,
+        "commit": _commit(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Short, with ``+`` if the package or its kernels differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--", "kdkernels", "csrc") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save(folder: Path, name: str, record: dict[str, Any]) -> Path:
+    path = folder / record["environment"]["machine"] / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    # A list of numbers reads better on one line.
+    text = re.sub(r"\[\s+([-\d.,\seE+]+?)\s+\]", lambda m: "[" + ", ".join(m[1].replace(",", " ").split()) + "]", text)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def load(name: str, folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Every machine's record of that name."""
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{name}.json"))}

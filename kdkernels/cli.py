@@ -1,0 +1,214 @@
+"""The ``kdkernels`` command. Packages that only one command needs are imported inside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+
+from . import __version__, dispatch
+from .divergences import REGISTRY
+
+__all__ = ["app", "environment", "main"]
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "matplotlib", "typer", "rich")
+VARIABLES = {"TRITON_INTERPRET": "1 runs the triton backend in Triton's interpreter: on the CPU, slow, for checks"}
+
+app = typer.Typer(
+    name="kdkernels",
+    help="Fused knowledge-distillation losses at vocabulary scale, without [N, V] logits.",
+    epilog="Start with `kdkernels demo --quick`, which shows in seconds that everything runs.",
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kdkernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cuda_devices() -> list[str]:
+    devices = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        devices.append(f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    return devices
+
+
+def _backends(device_type: str) -> dict[str, str]:
+    """For float32 logits on such a device: what "auto" takes, and for every backend whether it can run."""
+    dtypes = (torch.float32, torch.float32)
+    home = str(Path.home())  # an import error may name the file it comes from
+    status = {"auto": dispatch.select("auto", device_type, dtypes)}
+    for name in dispatch.NAMES:
+        reason = dispatch.unavailable(name, device_type, dtypes)
+        status[name] = "available" if reason is None else f"not available: {reason}".replace(home, "~")
+    return status
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform, devices, backends and environment variables: what a bug report needs, and no path or secret."""
+    cuda = _cuda_devices()
+    return {
+        "versions": {
+            "kdkernels": __version__,
+            "python": platform.python_version(),
+            **{package: _version_of(package) for package in PACKAGES},
+            "cuda (of torch)": torch.version.cuda or "none",
+        },
+        "platform": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+            "torch threads": torch.get_num_threads(),
+        },
+        "devices": {"cpu": "always", **{f"cuda:{i}": name for i, name in enumerate(cuda)}},
+        "backends": {device_type: _backends(device_type) for device_type in ("cpu", *(["cuda"] if cuda else []))},
+        "environment variables": {name: os.environ.get(name, "not set") for name in VARIABLES},
+    }
+
+
+@app.command(epilog="Example: `kdkernels env --json > environment.json`")
+def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> None:
+    """Show versions, devices, and which backends can run here and why not the others.
+
+    Paste its output into a bug report. It holds no user name, host name or path.
+    """
+    found = environment()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    backends: dict[str, dict[str, str]] = found.pop("backends")
+    sections = {**found, **{f"backends on {device_type}": status for device_type, status in backends.items()}}
+    for title, rows in sections.items():
+        typer.echo(title)
+        for name, value in rows.items():
+            meaning = f"  ({VARIABLES[name]})" if name in VARIABLES else ""
+            typer.echo(f"  {name:<17} {value}{meaning}")
+
+
+class Device(str, Enum):
+    """Where the demo runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DEMO_EXAMPLES = """
+Examples:
+
+- `kdkernels demo` - the Python standard library as text, about four minutes on two cores
+
+- `kdkernels demo --quick` - the same steps in seconds, too little training to learn from
+
+- `kdkernels demo --data my-notes/ --out notes-demo --seed 1` - your own text files
+
+- `kdkernels demo --divergence jsd --temperature 1` - another divergence
+"""
+
+
+@app.command(epilog=DEMO_EXAMPLES)
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of text files, or one text file. Default: the Python standard library's sources."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and the choice of held-out files.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of each student; the teacher's scale along. Default: 400, quick 20.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=300, max=65536, help="Tokens of the byte-level BPE, at most. Default: 2048, quick 512.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help=f"auto, {', '.join(dispatch.NAMES)}; see `kdkernels env`.")] = "auto",
+    divergence: Annotated[str, typer.Option(help=f"{', '.join(REGISTRY)}.")] = "forward_kl",
+    temperature: Annotated[
+        float, typer.Option(help="T > 0 of the distillation term: above 1 it looks at unlikely tokens more.")
+    ] = 1.0,
+    device: Annotated[Device, typer.Option(help="auto takes a CUDA device if there is one.")] = Device.auto,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models and few steps.")] = False,
+) -> None:
+    """Distil a small language model on real text, and measure the fused loss against a dense one.
+
+    Trains a tokenizer and a Llama teacher, then two smaller students from the same initial weights, on the same batches,
+    for the same number of steps: one with cross-entropy (CE) only, one with CE and distillation (KD) through
+    `kdkernels.distillation_loss`. Prints held-out losses, times and memory, and writes a figure and a JSON with all of it.
+    """
+    # Light, and checks that the packages of the extras are there before anything imports them.
+    from rich.console import Console
+
+    from .demo import run
+    from .demo.settings import DemoError, Settings
+
+    settings = Settings.make(
+        quick=quick,
+        seed=seed,
+        steps=steps,
+        vocab_size=vocab_size,
+        backend=backend,
+        divergence=divergence,
+        temperature=temperature,
+        device=device.value if device is not Device.auto else "cuda" if torch.cuda.is_available() else "cpu",
+    )
+    try:
+        run.run(settings, data, out, environment(), Console())
+    except DemoError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted.", err=True)
+        raise typer.Exit(130) from None
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of the ``kdkernels`` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Real text that every machine with Python has, or the user's own; split into training and held-out files; tokenised."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import random
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .settings import DemoError
+
+__all__ = ["Corpus", "Document", "Tokens", "collect", "tokenize"]
+
+MIN_BYTES = 100_000
+"""Text below this trains no tokenizer worth the name, and leaves no held-out windows."""
+
+HELD_OUT_SHARE = 0.1
+_FEWEST_HELD_OUT_SHARE = 0.05  # below it the files are too few and too large to split by file
+_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
+_TEST_FOLDERS = {"test", "tests", "idle_test"}  # of the standard library: byte soup and generated tables
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text file; ``name`` is its path below the folder that was asked for."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """``split`` says in words how ``held_out`` was set apart from ``train``."""
+
+    source: str
+    train: list[Document]
+    held_out: list[Document]
+    split: str
+
+    @property
+    def sha256(self) -> str:
+        """Of all names and texts: equal hashes are equal inputs to the training."""
+        digest = hashlib.sha256()
+        for document in (*self.train, *self.held_out):
+            digest.update(f"{document.name}\0{document.text}\0".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids of both halves, ``[tokens]`` int64 each, files joined by an end-of-text token."""
+
+    train: Tensor
+    held_out: Tensor
+    vocab: int
+
+
+def collect(data: Path | None, max_bytes: int, seed: int) -> Corpus:
+    """Up to ``max_bytes`` of text from a folder or file; None is the Python standard library's sources.
+
+    Which files are taken, and which of them are held out, depends on the seed and the files alone. Hidden, binary,
+    unreadable, empty and repeated files are left out.
+
+    Raises:
+        DemoError: no such path, or too little text.
+    """
+    if data is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        source = f"Python {platform.python_version()} standard library"
+        paths = [p for p in _walk(root) if p.suffix == ".py" and not _TEST_FOLDERS & set(p.relative_to(root).parts)]
+    elif data.is_dir():
+        root, source, paths = data, str(data), list(_walk(data))
+    elif data.is_file():
+        root, source, paths = data.parent, str(data), [data]
+    else:
+        raise DemoError(f"--data {data}: no such file or folder. Give a text file, a folder of text files, or leave --data out")
+
+    random.Random(seed).shuffle(paths)
+    documents = _read(root, paths, max_bytes)
+    size = sum(map(_size, documents))
+    if size < MIN_BYTES:
+        found = f"{size:,} bytes of UTF-8 text in {len(documents)} of {len(paths)} file{'s' if len(paths) != 1 else ''}"
+        raise DemoError(
+            f"--data {source}: found {found}, and the demo needs at least {MIN_BYTES:,} bytes. "
+            "Give a larger text file or folder, or leave --data out to train on the Python standard library"
+        )
+    return _split(source, documents, size)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Regular files below a folder, in an order that does not depend on the file system."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("."))
+        for name in sorted(files):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+def _read(root: Path, paths: list[Path], max_bytes: int) -> list[Document]:
+    documents, seen, room = [], set(), max_bytes
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                raw = file.read(room)
+                if file.read(1):
+                    raw = raw[: raw.rfind(b"\n") + 1]
+            text = raw.decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        # A file in both halves of the split would be held-out text that the models have seen.
+        if not text.strip() or "\0" in text or text in seen:
+            continue
+        seen.add(text)
+        documents.append(Document(path.relative_to(root).as_posix(), text))
+        room -= len(raw)
+        if room <= 0:
+            break
+    return documents
+
+
+def _size(document: Document) -> int:
+    return len(document.text.encode())
+
+
+def _split(source: str, documents: list[Document], size: int) -> Corpus:
+    held_out: list[Document] = []
+    taken = 0
+    for document in documents:
+        if taken + _size(document) <= HELD_OUT_SHARE * size:
+            held_out.append(document)
+            taken += _size(document)
+    if taken >= _FEWEST_HELD_OUT_SHARE * size:
+        names = {d.name for d in held_out}
+        return Corpus(source, [d for d in documents if d.name not in names], held_out, "by file")
+    *others, last = sorted(documents, key=_size)
+    cut = last.text.rfind("\n", 0, int(len(last.text) * (1 - HELD_OUT_SHARE))) + 1 or int(len(last.text) * (1 - HELD_OUT_SHARE))
+    head, tail = Document(f"{last.name} (start)", last.text[:cut]), Document(f"{last.name} (end)", last.text[cut:])
+    return Corpus(source, [*others, head], [tail], "the end of the largest file: too few files to hold whole ones out")
+
+
+def tokenize(corpus: Corpus, vocab_size: int) -> Tokens:
+    """Trains a byte-level BPE of at most ``vocab_size`` tokens on the training half, and encodes both halves with it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    end_of_text = "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_of_text],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((d.text for d in corpus.train), trainer)
+    end = tokenizer.token_to_id(end_of_text)
+
+    def encode(documents: list[Document]) -> Tensor:
+        encodings = tokenizer.encode_batch_fast([d.text for d in documents])
+        return torch.tensor([i for encoding in encodings for i in (*encoding.ids, end)])
+
+    return Tokens(encode(corpus.train), encode(corpus.held_out), tokenizer.get_vocab_size())

@@ -1,0 +1,99 @@
+"""Fixtures: which backends, on which devices, and memory that is poisoned so that what nobody wrote is noticed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from kdkernels import dispatch, gemm
+
+BACKENDS = ("torch", "native", "triton")
+"""Backends that every numeric test runs on where they can. "cuda" joins here. On a CPU, triton means its
+interpreter (TRITON_INTERPRET=1), which is slow: tests with large shapes ask ``interpreted``."""
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+# Deadlines measure the machine, not the code; derandomised examples make a failure everyone's failure.
+settings.register_profile("kdkernels", deadline=None, derandomize=True, max_examples=40, print_blob=True)
+settings.load_profile("kdkernels")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one worker per core already
+
+
+def require(backend: str, device: str, *dtypes: torch.dtype) -> None:
+    """Skips the test, with the backend's own reason, where it cannot run on logits of such dtypes."""
+    dtypes = dtypes or (torch.float32,)
+    reason = dispatch.unavailable(backend, device, (dtypes[0], dtypes[-1]))
+    if reason is not None:
+        pytest.skip(f"{backend} on {device}: {reason}")
+
+
+def interpreted(backend: str, device: str) -> bool:
+    return backend == "triton" and device == "cpu"
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    return request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, device: str) -> str:
+    require(request.param, device)
+    return request.param
+
+
+@pytest.fixture
+def engine_backend(backend: str, device: str) -> str:
+    """For what the engine does, whichever kernel it calls: nothing is learnt there from an interpreter, slowly."""
+    if interpreted(backend, device):
+        pytest.skip("about the engine, not the kernel: not in the interpreter")
+    return backend
+
+
+@pytest.fixture(params=("reference", *BACKENDS))
+def any_backend(request: pytest.FixtureRequest, device: str) -> str:
+    """With the reference, where a test is about meaning and not about chunks."""
+    require(request.param, device)
+    return request.param
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return filled
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised floating-point memory holds NaN, so that an output nobody wrote does not pass as a lucky zero."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each matrix product of the engine has run."""
+    counts = dict.fromkeys(("logits", "grad_hidden", "add_grad_weight"), 0)
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in counts:
+        monkeypatch.setattr(gemm, name, counted(name, getattr(gemm, name)))
+    return counts

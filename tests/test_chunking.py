@@ -1,0 +1,142 @@
+"""The planner as a pure function, then that no plan changes a result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import make_labels, make_side, run
+
+import kdkernels as kd
+from kdkernels import chunking
+from kdkernels.chunking import ROW_MULTIPLE, Chunks, padded_vocab, plan_chunks
+
+rows = st.integers(0, 5000)
+per_row = st.integers(1, 10_000)
+
+
+@given(rows, per_row, st.integers(1, 5_000_000), st.none() | st.integers(1, 3000))
+def test_plan_by_budget(num_rows: int, bytes_per_row: int, budget: int, enough: int | None) -> None:
+    if budget < bytes_per_row:
+        with pytest.raises(ValueError, match=rf"memory_budget={budget} .*minimum here is {bytes_per_row} bytes"):
+            plan_chunks(num_rows, bytes_per_row, budget, None, enough)
+        return
+    chunks = plan_chunks(num_rows, bytes_per_row, budget, None, enough)
+    check_cover(chunks, num_rows)
+    fits = min(budget // bytes_per_row, enough or num_rows)
+    assert chunks.rows <= max(1, fits)
+    if chunks.count > 1:
+        # Multiples of a tile where the budget has room for one, and no more chunks than such multiples take.
+        step = ROW_MULTIPLE if fits >= ROW_MULTIPLE else 1
+        assert chunks.rows % step == 0
+        largest = fits // step * step
+        assert chunks.count <= -(-num_rows // largest)
+        # Even: a chunk is no larger than the same number of equal chunks takes, up to the tile.
+        assert chunks.rows - -(-num_rows // chunks.count) < step
+    elif num_rows:
+        assert chunks.rows == num_rows
+
+
+@given(rows, st.integers(1, 6000), per_row)
+def test_plan_by_rows(num_rows: int, chunk_rows: int, bytes_per_row: int) -> None:
+    """Outright: whatever the budget says."""
+    chunks = plan_chunks(num_rows, bytes_per_row, memory_budget=1, chunk_rows=chunk_rows)
+    check_cover(chunks, num_rows)
+    assert chunks.rows == max(1, min(chunk_rows, num_rows))
+
+
+def check_cover(chunks: Chunks, num_rows: int) -> None:
+    """Every row once, in order, in non-empty chunks of which all but the last have the same size."""
+    spans = list(chunks)
+    assert len(spans) == chunks.count
+    assert [row for start, stop in spans for row in range(start, stop)] == list(range(num_rows))
+    sizes = [stop - start for start, stop in spans]
+    assert all(size == chunks.rows for size in sizes[:-1])
+    assert all(0 < size <= chunks.rows for size in sizes)
+
+
+def test_plan_examples() -> None:
+    """Worked out by hand."""
+    assert plan_chunks(0, 100) == Chunks(0, 1)
+    assert list(plan_chunks(0, 100)) == []
+    assert plan_chunks(1000, 0) == Chunks(1000, 1000)  # dense both sides: no buffer, one chunk
+    assert plan_chunks(10_000, 1 << 20) == Chunks(10_000, 1024)  # 1 GiB by default
+    assert list(plan_chunks(1025, 1, memory_budget=1024)) == [(0, 640), (640, 1025)]  # not 1024 + 1
+    assert list(plan_chunks(10, 1, memory_budget=4)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(plan_chunks(9, 1, memory_budget=5)) == [(0, 5), (5, 9)]  # below a tile: as even as can be
+    assert plan_chunks(4096, 1, memory_budget=200).rows == 128
+    assert plan_chunks(4096, 1, memory_budget=4096, enough_rows=1024).rows == 1024
+
+
+@given(st.integers(1, 300_000), st.sampled_from([2, 4, 8]))
+def test_padded_vocab(vocab: int, itemsize: int) -> None:
+    width = padded_vocab(vocab, itemsize)
+    assert width >= vocab
+    assert width * itemsize % 16 == 0
+    assert (width - vocab) * itemsize < 16
+
+
+def test_default_budget_is_a_gibibyte() -> None:
+    assert chunking.DEFAULT_BUDGET == 2**30
+
+
+# ---- results do not depend on it
+
+N, V = 130, 37  # more than a tile of 128, with a last chunk of two rows
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    "dims", [(8, 12), (8, None), (None, 12), (None, None)], ids=["head/head", "head/dense", "dense/head", "dense/dense"]
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_result_does_not_depend_on_chunks(
+    dims: tuple[int | None, int | None], reduction: str, masked: bool, engine_backend: str, device: str
+) -> None:
+    student, teacher = (make_side((N,), V, d, seed=i, device=device, bias=True) for i, d in enumerate(dims))
+    labels = make_labels((N,), V, device, masked=masked)
+    options = {"labels": labels, "ce_weight": 0.5, "reduction": reduction, "divergence": kd.JSD(), "backend": engine_backend}
+    whole = run(kd.distillation_loss, student, teacher, {**options, "chunk_rows": N})
+    # A row takes 2 * 40 * 4 bytes in two float32 buffers with rows padded to 16 bytes: budgets of one row, three, and a tile.
+    ways = [{"chunk_rows": c} for c in (1, 7, 128, 10_000)] + [{"memory_budget": 320 * r} for r in (1, 3, 128)] + [{}]
+    for way in ways:
+        got = run(kd.distillation_loss, student, teacher, {**options, **way})
+        for name, value in whole.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, w=way, n=name: f"{w} {n}: {m}")
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 5])
+def test_chunks_reach_the_kernel(chunk_rows: int, backend: str, device: str, calls: dict[str, int]) -> None:
+    """Five valid rows of seven: chunks are of valid rows."""
+    student, teacher = (make_side((7,), V, d, seed=d, device=device) for d in (8, 12))
+    labels = torch.tensor([1, -100, 2, 3, -100, 4, 5], device=device)
+    run(kd.distillation_loss, student, teacher, {"labels": labels, "chunk_rows": chunk_rows, "backend": backend})
+    assert calls["logits"] == 2 * -(-5 // chunk_rows)
+
+
+def test_budget_below_one_row(backend: str, device: str) -> None:
+    student, teacher = (make_side((7,), V, d, seed=d, device=device) for d in (8, 12))
+    with pytest.raises(ValueError, match=r"memory_budget=319 bytes is too small .* minimum here is 320 bytes"):
+        kd.distillation_loss(student, teacher, memory_budget=319, backend=backend)
+    assert torch.isfinite(kd.distillation_loss(student, teacher, memory_budget=320, backend=backend))
+
+
+def test_no_buffer_is_larger_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The promise of the package: with a budget of four rows, no tensor of more rows of logits is ever allocated."""
+    student, teacher = (make_side((64,), 1000, d, seed=d) for d in (8, 12))
+    student.hidden.requires_grad_()
+    largest = 0
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (torch, "zeros"), (torch, "zeros_like")):
+        allocate = getattr(owner, name)
+
+        def recorded(*args: object, allocate: object = allocate, **kwargs: object) -> torch.Tensor:
+            nonlocal largest
+            tensor = allocate(*args, **kwargs)
+            largest = max(largest, tensor.numel())
+            return tensor
+
+        monkeypatch.setattr(owner, name, recorded)
+    kd.distillation_loss(student, teacher, memory_budget=8000 * 4, backend="torch").backward()
+    assert 4 * 1000 <= largest <= 4 * 1000 + 8

@@ -1,0 +1,162 @@
+"""Which backend runs, why not the others, and what ``plan`` says about it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import make_labels, make_side
+
+import kdkernels as kd
+from kdkernels import dispatch
+
+F32 = (torch.float32, torch.float32)
+N, V = 300, 1000
+
+
+def heads(n: int = N, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[kd.LMHead, kd.LMHead]:
+    return make_side((n,), V, 8, seed=1, dtype=dtype, device=device), make_side((n,), V, 12, seed=2, dtype=dtype, device=device)
+
+
+@pytest.fixture
+def fresh() -> object:
+    """The choice is cached: tests that change what is available must leave no trace."""
+    dispatch._select.cache_clear()
+    yield
+    dispatch._select.cache_clear()
+
+
+def test_names() -> None:
+    assert set(dispatch.NAMES) == {"cuda", "triton", "native", "torch", "reference"}
+    for order in dispatch.AUTO_ORDER.values():
+        assert order[-1] == "torch", "the one that always runs is the last resort"
+        assert "reference" not in order
+
+
+@pytest.mark.parametrize("name", dispatch.NAMES)
+def test_explicit_choice_is_honoured_or_raises(name: str, device: str) -> None:
+    student, teacher = heads(4, device=device)
+    reason = dispatch.unavailable(name, device, F32)
+    if reason is None:
+        assert kd.plan(student, teacher, backend=name).backend == name
+        assert torch.isfinite(kd.distillation_loss(student, teacher, backend=name))
+    else:
+        for call in (kd.distillation_loss, kd.plan):
+            with pytest.raises(kd.BackendUnavailable) as caught:
+                call(student, teacher, backend=name)
+            assert reason in str(caught.value)
+            assert repr(name) in str(caught.value)
+
+
+def test_unavailable_is_never_silent(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
+    monkeypatch.setattr(dispatch.load("torch"), "unavailable", lambda device_type, dtypes: "it is Sunday")
+    student, teacher = heads(4)
+    with pytest.raises(kd.BackendUnavailable, match="'torch' cannot run here: it is Sunday"):
+        kd.distillation_loss(student, teacher, backend="torch")
+
+
+def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
+    monkeypatch.setattr(dispatch, "unavailable", lambda name, *_: None if name in ("triton", "torch", "reference") else "no")
+    assert dispatch.select("auto", "cuda", F32) == "triton"
+    assert dispatch.select("auto", "cpu", F32) == "torch"
+    assert dispatch.select("auto", "mps", F32) == "torch"
+
+
+def test_unknown_backend_lists_the_valid() -> None:
+    student, teacher = heads(4)
+    with pytest.raises(ValueError, match=r"backend 'jax' is unknown; valid names: auto, cuda, triton, native, torch, reference"):
+        kd.distillation_loss(student, teacher, backend="jax")
+
+
+def test_a_module_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> object:
+        raise ImportError("libsomething.so.7: cannot open")
+
+    monkeypatch.setattr(dispatch, "load", broken)
+    assert "libsomething.so.7" in str(dispatch.unavailable("triton", "cuda", F32))
+
+
+def test_triton_does_not_take_float64() -> None:
+    assert "float64" in str(dispatch.unavailable("triton", "cpu", (torch.float64, torch.float32)))
+    assert "float64" in str(dispatch.unavailable("triton", "cuda", (torch.float32, torch.float64)))
+
+
+def test_plan_names_a_reason_for_every_other_backend(device: str) -> None:
+    student, teacher = heads(device=device)
+    plan = kd.plan(student, teacher)
+    assert plan.backend == dispatch.select("auto", device, F32)
+    assert set(plan.not_chosen) == set(dispatch.NAMES) - {plan.backend}
+    assert all(plan.not_chosen.values())
+    assert "checks" in plan.not_chosen["reference"]
+    asked = kd.plan(student, teacher, backend="torch")
+    assert "'torch' was asked for" in asked.not_chosen["reference"]
+    if device == "cpu":
+        assert plan.backend == ("native" if dispatch.unavailable("native", "cpu", F32) is None else "torch")
+        if plan.backend == "native":
+            assert plan.not_chosen["torch"] == "native is faster"
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_plan_numbers(backend: str) -> None:
+    """Two float32 buffers: 8000 bytes a row. Dense: two times logits, and the student's gradient if it has one."""
+    student, teacher = heads()
+    plan = kd.plan(student, teacher, backend=backend, chunk_rows=128)
+    assert (plan.rows_per_chunk, plan.num_chunks) == (128, 3)
+    assert plan.buffer_bytes == 128 * 8000
+    assert plan.dense_bytes == N * 8000
+    assert plan.saved_bytes == plan.dense_bytes - plan.buffer_bytes
+    student.hidden.requires_grad_()
+    assert kd.plan(student, teacher, backend=backend).dense_bytes == N * 12000
+    whole = kd.plan(student, teacher, backend=backend)
+    assert (whole.rows_per_chunk, whole.num_chunks, whole.buffer_bytes) == (N, 1, N * 8000)
+    tight = kd.plan(student, teacher, backend=backend, memory_budget=130 * 8000)
+    assert tight.rows_per_chunk == 128
+    assert tight.buffer_bytes <= 130 * 8000
+
+
+def test_plan_counts_valid_rows() -> None:
+    student, teacher = heads()
+    labels = make_labels((N,), V)
+    assert kd.plan(student, teacher, labels=labels, backend="torch").rows_per_chunk == 200
+    assert kd.plan(student, teacher, labels=torch.full((N,), -100), backend="torch").num_chunks == 0
+
+
+def test_plan_of_dense_logits_needs_no_buffer() -> None:
+    plan = kd.plan(torch.zeros(5, 9), torch.zeros(5, 9), backend="torch")
+    assert (plan.rows_per_chunk, plan.num_chunks, plan.buffer_bytes, plan.dense_bytes, plan.saved_bytes) == (5, 1, 0, 0, 0)
+
+
+def test_plan_of_the_reference_is_dense() -> None:
+    plan = kd.plan(*heads(), backend="reference")
+    assert plan.buffer_bytes == plan.dense_bytes
+    assert plan.saved_bytes == 0
+    assert (plan.rows_per_chunk, plan.num_chunks) == (N, 1)
+
+
+def test_plan_of_16_bit_heads() -> None:
+    """float32 logits by default; bfloat16 ones halve the buffer."""
+    student, teacher = heads(dtype=torch.bfloat16)
+    assert kd.plan(student, teacher, backend="torch").buffer_bytes == N * 8000
+    assert kd.plan(student, teacher, backend="torch", logits_dtype=torch.bfloat16).buffer_bytes == N * 4000
+    assert kd.plan(student, teacher, backend="torch").dense_bytes == N * 4000
+
+
+def test_plan_on_meta_tensors() -> None:
+    """To plan for shapes that do not fit into this machine."""
+    student = kd.LMHead(torch.empty(1 << 20, 4096, device="meta"), torch.empty(151936, 4096, device="meta"))
+    plan = kd.plan(student, student)
+    assert plan.dense_bytes == (1 << 20) * 151936 * 4 * 2
+    assert plan.buffer_bytes <= 1 << 30
+    assert plan.rows_per_chunk % 128 == 0
+    assert plan.num_chunks * plan.rows_per_chunk >= 1 << 20
+
+
+def test_plan_computes_nothing(calls: dict[str, int]) -> None:
+    kd.plan(*heads(), labels=make_labels((N,), V), return_stats=True)
+    assert not any(calls.values())
+
+
+def test_plan_matches_the_run(calls: dict[str, int]) -> None:
+    student, teacher = heads()
+    options = {"labels": make_labels((N,), V), "memory_budget": 130 * 8000, "backend": "torch"}
+    kd.distillation_loss(student, teacher, **options)
+    assert calls["logits"] == 2 * kd.plan(student, teacher, **options).num_chunks

@@ -1,0 +1,319 @@
+"""The divergences by themselves: the oracle against the hand-derived gradients, then the package's two forms against the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import DIVERGENCES, ONE_OF_EACH, closed_form, divergence, name_of
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels import divergences, reference
+from kdkernels.divergences import REGISTRY, Divergence
+
+every = pytest.mark.parametrize("d", DIVERGENCES, ids=name_of)
+one_of_each = pytest.mark.parametrize("d", ONE_OF_EACH, ids=name_of)
+
+
+def pair(seed: int = 0, rows: int = 7, vocab: int = 31, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, u = (torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * spread for _ in range(2))
+    return x, u
+
+
+def value_and_gradient(d: Divergence, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """What kernels compute from ``terms``: D ``[N]``, and ``T * dD/dz_s [N, V]``."""
+    log_q, log_p = reference.normalize(x, u, d), reference.normalize(u, x, d)
+    value, slope = d.terms(log_q.clone(), log_p.clone(), log_q.exp(), log_p.exp())
+    total = slope.sum(-1, keepdim=True) if d.slope_sum is None else torch.full_like(slope[:, :1], d.slope_sum)
+    gradient = slope - torch.softmax(x, -1) * total if d.normalizer == "softmax" else slope
+    return value.sum(-1), gradient
+
+
+@every
+def test_oracle_gradient_is_the_closed_form(d: Divergence) -> None:
+    """The two forms in oracle.py were written independently: where they agree, both are right."""
+    x, u = pair()
+    x.requires_grad_()
+    divergence(d, x, u).sum().backward()
+    torch.testing.assert_close(x.grad, closed_form(d, x.detach(), u), rtol=1e-9, atol=1e-12)
+
+
+@every
+def test_reference_formula(d: Divergence) -> None:
+    x, u = pair(1)
+    columns = d.reference(reference.normalize(x, u, d), reference.normalize(u, x, d))
+    assert columns.shape == x.shape
+    torch.testing.assert_close(columns.sum(-1), divergence(d, x, u), rtol=1e-11, atol=1e-13)
+
+
+@every
+@pytest.mark.parametrize("spread", [1e-3, 2.0, 8.0])
+def test_terms_give_value_and_gradient(d: Divergence, spread: float) -> None:
+    x, u = pair(2, spread=spread)
+    value, gradient = value_and_gradient(d, x, u)
+    # The oracle subtracts sums near 1: its digits are relative to 1, however small the divergence. Not so ours, see below.
+    torch.testing.assert_close(value, divergence(d, x, u), rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(gradient, closed_form(d, x, u), rtol=1e-9, atol=1e-13 * max(1.0, float(value.max())))
+
+
+@every
+def test_known_slope_sum_is_the_sum(d: Divergence) -> None:
+    """Kernels skip a sweep where it is declared: a wrong number there is a wrong gradient everywhere."""
+    if d.slope_sum is None or d.normalizer != "softmax":
+        pytest.skip("not declared")
+    log_q, log_p = (torch.log_softmax(t, -1) for t in pair(3))
+    _, slope = d.terms(log_q.clone(), log_p.clone(), log_q.exp(), log_p.exp())
+    torch.testing.assert_close(slope.sum(-1), torch.full((7,), d.slope_sum, dtype=torch.float64))
+
+
+@every
+def test_columns_of_a_value_are_not_negative(d: Divergence) -> None:
+    """So a sum cannot cancel, and cannot go below zero, in any dtype."""
+    for dtype, spread in [(torch.float64, 2.0), (torch.float64, 1e-5), (torch.float32, 2.0), (torch.float32, 1e-4)]:
+        x, u = (t.to(dtype) for t in pair(4, spread=spread))
+        log_q, log_p = reference.normalize(x, u, d), reference.normalize(u, x, d)
+        value, _ = d.terms(log_q.clone(), log_p.clone(), log_q.exp(), log_p.exp())
+        # Rounding of log q alone moves f off its quadratic minimum by eps * q.
+        assert float(value.min()) >= -4 * torch.finfo(dtype).eps
+
+
+@every
+@pytest.mark.parametrize("gap", [1e-2, 1e-4])
+def test_close_pairs_keep_their_digits(d: Divergence, gap: float) -> None:
+    """Near p = q a divergence is O(gap^2), and the naive float32 formula returns rounding noise."""
+    x, u = pair(5, spread=1.0)
+    x = u + gap * x
+    x, u = x.float().double(), u.float().double()
+    value, gradient = value_and_gradient(d, x.float(), u.float())
+    true_value, true_gradient = value_and_gradient(d, x, u)  # float64, held against the oracle above
+    # log q - log p is known to about eps in float32, that is to eps / gap relative; twice that in a square.
+    relative = 2.0**-22 / gap
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=0, atol=32 * relative * float(true_gradient.abs().max()))
+    if not isinstance(d, kd.TotalVariation):
+        tolerance = 64 * max(relative, 2.0**-22 / gap**2)
+        torch.testing.assert_close(value.double(), true_value, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize(
+    "d", [kd.JSD(0.999), kd.JSD(0.001), kd.SkewKL(0.999), kd.SkewReverseKL(0.001), kd.SkewReverseKL(0.999)], ids=name_of
+)
+def test_unequal_mixtures_keep_their_digits(d: Divergence) -> None:
+    """log m where nearly all of m is the smaller one: 1 - 0.999 (1 - small) must not be formed by subtraction.
+
+    Column by column, since a sum hides it: float32 with the same (rounded) logarithms against float64.
+    """
+    log_q = torch.linspace(-12, -0.01, 200).repeat(2)
+    log_p = torch.cat([log_q[:200] - 9, log_q[:200] + 9])  # one 8000 times the other
+    log_q = torch.cat([log_q[:200], log_q[:200]])
+    got = d.terms(log_q.clone(), log_p.clone(), log_q.exp(), log_p.exp())
+    wide = (log_q.double(), log_p.double())
+    true = d.terms(wide[0].clone(), wide[1].clone(), wide[0].exp(), wide[1].exp())
+    for column, truth in zip(got, true, strict=True):
+        torch.testing.assert_close(column.double(), truth, rtol=2e-6, atol=1e-30)
+
+
+@every
+def test_zero_at_equality(d: Divergence) -> None:
+    x, _ = pair(6)
+    for dtype in (torch.float64, torch.float32):
+        value, gradient = value_and_gradient(d, x.to(dtype), x.to(dtype))
+        assert float(value.abs().max()) == 0.0
+        assert float(gradient.abs().max()) <= 4 * torch.finfo(dtype).eps
+
+
+# ---- relations between them: an error of meaning (a swapped pair, a mirrored weight) cannot satisfy all of these
+
+
+def amount(d: Divergence, x: Tensor, u: Tensor) -> Tensor:
+    return value_and_gradient(d, x, u)[0]
+
+
+def test_direction_of_forward_and_reverse() -> None:
+    """Forward is KL(teacher || student): infinite where the student, not the teacher, has ruled a token out."""
+    full, gap = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64)
+    assert amount(kd.ForwardKL(), x=gap, u=full).item() == math.inf
+    assert amount(kd.ForwardKL(), x=full, u=gap).item() == pytest.approx(math.log(3 / 2))
+    assert amount(kd.ReverseKL(), x=gap, u=full).item() == pytest.approx(math.log(3 / 2))
+    assert amount(kd.ReverseKL(), x=full, u=gap).item() == math.inf
+
+
+def test_numbers_worked_out_by_hand() -> None:
+    """p = (3/4, 1/4), q = (1/2, 1/2)."""
+    u, x = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    reverse = 0.5 * math.log(2 / 3) + 0.5 * math.log(2.0)
+    expected = {
+        kd.ForwardKL(): forward,
+        kd.ReverseKL(): reverse,
+        kd.SymmetricKL(0.25): 0.75 * forward + 0.25 * reverse,
+        kd.TotalVariation(): 0.25,
+        # m = 0.2 p + 0.8 q = (.55, .45)
+        kd.SkewKL(0.2): 0.75 * math.log(0.75 / 0.55) + 0.25 * math.log(0.25 / 0.45),
+        # m = 0.8 p + 0.2 q = (.7, .3)
+        kd.SkewReverseKL(0.2): 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3),
+        kd.JSD(0.2): 0.2 * (0.75 * math.log(0.75 / 0.55) + 0.25 * math.log(0.25 / 0.45))
+        + 0.8 * (0.5 * math.log(0.5 / 0.55) + 0.5 * math.log(0.5 / 0.45)),
+        kd.AlphaDivergence(2.0): ((0.75**2 + 0.25**2) / 0.5 - 1) / 2,
+        kd.ABDivergence(1.0, 1.0): 0.5 * 2 * 0.25**2,
+        kd.LogitMSE(): 0.5 * math.log(3.0) ** 2,
+        kd.LogitMSE(centered=True): 0.25 * math.log(3.0) ** 2,
+    }
+    assert {type(d) for d in expected} == set(REGISTRY.values())
+    for d, number in expected.items():
+        assert amount(d, x, u).item() == pytest.approx(number, rel=1e-12), d
+        assert divergence(d, x, u).item() == pytest.approx(number, rel=1e-12), d
+
+
+def test_mirrored_pairs() -> None:
+    x, u = pair(7)
+    mirrored = [
+        (kd.ForwardKL(), kd.ReverseKL()),
+        (kd.SkewKL(0.3), kd.SkewReverseKL(0.3)),
+        (kd.JSD(0.3), kd.JSD(0.7)),
+        (kd.SymmetricKL(0.3), kd.SymmetricKL(0.7)),
+        (kd.AlphaDivergence(0.3), kd.AlphaDivergence(0.7)),
+        (kd.ABDivergence(0.2, 0.7), kd.ABDivergence(0.7, 0.2)),
+        (kd.TotalVariation(), kd.TotalVariation()),
+    ]
+    for one, other in mirrored:
+        torch.testing.assert_close(amount(one, x, u), amount(other, u, x), msg=lambda m, o=one: f"{o}: {m}")
+
+
+def test_limits() -> None:
+    """With a parameter at the end of its range each family becomes the one that its error message sends people to."""
+    x, u = pair(8, spread=1.0)
+    e = 1e-7
+    limits = [
+        (kd.SymmetricKL(e), kd.ForwardKL(), 1.0),
+        (kd.SymmetricKL(1 - e), kd.ReverseKL(), 1.0),
+        (kd.SkewKL(e), kd.ForwardKL(), 1.0),
+        (kd.SkewReverseKL(e), kd.ReverseKL(), 1.0),
+        (kd.JSD(e), kd.ForwardKL(), e),  # vanishes, at the rate of beta
+        (kd.JSD(1 - e), kd.ReverseKL(), e),
+        (kd.AlphaDivergence(1 - e), kd.ForwardKL(), 1.0),
+        (kd.AlphaDivergence(e), kd.ReverseKL(), 1.0),
+        (kd.ABDivergence(1.0, e), kd.ForwardKL(), 1.0),
+        (kd.ABDivergence(e, 1.0), kd.ReverseKL(), 1.0),
+        (kd.ABDivergence(0.3, 0.7), kd.AlphaDivergence(0.3), 1.0),  # no limit: equal
+    ]
+    for near, limit, factor in limits:
+        for got, expected in zip(value_and_gradient(near, x, u), value_and_gradient(limit, x, u), strict=True):
+            torch.testing.assert_close(got, expected * factor, rtol=1e-4, atol=1e-5 * factor, msg=lambda m, n=near: f"{n}: {m}")
+
+
+logit = st.floats(-50, 50, allow_nan=False, width=32)
+
+
+@given(st.lists(st.tuples(logit, logit), min_size=1, max_size=12), st.sampled_from(ONE_OF_EACH))
+def test_bounds(rows: list[tuple[float, float]], d: Divergence) -> None:
+    x, u = torch.tensor(rows, dtype=torch.float64).t()[:, None, :]
+    value, gradient = value_and_gradient(d, x.contiguous(), u.contiguous())
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(gradient).all()
+    assert value.item() >= -1e-15
+    upper = {
+        "total_variation": 1.0,
+        "jsd": -0.3 * math.log(0.3) - 0.7 * math.log(0.7),
+        "skew_kl": -math.log(0.2),
+        "skew_reverse_kl": -math.log(0.2),
+    }
+    assert value.item() <= upper.get(d.name, math.inf) + 1e-12
+    if d.normalizer != "none":  # a shift of all logits changes no probability
+        assert abs(gradient.sum().item()) <= 1e-9 * max(1.0, float(gradient.abs().max()))
+
+
+# ---- columns without mass
+
+
+@one_of_each
+def test_columns_that_both_exclude_are_skipped(d: Divergence) -> None:
+    x, u = pair(9)
+    with_gaps = [torch.cat([t, torch.full((7, 3), -math.inf, dtype=torch.float64)], 1) for t in (x, u)]
+    value, gradient = value_and_gradient(d, *with_gaps)
+    true_value, true_gradient = value_and_gradient(d, x, u)
+    torch.testing.assert_close(value, true_value)
+    torch.testing.assert_close(gradient[:, :31], true_gradient)
+    assert (gradient[:, 31:] == 0).all()
+    columns = d.reference(reference.normalize(*with_gaps, d), reference.normalize(*with_gaps[::-1], d))
+    torch.testing.assert_close(columns.sum(-1), true_value)
+
+
+SOFTMAX_ONLY = [d for d in DIVERGENCES if d.normalizer == "softmax"]
+
+
+@pytest.mark.parametrize("d", SOFTMAX_ONLY, ids=name_of)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_columns_that_one_excludes(d: Divergence, side: str) -> None:
+    """The value is the definition's, infinite or not, in both forms; never NaN."""
+    x, u = pair(10)
+    (x if side == "student" else u)[:, 5] = -math.inf
+    value, _ = value_and_gradient(d, x, u)
+    truth = divergence(d, x, u)
+    assert not truth.isnan().any()
+    torch.testing.assert_close(value, truth)
+    torch.testing.assert_close(d.reference(reference.normalize(x, u, d), reference.normalize(u, x, d)).sum(-1), truth)
+
+
+# ---- names and parameters
+
+
+def test_registry() -> None:
+    assert len(REGISTRY) == 10
+    assert sorted(cls.id for cls in REGISTRY.values()) == list(range(10))
+    for name, cls in REGISTRY.items():
+        assert divergences.resolve(name) == cls()
+        assert getattr(kd, cls.__name__) is cls
+        assert len(cls().parameters) == len(dataclasses.fields(cls)) <= 2
+        assert all(isinstance(v, float) for v in cls().parameters)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            cls().name = "other"
+
+
+def test_resolve() -> None:
+    mine = kd.JSD(0.3)
+    assert divergences.resolve(mine) is mine
+    with pytest.raises(ValueError, match=r"'kl' is unknown; valid names: forward_kl, .*logit_mse"):
+        divergences.resolve("kl")
+    with pytest.raises(TypeError, match=r"write JSD\(\) instead of JSD"):
+        divergences.resolve(kd.JSD)
+    with pytest.raises(TypeError, match="got int"):
+        divergences.resolve(3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: kd.JSD(0), "beta.*ForwardKL"),
+        (lambda: kd.JSD(0.0), "beta.*ForwardKL"),
+        (lambda: kd.JSD(1), "beta.*ReverseKL"),
+        (lambda: kd.JSD(-0.1), r"JSD\(beta\).*-0\.1"),
+        (lambda: kd.JSD(1.5), r"JSD\(beta\).*1\.5"),
+        (lambda: kd.JSD(math.nan), r"JSD\(beta\).*nan"),
+        (lambda: kd.JSD("half"), r"JSD\(beta\).*'half'"),
+        (lambda: kd.JSD(True), "beta"),
+        (lambda: kd.SymmetricKL(0.0), r"SymmetricKL\(weight\).*0\.0"),
+        (lambda: kd.SymmetricKL(1.0), r"SymmetricKL\(weight\).*1\.0"),
+        (lambda: kd.SkewKL(0.0), r"SkewKL\(alpha\).*0\.0"),
+        (lambda: kd.SkewKL(1.0), r"SkewKL\(alpha\).*1\.0"),
+        (lambda: kd.SkewReverseKL(1.0), r"SkewReverseKL\(alpha\).*1\.0"),
+        (lambda: kd.SkewReverseKL(-1), r"SkewReverseKL\(alpha\).*-1"),
+        (lambda: kd.AlphaDivergence(0), r"AlphaDivergence\(alpha\).*ReverseKL"),
+        (lambda: kd.AlphaDivergence(1.0), r"AlphaDivergence\(alpha\).*ForwardKL"),
+        (lambda: kd.AlphaDivergence(math.inf), r"AlphaDivergence\(alpha\).*inf"),
+        (lambda: kd.ABDivergence(0, 1), "alpha=0"),
+        (lambda: kd.ABDivergence(1, 0.0), r"beta=0\.0"),
+        (lambda: kd.ABDivergence(0.5, -0.5), r"alpha \+ beta.*0\.5"),
+        (lambda: kd.ABDivergence(math.nan, 1.0), r"ABDivergence\(alpha\).*nan"),
+        (lambda: kd.ABDivergence(1.0, math.inf), r"ABDivergence\(beta\).*inf"),
+        (lambda: kd.LogitMSE(1), r"LogitMSE\(centered\).*1"),
+    ],
+)
+def test_bad_parameters(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,359 @@
+"""Numbers: loss and gradients of every backend against the float64 definition and same-dtype torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import interpreted, require
+from oracle import DIVERGENCES, FLOATS, ONE_OF_EACH, all_pairs, check, make_labels, make_side, name_of, run, token_stats, truth_of
+
+import kdkernels as kd
+from kdkernels.divergences import Divergence
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+SIDES = ("head/head", "head/dense", "dense/head", "dense/dense")
+
+# Every pair of settings occurs in some case. That takes 115 cases or so, as many as divergences x reductions; the full product
+# has 22 * 4 * 5 * 4 * 4 * 5 * 2^8 * 3 = 27 million. The settings that interact in threes (dtype, side and reduction decide which
+# code runs) get a full product of their own below.
+PAIRS = all_pairs(
+    {
+        "divergence": DIVERGENCES,
+        "reduction": ["mean", "mean/int", "mean/tensor", "sum", "none"],
+        "dtype": FLOATS,
+        "sides": SIDES,
+        "temperature": [0.5, 1.0, 2.0, 8.0],
+        "labels": ["absent", "given", "masked", "given + ce", "masked + ce"],
+        "vocab_size": ["absent", "student", "both"],
+        "bias": [False, True],
+        "scale": [1.0, 0.25],
+        "softcap": [None, 5.0],
+        "token_weights": [False, True],
+        "t_squared": [True, False],
+        "kd_weight": [1.0, 0.3],
+        "chunk_rows": [None, 2],
+    }
+)
+
+
+def case_id(case: dict[str, Any]) -> str:
+    return f"{name_of(case['divergence'])}-{name_of(case['dtype'])}-{case['sides']}-{case['reduction']}"
+
+
+def random_upstream(leading: tuple[int, ...], device: str) -> torch.Tensor:
+    """Some negative, one zero: what a policy gradient or a token-level mask outside of the loss sends back."""
+    upstream = torch.randn(leading, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    upstream.view(-1)[0] = 0.0
+    return upstream.to(device)
+
+
+def options_of(case: dict[str, Any], leading: tuple[int, ...], vocab: int, device: str) -> tuple[dict[str, Any], Any]:
+    """Keywords of the loss, and the upstream gradient."""
+    options: dict[str, Any] = {k: case[k] for k in ("divergence", "temperature", "t_squared", "kd_weight", "chunk_rows") if k in case}
+    reduction, _, denominator = case.get("reduction", "mean").partition("/")
+    options["reduction"] = reduction
+    if denominator:
+        options["num_items"] = 11 if denominator == "int" else torch.tensor(11, device=device)
+    labels = case.get("labels", "absent")
+    if labels != "absent":
+        options["labels"] = make_labels(leading, vocab, device, masked="masked" in labels)
+    if "ce" in labels:
+        options["ce_weight"] = 0.7
+    if case.get("token_weights"):
+        weights = torch.rand(leading, generator=torch.Generator().manual_seed(3)) * 2
+        weights.view(-1)[-1] = 0.0
+        options["token_weights"] = weights.to(device)
+    return options, random_upstream(leading, device) if reduction == "none" else 0.75
+
+
+def sides_of(case: dict[str, Any], leading: tuple[int, ...], vocab: int, device: str, **more: Any) -> tuple[Any, Any]:
+    kinds = case.get("sides", "head/head").split("/")
+    cut = case.get("vocab_size", "absent")
+    head = {k: case[k] for k in ("bias", "scale", "softcap") if k in case}
+    common = {"dtype": case.get("dtype", torch.float32), "device": device, **head, **more}
+    student = make_side(leading, vocab, 8 if kinds[0] == "head" else None, seed=1, pad=3 if cut != "absent" else None, **common)
+    teacher = make_side(leading, vocab, 12 if kinds[1] == "head" else None, seed=2, pad=5 if cut == "both" else None, **common)
+    return student, teacher
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=case_id)
+def test_pairs_of_settings(case: dict[str, Any], backend: str, device: str) -> None:
+    require(backend, device, case["dtype"])
+    leading, vocab = (2, 4), 61
+    options, upstream = options_of(case, leading, vocab, device)
+    check(backend, *sides_of(case, leading, vocab, device), options, upstream)
+
+
+# One setting at a time, so that what breaks is named by the test that fails first.
+ALONE: list[dict[str, Any]] = [
+    {},
+    {"bias": True},
+    {"scale": 0.25},
+    {"scale": -1.5},
+    {"softcap": 3.0},
+    {"bias": True, "scale": 0.5, "softcap": 3.0},
+    {"vocab_size": "both"},
+    {"temperature": 0.5},
+    {"temperature": 8.0},
+    {"temperature": 4.0, "t_squared": False},
+    {"kd_weight": 0.3},
+    {"kd_weight": 0.0, "labels": "given + ce"},
+    {"labels": "masked"},
+    {"labels": "masked + ce", "temperature": 2.0},
+    {"token_weights": True, "labels": "masked"},
+    {"reduction": "mean/int"},
+    {"reduction": "mean/tensor"},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"chunk_rows": 1},
+]
+
+
+@pytest.mark.parametrize("case", ALONE, ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "defaults")
+def test_one_setting(case: dict[str, Any], any_backend: str, device: str) -> None:
+    leading, vocab = (2, 3), 40
+    options, upstream = options_of(case, leading, vocab, device)
+    check(any_backend, *sides_of(case, leading, vocab, device), options, upstream)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_sides_dtypes_reductions(dtype: torch.dtype, sides: str, reduction: str, backend: str, device: str) -> None:
+    """The three that decide which code runs: products, buffers, and gradients in forward or recomputed in backward."""
+    require(backend, device, dtype)
+    leading, vocab = (5,), 61
+    case = {"sides": sides, "dtype": dtype, "reduction": reduction, "labels": "masked + ce", "token_weights": True}
+    options, upstream = options_of({**case, "divergence": kd.JSD(0.3), "temperature": 2.0, "chunk_rows": 2}, leading, vocab, device)
+    check(backend, *sides_of({**case, "bias": True, "softcap": 6.0}, leading, vocab, device), options, upstream)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_divergences(divergence: Divergence, any_backend: str, device: str) -> None:
+    """Dense both sides: nothing but the row kernel, fused (reduction of a sum) and from saved state (backward)."""
+    options = {"divergence": divergence, "temperature": 1.5}
+    check(any_backend, *sides_of({"sides": "dense/dense"}, (6,), 200, device), {**options, "reduction": "sum"})
+    check(any_backend, *sides_of({"sides": "head/dense"}, (6,), 200, device), {**options, "reduction": "mean"})
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+@pytest.mark.parametrize("gap", [1e-1, 1e-3])
+def test_close_student(divergence: Divergence, gap: float, backend: str, device: str) -> None:
+    """Late in training, where everything cancels. float32 logits of 8 are known to 5e-7, so log q - log p is, and so is a gradient."""
+    teacher = make_side((12,), 150, None, device=device, seed=1)
+    student = teacher + gap * make_side((12,), 150, None, device=device, seed=2)
+    # Floors: for probabilities below 1/4 here, and logits below 8; the value's error is that of a gradient times the gap.
+    size = 0.25 if divergence.normalizer == "softmax" else 1.0
+    options = {"divergence": divergence, "reduction": "none"}  # 12 losses: the largest error of one would be a matter of luck
+    check(backend, student, teacher, options, scales={"d_logits": size / 8, "loss": size * gap / 2})
+
+
+# V = 127: odd and below every tile. 4097: one column into a second block. 50257 (GPT-2): odd. 151937: odd, and large enough that
+# float32 sums over the row matter. N and D tiny, since only the row is of interest.
+@pytest.mark.parametrize("vocab", [1, 2, 127, 4097, 50257, 151937])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_vocabularies(vocab: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    if interpreted(backend, device) and vocab > 5000:
+        pytest.skip("large vocabularies take the interpreter minutes")
+    for divergence in (kd.ForwardKL(), kd.JSD()):
+        case = {"divergence": divergence, "dtype": dtype, "labels": "given + ce", "temperature": 2.0, "bias": True, "vocab_size": "student"}
+        options, upstream = options_of(case, (3,), vocab, device)
+        check(backend, *sides_of(case, (3,), vocab, device), options, upstream)
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+def test_several_blocks_per_row(divergence: Divergence, backend: str, device: str) -> None:
+    """A kernel that goes through a row in blocks has to carry its sums; the last block here is one column wide."""
+    case = {"divergence": divergence, "labels": "given + ce", "sides": "dense/dense", "reduction": "none"}
+    options, upstream = options_of(case, (2,), 8193, device)
+    # A rising row: every block moves the running maximum. A falling one: none does after the first.
+    slope = torch.linspace(-4, 4, 8193, device=device) * torch.tensor([[1.0], [-1.0]], device=device)
+    student, teacher = (side + slope for side in sides_of(case, (2,), 8193, device))
+    check(backend, student, teacher, options, upstream)
+
+
+@pytest.mark.parametrize("leading", [(7,), (2, 3), (2, 1, 3), (1,)])
+@pytest.mark.parametrize("sides", SIDES)
+def test_leading_shapes(leading: tuple[int, ...], sides: str, engine_backend: str, device: str) -> None:
+    case = {"sides": sides, "reduction": "none", "labels": "masked + ce", "token_weights": True}
+    options, upstream = options_of(case, leading, 33, device)
+    result = check(engine_backend, *sides_of(case, leading, 33, device), options, upstream)
+    assert result["loss"].shape == leading
+
+
+# ---- mixed dtypes
+
+MIXED = [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.bfloat16, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("student_dtype", "teacher_dtype"), MIXED, ids=name_of)
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_mixed_dtypes(
+    student_dtype: torch.dtype, teacher_dtype: torch.dtype, sides: str, reduction: str, any_backend: str, device: str
+) -> None:
+    require(any_backend, device, student_dtype, teacher_dtype)
+    case = {"sides": sides, "reduction": reduction, "labels": "masked + ce", "bias": True, "temperature": 2.0}
+    options, upstream = options_of(case, (6,), 50, device)
+    student, _ = sides_of({**case, "dtype": student_dtype}, (6,), 50, device)
+    _, teacher = sides_of({**case, "dtype": teacher_dtype}, (6,), 50, device)
+    result = check(any_backend, student, teacher, options, upstream)
+    assert result["loss"].dtype == (torch.float64 if torch.float64 in (student_dtype, teacher_dtype) else torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_logits_dtype_bfloat16(reduction: str, backend: str, device: str) -> None:
+    """The opt-in for half the memory: what eager bfloat16 does, and no worse."""
+    require(backend, device, torch.bfloat16)
+    case = {"dtype": torch.bfloat16, "reduction": reduction, "labels": "masked", "bias": True}
+    options, upstream = options_of(case, (8,), 61, device)
+    options["chunk_rows"] = 3
+    check(backend, *sides_of(case, (8,), 61, device), {**options, "logits_dtype": torch.bfloat16}, upstream)
+    check(backend, *sides_of(case, (8,), 61, device), {**options, "logits_dtype": torch.float32}, upstream)
+
+
+def test_default_logits_are_not_rounded(backend: str, device: str) -> None:
+    """bfloat16 operands, float32 logits: an order of magnitude closer to the truth than eager's rounded ones."""
+    require(backend, device, torch.float32)
+    case = {"dtype": torch.bfloat16, "reduction": "none", "divergence": kd.JSD()}
+    student, teacher = sides_of(case, (8,), 61, device, spread=8.0)
+    options, upstream = options_of(case, (8,), 61, device)
+    truth = truth_of(student, teacher, options, upstream=upstream)["loss"]
+    narrow, default = (
+        float((run(kd.distillation_loss, student, teacher, {**options, "logits_dtype": d, "backend": backend})["loss"] - truth).abs().max())
+        for d in (torch.bfloat16, None)
+    )
+    assert default < 1e-5 < 1e-3 < narrow
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast(sides: str, reduction: str, backend: str, device: str) -> None:
+    """float32 parameters under bfloat16 autocast: products in bfloat16, gradients float32 and near the truth."""
+    require(backend, device, torch.float32)
+    case = {"sides": sides, "reduction": reduction, "labels": "masked + ce", "bias": True, "softcap": 8.0}
+    options, upstream = options_of(case, (6,), 50, device)
+    student, teacher = sides_of(case, (6,), 50, device)
+    truth = truth_of(student, teacher, options, upstream=upstream)
+
+    def under_autocast(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return kd.distillation_loss(*args, **kwargs)
+
+    ours = run(under_autocast, student, teacher, {**options, "backend": backend}, upstream=upstream)
+    for name, value in ours.items():
+        assert value.dtype == torch.float32, name
+        torch.testing.assert_close(value.double(), truth[name], rtol=0.03, atol=0.03 * float(truth[name].abs().max()))
+    if "head" in sides:  # it did compute in bfloat16: agreement to float32 would mean that autocast was ignored
+        full = run(kd.distillation_loss, student, teacher, {**options, "backend": backend}, upstream=upstream)
+        assert not torch.equal(full["loss"], ours["loss"])
+
+
+def test_autocast_takes_mixed_heads(device: str) -> None:
+    """As after a LayerNorm under autocast: float32 hidden states and a bfloat16 head, or the other way round."""
+    student, teacher = sides_of({}, (4,), 30, device)
+    mixed = kd.LMHead(student.hidden.bfloat16(), student.weight)
+    with torch.autocast(device, torch.bfloat16):
+        got = kd.distillation_loss(mixed, teacher)
+        same = kd.distillation_loss(student, teacher)
+    torch.testing.assert_close(got, same)
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
+@pytest.mark.parametrize("sides", ["head/head", "dense/dense"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+def test_statistics(divergence: Divergence, sides: str, dtype: torch.dtype, any_backend: str, device: str) -> None:
+    require(any_backend, device, dtype)
+    case = {
+        "divergence": divergence, "sides": sides, "dtype": dtype, "labels": "masked + ce", "temperature": 2.0, "kd_weight": 0.3,
+        "token_weights": True, "bias": True, "chunk_rows": 3,
+    }  # fmt: skip
+    leading = (2, 5)
+    options, _ = options_of(case, leading, 45, device)
+    student, teacher = sides_of(case, leading, 45, device)
+    loss, stats = kd.distillation_loss(student, teacher, return_stats=True, backend=any_backend, **options)
+    torch.testing.assert_close(loss, kd.distillation_loss(student, teacher, backend=any_backend, **options), rtol=1e-5, atol=1e-6)
+    expected = token_stats(student, teacher, options)
+    for name, truth in expected.items():
+        value = getattr(stats, name)
+        assert value.shape == leading
+        assert value.dtype == torch.float32
+        assert not value.requires_grad
+        torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert (value[options["labels"] == -100] == 0).all()
+
+
+def test_statistics_without_labels(any_backend: str, device: str) -> None:
+    student, teacher = sides_of({"sides": "dense/dense"}, (4,), 30, device)
+    teacher[2:] = student[2:]  # so that agreement is seen to be 1 somewhere
+    student[0] = -teacher[0]
+    _, stats = kd.distillation_loss(student, teacher, return_stats=True, backend=any_backend)
+    assert stats.cross_entropy.isnan().all()
+    assert stats.top1_agreement.tolist()[0] == 0.0
+    assert stats.top1_agreement.tolist()[2:] == [1.0, 1.0]
+    assert (stats.divergence[2:].abs() < 1e-6).all()
+
+
+def test_statistics_with_labels_but_no_ce_weight(any_backend: str, device: str) -> None:
+    """Cross-entropy is reported whether or not it is trained on."""
+    options, _ = options_of({"labels": "masked", "divergence": kd.LogitMSE()}, (6,), 30, device)
+    student, teacher = sides_of({}, (6,), 30, device)
+    loss, stats = kd.distillation_loss(student, teacher, return_stats=True, backend=any_backend, **options)
+    torch.testing.assert_close(stats.cross_entropy.double(), token_stats(student, teacher, options)["cross_entropy"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, kd.distillation_loss(student, teacher, backend=any_backend, **options))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_statistics_do_not_change_gradients(reduction: str, backend: str, device: str) -> None:
+    case = {"labels": "masked + ce", "reduction": reduction, "divergence": kd.ForwardKL()}
+    options, upstream = options_of(case, (6,), 30, device)
+    student, teacher = sides_of(case, (6,), 30, device)
+    plain = run(kd.distillation_loss, student, teacher, {**options, "backend": backend}, upstream=upstream)
+
+    def first(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return kd.distillation_loss(*args, return_stats=True, **kwargs)[0]
+
+    with_stats = run(first, student, teacher, {**options, "backend": backend}, upstream=upstream)
+    for name, value in plain.items():
+        torch.testing.assert_close(with_stats[name], value, rtol=1e-5, atol=1e-7)
+
+
+# ---- conventions
+
+
+def test_t_squared_multiplies_by_t_squared(any_backend: str, device: str) -> None:
+    """Cross-entropy is left alone."""
+    student, teacher = sides_of({}, (6,), 30, device)
+    options, _ = options_of({"labels": "given + ce", "temperature": 3.0}, (6,), 30, device)
+    at = {**options, "backend": any_backend}
+    on = run(kd.distillation_loss, student, teacher, at)
+    off = run(kd.distillation_loss, student, teacher, {**at, "t_squared": False})
+    ce = run(kd.distillation_loss, student, teacher, {**at, "kd_weight": 0.0})
+    for name in on:
+        torch.testing.assert_close(on[name] - ce[name], 9 * (off[name] - ce[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_defaults_are_forward_kl_per_valid_token(any_backend: str, device: str) -> None:
+    """``F.kl_div(log q, p, reduction="sum") / tokens``: the call that this one replaces."""
+    student, teacher = sides_of({"sides": "dense/dense"}, (2, 3), 30, device)
+    labels = make_labels((2, 3), 30, device)
+    valid = labels != -100
+    log_q, p = torch.log_softmax(student[valid].double(), -1), torch.softmax(teacher[valid].double(), -1)
+    expected = torch.nn.functional.kl_div(log_q, p, reduction="sum") / valid.sum()
+    got = kd.distillation_loss(student, teacher, labels=labels, backend=any_backend)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not math.isclose(got.item(), expected.item() / 2, rel_tol=1e-3)
