@@ -1,4 +1,4 @@
-"""Time and peak memory of one distillation loss, forward and backward, against the GEMM floor and the dense formula.
+"""Time and peak memory of one distillation loss, forward and backward, against its floor and the dense formula.
 
 ``python -m benchmarks.loss`` is the run that the README's table comes from; ``--help`` says how to measure something else.
 """
@@ -22,15 +22,16 @@ from rich.table import Table
 import kdkernels as kd
 
 from . import variants
-from .cases import Case, build
+from .cases import Case, Inputs, build
 from .measure import OutOfProcessError, peak_extra_bytes, quantile, time_interleaved
 from .results import RESULTS, environment, save
 
-SHAPES, DIVERGENCES, DTYPES = ["2048,32000,512,1024"], ["forward_kl", "jsd"], ["float32", "bfloat16"]
+SHAPES = ["2048,32000,512,1024:float32", "2048,32000,512,1024:bfloat16", "2048,32000:float32"]
+DIVERGENCES = ["forward_kl", "jsd"]
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-COLUMNS = ("loss", "ms p50 [p20, p80]", "x of floor", "eager / it", "peak extra MiB", "of eager's")
+COLUMNS = ("loss", "ms p50 [p20, p80]", "x of floor", "eager / it", "peak extra MiB", "of eager's", "gradient error")
 
 
 def measure(case: Case, device: str, names: list[str], samples: int, progress: Progress) -> dict[str, Any]:
@@ -39,10 +40,11 @@ def measure(case: Case, device: str, names: list[str], samples: int, progress: P
     inputs = build(case, device)
     steps: dict[str, variants.Step] = {}
     skipped: dict[str, str] = {}
+    errors: dict[str, float | None] = {}
     for name in names:
         progress.update(task, description=f"{case}: checking {name}")
         try:
-            variants.check(name, case, device)
+            errors[name] = variants.check(name, case, device)
             steps[name] = variants.build(name, case, inputs)
         except Exception as error:  # whatever a compiler, a driver or a peer comes up with is this row's result
             skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -63,16 +65,18 @@ def measure(case: Case, device: str, names: list[str], samples: int, progress: P
             continue
         progress.update(task, description=f"{case}: memory of {name}", advance=1)
         row["samples_ms"] = taken[name]
+        row["gradient_error"] = errors[name]
         try:
             row["peak_extra_bytes"] = peak_extra_bytes(name, case, device)
         except OutOfProcessError as error:
             row["peak_extra_bytes"], row["no_memory_because"] = None, str(error)
         results.append({**row, **({"plan": plans[name]} if name in plans else {})})
     progress.update(task, description=str(case))
-    return {"case": asdict(case), "flop": case.flop, "input_bytes": case.input_bytes, "results": results}
+    sizes = {"flop": case.flop, "floor_bytes": case.floor_bytes, "input_bytes": case.input_bytes}
+    return {"case": asdict(case), **sizes, "results": results}
 
 
-def plan(name: str, case: Case, inputs: Any) -> dict[str, int]:
+def plan(name: str, case: Case, inputs: Inputs) -> dict[str, int]:
     backend, _, logits_dtype = name.partition("/")
     p = kd.plan(
         inputs.student, inputs.teacher, divergence=case.divergence, temperature=case.temperature,
@@ -81,28 +85,36 @@ def plan(name: str, case: Case, inputs: Any) -> dict[str, int]:
     return {"rows_per_chunk": p.rows_per_chunk, "num_chunks": p.num_chunks, "buffer_bytes": p.buffer_bytes}
 
 
+def median(measured: dict[str, Any], name: str) -> float | None:
+    """Milliseconds; None if that variant did not run."""
+    samples = next((r.get("samples_ms") for r in measured["results"] if r["variant"] == name), None)
+    return quantile(samples, 0.5) if samples else None
+
+
+def number(value: float) -> str:
+    """With three digits that mean something."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
 def rows(measured: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """The table of one case, as text; also what the documentation shows."""
-    by_name = {r["variant"]: r for r in measured["results"]}
-
-    def median(name: str) -> float | None:
-        samples = by_name.get(name, {}).get("samples_ms")
-        return quantile(samples, 0.5) if samples else None
-
-    floor, eager, eager_peak = median("floor"), median("eager"), by_name.get("eager", {}).get("peak_extra_bytes")
-    for name, r in by_name.items():
+    floor, eager = median(measured, "floor"), median(measured, "eager")
+    eager_peak = next((r.get("peak_extra_bytes") for r in measured["results"] if r["variant"] == "eager"), None)
+    for r in measured["results"]:
+        name = r["variant"]
         if "skipped" in r:
-            yield (name, f"did not run: {r['skipped']}", "", "", "", "")
+            yield (name, f"did not run: {r['skipped']}", *("" for _ in COLUMNS[2:]))
             continue
         low, mid, high = (quantile(r["samples_ms"], q) for q in (0.2, 0.5, 0.8))
-        peak = r["peak_extra_bytes"]
+        peak, error = r["peak_extra_bytes"], r["gradient_error"]
         yield (
             name,
-            f"{mid:,.0f} [{low:,.0f}, {high:,.0f}]" if mid >= 100 else f"{mid:.2f} [{low:.2f}, {high:.2f}]",
+            f"{number(mid)} [{number(low)}, {number(high)}]",
             f"{mid / floor:.2f}" if floor else "",
             f"{eager / mid:.2f}" if eager else "",
             f"{peak / 2**20:,.0f}" if peak is not None else "",
             f"{peak / eager_peak:.0%}" if peak is not None and eager_peak else "",
+            f"{error:.1e}" if error is not None else "",
         )
 
 
@@ -122,9 +134,8 @@ def bars() -> Iterator[Progress]:
 
 
 def main(
-    shape: Annotated[list[str], typer.Option(help="N,V,Ds,Dt; may be repeated.")] = SHAPES,
+    shape: Annotated[list[str], typer.Option(help="N,V,Ds,Dt:dtype of heads, N,V:dtype of logits; may be repeated.")] = SHAPES,
     divergence: Annotated[list[str], typer.Option(help="forward_kl, reverse_kl or jsd; may be repeated.")] = DIVERGENCES,
-    dtype: Annotated[list[str], typer.Option(help="Of hidden states and heads; may be repeated.")] = DTYPES,
     temperature: Annotated[float, typer.Option()] = 2.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     variant: Annotated[list[str] | None, typer.Option(help="Such as floor, eager, native, torch/bfloat16; default: all that run.")] = None,
@@ -132,13 +143,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
 ) -> None:
     """Measures time and peak memory and writes OUT/MACHINE/loss.json."""
+    cases = [Case.parse(text, name, temperature) for text, name in product(shape, divergence)]  # a typo is found before hours of work
     where = environment(device)  # first: later the load is our own
     console.print(f"{where['machine']}: torch {where['torch']}, {where['threads']} threads, load average {where['load_average']}")
     record: dict[str, Any] = {"environment": where, "settings": {"device": device, "samples": samples, "warmup": 1}, "cases": []}
     with bars() as progress:
-        for text, name, of_type in product(shape, divergence, dtype):
-            n, v, ds, dt = (int(x) for x in text.split(","))
-            case = Case(n, v, ds, dt, of_type, name, temperature)
+        for case in cases:
             measured = measure(case, device, variant or variants.default_variants(case, device), samples, progress)
             record["cases"].append(measured)
             show(measured)

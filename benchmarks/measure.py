@@ -40,7 +40,7 @@ def time_interleaved(
     """Milliseconds of every sample. Each round runs every variant once, in an order of its own: what drifts drifts for all alike."""
     taken: dict[str, list[float]] = {variant: [] for variant in steps}
     order = random.Random(0)
-    device = inputs.student.hidden.device
+    device = inputs.device
     for round_ in range(warmup + samples):
         for variant in order.sample(list(steps), len(steps)):
             progress(variant)
@@ -76,8 +76,9 @@ class OutOfProcessError(RuntimeError):
 def peak_extra_bytes(variant: str, case: Case, device: str = "cpu", **options: Any) -> int:
     """How far one forward and backward pass raises the peak memory of a fresh process above what held the inputs.
 
-    The gradients of the student's hidden states and head count: they are part of what a loss leaves. So do, for the floor, the
-    outputs of its products. Code that loads on first use does not: a tiny case of the same variant has run before.
+    The gradients of the student's tensors count: they are part of what a loss leaves. So do, for the floor, the buffers that it
+    writes to. Code that loads on first use does not: a tiny case of the same variant has run before. A compiler does, for it
+    compiles the case itself.
 
     Args:
         options: keywords for ``distillation_loss``, of our own variants.
@@ -95,8 +96,16 @@ def peak_extra_bytes(variant: str, case: Case, device: str = "cpu", **options: A
     return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
 
 
+def _reset_peak(device: str) -> None:
+    """From here on the peak is what comes; so far it may lie above what is held, of some import's temporaries."""
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+
+
 def _peak_bytes(device: str) -> int:
-    """Peak memory of this process so far: resident on the CPU, allocated by torch on CUDA."""
+    """Peak memory of this process: resident on the CPU, allocated by torch on CUDA."""
     if device != "cpu":
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated())
@@ -113,6 +122,7 @@ def _measure_here(variant: str, case: Case, device: str, threads: int, options: 
     del tiny_inputs
     inputs = build(case, device)
     gc.collect()
+    _reset_peak(device)
     before = _peak_bytes(device)
     build_step(variant, case, inputs, **options)()
     return {"peak_extra_bytes": _peak_bytes(device) - before}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -14,12 +15,20 @@ import torch
 import typer
 
 from . import __version__, dispatch
+from .backends import native
 from .divergences import REGISTRY
 
 __all__ = ["app", "environment", "main"]
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "matplotlib", "typer", "rich")
-VARIABLES = {"TRITON_INTERPRET": "1 runs the triton backend in Triton's interpreter: on the CPU, slow, for checks"}
+VARIABLES = {
+    "TRITON_INTERPRET": "1 runs the triton backend in Triton's interpreter: on the CPU, slow, for checks",
+    "KDKERNELS_CUDA": "read when building: auto, 0 (leave the CUDA kernels out), 1 (an error without nvcc)",
+    "KDKERNELS_CUDA_ARCHS": 'read when building: CUDA targets, as "80;90a"; not set means all that nvcc knows',
+}
+"""Every environment variable that the project reads, and what it does."""
+
+_FOLDERS = re.compile(r"(?<!\w)(?:[A-Za-z]:)?[/\\](?:[^\s:'\"()/\\]+[/\\])*(?=[^\s/\\])")
 
 app = typer.Typer(
     name="kdkernels",
@@ -77,12 +86,16 @@ def _cuda_devices() -> list[str]:
 def _backends(device_type: str) -> dict[str, str]:
     """For float32 logits on such a device: what "auto" takes, and for every backend whether it can run."""
     dtypes = (torch.float32, torch.float32)
-    home = str(Path.home())  # an import error may name the file it comes from
     status = {"auto": dispatch.select("auto", device_type, dtypes)}
     for name in dispatch.NAMES:
         reason = dispatch.unavailable(name, device_type, dtypes)
-        status[name] = "available" if reason is None else f"not available: {reason}".replace(home, "~")
+        status[name] = "available" if reason is None else f"not available: {_without_folders(reason)}"
     return status
+
+
+def _without_folders(text: str) -> str:
+    """Absolute paths, which an import error may hold and a bug report should not, cut down to the file's name."""
+    return _FOLDERS.sub("", text)
 
 
 def environment() -> dict[str, Any]:
@@ -102,6 +115,7 @@ def environment() -> dict[str, Any]:
             "torch threads": torch.get_num_threads(),
         },
         "devices": {"cpu": "always", **{f"cuda:{i}": name for i, name in enumerate(cuda)}},
+        "compiled extension": {what: " ".join(names) or "none" for what, names in native.contents().items()} or {"_C": "not there"},
         "backends": {device_type: _backends(device_type) for device_type in ("cpu", *(["cuda"] if cuda else []))},
         "environment variables": {name: os.environ.get(name, "not set") for name in VARIABLES},
     }
@@ -121,9 +135,11 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for progr
     sections = {**found, **{f"backends on {device_type}": status for device_type, status in backends.items()}}
     for title, rows in sections.items():
         typer.echo(title)
+        width = max(map(len, rows)) + 2
         for name, value in rows.items():
-            meaning = f"  ({VARIABLES[name]})" if name in VARIABLES else ""
-            typer.echo(f"  {name:<17} {value}{meaning}")
+            typer.echo(f"  {name:<{width}}{value}")
+            if name in VARIABLES:
+                typer.echo(f"  {'':<{width}}({VARIABLES[name]})")
 
 
 class Device(str, Enum):

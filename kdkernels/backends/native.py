@@ -25,6 +25,16 @@ def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None
     return _MISSING
 
 
+def contents() -> dict[str, list[str]]:
+    """What the compiled extension holds: the CPU instruction sets that this processor runs, best first, and its CUDA targets.
+
+    Empty without the extension; an extension built by another version may know less.
+    """
+    offered = {} if _MISSING else vars(_C)
+    questions = {"cpu instruction sets": "cpu_isas", "cuda targets": "cuda_targets"}
+    return {what: offered[name]() for what, name in questions.items() if name in offered}
+
+
 def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
     """Runs a batch on ``torch.get_num_threads()`` threads, without the GIL."""
     a, b = (*problem.divergence.parameters, 0.0, 0.0)[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import platform
@@ -49,7 +50,8 @@ class Corpus:
         """Of all names and texts: equal hashes are equal inputs to the training."""
         digest = hashlib.sha256()
         for document in (*self.train, *self.held_out):
-            digest.update(f"{document.name}\0{document.text}\0".encode())
+            # A file's name need not be UTF-8, unlike its text.
+            digest.update(f"{document.name}\0{document.text}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
@@ -71,9 +73,11 @@ def collect(data: Path | None, max_bytes: int, seed: int) -> Corpus:
     Raises:
         DemoError: no such path, or too little text.
     """
+    advice = "Give a larger text file or folder, or leave --data out to train on the Python standard library"
     if data is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         source = f"Python {platform.python_version()} standard library"
+        advice = "This Python came without its sources: give a text file or a folder of text files"
         paths = [p for p in _walk(root) if p.suffix == ".py" and not _TEST_FOLDERS & set(p.relative_to(root).parts)]
     elif data.is_dir():
         root, source, paths = data, str(data), list(_walk(data))
@@ -88,8 +92,7 @@ def collect(data: Path | None, max_bytes: int, seed: int) -> Corpus:
     if size < MIN_BYTES:
         found = f"{size:,} bytes of UTF-8 text in {len(documents)} of {len(paths)} file{'s' if len(paths) != 1 else ''}"
         raise DemoError(
-            f"--data {source}: found {found}, and the demo needs at least {MIN_BYTES:,} bytes. "
-            "Give a larger text file or folder, or leave --data out to train on the Python standard library"
+            f"--data {source}: found {found}, and the demo needs at least {MIN_BYTES:,} bytes. {advice}"
         )
     return _split(source, documents, size)
 
@@ -110,9 +113,9 @@ def _read(root: Path, paths: list[Path], max_bytes: int) -> list[Document]:
         try:
             with path.open("rb") as file:
                 raw = file.read(room)
-                if file.read(1):
-                    raw = raw[: raw.rfind(b"\n") + 1]
-            text = raw.decode("utf-8")
+                whole = not file.read(1)
+            # Where a file is cut short, the last character may be.
+            text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)
         except (OSError, UnicodeDecodeError):
             continue
         # A file in both halves of the split would be held-out text that the models have seen.
