@@ -145,7 +145,9 @@ def ninja_file(compiler: str, cuda: Cuda | None) -> str:
     """The ninja file: an object per source (per source and instruction set for the CPU's row kernel), then ``_C.so``."""
     python = shlex.quote(sysconfig.get_path("include"))
     targets = f" '-DKD_CUDA_TARGETS=\"{';'.join(cuda.targets)}\"'" if cuda else ""
-    objects = {f"rows_{isa}.o": ("compile", "csrc/cpu/rows.cpp", f"{KERNEL_FLAGS} {flags} -DKD_ISA={isa}") for isa, flags in TARGETS.items()}
+    objects = {
+        f"rows_{isa}.o": ("compile", "csrc/cpu/rows.cpp", f"{KERNEL_FLAGS} {flags} -DKD_ISA={isa}") for isa, flags in TARGETS.items()
+    }
     objects["dispatch.o"] = ("compile", "csrc/cpu/dispatch.cpp", "-O2")
     objects["bindings.o"] = ("compile", "csrc/bindings.cpp", f"-O2 -isystem pybind11 -isystem {python}{targets}")
     compiler = shlex.quote(compiler)
