@@ -16,6 +16,7 @@ import typer
 
 from . import __version__, dispatch
 from .backends import native
+from .demo.settings import DemoError, Settings
 from .divergences import REGISTRY
 
 __all__ = ["app", "environment", "main"]
@@ -50,9 +51,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -150,7 +149,8 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-DEMO_EXAMPLES = """
+_DEFAULT, _QUICK = Settings(), Settings.quick()
+_DEMO_EXAMPLES = """
 Examples:
 
 - `kdkernels demo` - the Python standard library as text, about four minutes on two cores
@@ -159,31 +159,44 @@ Examples:
 
 - `kdkernels demo --data my-notes/ --out notes-demo --seed 1` - your own text files
 
-- `kdkernels demo --divergence jsd --temperature 1` - another divergence
+- `kdkernels demo --divergence jsd --temperature 2` - another divergence
 """
 
 
-@app.command(epilog=DEMO_EXAMPLES)
+@app.command(epilog=_DEMO_EXAMPLES)
 def demo(
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of text files, or one text file. Default: the Python standard library's sources."),
+        typer.Option(
+            help="Folder of text files, or one text file; UTF-8, the first 8 MB are used. Default: the Python standard library's sources."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-out"),
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and the choice of held-out files.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**31 - 1, help="Of weights, batches and the choice of held-out files: the same seed, the same models."),
+    ] = 0,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps of each student; the teacher's scale along. Default: 400, quick 20.")
+        int | None,
+        typer.Option(
+            min=1, help=f"Training steps of each student; the teacher's scale along. Default: {_DEFAULT.steps}, quick {_QUICK.steps}."
+        ),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=300, max=65536, help="Tokens of the byte-level BPE, at most. Default: 2048, quick 512.")
+        int | None,
+        typer.Option(
+            min=300,
+            max=65536,
+            help=f"Tokens of the byte-level BPE, at most. Default: {_DEFAULT.vocab_size}, quick {_QUICK.vocab_size}.",
+        ),
     ] = None,
     backend: Annotated[str, typer.Option(help=f"auto, {', '.join(dispatch.NAMES)}; see `kdkernels env`.")] = "auto",
-    divergence: Annotated[str, typer.Option(help=f"{', '.join(REGISTRY)}.")] = "forward_kl",
+    divergence: Annotated[str, typer.Option(help=f"{', '.join(REGISTRY)}.")] = _DEFAULT.divergence,
     temperature: Annotated[
-        float, typer.Option(help="T > 0 of the distillation term: above 1 it looks at unlikely tokens more.")
-    ] = 1.0,
+        float, typer.Option(help="T > 0 of the distillation term: above 1, unlikely tokens count more.")
+    ] = _DEFAULT.temperature,
     device: Annotated[Device, typer.Option(help="auto takes a CUDA device if there is one.")] = Device.auto,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny models and few steps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models and few steps: seconds, to see that everything runs.")] = False,
 ) -> None:
     """Distil a small language model on real text, and measure the fused loss against a dense one.
 
@@ -191,17 +204,15 @@ def demo(
     for the same number of steps: one with cross-entropy (CE) only, one with CE and distillation (KD) through
     `kdkernels.distillation_loss`. Prints held-out losses, times and memory, and writes a figure and a JSON with all of it.
     """
-    # Light, and checks that the packages of the extras are there before anything imports them.
+    # Light: the packages of the extras are looked for before anything imports them.
     from rich.console import Console
 
     from .demo import run
-    from .demo.settings import DemoError, Settings
 
-    settings = Settings.make(
-        quick=quick,
-        seed=seed,
+    settings = (_QUICK if quick else _DEFAULT).changed(
         steps=steps,
         vocab_size=vocab_size,
+        seed=seed,
         backend=backend,
         divergence=divergence,
         temperature=temperature,

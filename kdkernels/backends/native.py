@@ -37,7 +37,7 @@ def contents() -> dict[str, list[str]]:
 
 def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
     """Runs a batch on ``torch.get_num_threads()`` threads, without the GIL."""
-    a, b = (*problem.divergence.parameters, 0.0, 0.0)[:2]
+    a, b = problem.divergence.kernel_parameters
     count, vocab = batch.student.shape
     dtype = problem.compute_dtype
     args = _C.RowArguments()

@@ -1,6 +1,6 @@
-"""Fused against dense eager loss, forward and backward: each in a fresh process, so that neither inherits the other's memory.
+"""Fused against dense eager loss, forward and backward: each in fresh processes, so that neither inherits the other's memory.
 
-``python -m kdkernels.demo.compare '{"loss": "dense", ...}'`` is that process.
+``python -m kdkernels.demo.compare '{"loss": "dense", ...}'`` is such a process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import LMHead, distillation_loss, plan
-from .settings import Settings
+from .settings import LossShape, Settings
 
 __all__ = ["LOSSES", "Measurement", "measure"]
 
@@ -28,51 +28,87 @@ LOSSES = ("fused", "dense")
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Of one loss. ``seconds`` are the timed steps after a warm-up; ``error`` says why there are none.
+class Job:
+    """What a fresh process measures."""
+
+    loss: str  # of LOSSES
+    shape: LossShape
+    seed: int
+    device: str
+    backend: str
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a fresh process measured: of one step, after one that warmed up.
 
     ``peak_bytes`` is what the loss needed on top of its inputs: on the CPU how far the process's peak resident memory rose, on
     CUDA that of the allocator. The gradients of the student's hidden states and head are part of it. None: cannot be told here.
     """
 
-    loss: str
+    backend: str | None  # None for dense
+    value: float
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one loss: medians of its processes. ``error`` says why the last of them failed; then there are no numbers."""
+
     backend: str | None = None
     value: float | None = None
     seconds: tuple[float, ...] = ()
+    median_seconds: float | None = None
     peak_bytes: int | None = None
     error: str | None = None
 
-    @property
-    def median(self) -> float | None:
-        return statistics.median(self.seconds) if self.seconds else None
+
+def measure(settings: Settings, on_process: Callable[[], None]) -> dict[str, Measurement]:
+    """Measures every loss of ``LOSSES``, in turns: what slows the machine down for a while then slows all of them.
+
+    A process that dies, as of too little memory, is a result too. ``on_process`` is called after each.
+    """
+    outcomes: dict[str, list[Sample | str]] = {loss: [] for loss in LOSSES}
+    for _ in range(settings.loss_shape.samples):
+        for loss, seen in outcomes.items():
+            job = Job(
+                loss, settings.loss_shape, settings.seed, settings.device, settings.backend, settings.temperature,
+                settings.kd_weight, settings.ce_weight, torch.get_num_threads(),
+            )  # fmt: skip
+            seen.append(_in_fresh_process(job))
+            on_process()
+    return {loss: _summary(seen) for loss, seen in outcomes.items()}
 
 
-def measure(loss: str, settings: Settings) -> Measurement:
-    """Runs one of ``LOSSES`` in a fresh process. A process that dies, as of too little memory, is a result too."""
-    arguments = {
-        **asdict(settings.loss_shape),
-        "loss": loss,
-        "seed": settings.seed,
-        "device": settings.device,
-        "backend": settings.backend,
-        "temperature": settings.temperature,
-        "kd_weight": settings.kd_weight,
-        "ce_weight": settings.ce_weight,
-        "threads": torch.get_num_threads(),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(arguments)], capture_output=True, text=True, encoding="utf-8", check=False
-    )
+def _in_fresh_process(job: Job) -> Sample | str:
+    """The sample, or the error in one line."""
+    command = [sys.executable, "-m", __name__, json.dumps(asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode < 0:
-        return Measurement(loss, error=f"killed by signal {-done.returncode}, as happens when memory runs out")
+        return f"killed by signal {-done.returncode}, as happens when memory runs out"
     if done.returncode:
-        return Measurement(loss, error=(done.stderr.strip().splitlines() or ["no message"])[-1])
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return Measurement(**{**result, "seconds": tuple(result["seconds"])})
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"])[-1]
+    return Sample(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _summary(outcomes: list[Sample | str]) -> Measurement:
+    samples = [outcome for outcome in outcomes if isinstance(outcome, Sample)]
+    errors = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    if errors:
+        return Measurement(error=errors[-1])
+    seconds = tuple(sample.seconds for sample in samples)
+    peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
+    peak = int(statistics.median(peaks)) if peaks else None
+    return Measurement(samples[0].backend, samples[0].value, seconds, statistics.median(seconds), peak)
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Peak memory of this process so far: resident on the CPU, allocated by torch on CUDA."""
+    """Peak memory of this process so far: resident on the CPU, allocated by torch on CUDA. None: the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -88,56 +124,53 @@ def peak_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _losses(a: dict[str, Any], student: LMHead, teacher: LMHead, labels: Tensor) -> dict[str, Callable[[], Tensor]]:
-    t = a["temperature"]
-
-    def fused() -> Tensor:
-        return distillation_loss(
-            student, teacher, labels=labels, temperature=t,
-            kd_weight=a["kd_weight"], ce_weight=a["ce_weight"], backend=a["backend"],
-        )  # fmt: skip
-
-    def dense() -> Tensor:
-        logits = student.hidden @ student.weight.T
-        with torch.no_grad():
-            target = F.log_softmax((teacher.hidden @ teacher.weight.T) / t, dim=-1)
-        kl = F.kl_div(F.log_softmax(logits / t, dim=-1), target, log_target=True, reduction="batchmean")
-        return a["kd_weight"] * t**2 * kl + a["ce_weight"] * F.cross_entropy(logits, labels)
-
-    return {"fused": fused, "dense": dense}
-
-
-def run(a: dict[str, Any]) -> Measurement:
+def run(job: Job) -> Sample:
     """The measurement itself, in this process."""
-    torch.set_num_threads(a["threads"])
-    device = torch.device(a["device"])
-    generator = torch.Generator(device).manual_seed(a["seed"])
+    torch.set_num_threads(job.threads)
+    device, shape = torch.device(job.device), job.shape
+    generator = torch.Generator(device).manual_seed(job.seed)
 
     def side(hidden: int, trained: bool) -> LMHead:
         # In place: a temporary here would raise the peak that the loss is measured from.
-        h = torch.randn(a["rows"], hidden, generator=generator, device=device)
-        w = torch.randn(a["vocab"], hidden, generator=generator, device=device).mul_(hidden**-0.5)
+        h = torch.randn(shape.rows, hidden, generator=generator, device=device)
+        w = torch.randn(shape.vocab, hidden, generator=generator, device=device).mul_(hidden**-0.5)
         return LMHead(h.requires_grad_(trained), w.requires_grad_(trained))
 
-    student, teacher = side(a["student_hidden"], True), side(a["teacher_hidden"], False)
-    labels = torch.randint(a["vocab"], (a["rows"],), generator=generator, device=device)
-    step = _losses(a, student, teacher, labels)[a["loss"]]
-    backend = plan(student, teacher, backend=a["backend"]).backend if a["loss"] == "fused" else None
+    student, teacher = side(shape.student_hidden, True), side(shape.teacher_hidden, False)
+    labels = torch.randint(shape.vocab, (shape.rows,), generator=generator, device=device)
+    loss_of = {"fused": _fused, "dense": _dense}[job.loss]
+    backend = plan(student, teacher, backend=job.backend).backend if job.loss == "fused" else None
 
     before = peak_bytes(device)
-    seconds, value = [], 0.0
-    for _ in range(a["samples"] + 1):  # the first one warms up
+    seconds = value = 0.0
+    for _ in ("warm-up", "timed"):
         student.hidden.grad = student.weight.grad = None
         _synchronize(device)
         started = time.perf_counter()
-        loss = step()
+        loss = loss_of(job, student, teacher, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         _synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
         value = loss.item()
     after = peak_bytes(device)
-    rise = None if before is None or after is None else after - before
-    return Measurement(a["loss"], backend, value, tuple(seconds[1:]), rise)
+    return Sample(backend, value, seconds, None if before is None or after is None else after - before)
+
+
+def _fused(job: Job, student: LMHead, teacher: LMHead, labels: Tensor) -> Tensor:
+    return distillation_loss(
+        student, teacher, labels=labels, temperature=job.temperature,
+        kd_weight=job.kd_weight, ce_weight=job.ce_weight, backend=job.backend,
+    )  # fmt: skip
+
+
+def _dense(job: Job, student: LMHead, teacher: LMHead, labels: Tensor) -> Tensor:
+    """The same in plain torch, as training code writes it."""
+    t = job.temperature
+    logits = student.hidden @ student.weight.T  # [N, V]
+    with torch.no_grad():
+        target = F.log_softmax((teacher.hidden @ teacher.weight.T) / t, dim=-1)  # [N, V]
+    kl = F.kl_div(F.log_softmax(logits / t, dim=-1), target, log_target=True, reduction="batchmean")
+    return job.kd_weight * t**2 * kl + job.ce_weight * F.cross_entropy(logits, labels)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -145,5 +178,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _job(arguments: dict[str, Any]) -> Job:
+    return Job(**{**arguments, "shape": LossShape(**arguments["shape"])})
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(run(json.loads(sys.argv[1])))))
+    print(json.dumps(asdict(run(_job(json.loads(sys.argv[1]))))))

@@ -91,9 +91,7 @@ def collect(data: Path | None, max_bytes: int, seed: int) -> Corpus:
     size = sum(map(_size, documents))
     if size < MIN_BYTES:
         found = f"{size:,} bytes of UTF-8 text in {len(documents)} of {len(paths)} file{'s' if len(paths) != 1 else ''}"
-        raise DemoError(
-            f"--data {source}: found {found}, and the demo needs at least {MIN_BYTES:,} bytes. {advice}"
-        )
+        raise DemoError(f"--data {source}: found {found}, and the demo needs at least {MIN_BYTES:,} bytes. {advice}")
     return _split(source, documents, size)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["draw"]
 
-_COLORS = {"teacher": "#6b7280", "student_ce": "#d97706", "student_kd": "#2563eb", "dense": "#d97706", "fused": "#2563eb"}
+_COLORS = {"teacher": "#6b7280", "student_ce": "#d97706", "student_kd": "#2563eb", "dense": "#9ca3af", "fused": "#2563eb"}
 _INK, _FAINT = "#1f2937", "#e5e7eb"
 
 
@@ -28,20 +28,20 @@ def draw(record: dict[str, Any]) -> bytes:
         grid = figure.add_gridspec(1, 3, width_ratios=[2.3, 1, 1], wspace=0.08)
         _curves(figure.add_subplot(grid[0]), record)
         shape, losses = record["settings"]["loss_shape"], record["loss_comparison"]
-        where = f"{shape['rows']:,} tokens × {shape['vocab']:,} vocabulary"
+        where = f"{shape['rows']:,} tokens x {shape['vocab']:,} vocab"
         _bars(
             figure.add_subplot(grid[1]),
             {name: m["peak_bytes"] and m["peak_bytes"] / 2**20 for name, m in losses.items()},
             "Peak memory of the loss",
-            f"MiB beyond the inputs\n{where}",
+            f"beyond the inputs\n{where}",
             "{:,.0f} MiB",
         )
         _bars(
             figure.add_subplot(grid[2]),
             {name: m["median_seconds"] for name, m in losses.items()},
             "Time of the loss",
-            f"seconds, forward + backward\n{where}",
-            "{:.3g} s",
+            f"forward + backward\n{where}",
+            "{:.2f} s",
         )
         out = io.BytesIO()
         figure.savefig(out, format="png", facecolor="white", metadata={"Software": "kdkernels demo"})

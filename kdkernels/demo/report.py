@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_tables", "write_atomically"]
+from .settings import DemoError
+
+__all__ = ["print_tables", "save"]
 
 
 def print_tables(record: dict[str, Any], console: Console) -> None:
@@ -18,7 +20,7 @@ def print_tables(record: dict[str, Any], console: Console) -> None:
     console.print(_models(record))
     difference = record["student_difference"]
     console.print(
-        f"Held-out loss, CE + KD minus CE only: {difference['kd_minus_ce']:+.4f} ± {difference['standard_error']:.4f} nats/token "
+        f"Held-out loss, CE + KD minus CE only: {difference['kd_minus_ce']:+.4f} ± {difference['standard_error']:.4f} nats per token\n"
         f"(standard error over {difference['windows']} held-out windows; one training seed)\n",
         highlight=False,
     )
@@ -34,19 +36,22 @@ def print_tables(record: dict[str, Any], console: Console) -> None:
 
 
 def _models(record: dict[str, Any]) -> Table:
-    table = Table(title=f"Held out: {record['corpus']['held_out_windows_tokens']:,} tokens", title_justify="left")
-    table.add_column("Model")
-    for column in ("Parameters", "Steps", "Loss\n(nats/token)", "KL to teacher\n(nats/token)", "Top-1 as teacher", "Time/step"):
-        table.add_column(column, justify="right")
+    corpus = record["corpus"]
+    table = Table(
+        title=f"{corpus['source']}, {corpus['held_out_windows_tokens']:,} held-out tokens; loss and KL in nats per token, T = 1",
+        title_justify="left",
+    )
+    table.add_column("Model", no_wrap=True)
+    for column in ("Params", "Steps", "Held-out\nloss", "KL to\nteacher", "Top-1 as\nteacher", "Time per\nstep"):
+        table.add_column(column, justify="right", no_wrap=True)
     for model in record["models"].values():
-        kl, top1 = model["kl_to_teacher"], model["top1_agreement"]
         table.add_row(
             model["label"],
             f"{model['parameters'] / 1e6:.2f} M",
             str(model["steps"]),
             f"{model['held_out_loss']:.4f}",
-            "" if kl is None else f"{kl:.4f}",
-            "" if top1 is None else f"{top1:.1%}",
+            f"{model['kl_to_teacher']:.4f}" if "kl_to_teacher" in model else "",
+            f"{model['top1_agreement']:.1%}" if "top1_agreement" in model else "",
             f"{1e3 * model['median_step_seconds']:.0f} ms",
         )
     return table
@@ -56,30 +61,34 @@ def _losses(record: dict[str, Any]) -> Table:
     shape = record["settings"]["loss_shape"]
     table = Table(
         title=f"One loss, forward + backward: {shape['rows']:,} tokens, vocabulary {shape['vocab']:,}, hidden sizes "
-        f"{shape['student_hidden']} and {shape['teacher_hidden']}, forward KL and cross-entropy, float32",
+        f"{shape['student_hidden']} and {shape['teacher_hidden']}, forward KL + cross-entropy, float32, fresh processes",
         title_justify="left",
     )
-    table.add_column("Loss")
-    for column in ("Step time, median (s)", "Peak memory (MiB)", "Value"):
+    table.add_column("Loss", no_wrap=True)
+    for column in ("Step time\n(median)", "Peak memory\nbeyond inputs", "Value"):
         table.add_column(column, justify="right")
     for name, m in record["loss_comparison"].items():
-        label = f"fused ({m['backend']})" if m["backend"] else f"{name} (eager)" if name == "dense" else name
+        label = f"{name} ({m['backend'] or 'eager'})" if not m["error"] else name
         if m["error"]:
-            table.add_row(label, "failed", "", m["error"])
+            table.add_row(label, "failed", "failed", m["error"])
             continue
-        peak = "not measured" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 2**20:,.0f}"
-        table.add_row(label, f"{m['median_seconds']:.3f}", peak, f"{m['value']:.6f}")
+        peak = "not measured" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 2**20:,.0f} MiB"
+        table.add_row(label, f"{m['median_seconds']:.3f} s", peak, f"{m['value']:.6f}")
     return table
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a whole file or none: a temporary file in the same folder, then a rename."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def save(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes whole files, after all of them have found room in a folder of their own on the same disk; creates ``folder``.
+
+    Raises:
+        DemoError: it cannot be written to; what was there before is as it was.
+    """
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+            for name, content in files.items():
+                Path(unfinished, name).write_bytes(content)
+            for name in files:
+                os.replace(Path(unfinished, name), folder / name)
+    except OSError as error:
+        raise DemoError(f"--out {folder}: {error.strerror} ({Path(error.filename or folder).name}). Give another folder") from None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import os
+import math
 import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -18,6 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import dispatch, divergences
 from . import corpus, report
 from .settings import DemoError, Settings
+
+if TYPE_CHECKING:
+    from . import train
 
 __all__ = ["check", "run", "train_models"]
 
@@ -34,17 +40,31 @@ def check(settings: Settings, out: Path) -> None:
     missing = [name for name in ("transformers", "tokenizers", "matplotlib") if find_spec(name) is None]
     if missing:
         raise DemoError(f'the demo needs {", ".join(missing)}: pip install "kdkernels[train,bench]"')
-    for option, make in (
-        ("--divergence", lambda: divergences.resolve(settings.divergence)),
-        ("--backend", lambda: dispatch.select(settings.backend, settings.device, (torch.float32, torch.float32))),
-    ):
-        try:
-            make()
-        except (ValueError, dispatch.BackendUnavailable) as error:
-            raise DemoError(f"{option}: {error}") from None
+    if not 0 < settings.temperature < math.inf:
+        raise DemoError(f"--temperature {settings.temperature:g}: it must be a finite number > 0, such as 1 or 2")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise DemoError("--device cuda: torch sees no CUDA device here. Take --device cpu")
+    with _option("--divergence"):
+        divergences.resolve(settings.divergence)
+    with _option("--backend"):
+        dispatch.select(settings.backend, settings.device, (torch.float32, torch.float32))
     folder = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DemoError(f"--out {out}: {folder} is not a folder that can be written to. Give another folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DemoError(f"--out {out}: cannot write into {folder} ({error.strerror}). Give another folder") from None
+
+
+@contextmanager
+def _option(name: str) -> Iterator[None]:
+    """Names the option in errors of the library."""
+    try:
+        yield
+    except ValueError as error:
+        raise DemoError(f"{name}: {error}") from None
+    except dispatch.BackendUnavailable as error:
+        raise DemoError(f"{name}: {error}. Leave {name} out to take the best that can run") from None
 
 
 def run(settings: Settings, data: Path | None, out: Path, environment: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -57,21 +77,20 @@ def run(settings: Settings, data: Path | None, out: Path, environment: dict[str,
     with _progress(console) as progress:
         record = {"environment": environment, "settings": asdict(settings), **train_models(settings, data, progress)}
         record["loss_comparison"] = _compare_losses(settings, progress)
+    console.print()
+    report.print_tables(record, console)
     from .figures import draw
 
-    figure = draw(record)
-    out.mkdir(parents=True, exist_ok=True)
-    report.write_atomically(out / "demo.json", (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
-    report.write_atomically(out / "demo.png", figure)
-    report.print_tables(record, console)
-    console.print(f"Wrote {out / 'demo.png'} and {out / 'demo.json'}", highlight=False, soft_wrap=True)
+    files = {"demo.json": (json.dumps(record, indent=1, allow_nan=False) + "\n").encode(), "demo.png": draw(record)}
+    report.save(out, files)
+    console.print(f"Wrote {' and '.join(str(out / name) for name in files)}", highlight=False, soft_wrap=True)
     return record
 
 
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -84,48 +103,47 @@ def train_models(settings: Settings, data: Path | None, progress: Progress) -> d
     """Everything in demo.json that does not depend on the clock alone: corpus, models, and the difference between students."""
     from . import train
 
-    text_task = progress.add_task("Text and tokenizer", total=2, note="")
+    task = progress.add_task("Text and tokenizer", total=2, note="")
     text = corpus.collect(data, settings.max_bytes, settings.seed)
-    progress.update(text_task, advance=1, note=f"{len(text.train) + len(text.held_out)} files")
+    progress.update(task, advance=1, note=f"{len(text.train) + len(text.held_out)} files")
     tokens = corpus.tokenize(text, settings.vocab_size)
     batches = train.Batches(tokens.train, tokens.held_out, settings)
-    progress.update(text_task, advance=1, note=f"{len(tokens.train) + len(tokens.held_out):,} tokens")
+    progress.update(task, advance=1, note=f"{len(tokens.train) + len(tokens.held_out):,} tokens")
 
     teacher = train.build(settings.teacher, tokens.vocab, settings)
     student_ce = train.build(settings.student, tokens.vocab, settings)
     student_kd = copy.deepcopy(student_ce)
-    teacher_batches = batches.training(settings.teacher_steps, _TEACHER_STREAM)
     student_batches = batches.training(settings.steps, _STUDENT_STREAM)
-    models: dict[str, dict[str, Any]] = {}
-    evaluations: dict[str, train.Evaluation] = {}
-    for name, model, loss, its_batches, lr in (
-        ("teacher", teacher, train.ce_loss, teacher_batches, settings.teacher_lr),
-        ("student_ce", student_ce, train.ce_loss, student_batches, settings.student_lr),
-        ("student_kd", student_kd, train.kd_loss(teacher, settings), student_batches, settings.student_lr),
-    ):
+    kd_loss = train.kd_loss(teacher, settings)
+
+    def trained(name: str, model: Any, loss: train.Loss, its_batches: list[torch.Tensor], lr: float) -> dict[str, Any]:
         task = progress.add_task(LABELS[name], total=len(its_batches), note="")
         initial = train.fingerprint(model)
-        curve = train.train(
-            model, loss, its_batches, batches.held_out, lr, settings.evaluations,
-            lambda held_out, task=task: progress.update(task, advance=1, note=f"held-out loss {held_out:.3f}"),
-        )  # fmt: skip
-        if name == "teacher":
-            teacher.requires_grad_(False)
-        else:
-            evaluations[name] = train.compare_to_teacher(model, teacher, batches.held_out, settings.backend)
-        evaluation = evaluations.get(name)
-        models[name] = {
+
+        def on_step(held_out: float) -> None:
+            progress.update(task, advance=1, note=f"held-out loss {held_out:.3f}")
+
+        curve = train.train(model, loss, its_batches, batches.held_out, lr, settings.evaluations, on_step)
+        return {
             "label": LABELS[name],
             "parameters": sum(p.numel() for p in model.parameters()),
             "steps": len(its_batches),
             "initial_weights_sha256": initial,
             "final_weights_sha256": train.fingerprint(model),
             "held_out_loss": curve.held_out[-1],
-            "kl_to_teacher": evaluation and evaluation.kl_to_teacher.mean().item(),
-            "top1_agreement": evaluation and evaluation.top1_agreement.mean().item(),
             "median_step_seconds": statistics.median(curve.step_seconds),
             "curve": asdict(curve),
         }
+
+    teacher_batches = batches.training(settings.teacher_steps, _TEACHER_STREAM)
+    models = {"teacher": trained("teacher", teacher, train.ce_loss, teacher_batches, settings.teacher_lr)}
+    teacher.requires_grad_(False)
+    evaluations = {}
+    for name, model, loss in (("student_ce", student_ce, train.ce_loss), ("student_kd", student_kd, kd_loss)):
+        models[name] = trained(name, model, loss, student_batches, settings.student_lr)
+        evaluations[name] = train.compare_to_teacher(model, teacher, batches.held_out, settings.backend)
+        models[name]["kl_to_teacher"] = evaluations[name].kl_to_teacher.mean().item()
+        models[name]["top1_agreement"] = evaluations[name].top1_agreement.mean().item()
     difference = evaluations["student_kd"].cross_entropy - evaluations["student_ce"].cross_entropy
     return {
         "corpus": {
@@ -151,10 +169,5 @@ def train_models(settings: Settings, data: Path | None, progress: Progress) -> d
 def _compare_losses(settings: Settings, progress: Progress) -> dict[str, dict[str, Any]]:
     from .compare import LOSSES, measure
 
-    task = progress.add_task("Fused and dense loss", total=len(LOSSES), note="each in a fresh process")
-    results = {}
-    for loss in LOSSES:
-        m = measure(loss, settings)
-        results[loss] = {**asdict(m), "median_seconds": m.median}
-        progress.advance(task)
-    return results
+    task = progress.add_task("Fused and dense loss", total=len(LOSSES) * settings.loss_shape.samples, note="each in a fresh process")
+    return {loss: asdict(m) for loss, m in measure(settings, lambda: progress.advance(task)).items()}

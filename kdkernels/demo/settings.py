@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 __all__ = ["DemoError", "LossShape", "ModelSize", "Settings"]
 
@@ -26,7 +28,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class LossShape:
-    """Of the fused-against-dense comparison: ``[rows, vocab]`` logits on both sides, and how often each is timed."""
+    """Of the fused-against-dense comparison: ``[rows, vocab]`` logits on both sides, and how many fresh processes measure each loss."""
 
     rows: int = 2048
     vocab: int = 32768
@@ -43,18 +45,18 @@ class Settings:
     device: str = "cpu"
     backend: str = "auto"
     divergence: str = "forward_kl"
-    temperature: float = 2.0
+    temperature: float = 1.0
     kd_weight: float = 0.5
     ce_weight: float = 0.5
 
     max_bytes: int = 8_000_000  # of text
-    vocab_size: int = 4096  # of the tokenizer, at most
+    vocab_size: int = 2048  # of the tokenizer, at most
 
     teacher: ModelSize = field(default_factory=lambda: ModelSize(hidden=256, layers=4))
     student: ModelSize = field(default_factory=lambda: ModelSize(hidden=128, layers=2))
-    teacher_steps: int = 240
-    steps: int = 160  # of each student
-    batch: int = 16  # windows
+    teacher_steps: int = 600
+    steps: int = 400  # of each student
+    batch: int = 8  # windows
     window: int = 128  # tokens
     teacher_lr: float = 2e-3
     student_lr: float = 4e-3
@@ -77,5 +79,16 @@ class Settings:
             window=64,
             held_out_windows=16,
             evaluations=4,
-            loss_shape=LossShape(rows=256, student_hidden=64, teacher_hidden=128, samples=2),
+            loss_shape=LossShape(rows=256, student_hidden=64, teacher_hidden=128, samples=1),
+        )
+
+    def changed(self, *, steps: int | None = None, vocab_size: int | None = None, **others: Any) -> Settings:
+        """With other values. None keeps what is there; the teacher's steps keep their ratio to the students'."""
+        steps = steps or self.steps
+        return replace(
+            self,
+            steps=steps,
+            teacher_steps=math.ceil(self.teacher_steps * steps / self.steps),
+            vocab_size=vocab_size or self.vocab_size,
+            **others,
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from .. import LMHead, distillation_loss
 from .settings import DemoError, ModelSize, Settings
@@ -49,15 +49,15 @@ class Batches:
     def __init__(self, train: Tensor, held_out: Tensor, settings: Settings) -> None:
         """
         Raises:
-            DemoError: a stream is shorter than one window.
+            DemoError: too little text for one training window and two held-out ones, the fewest that have a spread.
         """
         self._span = torch.arange(settings.window + 1)
         self._train, self._settings = train, settings
         last = len(held_out) - len(self._span)
-        if last < 0 or len(train) < len(self._span):
+        if len(held_out) < 2 * len(self._span) or len(train) < len(self._span):
             raise DemoError(
-                f"--data: {len(train):,} training and {len(held_out):,} held-out tokens are less than one window of "
-                f"{len(self._span)}: give more text"
+                f"--data: its {len(train):,} training and {len(held_out):,} held-out tokens are too few for windows of "
+                f"{len(self._span)} tokens. Give more, or less repetitive, text"
             )
         count = min(settings.held_out_windows, len(held_out) // len(self._span))
         starts = torch.linspace(0, last, count).long()
@@ -149,13 +149,14 @@ def train(
     """
     steps = len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
+    warmup = math.ceil(steps / 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warmup, (1 + math.cos(math.pi * s / steps)) / 2))
     evaluated = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
     curve = Curve([], [0], [held_out_loss(model, held_out)], [])
     for step, batch in enumerate(batches, 1):
         started = time.perf_counter()
         loss = loss_of(model, batch[:, :-1], batch[:, 1:])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -175,7 +176,7 @@ def train(
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, held_out: Tensor) -> float:
     """Mean cross-entropy over ``[windows, T + 1]``, nats per token."""
-    parts = [ce_loss(model, w[:, :-1], w[:, 1:]) * len(w) for w in held_out.split(_EVALUATION_WINDOWS)]
+    parts = [ce_loss(model, w[:, :-1], w[:, 1:]) * len(w) for w in torch.split(held_out, _EVALUATION_WINDOWS)]
     return float(torch.stack(parts).sum() / len(held_out))
 
 
@@ -183,10 +184,8 @@ def held_out_loss(model: LlamaForCausalLM, held_out: Tensor) -> float:
 def compare_to_teacher(student: LlamaForCausalLM, teacher: LlamaForCausalLM, held_out: Tensor, backend: str) -> Evaluation:
     """Held-out cross-entropy of the student and its distance from the teacher, window by window."""
     columns = []
-    for windows in held_out.split(_EVALUATION_WINDOWS):
+    for windows in torch.split(held_out, _EVALUATION_WINDOWS):
         ids, labels = windows[:, :-1], windows[:, 1:]
-        _, stats = distillation_loss(
-            head(student, ids), head(teacher, ids), labels=labels, backend=backend, return_stats=True
-        )
+        _, stats = distillation_loss(head(student, ids), head(teacher, ids), labels=labels, backend=backend, return_stats=True)
         columns.append(torch.stack([stats.cross_entropy, stats.divergence, stats.top1_agreement]).mean(-1))
     return Evaluation(*torch.cat(columns, -1).cpu())
