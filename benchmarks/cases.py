@@ -44,8 +44,8 @@ class Case:
         match = re.fullmatch(r"([1-9]\d*),([1-9]\d*)(?:,([1-9]\d*),([1-9]\d*))?:(float32|float64|bfloat16|float16)", shape)
         if match is None:
             raise ValueError(f"a shape is N,V,Ds,Dt:dtype (heads) or N,V:dtype (logits), as in 2048,32000:float32, got {shape!r}")
-        *sizes, dtype = match.groups(default="0")
-        return cls(*map(int, sizes), dtype=dtype, divergence=divergence, temperature=temperature)
+        n, v, ds, dt, dtype = match.groups(default="0")
+        return cls(int(n), int(v), int(ds), int(dt), dtype, divergence, temperature)
 
     @property
     def has_heads(self) -> bool:
@@ -101,7 +101,7 @@ class Inputs:
 
         def side(s: Side, trained: bool) -> Side:
             wide = [t.detach().double().requires_grad_(trained) for t in tensors(s)]
-            return LMHead(*wide) if isinstance(s, LMHead) else wide[0]
+            return LMHead(wide[0], wide[1]) if isinstance(s, LMHead) else wide[0]
 
         return Inputs(side(self.student, True), side(self.teacher, False))
 

@@ -31,6 +31,9 @@ DIVERGENCES = ["forward_kl", "jsd"]
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
+NO_MEMORY = {"compile": "the compiler's own memory cannot be told from the loss's"}
+"""Variants whose peak memory would mislead, with the reason."""
+
 COLUMNS = ("loss", "ms p50 [p20, p80]", "x of floor", "eager / it", "peak extra MiB", "of eager's", "gradient error")
 
 
@@ -67,7 +70,7 @@ def measure(case: Case, device: str, names: list[str], samples: int, progress: P
         row["samples_ms"] = taken[name]
         row["gradient_error"] = errors[name]
         try:
-            row["peak_extra_bytes"] = peak_extra_bytes(name, case, device)
+            row["peak_extra_bytes"] = None if name in NO_MEMORY else peak_extra_bytes(name, case, device)
         except OutOfProcessError as error:
             row["peak_extra_bytes"], row["no_memory_because"] = None, str(error)
         results.append({**row, **({"plan": plans[name]} if name in plans else {})})

@@ -61,7 +61,7 @@ def _time_cpu(step: Step) -> float:
 def _time_cuda(step: Step, device: torch.device) -> float:
     # Twice the L2, so that a step does not start with the last one's data at hand.
     torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device).zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     step()
     end.record()
@@ -77,8 +77,7 @@ def peak_extra_bytes(variant: str, case: Case, device: str = "cpu", **options: A
     """How far one forward and backward pass raises the peak memory of a fresh process above what held the inputs.
 
     The gradients of the student's tensors count: they are part of what a loss leaves. So do, for the floor, the buffers that it
-    writes to. Code that loads on first use does not: a tiny case of the same variant has run before. A compiler does, for it
-    compiles the case itself.
+    writes to. Code that loads on first use does not: a tiny case of the same variant has run before.
 
     Args:
         options: keywords for ``distillation_loss``, of our own variants.

@@ -26,7 +26,7 @@ from .cases import Case
 from .measure import OutOfProcessError, peak_extra_bytes
 from .results import RESULTS, environment, save
 
-TOKENS = [1 << n for n in range(10, 17)]
+TOKENS = [1 << n for n in range(10, 17, 2)]
 BUDGETS_MIB = [128, 1024]
 DENSE_BYTES_PER_LOGIT = 28
 """More than eager's measured peak per logit: enough to decide what not to try."""

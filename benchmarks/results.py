@@ -85,7 +85,8 @@ def _commit() -> str | None:
 
 
 def save(folder: Path, name: str, record: dict[str, Any]) -> Path:
-    path = folder / record["environment"]["machine"] / f"{name}.json"
+    machine_name: str = record["environment"]["machine"]
+    path = folder / machine_name / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, ensure_ascii=False)
     # A list of numbers reads better on one line.
