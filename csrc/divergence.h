@@ -1,6 +1,7 @@
 // Each divergence once: the value and the slope df/d(log q) of one column, from log q, log p and their exponentials.
 // T * dD/dz_student = slope - q * sum(slope). The forms are those of `terms` in kdkernels/divergences.py, whose comments
-// say why; a test holds the two, and the Triton twins, against each other. Ids are that file's too.
+// say why; a test holds the two, and the Triton twins, against each other. Ids are that file's too. A divergence with one
+// parameter gets 1 minus it as the second, which float could not form from it without losing digits near 1.
 #pragma once
 #include "math.h"
 
@@ -10,13 +11,15 @@ template <class Real> struct Terms { Real value, slope; };
 
 template <class Real> KD_INLINE Real magnitude(Real x) { return x < Real(0) ? -x : x; }
 
-// log(q / m) and log(p / m), m = weight_q * q + (1 - weight_q) * p.
+// log(q / m) and log(p / m), m = weight_q * q + weight_p * p.
 template <class Real> struct Mixture { Real log_qm, log_pm; };
-template <class Real> KD_INLINE Mixture<Real> mixture(Real weight_q, Real log_q, Real log_p) {
+template <class Real> KD_INLINE Mixture<Real> mixture(Real weight_q, Real weight_p, Real log_q, Real log_p) {
     const Real ratio = log_q - log_p;
     const bool q_larger = ratio >= Real(0);
-    const Real share = q_larger ? Real(1) - weight_q : weight_q;
-    const Real log_m = log1p(share * expm1(-magnitude(ratio)));
+    const Real share = q_larger ? weight_p : weight_q, rest = q_larger ? weight_q : weight_p;  // of the smaller, of the larger
+    const Real lost = share * expm1(-magnitude(ratio));                                      // m / larger - 1
+    const Real direct = rest + share * exp(-magnitude(ratio));                               // m / larger
+    const Real log_m = log1p_or_log(lost, direct);
     return {q_larger ? -log_m : ratio - log_m, q_larger ? -ratio - log_m : -log_m};
 }
 
@@ -41,20 +44,20 @@ struct ReverseKL {
 struct SymmetricKL {
     static constexpr int id = 2;
     static constexpr const char* name = "symmetric_kl";
-    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real w, Real) {
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real w, Real v) {
         const Real ratio = log_q - log_p;
         const Real reverse = w * (q == Real(0) ? Real(0) : q * ratio);
-        const Real forward = (w - Real(1)) * (p == Real(0) ? Real(0) : p * ratio);
-        return {forward + reverse + (Real(1) - Real(2) * w) * (q - p), reverse - (Real(1) - w) * p};
+        const Real forward = -v * (p == Real(0) ? Real(0) : p * ratio);
+        return {forward + reverse + (v - w) * (q - p), reverse - v * p};
     }
 };
 
 struct JSD {
     static constexpr int id = 3;
     static constexpr const char* name = "jsd";
-    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real beta, Real) {
-        const Mixture<Real> m = mixture(Real(1) - beta, log_q, log_p);
-        const Real slope = (Real(1) - beta) * (q == Real(0) ? Real(0) : q * m.log_qm);
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real beta, Real rest) {
+        const Mixture<Real> m = mixture(rest, beta, log_q, log_p);
+        const Real slope = rest * (q == Real(0) ? Real(0) : q * m.log_qm);
         return {beta * (p == Real(0) ? Real(0) : p * m.log_pm) + slope, slope};
     }
 };
@@ -62,21 +65,21 @@ struct JSD {
 struct SkewKL {
     static constexpr int id = 4;
     static constexpr const char* name = "skew_kl";
-    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real) {
-        const Mixture<Real> m = mixture(Real(1) - a, log_q, log_p);
-        const Real slope = (a - Real(1)) * (q == Real(0) ? Real(0) : q * expm1(m.log_pm));
-        return {(p == Real(0) ? Real(0) : p * m.log_pm) + (Real(1) - a) * (q - p), slope};
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
+        const Mixture<Real> m = mixture(rest, a, log_q, log_p);
+        const Real slope = -rest * (q == Real(0) ? Real(0) : q * expm1(m.log_pm));
+        return {(p == Real(0) ? Real(0) : p * m.log_pm) + rest * (q - p), slope};
     }
 };
 
 struct SkewReverseKL {
     static constexpr int id = 5;
     static constexpr const char* name = "skew_reverse_kl";
-    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real) {
-        const Mixture<Real> m = mixture(a, log_q, log_p);
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
+        const Mixture<Real> m = mixture(a, rest, log_q, log_p);
         const Real value = q == Real(0) ? Real(0) : q * m.log_qm;
         const Real slope = value - a * (q == Real(0) ? Real(0) : q * expm1(m.log_qm));
-        return {value + (Real(1) - a) * (p - q), slope};
+        return {value + rest * (p - q), slope};
     }
 };
 
@@ -93,15 +96,15 @@ struct TotalVariation {
 struct AlphaDivergence {
     static constexpr int id = 7;
     static constexpr const char* name = "alpha_divergence";
-    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real) {
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
         const Real ratio = log_q - log_p;
         const bool q_larger = ratio >= Real(0);
         const Real larger = q_larger ? q : p;
         const Real size = q_larger ? -ratio : ratio;
-        const Real power = q_larger ? a : Real(1) - a;
+        const Real power = q_larger ? a : rest;
         const Real grown = expm1(power * size), shrunk = expm1(size);
         const bool empty = larger == Real(0);
-        const Real value = (grown - power * shrunk) * larger / (a * (a - Real(1)));
+        const Real value = (grown - power * shrunk) * larger / (-a * rest);
         const Real slope = (q_larger ? grown : grown - shrunk) * larger / -a;
         return {empty ? Real(0) : value, empty ? Real(0) : slope};
     }

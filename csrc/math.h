@@ -98,11 +98,13 @@ template <class Real> KD_INLINE Real log(Real x) {
     return e * F::ln2_hi + (s * Real(2) + (s * z * log_tail(z) + e * F::ln2_lo));
 }
 
-// log(1 + y), -1 < y <= 0, with what 1 + y rounds away put back.
-template <class Real> KD_INLINE Real log1p(Real y) {
-    const Real w = Real(1) + y;
-    const Real lost = y - (w - Real(1));
-    return log(w) + lost / w;
+// log(1 + y), -1 < y <= 0, with what 1 + y rounds away put back; or, where that is small, log(w): w is the same number, formed
+// without the cancellation.
+template <class Real> KD_INLINE Real log1p_or_log(Real y, Real w) {
+    const bool near = y > Real(-0.5);
+    const Real x = near ? Real(1) + y : w;
+    const Real lost = near ? y - (x - Real(1)) : Real(0);
+    return log(x) + lost / x;
 }
 
 template <class Real> KD_INLINE Real tanh(Real x) {

@@ -35,15 +35,17 @@ def distill(
     labels: Tensor | None,
     token_weights: Tensor | None,
     numbers: Tensor,
+    sizes: list[int],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (summed, or per token), number of valid tokens, statistics, and what backward needs: see ``engine.Outputs``.
 
     Args:
-        numbers: ``[3]`` float64 on the host: temperature, kd_weight, ce_weight.
+        numbers: float64 on the host, ``Problem.numbers``.
+        sizes: ``Problem.sizes``.
         spec: everything else that is no tensor, as ``Problem.encode`` writes it.
     """
-    problem = decode(spec, *numbers.tolist())
+    problem = decode(spec, numbers.tolist(), sizes)
     inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights)
     with _no_autocast(student):
         return _astuple(engine.forward(problem, inputs))
@@ -60,6 +62,7 @@ def _(
     labels: Tensor | None,
     token_weights: Tensor | None,
     numbers: Tensor,
+    sizes: list[int],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = decode(spec)
@@ -83,10 +86,11 @@ def distill_backward(
     d_bias: Tensor,
     upstream: Tensor,
     numbers: Tensor,
+    sizes: list[int],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by the student's tensors, empty where not wanted."""
-    problem = decode(spec, *numbers.tolist())
+    problem = decode(spec, numbers.tolist(), sizes)
     inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights)
     saved = Outputs(upstream, upstream, upstream, state, d_student, d_weight, d_bias)
     with _no_autocast(student):
@@ -114,6 +118,7 @@ def _(
     d_bias: Tensor,
     upstream: Tensor,
     numbers: Tensor,
+    sizes: list[int],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = decode(spec)
@@ -134,11 +139,11 @@ def _astuple(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, numbers, spec = inputs
+    *tensors, numbers, sizes, spec = inputs
     _, count, *kept = output
     ctx.mark_non_differentiable(count, *kept)
     ctx.set_materialize_grads(False)
-    ctx.spec = spec
+    ctx.sizes, ctx.spec = sizes, spec
     problem = decode(spec)
     recompute = engine.recomputes(problem, tensors[1] is not None, tensors[4] is not None)
     student, student_weight, student_bias, *others = tensors
@@ -149,12 +154,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    none = (None,) * 10
+    none = (None,) * 11
     if upstream is None:
         return none
     problem = decode(ctx.spec)
     *saved, numbers = ctx.saved_tensors
-    grads = distill_backward(*saved, upstream, numbers, ctx.spec)
+    grads = distill_backward(*saved, upstream, numbers, ctx.sizes, ctx.spec)
     wanted = (problem.wants_input, problem.wants_weight, problem.wants_bias)
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *none[3:])
 
@@ -169,7 +174,8 @@ def distillation_rows(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor,
     loss, count, stats, *_ = distill(
         i.student, i.student_weight, i.student_bias, i.teacher, i.teacher_weight, i.teacher_bias, i.labels, i.token_weights,
         # On the host, and a tensor: numbers given as such would be compiled in, and annealing them would recompile every step.
-        torch.stack([one * problem.temperature, one * problem.kd_weight, one * problem.ce_weight]),
+        torch.stack([one * x for x in problem.numbers]),
+        problem.sizes,
         problem.encode(),
     )  # fmt: skip
     return loss, count, stats if problem.return_stats else None

@@ -67,8 +67,20 @@ class Divergence:
 
     @property
     def parameters(self) -> tuple[float, ...]:
-        """The parameters in order, as floats: what compiled kernels receive."""
-        return tuple(float(getattr(self, f.name)) for f in dataclasses.fields(self))
+        """The parameters that are numbers, in order (they come before the flags)."""
+        return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "float")
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The parameters that are flags and not numbers."""
+        return {f.name: bool(getattr(self, f.name)) for f in dataclasses.fields(self) if f.type == "bool"}
+
+    @property
+    def kernel_parameters(self) -> tuple[float, float]:
+        """``(a, b)`` as kernels receive them: both parameters, or the only one and 1 minus it, which float32 cannot form from it
+        without losing digits where it is close to 1."""
+        first, *rest = *self.parameters, 0.0
+        return first, rest[0] if len(self.parameters) == 2 else 1.0 - first
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """``[..., V]``, ``[..., V]`` -> ``[..., V]``: f as the papers write it; differentiable; the definition the others answer to."""
@@ -102,18 +114,22 @@ def _log_mix(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """Where ``condition`` yes, else no, in the dtype of ``like`` (torch.where of two numbers would round them to float32)."""
-    return condition.to(like.dtype).mul_(yes - no).add_(no)
+    return torch.where(condition, *(torch.full((), x, dtype=like.dtype, device=like.device) for x in (yes, no)))
 
 
-def _mixture(weight_q: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """``(log(q / m), log(p / m))`` for ``m = weight_q * q + (1 - weight_q) * p``.
+def _mixture(weight_q: float, weight_p: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """``(log(q / m), log(p / m))`` for ``m = weight_q * q + weight_p * p``, the weights adding to 1.
 
-    The larger of p and q is factored out of m, so that nothing overflows and p near q is log(1 - small). NaN where both are 0.
+    The larger of p and q is factored out of m, so that nothing overflows. m over it is 1 - small near p = q, and in general where
+    the smaller one has a small weight; where the smaller one has nearly all of the weight, that form would cancel. NaN where both
+    are 0.
     """
     ratio = log_q - log_p
     q_larger = ratio >= 0
-    share = _choose(q_larger, 1 - weight_q, weight_q, ratio)  # weight in m of the smaller one
-    log_m = torch.log1p(torch.expm1(-ratio.abs()).mul_(share))  # log(m / larger)
+    share = _choose(q_larger, weight_p, weight_q, ratio)  # weight in m of the smaller one
+    lost = torch.expm1(-ratio.abs()).mul_(share)  # m / larger - 1
+    direct = (-ratio.abs()).exp_().mul_(share).add_(_choose(q_larger, weight_q, weight_p, ratio))  # m / larger
+    log_m = torch.where(lost > -0.5, torch.log1p(lost), direct.log_())
     log_qm = torch.where(q_larger, -log_m, ratio - log_m)
     log_pm = torch.where(q_larger, -ratio - log_m, -log_m)
     return log_qm, log_pm
@@ -200,7 +216,7 @@ class JSD(Divergence):
         return b * _safe_product(log_p.exp(), _log_ratio(log_p, log_m)) + (1 - b) * _safe_product(log_q.exp(), _log_ratio(log_q, log_m))
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        log_qm, log_pm = _mixture(1 - self.beta, log_q, log_p)
+        log_qm, log_pm = _mixture(1 - self.beta, self.beta, log_q, log_p)
         slope = _zero_where(q == 0, log_qm.mul_(q)).mul_(1 - self.beta)
         value = _zero_where(p == 0, log_pm.mul_(p)).mul_(self.beta).add_(slope)
         return value, slope
@@ -221,7 +237,7 @@ class SkewKL(Divergence):
         return _safe_product(log_p.exp(), _log_ratio(log_p, _log_mix(self.alpha, log_p, log_q)))
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        _, log_pm = _mixture(1 - self.alpha, log_q, log_p)
+        _, log_pm = _mixture(1 - self.alpha, self.alpha, log_q, log_p)
         # q (p/m - 1) instead of q p/m: the slopes then vanish at p = q instead of cancelling in the sum.
         slope = _zero_where(q == 0, torch.expm1(log_pm).mul_(q)).mul_(self.alpha - 1)
         value = _zero_where(p == 0, log_pm.mul_(p)).add_(q - p, alpha=1 - self.alpha)
@@ -244,7 +260,7 @@ class SkewReverseKL(Divergence):
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         a = self.alpha
-        log_qm, _ = _mixture(a, log_q, log_p)
+        log_qm, _ = _mixture(a, 1 - a, log_q, log_p)
         empty = q == 0
         value = _zero_where(empty, log_qm * q)
         # 1 - q/m instead of -q/m: the slopes then vanish at p = q instead of cancelling in the sum.

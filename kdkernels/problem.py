@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -41,7 +42,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything about a call that is not a tensor. ``encode`` and ``decode`` carry it through a custom op's string argument."""
+    """Everything about a call that is not a tensor. ``encode``, ``numbers`` and ``decode`` carry it through a custom op."""
 
     divergence: Divergence
     vocab: int
@@ -104,12 +105,26 @@ class Problem:
         unbounded = (divergences.LogitMSE, divergences.ABDivergence, divergences.AlphaDivergence)
         return 1.0 if self.student_dtype != torch.float16 or isinstance(self.divergence, unbounded) else 256.0
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Every float of the call: they may change from step to step and travel as a tensor, so that nothing recompiles."""
+        return (
+            self.temperature, self.kd_weight, self.ce_weight,
+            self.student.scale, self.student.softcap or 0.0, self.teacher.scale, self.teacher.softcap or 0.0,
+            *self.divergence.parameters,
+        )  # fmt: skip
+
+    @property
+    def sizes(self) -> list[int]:
+        """Every int of the call, for the same reason; 0 for None."""
+        return [self.vocab, self.ignore_index, self.memory_budget or 0, self.chunk_rows or 0]
+
     def encode(self) -> str:
-        """Without temperature, kd_weight and ce_weight: they may change every step and travel as numbers (see ``decode``)."""
+        """Everything but what ``numbers`` and ``sizes`` hold."""
         structure = (
             self.divergence.name,
-            self.divergence.parameters,
-            (self.student.scale, self.student.softcap, self.teacher.scale, self.teacher.softcap),
+            self.divergence.flags,
+            (self.student.softcap is not None, self.teacher.softcap is not None),
             (
                 DTYPE_NAMES[self.student_dtype],
                 DTYPE_NAMES[self.teacher_dtype],
@@ -118,8 +133,7 @@ class Problem:
             {
                 name: getattr(self, name)
                 for name in (
-                    "vocab", "t_squared", "ignore_index", "per_token", "wants_input", "wants_weight", "wants_bias",
-                    "return_stats", "has_labels", "memory_budget", "chunk_rows", "backend",
+                    "t_squared", "per_token", "wants_input", "wants_weight", "wants_bias", "return_stats", "has_labels", "backend",
                 )
             },
         )  # fmt: skip
@@ -128,15 +142,13 @@ class Problem:
 
 @lru_cache(maxsize=256)
 def _decode_structure(spec: str) -> Problem:
-    name, parameters, transforms, dtypes, rest = ast.literal_eval(spec)
-    cls = divergences.REGISTRY[name]
-    s_scale, s_cap, t_scale, t_cap = transforms
+    name, flags, capped, dtypes, rest = ast.literal_eval(spec)
     student_dtype, teacher_dtype, logits_dtype = (None if d is None else DTYPES[d] for d in dtypes)
     return Problem(
-        # Parameters travel as floats; a flag is one of 0.0 and 1.0.
-        divergence=cls(**{f.name: bool(v) if f.type == "bool" else v for f, v in zip(fields(cls), parameters, strict=True)}),
-        student=Transform(s_scale, s_cap),
-        teacher=Transform(t_scale, t_cap),
+        divergence=divergences.REGISTRY[name](**flags),
+        vocab=0,
+        student=Transform(softcap=1.0 if capped[0] else None),
+        teacher=Transform(softcap=1.0 if capped[1] else None),
         student_dtype=student_dtype or torch.float32,
         teacher_dtype=teacher_dtype or torch.float32,
         logits_dtype=logits_dtype,
@@ -144,9 +156,26 @@ def _decode_structure(spec: str) -> Problem:
     )
 
 
-def decode(spec: str, temperature: float = 1.0, kd_weight: float = 1.0, ce_weight: float = 0.0) -> Problem:
-    """The inverse of ``Problem.encode``; without the numbers, what can be said of shapes and dtypes."""
-    return replace(_decode_structure(spec), temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
+def decode(spec: str, numbers: Sequence[float] | None = None, sizes: Sequence[int] = ()) -> Problem:
+    """The inverse of ``Problem.encode``, ``numbers`` and ``sizes``; without those two, what can be said of shapes and dtypes."""
+    problem = _decode_structure(spec)
+    if numbers is None:
+        return problem
+    vocab, ignore_index, memory_budget, chunk_rows = sizes
+    temperature, kd_weight, ce_weight, s_scale, s_cap, t_scale, t_cap, *parameters = numbers
+    return replace(
+        problem,
+        vocab=vocab,
+        ignore_index=ignore_index,
+        memory_budget=memory_budget or None,
+        chunk_rows=chunk_rows or None,
+        divergence=type(problem.divergence)(*parameters, **problem.divergence.flags),
+        temperature=temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        student=Transform(s_scale, None if problem.student.softcap is None else s_cap),
+        teacher=Transform(t_scale, None if problem.teacher.softcap is None else t_cap),
+    )
 
 
 @dataclass

@@ -62,12 +62,13 @@ def distillation_rows(
     loss = problem.value_scale * divergence if problem.kd_weight else torch.zeros_like(divergence)
     ce = torch.full_like(divergence, math.nan)
     if labels is not None:
-        target = torch.where(labels == problem.ignore_index, torch.zeros_like(labels), labels).unsqueeze(-1)
+        target = labels.masked_fill(labels == problem.ignore_index, 0).unsqueeze(-1)
         ce = -torch.log_softmax(zs, -1).gather(-1, target).squeeze(-1)
         if problem.ce_weight:
             loss = loss + problem.ce_weight * ce
     if token_weights is not None:
-        loss = loss * token_weights.to(dtype)
+        weights = token_weights.to(dtype)  # of ignored tokens anything, NaN too
+        loss = loss * (weights if valid is None else torch.where(valid, weights, torch.zeros_like(weights)))
     count = torch.full((), loss.numel(), dtype=torch.int64, device=loss.device) if valid is None else valid.sum()
     stats = None
     if problem.return_stats:

@@ -69,7 +69,6 @@ def prepare(
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be one number, got a tensor of shape {list(num_items.shape)}")
-        num_items = num_items.reshape(())
     elif num_items is not None and num_items < 0:
         raise ValueError(f"num_items must not be negative, got {num_items}")
     _check_logits_dtype(logits_dtype, student_side, teacher_side)
@@ -111,7 +110,7 @@ def prepare(
         teacher=teacher_side.input.detach(),
         teacher_weight=None if teacher_weight is None else teacher_weight.detach(),
         teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
-        labels=None if labels is None else labels.detach(),
+        labels=None if labels is None else labels.detach().to(torch.int64),  # an ignore_index of -100 is no uint8
         token_weights=None if token_weights is None else token_weights.detach(),
     )
     return replace(problem, backend=chosen), inputs
@@ -177,9 +176,9 @@ def _check_side(name: str, side: Side) -> _Checked:
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or not 0 < size <= vocab:
             raise ValueError(f"{name}.vocab_size must be an int in [1, {vocab}] (the head's rows), got {size!r}")
         vocab = size
-    if not math.isfinite(side.scale) or side.scale == 0:
+    if not -math.inf < side.scale < math.inf or side.scale == 0:
         raise ValueError(f"{name}.scale must be finite and not 0, got {side.scale!r}")
-    if side.softcap is not None and not (math.isfinite(side.softcap) and side.softcap > 0):
+    if side.softcap is not None and not 0 < side.softcap < math.inf:
         raise ValueError(f"{name}.softcap must be finite and > 0, or None for no cap, got {side.softcap!r}")
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:

@@ -392,7 +392,11 @@ def check(
     eager = run(dense_loss, student, teacher, options, upstream=upstream)
     truth = truth_of(student, teacher, options, upstream=upstream)
     assert ours.keys() == truth.keys()
+    scales = dict(scales or {})
+    if isinstance(student, Tensor) and isinstance(teacher, kd.LMHead):
+        # Written in the student's dtype in forward, multiplied by the upstream gradient in backward: rounded twice.
+        scales.setdefault("d_logits", 2 * float(truth["d_logits"].abs().nan_to_num(posinf=0.0).max()))
     for name, value in ours.items():
         assert value.dtype == eager[name].dtype, f"{name}: {value.dtype}, expected {eager[name].dtype}"
-        assert_close_2x(name, value, eager[name], truth[name], (scales or {}).get(name))
+        assert_close_2x(name, value, eager[name], truth[name], scales.get(name))
     return ours

@@ -106,13 +106,13 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
                 batch.stats[at, r] = values[name]
 
     if batch.dz is not None:
-        if not softmax:
-            dz = slope.mul_(problem.slope_scale)
-        elif problem.kd_weight:
+        if not problem.kd_weight:  # 0 times an infinite slope would be NaN
+            dz = torch.zeros_like(slope)
+        elif softmax:
             # slope may be a view of p; q is this tile's own.
             dz = slope.sub_(q.mul_(state[2].unsqueeze(-1))).mul_(problem.slope_scale)
         else:
-            dz = torch.zeros_like(slope)
+            dz = slope.mul_(problem.slope_scale)
         if problem.ce_weight and log_one is not None and batch.labels is not None:
             dz.add_(log_one.exp(), alpha=problem.ce_weight)
             hit = torch.full((dz.shape[0], 1), -problem.ce_weight, dtype=dtype, device=dz.device)

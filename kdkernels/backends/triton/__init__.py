@@ -37,7 +37,7 @@ def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
     count, vocab = batch.student.shape
     if not count:
         return
-    a, b = (*problem.divergence.parameters, 0.0, 0.0)[:2]
+    a, b = problem.divergence.kernel_parameters
     launch = choose(vocab)
     absent = batch.state  # any pointer: never read
     with _on_device(batch):

@@ -21,19 +21,25 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) in float32 (Kahan): the rounding of 1 + x is divided out again."""
-    w = 1.0 + x
-    return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
+def log1p_or_log(x, w):
+    """log(1 + x) or, where that is small, log(w): w is the same number as 1 + x, formed without the cancellation.
+
+    What 1 + x rounds away is put back to first order.
+    """
+    near = x > -0.5
+    y = tl.where(near, 1.0 + x, w)
+    return tl.log(y) + tl.where(near, x - (y - 1.0), 0.0) / y
 
 
 @triton.jit
-def mixture(weight_q, log_q, log_p):
-    """log(q / m), log(p / m) for m = weight_q * q + (1 - weight_q) * p."""
+def mixture(weight_q, weight_p, log_q, log_p):
+    """log(q / m), log(p / m) for m = weight_q * q + weight_p * p."""
     ratio = log_q - log_p
     q_larger = ratio >= 0.0
-    share = tl.where(q_larger, 1.0 - weight_q, weight_q)
-    log_m = log1p(share * expm1(-tl.abs(ratio)))
+    share = tl.where(q_larger, weight_p, weight_q)
+    lost = share * expm1(-tl.abs(ratio))
+    direct = tl.where(q_larger, weight_q, weight_p) + share * tl.exp(-tl.abs(ratio))
+    log_m = log1p_or_log(lost, direct)
     return tl.where(q_larger, -log_m, ratio - log_m), tl.where(q_larger, -ratio - log_m, -log_m)
 
 
@@ -56,33 +62,33 @@ def symmetric_kl(log_q, log_p, a, b):
     q, p = tl.exp(log_q), tl.exp(log_p)
     ratio = log_q - log_p
     reverse = a * tl.where(q == 0.0, 0.0, q * ratio)
-    forward = (a - 1.0) * tl.where(p == 0.0, 0.0, p * ratio)
-    return q, forward + reverse + (1.0 - 2.0 * a) * (q - p), reverse - (1.0 - a) * p
+    forward = -b * tl.where(p == 0.0, 0.0, p * ratio)
+    return q, forward + reverse + (b - a) * (q - p), reverse - b * p
 
 
 @triton.jit
 def jsd(log_q, log_p, a, b):
     q, p = tl.exp(log_q), tl.exp(log_p)
-    log_qm, log_pm = mixture(1.0 - a, log_q, log_p)
-    slope = (1.0 - a) * tl.where(q == 0.0, 0.0, q * log_qm)
+    log_qm, log_pm = mixture(b, a, log_q, log_p)
+    slope = b * tl.where(q == 0.0, 0.0, q * log_qm)
     return q, a * tl.where(p == 0.0, 0.0, p * log_pm) + slope, slope
 
 
 @triton.jit
 def skew_kl(log_q, log_p, a, b):
     q, p = tl.exp(log_q), tl.exp(log_p)
-    _, log_pm = mixture(1.0 - a, log_q, log_p)
-    slope = (a - 1.0) * tl.where(q == 0.0, 0.0, q * expm1(log_pm))
-    return q, tl.where(p == 0.0, 0.0, p * log_pm) + (1.0 - a) * (q - p), slope
+    _, log_pm = mixture(b, a, log_q, log_p)
+    slope = -b * tl.where(q == 0.0, 0.0, q * expm1(log_pm))
+    return q, tl.where(p == 0.0, 0.0, p * log_pm) + b * (q - p), slope
 
 
 @triton.jit
 def skew_reverse_kl(log_q, log_p, a, b):
     q, p = tl.exp(log_q), tl.exp(log_p)
-    log_qm, _ = mixture(a, log_q, log_p)
+    log_qm, _ = mixture(a, b, log_q, log_p)
     value = tl.where(q == 0.0, 0.0, q * log_qm)
     slope = value - a * tl.where(q == 0.0, 0.0, q * expm1(log_qm))
-    return q, value + (1.0 - a) * (p - q), slope
+    return q, value + b * (p - q), slope
 
 
 @triton.jit
@@ -100,10 +106,10 @@ def alpha_divergence(log_q, log_p, a, b):
     q_larger = ratio >= 0.0
     larger = tl.where(q_larger, q, p)
     size = tl.where(q_larger, -ratio, ratio)
-    power = tl.where(q_larger, a, 1.0 - a)
+    power = tl.where(q_larger, a, b)
     grown, shrunk = expm1(power * size), expm1(size)
     empty = larger == 0.0
-    value = tl.where(empty, 0.0, (grown - power * shrunk) * larger) / (a * (a - 1.0))
+    value = tl.where(empty, 0.0, (grown - power * shrunk) * larger) / (-a * b)
     slope = tl.where(empty, 0.0, tl.where(q_larger, grown, grown - shrunk) * larger) / -a
     return q, value, slope
 

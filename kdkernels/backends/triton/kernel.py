@@ -79,8 +79,12 @@ def kd_rows_kernel(
 
     # Sweep 2 is also where the entropies are summed.
     SWEEP_VALUES: tl.constexpr = STATISTICS and (STATS or SLOPE_SUM is None or not GRADIENT)
+    # A normaliser is a pair: the largest of a row and the logarithm of its sum are subtracted one after the other, since their
+    # sum is rounded to the step of the largest, which moves every probability where logits are in the thousands.
     norm_s = 0.0
     norm_t = 0.0
+    rest_s = 0.0
+    rest_t = 0.0
     lse_s = 0.0
     lse_t = 0.0
     lse_ce = 0.0
@@ -122,8 +126,10 @@ def kd_rows_kernel(
         lse_s = top_s + tl.log(sum_s)
         lse_t = top_t + tl.log(sum_t)
         if NORMALIZER == SOFTMAX:
-            norm_s = lse_s
-            norm_t = lse_t
+            norm_s = top_s
+            norm_t = top_t
+            rest_s = tl.log(sum_s)
+            rest_t = tl.log(sum_t)
         if NORMALIZER == MEAN:
             size = tl.maximum(tl.sum(kept, 0), 1.0)
             norm_s = tl.sum(mean_s, 0) / size
@@ -153,7 +159,7 @@ def kd_rows_kernel(
             y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
             x = z * inv_temperature
             u = y * inv_temperature
-            _q, value, slope = DIVERGENCE(x - norm_s, u - norm_t, a, b)
+            _q, value, slope = DIVERGENCE((x - norm_s) - rest_s, (u - norm_t) - rest_t, a, b)
             # Columns beyond the vocabulary are -inf on both sides, which contributes 0; NaN of a row with infinite or NaN
             # normalisers must not come from there alone, so they are left out outright.
             values += tl.where(mask, value, 0.0)
@@ -183,7 +189,7 @@ def kd_rows_kernel(
             mask = columns < vocab
             z = load_logits(student, student_bias, columns, mask, student_scale, student_softcap, STUDENT_BIAS, STUDENT_SOFTCAP)
             y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
-            q, value, slope = DIVERGENCE(z * inv_temperature - norm_s, y * inv_temperature - norm_t, a, b)
+            q, value, slope = DIVERGENCE((z * inv_temperature - norm_s) - rest_s, (y * inv_temperature - norm_t) - rest_t, a, b)
             if not SWEEP_VALUES:
                 values += tl.where(mask, value, 0.0)
             if NORMALIZER == SOFTMAX:
@@ -203,8 +209,8 @@ def kd_rows_kernel(
             divergence = tl.sum(values, 0)
 
     if STATISTICS:
-        tl.store(state, norm_s)
-        tl.store(state + state_stride, norm_t)
+        tl.store(state, norm_s + rest_s)
+        tl.store(state + state_stride, norm_t + rest_t)
         tl.store(state + 2 * state_stride, slope_sum)
         tl.store(state + 3 * state_stride, lse_ce)
         total = tl.where(value_scale == 0.0, 0.0, value_scale * divergence)
