@@ -168,25 +168,21 @@ def demo(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of text files, or one text file; UTF-8, the first 8 MB are used. Default: the Python standard library's sources."
+            help="Folder of text files, or one text file; up to 8 MB of UTF-8 are used. Default: the Python standard library's sources."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-out"),
     seed: Annotated[
         int,
-        typer.Option(min=0, max=2**31 - 1, help="Of weights, batches and the choice of held-out files: the same seed, the same models."),
+        typer.Option(help="Of weights, batches and the choice of held-out files: the same seed, the same models."),
     ] = 0,
     steps: Annotated[
         int | None,
-        typer.Option(
-            min=1, help=f"Training steps of each student; the teacher's scale along. Default: {_DEFAULT.steps}, quick {_QUICK.steps}."
-        ),
+        typer.Option(help=f"Training steps of each student; the teacher's scale along. Default: {_DEFAULT.steps}, quick {_QUICK.steps}."),
     ] = None,
     vocab_size: Annotated[
         int | None,
         typer.Option(
-            min=300,
-            max=65536,
             help=f"Tokens of the byte-level BPE, at most. Default: {_DEFAULT.vocab_size}, quick {_QUICK.vocab_size}.",
         ),
     ] = None,

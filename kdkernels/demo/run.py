@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["check", "run", "train_models"]
 
 LABELS = {"teacher": "Teacher", "student_ce": "Student, CE only", "student_kd": "Student, CE + KD"}
+_SEEDS, _STEPS = (0, 2**31 - 1), (1, 1_000_000)
+_VOCAB_SIZES = (300, 65536)  # a byte-level BPE begins with 257
 _TEACHER_STREAM, _STUDENT_STREAM = 0, 1  # of training batches: the students share theirs
 
 
@@ -40,6 +42,13 @@ def check(settings: Settings, out: Path) -> None:
     missing = [name for name in ("transformers", "tokenizers", "matplotlib") if find_spec(name) is None]
     if missing:
         raise DemoError(f'the demo needs {", ".join(missing)}: pip install "kdkernels[train,bench]"')
+    for option, value, (low, high) in (
+        ("--seed", settings.seed, _SEEDS),
+        ("--steps", settings.steps, _STEPS),
+        ("--vocab-size", settings.vocab_size, _VOCAB_SIZES),
+    ):
+        if not low <= value <= high:
+            raise DemoError(f"{option} {value}: it must be between {low} and {high}")
     if not 0 < settings.temperature < math.inf:
         raise DemoError(f"--temperature {settings.temperature:g}: it must be a finite number > 0, such as 1 or 2")
     if settings.device == "cuda" and not torch.cuda.is_available():

@@ -84,11 +84,8 @@ class Settings:
 
     def changed(self, *, steps: int | None = None, vocab_size: int | None = None, **others: Any) -> Settings:
         """With other values. None keeps what is there; the teacher's steps keep their ratio to the students'."""
-        steps = steps or self.steps
-        return replace(
-            self,
-            steps=steps,
-            teacher_steps=math.ceil(self.teacher_steps * steps / self.steps),
-            vocab_size=vocab_size or self.vocab_size,
-            **others,
-        )
+        if steps is not None:
+            others |= {"steps": steps, "teacher_steps": math.ceil(self.teacher_steps * steps / self.steps)}
+        if vocab_size is not None:
+            others["vocab_size"] = vocab_size
+        return replace(self, **others)

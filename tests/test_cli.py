@@ -1,0 +1,221 @@
+"""The ``kdkernels`` command: what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import kdkernels as kd
+from kdkernels import cli, dispatch
+from kdkernels.backends import native
+from kdkernels.demo import run
+from kdkernels.demo.settings import DemoError
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def test_version() -> None:
+    result = runner.invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output.strip()) == (0, f"kdkernels {kd.__version__}")
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_lists_the_commands(arguments: list[str]) -> None:
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code == 0
+    assert all(word in result.output for word in ("env", "demo", "--version", "demo --quick"))
+
+
+def test_help_of_demo_teaches() -> None:
+    result = runner.invoke(cli.app, ["demo", "--help"])
+    assert result.exit_code == 0
+    # Every option, the defaults in force, the choices, and examples to copy.
+    for word in (
+        "--data",
+        "--out",
+        "--seed",
+        "--steps",
+        "--vocab-size",
+        "--backend",
+        "--divergence",
+        "--temperature",
+        "--device",
+        "--quick",
+    ):
+        assert word in result.output
+    assert f"Default: {cli._DEFAULT.steps}, quick {cli._QUICK.steps}" in " ".join(result.output.replace("│", " ").split())
+    assert all(name in result.output for name in (*dispatch.NAMES, "jsd", "forward_kl", "kdkernels demo --data"))
+
+
+def test_env_prints_versions_backends_devices_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDKERNELS_CUDA_ARCHS", "80;90a")
+    result = runner.invoke(cli.app, ["env"])
+    assert result.exit_code == 0
+    lines = [line.strip() for line in result.output.splitlines()]
+    assert f"kdkernels        {kd.__version__}" in lines
+    assert f"torch            {torch.__version__}" in lines
+    assert any(line.startswith("KDKERNELS_CUDA_ARCHS") and line.endswith("80;90a") for line in lines)
+    assert "backends on cpu" in lines
+    assert any(line.startswith("cuda ") and "not available: " in line for line in lines), "a reason for every backend that can't run"
+    assert any(line.startswith("torch ") and line.endswith("available") for line in lines)
+
+
+def test_env_as_json_says_the_same() -> None:
+    result = runner.invoke(cli.app, ["env", "--json"])
+    found = json.loads(result.output)
+    assert found == json.loads(json.dumps(cli.environment()))
+    assert set(found["backends"]["cpu"]) == {"auto", *dispatch.NAMES}
+    assert found["backends"]["cpu"]["auto"] == dispatch.select("auto", "cpu", (torch.float32, torch.float32))
+    assert set(found["environment variables"]) == {"TRITON_INTERPRET", "KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS"}
+
+
+def test_env_tells_no_path_and_no_user_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_MISSING", f"cannot load ({Path.home() / 'venv' / '_C.so'}: undefined symbol)")
+    found = cli.environment()
+    assert found["backends"]["cpu"]["native"] == "not available: cannot load (_C.so: undefined symbol)"
+    assert found["compiled extension"] == {"_C": "not there"}
+    text = json.dumps({k: v for k, v in found.items() if k != "platform"})
+    assert str(Path.home()) not in text
+    assert sys.prefix not in text
+    assert getpass.getuser() not in text.replace("torch", "").split()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/opt/some/lib.so: bad", "lib.so: bad"),
+        ("'/a/b/c.py'", "'c.py'"),
+        (r"C:\Users\me\x.dll not found", "x.dll not found"),
+        ("CPU and/or GPU, 1 / 2", "CPU and/or GPU, 1 / 2"),
+    ],
+)
+def test_folders_are_cut_from_reasons(text: str, expected: str) -> None:
+    assert cli._without_folders(text) == expected
+
+
+def test_env_tells_what_the_extension_holds() -> None:
+    if native.unavailable("cpu", ()) is not None:
+        pytest.skip("not compiled here")
+    assert native.contents()["cpu instruction sets"][-1] == "baseline"
+    assert cli.environment()["compiled extension"]["cpu instruction sets"].endswith("baseline")
+
+
+def test_env_knows_cuda_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    found = cli.environment()
+    assert found["devices"]["cuda:0"] == "NVIDIA H200, compute capability 9.0, 141 GiB"
+    assert set(found["backends"]) == {"cpu", "cuda"}
+
+
+def test_packages_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "PACKAGES", ("no-such-package",))
+    assert cli.environment()["versions"]["no-such-package"] == "not installed"
+
+
+def test_processor_where_linux_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    assert cli._processor()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "no/such/folder"], ["--data no/such/folder", "no such file or folder", "leave --data out"]),
+        (["--backend", "cudnn"], ["--backend", "'cudnn'", "valid names: auto, cuda, triton"]),
+        (["--divergence", "wasserstein"], ["--divergence", "'wasserstein'", "valid names: forward_kl"]),
+        (["--temperature", "0"], ["--temperature 0", "> 0", "such as 1"]),
+        (["--temperature", "-1"], ["--temperature -1", "> 0"]),
+        (["--temperature", "nan"], ["--temperature nan", "finite"]),
+        (["--steps", "0"], ["--steps 0: it must be between 1 and 1000000"]),
+        (["--vocab-size", "10"], ["--vocab-size 10: it must be between 300 and 65536"]),
+        (["--seed", "-1"], ["--seed -1: it must be between 0 and 2147483647"]),
+        (["--device", "tpu"], ["--device", "'tpu'", "'cuda'"]),
+    ],
+)
+def test_bad_options_are_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    result = runner.invoke(cli.app, ["demo", "--quick", "--out", str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 2
+    assert all(word in result.output for word in words), result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("short\n")
+    result = runner.invoke(cli.app, ["demo", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    last = result.output.strip().splitlines()[-1]
+    assert last.startswith(f"Error: --data {tmp_path}: found 6 bytes of UTF-8 text in 1 of 1 file")
+    assert "at least 100,000 bytes" in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = runner.invoke(cli.app, ["demo", "--out", str(out)])
+        assert result.exit_code == 2
+        assert result.output.startswith(f"Error: --out {out}: cannot write into {tmp_path / 'file'} (")
+        assert result.output.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_backend_that_cannot_run_is_refused_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_MISSING", "no compiler was found")
+    dispatch._select.cache_clear()
+    result = runner.invoke(cli.app, ["demo", "--device", "cpu", "--backend", "native", "--out", str(tmp_path)])
+    dispatch._select.cache_clear()
+    assert result.exit_code == 2
+    assert "--backend: backend='native' cannot run here: no compiler was found. Leave --backend out" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_extras_are_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "tokenizers" else name)
+    result = runner.invoke(cli.app, ["demo", "--out", str(tmp_path)])
+    assert (result.exit_code, result.output) == (2, 'Error: the demo needs tokenizers: pip install "kdkernels[train,bench]"\n')
+
+
+def test_cuda_without_a_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = runner.invoke(cli.app, ["demo", "--device", "cuda", "--out", str(tmp_path)])
+    assert (result.exit_code, result.output) == (2, "Error: --device cuda: torch sees no CUDA device here. Take --device cpu\n")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"), [(KeyboardInterrupt(), 130, "Interrupted."), (DemoError("--data x: bad"), 2, "Error: --data x: bad")]
+)
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, message: str) -> None:
+    def fail(*args: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(run, "run", fail)
+    result = runner.invoke(cli.app, ["demo"])
+    assert (result.exit_code, result.output.strip()) == (code, message)
+
+
+def test_options_reach_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(run, "run", lambda *arguments: seen.extend(arguments))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = ["demo", "--data", str(tmp_path), "--steps", "200", "--seed", "5", "--divergence", "jsd", "--temperature", "3"]
+    assert runner.invoke(cli.app, arguments).exit_code == 0
+    settings, data, out = seen[:3]
+    assert settings == cli._DEFAULT.changed(steps=200, seed=5, divergence="jsd", temperature=3.0, device="cuda")
+    assert settings.teacher_steps == cli._DEFAULT.teacher_steps * 200 // cli._DEFAULT.steps
+    assert (data, out) == (tmp_path, Path("demo-out"))
+
+
+def test_as_a_module_in_a_process_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-m", "kdkernels.cli", "env", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["versions"]["kdkernels"] == kd.__version__
+    assert done.stderr == ""
