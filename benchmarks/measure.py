@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .cases import Case, Inputs, build
+from .results import ROOT
 from .variants import Step
 from .variants import build as build_step
 
@@ -42,10 +43,10 @@ def time_interleaved(
     order = random.Random(0)
     device = inputs.device
     for round_ in range(warmup + samples):
+        gc.collect()
         for variant in order.sample(list(steps), len(steps)):
             progress(variant)
             inputs.clear_gradients()
-            gc.collect()
             ms = _time_cuda(steps[variant], device) if device.type == "cuda" else _time_cpu(steps[variant])
             if round_ >= warmup:
                 taken[variant].append(round(ms, 4))
@@ -87,7 +88,7 @@ def peak_extra_bytes(variant: str, case: Case, device: str = "cpu", **options: A
     """
     request = {"variant": variant, "case": asdict(case), "device": device, "threads": torch.get_num_threads(), "options": options}
     command = [sys.executable, "-m", __name__ if __name__ != "__main__" else "benchmarks.measure", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, cwd=ROOT)
     if done.returncode < 0:
         raise OutOfProcessError(f"killed by signal {-done.returncode}")
     if done.returncode:

@@ -1,0 +1,100 @@
+"""The documentation is true: every Python block runs, every table of names matches the code, every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import dispatch
+from kdkernels.divergences import REGISTRY
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+
+BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
+
+
+def missing(needs: str | None) -> bool:
+    """Whether something that a block says it needs is not here: a package, or a GPU."""
+    names = [] if needs is None else [name.strip() for name in needs.split(",")]
+    return any(not torch.cuda.is_available() if name == "a GPU" else importlib.util.find_spec(name) is None for name in names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path) -> None:
+    """One after the other in one namespace, as a reader would paste them."""
+    namespace: dict[str, object] = {"__name__": page.stem}
+    text = page.read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python\n")
+    for block in blocks:
+        line = text.count("\n", 0, block.start("code"))
+        code = compile("\n" * line + block["code"], str(page), "exec")  # so that a traceback names the page's own line
+        if not missing(block["needs"]):
+            exec(code, namespace)
+
+
+def test_readme_example_is_ten_lines_and_stands_alone() -> None:
+    code = BLOCK.search(README)["code"]  # type: ignore[index]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    namespace: dict[str, object] = {}
+    exec(code, namespace)
+    head = namespace["student_head"]
+    assert isinstance(head, torch.nn.Parameter)
+    assert head.grad is not None
+    assert bool(head.grad.isfinite().all())
+
+
+def rows_of(table_header: str) -> list[list[str]]:
+    """The cells of a README table."""
+    _, _, rest = README.partition(table_header + "\n")
+    assert rest, table_header
+    lines = rest.splitlines()[1:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[: lines.index("")]]
+
+
+def test_readme_lists_every_divergence_with_its_defaults() -> None:
+    rows = rows_of("| name | class, with its defaults | formula | paper |")
+    assert {name: eval(call, {"kd": kd}) for name, call, *_ in rows} == {name: cls() for name, cls in REGISTRY.items()}
+    for name, call, *_ in rows:
+        shown = eval(call, {"kd": kd})
+        assert call == f"kd.{shown!r}", name  # the defaults are spelt out
+
+
+def test_readme_lists_every_backend_and_its_dtypes() -> None:
+    rows = rows_of("| backend | what | where | logits |")
+    assert [name for name, *_ in rows] == list(dispatch.NAMES)
+    for name, _, _, dtypes in rows:
+        device = "cpu" if dispatch.unavailable(name, "cpu", (torch.float32, torch.float32)) is None else "cuda"
+        if dispatch.unavailable(name, device, (torch.float32, torch.float32)) is not None:
+            continue  # it runs nowhere here
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            runs = dispatch.unavailable(name, device, (dtype, dtype)) is None
+            assert runs == (str(dtype).removeprefix("torch.") in dtypes.split(", ")), (name, dtype)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+
+
+def test_changelog_has_a_section_for_the_version_or_for_what_comes() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)
+    assert first is not None
+    assert first[1] in ("Unreleased", kd.__version__)
