@@ -174,7 +174,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-out"),
     seed: Annotated[
         int,
-        typer.Option(help="Of weights, batches and the choice of held-out files: the same seed, the same models."),
+        typer.Option(
+            help="Of weights, batches and the choice of held-out files: the same seed repeats the training, on a CPU bit for bit."
+        ),
     ] = 0,
     steps: Annotated[
         int | None,

@@ -21,7 +21,8 @@ def print_tables(record: dict[str, Any], console: Console) -> None:
     difference = record["student_difference"]
     console.print(
         f"Held-out loss, CE + KD minus CE only: {difference['kd_minus_ce']:+.4f} ± {difference['standard_error']:.4f} nats per token\n"
-        f"(standard error over {difference['windows']} held-out windows; one training seed)\n",
+        f"(standard error over {difference['windows']} held-out windows; one training seed). "
+        "A step with KD includes the teacher's forward pass.\n",
         highlight=False,
     )
     console.print(_losses(record))
