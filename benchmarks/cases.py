@@ -39,12 +39,12 @@ class Case:
             raise ValueError(f"ds and dt are both 0 (logits are given) or both positive (heads are), got {self.ds} and {self.dt}")
 
     @classmethod
-    def parse(cls, shape: str, divergence: str, temperature: float) -> Case:
-        """From ``"N,V,Ds,Dt:dtype"``, or ``"N,V:dtype"`` for logits."""
-        match = re.fullmatch(r"([1-9]\d*),([1-9]\d*)(?:,([1-9]\d*),([1-9]\d*))?:(float32|float64|bfloat16|float16)", shape)
+    def parse(cls, text: str, temperature: float = 2.0) -> Case:
+        """From ``"N,V,Ds,Dt:dtype:divergence"``, or ``"N,V:dtype:divergence"`` for logits."""
+        match = re.fullmatch(r"([1-9]\d*),([1-9]\d*)(?:,([1-9]\d*),([1-9]\d*))?:(float32|float64|bfloat16|float16):(\w+)", text)
         if match is None:
-            raise ValueError(f"a shape is N,V,Ds,Dt:dtype (heads) or N,V:dtype (logits), as in 2048,32000:float32, got {shape!r}")
-        n, v, ds, dt, dtype = match.groups(default="0")
+            raise ValueError(f"a case is N,V,Ds,Dt:dtype:divergence (heads) or N,V:dtype:divergence (logits), got {text!r}")
+        n, v, ds, dt, dtype, divergence = match.groups(default="0")
         return cls(int(n), int(v), int(ds), int(dt), dtype, divergence, temperature)
 
     @property

@@ -72,9 +72,10 @@ def loss(data: Mapping[str, Any]) -> str:
         figure.suptitle(data["title"], fontsize=11, x=0.01, ha="left")
         _bars(time, [(b["name"], b["ms"], b["ours"]) for b in bars], "Time, forward + backward", "{:,.0f} ms")
         time.axvline(data["floor"], color=INK, linestyle=(0, (4, 3)), linewidth=1.2)
+        side = 1 if data["floor"] < 0.55 * max(bar["ms"] for bar in bars) else -1  # where there is room
         time.annotate(
-            f"{data['floor_is']}: {data['floor']:,.0f} ms", (data["floor"], len(bars) - 0.45), xytext=(5, -1), textcoords="offset points",
-            fontsize=10.5, va="center",
+            f"{data['floor_is']}: {data['floor']:,.0f} ms", (data["floor"], len(bars) - 0.45), xytext=(5 * side, -1),
+            textcoords="offset points", fontsize=10.5, va="center", ha="left" if side > 0 else "right",
         )  # fmt: skip
         time.set_ylim(len(bars) - 0.1, -0.6)
         _bars(memory, [(b["name"], b["mib"], b["ours"]) for b in with_memory], "Peak memory beyond the inputs", "{:,.0f} MiB")

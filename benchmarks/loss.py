@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,15 +22,31 @@ import kdkernels as kd
 
 from . import variants
 from .cases import Case, Inputs, build
-from .measure import OutOfProcessError, peak_extra_bytes, quantile, time_interleaved
+from .measure import OutOfProcessError, first_line, peak_extra_bytes, quantile, time_interleaved
 from .results import RESULTS, environment, save
 
-SHAPES = ["2048,32000,512,1024:float32", "2048,32000,512,1024:bfloat16", "2048,32000:float32"]
-DIVERGENCES = ["forward_kl", "jsd"]
+CASES = {
+    "cpu": [
+        "2048,32000,512,1024:float32:forward_kl",
+        "2048,32000,512,1024:float32:jsd",
+        "2048,32000,512,1024:bfloat16:forward_kl",
+        "2048,32000:float32:forward_kl",
+        "2048,32000:float32:jsd",
+    ],
+    "cuda": [
+        "8192,128256,2048,4096:bfloat16:forward_kl",
+        "8192,128256,2048,4096:bfloat16:jsd",
+        "8192,128256,4096,4096:bfloat16:forward_kl",
+        "16384,151936,2048,4096:bfloat16:forward_kl",
+        "16384,32000,2048,4096:bfloat16:forward_kl",
+        *(f"8192,{v}:bfloat16:{divergence}" for v in (32000, 128256, 151936, 256000) for divergence in ("forward_kl", "jsd")),
+    ],
+}
+"""What is measured on a kind of device if nobody says otherwise. The first is the one that the README opens with."""
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-NO_MEMORY = {"compile": "the compiler's own memory cannot be told from the loss's"}
+NO_MEMORY = {"floor": "it is no loss", "compile": "the compiler's own memory cannot be told from the loss's"}
 """Variants whose peak memory would mislead, with the reason."""
 
 COLUMNS = ("loss", "ms p50 [p20, p80]", "x of floor", "eager / it", "peak extra MiB", "of eager's", "gradient error")
@@ -50,16 +65,19 @@ def measure(case: Case, device: str, names: list[str], samples: int, progress: P
             errors[name] = variants.check(name, case, device)
             steps[name] = variants.build(name, case, inputs)
         except Exception as error:  # whatever a compiler, a driver or a peer comes up with is this row's result
-            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            skipped[name] = first_line(error)
             progress.advance(task, samples + 2)
 
     def advance(name: str) -> None:
         progress.update(task, description=f"{case}: timing {name}", advance=1)
 
-    taken = time_interleaved(steps, inputs, samples, progress=advance)
-    plans = {name: plan(name, case, inputs) for name in steps if name.partition("/")[0] in variants.BACKENDS}
+    taken, failed = time_interleaved(steps, inputs, samples, progress=advance)
+    skipped |= failed
+    plans = {name: plan(name, case, inputs) for name in taken if name.partition("/")[0] in variants.BACKENDS}
     del inputs
     steps.clear()  # so that the processes that measure memory have the machine's to themselves
+    if device != "cpu":
+        torch.cuda.empty_cache()
     results = []
     for name in names:
         row: dict[str, Any] = {"variant": name}
@@ -137,22 +155,28 @@ def bars() -> Iterator[Progress]:
 
 
 def main(
-    shape: Annotated[list[str], typer.Option(help="N,V,Ds,Dt:dtype of heads, N,V:dtype of logits; may be repeated.")] = SHAPES,
-    divergence: Annotated[list[str], typer.Option(help="forward_kl, reverse_kl or jsd; may be repeated.")] = DIVERGENCES,
+    case: Annotated[
+        list[str] | None, typer.Option(help="N,V,Ds,Dt:dtype:divergence with heads, N,V:dtype:divergence of logits; may be repeated.")
+    ] = None,
     temperature: Annotated[float, typer.Option()] = 2.0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help=" or ".join(CASES))] = "cpu",
     variant: Annotated[list[str] | None, typer.Option(help="Such as floor, eager, native, torch/bfloat16; default: all that run.")] = None,
-    samples: Annotated[int, typer.Option(help="Timed rounds per case, after one that warms up.")] = 9,
+    samples: Annotated[int, typer.Option(help="Timed rounds per case, after one that warms up.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
 ) -> None:
     """Measures time and peak memory and writes OUT/MACHINE/loss.json."""
-    cases = [Case.parse(text, name, temperature) for text, name in product(shape, divergence)]  # a typo is found before hours of work
+    if device not in CASES:
+        raise typer.BadParameter(f"--device is one of {', '.join(CASES)}, got {device!r}")
+    try:
+        cases = [Case.parse(text, temperature) for text in case or CASES[device]]  # a typo is found before hours of work
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     where = environment(device)  # first: later the load is our own
     console.print(f"{where['machine']}: torch {where['torch']}, {where['threads']} threads, load average {where['load_average']}")
     record: dict[str, Any] = {"environment": where, "settings": {"device": device, "samples": samples, "warmup": 1}, "cases": []}
     with bars() as progress:
-        for case in cases:
-            measured = measure(case, device, variant or variants.default_variants(case, device), samples, progress)
+        for each in cases:
+            measured = measure(each, device, variant or variants.default_variants(each, device), samples, progress)
             record["cases"].append(measured)
             show(measured)
             path = save(out, "loss", record)  # after every case: a run cut short keeps what it has

@@ -37,20 +37,34 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 def time_interleaved(
     steps: Mapping[str, Step], inputs: Inputs, samples: int, warmup: int = 1, progress: Progress = lambda variant: None
-) -> dict[str, list[float]]:
-    """Milliseconds of every sample. Each round runs every variant once, in an order of its own: what drifts drifts for all alike."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Each round runs every variant once, in an order of its own: what drifts drifts for all alike.
+
+    Returns:
+        Milliseconds of every sample, by variant; and of those that failed, as for want of memory, why.
+    """
     taken: dict[str, list[float]] = {variant: [] for variant in steps}
+    failed: dict[str, str] = {}
     order = random.Random(0)
     device = inputs.device
     for round_ in range(warmup + samples):
         gc.collect()
-        for variant in order.sample(list(steps), len(steps)):
+        for variant in order.sample(list(taken), len(taken)):
             progress(variant)
             inputs.clear_gradients()
-            ms = _time_cuda(steps[variant], device) if device.type == "cuda" else _time_cpu(steps[variant])
+            try:
+                ms = _time_cuda(steps[variant], device) if device.type == "cuda" else _time_cpu(steps[variant])
+            except Exception as error:  # whatever it is, it is what this variant does with this case
+                failed[variant] = first_line(error)
+                del taken[variant]
+                continue
             if round_ >= warmup:
                 taken[variant].append(round(ms, 4))
-    return taken
+    return taken, failed
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _time_cpu(step: Step) -> float:

@@ -26,7 +26,7 @@ from .cases import Case
 from .measure import OutOfProcessError, peak_extra_bytes
 from .results import RESULTS, environment, save
 
-TOKENS = [1 << n for n in range(10, 17, 2)]
+TOKENS = [1024, 4096, 8192, 16384, 65536]
 BUDGETS_MIB = [128, 1024]
 DENSE_BYTES_PER_LOGIT = 28
 """More than eager's measured peak per logit: enough to decide what not to try."""
@@ -62,13 +62,14 @@ def main(
     dtype: Annotated[str, typer.Option()] = "float32",
     divergence: Annotated[str, typer.Option()] = "forward_kl",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    variant: Annotated[list[str] | None, typer.Option(help="A backend; may be repeated. Default: what auto takes.")] = None,
     budget_mib: Annotated[list[int], typer.Option(help="memory_budget; may be repeated.")] = BUDGETS_MIB,
     dense_limit_gib: Annotated[float, typer.Option(help="Eager is left out where it would need more.")] = 8.0,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
 ) -> None:
     """Measures peak memory against N and writes OUT/MACHINE/memory_scaling.json."""
     case = Case(0, vocab, student_hidden, teacher_hidden, dtype, divergence)
-    backends = [name for name in variants.default_variants(case, device) if name in variants.BACKENDS]
+    backends = variant or [next(name for name in variants.default_variants(case, device) if name in variants.BACKENDS)]
     curves: list[dict[str, Any]] = [{"variant": "eager", "memory_budget": None, "points": []}]
     curves += [{"variant": b, "memory_budget": m << 20, "points": []} for b in backends for m in budget_mib]
     record = {"environment": environment(device), "case": asdict(case), "curves": curves}
@@ -77,19 +78,19 @@ def main(
         for n in tokens:
             at = replace(case, n=n)
             for curve in curves:
-                variant, budget = curve["variant"], curve["memory_budget"]
-                progress.update(task, description=f"N={n} {variant}", advance=1)
-                if variant == "eager" and n * vocab * DENSE_BYTES_PER_LOGIT > dense_limit_gib * 2**30:
+                name, budget = curve["variant"], curve["memory_budget"]
+                progress.update(task, description=f"N={n} {name}", advance=1)
+                if name == "eager" and n * vocab * DENSE_BYTES_PER_LOGIT > dense_limit_gib * 2**30:
                     continue
                 options = {} if budget is None else {"memory_budget": budget}
                 try:
-                    peak = peak_extra_bytes(variant, at, device, **options)
+                    peak = peak_extra_bytes(name, at, device, **options)
                 except OutOfProcessError as error:
                     curve["points"].append({"n": n, "failed": str(error)})
                     continue
                 point: dict[str, Any] = {"n": n, "peak_extra_bytes": peak}
                 if budget is not None:
-                    point |= accounted(at, device, variant, budget)
+                    point |= accounted(at, device, name, budget)
                     point["unaccounted_bytes"] = peak - point["accounted_bytes"]
                 curve["points"].append(point)
             path = save(out, "memory_scaling", record)

@@ -55,6 +55,7 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -72,16 +73,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Short, with ``+`` if the package or its kernels differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
+def _run(*command: str) -> str | None:
+    """The first line of what a program prints, "" of one that prints nothing; None where it cannot be run."""
     try:
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--", "kdkernels", "csrc") else "")
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
+    return lines[0].strip() if lines else ""
+
+
+def _commit() -> str | None:
+    """Short, with ``+`` if the package or its kernels differ from it."""
+    commit = _run("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
+    changed = _run("git", "-C", str(ROOT), "status", "--porcelain", "--", "kdkernels", "csrc")
+    return f"{commit}+" if commit and changed else commit
 
 
 def save(folder: Path, name: str, record: dict[str, Any]) -> Path:

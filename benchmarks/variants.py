@@ -51,7 +51,10 @@ def build(variant: str, case: Case, inputs: Inputs, **options: Any) -> Step:
 
 
 def default_variants(case: Case, device: str) -> list[str]:
-    """What a run measures if nobody says otherwise: our backends that "auto" may take, each in the forms that differ for this dtype."""
+    """What a run measures if nobody says otherwise: the floor, the dense formula, peers that are installed, and our backends.
+
+    Ours are those that "auto" may take, best first; the best of them with a bfloat16 head's logits in bfloat16 too.
+    """
     probe = build_inputs(replace(case, n=1, v=8), device)
 
     def runs(backend: str) -> bool:
@@ -63,7 +66,7 @@ def default_variants(case: Case, device: str) -> list[str]:
 
     # Not every backend that can run: with TRITON_INTERPRET=1 Triton can on a CPU, but there is nothing to time in an interpreter.
     ours = [name for name in dispatch.AUTO_ORDER.get(device, ("torch",)) if runs(name)]
-    narrow = [f"{name}/{case.dtype}" for name in ours if case.has_heads and case.dtype == "bfloat16"]
+    narrow = [f"{name}/{case.dtype}" for name in ours[:1] if case.has_heads and case.dtype == "bfloat16"]
     peers = [name for name, package in PEERS.items() if case.has_heads and importlib.util.find_spec(package) is not None]
     return ["floor", "eager", "compile", *peers, *ours, *narrow]
 

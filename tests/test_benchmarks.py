@@ -26,13 +26,15 @@ def test_quantile_interpolates() -> None:
 
 
 def test_case_from_text() -> None:
-    assert Case.parse("8,100,4,6:bfloat16", "jsd", 2.0) == Case(8, 100, 4, 6, "bfloat16", "jsd", 2.0)
-    logits = Case.parse("8,100:float32", "forward_kl", 1.0)
+    assert Case.parse("8,100,4,6:bfloat16:jsd", 3.0) == Case(8, 100, 4, 6, "bfloat16", "jsd", 3.0)
+    logits = Case.parse("8,100:float32:forward_kl")
     assert not logits.has_heads
     assert (logits.flop, logits.floor_bytes) == (0, 3 * 8 * 100 * 4)
-    for wrong in ("8,100", "8,100,4:float32", "8,0:float32", "8,100:int8", "8;100:float32"):
-        with pytest.raises(ValueError, match="N,V,Ds,Dt:dtype"):
-            Case.parse(wrong, "jsd", 2.0)
+    for wrong in ("8,100", "8,100,4:float32:jsd", "8,0:float32:jsd", "8,100:int8:jsd", "8;100:float32:jsd", "8,100:float32"):
+        with pytest.raises(ValueError, match="N,V,Ds,Dt:dtype:divergence"):
+            Case.parse(wrong)
+    for text in (text for texts in loss.CASES.values() for text in texts):
+        Case.parse(text)
     with pytest.raises(ValueError, match="both"):
         Case(8, 100, 4, 0)
 
@@ -85,7 +87,11 @@ def test_every_round_runs_every_variant_with_clear_gradients() -> None:
 
         return run
 
-    taken = measure.time_interleaved({name: step(name) for name in "abc"}, inputs, samples=6, warmup=2)
+    def too_large() -> None:
+        raise torch.OutOfMemoryError("no memory\nmore of it")
+
+    taken, failed = measure.time_interleaved({"big": too_large, **{name: step(name) for name in "abc"}}, inputs, samples=6, warmup=2)
+    assert failed == {"big": "OutOfMemoryError: no memory"}
     rounds = ["".join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
     assert {name: len(samples) for name, samples in taken.items()} == {"a": 6, "b": 6, "c": 6}
     assert len(rounds) == 8
@@ -116,9 +122,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(loss, "peak_extra_bytes", lambda variant, *_, **__: (3 if variant == "eager" else 1) << 20)
         patch.setattr(memory_scaling, "peak_extra_bytes", lambda variant, case, *_, **__: (1 << 20) + 4 * case.n * case.v)
         names = ["floor", "eager", "torch", "torch/bfloat16", "liger"]
-        shapes = ["32,256,8,16:bfloat16", "32,256:float32"]
-        loss.main(shapes, ["forward_kl", "jsd"], 2.0, "cpu", names, samples=2, out=out)
-        memory_scaling.main([64, 128], 512, 8, 16, "float32", "forward_kl", "cpu", [1], out=out)
+        cases = [f"32,256{rest}:{name}" for rest in (",8,16:bfloat16", ":float32") for name in ("forward_kl", "jsd")]
+        loss.main(cases, 2.0, "cpu", names, samples=2, out=out)
+        memory_scaling.main([64, 128], 512, 8, 16, "float32", "forward_kl", "cpu", ["torch"], [1], out=out)
     return out
 
 
