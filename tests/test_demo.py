@@ -207,6 +207,28 @@ def test_the_fused_kd_loss_is_the_sum_of_its_terms() -> None:
     assert evaluation.cross_entropy.mean().item() == pytest.approx(train.held_out_loss(student, windows), rel=1e-5)
 
 
+def test_fused_and_dense_kd_train_the_same_student() -> None:
+    settings = replace(TINY, temperature=2.0)
+    teacher = train.build(settings.teacher, 300, settings).requires_grad_(False)
+    stream = torch.randint(300, (500,), generator=torch.Generator().manual_seed(0))
+    batches = train.Batches(stream, stream, settings)
+
+    def dense(student: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        q, p = ((model(ids).logits / 2).log_softmax(-1).flatten(0, 1) for model in (student, teacher))
+        kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+        return settings.kd_weight * 4 * kl + settings.ce_weight * train.ce_loss(student, ids, labels)
+
+    curves = [
+        train.train(
+            train.build(settings.student, 300, settings), loss, batches.training(20, 0), batches.held_out, 1e-2, 4, lambda held_out: None
+        )
+        for loss in (train.kd_loss(teacher, settings), dense)
+    ]
+    assert curves[0].train == pytest.approx(curves[1].train, rel=1e-4)
+    assert curves[0].held_out == pytest.approx(curves[1].held_out, rel=1e-4)
+    assert abs(curves[0].train[-1] - curves[0].train[0]) > 0.01, "it has moved"
+
+
 def trained(folder: Path, settings: Settings) -> dict[str, Any]:
     """What ``train_models`` says, without the times."""
     result = run.train_models(settings, folder, Progress(disable=True))
