@@ -12,7 +12,7 @@ export KDKERNELS_CUDA_ARCHS ?= 80;90a;100
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize sanitize-gpu compute-sanitizer clean
 
 demo: $(VENV)/.built
 	$(BIN)/kdkernels demo
@@ -30,6 +30,19 @@ bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.memory_scaling
 	$(BIN)/python -m benchmarks.report
+
+# The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and fuzzed (tests/sanitize): two minutes.
+sanitize: $(VENV)/.built
+	$(MAKE) --jobs=2 --output-sync=target --directory=tests/sanitize PYTHON=$(abspath $(BIN)/python)
+
+# Every tensor an allocation of its own, so that compute-sanitizer sees where it ends.
+sanitize-gpu: compute-sanitizer $(VENV)/.built
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu
+
+compute-sanitizer:
+	@command -v compute-sanitizer >/dev/null || { echo "make sanitize-gpu needs compute-sanitizer on PATH; it comes with the CUDA toolkit" >&2; exit 1; }
+	@$(if $(GPU),true,echo "make sanitize-gpu needs a GPU, and nvidia-smi lists none" >&2; exit 1)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

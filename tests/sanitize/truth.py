@@ -1,0 +1,242 @@
+"""What a row kernel should have written, dense, in a wider type than the kernel's, from the definitions; numpy only.
+
+Every answer comes with a bound on the rounding errors of an honest kernel: log q = z / T - lse is off by some ulp of its terms' size
+(``reach`` of the row), which multiplies the absolute terms of the sums (``size``). It is no accuracy test (those are in the suite):
+it separates rounding from a column that was read twice, left out, or taken from the neighbouring row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FORWARD_KL, REVERSE_KL, SYMMETRIC_KL, JSD, SKEW_KL, SKEW_REVERSE_KL, TOTAL_VARIATION, ALPHA, AB, LOGIT_MSE = range(10)
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Side:
+    logits: Array  # [C, V] exact, in the wide type
+    bias: Array | None  # [V]
+    scale: float
+    softcap: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A call in exact numbers. ``epsilon`` is the kernel's: of float32 or float64."""
+
+    student: Side
+    teacher: Side
+    divergence: int
+    a: float
+    b: float
+    temperature: float
+    value_scale: float
+    slope_scale: float
+    ce_weight: float
+    labels: Array | None  # [C]
+    weight: Array | None  # [C]
+    dz_scale: float
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    value: Array
+    bound: Array  # same shape; infinite: anything goes
+
+
+@dataclass(frozen=True)
+class Truth:
+    loss: Answer  # [C]
+    dz: Answer  # [C, V], before it is rounded to its storage type
+    stats: list[Answer]  # five of [C]
+
+
+def _times(weight: Array, factor: Array) -> Array:
+    """weight * factor with 0 * anything = 0."""
+    return np.where(weight == 0, 0.0, weight * np.where(weight == 0, 0.0, factor))
+
+
+def _total(terms: Array) -> Array:
+    return terms.sum(-1, keepdims=True)
+
+
+def _transformed(side: Side, temperature: float) -> tuple[Array, Array]:
+    """Logits z [C, V], and how large [C, 1] the numbers are that z / T is made of."""
+    bias = 0.0 if side.bias is None else side.bias
+    raw = (side.logits + bias) * side.scale
+    z = side.softcap * np.tanh(raw / side.softcap) if side.softcap else raw
+    parts = np.full_like(raw, 4 * side.softcap) if side.softcap else (np.abs(side.logits) + np.abs(bias)) * abs(side.scale)
+    return z, np.where(np.isfinite(parts), parts, 0.0).max(-1, keepdims=True) / temperature
+
+
+def _log_softmax(x: Array) -> tuple[Array, Array]:
+    top = x.max(-1, keepdims=True)
+    lse = top + np.log(_total(np.exp(x - top)))
+    return x - lse, lse
+
+
+def _kl(weight: Array, log_weight: Array, log_other: Array) -> tuple[Array, Array]:
+    """Terms of KL(weight | other), and their sizes."""
+    terms = _times(weight, log_weight - log_other)
+    return terms, np.abs(terms) + weight + np.exp(log_other)
+
+
+def _terms(r: Rows, x: Array, u: Array, lq: Array, lp: Array) -> tuple[Array, Array, Array, Array]:
+    """Of each column: value, size of the value's parts, slope df/d(log q), size of the slope's parts."""
+    a, b = r.a, r.b
+    q, p = np.exp(lq), np.exp(lp)
+    with np.errstate(invalid="ignore"):
+        log_ratio = lq - lp
+    if r.divergence == FORWARD_KL:
+        return *_kl(p, lp, lq), -p, p
+    if r.divergence == REVERSE_KL:
+        slope = _times(q, log_ratio)
+        return *_kl(q, lq, lp), slope, np.abs(slope) + q
+    if r.divergence == SYMMETRIC_KL:
+        (forward, forward_size), (reverse, reverse_size) = _kl(p, lp, lq), _kl(q, lq, lp)
+        slope = a * _times(q, log_ratio) - (1 - a) * p
+        return (1 - a) * forward + a * reverse, forward_size + reverse_size, slope, a * np.abs(reverse) + q + p
+    if r.divergence == JSD:
+        lm = np.logaddexp(np.log(a) + lp, np.log1p(-a) + lq)
+        (of_p, size_p), (of_q, size_q) = _kl(p, lp, lm), _kl(q, lq, lm)
+        return a * of_p + (1 - a) * of_q, size_p + size_q, (1 - a) * of_q, np.abs(of_q) + q
+    if r.divergence == SKEW_KL:
+        lm = np.logaddexp(np.log(a) + lp, np.log1p(-a) + lq)
+        slope = -(1 - a) * _times(q, np.exp(lp - lm))
+        return *_kl(p, lp, lm), slope, np.abs(slope) + q
+    if r.divergence == SKEW_REVERSE_KL:
+        lm = np.logaddexp(np.log1p(-a) + lp, np.log(a) + lq)
+        h, ratio = _times(q, lq - lm), _times(q, a * np.exp(lq - lm))
+        return *_kl(q, lq, lm), h - ratio, np.abs(h) + ratio + q
+    if r.divergence == TOTAL_VARIATION:
+        gap = q - p
+        # Where q and p are the same but for rounding, the sign is anyone's.
+        unsure = np.where(np.abs(gap) < 1e4 * r.epsilon * (1 + np.abs(log_ratio)) * (q + p), q / r.epsilon, 0.0)
+        return 0.5 * np.abs(gap), q + p, 0.5 * np.sign(gap) * q, q + unsure
+    if r.divergence == ALPHA:
+        mixed = np.where(np.isneginf(lp) & np.isneginf(lq), 0.0, np.exp(a * lp + (1 - a) * lq))
+        size = (mixed + q + p) / abs(a * (a - 1))
+        return (mixed - a * p - (1 - a) * q) / (a * (a - 1)), size, -mixed / a, (mixed + q + p) / abs(a)
+    if r.divergence == AB:
+        cross = np.where(np.isneginf(lp) & np.isneginf(lq), 0.0, np.exp(a * lp + b * lq))
+        pp, qq = np.exp((a + b) * lp), np.exp((a + b) * lq)
+        value = -(cross - a / (a + b) * pp - b / (a + b) * qq) / (a * b)
+        return value, (cross + pp + qq) / abs(a * b), (qq - cross) / a, (cross + qq + pp) / abs(a)
+    both_empty = np.isneginf(x) & np.isneginf(u)
+    if r.a:  # centred
+        kept = np.maximum(_total(~both_empty), 1)
+        x = x - _total(np.where(both_empty, 0.0, x)) / kept
+        u = u - _total(np.where(both_empty, 0.0, u)) / kept
+    gap = np.where(both_empty, 0.0, x - u)
+    parts = np.where(both_empty, 0.0, np.abs(x) + np.abs(u)) + 1
+    return 0.5 * gap * gap, parts * parts, gap, parts
+
+
+def _unbounded(r: Rows, lq: Array, lp: Array) -> Array:
+    """Rows [C, 1] whose terms leave float32 on the way, or turn on a probability that one type holds and the other does not."""
+    least = 1e-35 if r.epsilon > 1e-10 else 1e-300
+    empty_q, empty_p = np.isneginf(lq), np.isneginf(lp)
+    with np.errstate(invalid="ignore"):
+        edge = (empty_q & ~empty_p & (np.exp(lp) < least)) | (empty_p & ~empty_q & (np.exp(lq) < least))
+        steep = np.abs(np.where(empty_q | empty_p, 0.0, lq - lp)) > 30
+    exponents = {ALPHA: (r.a, 1 - r.a), AB: (r.a, r.b, r.a + r.b)}.get(r.divergence, ())
+    if any(e <= 0 for e in exponents):
+        edge = edge | steep | (empty_q != empty_p)
+    return edge.any(-1, keepdims=True)
+
+
+def rows(r: Rows) -> Truth:
+    """The answers of a call. Rows with +inf, with no finite logit, or too steep for the kernel's type have an infinite bound."""
+    with np.errstate(all="ignore"):
+        return _rows(r)
+
+
+def _rows(r: Rows) -> Truth:
+    t, eps = r.temperature, r.epsilon
+    (zs, reach_s), (zt, reach_t) = _transformed(r.student, t), _transformed(r.teacher, t)
+    x, u = zs / t, zt / t
+    (lq, lse_s), (lp, lse_t) = _log_softmax(x), _log_softmax(u)
+    q = np.exp(lq)
+    value, value_size, slope, slope_size = _terms(r, x, u, lq, lp)
+    divergence = _total(value)
+    ulps = eps * (64 + 8 * (reach_s + reach_t + np.log(zs.shape[-1])))
+    has_nan = (np.isnan(zs) | np.isnan(zt)).any(-1, keepdims=True)
+    lost = np.isposinf(zs).any(-1, keepdims=True) | np.isposinf(zt).any(-1, keepdims=True) | ~np.isfinite(lse_s) | ~np.isfinite(lse_t)
+    lost |= (ulps > 1e-2) | _unbounded(r, lq, lp)
+    # Probabilities that small are 0 to the kernel, and so is what becomes of them: q^(a + b) too.
+    least = (1e-34 if eps > 1e-10 else 1e-290) ** (min(1.0, r.a + r.b) if r.divergence == AB else 1.0)
+    tiny = least * (1 + reach_s + reach_t) * zs.shape[-1]
+    divergence_bound = ulps * (_total(value_size) + tiny)
+    if r.divergence == LOGIT_MSE:
+        divergence_bound = ulps * (1 + reach_s + reach_t) * _total(np.sqrt(value_size))
+
+    ce = np.full_like(divergence, np.nan)
+    lq1, lse1 = _log_softmax(zs)
+    hot = np.zeros_like(zs)
+    if r.labels is not None:
+        np.put_along_axis(hot, r.labels[:, None], 1.0, -1)
+        ce = lse1 - np.take_along_axis(zs, r.labels[:, None], -1)
+    ce_bound = ulps * (1 + t * reach_s + np.log(zs.shape[-1]))
+    weight = 1.0 if r.weight is None else r.weight[:, None]
+    total = r.value_scale * divergence if r.value_scale else np.zeros_like(divergence)
+    total_bound = abs(r.value_scale) * divergence_bound if r.value_scale else np.zeros_like(divergence)
+    if r.labels is not None and r.ce_weight:
+        total, total_bound = total + r.ce_weight * ce, total_bound + abs(r.ce_weight) * ce_bound
+    loss = weight * total
+    loss_bound = weight * (total_bound + 4 * eps * np.abs(total))
+    # A NaN anywhere in the row is a NaN loss, if the divergence counts at all; an infinite loss times weight 0 is nobody's business.
+    loss = np.where(has_nan, np.nan, loss)
+    silent = has_nan & (r.value_scale == 0) | ~np.isfinite(total) & (np.asarray(weight) == 0)
+    loss_bound = np.where(lost & ~has_nan | silent, np.inf, np.where(np.isfinite(loss_bound), loss_bound, 0.0))
+
+    softmax = r.divergence != LOGIT_MSE
+    slopes = slope - q * _total(slope) if softmax else slope
+    slopes_size = slope_size + q * _total(slope_size) if softmax else slope_size
+    gradient = r.slope_scale * slopes if r.slope_scale else np.zeros_like(zs)
+    gradient_bound = abs(r.slope_scale) * (ulps * slopes_size + tiny)
+    if r.labels is not None and r.ce_weight:
+        gradient = gradient + r.ce_weight * (np.exp(lq1) - hot)
+        gradient_bound = gradient_bound + abs(r.ce_weight) * (ulps * max(t, 1.0) * (np.exp(lq1) + hot) + tiny)
+    outer = r.student.scale * r.dz_scale * weight
+    if r.student.softcap:
+        bend = 1 - (zs / r.student.softcap) ** 2
+        gradient_bound = gradient_bound * np.abs(bend) + 64 * eps * (np.abs(gradient) + gradient_bound)
+        gradient = gradient * bend
+    dz = outer * gradient
+    dz_bound = np.abs(outer) * (gradient_bound + 8 * eps * np.abs(gradient))
+    unclear = lost | has_nan | ~np.isfinite(dz).all(-1, keepdims=True) | ~np.isfinite(dz_bound)
+    dz_bound = np.where(unclear, np.inf, dz_bound)
+
+    unclear = lost | has_nan
+
+    def statistic(answer: Array, bound: Array) -> Answer:
+        bound = np.where(
+            unclear, np.inf, np.where(np.isfinite(bound), bound, 0.0) + 1.2e-7 * np.where(np.isfinite(answer), np.abs(answer), 0)
+        )
+        return Answer(answer[:, 0], bound[:, 0])
+
+    def entropy(log_probability: Array) -> Answer:
+        terms = _times(np.exp(log_probability), log_probability)
+        return statistic(-_total(terms), ulps * (1 + _total(np.abs(terms))) + 1e-30)
+
+    order_s, order_t = np.sort(zs, -1), np.sort(zt, -1)
+    close = [o[:, -1:] - o[:, -2:-1] <= 8 * eps * t * reach for o, reach in ((order_s, reach_s), (order_t, reach_t))]
+    tied = close[0] | close[1] if zs.shape[-1] > 1 else np.zeros_like(lost)
+    agreement = (zs.argmax(-1) == zt.argmax(-1))[:, None].astype(zs.dtype)
+    stats = [
+        statistic(divergence, divergence_bound), statistic(ce, ce_bound), entropy(lq), entropy(lp),
+        Answer(agreement[:, 0], np.where(tied | unclear, np.inf, 0.0)[:, 0]),
+    ]  # fmt: skip
+    return Truth(Answer(loss[:, 0], loss_bound[:, 0]), Answer(dz, dz_bound), stats)
+
+
+def wrong(got: Array, answer: Answer) -> Array:
+    """Where ``got`` is not the answer. Infinities and NaN have to be met exactly."""
+    with np.errstate(all="ignore"):
+        exact = np.where(np.isnan(answer.value), np.isnan(got), got == answer.value)
+        near = np.abs(got - answer.value) <= answer.bound
+    return ~(np.isposinf(answer.bound) | exact | np.where(np.isfinite(answer.value), near, False))
