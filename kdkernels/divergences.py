@@ -114,7 +114,7 @@ def _log_mix(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """Where ``condition`` yes, else no, in the dtype of ``like`` (torch.where of two numbers would round them to float32)."""
-    return torch.where(condition, *(torch.full((), x, dtype=like.dtype, device=like.device) for x in (yes, no)))
+    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
 
 
 def _mixture(weight_q: float, weight_p: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
