@@ -146,7 +146,7 @@ def loss_tables(records: Records, figures_at: str) -> str:
             parts.append(f"**{DIVERGENCE_NAMES[case.divergence]}, {case.dtype}, {shape_line(case)}, T = {case.temperature:g}**")
             parts.append(table(loss.COLUMNS, [(f"`{name}`", *cells) for name, *cells in loss.rows(measured)]))
             if floor:
-                rate = f"{case.flop / floor / 1e9:,.2f} TFLOP/s" if case.has_heads else f"{case.floor_bytes / floor / 1e6:,.1f} GB/s"
+                rate = f"{case.flop / floor / 1e6:,.0f} GFLOP/s" if case.has_heads else f"{case.floor_bytes / floor / 1e6:,.0f} GB/s"
                 parts.append(f"The floor runs at {rate}.")
     return "\n\n".join(parts)
 
