@@ -238,8 +238,6 @@ def run(kernels: ModuleType, memory: Heap | Guarded, case: Case) -> None:
     divergence, a, b = case.divergence
     arguments.divergence, arguments.a, arguments.b = divergence, a, b
     arguments.normalizer = 0 if divergence != truth.LOGIT_MSE else 1 if a else 2
-    arguments.slope_sum_known = divergence in (truth.FORWARD_KL, truth.LOGIT_MSE)
-    arguments.slope_sum = -1.0 if divergence == truth.FORWARD_KL else 0.0
     arguments.temperature, arguments.value_scale, arguments.slope_scale = case.temperature, case.value_scale, case.slope_scale
     ce_weight = case.ce_weight if case.labels else 0.0  # without labels it has no meaning
     arguments.ce_weight, arguments.double_precision = ce_weight, double

@@ -1,0 +1,53 @@
+"""Ctrl-C in a long call of the compiled CPU kernels: in the terminal's way, by a signal to a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kdkernels.backends import native
+
+CALL = """
+import torch, kdkernels as kd
+from kdkernels.backends import native
+
+rows, chunks = native.rows, []
+def counted(*arguments):
+    chunks.append(None)
+    rows(*arguments)
+    if interruptible and len(chunks) == {begins_with}:
+        print("in the middle", flush=True)
+native.rows, interruptible = counted, True
+
+student, teacher = (torch.zeros(4096, 16384, requires_grad=r) for r in (True, False))
+def call(n):
+    kd.distillation_loss(student[:n], teacher[:n], divergence="jsd", chunk_rows=1, backend="native").backward()
+try:
+    call(4096)
+except KeyboardInterrupt:
+    stopped, interruptible = len(chunks), False
+    chunks.clear()
+    call(4)  # nothing is left locked or half set
+    print(stopped, len(chunks), student.grad is not None)
+"""
+
+
+@pytest.mark.skipif(native.unavailable("cpu", ()) is not None, reason="the compiled kernels are not there")
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("begins_with", [1, 4097], ids=["forward", "backward"])
+def test_an_interrupt_ends_the_call_at_the_next_chunk(begins_with: int) -> None:
+    """Dense logits go over the rows once in forward and once in backward, here one row at a time: 8192 chunks."""
+    code = CALL.format(begins_with=begins_with)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "in the middle\n", process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    stopped, again, has_gradient = output.split()
+    assert begins_with <= int(stopped) < begins_with + 4000, "it ran on to the end"
+    assert (again, has_gradient) == ("8", "True")
