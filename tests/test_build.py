@@ -1,0 +1,303 @@
+"""Every way to build and install the package, offline: with what the test environment has, and without build isolation.
+
+Most tests build a project whose build files and Python are this one's and whose C++ and CUDA sources are a line each, with a program in
+the place of nvcc that writes down what it is asked for and has the C++ compiler do it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "CHANGELOG.md")
+
+TINY_SOURCES = {
+    "bindings.cpp": """
+        #include <Python.h>
+        #include "params.h"
+        #ifndef KD_WITH_CUDA
+        #define KD_CUDA_TARGETS ""
+        #endif
+        static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+        PyMODINIT_FUNC PyInit__C() {
+            PyObject* m = PyModule_Create(&definition);
+            PyModule_AddStringConstant(m, "cuda_targets", KD_CUDA_TARGETS);
+            return m;
+        }""",
+    "params.h": "#pragma once",
+    "cpu/rows.cpp": "namespace KD_ISA { int rows() { return 0; } }",
+    "cpu/dispatch.cpp": "int dispatch() { return 0; }",
+    "cuda/one.cu": '#include "row.h"\nint one() { return row; }',
+    "cuda/two.cu": "int two() { return 2; }",
+    "cuda/row.h": "#pragma once\nconst int row = 1;",
+}
+
+NVCC = """#!{python}
+import pathlib, subprocess, sys
+arguments = sys.argv[1:]
+if arguments == ["--list-gpu-code"]:
+    print("sm_80", "sm_86", "sm_90", sep="\\n")
+    sys.exit()
+with open(pathlib.Path(__file__).with_suffix(".log"), "a") as log:
+    print(*arguments, file=log)
+passed, rest = [], iter(arguments)
+for a in rest:
+    if a in ("-o", "-MF"):
+        passed += [a, next(rest)]
+    elif a in ("-c", "-MMD", "-shared") or a.startswith(("-I", "-D", "-std")) or not a.startswith("-"):
+        passed.append(a)
+    elif a in ("-ccbin", "-gencode", "-Xcompiler", "-Xptxas", "-cudart", "--threads"):
+        next(rest)
+print("ptxas info: 0 bytes spill stores", file=sys.stderr)
+sys.exit(subprocess.call(["c++", "-fPIC", "-x", "c++", *passed] if "-c" in passed else ["c++", *passed]))
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The build files, the Python package, and sources that compile at once."""
+    folder = tmp_path / "a project"  # a path with a space
+    copy_project(folder)
+    for name, text in TINY_SOURCES.items():
+        path = folder / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def copy_project(folder: Path) -> None:
+    folder.mkdir()
+    for name in BUILD_FILES:
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "kdkernels", folder / "kdkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path) -> Path:
+    """The folder of a toolkit, for CUDA_HOME."""
+    path = tmp_path / "cuda" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(NVCC.format(python=sys.executable))
+    path.chmod(0o755)
+    return path.parents[1]
+
+
+def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str | Path) -> str:
+    """What it prints. Variables of the build that this process has are not passed on; CUDA kernels are left out unless asked for."""
+    mine = ("KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if k not in mine and not k.startswith(("COV_", "COVERAGE_"))}
+    environment |= {"KDKERNELS_CUDA": "0", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment |= {name: str(value) for name, value in variables.items()}
+    result = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert (result.returncode != 0) == fails, result.stdout
+    return result.stdout
+
+
+def build(project: Path, **options: str | Path | bool) -> str:
+    return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=project, **options)  # type: ignore[arg-type]
+
+
+def pip_install(project: Path, target: Path, *arguments: str, **variables: str | Path) -> str:
+    command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-build-isolation", "--no-deps", "--target", target, *arguments]
+    return run(*command, cwd=project, **variables)
+
+
+def compiled(output: str) -> set[str]:
+    """Names of what ninja made: ninja prints the commands that it runs."""
+    return {name for line in output.splitlines() if re.match(r"\s*\[\d+/\d+\]", line) for name in re.findall(r" -o (\S+)", line)}
+
+
+def in_python(code: str, path: Path) -> str:
+    """Run where ``path`` comes before the package that is under test elsewhere."""
+    return run(sys.executable, "-c", code, cwd=path, PYTHONPATH=path).strip()
+
+
+LOAD = """
+import glob, importlib.util
+spec = importlib.util.spec_from_file_location("_C", glob.glob("kdkernels/_C.*so")[0])
+m = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(m)
+"""
+CPU_OBJECTS = {"dispatch.o", "bindings.o", "_C.so"}
+
+
+def cpu_objects(names: set[str]) -> set[str]:
+    return {name for name in names if not name.startswith("rows_")}
+
+
+def test_pip_installs_it(project: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    assert cpu_objects(compiled(pip_install(project, target, "."))) == CPU_OBJECTS
+    assert in_python(LOAD + "print(m.cuda_targets or 'none')", target) == "none"
+    assert (target / "kdkernels" / "py.typed").exists()
+    assert (target / "kdkernels" / "_C.pyi").exists()
+
+
+def test_a_second_build_compiles_nothing_in_any_way_of_installing(project: Path, tmp_path: Path) -> None:
+    assert compiled(build(project))
+    for output in (
+        build(project),
+        pip_install(project, tmp_path / "site", "."),
+        pip_install(project, tmp_path / "editable", "--editable", "."),
+    ):
+        assert compiled(output) == set()
+        assert "no work to do" in output
+
+
+def test_an_editable_install_imports_from_the_project(project: Path, tmp_path: Path) -> None:
+    pip_install(project, tmp_path / "editable", "--editable", ".")
+    assert list((project / "kdkernels").glob("_C.*.so"))
+    assert not list((tmp_path / "editable").glob("kdkernels/*"))
+    assert in_python(LOAD + "print('loaded')", project) == "loaded"
+
+
+def test_touching_a_source_compiles_only_it(project: Path, nvcc: Path) -> None:
+    cuda = {"CUDA_HOME": nvcc, "KDKERNELS_CUDA": "1"}
+
+    def after(name: str) -> set[str]:
+        path = project / "csrc" / name
+        path.write_text(path.read_text() + "\n// changed\n")
+        return compiled(build(project, **cuda))
+
+    assert {"cuda_one.o", "cuda_two.o"} < compiled(build(project, **cuda))
+    assert after("cuda/two.cu") == {"cuda_two.o", "_C.so"}
+    assert after("cuda/row.h") == {"cuda_one.o", "_C.so"}
+    assert after("cpu/dispatch.cpp") == {"dispatch.o", "_C.so"}
+    assert after("params.h") == {"bindings.o", "_C.so"}
+    assert compiled(build(project, **cuda)) == set()
+
+
+def test_cuda_is_built_where_there_is_an_nvcc(project: Path, nvcc: Path) -> None:
+    """By default for every target that it knows, and the newest one's PTX; never a runtime that wants a driver to load."""
+    build(project, KDKERNELS_CUDA="auto", CUDA_PATH=nvcc)
+    assert in_python(LOAD + "print(m.cuda_targets)", project) == "80;86;90a"
+    log = (nvcc / "bin" / "nvcc.log").read_text()
+    one = next(line for line in log.splitlines() if "one.cu" in line)
+    assert re.findall(r"-gencode (\S+)", one) == [
+        "arch=compute_80,code=sm_80", "arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90",
+    ]  # fmt: skip
+    assert "-DKD_WITH_CUDA=1" in one
+    link = next(line for line in log.splitlines() if "-shared" in line)
+    assert "-cudart static" in link
+    assert "-lcuda" not in link
+    (report,) = project.glob("build/ninja-*/cuda_one.o.log")
+    assert "0 bytes spill stores" in report.read_text()
+
+
+def test_cuda_targets_can_be_chosen(project: Path, nvcc: Path) -> None:
+    cuda = {"CUDA_HOME": nvcc, "KDKERNELS_CUDA": "1"}
+    build(project, KDKERNELS_CUDA_ARCHS="90a; 80", **cuda)
+    assert in_python(LOAD + "print(m.cuda_targets)", project) == "90a;80"
+    message = build(project, fails=True, KDKERNELS_CUDA_ARCHS="80;75;native", **cuda)
+    assert "KDKERNELS_CUDA_ARCHS has '75', 'native'" in message
+    assert "knows 80; 86; 90" in message
+
+
+def test_a_kernel_that_does_not_compile_says_why(project: Path, nvcc: Path) -> None:
+    (project / "csrc" / "cuda" / "two.cu").write_text("int two() { return undeclared; }")
+    message = build(project, fails=True, CUDA_HOME=nvcc, KDKERNELS_CUDA="auto")
+    assert "undeclared" in message
+    assert "KDKERNELS_CUDA=0 builds without the CUDA kernels" in message
+
+
+def test_cuda_that_cannot_be_built_is_an_error_only_if_asked_for(project: Path, tmp_path: Path) -> None:
+    without_nvcc = {"PATH": path_of(tmp_path, "c++", "sh")}
+    assert "there is no nvcc in CUDA_HOME/bin, CUDA_PATH/bin or on PATH" in build(project, fails=True, KDKERNELS_CUDA="1", **without_nvcc)
+    assert cpu_objects(compiled(build(project, KDKERNELS_CUDA="auto", **without_nvcc))) == CPU_OBJECTS
+
+
+@pytest.mark.parametrize("value", ["maybe", "", "2"])
+def test_other_settings_are_errors(project: Path, value: str) -> None:
+    assert f"KDKERNELS_CUDA is {value!r}; it can be auto, 0 or 1" in build(project, fails=True, KDKERNELS_CUDA=value)
+
+
+def path_of(tmp_path: Path, *programs: str) -> str:
+    """A PATH with those programs only, and what they call."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for program in programs:
+        (folder / program).symlink_to(shutil.which(program) or program)
+    return str(folder) + (os.pathsep + os.path.dirname(shutil.which("as") or "") if "c++" in programs else "")
+
+
+def test_without_a_compiler_it_installs_in_pure_python_and_says_what_is_missing(project: Path, tmp_path: Path) -> None:
+    """Also where an earlier build, of a compiler that is gone, has left an extension."""
+    build(project)
+    target = tmp_path / "site"
+    output = pip_install(project, target, ".", PATH=path_of(tmp_path))
+    assert "no C++ compiler that is supported here" in output
+    assert not list(target.glob("kdkernels/*.so"))
+    # The import hook of this project's own editable install would find this project's extension.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+    reason = in_python(code + "from kdkernels.backends import native; print(native.unavailable('cpu', ()))", target)
+    assert "kdkernels._C is not there" in reason
+    assert "C++17 compiler" in reason
+
+
+def test_the_sdist_makes_a_wheel_that_loads(tmp_path: Path) -> None:
+    """`python -m build`: an sdist from the project, a wheel from the sdist, with the real sources (unoptimised: it is quicker)."""
+    pytest.importorskip("build")
+    project, target = tmp_path / "project", tmp_path / "site"
+    copy_project(project)
+    shutil.copytree(ROOT / "csrc", project / "csrc")
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=project, CXXFLAGS="-O0")
+    (sdist,), (wheel,) = (project / "dist").glob("*.tar.gz"), (project / "dist").glob("*.whl")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    sources = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert sources <= {path.relative_to(unpacked) for path in unpacked.rglob("*")}
+    pip_install(tmp_path, target, str(wheel))
+    assert in_python(LOAD + "print('baseline' in m.cpu_isas(), len(m.divergences()))", target) == "True 10"
+
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
+        requirements = [Requirement(str(r)) for r in Metadata.from_email(archive.read(name), validate=False).requires_dist or []]
+    (torch,) = (r for r in requirements if r.name == "torch")
+    # Whatever torch is there stays there, CPU builds and builds of later versions too.
+    assert torch.specifier.contains("2.8.0")
+    assert torch.specifier.contains("2.13.0+cpu")
+    assert torch.specifier.contains("3.1")
+    assert "torch" not in re.findall(r"^requires = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+
+
+LOGS = sorted(ROOT.glob("build/ninja-*/cuda_*.o.log"))
+
+
+def spills(log: str) -> list[str]:
+    """The kernels, with their targets, that use a stack frame or spill registers, from what ``ptxas -v`` printed."""
+    found, kernel = [], "?"
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            kernel = f"{match[1]} ({match[2]})"
+        numbers = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", line)
+        if any(int(n) for n in numbers):
+            found.append(f"{kernel}: {line.strip()}")
+    return found
+
+
+def test_the_spill_check_sees_spills() -> None:
+    quiet = "ptxas info : Compiling entry function 'k' for 'sm_80'\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+    assert spills(quiet) == []
+    assert spills(quiet.replace("0 bytes spill loads", "16 bytes spill loads")) == [
+        "k (sm_80): 0 bytes stack frame, 0 bytes spill stores, 16 bytes spill loads"
+    ]
+
+
+@pytest.mark.skipif(not LOGS, reason="no CUDA kernels were built here")
+@pytest.mark.parametrize("log", LOGS, ids=lambda path: path.name)
+def test_no_cuda_kernel_spills(log: Path) -> None:
+    """From the report that the build of this checkout kept, for each target that it was built for."""
+    assert spills(log.read_text()) == []
