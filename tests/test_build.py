@@ -237,7 +237,8 @@ def test_without_a_compiler_it_installs_in_pure_python_and_says_what_is_missing(
     """Also where an earlier build, of a compiler that is gone, has left an extension."""
     build(project)
     target = tmp_path / "site"
-    output = pip_install(project, target, ".", PATH=path_of(tmp_path))
+    nothing = path_of(tmp_path)
+    output = pip_install(project, target, ".", PATH=nothing)
     assert "no C++ compiler that is supported here" in output
     assert not list(target.glob("kdkernels/*.so"))
     # The import hook of this project's own editable install would find this project's extension.
@@ -245,6 +246,7 @@ def test_without_a_compiler_it_installs_in_pure_python_and_says_what_is_missing(
     reason = in_python(code + "from kdkernels.backends import native; print(native.unavailable('cpu', ()))", target)
     assert "kdkernels._C is not there" in reason
     assert "C++17 compiler" in reason
+    assert "no C++ compiler" in pip_install(project, tmp_path / "editable", "--editable", ".", PATH=nothing)
 
 
 def test_the_sdist_makes_a_wheel_that_loads(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ MUTANTS = [
     Mutant("sums leave out a column per block", ROWS, BLOCKS.format(""), BLOCKS.format(" + 1"), "AssertionError"),
     Mutant("scratch rows are too short", "cpu/rows.h", "(vocab + 15) / 16 * 16", "vocab / 16 * 16", "AddressSanitizer|AssertionError"),
     Mutant("one row too many is handed out", DISPATCH, ") < a.rows;)", ") <= a.rows;)", "AddressSanitizer"),
-    Mutant("bits are shifted into a sign", ROWS, "uint32_t(x.bits) << 16", "int32_t(x.bits) << 16", "runtime error: left shift"),
+    Mutant("signed numbers overflow", ROWS, "uint32_t(x.bits) << 16", "int32_t(x.bits) * 65536", "signed integer overflow"),
     Mutant("threads share their scratch", DISPATCH, "scratch[i].get()", "scratch[0].get()", "data race", "tsan"),
     Mutant("rows are counted without an atomic", DISPATCH, "std::atomic<int64_t> next{0};", PLAIN_COUNTER, "data race", "tsan"),
 ]
