@@ -42,7 +42,7 @@ CUDA_TARGETS = ("80", "86", "89", "90a", "100", "120")
 # Infinities and NaN mean what they mean: no -ffast-math. Loops only become SIMD code if exceptions and errno don't count.
 KERNEL_FLAGS = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd"
 COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
-CUDA_FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Xptxas -v"
+CUDA_FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr -ftz=true -prec-div=false -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Xptxas -v"
 
 
 def find_compiler() -> str | None:

@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/rows.h"
+#include "cuda/rows.h"
 #include "divergence.h"
 
 namespace py = pybind11;
@@ -59,8 +61,6 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("divergence", &Args::divergence)
         .def_readwrite("a", &Args::a)
         .def_readwrite("b", &Args::b)
-        .def_readwrite("slope_sum_known", &Args::slope_sum_known)
-        .def_readwrite("slope_sum", &Args::slope_sum)
         .def_readwrite("temperature", &Args::temperature)
         .def_readwrite("value_scale", &Args::value_scale)
         .def_readwrite("slope_scale", &Args::slope_scale)
@@ -80,6 +80,41 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("arguments"), py::arg("threads"), py::arg("isa") = py::none());
 
+    // Compute capabilities that there is machine code for, the newest as PTX too; none in a build without CUDA.
+    m.def("cuda_targets", [] {
+        std::vector<std::string> targets;
+#ifdef KD_WITH_CUDA
+        std::stringstream list(KD_CUDA_TARGETS);
+        for (std::string target; std::getline(list, target, ';');) targets.push_back(target);
+#endif
+        return targets;
+    });
+
+    m.def(
+        "cuda_rows",
+        [](const Args& a, uintptr_t stream) {
+#ifdef KD_WITH_CUDA
+            const py::gil_scoped_release release;
+            kd::cuda_rows(a, reinterpret_cast<void*>(stream));
+#else
+            (void)a, (void)stream;
+            throw std::runtime_error("this build has no CUDA kernels");
+#endif
+        },
+        py::arg("arguments"), py::arg("stream"));
+
+    m.def(
+        "cuda_launch",
+        [](int major, int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int64_t rows, int64_t vocab, int itemsize,
+           bool one_read_possible) {
+            const kd::GpuLimits gpu{major, multiprocessors, shared_per_block, shared_per_multiprocessor};
+            const kd::Launch l = kd::choose_launch(gpu, rows, vocab, itemsize, one_read_possible, kd::largest_cluster(major));
+            return py::dict(py::arg("one_read") = l.one_read, py::arg("cluster") = l.cluster, py::arg("slots") = l.slots,
+                            py::arg("threads") = l.threads, py::arg("blocks") = l.blocks, py::arg("shared_bytes") = l.shared_bytes);
+        },
+        py::arg("major"), py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("rows"),
+        py::arg("vocab"), py::arg("itemsize"), py::arg("one_read_possible"));
+
     m.def("cpu_isas", [] {
         std::vector<std::string> names;
         for (const char* const* name = kd::cpu_isas(); *name; ++name) names.emplace_back(*name);
@@ -87,8 +122,9 @@ PYBIND11_MODULE(_C, m) {
     });
 
     m.def("divergences", [] {
-        std::vector<std::tuple<int, std::string>> all;
-        for (int id = 0; kd::with_divergence(id, [&](auto d) { all.emplace_back(d.id, d.name); }); ++id) {}
+        std::vector<std::tuple<int, std::string, std::optional<double>>> all;
+        const auto add = [&](auto d) { all.emplace_back(d.id, d.name, d.knows_slope_sum ? std::optional(d.slope_sum) : std::nullopt); };
+        for (int id = 0; kd::with_divergence(id, add); ++id) {}
         return all;
     });
 

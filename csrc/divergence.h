@@ -3,11 +3,17 @@
 // say why; a test holds the two, and the Triton twins, against each other. Ids are that file's too. A divergence with one
 // parameter gets 1 minus it as the second, which float could not form from it without losing digits near 1.
 #pragma once
-#include "math.h"
+#include "elementary.h"
 
 namespace kd {
 
 template <class Real> struct Terms { Real value, slope; };
+
+// Whether the sum of a row's slopes is known before the row is read: then no sweep is needed for it.
+struct SlopeSumUnknown {
+    static constexpr bool knows_slope_sum = false;
+    static constexpr double slope_sum = 0;
+};
 
 template <class Real> KD_INLINE Real magnitude(Real x) { return x < Real(0) ? -x : x; }
 
@@ -26,13 +32,15 @@ template <class Real> KD_INLINE Mixture<Real> mixture(Real weight_q, Real weight
 struct ForwardKL {
     static constexpr int id = 0;
     static constexpr const char* name = "forward_kl";
+    static constexpr bool knows_slope_sum = true;
+    static constexpr double slope_sum = -1;
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real, Real) {
         const Real value = p == Real(0) ? Real(0) : p * (log_p - log_q);
         return {value + (q - p), -p};
     }
 };
 
-struct ReverseKL {
+struct ReverseKL : SlopeSumUnknown {
     static constexpr int id = 1;
     static constexpr const char* name = "reverse_kl";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real, Real) {
@@ -41,7 +49,7 @@ struct ReverseKL {
     }
 };
 
-struct SymmetricKL {
+struct SymmetricKL : SlopeSumUnknown {
     static constexpr int id = 2;
     static constexpr const char* name = "symmetric_kl";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real w, Real v) {
@@ -52,7 +60,7 @@ struct SymmetricKL {
     }
 };
 
-struct JSD {
+struct JSD : SlopeSumUnknown {
     static constexpr int id = 3;
     static constexpr const char* name = "jsd";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real beta, Real rest) {
@@ -62,7 +70,7 @@ struct JSD {
     }
 };
 
-struct SkewKL {
+struct SkewKL : SlopeSumUnknown {
     static constexpr int id = 4;
     static constexpr const char* name = "skew_kl";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
@@ -72,7 +80,7 @@ struct SkewKL {
     }
 };
 
-struct SkewReverseKL {
+struct SkewReverseKL : SlopeSumUnknown {
     static constexpr int id = 5;
     static constexpr const char* name = "skew_reverse_kl";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
@@ -83,7 +91,7 @@ struct SkewReverseKL {
     }
 };
 
-struct TotalVariation {
+struct TotalVariation : SlopeSumUnknown {
     static constexpr int id = 6;
     static constexpr const char* name = "total_variation";
     template <class Real> KD_INLINE static Terms<Real> terms(Real, Real, Real q, Real p, Real, Real) {
@@ -93,7 +101,7 @@ struct TotalVariation {
     }
 };
 
-struct AlphaDivergence {
+struct AlphaDivergence : SlopeSumUnknown {
     static constexpr int id = 7;
     static constexpr const char* name = "alpha_divergence";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
@@ -110,7 +118,7 @@ struct AlphaDivergence {
     }
 };
 
-struct ABDivergence {
+struct ABDivergence : SlopeSumUnknown {
     static constexpr int id = 8;
     static constexpr const char* name = "ab_divergence";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real b) {
@@ -131,6 +139,8 @@ struct ABDivergence {
 struct LogitMSE {
     static constexpr int id = 9;
     static constexpr const char* name = "logit_mse";
+    static constexpr bool knows_slope_sum = true;
+    static constexpr double slope_sum = 0;
     template <class Real> KD_INLINE static Terms<Real> terms(Real x, Real u, Real, Real, Real, Real) {
         const bool skipped = x == -kInfinity<Real> && u == -kInfinity<Real>;
         const Real slope = skipped ? Real(0) : x - u;

@@ -22,8 +22,6 @@ struct RowArguments {
     int divergence = 0;             // id in kdkernels/divergences.py
     double a = 0.0, b = 0.0;        // its parameters
     Normalizer normalizer = Normalizer::softmax;
-    bool slope_sum_known = false;
-    double slope_sum = 0.0;
     double temperature = 1.0;
     double value_scale = 1.0, slope_scale = 1.0, ce_weight = 0.0;
     double dz_scale = 1.0;

@@ -17,8 +17,6 @@ class RowArguments:
     a: float
     b: float
     normalizer: int
-    slope_sum_known: bool
-    slope_sum: float
     temperature: float
     value_scale: float
     slope_scale: float
@@ -38,6 +36,18 @@ class RowArguments:
     dz_dtype: int
 
 def cpu_rows(arguments: RowArguments, threads: int, isa: str | None = None) -> None: ...
+def cuda_rows(arguments: RowArguments, stream: int) -> None: ...
+def cuda_targets() -> list[str]: ...
+def cuda_launch(
+    major: int,
+    multiprocessors: int,
+    shared_per_block: int,
+    shared_per_multiprocessor: int,
+    rows: int,
+    vocab: int,
+    itemsize: int,
+    one_read_possible: bool,
+) -> dict[str, int]: ...
 def cpu_isas() -> list[str]: ...
-def divergences() -> list[tuple[int, str]]: ...
+def divergences() -> list[tuple[int, str, float | None]]: ...
 def divergence_terms(id: int, log_q: float, log_p: float, q: float, p: float, a: float, b: float) -> tuple[float, float]: ...

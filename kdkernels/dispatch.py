@@ -10,12 +10,14 @@ import torch
 
 from . import backends  # noqa: F401  (the package of the modules named below)
 
-AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch"), "cpu": ("native", "torch")}
-"""What "auto" tries, best first, by device type; other devices run plain torch."""
+AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "torch"), "cpu": ("native", "torch")}
+"""What "auto" tries, in order, by device type; other devices run plain torch. The CUDA C++ kernels come second until they have been
+measured on a GPU: ``backend="cuda"`` runs them."""
 
 NAMES = ("cuda", "triton", "native", "torch", "reference")
 
 _MODULES = {
+    "cuda": "kdkernels.backends.cuda",
     "triton": "kdkernels.backends.triton",
     "native": "kdkernels.backends.native",
     "torch": "kdkernels.backends.torch",
@@ -41,8 +43,6 @@ def unavailable(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) ->
     """
     if name == "reference":
         return None
-    if name not in _MODULES:
-        return "CUDA C++ kernels are not part of this version"
     try:
         module = load(name)
     except ImportError as error:
@@ -84,7 +84,7 @@ def not_chosen(chosen: str, backend: str, device_type: str, dtypes: tuple[torch.
         if backend != "auto":
             return f"backend={backend!r} was asked for"
         if name in order:
-            return f"{chosen} is faster"
+            return f"{chosen} comes first"
         return "dense and slow: for checks only" if name == "reference" else f"never chosen by itself on {device_type}"
 
     return {name: reason(name) for name in NAMES if name != chosen}

@@ -12,8 +12,8 @@ from hypothesis import settings
 
 from kdkernels import dispatch, gemm
 
-BACKENDS = ("torch", "native", "triton")
-"""Backends that every numeric test runs on where they can. "cuda" joins here. On a CPU, triton means its
+BACKENDS = ("torch", "native", "triton", "cuda")
+"""Backends that every numeric test runs on where they can. On a CPU, triton means its
 interpreter (TRITON_INTERPRET=1), which is slow: tests with large shapes ask ``interpreted``."""
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))

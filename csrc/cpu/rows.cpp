@@ -165,7 +165,7 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
 
     Columns<Real> columns{s.z, s.y, s.q, s.p, inv_t, 0, 0, Real(a.a), Real(a.b)};
     Real lse_ce = 0;
-    double slope_sum = a.slope_sum;
+    double slope_sum = D::slope_sum;
     if (a.statistics) {
         Real lse_s = 0, lse_t = 0;
         if (softmax || a.stats) {
@@ -191,7 +191,7 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
 
         const Sums sums = a.dz ? columns.template sums<D, true>(vocab, s.g) : columns.template sums<D, false>(vocab, nullptr);
         const double divergence = sums.value;
-        if (!a.slope_sum_known) slope_sum = sums.slope;
+        if (!D::knows_slope_sum) slope_sum = sums.slope;
         const Real ce = a.labels ? lse_ce - s.z[label] : std::numeric_limits<Real>::quiet_NaN();
         state[0] = columns.norm_s;
         state[a.state_stride] = columns.norm_t;

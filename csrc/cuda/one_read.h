@@ -1,0 +1,238 @@
+// The one-read row kernel (sm_90 and newer): a row of student and of teacher logits is read once from memory; loss, state and dz
+// come out, dz over the student's logits if the caller wants it there.
+//
+//   HBM --bulk copy--> ring slot (private to a warp) --sweep 1--> (max, sum) of both sides
+//                           |                                         | pushed to every CTA, one cluster barrier
+//                           |<-------- log-sum-exps <-----------------+
+//                           |--sweep 2 (only if the sum of slopes is unknown)--> sum of slopes --> one cluster barrier
+//                           |--last sweep--> dz; the slot is freed --> the copy of the NEXT row's chunk starts
+//
+// A cluster of CTAs owns a row pair at a time and is persistent: it takes rows cluster_index, + cluster_count, ... Each warp owns
+// one span of columns, and a ring of chunk slots in shared memory that its lane 0 fills. The ring is longer than a row's chunks, so
+// the next row is on its way while this one is reduced: memory does not wait for arithmetic. Because rings are private to warps,
+// a slot changes hands with a __syncwarp; the only wider barrier is the one cluster barrier per reduction. What is not needed
+// before the gradient (the loss, entropies) travels with the next row's first reduction.
+#pragma once
+#include "launch.h"
+#include "row.h"
+
+namespace kd {
+
+#ifndef KD_NO_CLUSTERS
+
+// What each warp of a cluster sends to every CTA: sweep 1's statistics and the tail of the row before.
+template <class Tail> struct FirstPart {
+    Softmax s, t;
+    Tail tail;
+    KD_DEVICE void merge(const FirstPart& o) { s.merge(o.s), t.merge(o.t), tail.merge(o.tail); }
+};
+struct FullFirstPart {
+    Softmax s, t, ce;
+    Tail tail;
+    KD_DEVICE void merge(const FullFirstPart& o) { s.merge(o.s), t.merge(o.t), ce.merge(o.ce), tail.merge(o.tail); }
+};
+struct SlopePart {
+    float sum = 0.f;
+    KD_DEVICE void merge(const SlopePart& o) { sum += o.sum; }
+};
+
+// Every warp's part goes to every CTA, so each thread can then reduce in its own shared memory: one barrier per reduction, and
+// nobody reads a CTA that might have ended. All threads return the same bits.
+template <class T> KD_DEVICE T cluster_reduce(T x, unsigned char* parts, int& parity) {
+    struct alignas(16) Padded { T value; };
+    static_assert(sizeof(Padded) <= kPartBytes);
+    const int warp = thread_index() / kLanes, warps = block_threads() / kLanes, lane = thread_index() % kLanes;
+    const int count = cluster_size() * warps;
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) x.merge(shuffle_xor(x, mask));
+    auto* const of_all = reinterpret_cast<Padded*>(parts + parity * count * kPartBytes);
+    if (lane < cluster_size()) store_remote(&of_all[cluster_rank() * warps + warp], lane, Padded{x});
+    cluster_arrive();
+    cluster_wait();
+    x = T{};
+    for (int i = lane; i < count; i += kLanes) x.merge(of_all[i].value);
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) x.merge(shuffle_xor(x, mask));
+    parity ^= 1;
+    return x;
+}
+
+// x of kVec columns from a slot; -inf beyond the row.
+template <bool kFull, class Logit, int kVec>
+KD_DEVICE void read_slot(float* x, const Logit* at, const RowSide& side, float to_x, int column, int valid) {
+    const auto raw = load_vector<Vec<Logit, kVec>>(at);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+        const float z = to_float(raw.at[i]);
+        if constexpr (kFull) x[i] = i < valid ? transformed(z, side, column + i) * to_x : -infinity();
+        else x[i] = i < valid ? z * to_x : -infinity();
+    }
+}
+
+template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads, kFull ? 1 : 2) one_read_rows(const Rows a) {
+    using RowTail = std::conditional_t<kFull, Tail, LeanTail>;
+    using First = std::conditional_t<kFull, FullFirstPart, FirstPart<LeanTail>>;
+    constexpr int kVec = 16 / sizeof(Logit);
+    const int lane = thread_index() % kLanes, warp = thread_index() / kLanes, warps = block_threads() / kLanes;
+    const Span span(a.vocab, cluster_rank() * warps + warp, cluster_size() * warps, sizeof(Logit));
+
+    unsigned char* const ring = shared_memory() + warp * a.slots * kSlotBytes;
+    unsigned char* const parts = shared_memory() + warps * a.slots * kSlotBytes;
+    auto* const landed = reinterpret_cast<Mbarrier*>(parts + 2 * cluster_size() * warps * kPartBytes) + warp * a.slots;
+
+    // Lane 0 walks ahead of the sweeps: the chunk to load next, its row and its slot.
+    int64_t load_row = cluster_index();
+    int load_chunk = 0, load_slot = 0;
+    auto load_next = [&] {
+        if (load_row >= a.rows || span.chunks == 0) return;
+        const int column = span.begin + load_chunk * span.chunk;
+        const int bytes = (span.chunk_length(load_chunk) * int(sizeof(Logit)) + 15) / 16 * 16;
+        unsigned char* const slot = ring + load_slot * kSlotBytes;
+        mbarrier_expect(&landed[load_slot], 2 * bytes);
+        bulk_load(slot, static_cast<const Logit*>(a.student.logits) + load_row * a.student.stride + column, bytes, &landed[load_slot]);
+        bulk_load(slot + kChunkBytes, static_cast<const Logit*>(a.teacher.logits) + load_row * a.teacher.stride + column, bytes, &landed[load_slot]);
+        if (++load_slot == a.slots) load_slot = 0;
+        if (++load_chunk == span.chunks) load_chunk = 0, load_row += cluster_count();
+    };
+
+    if (lane == 0) {
+        for (int i = 0; i < a.slots; ++i) mbarrier_init(&landed[i], 1);
+        fence_mbarrier_init();
+        for (int i = 0; i < a.slots; ++i) load_next();
+    }
+    cluster_arrive();  // nobody writes to a CTA that has not started,
+    cluster_wait();    // and all lanes see the mbarriers
+
+    const float per_t = a.inv_temperature * kLog2E;
+    const float to_x = kFull ? per_t : per_t * a.student.scale, to_u = kFull ? per_t : per_t * a.teacher.scale;
+
+    // Calls body(x, u, first column, valid columns) for this lane's part of a chunk. Only the last chunk of a span pays for masks.
+    auto for_lane = [&](int slot, int c, auto&& body) {
+        const int length = span.chunk_length(c), start = span.begin + c * span.chunk;
+        const auto* const s = reinterpret_cast<const Logit*>(ring + slot * kSlotBytes);
+        const auto* const t = reinterpret_cast<const Logit*>(ring + slot * kSlotBytes + kChunkBytes);
+        constexpr int kChunk = kChunkBytes / sizeof(Logit);
+#pragma unroll 1
+        for (int first = 0; first < kChunk; first += kLanes * kVec) {
+            const int at = first + lane * kVec;
+            float x[kVec], u[kVec];
+            if (length == kChunk) {
+                read_slot<kFull, Logit, kVec>(x, s + at, a.student, to_x, start + at, kVec);
+                read_slot<kFull, Logit, kVec>(u, t + at, a.teacher, to_u, start + at, kVec);
+                body(x, u, start + at, kVec);
+            } else if (at < length) {
+                read_slot<kFull, Logit, kVec>(x, s + at, a.student, to_x, start + at, length - at);
+                read_slot<kFull, Logit, kVec>(u, t + at, a.teacher, to_u, start + at, length - at);
+                body(x, u, start + at, length - at);
+            }
+        }
+    };
+
+    RowTail tail;                 // of this thread's columns in the row before
+    float tail_ce = 0.f;          // and that row's cross-entropy
+    int parity = 0, slot = 0, phase = 0;  // where the row at hand starts in the ring
+    const bool reports = cluster_rank() == 0 && thread_index() == 0;
+    const auto weight_of = [&](int64_t row) { return a.weight ? a.weight[row] : 1.f; };
+
+    int64_t row = cluster_index();
+    for (; row < a.rows; row += cluster_count()) {
+        const int label = kFull && a.labels ? int(a.labels[row]) : -1;
+        // Read before anybody writes over the row: every thread takes part in a reduction first.
+        float target = 0.f;
+        if (kFull && reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
+
+        // Sweep 1, as the chunks land: log-sum-exps.
+        First mine;
+        mine.tail = tail;
+        for (int c = 0, at = slot, flip = phase; c < span.chunks; ++c) {
+            mbarrier_wait(&landed[at], flip);
+            for_lane(at, c, [&](const float* x, const float* u, int, int) {
+                mine.s.template add<kVec>(x);
+                mine.t.template add<kVec>(u);
+                if constexpr (kFull) {
+                    if (label >= 0 && a.temperature != 1.f) {
+                        float z[kVec];
+#pragma unroll
+                        for (int i = 0; i < kVec; ++i) z[i] = x[i] * a.temperature;
+                        mine.ce.template add<kVec>(z);
+                    }
+                }
+            });
+            if (++at == a.slots) at = 0, flip ^= 1;
+        }
+        const First all = cluster_reduce(mine, parts, parity);
+        if (reports && row != cluster_index()) report(a, row - cluster_count(), all.tail, tail_ce, weight_of(row - cluster_count()));
+        const Norm norm_s = norm_of(all.s), norm_t = norm_of(all.t);
+        float lse_ce = 0.f;
+        if constexpr (kFull) {
+            if (label >= 0) lse_ce = (a.temperature != 1.f ? norm_of(all.ce) : norm_s).natural();
+        }
+        tail_ce = lse_ce - target;
+        tail = RowTail{};
+
+        const auto add_to_tail = [&](float value, float x, float u, float log2_q, float log2_p, int column) {
+            tail.value += value;
+            if constexpr (kFull) {
+                if (a.stats) {
+                    tail.entropy_s += entropy_term(log2_q), tail.entropy_t += entropy_term(log2_p);
+                    if (x == norm_s.top && column < tail.best_s) tail.best_s = column;
+                    if (u == norm_t.top && column < tail.best_t) tail.best_t = column;
+                }
+            }
+        };
+        const auto hand_back = [&] {  // the slot at hand, to the copy of a chunk of the next row
+            sync_warp();              // all lanes are done with it
+            if (lane == 0) load_next();
+            if (++slot == a.slots) slot = 0, phase ^= 1;
+        };
+
+        // Sweep 2, only where the sum of the slopes is not known beforehand. Without dz it is the last one.
+        float slope_sum = float(D::slope_sum);
+        if constexpr (!D::knows_slope_sum) {
+            SlopePart slopes;
+            for (int c = 0, at = slot; c < span.chunks; ++c) {
+                for_lane(at, c, [&](const float* x, const float* u, int, int valid) {
+#pragma unroll
+                    for (int i = 0; i < kVec; ++i) {
+                        const float log2_q = norm_s(x[i]), log2_p = norm_t(u[i]);
+                        const float slope = column_terms<D>(a, log2_q, log2_p, exp2_fast(log2_q)).slope;
+                        slopes.sum += i < valid ? slope : 0.f;
+                    }
+                });
+                if (++at == a.slots) at = 0;
+            }
+            slope_sum = cluster_reduce(slopes, parts, parity).sum;
+        }
+        if (reports) save_state(a, row, norm_s.natural(), norm_t.natural(), slope_sum, lse_ce);
+
+        // Last sweep: dz. Slots are handed back one by one.
+        const Gradient<kFull> gradient(a, slope_sum, lse_ce, weight_of(row), label);
+        void* const dz = a.dz ? dz_row(a, row) : nullptr;
+        for (int c = 0; c < span.chunks; ++c) {
+            for_lane(slot, c, [&](const float* x, const float* u, int column, int valid) {
+                float g[kVec];
+#pragma unroll
+                for (int i = 0; i < kVec; ++i) {
+                    const float log2_q = norm_s(x[i]), log2_p = norm_t(u[i]), q = exp2_fast(log2_q);
+                    const Terms<float> t = column_terms<D>(a, log2_q, log2_p, q);
+                    if (i < valid) add_to_tail(t.value, x[i], u[i], log2_q, log2_p, column + i);
+                    g[i] = gradient(t.slope, q, x[i], column + i);
+                }
+                if (dz) store_dz<Logit, kVec>(a, dz, column, 1, g, valid < kVec ? valid : kVec);
+            });
+            hand_back();
+        }
+    }
+    if (row != cluster_index()) {  // the tail of the last row is still in pieces
+        First mine;
+        mine.tail = tail;
+        const First all = cluster_reduce(mine, parts, parity);
+        if (reports) report(a, row - cluster_count(), all.tail, tail_ce, weight_of(row - cluster_count()));
+    }
+}
+
+#else
+template <bool kFull, class Logit, class D> KD_KERNEL one_read_rows(const Rows) {}
+#endif
+
+}  // namespace kd

@@ -1,0 +1,190 @@
+// What the two row kernels share: their arguments, running statistics of a row, and the arithmetic of one column.
+#pragma once
+#include "../divergence.h"
+#include "../params.h"
+
+namespace kd {
+
+constexpr int kLanes = 32;
+
+KD_DEVICE float infinity() { return __builtin_inff(); }
+
+struct RowSide {
+    const void* logits;    // [rows, stride] before bias, scale and softcap
+    const float* bias;     // [vocab], or null
+    int64_t stride;        // in logits
+    Dtype dtype;
+    float scale, softcap;  // softcap 0: none
+};
+
+// RowArguments with the numbers in float and everything that a kernel would have to derive.
+struct Rows {
+    RowSide student, teacher;
+    void* dz;               // [rows, dz_stride], or null; a row may start where the student's row does
+    const int64_t* labels;  // [rows], or null: no cross-entropy
+    const float* weight;    // [rows], or null
+    float *state, *loss, *stats;  // [4, state_stride]; [rows] or null; [5, stats_stride] or null
+    int64_t rows, dz_stride, state_stride, stats_stride;
+    int vocab, slots;       // slots: of a warp's ring (one-read kernel)
+    Dtype dz_dtype;
+    float a, b;             // of the divergence
+    float temperature, inv_temperature, value_scale, slope_scale, ce_weight, dz_scale;
+    Normalizer normalizer;
+    bool statistics, aligned;  // aligned: every row of every tensor starts at a multiple of 16 bytes
+
+    bool plain() const {       // nothing but temperature, the student's and teacher's scale, and weights
+        return !student.bias && !teacher.bias && student.softcap == 0 && teacher.softcap == 0 && !labels && !stats && slope_scale != 0;
+    }
+};
+
+// Inside a kernel x and u are logits over T in units of ln 2 (times log2 e), so that ex2 takes them as they are.
+
+// Log-sum-exp in the making: the largest x and the sum of 2^(x - largest). NaN lives in the sum.
+struct Softmax {
+    float max = -infinity(), sum = 0.f;
+    KD_DEVICE float reference() const { return max == -infinity() ? 0.f : max; }
+    KD_DEVICE void merge(const Softmax& o) {
+        const float before = max;
+        max = fmaxf(before, o.max);
+        sum = sum * exp2_fast(before - reference()) + o.sum * exp2_fast(o.max - reference());
+    }
+    template <int kCount> KD_DEVICE void add(const float* x) {
+        const float before = max;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) max = fmaxf(max, x[i]);
+        const float shift = reference();
+        sum *= exp2_fast(before - shift);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sum += exp2_fast(x[i] - shift);
+    }
+};
+
+// Subtracted from x one after the other: their sum would be rounded to the step of the largest, which moves every probability
+// where logits are in the thousands.
+struct Norm {
+    float top = 0.f, rest = 0.f;
+    KD_DEVICE float operator()(float x) const { return (x - top) - rest; }
+    KD_DEVICE float natural() const { return (top + rest) * kLn2; }
+};
+KD_DEVICE Norm norm_of(const Softmax& s) { return {s.max, log2_fast(s.sum)}; }
+
+// One column of a divergence.
+template <class D> KD_DEVICE Terms<float> column_terms(const Rows& a, float log2_q, float log2_p, float q) {
+    return D::template terms<float>(log2_q * kLn2, log2_p * kLn2, q, exp2_fast(log2_p), a.a, a.b);
+}
+
+// Sums over a row that nobody needs before its gradient is written.
+struct Tail {
+    float value = 0.f, entropy_s = 0.f, entropy_t = 0.f;
+    int best_s = 0x7fffffff, best_t = 0x7fffffff;  // first column with the largest logit
+    KD_DEVICE void merge(const Tail& o) {
+        value += o.value, entropy_s += o.entropy_s, entropy_t += o.entropy_t;
+        best_s = o.best_s < best_s ? o.best_s : best_s, best_t = o.best_t < best_t ? o.best_t : best_t;
+    }
+};
+struct LeanTail {
+    float value = 0.f;
+    KD_DEVICE void merge(const LeanTail& o) { value += o.value; }
+};
+
+KD_DEVICE float entropy_term(float log2_p) {
+    const float p = exp2_fast(log2_p);
+    return p == 0.f ? 0.f : -p * (log2_p * kLn2);
+}
+
+// A logit after bias, scale and softcap.
+KD_DEVICE float transformed(float z, const RowSide& side, int column) {
+    if (side.bias) z += side.bias[column];
+    z *= side.scale;
+    return side.softcap != 0.f ? side.softcap * tanh(z / side.softcap) : z;
+}
+
+KD_DEVICE float logit_at(const RowSide& side, int64_t row, int column) {
+    switch (side.dtype) {
+        case Dtype::bf16: return to_float(static_cast<const bf16*>(side.logits)[row * side.stride + column]);
+        case Dtype::f16: return to_float(static_cast<const half*>(side.logits)[row * side.stride + column]);
+        default: return static_cast<const float*>(side.logits)[row * side.stride + column];
+    }
+}
+
+// One row's gradient: everything of it that is the same in every column.
+template <bool kFull> struct Gradient {
+    float slope_scale, outer, slope_sum, log2_sum_ce, ce_weight, temperature, per_cap;
+    int label;  // -1: none
+    KD_DEVICE Gradient(const Rows& a, float slope_sum, float lse_ce, float weight, int label)
+        : slope_scale(a.slope_scale), outer(a.student.scale * weight * a.dz_scale), slope_sum(slope_sum), log2_sum_ce(lse_ce * kLog2E),
+          ce_weight(a.ce_weight), temperature(a.temperature),
+          per_cap(a.student.softcap != 0.f ? a.temperature * kLn2 / a.student.softcap : 0.f), label(label) {
+        if (!kFull) outer *= slope_scale;
+    }
+    // From the slope and q of a column, its x, and its number.
+    KD_DEVICE float operator()(float slope, float q, float x, int column) const {
+        float g = slope - q * slope_sum;
+        if constexpr (!kFull) return g * outer;
+        g = slope_scale == 0.f ? 0.f : g * slope_scale;
+        if (label >= 0 && ce_weight != 0.f)
+            g += ce_weight * (exp2_fast(x * temperature - log2_sum_ce) - (column == label ? 1.f : 0.f));
+        g *= outer;
+        if (per_cap == 0.f) return g;  // x may be infinite
+        const float bend = x * per_cap;
+        return g * (1.f - bend * bend);
+    }
+};
+
+// The row's outputs, by one thread.
+template <class T> KD_DEVICE void report(const Rows& a, int64_t row, const T& tail, float ce, float weight) {
+    if (a.loss) {
+        float total = a.value_scale == 0.f ? 0.f : a.value_scale * tail.value;
+        if (a.labels && a.ce_weight != 0.f) total += a.ce_weight * ce;
+        a.loss[row] = weight * total;
+    }
+    if constexpr (sizeof(T) == sizeof(Tail)) {
+        if (a.stats) {
+            float* const stats = a.stats + row;
+            stats[0] = tail.value;
+            stats[a.stats_stride] = a.labels ? ce : __builtin_nanf("");
+            stats[2 * a.stats_stride] = tail.entropy_s;
+            stats[3 * a.stats_stride] = tail.entropy_t;
+            stats[4 * a.stats_stride] = tail.best_s == tail.best_t ? 1.f : 0.f;
+        }
+    }
+}
+
+KD_DEVICE void save_state(const Rows& a, int64_t row, float norm_s, float norm_t, float slope_sum, float lse_ce) {
+    float* const state = a.state + row;
+    state[0] = norm_s;
+    state[a.state_stride] = norm_t;
+    state[2 * a.state_stride] = slope_sum;
+    state[3 * a.state_stride] = lse_ce;
+}
+
+KD_HOST_DEVICE constexpr int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::f64 ? 8 : 2; }
+
+// Writes up to kCount gradients; a full, aligned vector in 16-byte stores.
+template <class T, int kCount> KD_DEVICE void store_as(void* row, int column, int stride, const float* g, int valid) {
+    T* const to = static_cast<T*>(row) + column;
+    if (stride == 1 && valid == kCount && reinterpret_cast<uintptr_t>(to) % (sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) == 0) {
+        Vec<T, kCount> out;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) out.at[i] = from_float<T>(g[i]);
+        store_vector(to, out);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+            if (i < valid) to[i * stride] = from_float<T>(g[i]);
+    }
+}
+// dz has the logits' dtype, or is narrower than float32 logits.
+template <class Logit, int kCount> KD_DEVICE void store_dz(const Rows& a, void* row, int column, int stride, const float* g, int valid) {
+    if constexpr (sizeof(Logit) == 4) {
+        switch (a.dz_dtype) {
+            case Dtype::bf16: return store_as<bf16, kCount>(row, column, stride, g, valid);
+            case Dtype::f16: return store_as<half, kCount>(row, column, stride, g, valid);
+            default: break;
+        }
+    }
+    store_as<Logit, kCount>(row, column, stride, g, valid);
+}
+KD_DEVICE void* dz_row(const Rows& a, int64_t row) { return static_cast<unsigned char*>(a.dz) + row * a.dz_stride * size_of(a.dz_dtype); }
+
+}  // namespace kd

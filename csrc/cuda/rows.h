@@ -1,0 +1,12 @@
+// The CUDA row kernels as the bindings see them: no CUDA header.
+#pragma once
+#include "../params.h"
+#include "launch.h"
+
+namespace kd {
+
+// All rows, on the current device and the given stream; returns before they are done. Throws std::invalid_argument for arguments
+// that no kernel takes, std::runtime_error with the CUDA error's name if a launch fails.
+void cuda_rows(const RowArguments&, void* stream);
+
+}  // namespace kd

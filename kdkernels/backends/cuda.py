@@ -1,0 +1,43 @@
+"""Row kernels in CUDA C++, of the same compiled extension as the CPU's: see csrc/cuda and docs/kernels.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import native
+
+
+def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why it cannot run there, or None."""
+    if (reason := native.missing()) is not None:
+        return reason
+    targets = native.contents()["cuda targets"]
+    if not targets:
+        return "the extension was built without CUDA: reinstall where nvcc is found, with KDKERNELS_CUDA=1"
+    if device_type != "cuda":
+        return f"it needs a GPU, and the tensors are on {device_type}"
+    if torch.float64 in dtypes:
+        return "float64 is for the torch backend: the CUDA kernels compute in float32"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability()
+    if not covers(targets, capability):
+        return (
+            f"the extension was built for {', '.join(targets)}, and the GPU has compute capability {'.'.join(map(str, capability))}: "
+            "reinstall with KDKERNELS_CUDA_ARCHS naming it"
+        )
+    return None
+
+
+def covers(targets: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs one of the targets: machine code of its own generation (``"90a"``: of that very one), or the newest's PTX."""
+    generations = [(divmod(int(t.rstrip("af")), 10), t[-1].isdigit()) for t in targets]
+    runs = any((of == capability) if not plain else (of[0] == capability[0] and of[1] <= capability[1]) for of, plain in generations)
+    return runs or capability >= max(of for of, _ in generations)
+
+
+rows = native.cuda_rows

@@ -1,0 +1,346 @@
+"""Who computes a case. A variant is a name; ``build`` turns it into a step: one forward and backward pass.
+
+floor           what no loss can do without, and nothing else: the matrix products of the heads, or one pass over given logits
+eager, compile  the dense formula
+native, ...     a backend of ours; ``native/bfloat16`` with that ``logits_dtype``, ``native@rows=512`` with that many rows per chunk,
+                ``native@budget=128`` with a memory budget in MiB
+rows:native     the backend's row kernels alone, on logits, into memory that is there already
+trl, ...        another library: see peers.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdkernels as kd
+
+from .. import dispatch, divergences, reference
+from ..problem import STATE, Problem, RowBatch
+from .cases import IGNORED, Case, Inputs, tensors
+from .cases import build as build_inputs
+from .peers import PEERS
+
+Step = Callable[[], Tensor | None]
+"""Leaves gradients in the inputs and returns the loss, 0-dim or one per token; the floor has neither."""
+
+BACKENDS = ("cuda", "triton", "native", "torch")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant's name, taken apart."""
+
+    name: str
+    logits_dtype: str | None = None
+    chunk_rows: int | None = None
+    budget_mib: int | None = None
+    rows_only: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        name, _, option = text.partition("@")
+        key, _, value = option.partition("=")
+        if option and (key not in ("rows", "budget") or not value.isdigit() or int(value) == 0):
+            raise ValueError(f"variant {text!r}: after @ comes rows=512 or budget=128 (MiB)")
+        number = int(value) if value else None
+        name, _, logits_dtype = name.partition("/")
+        rows_only = name.startswith("rows:")
+        return cls(
+            name.removeprefix("rows:"),
+            logits_dtype or None,
+            number if key == "rows" else None,
+            number if key == "budget" else None,
+            rows_only,
+        )
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name in BACKENDS
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords for ``distillation_loss``."""
+        found = {
+            "backend": self.name,
+            "logits_dtype": getattr(torch, self.logits_dtype) if self.logits_dtype else None,
+            "chunk_rows": self.chunk_rows,
+            "memory_budget": self.budget_mib << 20 if self.budget_mib else None,
+        }
+        return {k: v for k, v in found.items() if v is not None}
+
+
+def operation_of(variant: str, case: Case) -> str:
+    """What a variant computes: the case's operation, or, as a bound, its own."""
+    return PEERS[variant].operation if variant in PEERS else case.operation
+
+
+def build(variant: str, case: Case, inputs: Inputs) -> Step:
+    """The step of a variant.
+
+    Raises:
+        Exception: whatever says that it cannot run here, before anything is measured.
+    """
+    v = Variant.parse(variant)
+    if v.is_ours:
+        if case.operation != "distillation":
+            raise ValueError(f"no variant {variant!r} of {case.operation}")
+        return _rows(v, case, inputs) if v.rows_only else _ours(v, case, inputs)
+    if variant in PEERS:
+        if (reason := PEERS[variant].cannot(case, inputs.device.type)) is not None:
+            raise ValueError(reason)
+        return _trained(PEERS[variant].build(case, inputs))
+    if variant not in _BUILDERS:
+        raise ValueError(f"variant {variant!r} is unknown; valid: {', '.join((*_BUILDERS, *BACKENDS, *PEERS))}")
+    return _BUILDERS[variant](case, inputs)
+
+
+def peers_for(case: Case, device: str) -> list[str]:
+    """Those that can run the case, or a bound of it, and are installed."""
+    return [name for name, peer in PEERS.items() if peer.cannot(case, device) is None]
+
+
+def backends_for(device: str, dtype: torch.dtype) -> list[str]:
+    """Those that "auto" may take, best first.
+
+    Not every backend that can run: with TRITON_INTERPRET=1 Triton can on a CPU, but there is nothing to time in an interpreter.
+    """
+    return [n for n in dispatch.AUTO_ORDER.get(device, ("torch",)) if dispatch.unavailable(n, device, (dtype, dtype)) is None]
+
+
+def default_variants(case: Case, device: str, backends: list[str] | None = None, peers: list[str] | None = None) -> list[str]:
+    """What a run measures if nobody says otherwise: the floor, the dense formula, peers that are installed, and our backends.
+
+    Ours are those that "auto" may take; the best of them with a bfloat16 head's logits in bfloat16 too.
+    """
+    ours = backends_for(device, case.torch_dtype) if backends is None else backends
+    narrow = [f"{name}/{case.dtype}" for name in ours[:1] if case.has_heads and case.dtype == "bfloat16"]
+    others = [name for name in peers_for(case, device) if peers is None or name in peers]
+    if case.operation != "distillation":
+        ours = narrow = []
+    return ["floor", "eager", "compile", *others, *ours, *narrow]
+
+
+# --- the truth
+
+
+def _true_distillation(case: Case, inputs: Inputs) -> Tensor:
+    return kd.distillation_loss(
+        inputs.student, inputs.teacher, divergence=case.divergence, temperature=case.temperature,
+        labels=inputs.labels if case.masked else None, backend="reference",
+    )  # fmt: skip
+
+
+def _true_cross_entropy(case: Case, inputs: Inputs) -> Tensor:
+    return F.cross_entropy(_logits(tensors(inputs.student)), inputs.labels, ignore_index=IGNORED)
+
+
+TRUTHS: dict[str, Callable[[Case, Inputs], Tensor]] = {"distillation": _true_distillation, "cross_entropy": _true_cross_entropy}
+"""Operation -> its value from float64 inputs, dense, differentiable."""
+
+TOLERANCE = {8: 1e-10, 4: 1e-4, 2: 0.05}
+"""Relative error that a variant may have and still compute the case, by the bytes of its dtype."""
+
+
+def errors(variant: str, case: Case, device: str) -> dict[str, float]:
+    """Relative errors against float64, in the Frobenius norm: of the loss, and of the gradient by each trained tensor."""
+    inputs = build_inputs(case, device)
+    loss = build(variant, case, inputs)()
+    if loss is None:
+        return {}
+    truth = inputs.double()
+    true_loss = TRUTHS[operation_of(variant, case)](case, truth)
+    true_loss.backward()  # type: ignore[no-untyped-call]
+    names = ["loss", *(f"gradient of {x}" for x in (("hidden", "weight") if case.has_heads else ("logits",)))]
+    # The mean over a row kernel's tokens: all of them count there.
+    pairs: list[tuple[Any, Any]] = [(loss.double().mean(), true_loss.detach())]
+    pairs += [(a.grad, b.grad) for a, b in zip(inputs.trained, truth.trained, strict=True)]
+    return {name: float((a.double() - b).norm() / b.norm()) for name, (a, b) in zip(names, pairs, strict=False)}
+
+
+def check(variant: str, case: Case, device: str) -> float | None:
+    """That a variant computes the case's loss and gradients at all: a small relative of the case against float64.
+
+    Returns:
+        The largest relative error of a gradient; None for the floor, which has no gradients.
+
+    Raises:
+        RuntimeError: the loss or a gradient is off by more than the dtype explains.
+    """
+    found = errors(variant, replace(case, n=min(case.n, 96), v=min(case.v, 1000)), device)
+    tolerance = TOLERANCE[case.torch_dtype.itemsize]
+    for name, error in found.items():
+        if not error <= tolerance:
+            raise RuntimeError(f"the {name} differs from the float64 reference by {error:.1e}, more than {tolerance:.0e}")
+    return max((error for name, error in found.items() if name != "loss"), default=None)
+
+
+# --- ours
+
+
+def _trained(loss_of: Callable[[], Tensor]) -> Step:
+    """Forward and backward of a loss."""
+
+    def step() -> Tensor:
+        loss = loss_of()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    return step
+
+
+def _call(v: Variant, case: Case, inputs: Inputs) -> dict[str, Any]:
+    labels = inputs.labels if case.masked else None
+    return {"divergence": case.divergence, "temperature": case.temperature, "labels": labels, **v.options}
+
+
+def _ours(v: Variant, case: Case, inputs: Inputs) -> Step:
+    options = _call(v, case, inputs)
+    kd.plan(inputs.student, inputs.teacher, **options)  # raises where the backend cannot run
+    return _trained(lambda: kd.distillation_loss(inputs.student, inputs.teacher, **options))
+
+
+def held(variant: str, case: Case, inputs: Inputs) -> dict[str, int]:
+    """What a pass of ours holds by design, in bytes (docs/memory.md), with the rows and number of its chunks.
+
+    In forward the chunk buffers and the gradients as forward saves them, unscaled: hidden ``[N, Ds]`` in its own dtype, head ``[V, Ds]`` in
+    float32. In backward those and the ones that it returns, in the parameters' dtypes; no chunk buffer any more.
+    """
+    p = kd.plan(inputs.student, inputs.teacher, **_call(Variant.parse(variant), case, inputs))
+    size = case.torch_dtype.itemsize
+    returned = sum(t.numel() * size for t in inputs.trained)
+    saved = returned if case.has_heads else 0
+    if case.has_heads and not case.frozen_head:
+        saved += case.v * case.ds * (max(size, 4) - size)
+    return {
+        "rows_per_chunk": p.rows_per_chunk,
+        "num_chunks": p.num_chunks,
+        "buffer_bytes": p.buffer_bytes,
+        "accounted_bytes": saved + max(p.buffer_bytes, returned),
+    }
+
+
+def _rows(v: Variant, case: Case, inputs: Inputs) -> Step:
+    """The backend's ``rows`` on preallocated tensors: nothing is allocated, nothing else is launched."""
+    if case.has_heads or case.masked:
+        raise ValueError("row kernels take logits of tokens that all count")
+    z_s, z_t = (tensors(side)[0].detach() for side in (inputs.student, inputs.teacher))
+    problem = Problem(
+        divergences.resolve(case.divergence), case.v, temperature=case.temperature, student_dtype=z_s.dtype, teacher_dtype=z_t.dtype,
+        wants_input=True, backend=dispatch.select(v.name, z_s.device.type, (z_s.dtype, z_t.dtype)),
+    )  # fmt: skip
+    loss = torch.empty(case.n, dtype=problem.compute_dtype, device=z_s.device)
+    state = torch.empty(len(STATE), case.n, dtype=problem.compute_dtype, device=z_s.device)
+    dz = torch.empty_like(z_s)
+    # dz_scale makes it the gradient of the mean.
+    batch = RowBatch(z_s, z_t, None, None, None, None, state, loss=loss, dz=dz, dz_scale=1 / case.n)
+    kernel = dispatch.load(problem.backend)
+
+    def step() -> Tensor:
+        kernel.rows(problem, batch, True)
+        inputs.trained[0].grad = dz
+        return loss
+
+    return step
+
+
+# --- the floor and the dense formula
+
+
+def _floor(case: Case, inputs: Inputs) -> Step:
+    """Everything over all valid rows at once, into memory that is there already."""
+    n, sides = case.valid, [inputs.student] + [inputs.teacher] * (case.operation == "distillation")
+    rows = [[t.detach() for t in tensors(side)] for side in sides]
+    sources = [r[0][:n] for r in rows]
+    if not case.has_heads:
+        dz = torch.empty_like(sources[0])
+
+        def read_all_and_write() -> None:
+            torch.add(sources[0], sources[1], out=dz) if len(sources) == 2 else torch.mul(sources[0], 2, out=dz)
+
+        return read_all_and_write
+    weights = [r[1] for r in rows]
+    logits = [torch.empty(n, case.v, dtype=h.dtype, device=h.device) for h in sources]
+    d_hidden, d_weight = torch.empty_like(sources[0]), torch.empty_like(weights[0])
+
+    def multiply() -> None:
+        for h, w, z in zip(sources, weights, logits, strict=True):
+            torch.mm(h, w.t(), out=z)
+        torch.mm(logits[0], weights[0], out=d_hidden)
+        if not case.frozen_head:
+            torch.mm(logits[0].t(), sources[0], out=d_weight)
+
+    return multiply
+
+
+def _logits(side: tuple[Tensor, ...]) -> Tensor:
+    return side[0] @ side[1].t() if len(side) == 2 else side[0]
+
+
+def _dense_loss(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean over tokens of T^2 D from ``[N, V]`` logits, with float32 softmaxes, as a good engineer writes it."""
+    t, beta = case.temperature, kd.JSD().beta
+
+    def log_q_and_p(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor]:
+        return F.log_softmax(z_s.float() / t, dim=-1), F.log_softmax(z_t.float() / t, dim=-1)
+
+    def forward_kl(z_s: Tensor, z_t: Tensor) -> Tensor:
+        log_q, log_p = log_q_and_p(z_s, z_t)
+        return t**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+    def reverse_kl(z_s: Tensor, z_t: Tensor) -> Tensor:
+        log_q, log_p = log_q_and_p(z_s, z_t)
+        return t**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+    def jsd(z_s: Tensor, z_t: Tensor) -> Tensor:
+        log_q, log_p = log_q_and_p(z_s, z_t)
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        of_teacher = F.kl_div(log_m, log_p, log_target=True, reduction="batchmean")
+        of_student = F.kl_div(log_m, log_q, log_target=True, reduction="batchmean")
+        return t**2 * (beta * of_teacher + (1 - beta) * of_student)
+
+    divergence = divergences.resolve(case.divergence)
+
+    def by_definition(z_s: Tensor, z_t: Tensor) -> Tensor:
+        x, u = z_s.float() / t, z_t.float() / t
+        return t**2 * divergence.reference(reference.normalize(x, u, divergence), reference.normalize(u, x, divergence)).sum(-1).mean()
+
+    return {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}.get(case.divergence, by_definition)
+
+
+def _eager(case: Case, inputs: Inputs, transform: Callable[[Any], Any] = lambda f: f) -> Step:
+    student, teacher = tensors(inputs.student), tensors(inputs.teacher)
+    if case.operation == "cross_entropy":
+        dense: Callable[..., Tensor] = transform(lambda s, labels: F.cross_entropy(_logits(s).float(), labels, ignore_index=IGNORED))
+        return _trained(lambda: dense(student, inputs.labels))
+    formula = _dense_loss(case)
+
+    def loss_of(s: tuple[Tensor, ...], t: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            z_t = _logits(t)
+        return formula(_logits(s), z_t)
+
+    distil: Callable[..., Tensor] = transform(loss_of)
+    if not case.masked:
+        return _trained(lambda: distil(student, teacher))
+
+    def over_valid_rows() -> Tensor:
+        valid = inputs.labels != IGNORED
+        return distil((student[0][valid], *student[1:]), (teacher[0][valid], *teacher[1:]))
+
+    return _trained(over_valid_rows)
+
+
+def _compile(case: Case, inputs: Inputs) -> Step:
+    # Without what was compiled for another shape, and for this one shape alone: that is as fast as it gets.
+    torch.compiler.reset()
+    return _eager(case, inputs, lambda f: torch.compile(f, dynamic=False))
+
+
+_BUILDERS: dict[str, Callable[[Case, Inputs], Step]] = {"floor": _floor, "eager": _eager, "compile": _compile}

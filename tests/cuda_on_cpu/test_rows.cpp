@@ -1,0 +1,310 @@
+// Runs the CUDA row kernels' own source on CPU fibers against a float64 definition; with "mutate", removes every synchronisation
+// call in turn and asks that some run notices. Exit status 0: all as it should be.
+//   test_rows test [SEEDS] | mutate [SEEDS]
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cuda/one_read.h"
+#include "cuda/two_read.h"
+
+namespace {
+using namespace kd;
+
+// Under a sanitizer one divergence of each kind of sweep, in two dtypes: what synchronises does not depend on the formula.
+#ifdef KD_SOME
+constexpr bool kAll = false;
+#else
+constexpr bool kAll = true;
+#endif
+
+struct Shape { int rows, vocab, clusters, cluster_size, warps, spare_slots; };
+
+// What a run switches on; drawn from its seed.
+struct Features {
+    bool bias = false, softcap = false, scale = false, labels = false, stats = false, weight = false, dz = true, narrow = false;
+    bool statistics = true, mixed = false, unaligned = false;
+    float temperature = 1.f;
+    bool plain() const { return !bias && !softcap && !labels && !stats; }
+};
+
+template <class T> constexpr Dtype kDtype = std::is_same_v<T, float> ? Dtype::f32 : std::is_same_v<T, bf16> ? Dtype::bf16 : Dtype::f16;
+double unit(Dtype d) { return d == Dtype::f32 ? 0x1p-22 : d == Dtype::f16 ? 0x1p-10 : 0x1p-7; }
+
+// Rows of exactly their size, so that AddressSanitizer sees a read beyond them.
+struct Buffer {
+    unsigned char* data;
+    explicit Buffer(size_t bytes) : data(static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(16)))) { std::fill_n(data, bytes, 0xff); }
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { ::operator delete(data, std::align_val_t(16)); }
+};
+void put(void* p, int64_t i, Dtype d, float v) {
+    if (d == Dtype::f32) static_cast<float*>(p)[i] = v;
+    if (d == Dtype::bf16) static_cast<bf16*>(p)[i] = from_float<bf16>(v);
+    if (d == Dtype::f16) static_cast<half*>(p)[i] = from_float<half>(v);
+}
+double get(const void* p, int64_t i, Dtype d) {
+    if (d == Dtype::f32) return static_cast<const float*>(p)[i];
+    if (d == Dtype::bf16) return to_float(static_cast<const bf16*>(p)[i]);
+    return to_float(static_cast<const half*>(p)[i]);
+}
+
+// One row by its definition, in double; `size` of a gradient is what rounding acts on, before anything cancels.
+struct Truth {
+    double loss = 0, norm_s = 0, norm_t = 0, slope_sum = 0, lse_ce = 0, stats[5] = {}, size = 0;
+    double unit = 0;  // relative error to expect: of ex2 and lg2, of sums, and of logarithms that are differences of float logits
+    std::vector<double> dz, dz_size;
+};
+double lse(const std::vector<double>& z, double per_t) {
+    const double top = *std::max_element(z.begin(), z.end());
+    double sum = 0;
+    for (double v : z) sum += std::exp((v - top) * per_t);
+    return top * per_t + std::log(sum);
+}
+double entropy(const std::vector<double>& z, double per_t, double norm) {
+    double h = 0;
+    for (double v : z) if (const double l = v * per_t - norm, p = std::exp(l); p > 0) h -= p * l;
+    return h;
+}
+template <class D> Truth truth_of(const Rows& a, const std::vector<double>& zs, const std::vector<double>& zt, int64_t row) {
+    Truth r;
+    const int n = a.vocab;
+    const double per_t = 1.0 / a.temperature, weight = a.weight ? a.weight[row] : 1.0;
+    const bool softmax = a.normalizer == Normalizer::softmax;
+    if (softmax) r.norm_s = lse(zs, per_t), r.norm_t = lse(zt, per_t);
+    if (a.normalizer == Normalizer::mean) {
+        int kept = 0;
+        for (int v = 0; v < n; ++v) if (!(std::isinf(zs[v]) && std::isinf(zt[v]))) r.norm_s += zs[v] * per_t, r.norm_t += zt[v] * per_t, ++kept;
+        r.norm_s /= std::max(kept, 1), r.norm_t /= std::max(kept, 1);
+    }
+    std::vector<double> slope(n), q(n), formed(n);  // formed: the size of what a slope is the difference of
+    double value = 0, largest = 0;
+    for (const auto* z : {&zs, &zt})
+        for (double v : *z) if (std::isfinite(v)) largest = std::max(largest, std::abs(v) * per_t);
+    r.unit = 3e-6 + 0x1p-22 * largest;
+    for (int v = 0; v < n; ++v) {
+        const double lq = zs[v] * per_t - r.norm_s, lp = zt[v] * per_t - r.norm_t, p = std::exp(lp);
+        q[v] = std::exp(lq);
+        const Terms<double> t = D::template terms<double>(lq, lp, q[v], p, a.a, a.b);
+        value += t.value, slope[v] = t.slope, r.slope_sum += t.slope;
+        formed[v] = softmax ? q[v] : largest;
+        // The power families take the larger of p and q out first.
+        if (D::id == AlphaDivergence::id) formed[v] = std::max(q[v], p) / std::abs(a.a);
+        if (D::id == ABDivergence::id) formed[v] = std::pow(std::max(q[v], p), a.a + a.b) / std::abs(a.a);
+        r.size += std::abs(t.value) + (softmax ? q[v] + p : 2 * largest * (std::abs(t.slope) + largest * 1e-6));
+    }
+    if (D::knows_slope_sum) r.slope_sum = D::slope_sum;
+    const int label = a.labels ? int(a.labels[row]) : -1;
+    r.lse_ce = label >= 0 ? lse(zs, 1.0) : 0;
+    const double ce = label >= 0 ? r.lse_ce - zs[label] : 0;
+    r.loss = weight * (a.value_scale * value + (label >= 0 ? a.ce_weight * ce : 0));
+    r.size = std::abs(weight) * (a.value_scale * r.size + std::abs(a.ce_weight) * (1 + std::abs(ce)));
+    const double stats[5] = {value, label >= 0 ? ce : NAN, entropy(zs, per_t, lse(zs, per_t)), entropy(zt, per_t, lse(zt, per_t)),
+                             double(std::max_element(zs.begin(), zs.end()) - zs.begin() == std::max_element(zt.begin(), zt.end()) - zt.begin())};
+    std::copy_n(stats, 5, r.stats);
+    r.dz.resize(n), r.dz_size.resize(n);
+    for (int v = 0; v < n; ++v) {
+        const double center = softmax ? q[v] * r.slope_sum : 0;
+        double g = a.slope_scale * (slope[v] - center), size = a.slope_scale * (std::abs(slope[v]) + std::abs(center) + formed[v]);
+        if (label >= 0) {
+            const double one = std::exp(zs[v] - r.lse_ce);
+            g += a.ce_weight * (one - (v == label)), size += a.ce_weight * (one + (v == label));
+        }
+        const double straight = a.student.scale * weight * a.dz_scale, bend = a.student.softcap != 0 ? zs[v] / a.student.softcap : 0;
+        const double outer = straight * (1 - bend * bend);
+        // 1 - bend^2 is known to a step of 1, however small it is.
+        r.dz[v] = g * outer, r.dz_size[v] = size * std::abs(outer) + (bend != 0 ? 0.1 * std::abs(g * straight) : 0);
+    }
+    return r;
+}
+
+// The largest error over its tolerance; above 1 is wrong.
+template <class Logit, class D> double run(bool one_read, const Shape& s, Features f, unsigned seed, emu::Launch launch) {
+    std::mt19937 random(seed * 31 + s.vocab + 7 * D::id);
+    std::normal_distribution<float> normal;
+    constexpr Dtype kLogit = kDtype<Logit>;
+    const Dtype teacher_dtype = f.mixed ? (kLogit == Dtype::f32 ? Dtype::bf16 : Dtype::f32) : kLogit;
+    const Dtype dz_dtype = kLogit == Dtype::f32 && f.narrow ? (seed % 2 ? Dtype::bf16 : Dtype::f16) : kLogit;
+    const bool softmax = D::id != LogitMSE::id;
+    const auto stride_of = [&](Dtype d) { const int vec = 16 / size_of(d); return f.unaligned ? int64_t(s.vocab) : (s.vocab + vec - 1) / vec * int64_t(vec) + vec; };
+    const int64_t student_stride = stride_of(kLogit), teacher_stride = stride_of(teacher_dtype);
+    Buffer student(s.rows * student_stride * sizeof(Logit)), teacher(s.rows * teacher_stride * size_of(teacher_dtype));
+    std::vector<float> state(4 * s.rows, NAN), loss(s.rows, NAN), stats(5 * s.rows, NAN), weight(s.rows), bias_s(s.vocab), bias_t(s.vocab);
+    std::vector<int64_t> labels(s.rows);
+    for (float& b : bias_s) b = .5f * normal(random);
+    for (float& b : bias_t) b = .5f * normal(random);
+
+    Rows a{};
+    a.student = {student.data, f.bias ? bias_s.data() : nullptr, student_stride, kLogit, f.scale ? -.5f : 1.f, f.softcap ? 6.f : 0.f};
+    a.teacher = {teacher.data, f.bias ? bias_t.data() : nullptr, teacher_stride, teacher_dtype, f.scale ? 1.5f : 1.f, f.softcap ? 9.f : 0.f};
+    a.rows = s.rows, a.vocab = s.vocab, a.state_stride = a.stats_stride = s.rows;
+    a.state = state.data(), a.loss = loss.data(), a.stats = f.stats ? stats.data() : nullptr;
+    a.labels = f.labels ? labels.data() : nullptr, a.weight = f.weight ? weight.data() : nullptr;
+    a.dz_dtype = dz_dtype, a.dz_stride = student_stride * int64_t(sizeof(Logit)) / size_of(dz_dtype);
+    a.temperature = f.temperature, a.inv_temperature = 1 / f.temperature;
+    a.value_scale = .8f * f.temperature * f.temperature, a.slope_scale = .8f * f.temperature, a.ce_weight = f.labels ? .7f : 0.f;
+    a.dz_scale = dz_dtype == Dtype::f16 && softmax ? 4.f : 1.f;
+    a.normalizer = softmax ? Normalizer::softmax : seed % 2 ? Normalizer::mean : Normalizer::none;
+    a.statistics = true, a.aligned = !f.unaligned;
+    a.a = D::id == AlphaDivergence::id ? .4f : .3f, a.b = D::id == ABDivergence::id ? .7f : 1 - a.a;
+
+    std::vector<std::vector<double>> zs(s.rows, std::vector<double>(s.vocab)), zt = zs;
+    const float spread = seed % 2 ? 4.f : 1.f;
+    const bool holes = s.vocab > 4 && !f.softcap && !f.scale;
+    for (int r = 0; r < s.rows; ++r) {
+        weight[r] = .5f + r, labels[r] = random() % s.vocab;
+        for (int64_t c = 0; c < s.vocab; ++c) {
+            float x = spread * normal(random), u = x + .3f * spread * normal(random);
+            if (holes && c % 97 == 5 && c != labels[r]) x = u = -INFINITY;  // a column that both exclude
+            if (holes && c % 97 == 3 && (D::id == 0 || D::id == 3)) u = -INFINITY;  // and one that the teacher does, where that costs little
+            put(student.data, r * student_stride + c, kLogit, x), put(teacher.data, r * teacher_stride + c, teacher_dtype, u);
+            const auto z = [&](const RowSide& side, const void* p, int64_t at) {
+                double v = (get(p, at, side.dtype) + (side.bias ? side.bias[c] : 0.f)) * side.scale;
+                return side.softcap != 0 ? side.softcap * std::tanh(v / side.softcap) : v;
+            };
+            zs[r][c] = z(a.student, student.data, r * student_stride + c), zt[r][c] = z(a.teacher, teacher.data, r * teacher_stride + c);
+        }
+    }
+    std::vector<Truth> truths;
+    for (int r = 0; r < s.rows; ++r) truths.push_back(truth_of<D>(a, zs[r], zt[r], r));
+    a.dz = f.dz ? student.data : nullptr;  // over the logits, unlike everything above
+    if (!f.statistics) {
+        a.statistics = false;
+        for (int r = 0; r < s.rows; ++r)
+            state[r] = truths[r].norm_s, state[s.rows + r] = truths[r].norm_t, state[2 * s.rows + r] = truths[r].slope_sum, state[3 * s.rows + r] = truths[r].lse_ce;
+    }
+
+    launch.threads = 32 * s.warps;
+    if (one_read) {
+        const int owners = s.cluster_size * s.warps;
+        a.slots = Span(s.vocab, 0, owners, sizeof(Logit)).chunks + s.spare_slots;
+        launch.clusters = s.clusters, launch.cluster_size = s.cluster_size;
+        launch.shared_bytes = one_read_shared_bytes(s.warps, a.slots, s.cluster_size);
+        if constexpr (D::id != LogitMSE::id)
+            emu::launch(launch, [&] { f.plain() ? one_read_rows<false, Logit, D>(a) : one_read_rows<true, Logit, D>(a); });
+    } else {
+        launch.clusters = s.rows, launch.cluster_size = 1;
+        launch.shared_bytes = two_read_shared_bytes(launch.threads);
+        emu::launch(launch, [&] { two_read_rows<Logit, D>(a); });
+    }
+
+    double worst = 0;
+    auto judge = [&](double got, double want, double tolerance) {
+        if (std::isnan(want) && std::isnan(got)) return;
+        const double e = std::abs(got - want) / tolerance;
+        worst = std::max(worst, e == e ? e : INFINITY);
+    };
+    for (int r = 0; r < s.rows; ++r) {
+        const Truth& t = truths[r];
+        if (f.statistics) {
+            judge(loss[r], t.loss, t.unit * (t.size + std::abs(t.loss)));
+            judge(state[r], t.norm_s, 2e-6 * (1 + std::abs(t.norm_s))), judge(state[s.rows + r], t.norm_t, 2e-6 * (1 + std::abs(t.norm_t)));
+            judge(state[2 * s.rows + r], t.slope_sum, t.unit * (1 + std::abs(t.slope_sum)));
+            if (f.labels) judge(state[3 * s.rows + r], t.lse_ce, 2e-6 * (1 + std::abs(t.lse_ce)));
+            for (int i = 0; f.stats && i < 5; ++i) judge(stats[i * s.rows + r], t.stats[i], i == 4 ? 1e-6 : 2 * t.unit * (1 + t.size + std::abs(t.stats[i])));
+        }
+        if (f.dz)
+            for (int c = 0; c < s.vocab; ++c)
+                judge(get(student.data + r * student_stride * sizeof(Logit), c, dz_dtype), t.dz[c],
+                      unit(dz_dtype) * std::abs(t.dz[c]) + t.unit * (1 + std::abs(t.slope_sum)) * t.dz_size[c] + (dz_dtype == Dtype::f16 ? 1e-7 : 1e-9));
+    }
+    return worst;
+}
+
+template <class Logit> double run(int divergence, bool one_read, const Shape& s, const Features& f, unsigned seed, emu::Launch launch = {}) {
+    launch.seed = seed;
+    double worst = 0;
+    with_divergence(divergence, [&](auto d) {
+        using D = decltype(d);
+        if constexpr (kAll || D::id == ForwardKL::id || D::id == JSD::id || D::id == LogitMSE::id)
+            worst = run<Logit, D>(one_read, s, f, seed, launch);
+    });
+    return worst;
+}
+double run_half(int divergence, bool one_read, const Shape& s, const Features& f, unsigned seed, const emu::Launch& launch) {
+    if constexpr (kAll) return run<half>(divergence, one_read, s, f, seed, launch);
+    return 0;
+}
+double run(int dtype, int divergence, bool one_read, const Shape& s, const Features& f, unsigned seed, const emu::Launch& launch = {}) {
+    if constexpr (!kAll) dtype %= 2;
+    return dtype == 0 ? run<bf16>(divergence, one_read, s, f, seed, launch) : dtype == 1 ? run<float>(divergence, one_read, s, f, seed, launch)
+                                                                            : run_half(divergence, one_read, s, f, seed, launch);
+}
+
+Features draw(unsigned seed, int salt, bool one_read) {
+    std::mt19937 random(seed * 977 + salt);
+    const auto coin = [&](int of) { return random() % of == 0; };
+    Features f;
+    f.weight = coin(2), f.narrow = coin(2), f.temperature = coin(2) ? 1.f : coin(2) ? 2.f : .7f;
+    if (coin(2)) f.bias = coin(2), f.softcap = coin(3), f.labels = coin(2), f.stats = coin(2);
+    f.scale = coin(4), f.dz = !coin(6);
+    if (!one_read) f.mixed = coin(3), f.unaligned = coin(3), f.statistics = !coin(3) || !f.dz;
+    if (!f.statistics) f.stats = false;
+    if (f.unaligned) f.narrow = false;
+    return f;
+}
+
+// V odd, below a chunk, exactly one, one over; one cluster and two, up to 8 CTAs and 2 warps; rings with one chunk to spare and more.
+const Shape kShapes[] = {{3, 7, 1, 1, 1, 1}, {3, 127, 1, 2, 1, 1}, {4, 1000, 2, 2, 2, 1}, {2, 512, 1, 1, 1, 2}, {3, 1031, 1, 4, 1, 2}, {5, 2053, 2, 2, 2, 2}, {2, 4099, 1, 8, 1, 1}};
+
+int test(int seeds) {
+    int failed = 0, runs = 0;
+    for (const Shape& s : kShapes)
+        for (const bool one_read : {true, false})
+            for (int divergence = 0; divergence < (one_read ? 9 : 10); ++divergence)
+                for (int seed = 0; seed <= seeds; ++seed) {
+                    const int dtype = (seed + divergence) % 3;
+                    const Features f = draw(seed, divergence + s.vocab, one_read);
+                    ++runs;
+                    std::string what;
+                    try {
+                        if (const double worst = run(dtype, divergence, one_read, s, f, seed); worst > 1) what = std::to_string(worst) + " of tolerance";
+                    } catch (const emu::Fault& fault) { what = fault.what(); }
+                    if (what.empty()) continue;
+                    ++failed;
+                    std::printf("FAIL %s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %d:%s%s%s%s%s%s%s%s%s%s%s T %g: %s\n", one_read ? "one-read" : "two-read", divergence, dtype,
+                                s.rows, s.vocab, s.clusters, s.cluster_size, s.warps, seed, f.bias ? " bias" : "", f.softcap ? " softcap" : "", f.scale ? " scale" : "", f.labels ? " labels" : "",
+                                f.stats ? " stats" : "", f.weight ? " weight" : "", f.dz ? "" : " no-dz", f.narrow ? " narrow" : "", f.statistics ? "" : " gradient-only", f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", f.temperature, what.c_str());
+                }
+    std::printf("%d runs, %d failed\n", runs, failed);
+    return failed != 0;
+}
+
+// A synchronisation call is known by its name and line; the two kernels are gone through one after the other.
+int mutate(int seeds) {
+    Features f;
+    f.labels = f.stats = f.narrow = true, f.temperature = 2.f;
+    int unnoticed = 0, calls = 0;
+    for (const bool one_read : {true, false}) {
+        const Shape s = one_read ? Shape{7, 5021, 1, 2, 2, 1} : Shape{3, 5021, 1, 1, 4, 0};
+        std::set<emu::Site> sites;
+        emu::Launch recording;
+        recording.seen = &sites;
+        for (int dtype : {0, 1}) run(dtype, JSD::id, one_read, s, f, 0, recording);
+        for (const emu::Site& site : sites) {
+            std::string noticed;
+            for (int seed = 0; seed <= seeds && noticed.empty(); ++seed) {
+                emu::Launch launch;
+                launch.removed = site;
+                try {
+                    for (int dtype : {0, 1})
+                        if (run(dtype, JSD::id, one_read, s, f, seed, launch) > 1) noticed = "wrong result, seed " + std::to_string(seed);
+                } catch (const emu::Fault& fault) { noticed = fault.what(); }
+            }
+            ++calls, unnoticed += noticed.empty();
+            std::printf("%s %s: %s line %d: %.90s\n", noticed.empty() ? "UNNOTICED" : "noticed  ", one_read ? "one-read" : "two-read", site.call, site.line, noticed.c_str());
+        }
+    }
+    std::printf("%d synchronisation calls, %d removed without notice\n", calls, unnoticed);
+    return unnoticed != 0;
+}
+}  // namespace
+
+int main(int argc, char** argv) {
+    const bool mutation = argc > 1 && std::string(argv[1]) == "mutate";
+    const int seeds = argc > 2 ? std::atoi(argv[2]) : mutation ? 40 : 11;
+    return mutation ? mutate(seeds) : test(seeds);
+}

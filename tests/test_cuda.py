@@ -1,0 +1,151 @@
+"""The CUDA kernels as far as no GPU is needed: what would be launched, what the compiler made of them, and their own source on CPU
+fibers. Their numbers on a GPU are in test_loss.py and its neighbours, with every other backend's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdkernels.backends.cuda import covers
+
+_C = pytest.importorskip("kdkernels._C")
+
+ROOT = Path(__file__).parent.parent
+H100 = {"major": 9, "multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472}
+A100 = {"major": 8, "multiprocessors": 108, "shared_per_block": 166912, "shared_per_multiprocessor": 167936}
+RTX_5090 = {"major": 12, "multiprocessors": 170, "shared_per_block": 101376, "shared_per_multiprocessor": 102400}
+
+
+def launch(gpu: dict[str, int], rows: int, vocab: int, itemsize: int, possible: bool = True) -> dict[str, Any]:
+    return _C.cuda_launch(**gpu, rows=rows, vocab=vocab, itemsize=itemsize, one_read_possible=possible)
+
+
+# ---- launch choice
+
+
+@pytest.mark.parametrize(
+    ("vocab", "itemsize", "cluster"),
+    [(32000, 2, 2), (128256, 2, 8), (151936, 2, 8), (256000, 2, 16), (32000, 4, 4), (128256, 4, 16), (1000, 2, 1)],
+)
+def test_cluster_holds_a_row_twice_per_multiprocessor(vocab: int, itemsize: int, cluster: int) -> None:
+    """The smallest that lets two CTAs live on a multiprocessor, so that one computes while the other waits."""
+    chosen = launch(H100, 8192, vocab, itemsize)
+    assert chosen["one_read"]
+    assert chosen["cluster"] == cluster
+    assert 2 * (chosen["shared_bytes"] + 1024) <= H100["shared_per_multiprocessor"]
+
+
+@pytest.mark.parametrize("gpu", [H100, RTX_5090])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("rows", [1, 7, 132, 8192])
+@pytest.mark.parametrize("vocab", [1, 127, 32000, 50257, 151936, 262144, 500_000, 2_000_000])
+def test_a_launch_is_within_the_limits(gpu: dict[str, int], itemsize: int, rows: int, vocab: int) -> None:
+    chosen = launch(gpu, rows, vocab, itemsize)
+    assert chosen["shared_bytes"] <= gpu["shared_per_block"]
+    if not chosen["one_read"]:
+        assert vocab * itemsize * 2 > gpu["shared_per_block"], "only rows that are too long"
+        assert chosen["blocks"] == rows
+        return
+    warps = chosen["threads"] // 32
+    owners = chosen["cluster"] * warps
+    columns = chosen["slots"] * (1024 // itemsize) * owners
+    assert columns > vocab, "a ring holds a row and part of the next"
+    assert chosen["blocks"] % chosen["cluster"] == 0
+    assert chosen["cluster"] <= chosen["blocks"] <= rows * chosen["cluster"]
+
+
+def test_few_rows_get_larger_clusters() -> None:
+    many, few, one = (launch(H100, rows, 128256, 2) for rows in (8192, 8, 1))
+    assert many["cluster"] == 8
+    assert few["cluster"] == one["cluster"] == 16
+    assert launch(H100, 1, 1000, 2)["cluster"] == 1, "a warp wants a whole chunk"
+
+
+def test_two_reads_where_one_is_not_possible() -> None:
+    assert not launch(A100, 8192, 32000, 2)["one_read"], "no clusters"
+    assert not launch(H100, 8192, 32000, 2, possible=False)["one_read"]
+    assert not launch(H100, 8192, 2_000_000, 2)["one_read"], "no cluster is large enough"
+
+
+@pytest.mark.parametrize(
+    ("targets", "capability", "runs"),
+    [
+        (["80", "90a"], (8, 0), True),
+        (["80", "90a"], (8, 9), True),  # machine code of an older minor version
+        (["86"], (8, 0), False),
+        (["80", "90a"], (9, 0), True),
+        (["90a"], (10, 0), True),  # the newest's PTX
+        (["80", "90a", "100"], (12, 0), True),
+        (["100"], (9, 0), False),
+        (["80", "120"], (10, 3), False),
+    ],
+)
+def test_which_gpus_a_build_runs_on(targets: list[str], capability: tuple[int, int], runs: bool) -> None:
+    assert covers(targets, capability) == runs
+
+
+# ---- what the compiler made of them
+
+LOGS = sorted(ROOT.glob("build/ninja-*/cuda_rows_*.o.log"))
+compiled = pytest.mark.skipif(not _C.cuda_targets() or not LOGS, reason="this build has no CUDA kernels")
+KERNEL = re.compile(
+    r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+    r"Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+@compiled
+def test_no_kernel_spills() -> None:
+    kernels = [match for log in LOGS for match in KERNEL.findall(log.read_text())]
+    targets = {target for _, target, *_ in kernels}
+    assert targets == set(_C.cuda_targets())
+    for target in targets:  # ten divergences with two reads, nine with one in two forms, three dtypes
+        assert len([k for k in kernels if k[1] == target]) == 3 * (10 + 2 * 9)
+    wrong = [k for k in kernels if any(int(x) for x in k[2:5]) or int(k[5]) > 255]
+    assert not wrong
+
+
+@compiled
+@pytest.mark.skipif("90a" not in _C.cuda_targets(), reason="not built for sm_90a")
+def test_hopper_code_has_clusters_and_bulk_copies() -> None:
+    """UBLKCP: bulk copy; UCGABAR: cluster barrier; SYNCS: mbarrier; MAPA or a shared-cluster store: distributed shared memory."""
+    triton = pytest.importorskip("triton")
+    tool = shutil.which("cuobjdump") or str(next(Path(triton.__file__).parent.rglob("cuobjdump")))
+    dump = subprocess.run([tool, "-sass", "-arch", "sm_90a", _C.__file__], capture_output=True, text=True, check=True).stdout
+    one_read = dump[dump.index("one_read_rows") :]
+    for instruction in ("UBLKCP", "UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS", "MUFU.EX2"):
+        assert instruction in one_read, instruction
+
+
+# ---- their source on CPU fibers
+
+
+@pytest.fixture(scope="module")
+def fibers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    if shutil.which(os.environ.get("CXX", "g++")) is None or shutil.which("make") is None:
+        pytest.skip("no C++ compiler or no make")
+    return {"cwd": str(Path(__file__).parent / "cuda_on_cpu"), "build": str(tmp_path_factory.mktemp("fibers"))}
+
+
+@pytest.mark.slow
+def test_kernels_on_fibers(fibers: dict[str, str]) -> None:
+    """Against float64, under a hostile scheduler; then with every synchronisation call removed in turn, which must be noticed."""
+    for target in ("test", "mutate"):
+        run = subprocess.run(["make", target, f"BUILD={fibers['build']}"], cwd=fibers["cwd"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "17 synchronisation calls, 0 removed without notice" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["tsan", "asan"])
+def test_kernels_on_fibers_under(sanitizer: str, fibers: dict[str, str]) -> None:
+    run = subprocess.run(["make", sanitizer, f"BUILD={fibers['build']}"], cwd=fibers["cwd"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert re.search(r"^[1-9]\d* runs, 0 failed$", run.stdout, re.MULTILINE)
