@@ -12,7 +12,7 @@ export KDKERNELS_CUDA_ARCHS ?= 80;90a;100
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench sanitize sanitize-gpu compute-sanitizer clean
+.PHONY: demo test lint bench results sanitize sanitize-gpu compute-sanitizer clean
 
 demo: $(VENV)/.built
 	$(BIN)/kdkernels demo
@@ -26,9 +26,13 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.report --check
 
+# Has anything become slower against its own floor? Small shapes, minutes.
 bench: $(VENV)/.built
-	$(BIN)/python -m benchmarks.loss
-	$(BIN)/python -m benchmarks.memory_scaling
+	$(BIN)/python -m pytest benchmarks
+
+# The figures of README.md and docs/: measures them on this machine, then redraws.
+results: $(VENV)/.built
+	$(BIN)/kdkernels bench --suite standard --out benchmarks/results/$$($(BIN)/python -m kdkernels.bench.environment)
 	$(BIN)/python -m benchmarks.report
 
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and fuzzed (tests/sanitize): two minutes.

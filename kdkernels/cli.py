@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
+import sys
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +30,8 @@ VARIABLES = {
     "KDKERNELS_CUDA_ARCHS": 'read when building: CUDA targets, as "80;90a"; not set means all that nvcc knows',
 }
 """Every environment variable that the project reads, and what it does."""
+
+DTYPE_CHOICES = ("float32", "bfloat16", "float16")
 
 _FOLDERS = re.compile(r"(?<!\w)(?:[A-Za-z]:)?[/\\](?:[^\s:'\"()/\\]+[/\\])*(?=[^\s/\\])")
 
@@ -142,7 +146,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for progr
 
 
 class Device(str, Enum):
-    """Where the demo runs."""
+    """Where a command runs."""
 
     auto = "auto"
     cpu = "cpu"
@@ -223,6 +227,105 @@ def demo(
     except KeyboardInterrupt:
         typer.echo("\nInterrupted.", err=True)
         raise typer.Exit(130) from None
+
+
+class Suite(str, Enum):
+    """How much ``bench`` measures."""
+
+    smoke = "smoke"
+    standard = "standard"
+    full = "full"
+
+
+_BENCH_EXAMPLES = """
+Examples:
+
+- `kdkernels bench --suite smoke` - two minutes on two cores, to see that everything runs
+
+- `kdkernels bench --device cuda --budget-minutes 20` - the standard suite, or as much of it as fits
+
+- `kdkernels bench --shape 4096,151936,1024,2560 --divergence jsd --dtype bfloat16` - your own models: N,V,Ds,Dt
+
+- `kdkernels bench --resume` - goes on where bench-out was cut short
+"""
+
+
+@app.command(epilog=_BENCH_EXAMPLES)
+def bench(
+    suite: Annotated[
+        Suite,
+        typer.Option(help="smoke: a few small cases. standard: the usual ones. full: every divergence and all scaling curves, hours."),
+    ] = Suite.standard,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tokens, vocabulary and both hidden sizes, N,V,Ds,Dt; or N,V for given logits. May be repeated; replaces the suite's."
+        ),
+    ] = None,
+    divergence: Annotated[list[str] | None, typer.Option(help=f"{', '.join(REGISTRY)}. May be repeated; replaces the suite's.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16 or float16. May be repeated. Default: bfloat16 on a GPU, float32 on a CPU.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="T > 0.")] = 2.0,
+    backends: Annotated[str, typer.Option(help="auto (those that it may take), or some of cuda,triton,native,torch.")] = "auto",
+    peers: Annotated[
+        str, typer.Option(help="Other libraries: auto (all that are installed and run here), none, or some by name.")
+    ] = "auto",
+    device: Annotated[Device, typer.Option(help="auto takes a CUDA device if there is one.")] = Device.auto,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.html and plots.")] = Path("bench-out"),
+    budget_minutes: Annotated[float | None, typer.Option(help="Stop after that; what is measured by then is kept.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Finish the run in --out, with the settings that it was begun with.")] = False,
+) -> None:
+    """Measure time, memory and accuracy against the floor, PyTorch eager, torch.compile, and other libraries.
+
+    Shows a table per case, and writes `results.json` (every sample, the machine, versions, commit), plots, and `report.html`, which needs
+    no network. Whatever ends a run early, what it has measured stays, and `--resume` goes on.
+    """
+    from rich.console import Console
+
+    from .bench import run, suites
+    from .bench.cases import Case
+    from .bench.peers import PEERS
+    from .bench.variants import BACKENDS
+
+    def chosen(option: str, text: str, valid: tuple[str, ...]) -> list[str] | None:
+        names = [] if text == "none" else text.split(",")
+        if unknown := [name for name in names if name not in valid]:
+            _fail(f"--{option} {text}: unknown {', '.join(unknown)}; valid names: auto, {', '.join(valid)}")
+        return names
+
+    where = device.value if device is not Device.auto else "cuda" if torch.cuda.is_available() else "cpu"
+    if where == "cuda" and not torch.cuda.is_available():
+        _fail("--device cuda: torch sees no CUDA device here. Take --device cpu")
+    for name in divergence or []:
+        if name not in REGISTRY:
+            _fail(f"--divergence {name!r} is unknown; valid names: {', '.join(REGISTRY)}")
+    for name in dtype or []:
+        if name not in DTYPE_CHOICES:
+            _fail(f"--dtype {name!r} is unknown; valid names: {', '.join(DTYPE_CHOICES)}")
+    if not (0 < temperature < math.inf):
+        _fail(f"--temperature {temperature}: it must be finite and > 0, such as 2")
+    if budget_minutes is not None and not budget_minutes > 0:
+        _fail(f"--budget-minutes {budget_minutes}: it must be > 0")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    try:
+        if resume:
+            record = run.resume(out)
+        else:
+            jobs = suites.jobs(
+                suite.value, where,
+                shapes=[Case.parse_shape(text) for text in shape or []], divergences=divergence or [], dtypes=dtype or [],
+                temperature=temperature,
+                backends=None if backends == "auto" else chosen("backends", backends, BACKENDS),
+                peers=None if peers == "auto" else chosen("peers", peers, tuple(PEERS)),
+            )  # fmt: skip
+            settings = {"suite": suite.value, "backends": backends, "peers": peers, "temperature": temperature}
+            record = run.begin(jobs, where, settings, out)
+        record = run.run(record, out, console, budget_minutes)
+    except (run.BenchError, ValueError) as error:
+        _fail(str(error))
+    if record["status"] == "interrupted":
+        raise typer.Exit(130)
 
 
 def _fail(message: str) -> NoReturn:

@@ -31,7 +31,7 @@ def test_version() -> None:
 def test_help_lists_the_commands(arguments: list[str]) -> None:
     result = runner.invoke(cli.app, arguments)
     assert result.exit_code == 0
-    assert all(word in result.output for word in ("env", "demo", "--version", "demo --quick"))
+    assert all(word in result.output for word in ("env", "demo", "bench", "--version", "demo --quick"))
 
 
 def test_help_of_demo_teaches() -> None:
@@ -213,6 +213,55 @@ def test_options_reach_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert settings == cli._DEFAULT.changed(steps=200, seed=5, divergence="jsd", temperature=3.0, device="cuda")
     assert settings.teacher_steps == cli._DEFAULT.teacher_steps * 200 // cli._DEFAULT.steps
     assert (data, out) == (tmp_path, Path("demo-out"))
+
+
+BENCH = ["bench", "--device", "cpu"]
+
+
+def test_help_of_bench_teaches() -> None:
+    result = runner.invoke(cli.app, ["bench", "--help"])
+    assert result.exit_code == 0
+    options = ("suite", "shape", "divergence", "dtype", "temperature", "backends", "peers", "device", "out", "budget-minutes", "resume")
+    assert all(f"--{option}" in result.output for option in options)
+    assert "kdkernels bench --suite smoke" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--suite", "tiny"], ["--suite", "'tiny'", "smoke"]),
+        (["--shape", "8,100,4"], ["N,V,Ds,Dt", "such as 2048,32000,512,1024", "'8,100,4'"]),
+        (["--divergence", "wasserstein"], ["--divergence 'wasserstein'", "valid names: forward_kl"]),
+        (["--dtype", "int8"], ["--dtype 'int8'", "float32, bfloat16, float16"]),
+        (["--temperature", "0"], ["--temperature 0", "> 0"]),
+        (["--backends", "cudnn"], ["--backends cudnn", "valid names: auto, cuda, triton, native, torch"]),
+        (["--peers", "trl,other"], ["--peers trl,other: unknown other", "liger_jsd"]),
+        (["--budget-minutes", "0"], ["--budget-minutes 0", "> 0"]),
+        (["--resume"], ["--resume:", "holds no results.json"]),
+    ],
+)
+def test_bad_options_of_bench_are_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    result = runner.invoke(cli.app, [*BENCH, "--out", str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 2
+    assert all(word in result.output for word in words), result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench_measures_what_it_is_asked_for(tmp_path: Path) -> None:
+    arguments = ["--suite", "smoke", "--shape", "32,256", "--divergence", "jsd", "--backends", "torch", "--peers", "none"]
+    result = runner.invoke(cli.app, [*BENCH, *arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "JSD, float32, N=32 V=256 (logits given), T=2" in result.output
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert [[r["variant"] for r in m["results"]] for m in record["cases"]] == [["floor", "eager", "compile", "torch"]]
+    assert (record["status"], record["settings"]["suite"]) == ("complete", "smoke")
+    assert (tmp_path / "report.html").exists()
+
+
+def test_bench_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = runner.invoke(cli.app, ["bench", "--device", "cuda", "--out", str(tmp_path)])
+    assert (result.exit_code, result.output) == (2, "Error: --device cuda: torch sees no CUDA device here. Take --device cpu\n")
 
 
 def test_as_a_module_in_a_process_of_its_own() -> None:

@@ -1,4 +1,5 @@
-"""The figures of the documentation: plain data in, an SVG out. It paints its own background, so that it reads on light and on dark pages.
+"""Figures: plain data in, an SVG or a PNG out. They paint their own background, so that they read on light and on dark pages; ``inline``
+lets a page choose the colours instead.
 
 Each file ends in a comment with two digests, of what it was drawn from (data and this module's source) and of the drawing itself. So
 whether a committed figure is current can be told without drawing it again, on any platform and with any version of matplotlib.
@@ -9,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-INK, FAINT, OURS, OTHERS = "#1f2937", "#d1d5db", "#2563eb", "#c2762e"
+INK, AXIS, FAINT, OURS, OTHERS = "#1f2937", "#9ca3af", "#d1d5db", "#2563eb", "#c2762e"
 
 STYLE = {
     "font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9ca3af", "axes.labelcolor": INK, "text.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": AXIS, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "path", "svg.hashsalt": "kdkernels",
 }  # fmt: skip
 
@@ -48,77 +50,125 @@ def draw(kind: str, data: Mapping[str, Any]) -> str:
     return body + _seal(body, signature(kind, data))
 
 
+def inline(kind: str, data: Mapping[str, Any]) -> str:
+    """The ``<svg>`` element for a page that defines the colours ``--ink``, ``--faint``, ``--page``, ``--ours`` and ``--others``."""
+    text = KINDS[kind](data)
+    text = text[text.index("<svg") :]
+    for color, name in ((INK, "ink"), (AXIS, "faint"), (FAINT, "faint"), (OURS, "ours"), (OTHERS, "others"), ("#ffffff", "page")):
+        text = text.replace(color, f"var(--{name})")
+    # The page sets the width; the height follows.
+    return re.sub(
+        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2\3", text, count=1
+    )
+
+
+def png(kind: str, data: Mapping[str, Any]) -> bytes:
+    content = io.BytesIO()
+    KINDS[kind](data, content)
+    return content.getvalue()
+
+
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
-    """A figure in inches, and the text that it is written to in the end."""
+def _figure(width: float, height: float, png_file: IO[bytes] | None) -> Iterator[tuple[Any, io.StringIO]]:
+    """A figure in inches, and the text that its SVG is in, in the end; or with a file, its PNG there."""
     from matplotlib.figure import Figure
     from matplotlib.style import context
 
     with context(STYLE):
         figure, text = Figure(figsize=(width, height), layout="constrained"), io.StringIO()
         yield figure, text
-        figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+        if png_file is not None:
+            figure.savefig(png_file, format="png", facecolor="white", dpi=160)
+        else:
+            figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
 
 
-def loss(data: Mapping[str, Any]) -> str:
-    """Two rows of bars: time with the floor as a line, and peak memory.
+def loss(data: Mapping[str, Any], png_file: IO[bytes] | None = None) -> str:
+    """Bars of time, with the floor as a line, and of peak memory where it was measured.
 
-    ``{"title", "floor": ms, "floor_is": text, "bars": [{"name", "ours", "ms", "mib" or None}]}``
+    ``{"title", "floor": ms or None, "floor_is": text, "bars": [{"name", "ours", "ms", "mib" or None}]}``
     """
-    bars = data["bars"]
+    bars, floor = data["bars"], data["floor"]
     with_memory = [bar for bar in bars if bar["mib"] is not None]
-    with _figure(6.4, 1.5 + 0.42 * (len(bars) + len(with_memory)) + 0.9) as (figure, text):
-        time, memory = figure.subplots(2, 1, height_ratios=(len(bars) + 0.6, len(with_memory)))
-        figure.suptitle(data["title"], fontsize=11, x=0.01, ha="left")
-        _bars(time, [(b["name"], b["ms"], b["ours"]) for b in bars], "Time, forward + backward", "{:,.0f} ms")
-        time.axvline(data["floor"], color=INK, linestyle=(0, (4, 3)), linewidth=1.2)
-        side = 1 if data["floor"] < 0.55 * max(bar["ms"] for bar in bars) else -1  # where there is room
-        time.annotate(
-            f"{data['floor_is']}: {data['floor']:,.0f} ms", (data["floor"], len(bars) - 0.45), xytext=(5 * side, -1),
-            textcoords="offset points", fontsize=10.5, va="center", ha="left" if side > 0 else "right",
-        )  # fmt: skip
-        time.set_ylim(len(bars) - 0.1, -0.6)
-        _bars(memory, [(b["name"], b["mib"], b["ours"]) for b in with_memory], "Peak memory beyond the inputs", "{:,.0f} MiB")
+    heights = [len(bars) + 0.6, *([len(with_memory)] if with_memory else [])]
+    with _figure(6.4, 1.1 + 0.42 * (len(bars) + len(with_memory)) + 0.65 * len(heights), png_file) as (figure, text):
+        axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        _title(figure, data["title"])
+        _bars(axes[0], [(b["name"], b["ms"], b["ours"]) for b in bars], "Time, forward + backward", "ms")
+        if floor is not None:
+            axes[0].axvline(floor, color=INK, linestyle=(0, (4, 3)), linewidth=1.2)
+            side = 1 if floor < 0.55 * max(bar["ms"] for bar in bars) else -1  # where there is room
+            axes[0].annotate(
+                f"{data['floor_is']}: {number(floor)} ms", (floor, len(bars) - 0.45), xytext=(5 * side, -1),
+                textcoords="offset points", fontsize=10.5, va="center", ha="left" if side > 0 else "right",
+            )  # fmt: skip
+        axes[0].set_ylim(len(bars) - 0.1, -0.6)
+        if with_memory:
+            _bars(axes[1], [(b["name"], b["mib"], b["ours"]) for b in with_memory], "Peak memory beyond the inputs", "MiB")
     return text.getvalue()
 
 
-def _bars(axes: Any, bars: list[tuple[str, float, bool]], title: str, form: str) -> None:
+def _title(figure: Any, text: str) -> None:
+    if text:
+        figure.suptitle(text, fontsize=11, x=0.01, ha="left")
+
+
+def number(value: float) -> str:
+    """With three digits that mean something."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _bars(axes: Any, bars: list[tuple[str, float, bool]], title: str, unit: str) -> None:
     names, values, ours = zip(*bars, strict=True)
     drawn = axes.barh(names, values, height=0.68, color=[OURS if own else OTHERS for own in ours])
-    axes.bar_label(drawn, [form.format(value) for value in values], padding=4, fontweight="bold", backgroundcolor="white")
-    axes.set(title=title, xticks=[], xlim=(0, 1.24 * max(values)))
+    axes.bar_label(drawn, [f"{number(value)} {unit}" for value in values], padding=4, fontweight="bold", backgroundcolor="#ffffff")
+    axes.set(title=title, xticks=[], xlim=(0, 1.24 * max(values) or 1))
     axes.invert_yaxis()
     axes.spines[["bottom", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
 
-def memory(data: Mapping[str, Any]) -> str:
-    """Peak memory against tokens, both logarithmic, each line labelled at its end.
+MARKERS = "osD^vPX*"
 
-    ``{"title", "curves": [{"name", "ours", "tokens": [...], "mib": [...]}]}``
+
+def curve(data: Mapping[str, Any], png_file: IO[bytes] | None = None) -> str:
+    """Lines over a logarithmic axis, ours in one colour and the others in another, told apart by marker and dash.
+
+    ``{"title", "x", "y", "log": bool, "percent": bool, "curves": [{"name", "ours", "x": [...], "y": [...]}]}``; x and y name the axes.
     """
-    with _figure(6.4, 4.6) as (figure, text):
+    with _figure(6.4, 4.6, png_file) as (figure, text):
         axes = figure.add_subplot()
-        for curve in data["curves"]:
-            color = OURS if curve["ours"] else OTHERS
-            axes.plot(curve["tokens"], curve["mib"], color=color, marker="o", markersize=5, linewidth=2.2)
-            axes.annotate(
-                f"{curve['name']}: {curve['mib'][-1]:,.0f} MiB", (curve["tokens"][-1], curve["mib"][-1]), xytext=(0, 9),
-                textcoords="offset points", color=color, ha="right", va="bottom", fontweight="bold", fontsize=11,
+        drawn = {True: 0, False: 0}
+        for line in data["curves"]:
+            own = bool(line["ours"])
+            at = drawn[own]
+            drawn[own] += 1
+            axes.plot(
+                line["x"], line["y"], color=OURS if own else OTHERS, marker=MARKERS[at % len(MARKERS)], markersize=6, linewidth=2,
+                linestyle=("-", "--", ":", "-.")[at % 4], label=line["name"],
             )  # fmt: skip
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        tokens = sorted({n for curve in data["curves"] for n in curve["tokens"]})
-        axes.set_xticks(tokens, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in tokens])
-        axes.yaxis.set_major_formatter(lambda mib, _: f"{mib:,.0f}")
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high * 1.6)
-        axes.set_xlabel("tokens")
-        axes.set_title("Peak memory beyond the inputs (MiB)")
+        if data["log"]:
+            axes.set_yscale("log", base=10 if data["y"].endswith("error") else 2)
+        ticks = sorted({x for line in data["curves"] for x in line["x"]})
+        axes.set_xticks(ticks, [_short(x) for x in ticks])
+        axes.minorticks_off()
+        if data["percent"]:
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+            axes.set_ylim(0, max(1.05, 1.05 * max(y for line in data["curves"] for y in line["y"])))
+        elif not data["y"].endswith("error"):
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.2g}")
+        axes.set_xlabel(data["x"])
+        axes.set_title(data["y"])
         axes.grid(color=FAINT, linewidth=0.7)
         axes.set_axisbelow(True)
-        figure.suptitle(data["title"], fontsize=11, x=0.01, ha="left")
+        axes.legend(fontsize=10, frameon=True, facecolor="#ffffff", edgecolor=FAINT)
+        _title(figure, data["title"])
     return text.getvalue()
 
 
-KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {"loss": loss, "memory": memory}
+def _short(x: float) -> str:
+    return f"{x:g}" if x < 1024 or x != int(x) else f"{x / 1024:g}k" if x % 1024 == 0 else f"{x / 1000:.0f}k"
+
+
+KINDS: dict[str, Callable[..., str]] = {"loss": loss, "curve": curve}

@@ -157,7 +157,6 @@ def rates(device: str, dtypes: Sequence[str], samples: int = 7) -> dict[str, Any
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source).zero_()
     copied = _repeat(lambda: target.copy_(source), at, samples)
-    del source, target
     found: dict[str, Any] = {"copy_bytes": 2 * size, "copy_ms": copied, "copy_gb_s": 2 * size / quantile(copied, 0.5) / 1e6, "matrix": {}}
     side = 8192 if gpu else 2048
     for dtype in dtypes:
@@ -180,7 +179,8 @@ def measure(
 ) -> dict[str, Any]:
     """Everything about one case. A variant that cannot run keeps its row, with the reason.
 
-    Other libraries run in a process of their own first: one that dies there, or poisons its CUDA context, takes nothing with it.
+    On a GPU another library runs each kind of case in a process of its own first: one that dies there, or poisons its CUDA context, takes
+    nothing with it. On a CPU that process measures its memory, too, as it does for everyone.
 
     Args:
         save: gets what there is after every round, with ``"complete": False``.
@@ -196,7 +196,7 @@ def measure(
             row["note"] = note
     for name, row in rows.items():
         progress(f"memory of {name}", 1)
-        if "skipped" not in row and (name in PEERS or (job.memory and device == "cpu" and _has_memory(name))):
+        if "skipped" not in row and (job.memory and _has_memory(name) if device == "cpu" else _is_news(name, case)):
             _measure_alone(name, job, device, row)
     inputs = build(case, device)
     steps: dict[str, Step] = {}
@@ -214,7 +214,7 @@ def measure(
             if Variant.parse(name).is_ours and not name.startswith("rows:"):
                 row["plan"] = variants.held(name, case, inputs)
             if device != "cpu" and job.memory and "peak_extra_bytes" not in row and _has_memory(name):
-                row["peak_extra_bytes"] = _peak_of(steps[name], inputs, device)
+                row["peak_extra_bytes"] = _peak_of(lambda step=steps[name]: step, inputs, device)  # type: ignore[misc]
         except Exception as error:  # whatever a compiler, a driver or a peer comes up with is this row's result
             steps.pop(name, None)
             row["skipped"] = first_line(error)
@@ -263,13 +263,22 @@ def _available_bytes() -> float:
     return 1024 * int(next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable:")).split()[1])
 
 
+_survived: set[tuple[str, str, str, bool]] = set()
+
+
+def _is_news(variant: str, case: Case) -> bool:
+    """Whether another library has not yet been through a case of this kind."""
+    return variant in PEERS and (variant, case.divergence, case.dtype, case.masked > 0) not in _survived
+
+
 def _measure_alone(variant: str, job: Job, device: str, row: dict[str, Any]) -> None:
     """Peak memory in a fresh process. If even the process dies, the variant is not tried in this one."""
     try:
         row["peak_extra_bytes"] = peak_extra_bytes(variant, job.case, device)
+        _survived.add((variant, job.case.divergence, job.case.dtype, job.case.masked > 0))
     except OutOfProcessError as error:
         row["skipped"] = str(error)
-    if not (job.memory and _has_memory(variant)):
+    if not job.memory:
         row.pop("peak_extra_bytes", None)
 
 
@@ -277,11 +286,12 @@ class OutOfProcessError(RuntimeError):
     """The measuring process failed; the message is its last line."""
 
 
-def peak_extra_bytes(variant: str, case: Case, device: str = "cpu") -> int:
+def peak_extra_bytes(variant: str, case: Case, device: str = "cpu") -> int | None:
     """How far one forward and backward pass raises the peak memory of a fresh process above what held the inputs.
 
     The gradients of the student's tensors count: they are part of what a loss leaves. So do, for the floor, the buffers that it
-    writes to. Code that loads on first use does not: a tiny case of the same variant has run before.
+    writes to. Code that loads on first use does not: a tiny case of the same variant has run before. None where the system does not
+    tell: on a CPU, Linux does.
 
     Raises:
         OutOfProcessError: it failed, or was killed, as happens when memory runs out.
@@ -295,7 +305,8 @@ def peak_extra_bytes(variant: str, case: Case, device: str = "cpu") -> int:
         )
     if done.returncode:
         raise OutOfProcessError((done.stderr.strip().splitlines() or ["no message"])[-1][:300])
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
+    peak: int | None = json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"]
+    return peak
 
 
 def _reset_peak(device: str) -> None:
@@ -316,21 +327,27 @@ def _peak_bytes(device: str) -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
 
 
-def _peak_of(step: Step, inputs: Inputs, device: str) -> int:
+def _peak_of(make: Callable[[], Step], inputs: Inputs, device: str) -> int | None:
+    """What building a step and running it once adds to the peak."""
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        make()()
+        return None
     inputs.clear_gradients()
     gc.collect()
     _reset_peak(device)
     before = _peak_bytes(device)
-    step()
+    make()()
     return _peak_bytes(device) - before
 
 
-def _measure_here(variant: str, case: Case, device: str, threads: int) -> dict[str, int]:
+def _measure_here(variant: str, case: Case, device: str, threads: int) -> dict[str, int | None]:
     torch.set_num_threads(threads)
     tiny = replace(case, n=32, v=256)
-    variants.build(variant, tiny, build(tiny, device))()
+    tiny_inputs = build(tiny, device)
+    variants.build(variant, tiny, tiny_inputs)()
+    del tiny_inputs
     inputs = build(case, device)
-    return {"peak_extra_bytes": _peak_of(variants.build(variant, case, inputs), inputs, device)}
+    return {"peak_extra_bytes": _peak_of(lambda: variants.build(variant, case, inputs), inputs, device)}
 
 
 if __name__ == "__main__":

@@ -195,8 +195,9 @@ PEERS: dict[str, Peer] = {
         note="it has no temperature: the hidden states are divided by T first",
     ),
     "torch_ce": Peer(
-        "torch linear_cross_entropy", "torch.nn.modules.linear_cross_entropy_options", "torch", _torch_ce, operation="cross_entropy", note=_BOUND
+        "torch linear CE (bound)", "torch.nn.modules.linear_cross_entropy_options", "torch", _torch_ce,
+        operation="cross_entropy", note=_BOUND,
     ),
-    "quack_ce": Peer("QuACK linear cross-entropy", "quack", "quack-kernels", _quack_ce, _GPU, operation="cross_entropy", note=_BOUND),
+    "quack_ce": Peer("QuACK linear CE (bound)", "quack", "quack-kernels", _quack_ce, _GPU, operation="cross_entropy", note=_BOUND),
 }  # fmt: skip
 """By the name of their variant."""

@@ -1,0 +1,164 @@
+"""The report of a run: one HTML file that needs nothing else, and the plots as files beside it."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import figures, table
+from .plots import Plot, machine_line, plots
+
+STATUS = {
+    "running": "It is not finished: it still runs, or it was killed. What it had measured is here.",
+    "interrupted": "It was interrupted. What it had measured is here.",
+    "out of time": "Its budget of time ran out. What it had measured is here.",
+    "complete": "",
+}
+"""What a record's ``status`` means to its reader; nothing, if it is complete."""
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1f2937; --soft: #4b5563; --faint: #d1d5db; --card: #f6f7f9; --ours: #2563eb;
+  --others: #b45309; --warn: #fef3c7; --warn-ink: #78350f; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171c; --ink: #e5e7eb; --soft: #a3abb8; --faint: #3f4753; --card: #1c2027;
+  --ours: #7aa7ff; --others: #e8a663; --warn: #453411; --warn-ink: #fde68a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; line-height: 1.3; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; } a { color: var(--ours); }
+.cut { background: var(--warn); color: var(--warn-ink); padding: .6rem .8rem; border-radius: .5rem; margin: .8rem 0; }
+.scroll { overflow-x: auto; margin: .5rem 0; border: 1px solid var(--faint); border-radius: .5rem; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--faint); }
+tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
+td.why { text-align: left; white-space: normal; min-width: 14rem; color: var(--soft); }
+@media (max-width: 40rem) { th:first-child, td:first-child { white-space: normal; max-width: 8.5rem; } th, td { padding: .3rem .45rem; } }
+tr.ours td { color: var(--ours); font-weight: 600; }
+dl { display: grid; grid-template-columns: minmax(5rem, max-content) minmax(55%, 1fr); gap: .15rem .9rem; font-size: .9rem; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: .6rem 0; } figure svg { width: 100%; max-width: 44rem; height: auto; display: block; }
+details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
+"""
+
+_COLUMNS = {
+    "ms p50 [p20, p80]": "milliseconds, median and spread of the samples",
+    "x of floor": "time over that of the floor: the matrix products alone, or one pass over the logits",
+    "x of best peer": "time over that of the fastest other library",
+    "eager / it": "how many times as fast as the dense formula in plain PyTorch",
+    "TFLOP/s, of copy bandwidth": "the floor's work in that time",
+    "peak extra MiB": "memory beyond the inputs, gradients included",
+    "gradient error": "largest relative error of a gradient against float64, on a small relative of the case",
+}
+
+
+def write(out: Path, record: dict[str, Any]) -> None:
+    """``report.html``, and ``plots/*.svg`` and ``*.png`` where matplotlib is installed."""
+    drawn = [] if importlib.util.find_spec("matplotlib") is None or "rates" not in record else list(plots(record))
+    folder = out / "plots"
+    for plot in drawn:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{plot.name}.svg").write_text(figures.draw(plot.kind, plot.data), encoding="utf-8")
+        (folder / f"{plot.name}.png").write_bytes(figures.png(plot.kind, plot.data))
+    (out / "report.html").write_text(page(record, drawn), encoding="utf-8")
+
+
+def page(record: dict[str, Any], drawn: list[Plot]) -> str:
+    body = "\n".join(_body(record, drawn))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<title>kdkernels benchmark: {_text(record["environment"]["machine"])}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _body(record: dict[str, Any], drawn: list[Plot]) -> Iterator[str]:
+    rates, settings = record.get("rates"), record["settings"]
+    yield f'<h1>kdkernels benchmark</h1>\n<p class="soft">{_text(machine_line(record))}</p>'
+    if status := STATUS[record["status"]]:
+        done = sum(measured["complete"] for measured in record["cases"])
+        yield f'<p class="cut"><strong>Cut short.</strong> {_text(status)} {done} of {len(record["jobs"])} cases are complete.</p>'
+    if gist := _gist(record):
+        yield f"<p>{_text(gist)}</p>"
+    in_curves = {at for plot in drawn if plot.kind == "curve" for at in plot.cases}
+    for at, measured in enumerate(record["cases"]):
+        if not measured["curve"]:
+            yield f"<h2>{_text(table.title(measured))}</h2>"
+            yield from (_figure(plot) for plot in drawn if plot.cases == (at,))
+            yield _table(measured, rates)
+    curves = dict.fromkeys(measured["curve"] for measured in record["cases"] if measured["curve"])
+    for curve in curves:
+        yield f"<h2>{_text(curve.capitalize())}</h2>"
+        members = [at for at, measured in enumerate(record["cases"]) if measured["curve"] == curve]
+        yield from (_figure(plot) for plot in drawn if plot.kind == "curve" and set(plot.cases) <= set(members))
+        inner = "".join(
+            f"<p><strong>{_text(table.title(m))}</strong></p>{_table(m, rates)}" for m in (record["cases"][at] for at in members)
+        )
+        shown = "" if set(members) <= in_curves else " open"
+        yield f"<details{shown}><summary>{len(members)} tables</summary>{inner}</details>"
+    if not drawn:
+        yield '<p class="soft">Plots need matplotlib: pip install "kdkernels[bench]".</p>'
+    yield "<h2>What the columns mean</h2>" + _pairs(_COLUMNS)
+    yield "<h2>How it was measured</h2>" + _pairs({**_environment(record), **{k: v for k, v in settings.items() if v is not None}})
+    yield "<h2>Other libraries</h2>" + _pairs(record["peers"])
+
+
+def _gist(record: dict[str, Any]) -> str:
+    """The first case with heads, in a sentence."""
+    for measured in record["cases"]:
+        own = next(
+            (r["variant"] for r in measured["results"] if table.is_ours(r["variant"]) and table.median(measured, r["variant"])), None
+        )
+        if measured["flop"] and not measured["curve"] and own is not None:
+            ms, floor, eager = (table.median(measured, name) for name in (own, "floor", "eager"))
+            peer = table.best_peer(measured)
+            parts = [f"{table.title(measured)}: {table.name_of(own)} takes {figures.number(ms or 0)} ms"]
+            parts += [f"{ms / floor:.2f} x the matrix products alone"] if ms and floor else []
+            parts += [f"{eager / ms:.2f} times as fast as PyTorch eager"] if ms and eager else []
+            parts += [f"{peer[1] / ms:.2f} times as fast as {table.name_of(peer[0])}"] if ms and peer else []
+            return ", ".join(parts) + "."
+    return ""
+
+
+def _figure(plot: Plot) -> str:
+    label = _text(plot.data["title"].replace("\n", "; "))
+    data = plot.data if plot.kind == "curve" else {**plot.data, "title": ""}  # the heading says it
+    return f'<figure role="img" aria-label="{label}">{figures.inline(plot.kind, data)}</figure>'
+
+
+def _table(measured: dict[str, Any], rates: dict[str, Any] | None) -> str:
+    names = table.columns(measured)
+    lines = ["<tr>" + "".join(f"<th>{_text(name)}</th>" for name in names) + "</tr>"]
+    for row, cells in zip(measured["results"], table.rows(measured, rates), strict=True):
+        mark = ' class="ours"' if table.is_ours(row["variant"]) else ""
+        if "skipped" in row:
+            shown = f'<td>{_text(table.name_of(cells[0]))}</td><td class="why" colspan="{len(names) - 1}">{_text(cells[1])}</td>'
+        else:
+            shown = "".join(f"<td>{_text(cell)}</td>" for cell in (table.name_of(cells[0]), *cells[1:]))
+        lines.append(f"<tr{mark}>{shown}</tr>")
+    below = "".join(f'<p class="soft">{_text(note)}</p>' for note in table.notes(measured))
+    below += "" if measured["complete"] else '<p class="soft">This case was cut short: what it has of samples is shown.</p>'
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>{below}'
+
+
+def _environment(record: dict[str, Any]) -> dict[str, Any]:
+    shown = {k: v for k, v in record["environment"].items() if v is not None}
+    shown["load average"] = ", ".join(map(str, shown.pop("load_average")))
+    if rates := record.get("rates"):
+        shown["copy bandwidth"] = f"{rates['copy_gb_s']:.1f} GB/s, read and written"
+        for dtype, matrix in rates["matrix"].items():
+            shown[f"matrix product, {dtype}"] = f"{matrix['tflop_s']:.3g} TFLOP/s at {matrix['size']} x {matrix['size']}"
+    shown["seconds"] = record["seconds"]
+    return shown
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return "<dl>" + "".join(f"<dt>{_text(str(k).replace('_', ' '))}</dt><dd>{_text(v)}</dd>" for k, v in values.items()) + "</dl>"
