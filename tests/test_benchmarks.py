@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -456,6 +458,67 @@ def test_without_matplotlib_the_page_says_so(measured: Path) -> None:
     text = page.page(run.load(measured), [])
     assert "Plots need matplotlib" in text
     assert "<svg" not in text
+
+
+def test_what_looks_like_markup_is_shown_as_it_is() -> None:
+    results = [{"variant": "floor", "samples_ms": [1.0, 2.0]}, {"variant": "eager", "skipped": "OSError: [Errno 12] no [bold]memory"}]
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(table.rich_table({"case": vars(LOGITS), "flop": 0, "floor_bytes": 1, "results": results}, None))
+    text = console.export_text()
+    assert "ms p50 [p20, p80]" in text
+    assert "[Errno 12] no [bold]memory" in text
+
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_gpu.sh"
+
+
+def run_gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_gpu_script_says_what_it_would_run(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "trl-1.0-py3-none-any.whl").touch()
+    done = run_gpu("--dry-run", "--wheels", str(tmp_path / "wheels"), "--out", str(tmp_path / "out"), "--minutes", "20")
+    assert (done.returncode, done.stderr) == (0, "")
+    steps = [line.partition(" (")[0] for line in done.stdout.splitlines()]
+    assert steps == ["install-trl", "build", "environment", "tests", "bench"]
+    assert "--suite standard --device cuda" in done.stdout
+    assert done.stdout.rstrip().endswith("--budget-minutes 19")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--speed"], "unknown option --speed"),
+        (["--out"], "--out needs a value"),
+        (["--wheels", "no/such"], "no such folder"),
+        (["--minutes", "x"], "whole"),
+    ],
+)
+def test_the_gpu_script_refuses_what_it_does_not_know(arguments: list[str], word: str) -> None:
+    done = run_gpu("--dry-run", *arguments)
+    assert done.returncode == 2
+    assert word in done.stderr
+
+
+def test_the_gpu_script_needs_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")  # a Python that has everything
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": os.defpath, "PYTHON": str(python)},
+    )
+    assert done.returncode == 1
+    assert "--cpu tries the same steps without one" in done.stdout
+    assert "no GPU" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 PAGE = "".join(f"# {name}\n\n<!-- bench: {name} -->\n<!-- /bench -->\n\n" for name in report.BLOCKS)

@@ -110,10 +110,15 @@ class _Cases:
 
     def _standard_gpu(self) -> list[Job]:
         first = [self.job(Case(*SHAPES[0], self.dtype, d)) for d in FEW]
-        rest = [self.job(Case(*shape, self.dtype, d)) for shape in SHAPES[1:] for d in FEW]
+        # Without torch.compile, which takes longer to compile than all else together.
+        rest = [self._quick(self.job(Case(*shape, self.dtype, d))) for shape in SHAPES[1:] for d in FEW]
         small = [self.job(Case(n, *SHAPES[2][1:], self.dtype)) for n in (256, 1024)]
         masked = [self.job(Case(*SHAPES[0], self.dtype, masked=0.5)), self.job(Case(*SHAPES[0], self.dtype, frozen_head=True))]
-        return [*first, *self.rows(FEW), *rest, *small, *masked, *self.rows(), *self.tokens((1024, 8192, 65536)), *self.precision()]
+        return [*first, *self.rows(), *rest, *small, *masked, *self.tokens((1024, 8192, 65536)), *self.precision()]
+
+    @staticmethod
+    def _quick(job: Job) -> Job:
+        return replace(job, variants=tuple(name for name in job.variants if name != "compile"))
 
     def full(self) -> list[Job]:
         base = SHAPES[0] if self.gpu else (1024, 32000, 256, 512)
@@ -169,7 +174,7 @@ class _Cases:
             if variants.operation_of(name, case) == case.operation and (self.peers is None or name in self.peers)
         ]  # fmt: skip
 
-    def rows(self, divergences: Sequence[str] = tuple(REGISTRY)) -> list[Job]:
+    def rows(self) -> list[Job]:
         """The row kernels alone against one pass over the same memory, at every vocabulary."""
         names = ["floor", *(f"rows:{name}" for name in self.ours if name != "torch")]
         n = 4096 if self.gpu else 256
@@ -177,6 +182,6 @@ class _Cases:
             self.job(
                 Case(n, v, dtype="bfloat16", divergence=d), samples=max(self.samples, 15), memory=False, curve="row kernels", only=names
             )
-            for d in divergences
+            for d in REGISTRY
             for v in ROW_VOCABULARIES
         ]

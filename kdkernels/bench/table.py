@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from .cases import Case
 from .figures import number
@@ -113,9 +114,10 @@ def notes(measured: Measured) -> list[str]:
 
 
 def rich_table(measured: Measured, rates: dict[str, Any] | None) -> Table:
-    table = Table(title=title(measured), title_justify="left", caption="\n".join(notes(measured)) or None, caption_justify="left")
+    # Text, not str: "[p20, p80]" or an error's "[Errno 12]" would be taken for markup.
+    table = Table(title=Text(title(measured)), title_justify="left", caption=Text("\n".join(notes(measured))), caption_justify="left")
     for at, column in enumerate(columns(measured)):
-        table.add_column(column, justify="right" if at else "left", no_wrap=not 0 <= at <= 1)
+        table.add_column(Text(column), justify="right" if at else "left", no_wrap=at != 1)
     for row in rows(measured, rates):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
