@@ -14,6 +14,15 @@ ROW_MULTIPLE = 128
 ENOUGH_ROWS = {"cpu": 1024, "cuda": 8192}
 """Rows beyond which the matrix products get no faster, by device type: more would only take memory."""
 
+CHEAP_BYTES = {"cpu": 256 << 20}
+"""Buffers up to this size are taken all the same: each chunk less is a pass less over the head's gradient accumulator."""
+
+
+def useful_rows(device_type: str, bytes_per_row: int) -> int | None:
+    """Rows beyond which a larger chunk gains nothing; None: not known."""
+    rows = ENOUGH_ROWS.get(device_type)
+    return None if rows is None else max(rows, CHEAP_BYTES.get(device_type, 0) // max(bytes_per_row, 1))
+
 
 @dataclass(frozen=True)
 class Chunks:

@@ -12,6 +12,7 @@ Where the gradients come from:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from . import chunking, dispatch, gemm, pages
 from .chunking import Chunks
 from .problem import STATE, STATS, Problem, RowBatch, Transform
+
+_BLOCK_ELEMENTS = 1 << 21  # of a block that stays in cache
 
 
 @dataclass
@@ -116,10 +119,15 @@ class _Side:
             return 0
         return chunking.padded_vocab(self.vocab, self.storage.itemsize) * self.storage.itemsize
 
-    def allocate(self, rows: int) -> None:
-        if self.is_head:
-            width = chunking.padded_vocab(self.vocab, self.storage.itemsize)
-            self.buffer = pages.advise(torch.empty(rows, width, dtype=self.storage, device=self.rows.tensor.device))
+    def allocate(self, rows: int, name: str) -> None:
+        """The buffer of a head's logits, ``[rows, V]`` with padded rows."""
+        if not self.is_head:
+            return
+        width, device = chunking.padded_vocab(self.vocab, self.storage.itemsize), self.rows.tensor.device
+        if device.type == "cpu":
+            self.buffer = pages.scratch(name, rows * width * self.storage.itemsize).view(self.storage).view(rows, width)
+        else:
+            self.buffer = torch.empty(rows, width, dtype=self.storage, device=device)
 
     def hidden(self, start: int, stop: int) -> Tensor:
         return self.rows.take(start, stop).to(self.dtype)
@@ -149,7 +157,8 @@ def row_bytes(problem: Problem, inputs: Inputs) -> int:
 
 def plan(problem: Problem, num_rows: int, bytes_per_row: int, device_type: str) -> Chunks:
     """The chunks of a call with ``num_rows`` valid rows."""
-    return chunking.plan_chunks(num_rows, bytes_per_row, problem.memory_budget, problem.chunk_rows, chunking.ENOUGH_ROWS.get(device_type))
+    enough = chunking.useful_rows(device_type, bytes_per_row)
+    return chunking.plan_chunks(num_rows, bytes_per_row, problem.memory_budget, problem.chunk_rows, enough)
 
 
 def _sides(problem: Problem, inputs: Inputs, index: Tensor | None) -> tuple[_Side, _Side]:
@@ -255,7 +264,7 @@ def recompute(problem: Problem, inputs: Inputs, state: Tensor, upstream: Tensor)
     weight = upstream.to(dtype).expand(inputs.student.shape[:-1])
     if inputs.token_weights is not None:
         weight = weight * inputs.token_weights
-    d_weight = pages.advise(_accumulator(inputs.student_weight, problem.wants_weight, problem, inputs.student))
+    d_weight = pages.advise(_weight_accumulator(problem, inputs, problem.wants_weight))
     d_bias = _accumulator(inputs.student_bias, problem.wants_bias, problem, inputs.student)
     d_student = pages.advise(inputs.student.new_empty(0 if student.is_head else inputs.student.shape))
     if index is not None:
@@ -285,10 +294,18 @@ def scale(problem: Problem, inputs: Inputs, saved: Outputs, upstream: Tensor) ->
 
 
 def _scaled(gradient: Tensor, factor: Tensor, like: Tensor | None) -> Tensor:
-    """Multiplied in the wider dtype while it is written in that of ``like``: no float32 copy in between."""
+    """Multiplied in the wider dtype while it is written in that of ``like``: no float32 copy of the whole in between."""
     dtype = gradient.dtype if like is None else like.dtype
     out = pages.advise(torch.empty_like(gradient, dtype=dtype))
-    return torch.mul(gradient, factor, out=out) if gradient.numel() else out
+    if not gradient.numel():
+        return out
+    if gradient.is_cuda or dtype == gradient.dtype or factor.dim():
+        return torch.mul(gradient, factor, out=out)
+    # On a CPU torch's loops that change the dtype on the way are not vectorised: block by block, in cache, it is two that are.
+    step = max(1, _BLOCK_ELEMENTS * gradient.shape[0] // gradient.numel())
+    for start in range(0, gradient.shape[0], step):
+        out[start : start + step].copy_(gradient[start : start + step] * factor)
+    return out
 
 
 def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
@@ -299,9 +316,7 @@ def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
     is_head, teacher_is_head = weight is not None, inputs.teacher_weight is not None
     again = recomputes(problem, is_head, teacher_is_head)
     new = student.new_empty
-    rows = 1
-    for size in leading:
-        rows *= size
+    rows = math.prod(leading)
     keeps_input = problem.wants_input and (is_head or not again)
     return Outputs(
         loss=new(leading if problem.per_token else (), dtype=dtype),
@@ -309,9 +324,20 @@ def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
         stats=new((len(STATS), *leading) if problem.return_stats else (0,), dtype=torch.float32),
         state=new((len(STATE), rows) if again else (0,), dtype=dtype),
         d_student=new(student.shape if keeps_input else (0,)),
-        d_weight=_accumulator(weight, problem.wants_weight and not problem.per_token, problem, student),
+        d_weight=_weight_accumulator(problem, inputs, problem.wants_weight and not problem.per_token),
         d_bias=_accumulator(bias, problem.wants_bias and not problem.per_token, problem, student),
     )
+
+
+def _weight_accumulator(problem: Problem, inputs: Inputs, wanted: bool) -> Tensor:
+    """For the head's gradient: in the compute dtype, but in bfloat16 where a single product makes all of it and a CPU's GEMM rounds
+    that to bfloat16 anyway."""
+    out, weight = _accumulator(inputs.student_weight, wanted, problem, inputs.student), inputs.student_weight
+    if not wanted or weight is None or weight.is_cuda or not weight.dtype == problem.student_dtype == torch.bfloat16:
+        return out
+    num_rows = math.prod(inputs.student.shape[:-1])
+    single = plan(problem, num_rows, row_bytes(problem, inputs), weight.device.type).count <= 1
+    return weight.new_empty(weight.shape) if single and problem.storage(weight.dtype) == weight.dtype else out
 
 
 def _accumulator(parameter: Tensor | None, wanted: bool, problem: Problem, like: Tensor) -> Tensor:
@@ -350,8 +376,8 @@ def _over_chunks(
     wants_grad = any(g is not None for g in (d_student, d_weight, d_bias))
     device = inputs.student.device
     chunks = plan(problem, count, student.bytes_per_row + teacher.bytes_per_row, device.type)
-    student.allocate(min(chunks.rows, count))
-    teacher.allocate(min(chunks.rows, count))
+    student.allocate(min(chunks.rows, count), "student logits")
+    teacher.allocate(min(chunks.rows, count), "teacher logits")
     backend = dispatch.load(problem.backend)
     labels = _select(inputs.labels, index, torch.int64) if problem.needs_ce else None
     gradient = None if d_student is None else _Rows(d_student, index)

@@ -49,18 +49,21 @@ def grad_hidden(dz: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 
 def add_grad_weight(accumulator: Tensor, dz: Tensor, hidden: Tensor, first: bool) -> None:
-    """``accumulator[V, D] (+)= dz[C, V].T @ hidden[C, D]``; the accumulator is float32 or float64, and is not read when ``first``."""
+    """``accumulator[V, D] (+)= dz[C, V].T @ hidden[C, D]``; the accumulator is at least as wide as dz, and is not read when ``first``."""
     beta = 0 if first else 1
-    if dz.dtype == accumulator.dtype:
+    if dz.dtype == accumulator.dtype and first:
+        torch.mm(dz.t(), hidden.to(dz.dtype), out=accumulator)
+    elif dz.dtype == accumulator.dtype:
         accumulator.addmm_(dz.t(), hidden.to(dz.dtype), beta=beta)
     elif dz.is_cuda and accumulator.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(accumulator, dz.t(), hidden, torch.float32, beta=beta, out=accumulator)
     else:
-        step = max(1, _BLOCK_BYTES // (hidden.shape[1] * accumulator.element_size() or 1))
+        # Blocks small enough for the sum in float32 to find them in cache (adding 16 bits to 32 outright is not vectorised).
+        step = max(1, _BLOCK_BYTES // 4 // (hidden.shape[1] * accumulator.element_size() or 1))
         for start in range(0, dz.shape[1], step):
             rows = slice(start, start + step)
             part = torch.mm(dz[:, rows].t(), hidden)
             if first:
                 accumulator[rows].copy_(part)
             else:
-                accumulator[rows].add_(part)
+                accumulator[rows].add_(part.to(accumulator.dtype))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from kdkernels import dispatch, gemm
+from kdkernels import dispatch, gemm, pages
 
 BACKENDS = ("torch", "native", "triton", "cuda")
 """Backends that every numeric test runs on where they can. On a CPU, triton means its
@@ -76,7 +76,10 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised floating-point memory holds NaN, so that an output nobody wrote does not pass as a lucky zero."""
+    """Uninitialised floating-point memory holds NaN, so that an output nobody wrote does not pass as a lucky zero, and so does scratch
+    that an earlier call has used."""
+    scratch = pages.scratch
+    monkeypatch.setattr(pages, "scratch", lambda name, nbytes: scratch(name, nbytes).fill_(255))  # NaN in every format
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import make_labels, make_side, run
+from oracle import error, make_labels, make_side, run, truth_of
 
 import kdkernels as kd
-from kdkernels import chunking
+from kdkernels import chunking, pages
 from kdkernels.chunking import ROW_MULTIPLE, Chunks, padded_vocab, plan_chunks
 
 rows = st.integers(0, 5000)
@@ -134,9 +136,50 @@ def test_no_buffer_is_larger_than_planned(monkeypatch: pytest.MonkeyPatch) -> No
         def recorded(*args: object, allocate: object = allocate, **kwargs: object) -> torch.Tensor:
             nonlocal largest
             tensor = allocate(*args, **kwargs)
-            largest = max(largest, tensor.numel())
+            largest = max(largest, tensor.nbytes)
             return tensor
 
         monkeypatch.setattr(owner, name, recorded)
+    monkeypatch.setattr(pages, "_SCRATCH", pages._Scratch())  # nothing kept from an earlier call
     kd.distillation_loss(student, teacher, memory_budget=8000 * 4, backend="torch").backward()
-    assert 4 * 1000 <= largest <= 4 * 1000 + 8
+    assert 4 * 4000 <= largest <= 4 * 4000 + 32
+
+
+def test_scratch_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_SCRATCH", pages._Scratch())
+    monkeypatch.setattr(pages, "KEPT_BYTES", 1000)
+    with torch.inference_mode():
+        first = pages.scratch("a", 600)
+    assert not first.is_inference(), "a training step has to be able to write to it"
+    assert pages.scratch("a", 500).data_ptr() == first.data_ptr()
+    assert pages.scratch("b", 500).data_ptr() != first.data_ptr()
+    large = pages.scratch("a", 2000)
+    assert large.numel() == 2000
+    assert pages.scratch("a", 600).data_ptr() == first.data_ptr(), "what is too large to keep replaces nothing"
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(pages.scratch("a", 600).data_ptr()))
+    thread.start()
+    thread.join()
+    assert seen != [first.data_ptr()], "each thread has its own"
+
+
+@pytest.mark.parametrize("bytes_per_row", [0, 1, 1000, 256_000, 128_000, 10**9])
+def test_a_cpu_takes_what_is_cheap(bytes_per_row: int) -> None:
+    rows = chunking.useful_rows("cpu", bytes_per_row)
+    assert rows is not None
+    assert rows >= chunking.ENOUGH_ROWS["cpu"]
+    assert rows == chunking.ENOUGH_ROWS["cpu"] or rows * bytes_per_row <= chunking.CHEAP_BYTES["cpu"]
+    assert chunking.useful_rows("mps", bytes_per_row) is None
+
+
+def test_one_bfloat16_chunk_on_a_cpu_gives_what_several_accumulated_in_float32_do() -> None:
+    """One product makes the head's gradient in bfloat16; more are summed in float32 and rounded at the end."""
+    student, teacher = (make_side((96,), 500, d, seed=d, dtype=torch.bfloat16) for d in (8, 12))
+    truth = truth_of(student, teacher, {})["d_weight"]
+    errors = []
+    for chunk_rows in (96, 24):
+        options = {"chunk_rows": chunk_rows, "logits_dtype": torch.bfloat16, "backend": "torch"}
+        got = run(kd.distillation_loss, student, teacher, options)["d_weight"]
+        assert got.dtype == torch.bfloat16
+        errors.append(error(got, truth))
+    assert errors[0] <= 2 * errors[1]

@@ -116,7 +116,7 @@ template <class Real> int64_t find(const Real* z, Real top, int64_t vocab) {
 
 template <class Real> struct Scratch {
     Real *z, *y;  // logits of student and teacher
-    Real *q, *p;  // their softmaxes at T
+    Real *q, *p;  // exponentials, then softmaxes at T
     Real* g;      // slopes, then the gradient
     Scratch(void* memory, int64_t vocab) {
         const int64_t width = scratch_width(vocab);
@@ -125,25 +125,33 @@ template <class Real> struct Scratch {
 };
 
 struct Sums { double value, slope; };
+enum class Keep { nothing, slopes, gradient };
 
 // What a divergence is given for column v: (x - norm_s, u - norm_t), x = z / T.
 template <class Real> struct Columns {
-    const Real *z, *y, *q, *p;
+    const Real *z, *y;
+    Real *q, *p;
     Real inv_t, norm_s, norm_t, a, b;
     template <class D> KD_INLINE Terms<Real> terms(int64_t v) const {
         return D::template terms<Real>(z[v] * inv_t - norm_s, y[v] * inv_t - norm_t, q[v], p[v], a, b);
     }
-    // Sums of value and slope over the row; the slopes are kept in g unless it is null.
-    template <class D, bool keep> Sums sums(int64_t vocab, Real* g) const {
+    // Sums of value and slope over the row; `out` keeps the slopes, or the gradient where the sum of the slopes is known beforehand.
+    // Exponentials become softmaxes on the way, a block at a time: rounded to memory, since a product that is contracted into q - p
+    // would leave a difference where there is none.
+    template <class D, Keep keep, class T>
+    Sums sums(int64_t vocab, Real per_sum_s, Real per_sum_t, Real scale, T* __restrict out) const {
         Sums total{0, 0};
         for (int64_t start = 0; start < vocab; start += kBlock) {
             const int64_t stop = start + kBlock < vocab ? start + kBlock : vocab;
+            KD_SIMD for (int64_t v = start; v < stop; ++v) q[v] *= per_sum_s;
+            KD_SIMD for (int64_t v = start; v < stop; ++v) p[v] *= per_sum_t;
             Real value = 0, slope = 0;
 #pragma omp simd reduction(+ : value, slope)
             for (int64_t v = start; v < stop; ++v) {
                 const Terms<Real> t = terms<D>(v);
                 value += t.value, slope += t.slope;
-                if constexpr (keep) g[v] = t.slope;
+                if constexpr (keep == Keep::slopes) out[v] = t.slope;
+                if constexpr (keep == Keep::gradient) out[v] = narrow<T>(scale * (t.slope - q[v] * Real(D::slope_sum)));
             }
             total.value += value, total.slope += slope;
         }
@@ -164,19 +172,20 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
     const int64_t label = a.labels ? a.labels[row] : -1;
 
     Columns<Real> columns{s.z, s.y, s.q, s.p, inv_t, 0, 0, Real(a.a), Real(a.b)};
+    const Real outer = Real(a.student.scale) * weight * Real(a.dz_scale);
+    bool done = false;  // with dz
     Real lse_ce = 0;
     double slope_sum = D::slope_sum;
     if (a.statistics) {
-        Real lse_s = 0, lse_t = 0;
+        Real lse_s = 0, lse_t = 0, per_sum_s = 1, per_sum_t = 1;
         if (softmax || a.stats) {
-            auto normalise = [&](const Real* z, Real top, Real* e) {
+            auto exponentiate = [&](const Real* z, Real top, Real* e, Real& per_sum) {
                 const double sum = exp_row(z, inv_t, top * inv_t, vocab, e);
-                const Real per_sum = Real(1.0 / sum);
-                KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] *= per_sum;
+                per_sum = Real(1.0 / sum);
                 return Real(top * inv_t + std::log(sum));
             };
-            lse_s = normalise(s.z, top_s, s.q);
-            lse_t = normalise(s.y, top_t, s.p);
+            lse_s = exponentiate(s.z, top_s, s.q, per_sum_s);
+            lse_t = exponentiate(s.y, top_t, s.p, per_sum_t);
         }
         if (softmax) {
             columns.norm_s = lse_s, columns.norm_t = lse_t;
@@ -189,7 +198,20 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
         }
         if (a.labels) lse_ce = softmax && a.temperature == 1.0 ? lse_s : Real(top_s + std::log(exp_row<Real>(s.z, 1, top_s, vocab, nullptr)));
 
-        const Sums sums = a.dz ? columns.template sums<D, true>(vocab, s.g) : columns.template sums<D, false>(vocab, nullptr);
+        Sums sums{0, 0};
+        if (!a.dz) {
+            sums = columns.template sums<D, Keep::nothing, Real>(vocab, per_sum_s, per_sum_t, 0, nullptr);
+        } else if (D::knows_slope_sum && softmax && a.slope_scale != 0 && a.student.softcap == 0 && !(a.labels && a.ce_weight != 0)) {
+            // dz in the same sweep: what it needs of the row is known.
+            with_dtype(a.dz_dtype, [&](auto format) {
+                using T = decltype(format);
+                T* const out = static_cast<T*>(a.dz) + row * a.dz_stride;
+                sums = columns.template sums<D, Keep::gradient>(vocab, per_sum_s, per_sum_t, Real(a.slope_scale) * outer, out);
+            });
+            done = true;
+        } else {
+            sums = columns.template sums<D, Keep::slopes>(vocab, per_sum_s, per_sum_t, 0, s.g);
+        }
         const double divergence = sums.value;
         if (!D::knows_slope_sum) slope_sum = sums.slope;
         const Real ce = a.labels ? lse_ce - s.z[label] : std::numeric_limits<Real>::quiet_NaN();
@@ -222,7 +244,7 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
         }
         columns.template slopes<D>(vocab, s.g);
     }
-    if (!a.dz) return;
+    if (!a.dz || done) return;
 
     Real* __restrict g = s.g;
     const Real factor = Real(a.slope_scale), center = softmax ? Real(slope_sum) : Real(0);
@@ -239,7 +261,6 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
         KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] += ce * exp(s.z[v] - lse_ce);
         g[label] -= ce;
     }
-    const Real outer = Real(a.student.scale) * weight * Real(a.dz_scale);
     const Real per_cap = a.student.softcap != 0 ? Real(1.0 / a.student.softcap) : Real(0);
     with_dtype(a.dz_dtype, [&](auto format) {
         using T = decltype(format);
