@@ -165,28 +165,32 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
     const Real inv_t = Real(1.0 / a.temperature);
     const Real top = load_row(a.side, row, vocab, z), x_top = top * inv_t;
 
-    Real lse = 0, entropy = 0, per_sum = 0;
+    // log q = (x - shift) - rest. Taken together they are rounded to the step of the larger, which moves every probability where
+    // logits are in the thousands.
+    Real shift = x_top, rest = 0, entropy = 0, per_sum = 1;
     if (a.statistics) {
         Moments m{0, 0};
         if (a.entropy) m = moments(z, inv_t, x_top, vocab, e);
         else m.sum = exp_row(z, inv_t, x_top, vocab, a.dz || a.num_draws ? e : nullptr);
-        lse = Real(x_top + std::log(m.sum)), entropy = Real(std::log(m.sum) - m.weighted / m.sum), per_sum = Real(1.0 / m.sum);
-        static_cast<Real*>(a.lse)[row] = lse;
+        const double log_sum = std::log(m.sum);
+        rest = Real(log_sum), entropy = Real(log_sum - m.weighted / m.sum), per_sum = Real(1.0 / m.sum);
+        static_cast<Real*>(a.lse)[row] = Real(x_top + log_sum);
         if (a.entropy) static_cast<Real*>(a.entropy)[row] = entropy;
     } else {
-        lse = static_cast<const Real*>(a.lse)[row], entropy = at<Real>(a.entropy, row);
+        shift = static_cast<const Real*>(a.lse)[row], entropy = at<Real>(a.entropy, row);
     }
     const int64_t* const ids = a.ids ? a.ids + row * a.num_ids : nullptr;
-    for (int64_t k = 0; k < a.num_ids; ++k) static_cast<Real*>(a.logprobs)[row * a.num_ids + k] = ids[k] < 0 ? Real(0) : z[ids[k]] * inv_t - lse;
+    for (int64_t k = 0; k < a.num_ids; ++k) static_cast<Real*>(a.logprobs)[row * a.num_ids + k] = ids[k] < 0 ? Real(0) : (z[ids[k]] * inv_t - shift) - rest;
 
     if (a.num_top) {
         Heap<Real> heap{spare, a.top_ids + row * a.num_top, a.num_top};
         find_largest(z, vocab, spare + a.num_top, heap);
-        for (int64_t k = 0; k < a.num_top; ++k) static_cast<Real*>(a.top_logprobs)[row * a.num_top + k] = heap.value[k] * inv_t - lse;
+        for (int64_t k = 0; k < a.num_top; ++k) static_cast<Real*>(a.top_logprobs)[row * a.num_top + k] = (heap.value[k] * inv_t - shift) - rest;
     }
     if (a.num_draws) {
         for (int64_t v = vocab; v < width; ++v) e[v] = 0;
-        const bool possible = lse - lse == Real(0);
+        const Real lse = shift + rest;
+        const bool possible = lse - lse == Real(0);  // finite
         const int64_t argmax = possible ? find(z, top, vocab) : -1;
         for (int64_t d = 0; d < a.num_draws; ++d)
             a.draws[row * a.num_draws + d] = possible ? draw_one<Real>(a, row, d, e, x_top, argmax) : -1;
@@ -200,14 +204,13 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
     for (int64_t k = 0; d_logprobs && k < a.num_ids; ++k)
         if (ids[k] >= 0) c0 -= d_logprobs[k];
     if (!a.statistics) {
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] = exp(z[v] * inv_t - lse);
-        per_sum = 1;
+        KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] = exp(z[v] * inv_t - shift);
     }
     Real* __restrict g = e;
     if (a.d_entropy) {
         KD_SIMD for (int64_t v = 0; v < vocab; ++v) {
             const Real q = g[v] * per_sum;
-            g[v] = q == Real(0) ? Real(0) : q * (c0 + c1 * (z[v] * inv_t - lse));
+            g[v] = q == Real(0) ? Real(0) : q * (c0 + c1 * ((z[v] * inv_t - shift) - rest));
         }
     } else {
         const Real factor = c0 * per_sum;

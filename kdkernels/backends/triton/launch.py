@@ -30,3 +30,20 @@ def choose(vocab: int) -> Launch:
     """
     block = max(128, min(4096, 1 << (vocab - 1).bit_length()))
     return Launch(block, max(1, min(8, block // 512)))
+
+
+def choose_sample(vocab: int) -> Launch:
+    """In counters, of which each is good for four columns: a block of 2048 columns keeps their float64 within the registers."""
+    return Launch(max(128, min(512, 1 << (-(-vocab // 4) - 1).bit_length())), 4)
+
+
+ONE_READ = 32768
+"""Columns of a row that a softmax holds in registers: 64 a thread at 512 threads, with room for what is computed of them."""
+
+
+def choose_softmax(vocab: int) -> Launch:
+    """A whole row where it fits, else what ``choose`` says, with the second read from L2."""
+    if vocab > ONE_READ:
+        return choose(vocab)
+    block = max(128, 1 << (vocab - 1).bit_length())
+    return Launch(block, max(1, min(16, block // 512)))
