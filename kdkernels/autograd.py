@@ -1,7 +1,7 @@
 """The custom ops and their autograd: the only file that knows ``ctx``.
 
-An op and its gradient are two ops, so that torch.compile sees neither the chunk loop nor data-dependent shapes, and that a second derivative, which is
-not implemented, raises instead of being silently wrong.
+An op and its gradient are two ops, so that torch.compile sees neither the chunk loop nor data-dependent shapes, and that a second
+derivative, which is not implemented, raises instead of being silently wrong.
 """
 
 from __future__ import annotations
@@ -185,14 +185,18 @@ def _numbers(problem: Problem) -> Tensor:
 
 
 @torch.library.custom_op("kdkernels::topk_logprobs", mutates_args=(), tags=_TAGS)
-def topk_op(side: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: Tensor, sizes: list[int], spec: str, k: int) -> tuple[Tensor, Tensor]:
+def topk_op(
+    side: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: Tensor, sizes: list[int], spec: str, k: int
+) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities of the k most likely tokens."""
     with _no_autocast(side):
         return heads.topk(decode(spec, numbers.tolist(), sizes), _one_side(side, weight, bias), k)
 
 
 @topk_op.register_fake
-def _(side: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: Tensor, sizes: list[int], spec: str, k: int) -> tuple[Tensor, Tensor]:
+def _(
+    side: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: Tensor, sizes: list[int], spec: str, k: int
+) -> tuple[Tensor, Tensor]:
     shape = (*side.shape[:-1], k)
     return side.new_empty(shape, dtype=torch.int32), side.new_empty(shape, dtype=decode(spec).compute_dtype)
 
@@ -227,7 +231,9 @@ def topk(problem: Problem, inputs: Inputs, k: int) -> tuple[Tensor, Tensor]:
 def sample(problem: Problem, inputs: Inputs, seed: Tensor, num_samples: int) -> Tensor:
     """Ids ``[..., num_samples]`` int32 of draws; no gradient."""
     i = inputs
-    ids: Tensor = sample_op(i.student.detach(), i.student_weight, i.student_bias, seed, _numbers(problem), problem.sizes, problem.encode(), num_samples)
+    ids: Tensor = sample_op(
+        i.student.detach(), i.student_weight, i.student_bias, seed, _numbers(problem), problem.sizes, problem.encode(), num_samples
+    )
     return ids
 
 
@@ -235,9 +241,7 @@ def sample(problem: Problem, inputs: Inputs, seed: Tensor, num_samples: int) -> 
 
 
 @torch.library.custom_op("kdkernels::softmax", mutates_args=(), tags=_TAGS)
-def softmax_op(
-    logits: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
-) -> Tensor:
+def softmax_op(logits: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
     """``softmax(logits / T)`` or its logarithm, in the dtype of the logits; ``numbers`` is [1] float64 on the host: T."""
     out = pages.advise(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
     heads.softmax(logits, None, out, numbers.item(), logarithm, memory_budget, chunk_rows, backend)
@@ -245,9 +249,7 @@ def softmax_op(
 
 
 @softmax_op.register_fake
-def _(
-    logits: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
-) -> Tensor:
+def _(logits: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -262,9 +264,7 @@ def softmax_backward(
 
 
 @softmax_backward.register_fake
-def _(
-    y: Tensor, dy: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
-) -> Tensor:
+def _(y: Tensor, dy: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
     return y.new_empty(y.shape)
 
 

@@ -91,8 +91,10 @@ def backward(problem: Problem, inputs: Inputs, saved: Outputs, upstream: Tensor)
     if inputs.student_weight is None:
         return recompute(problem, inputs, saved.state, upstream)
     # The hidden gradient was saved row by row.
-    by_hidden = scale(problem, inputs, saved, upstream)[0] if inputs.ids_per_row is None else heads.from_ids(
-        problem, inputs, saved.state, saved.d_student, upstream
+    by_hidden = (
+        scale(problem, inputs, saved, upstream)[0]
+        if inputs.ids_per_row is None
+        else heads.from_ids(problem, inputs, saved.state, saved.d_student, upstream)
     )
     if not (problem.wants_weight or problem.wants_bias):
         return by_hidden, torch.empty_like(saved.d_weight), torch.empty_like(saved.d_bias)
@@ -121,7 +123,8 @@ def recompute(problem: Problem, inputs: Inputs, state: Tensor, upstream: Tensor)
     if index is not None:
         d_student.zero_()
     _over_chunks(
-        problem, inputs, student, teacher, index, count, state=state[: _state_rows(problem), :count], statistics=False, loss=None, stats=None,
+        problem, inputs, student, teacher, index, count,
+        state=state[: _state_rows(problem), :count], statistics=False, loss=None, stats=None,
         weight=select(weight, index, dtype, inputs.ids_per_row),
         d_student=None if student.is_head else d_student,
         d_weight=d_weight if problem.wants_weight else None,

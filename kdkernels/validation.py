@@ -74,7 +74,12 @@ def prepare(
         raise ValueError(f"num_items must not be negative, got {num_items}")
     _check_logits_dtype(logits_dtype, student_side, teacher_side)
     grad = torch.is_grad_enabled()
-    if teacher is not None and grad and any(t is not None and t.requires_grad for t in teacher_side.tensors) and not torch.compiler.is_compiling():
+    if (
+        teacher is not None
+        and grad
+        and any(t is not None and t.requires_grad for t in teacher_side.tensors)
+        and not torch.compiler.is_compiling()
+    ):
         warnings.warn(
             "the teacher requires grad: it is detached, no gradient reaches it (compute it under torch.no_grad() to save memory)",
             stacklevel=3,
@@ -218,7 +223,8 @@ def check_softmax(logits: Tensor, out: Tensor | None) -> None:
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First element in its storage, and one beyond the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset(), tensor.storage_offset() + last + 1
+    start = int(tensor.storage_offset())
+    return start, start + int(last) + 1
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .. import torch as torch_rows
 from .divergences import FUNCTIONS
 from .heads import head_rows_kernel, sample_rows_kernel, softmax_gradient_rows_kernel, softmax_rows_kernel
 from .kernel import kd_rows_kernel
-from .launch import ONE_READ, choose, choose_sample, choose_softmax
+from .launch import choose, choose_sample, choose_softmax
 
 _NORMALIZERS = {"softmax": 0, "mean": 1, "none": 2}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as it was when the kernels were decorated
@@ -109,22 +109,22 @@ def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
 def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
     """``softmax(x / T)`` or its logarithm, a program per row."""
     count, vocab = x.shape
-    launch = choose_softmax(vocab)
+    launch = choose_softmax(vocab, 1)
     with _on_device(x):
         softmax_rows_kernel[(count,)](
             x, out, x.stride(0), out.stride(0), vocab, 1.0 / temperature,
-            LOGARITHM=logarithm, ONE_READ=vocab <= ONE_READ, BLOCK=launch.block, **launch.options,
+            LOGARITHM=logarithm, ONE_READ=vocab <= launch.block, BLOCK=launch.block, **launch.options,
         )  # fmt: skip
 
 
 def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
     """The gradient by x, from ``softmax_rows``' result and the gradient by it."""
     count, vocab = y.shape
-    launch = choose_softmax(vocab)
+    launch = choose_softmax(vocab, 2)
     with _on_device(y):
         softmax_gradient_rows_kernel[(count,)](
             y, dy, out, y.stride(0), dy.stride(0), out.stride(0), vocab, 1.0 / temperature,
-            LOGARITHM=logarithm, ONE_READ=vocab <= ONE_READ, BLOCK=launch.block, **launch.options,
+            LOGARITHM=logarithm, ONE_READ=vocab <= launch.block, BLOCK=launch.block, **launch.options,
         )  # fmt: skip
 
 

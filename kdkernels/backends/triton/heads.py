@@ -248,10 +248,7 @@ def softmax_gradient_rows_kernel(
         mask = offsets < vocab
         p = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
-        if LOGARITHM:
-            g = d - tl.exp(p) * tl.sum(d, 0)
-        else:
-            g = p * (d - tl.sum(p * d, 0))
+        g = d - tl.exp(p) * tl.sum(d, 0) if LOGARITHM else p * (d - tl.sum(p * d, 0))
         tl.store(out + offsets, (g * inv_temperature).to(out.dtype.element_ty), mask=mask)
     else:
         parts = tl.zeros([BLOCK], dtype=tl.float32)
