@@ -166,7 +166,7 @@ def distillation_rows(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor,
     i = inputs
     loss, count, stats, *_ = distill(
         i.student, i.student_weight, i.student_bias, i.teacher, i.teacher_weight, i.teacher_bias, i.labels, i.token_weights,
-        _numbers(problem), problem.sizes, problem.encode(),
+        _on_host(*problem.numbers), problem.sizes, problem.encode(),
     )  # fmt: skip
     return loss, count, stats if problem.return_stats else None
 
@@ -175,10 +175,6 @@ def _on_host(*values: float) -> Tensor:
     """A tensor: numbers given as such would be compiled in, and annealing them would recompile every step."""
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * value for value in values])
-
-
-def _numbers(problem: Problem) -> Tensor:
-    return _on_host(*problem.numbers)
 
 
 # ---- ids: nothing to differentiate
@@ -223,18 +219,18 @@ def _one_side(side: Tensor, weight: Tensor | None, bias: Tensor | None) -> Input
 
 def topk(problem: Problem, inputs: Inputs, k: int) -> tuple[Tensor, Tensor]:
     """Ids ``[..., k]`` int32 and log-probabilities of the most likely tokens; no gradient."""
-    i = inputs
-    ids, logprobs = topk_op(i.student.detach(), i.student_weight, i.student_bias, _numbers(problem), problem.sizes, problem.encode(), k)
+    ids, logprobs = topk_op(*_detached(inputs), _on_host(*problem.numbers), problem.sizes, problem.encode(), k)
     return ids, logprobs
 
 
 def sample(problem: Problem, inputs: Inputs, seed: Tensor, num_samples: int) -> Tensor:
     """Ids ``[..., num_samples]`` int32 of draws; no gradient."""
-    i = inputs
-    ids: Tensor = sample_op(
-        i.student.detach(), i.student_weight, i.student_bias, seed, _numbers(problem), problem.sizes, problem.encode(), num_samples
-    )
+    ids: Tensor = sample_op(*_detached(inputs), seed, _on_host(*problem.numbers), problem.sizes, problem.encode(), num_samples)
     return ids
+
+
+def _detached(inputs: Inputs) -> list[Tensor | None]:
+    return [None if t is None else t.detach() for t in (inputs.student, inputs.student_weight, inputs.student_bias)]
 
 
 # ---- softmax of given logits

@@ -35,14 +35,14 @@ def uniform(seed: Tensor, rows: Tensor, draw: int, vocab: int) -> Tensor:
         rows: ``[C]`` int64, numbers of the rows within the call.
         draw: number of the draw within its row.
     """
-    groups = -(-vocab // (4 * LANES))
-    slots = torch.arange(groups * LANES, device=rows.device).unsqueeze(0)
+    groups, lanes = -(-vocab // (4 * LANES)), min(LANES, vocab)  # of fewer columns than lanes the first words are enough
+    slots = torch.arange(groups * lanes, device=rows.device).unsqueeze(0)
     row = rows.unsqueeze(1)
     low_row, high_row = row & _MASK, row >> 32
 
     def halves(part: int) -> Tensor:
         words = philox(seed, (slots, low_row, torch.full_like(slots, draw), high_row * 2 + part))
-        columns = torch.stack([w.view(len(rows), groups, LANES) for w in words], 2)  # [C, G, 4, 128]
+        columns = torch.stack([w.view(len(rows), groups, lanes) for w in words], 2)  # [C, G, 4, lanes]
         return columns.view(len(rows), -1)[:, :vocab].to(torch.float64)
 
     return halves(0).mul_(2.0**-32).add_(halves(1).add_(0.5).mul_(2.0**-64))

@@ -60,7 +60,7 @@ def cross_entropy(
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     problem, inputs = prepare(
         student, None, "forward_kl", 1.0, True, labels, ignore_index, 0.0, 1.0, token_weights,
-        reduction, num_items, memory_budget, chunk_rows, logits_dtype, backend, False,
+        reduction, num_items, memory_budget, chunk_rows, logits_dtype, backend, False, "cross_entropy",
     )  # fmt: skip
     if problem.backend == "reference":
         _, valid = engine.check_and_select(problem, inputs)

@@ -34,13 +34,15 @@ def prepare(
     logits_dtype: torch.dtype | None,
     backend: str,
     return_stats: bool,
+    quantity: Quantity = "distillation",
 ) -> tuple[Problem, Inputs]:
-    """Checks every argument and turns it into what the engine takes. Without a teacher: the cross-entropy of the student alone."""
+    """Checks every argument and turns it into what the engine takes. The cross-entropy of the student alone has no teacher."""
     resolved = divergences.resolve(divergence)
     check_numbers(temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
     check_choices(reduction=reduction, memory_budget=memory_budget, chunk_rows=chunk_rows)
     student_side = _check_side("student", student)
-    teacher_side = student_side if teacher is None else _check_side("teacher", teacher)
+    alone = quantity == "cross_entropy"
+    teacher_side = student_side if alone else _check_side("teacher", teacher)
     leading, device = student_side.leading, student_side.input.device
     if teacher_side.leading != leading:
         raise ValueError(
@@ -75,8 +77,8 @@ def prepare(
     _check_logits_dtype(logits_dtype, student_side, teacher_side)
     grad = torch.is_grad_enabled()
     if (
-        teacher is not None
-        and grad
+        grad
+        and not alone
         and any(t is not None and t.requires_grad for t in teacher_side.tensors)
         and not torch.compiler.is_compiling()
     ):
@@ -88,7 +90,7 @@ def prepare(
     problem = Problem(
         divergence=resolved,
         vocab=student_side.vocab,
-        quantity="cross_entropy" if teacher is None else "distillation",
+        quantity=quantity,
         temperature=temperature,
         t_squared=bool(t_squared),
         kd_weight=kd_weight,
@@ -109,7 +111,7 @@ def prepare(
         chunk_rows=chunk_rows,
     )
     chosen = dispatch.select(backend, device_type_of(student_side.input), storages(problem, student_side.is_head, teacher_side.is_head))
-    teacher_input, teacher_weight, teacher_bias = (None, None, None) if teacher is None else teacher_side.tensors
+    teacher_input, teacher_weight, teacher_bias = (None, None, None) if alone else teacher_side.tensors
     inputs = Inputs(
         student=student_side.input,
         student_weight=student_side.weight,
@@ -251,7 +253,7 @@ class _Checked:
         return [self.input, self.weight, self.bias]
 
 
-def _check_side(name: str, side: Side) -> _Checked:
+def _check_side(name: str, side: Side | None) -> _Checked:
     if not isinstance(side, (LMHead, Tensor)):
         raise TypeError(f"{name} must be an LMHead or a tensor of logits [..., V], got {type(side).__name__}")
     x = side.hidden if isinstance(side, LMHead) else side
