@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, gemm, heads, pages
-from .problem import HEAD_STATE, STATE, STATS, Problem, RowBatch
+from .problem import STATE, STATS, Problem, RowBatch
 from .sources import Inputs, Rows, SideRows, both_sides, check_and_select, plan, row_bytes, select
 
 
@@ -33,7 +33,7 @@ class Outputs:
     loss: Tensor  # [] or, per token, [...], or [..., K]
     count: Tensor  # [] int64: valid tokens
     stats: Tensor  # [5, ...] float32, or empty
-    state: Tensor  # [4, N], or [2 (+ K), N]; columns beyond the valid rows are undefined. Empty, [0], unless backward will read it
+    state: Tensor  # [4, N]; of one side [1 + K, N] or (entropy) [2, N]; undefined beyond the valid rows. [0] if backward will not read it
     d_student: Tensor  # [..., Ds or V], unscaled, or m in the compute dtype
     d_weight: Tensor  # [>= V, Ds] float32 or float64, unscaled
     d_bias: Tensor  # [>= V]
@@ -181,7 +181,7 @@ def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
 
 
 def _state_rows(problem: Problem) -> int:
-    return len(STATE if problem.quantity == "distillation" else HEAD_STATE)
+    return len(STATE) if problem.quantity == "distillation" else 2 if problem.quantity == "entropy" else 1
 
 
 def _accumulator(parameter: Tensor | None, wanted: bool, problem: Problem, like: Tensor) -> Tensor:

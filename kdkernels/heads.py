@@ -18,7 +18,7 @@ def from_ids(problem: Problem, inputs: Inputs, state: Tensor, means: Tensor, ups
     """``sum_k g_k f_k W[id_k] - (sum_k g_k) m``: the hidden gradient of ``[..., K]`` log-probabilities, empty if not wanted.
 
     Args:
-        state: ``[2 + K, N]``, means: ``[..., D]``, both as the forward pass left them.
+        state: ``[1 + K, N]``: log-sum-exps and log-probabilities, means: ``[..., D]``, both as the forward pass left them.
         upstream: ``[..., K]``
     """
     many = inputs.ids_per_row
@@ -37,7 +37,7 @@ def from_ids(problem: Problem, inputs: Inputs, state: Tensor, means: Tensor, ups
     g = g.masked_fill(ids < 0, 0.0)
     factor = g * (t.scale / problem.temperature)
     if t.softcap is not None:
-        z = (state[2:, :count] + state[0, :count]).t() * problem.temperature
+        z = (state[1:, :count] + state[0, :count]).t() * problem.temperature
         factor = factor * (1 - (z / t.softcap).square())
     source, target = Rows(means, index), Rows(out, index)
     total = g.sum(-1, keepdim=True)

@@ -26,10 +26,6 @@ STATE = ("norm_s", "norm_t", "slope_sum", "lse_ce")
 """Rows of the saved state: the normalisers of x and u (log-sum-exps unless the divergence says otherwise), the sum of the
 divergence's slopes, and the student's log-sum-exp at T = 1 where cross-entropy is asked for."""
 
-HEAD_STATE = ("lse", "entropy")
-"""Rows of the saved state of a quantity of one side: log-sum-exp and entropy (where that is asked for) at T; then, where several
-ids a row are asked for, their log-probabilities."""
-
 STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")
 
 

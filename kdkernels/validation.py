@@ -160,6 +160,7 @@ def prepare_head(
         temperature=temperature,
         ignore_index=-1,
         student=checked.transform,
+        teacher=Transform(),
         student_dtype=checked.dtype,
         teacher_dtype=checked.dtype,
         per_token=True,
