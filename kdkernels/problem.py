@@ -145,7 +145,8 @@ class Problem:
             {
                 name: getattr(self, name)
                 for name in (
-                    "quantity", "t_squared", "per_token", "wants_input", "wants_weight", "wants_bias", "return_stats", "has_labels", "backend",
+                    "quantity", "t_squared", "per_token", "wants_input", "wants_weight", "wants_bias", "return_stats", "has_labels",
+                    "backend",
                 )
             },
         )  # fmt: skip

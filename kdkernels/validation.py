@@ -76,12 +76,7 @@ def prepare(
         raise ValueError(f"num_items must not be negative, got {num_items}")
     _check_logits_dtype(logits_dtype, student_side, teacher_side)
     grad = torch.is_grad_enabled()
-    if (
-        grad
-        and not alone
-        and any(t is not None and t.requires_grad for t in teacher_side.tensors)
-        and not torch.compiler.is_compiling()
-    ):
+    if grad and not alone and any(t is not None and t.requires_grad for t in teacher_side.tensors) and not torch.compiler.is_compiling():
         warnings.warn(
             "the teacher requires grad: it is detached, no gradient reaches it (compute it under torch.no_grad() to save memory)",
             stacklevel=3,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -269,7 +268,9 @@ def test_softmax_of_rows_too_long_for_one_read(name: str, vocab: int, backend: s
     value, expected = ours(z, 2.0, backend=backend), theirs(z / 2.0, -1)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
     upstream = torch.randn(2, vocab, generator=torch.Generator().manual_seed(2)).to(device)
-    torch.testing.assert_close(*(torch.autograd.grad(v, z, upstream)[0] for v in (value, expected)), rtol=1e-4, atol=1e-4 / math.sqrt(vocab))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(v, z, upstream)[0] for v in (value, expected)), rtol=1e-4, atol=1e-4 / math.sqrt(vocab)
+    )
 
 
 @functions

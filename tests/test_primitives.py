@@ -273,9 +273,7 @@ def test_chunks_change_nothing(name: str, dim: int | None, engine_backend: str, 
         ("token_logprobs of 3", False, (1, 1, 0), (1, 0, 1)),
     ],
 )
-def test_matrix_products(
-    name: str, frozen: bool, forward: tuple[int, ...], backward: tuple[int, ...], calls: dict[str, int]
-) -> None:
+def test_matrix_products(name: str, frozen: bool, forward: tuple[int, ...], backward: tuple[int, ...], calls: dict[str, int]) -> None:
     """dH without recomputation; the chunk again only for a trainable head of a per-token quantity."""
     name, _, k = name.partition(" of ")
     side = make_side((6,), 23, 8)
@@ -458,7 +456,7 @@ def test_deterministic(backend: str, device: str) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda s: kd.token_logprobs(s, torch.tensor([0, 1, 20])), ValueError, r"ids contain 20 \(1 such entries\), outside the vocabulary \[0, 20\)"),
+        (lambda s: kd.token_logprobs(s, torch.tensor([0, 1, 20])), ValueError, r"ids contain 20 \(1 such .* outside the vocabulary \[0, 20\)"),
         (lambda s: kd.token_logprobs(s, torch.tensor([0, -2, 1])), ValueError, "ids contain -2"),
         (lambda s: kd.token_logprobs(s, torch.tensor([[0, 1], [0, 1], [0, 99]])), ValueError, "ids contain 99"),
         (lambda s: kd.token_logprobs(s, torch.zeros(3)), TypeError, "ids must be integers, got torch.float32"),
@@ -484,7 +482,7 @@ def test_deterministic(backend: str, device: str) -> None:
         (lambda s: kd.softmax(s, 0.0), ValueError, "temperature must be finite and > 0"),
         (lambda s: kd.entropy("z"), TypeError, "side must be an LMHead or a tensor"),
         (lambda s: kd.entropy(s, chunk_rows=0), ValueError, "chunk_rows must be a positive int"),
-        (lambda s: kd.entropy(kd.LMHead(torch.ones(3, 2), torch.ones(20, 2)), memory_budget=8), ValueError, "memory_budget=8 bytes is too small"),
+        (lambda s: kd.entropy(kd.LMHead(s[:, :2], torch.ones(20, 2)), memory_budget=8), ValueError, "memory_budget=8 bytes is too small"),
         (lambda s: kd.entropy(s, backend="abacus"), ValueError, "backend 'abacus' is unknown"),
         (lambda s: kd.softmax(s.long()), TypeError, "logits must be float16, bfloat16, float32 or float64"),
         (lambda s: kd.softmax(s[:, :0]), ValueError, "logits must be .* with V > 0"),
@@ -493,7 +491,7 @@ def test_deterministic(backend: str, device: str) -> None:
         (lambda s: kd.softmax(s, out=torch.empty(3, 20, device="meta")), ValueError, "on meta"),
         (lambda s: kd.softmax(s, out=[]), TypeError, "out must be a tensor, got list"),
         (lambda s: kd.softmax(s, out=torch.empty(20, 3).t()), ValueError, "out must have unit stride"),
-        (lambda s: kd.softmax(s.view(3, 1, 20).expand(3, 2, 20), out=torch.empty(3, 3, 20)[:, :-1]), ValueError, "one stride between all its rows"),
+        (lambda s: kd.softmax(s.view(3, 1, 20).expand(3, 2, 20), out=torch.empty(3, 3, 20)[:, :-1]), ValueError, "one stride between"),
         (lambda s: kd.softmax(s[:2], out=s[1:]), ValueError, "out shares a part of its memory with the logits"),
         (lambda s: kd.softmax(s.requires_grad_(), out=torch.empty(3, 20)), ValueError, "out= records no gradient"),
     ],
