@@ -235,7 +235,7 @@ def _softmax(
     check_numbers(temperature=temperature)
     check_choices(memory_budget=memory_budget, chunk_rows=chunk_rows)
     check_softmax(logits, out)
-    chosen = dispatch.select(backend, device_type_of(logits), (logits.dtype, logits.dtype))
+    chosen = dispatch.select(backend, device_type_of(logits), (logits.dtype, logits.dtype), "softmax_rows")
     if chosen != "reference":
         return autograd.softmax(logits, out, temperature, logarithm, memory_budget, chunk_rows, chosen)
     result = reference.softmax(logits, temperature, logarithm)

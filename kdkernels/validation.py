@@ -105,7 +105,8 @@ def prepare(
         memory_budget=memory_budget,
         chunk_rows=chunk_rows,
     )
-    chosen = dispatch.select(backend, device_type_of(student_side.input), storages(problem, student_side.is_head, teacher_side.is_head))
+    dtypes = storages(problem, student_side.is_head, teacher_side.is_head)
+    chosen = dispatch.select(backend, device_type_of(student_side.input), dtypes, "head_rows" if alone else "rows")
     teacher_input, teacher_weight, teacher_bias = (None, None, None) if alone else teacher_side.tensors
     inputs = Inputs(
         student=student_side.input,
@@ -166,7 +167,8 @@ def prepare_head(
         memory_budget=memory_budget,
         chunk_rows=chunk_rows,
     )
-    chosen = dispatch.select(backend, device_type_of(checked.input), storages(problem, checked.is_head, checked.is_head))
+    dtypes = storages(problem, checked.is_head, checked.is_head)
+    chosen = dispatch.select(backend, device_type_of(checked.input), dtypes, "head_rows")
     inputs = Inputs(checked.input, checked.weight, checked.bias, None, None, None, None if ids is None else ids.detach(), None)
     return replace(problem, backend=chosen), inputs
 

@@ -456,7 +456,7 @@ def test_deterministic(backend: str, device: str) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda s: kd.token_logprobs(s, torch.tensor([0, 1, 20])), ValueError, r"ids contain 20 \(1 such .* outside the vocabulary \[0, 20\)"),
+        (lambda s: kd.token_logprobs(s, torch.tensor([0, 1, 20])), ValueError, r"ids contain 20 \(1 such .* the vocabulary \[0, 20\)"),
         (lambda s: kd.token_logprobs(s, torch.tensor([0, -2, 1])), ValueError, "ids contain -2"),
         (lambda s: kd.token_logprobs(s, torch.tensor([[0, 1], [0, 1], [0, 99]])), ValueError, "ids contain 99"),
         (lambda s: kd.token_logprobs(s, torch.zeros(3)), TypeError, "ids must be integers, got torch.float32"),
@@ -541,3 +541,19 @@ def test_containers() -> None:
     ):
         with pytest.raises(error, match=message):
             bad()
+
+
+def test_a_backend_without_kernels_of_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is passed over by "auto" and says so by name; the loss still runs on it."""
+    from kdkernels import dispatch
+    from kdkernels.backends import torch as module
+
+    z = torch.randn(2, 5)
+    for name, call in (("head_rows", kd.entropy), ("softmax_rows", kd.softmax)):
+        with monkeypatch.context() as patch:
+            patch.delattr(module, name)
+            dispatch._select.cache_clear()
+            with pytest.raises(kd.BackendUnavailable, match="for the distillation loss only"):
+                call(z, backend="torch")
+            assert torch.isfinite(kd.distillation_loss(z, z, backend="torch"))
+        dispatch._select.cache_clear()
