@@ -89,7 +89,8 @@ PYBIND11_MODULE(_C, m) {
     using Head = kd::HeadArguments;
     py::class_<Head> head(m, "HeadArguments");
     head.def(py::init<>());
-    field(head, "lse", address(&Head::lse));
+    field(head, "top", address(&Head::top));
+    field(head, "log_sum", address(&Head::log_sum));
     field(head, "entropy", address(&Head::entropy));
     field(head, "ids", address(&Head::ids));
     field(head, "logprobs", address(&Head::logprobs));

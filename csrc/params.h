@@ -45,8 +45,9 @@ struct HeadArguments {
     int64_t rows = 0, vocab = 0;
     double temperature = 1.0;
     bool double_precision = false;
-    bool statistics = true;         // find lse and entropy; else read them
-    void* lse = nullptr;            // [C] compute type: log-sum-exp of z / T
+    bool statistics = true;         // find the next three; else read them
+    void* top = nullptr;            // [C] compute type: the largest z / T
+    void* log_sum = nullptr;        // [C] log sum exp(z / T - top). Apart, since their sum is rounded to the step of the larger
     void* entropy = nullptr;        // [C], or null
     const int64_t* ids = nullptr;   // [C, num_ids], -1: none; or null
     int64_t num_ids = 0;

@@ -42,7 +42,8 @@ class HeadArguments:
     temperature: float
     double_precision: bool
     statistics: bool
-    lse: int
+    top: int
+    log_sum: int
     entropy: int
     ids: int
     num_ids: int

@@ -33,7 +33,7 @@ class Outputs:
     loss: Tensor  # [] or, per token, [...], or [..., K]
     count: Tensor  # [] int64: valid tokens
     stats: Tensor  # [5, ...] float32, or empty
-    state: Tensor  # [4, N]; of one side [1 + K, N] or (entropy) [2, N]; undefined beyond the valid rows. [0] if backward will not read it
+    state: Tensor  # [4, N]; of one side [2 + K, N] or (entropy) [3, N]; undefined beyond the valid rows. [0] if backward will not read it
     d_student: Tensor  # [..., Ds or V], unscaled, or m in the compute dtype
     d_weight: Tensor  # [>= V, Ds] float32 or float64, unscaled
     d_bias: Tensor  # [>= V]
@@ -181,7 +181,7 @@ def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
 
 
 def _state_rows(problem: Problem) -> int:
-    return len(STATE) if problem.quantity == "distillation" else 2 if problem.quantity == "entropy" else 1
+    return len(STATE) if problem.quantity == "distillation" else 3 if problem.quantity == "entropy" else 2
 
 
 def _accumulator(parameter: Tensor | None, wanted: bool, problem: Problem, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def from_ids(problem: Problem, inputs: Inputs, state: Tensor, means: Tensor, ups
     """``sum_k g_k f_k W[id_k] - (sum_k g_k) m``: the hidden gradient of ``[..., K]`` log-probabilities, empty if not wanted.
 
     Args:
-        state: ``[1 + K, N]``: log-sum-exps and log-probabilities, means: ``[..., D]``, both as the forward pass left them.
+        state: ``[2 + K, N]``: the two parts of log-sum-exps, and log-probabilities, means: ``[..., D]``, both as the forward pass left them.
         upstream: ``[..., K]``
     """
     many = inputs.ids_per_row
@@ -37,7 +37,7 @@ def from_ids(problem: Problem, inputs: Inputs, state: Tensor, means: Tensor, ups
     g = g.masked_fill(ids < 0, 0.0)
     factor = g * (t.scale / problem.temperature)
     if t.softcap is not None:
-        z = (state[1:, :count] + state[0, :count]).t() * problem.temperature
+        z = ((state[2:, :count] + state[1, :count]) + state[0, :count]).t() * problem.temperature
         factor = factor * (1 - (z / t.softcap).square())
     source, target = Rows(means, index), Rows(out, index)
     total = g.sum(-1, keepdim=True)
@@ -71,8 +71,8 @@ def rows(
 
     With ``statistics`` a weight is a token's and the gradient is left for unit upstream gradients; else it is the upstream gradient.
     """
-    batch = HeadBatch(logits, bias, lse=state[0], dz=dz, dz_scale=dz_scale)
-    slope = torch.ones_like(batch.lse) if weight is None else weight
+    batch = HeadBatch(logits, bias, top=state[0], log_sum=state[1], dz=dz, dz_scale=dz_scale)
+    slope = torch.ones_like(batch.top) if weight is None else weight
     if labels is not None:
         many = labels.dim() == 2
         batch.ids = labels if many else labels.unsqueeze(-1)
@@ -84,7 +84,7 @@ def rows(
         else:
             batch.d_logprobs = slope.view_as(batch.ids)
     elif problem.quantity == "entropy":
-        batch.entropy, batch.d_entropy = state[1], slope
+        batch.entropy, batch.d_entropy = state[2], slope
     else:
         batch.d_lse = slope
     backend.head_rows(problem, batch, statistics)
@@ -95,7 +95,7 @@ def rows(
         if problem.quantity == "cross_entropy":
             values = -values if weight is None else -values * weight
     else:
-        values = batch.lse if batch.entropy is None else batch.entropy
+        values = batch.top + batch.log_sum if batch.entropy is None else batch.entropy
     loss.copy_(values)
 
 
@@ -106,8 +106,8 @@ def _head_chunks(problem: Problem, inputs: Inputs) -> Iterator[tuple[slice, Head
     chunks = plan(problem, count, side.bytes_per_row, inputs.student.device.type)
     side.allocate(min(chunks.rows, count))
     for start, stop in chunks:
-        lse = torch.empty(stop - start, dtype=problem.compute_dtype, device=inputs.student.device)
-        yield slice(start, stop), HeadBatch(side.logits(start, stop), side.bias, lse)
+        state = torch.empty(2, stop - start, dtype=problem.compute_dtype, device=inputs.student.device)
+        yield slice(start, stop), HeadBatch(side.logits(start, stop), side.bias, state[0], state[1])
 
 
 def topk(problem: Problem, inputs: Inputs, k: int) -> tuple[Tensor, Tensor]:

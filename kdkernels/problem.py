@@ -214,11 +214,12 @@ class HeadBatch:
 
     logits: Tensor  # [C, V] before bias, scale and softcap
     bias: Tensor | None  # [V]
-    lse: Tensor  # [C] compute dtype, of z / T; written with ``statistics``, else read
-    entropy: Tensor | None = None  # [C], likewise
+    top: Tensor  # [C] compute dtype, the largest z / T; this and the next two written with ``statistics``, else read
+    log_sum: Tensor  # [C] log sum exp(z / T - top): apart, since their sum is rounded to the step of the larger
+    entropy: Tensor | None = None  # [C]
     ids: Tensor | None = None  # [C, K] int64, -1 for none
     logprobs: Tensor | None = None  # [C, K] compute dtype, out: log softmax(z / T) at ids, 0 at -1
-    d_lse: Tensor | None = None  # [C] upstream gradients, None for 0: of lse,
+    d_lse: Tensor | None = None  # [C] upstream gradients, None for 0: of top + log_sum,
     d_entropy: Tensor | None = None  # [C] of entropy,
     d_logprobs: Tensor | None = None  # [C, K] and of logprobs
     dz: Tensor | None = None  # [C, V], out: gradient by ``logits``; may lie over it, each row starting where the row does

@@ -139,7 +139,7 @@ def head_rows(logits: Tensor, **room: Tensor) -> HeadBatch:
         "top_ids": torch.empty(count, 5, dtype=torch.int32), "top_logprobs": torch.empty(count, 5, dtype=dtype),
         "draws": torch.empty(count, 4, dtype=torch.int32), "seed": torch.tensor(7),
     }  # fmt: skip
-    batch = HeadBatch(logits, None, torch.empty(count, dtype=dtype), **{**parts, **room})
+    batch = HeadBatch(logits, None, torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype), **{**parts, **room})
     native.head_rows(problem, batch, statistics=True)
     return batch
 
@@ -156,7 +156,7 @@ def test_every_instruction_set_gives_the_same_of_one_side(isa: str, dtype: torch
         monkeypatch.setattr(_C, name, lambda arguments, threads, run=run: run(arguments, threads, isa))
     other = head_rows(logits)
     close = {"rtol": 64 * torch.finfo(dtype).eps, "atol": 32 * torch.finfo(dtype).eps}  # log q is a difference of numbers of up to 20
-    for name in ("lse", "entropy", "logprobs", "dz", "top_logprobs"):
+    for name in ("top", "log_sum", "entropy", "logprobs", "dz", "top_logprobs"):
         torch.testing.assert_close(getattr(other, name), getattr(best, name), **close)
     for name in ("top_ids", "draws"):
         assert torch.equal(getattr(other, name), getattr(best, name)), name

@@ -82,7 +82,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, s
 
 def one_sided(arch: int) -> Iterator[tuple[str, Launch, bytes]]:
     """The kernels of one side, with and without features, and softmax where a row fits in registers and where it does not."""
-    of_rows = dict.fromkeys(("bias", "lse", "entropy", "logprobs", "d_lse", "d_entropy", "d_logprobs"), "fp32")
+    of_rows = dict.fromkeys(("bias", "top", "log_sum", "entropy", "logprobs", "d_lse", "d_entropy", "d_logprobs"), "fp32")
     for features, (logits, dz) in ((False, ("bf16", "bf16")), (True, ("fp32", "bf16"))):
         launch = choose(VOCAB)
         constants: dict[str, Any] = {"BIAS": features, "SOFTCAP": features}
@@ -94,7 +94,7 @@ def one_sided(arch: int) -> Iterator[tuple[str, Launch, bytes]]:
         label = f"{logits} {dz}{' features' if features else ''}"
         yield f"head {label}", launch, compile_kernel(heads.head_rows_kernel, constants | more | blocks, pointers, launch, arch)
         launch = choose_sample(VOCAB)
-        pointers = {"logits": logits, "bias": "fp32", "lse": "fp32", "seed": "i64", "numbers": "fp64", "draws": "i32"}
+        pointers = {"logits": logits, "bias": "fp32", "log_sum": "fp32", "seed": "i64", "numbers": "fp64", "draws": "i32"}
         yield (
             f"sample {label}",
             launch,

@@ -174,10 +174,10 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
         else m.sum = exp_row(z, inv_t, x_top, vocab, a.dz || a.num_draws ? e : nullptr);
         const double log_sum = std::log(m.sum);
         rest = Real(log_sum), entropy = Real(log_sum - m.weighted / m.sum), per_sum = Real(1.0 / m.sum);
-        static_cast<Real*>(a.lse)[row] = Real(x_top + log_sum);
+        static_cast<Real*>(a.top)[row] = x_top, static_cast<Real*>(a.log_sum)[row] = rest;
         if (a.entropy) static_cast<Real*>(a.entropy)[row] = entropy;
     } else {
-        shift = static_cast<const Real*>(a.lse)[row], entropy = at<Real>(a.entropy, row);
+        shift = at<Real>(a.top, row), rest = at<Real>(a.log_sum, row), entropy = at<Real>(a.entropy, row);
     }
     const int64_t* const ids = a.ids ? a.ids + row * a.num_ids : nullptr;
     for (int64_t k = 0; k < a.num_ids; ++k) static_cast<Real*>(a.logprobs)[row * a.num_ids + k] = ids[k] < 0 ? Real(0) : (z[ids[k]] * inv_t - shift) - rest;
@@ -189,8 +189,7 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
     }
     if (a.num_draws) {
         for (int64_t v = vocab; v < width; ++v) e[v] = 0;
-        const Real lse = shift + rest;
-        const bool possible = lse - lse == Real(0);  // finite
+        const bool possible = rest - rest == Real(0);  // finite
         const int64_t argmax = possible ? find(z, top, vocab) : -1;
         for (int64_t d = 0; d < a.num_draws; ++d)
             a.draws[row * a.num_draws + d] = possible ? draw_one<Real>(a, row, d, e, x_top, argmax) : -1;
@@ -204,7 +203,7 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
     for (int64_t k = 0; d_logprobs && k < a.num_ids; ++k)
         if (ids[k] >= 0) c0 -= d_logprobs[k];
     if (!a.statistics) {
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] = exp(z[v] * inv_t - shift);
+        KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] = exp((z[v] * inv_t - shift) - rest);
     }
     Real* __restrict g = e;
     if (a.d_entropy) {

@@ -111,7 +111,8 @@ def _head_arguments(problem: Problem, batch: HeadBatch, statistics: bool, device
     args.rows, args.vocab = count, vocab
     args.temperature, args.dz_scale = problem.temperature, batch.dz_scale
     args.double_precision, args.statistics = dtype == torch.float64, statistics
-    args.lse = address("lse", batch.lse, (count,), dtype)
+    args.top = address("top", batch.top, (count,), dtype)
+    args.log_sum = address("log_sum", batch.log_sum, (count,), dtype)
     args.entropy = address("entropy", batch.entropy, (count,), dtype)
     args.ids, args.num_ids = address("ids", batch.ids, (count, num_ids), torch.int64), num_ids
     args.logprobs = address("logprobs", batch.logprobs, (count, num_ids), dtype)

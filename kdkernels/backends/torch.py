@@ -168,11 +168,17 @@ def _head_tile(problem: Problem, batch: HeadBatch, r: slice, statistics: bool) -
     z = _load(batch.logits[r], batch.bias, problem.student, dtype)
     x = z if problem.temperature == 1.0 else z / problem.temperature
     if statistics:
-        batch.lse[r], log_q, q = _softmax(x)
+        batch.top[r] = x.amax(-1)
+        log_q = x - batch.top[r].unsqueeze(-1)
+        q = log_q.exp()
+        total = q.sum(-1, keepdim=True)
+        batch.log_sum[r] = total.squeeze(-1).log()
+        q.div_(total)
+        log_q.sub_(batch.log_sum[r].unsqueeze(-1))
         if batch.entropy is not None:
             batch.entropy[r] = _entropy(log_q, q)
     else:
-        log_q = x - batch.lse[r].unsqueeze(-1)
+        log_q = (x - batch.top[r].unsqueeze(-1)).sub_(batch.log_sum[r].unsqueeze(-1))
         q = log_q.exp()
     none = ids = None
     if batch.ids is not None and batch.logprobs is not None:
@@ -187,11 +193,11 @@ def _head_tile(problem: Problem, batch: HeadBatch, r: slice, statistics: bool) -
         bias = None if batch.bias is None else batch.bias.double()
         exact = _load(batch.logits[r], bias, problem.student, torch.float64) * (1.0 / problem.temperature)
         ids_drawn = philox.draw(exact, batch.seed, batch.first_row + r.start, batch.draws.shape[1])
-        batch.draws[r] = ids_drawn.masked_fill_(~torch.isfinite(batch.lse[r]).unsqueeze(-1), -1)
+        batch.draws[r] = ids_drawn.masked_fill_(~torch.isfinite(batch.log_sum[r]).unsqueeze(-1), -1)
     if batch.dz is None:
         return
 
-    constant = torch.zeros_like(batch.lse[r]) if batch.d_lse is None else batch.d_lse[r]
+    constant = torch.zeros_like(batch.top[r]) if batch.d_lse is None else batch.d_lse[r]
     d_ids = None
     if batch.d_logprobs is not None and none is not None:
         d_ids = batch.d_logprobs[r].masked_fill(none, 0.0)

@@ -79,13 +79,13 @@ def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
         torch_rows.head_rows(problem, batch, statistics)
         return
     launch = choose(vocab)
-    absent = batch.lse  # any pointer: never read
+    absent = batch.top  # any pointer: never read
     num_ids = 0 if batch.ids is None else batch.ids.shape[1]
     t = problem.student
     with _on_device(batch.logits):
         head_rows_kernel[(count,)](
             batch.logits,
-            *(absent if x is None else x for x in (batch.bias, batch.lse, batch.entropy, batch.ids, batch.logprobs)),
+            *(absent if x is None else x for x in (batch.bias, batch.top, batch.log_sum, batch.entropy, batch.ids, batch.logprobs)),
             *(absent if x is None else x for x in (batch.d_lse, batch.d_entropy, batch.d_logprobs, batch.dz)),
             batch.logits.stride(0), 0 if batch.dz is None else batch.dz.stride(0), vocab, num_ids,
             1.0 / problem.temperature, t.scale, t.softcap or 0.0, batch.dz_scale,
@@ -99,7 +99,7 @@ def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
             launch = choose_sample(vocab)
             exact = torch.tensor([1.0 / problem.temperature, t.scale, t.softcap or 0.0], dtype=torch.float64).to(batch.logits.device)
             sample_rows_kernel[(count, batch.draws.shape[1])](
-                batch.logits, absent if batch.bias is None else batch.bias, batch.lse, batch.seed, exact, batch.draws,
+                batch.logits, absent if batch.bias is None else batch.bias, batch.log_sum, batch.seed, exact, batch.draws,
                 batch.logits.stride(0), vocab, batch.draws.shape[1], batch.first_row,
                 1.0 / problem.temperature, t.scale, t.softcap or 0.0,
                 BIAS=batch.bias is not None, SOFTCAP=t.softcap is not None, BLOCK=launch.block, **launch.options,

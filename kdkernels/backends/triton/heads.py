@@ -24,7 +24,7 @@ def merge_entropy(top, total, weighted, x):
 def head_rows_kernel(
     logits,  # [C, V]
     bias,  # [V] float32
-    lse, entropy,  # [C] float32
+    top, log_sum, entropy,  # [C] float32
     ids,  # [C, K] int64
     logprobs,  # [C, K] float32
     d_lse, d_entropy, d_logprobs,  # [C], [C], [C, K] float32
@@ -54,12 +54,14 @@ def head_rows_kernel(
             else:
                 shift, total = merge(shift, total, x)
         rest = tl.log(total)
-        tl.store(lse + row, shift + rest)
+        tl.store(top + row, shift)
+        tl.store(log_sum + row, rest)
         if ENTROPY:
             h = rest - weighted / total
             tl.store(entropy + row, h)
     else:
-        shift = tl.load(lse + row)
+        shift = tl.load(top + row)
+        rest = tl.load(log_sum + row)
         if ENTROPY:
             h = tl.load(entropy + row)
 
@@ -134,7 +136,7 @@ def log1m(u):
 def sample_rows_kernel(
     logits,  # [C, V]
     bias,  # [V] float32
-    lse,  # [C] float32
+    log_sum,  # [C] float32
     seed,  # [] int64
     numbers,  # [3] float64: 1 / T, scale, softcap
     draws,  # [C, S] int32
@@ -192,7 +194,7 @@ def sample_rows_kernel(
                 ahead = (first > best) | ((first == best) & (column < winner))
                 winner = tl.where(ahead, column, winner)
                 best = tl.where(ahead, first, best)
-    total = tl.load(lse + row)
+    total = tl.load(log_sum + row)
     tl.store(draws + row * num_draws + draw, tl.where(total - total == 0.0, winner, -1))
 
 
