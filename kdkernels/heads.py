@@ -18,7 +18,7 @@ def from_ids(problem: Problem, inputs: Inputs, state: Tensor, means: Tensor, ups
     """``sum_k g_k f_k W[id_k] - (sum_k g_k) m``: the hidden gradient of ``[..., K]`` log-probabilities, empty if not wanted.
 
     Args:
-        state: ``[2 + K, N]``: the two parts of log-sum-exps, and log-probabilities, means: ``[..., D]``, both as the forward pass left them.
+        state: ``[2 + K, N]``: log-sum-exps in two parts, log-probabilities; means: ``[..., D]``, both as the forward pass left them.
         upstream: ``[..., K]``
     """
     many = inputs.ids_per_row
