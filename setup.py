@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
-# The CPU row kernel once per instruction set; the processor's best is picked when it runs.
+# The CPU row kernels once per instruction set; the processor's best is picked when it runs.
 X86_TARGETS = {
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
     "avx2": "-march=x86-64-v3",
@@ -142,11 +142,13 @@ class NinjaBuild(build_ext):
 
 
 def ninja_file(compiler: str, cuda: Cuda | None) -> str:
-    """The ninja file: an object per source (per source and instruction set for the CPU's row kernel), then ``_C.so``."""
+    """The ninja file: an object per source (per source and instruction set for the CPU's row kernels), then ``_C.so``."""
     python = shlex.quote(sysconfig.get_path("include"))
     targets = f" '-DKD_CUDA_TARGETS=\"{';'.join(cuda.targets)}\"'" if cuda else ""
     objects = {
-        f"rows_{isa}.o": ("compile", "csrc/cpu/rows.cpp", f"{KERNEL_FLAGS} {flags} -DKD_ISA={isa}") for isa, flags in TARGETS.items()
+        f"{name}_{isa}.o": ("compile", f"csrc/cpu/{name}.cpp", f"{KERNEL_FLAGS} {flags} -DKD_ISA={isa}")
+        for name in ("rows", "heads")
+        for isa, flags in TARGETS.items()
     }
     objects["dispatch.o"] = ("compile", "csrc/cpu/dispatch.cpp", "-O2")
     objects["bindings.o"] = ("compile", "csrc/bindings.cpp", f"-O2 -isystem pybind11 -isystem {python}{targets}")

@@ -29,6 +29,20 @@ template <class Class, class Setter> void field(py::class_<Class>& c, const char
     c.def_property(name, nullptr, setter);
 }
 
+template <class Args> Args arguments_of(void (*)(const Args&, int, const char*));
+
+// A kernel runs without the GIL; its instruction set is the processor's best unless one is named.
+template <auto run> void kernel(py::module_& m, const char* name) {
+    using Args = decltype(arguments_of(run));
+    m.def(
+        name,
+        [](const Args& a, int threads, const std::optional<std::string>& isa) {
+            const py::gil_scoped_release release;
+            run(a, threads, isa ? isa->c_str() : nullptr);
+        },
+        py::arg("arguments"), py::arg("threads"), py::arg("isa") = py::none());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -72,13 +86,54 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("stats_stride", &Args::stats_stride)
         .def_readwrite("dz_stride", &Args::dz_stride);
 
-    m.def(
-        "cpu_rows",
-        [](const Args& a, int threads, const std::optional<std::string>& isa) {
-            const py::gil_scoped_release release;
-            kd::cpu_rows(a, threads, isa ? isa->c_str() : nullptr);
-        },
-        py::arg("arguments"), py::arg("threads"), py::arg("isa") = py::none());
+    using Head = kd::HeadArguments;
+    py::class_<Head> head(m, "HeadArguments");
+    head.def(py::init<>());
+    field(head, "top", address(&Head::top));
+    field(head, "log_sum", address(&Head::log_sum));
+    field(head, "entropy", address(&Head::entropy));
+    field(head, "ids", address(&Head::ids));
+    field(head, "logprobs", address(&Head::logprobs));
+    field(head, "d_lse", address(&Head::d_lse));
+    field(head, "d_entropy", address(&Head::d_entropy));
+    field(head, "d_logprobs", address(&Head::d_logprobs));
+    field(head, "dz", address(&Head::dz));
+    field(head, "dz_dtype", code(&Head::dz_dtype));
+    field(head, "top_ids", address(&Head::top_ids));
+    field(head, "top_logprobs", address(&Head::top_logprobs));
+    field(head, "draws", address(&Head::draws));
+    head.def_readwrite("side", &Head::side)
+        .def_readwrite("rows", &Head::rows)
+        .def_readwrite("vocab", &Head::vocab)
+        .def_readwrite("temperature", &Head::temperature)
+        .def_readwrite("double_precision", &Head::double_precision)
+        .def_readwrite("statistics", &Head::statistics)
+        .def_readwrite("num_ids", &Head::num_ids)
+        .def_readwrite("dz_scale", &Head::dz_scale)
+        .def_readwrite("dz_stride", &Head::dz_stride)
+        .def_readwrite("num_top", &Head::num_top)
+        .def_readwrite("num_draws", &Head::num_draws)
+        .def_readwrite("seed", &Head::seed)
+        .def_readwrite("first_row", &Head::first_row);
+
+    using Softmax = kd::SoftmaxArguments;
+    py::class_<Softmax> softmax(m, "SoftmaxArguments");
+    softmax.def(py::init<>());
+    field(softmax, "out", address(&Softmax::out));
+    field(softmax, "out_dtype", code(&Softmax::out_dtype));
+    softmax.def_readwrite("x", &Softmax::x)
+        .def_readwrite("dy", &Softmax::dy)
+        .def_readwrite("out_stride", &Softmax::out_stride)
+        .def_readwrite("rows", &Softmax::rows)
+        .def_readwrite("vocab", &Softmax::vocab)
+        .def_readwrite("temperature", &Softmax::temperature)
+        .def_readwrite("logarithm", &Softmax::logarithm)
+        .def_readwrite("backward", &Softmax::backward)
+        .def_readwrite("double_precision", &Softmax::double_precision);
+
+    kernel<&kd::cpu_rows>(m, "cpu_rows");
+    kernel<&kd::cpu_head_rows>(m, "cpu_head_rows");
+    kernel<&kd::cpu_softmax_rows>(m, "cpu_softmax_rows");
 
     // Compute capabilities that there is machine code for, the newest as PTX too; none in a build without CUDA.
     m.def("cuda_targets", [] {

@@ -39,4 +39,44 @@ struct RowArguments {
     Dtype dz_dtype = Dtype::f32;
 };
 
+// One side alone: what the primitives ask of a head. Every array of more than one dimension but the logits is contiguous.
+struct HeadArguments {
+    Side side;
+    int64_t rows = 0, vocab = 0;
+    double temperature = 1.0;
+    bool double_precision = false;
+    bool statistics = true;         // find the next three; else read them
+    void* top = nullptr;            // [C] compute type: the largest z / T
+    void* log_sum = nullptr;        // [C] log sum exp(z / T - top). Apart, since their sum is rounded to the step of the larger
+    void* entropy = nullptr;        // [C], or null
+    const int64_t* ids = nullptr;   // [C, num_ids], -1: none; or null
+    int64_t num_ids = 0;
+    void* logprobs = nullptr;       // [C, num_ids], out: log softmax(z / T) at ids, 0 at -1
+    // dz is the gradient of d_lse * lse + d_entropy * entropy + sum_k d_logprobs[k] * logprobs[k]; null is 0.
+    const void *d_lse = nullptr, *d_entropy = nullptr, *d_logprobs = nullptr;
+    double dz_scale = 1.0;
+    void* dz = nullptr;             // [C, V], or null; a row may start where the logits' row does
+    int64_t dz_stride = 0;
+    Dtype dz_dtype = Dtype::f32;
+    int64_t num_top = 0;
+    int32_t* top_ids = nullptr;     // [C, num_top], out: by falling logit, then rising id
+    void* top_logprobs = nullptr;   // [C, num_top]
+    int64_t num_draws = 0;
+    int32_t* draws = nullptr;       // [C, num_draws], out: ids drawn from softmax(z / T); -1 if no sum of its row is finite
+    uint64_t seed = 0;
+    int64_t first_row = 0;          // number of the first row within the call: part of the random counter
+};
+
+// softmax(x / T) or its logarithm; backward, from that result (as x) and the gradient by it, the gradient by the logits.
+struct SoftmaxArguments {
+    Side x, dy;                     // [C, V]: x, or for the gradient y and dy; without bias, scale and softcap
+    void* out = nullptr;            // [C, V]; may be any of the inputs
+    int64_t out_stride = 0;
+    Dtype out_dtype = Dtype::f32;
+    int64_t rows = 0, vocab = 0;
+    double temperature = 1.0;
+    bool logarithm = false, backward = false;
+    bool double_precision = false;
+};
+
 }  // namespace kd

@@ -35,7 +35,50 @@ class RowArguments:
     dz_stride: int
     dz_dtype: int
 
+class HeadArguments:
+    side: Side
+    rows: int
+    vocab: int
+    temperature: float
+    double_precision: bool
+    statistics: bool
+    top: int
+    log_sum: int
+    entropy: int
+    ids: int
+    num_ids: int
+    logprobs: int
+    d_lse: int
+    d_entropy: int
+    d_logprobs: int
+    dz_scale: float
+    dz: int
+    dz_stride: int
+    dz_dtype: int
+    num_top: int
+    top_ids: int
+    top_logprobs: int
+    num_draws: int
+    draws: int
+    seed: int
+    first_row: int
+
+class SoftmaxArguments:
+    x: Side
+    dy: Side
+    out: int
+    out_stride: int
+    out_dtype: int
+    rows: int
+    vocab: int
+    temperature: float
+    logarithm: bool
+    backward: bool
+    double_precision: bool
+
 def cpu_rows(arguments: RowArguments, threads: int, isa: str | None = None) -> None: ...
+def cpu_head_rows(arguments: HeadArguments, threads: int, isa: str | None = None) -> None: ...
+def cpu_softmax_rows(arguments: SoftmaxArguments, threads: int, isa: str | None = None) -> None: ...
 def cuda_rows(arguments: RowArguments, stream: int) -> None: ...
 def cuda_targets() -> list[str]: ...
 def cuda_launch(

@@ -15,7 +15,8 @@ from .divergences import (
     TotalVariation,
 )
 from .losses import DistillationLoss, Plan, TokenStats, distillation_loss, plan
-from .sides import LMHead
+from .primitives import cross_entropy, entropy, log_softmax, logsumexp, sample, softmax, token_logprobs, topk_logprobs
+from .sides import LMHead, Sampled, TopK
 
 __all__ = [
     "ABDivergence",
@@ -28,12 +29,22 @@ __all__ = [
     "LogitMSE",
     "Plan",
     "ReverseKL",
+    "Sampled",
     "SkewKL",
     "SkewReverseKL",
     "SymmetricKL",
     "TokenStats",
+    "TopK",
     "TotalVariation",
     "__version__",
+    "cross_entropy",
     "distillation_loss",
+    "entropy",
+    "log_softmax",
+    "logsumexp",
     "plan",
+    "sample",
+    "softmax",
+    "token_logprobs",
+    "topk_logprobs",
 ]

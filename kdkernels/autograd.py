@@ -1,7 +1,7 @@
 """The custom ops and their autograd: the only file that knows ``ctx``.
 
-Two ops, so that torch.compile sees neither the chunk loop nor data-dependent shapes, and that a second derivative, which is
-not implemented, raises instead of being silently wrong.
+An op and its gradient are two ops, so that torch.compile sees neither the chunk loop nor data-dependent shapes, and that a second
+derivative, which is not implemented, raises instead of being silently wrong.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine
-from .engine import Inputs, Outputs
+from . import engine, heads, pages
+from .engine import Outputs
 from .problem import Problem, decode
+from .sources import Inputs
 
 # The ops look at labels on the host: CUDA graph capture by the compiler has to split around them.
 _TAGS = [tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None]
@@ -29,7 +30,7 @@ def distill(
     student: Tensor,
     student_weight: Tensor | None,
     student_bias: Tensor | None,
-    teacher: Tensor,
+    teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
@@ -38,7 +39,7 @@ def distill(
     sizes: list[int],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (summed, or per token), number of valid tokens, statistics, and what backward needs: see ``engine.Outputs``.
+    """Loss (summed, or per token) or other quantity, number of valid tokens, statistics, and what backward needs: see ``engine.Outputs``.
 
     Args:
         numbers: float64 on the host, ``Problem.numbers``.
@@ -56,7 +57,7 @@ def _(
     student: Tensor,
     student_weight: Tensor | None,
     student_bias: Tensor | None,
-    teacher: Tensor,
+    teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
@@ -75,7 +76,7 @@ def distill_backward(
     student: Tensor,
     student_weight: Tensor | None,
     student_bias: Tensor | None,
-    teacher: Tensor,
+    teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
@@ -94,12 +95,7 @@ def distill_backward(
     inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights)
     saved = Outputs(upstream, upstream, upstream, state, d_student, d_weight, d_bias)
     with _no_autocast(student):
-        if state.dim() != 2:  # forward left no row state: it left the gradients themselves (and the teacher has not been kept)
-            return engine.scale(problem, inputs, saved, upstream)
-        by_input, by_weight, by_bias = engine.recompute(problem, inputs, state, upstream)
-        if student_weight is not None:  # the hidden gradient was saved row by row
-            by_input = engine.scale(problem, inputs, saved, upstream)[0]
-        return by_input, by_weight, by_bias
+        return engine.backward(problem, inputs, saved, upstream)
 
 
 @distill_backward.register_fake
@@ -107,7 +103,7 @@ def _(
     student: Tensor,
     student_weight: Tensor | None,
     student_bias: Tensor | None,
-    teacher: Tensor,
+    teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
@@ -144,11 +140,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(count, *kept)
     ctx.set_materialize_grads(False)
     ctx.sizes, ctx.spec = sizes, spec
-    problem = decode(spec)
-    recompute = engine.recomputes(problem, tensors[1] is not None, tensors[4] is not None)
     student, student_weight, student_bias, *others = tensors
-    if not recompute:  # backward only scales: the teacher and the labels need not be kept alive
-        others = [others[0][:0], None, None, None, None]
+    if kept[1].dim() != 2:  # no row state, so backward only scales: the teacher and the labels need not be kept alive
+        others = [None] * len(others)
     # The head is kept for the shape and dtype of its gradient; it is a parameter, alive anyway.
     ctx.save_for_backward(student, student_weight, student_bias, *others, *kept[1:], numbers)
 
@@ -170,12 +164,147 @@ distill.register_autograd(_backward, setup_context=_setup_context)
 def distillation_rows(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss (summed, or per token), number of valid tokens (0-dim int64), statistics ``[5, ...]`` or None. Differentiable once."""
     i = inputs
-    one = torch.ones((), dtype=torch.float64, device="cpu")
     loss, count, stats, *_ = distill(
         i.student, i.student_weight, i.student_bias, i.teacher, i.teacher_weight, i.teacher_bias, i.labels, i.token_weights,
-        # On the host, and a tensor: numbers given as such would be compiled in, and annealing them would recompile every step.
-        torch.stack([one * x for x in problem.numbers]),
-        problem.sizes,
-        problem.encode(),
+        _on_host(*problem.numbers), problem.sizes, problem.encode(),
     )  # fmt: skip
     return loss, count, stats if problem.return_stats else None
+
+
+def _on_host(*values: float) -> Tensor:
+    """A tensor: numbers given as such would be compiled in, and annealing them would recompile every step."""
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * value for value in values])
+
+
+# ---- ids: nothing to differentiate
+
+
+@torch.library.custom_op("kdkernels::topk_logprobs", mutates_args=(), tags=_TAGS)
+def topk_op(
+    side: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: Tensor, sizes: list[int], spec: str, k: int
+) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities of the k most likely tokens."""
+    with _no_autocast(side):
+        return heads.topk(decode(spec, numbers.tolist(), sizes), _one_side(side, weight, bias), k)
+
+
+@topk_op.register_fake
+def _(
+    side: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: Tensor, sizes: list[int], spec: str, k: int
+) -> tuple[Tensor, Tensor]:
+    shape = (*side.shape[:-1], k)
+    return side.new_empty(shape, dtype=torch.int32), side.new_empty(shape, dtype=decode(spec).compute_dtype)
+
+
+@torch.library.custom_op("kdkernels::sample", mutates_args=(), tags=_TAGS)
+def sample_op(
+    side: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor, numbers: Tensor, sizes: list[int], spec: str, num_samples: int
+) -> Tensor:
+    """Ids of draws; ``seed`` is [] int64 on the side's device."""
+    with _no_autocast(side):
+        return heads.sample(decode(spec, numbers.tolist(), sizes), _one_side(side, weight, bias), seed, num_samples)
+
+
+@sample_op.register_fake
+def _(
+    side: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor, numbers: Tensor, sizes: list[int], spec: str, num_samples: int
+) -> Tensor:
+    return side.new_empty((*side.shape[:-1], num_samples), dtype=torch.int32)
+
+
+def _one_side(side: Tensor, weight: Tensor | None, bias: Tensor | None) -> Inputs:
+    return Inputs(side, weight, bias, None, None, None, None, None)
+
+
+def topk(problem: Problem, inputs: Inputs, k: int) -> tuple[Tensor, Tensor]:
+    """Ids ``[..., k]`` int32 and log-probabilities of the most likely tokens; no gradient."""
+    ids, logprobs = topk_op(*_detached(inputs), _on_host(*problem.numbers), problem.sizes, problem.encode(), k)
+    return ids, logprobs
+
+
+def sample(problem: Problem, inputs: Inputs, seed: Tensor, num_samples: int) -> Tensor:
+    """Ids ``[..., num_samples]`` int32 of draws; no gradient."""
+    ids: Tensor = sample_op(*_detached(inputs), seed, _on_host(*problem.numbers), problem.sizes, problem.encode(), num_samples)
+    return ids
+
+
+def _detached(inputs: Inputs) -> list[Tensor | None]:
+    return [None if t is None else t.detach() for t in (inputs.student, inputs.student_weight, inputs.student_bias)]
+
+
+# ---- softmax of given logits
+
+
+@torch.library.custom_op("kdkernels::softmax", mutates_args=(), tags=_TAGS)
+def softmax_op(logits: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
+    """``softmax(logits / T)`` or its logarithm, in the dtype of the logits; ``numbers`` is [1] float64 on the host: T."""
+    out = pages.advise(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
+    heads.softmax(logits, None, out, numbers.item(), logarithm, memory_budget, chunk_rows, backend)
+    return out
+
+
+@softmax_op.register_fake
+def _(logits: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("kdkernels::softmax_backward", mutates_args=(), tags=_TAGS)
+def softmax_backward(
+    y: Tensor, dy: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
+) -> Tensor:
+    """The gradient by the logits."""
+    out = pages.advise(torch.empty(y.shape, dtype=y.dtype, device=y.device))
+    heads.softmax(y, dy, out, numbers.item(), logarithm, memory_budget, chunk_rows, backend)
+    return out
+
+
+@softmax_backward.register_fake
+def _(y: Tensor, dy: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+def _softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, numbers, *ctx.options = inputs
+    ctx.save_for_backward(output, numbers)
+
+
+def _softmax_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    output, numbers = ctx.saved_tensors
+    return softmax_backward(output, upstream, numbers, *ctx.options), None, None, None, None, None
+
+
+softmax_op.register_autograd(_softmax_backward, setup_context=_softmax_setup)
+
+
+@torch.library.custom_op("kdkernels::softmax_out", mutates_args=("out",), tags=_TAGS)
+def softmax_out(
+    logits: Tensor | None, out: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
+) -> None:
+    """The same into ``out``, which without logits holds them."""
+    heads.softmax(out if logits is None else logits, None, out, numbers.item(), logarithm, memory_budget, chunk_rows, backend)
+
+
+@softmax_out.register_fake
+def _(
+    logits: Tensor | None, out: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
+) -> None:
+    return None
+
+
+def softmax(
+    logits: Tensor,
+    out: Tensor | None,
+    temperature: float,
+    logarithm: bool,
+    memory_budget: int | None,
+    chunk_rows: int | None,
+    backend: str,
+) -> Tensor:
+    """``softmax(logits / T)`` or its logarithm; into ``out``, which may be the logits, without a gradient."""
+    options = (_on_host(temperature), logarithm, memory_budget, chunk_rows, backend)
+    if out is None:
+        result: Tensor = softmax_op(logits, *options)
+        return result
+    softmax_out(None if out is logits else logits.detach(), out, *options)
+    return out

@@ -33,13 +33,14 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def unavailable(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def unavailable(name: str, device_type: str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str | None:
     """Why ``name`` cannot run on such tensors, or None.
 
     Args:
         name: one of ``NAMES``.
         device_type: ``"cpu"``, ``"cuda"``, ...
         dtypes: storage dtypes of the logits of both sides.
+        kernels: ``"rows"`` (two sides), ``"head_rows"`` (one side) or ``"softmax_rows"``, as in backends/__init__.py.
     """
     if name == "reference":
         return None
@@ -48,30 +49,30 @@ def unavailable(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) ->
     except ImportError as error:
         return f"cannot be imported: {error}"
     reason: str | None = module.unavailable(device_type, dtypes)
-    return reason
+    return reason if reason is not None or hasattr(module, kernels) else "it has kernels for the distillation loss only"
 
 
 @lru_cache(maxsize=256)
-def _select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
+def _select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], kernels: str) -> str:
     if backend == "auto":
         order = AUTO_ORDER.get(device_type, ("torch",))
-        return next(name for name in order if unavailable(name, device_type, dtypes) is None)
+        return next(name for name in order if unavailable(name, device_type, dtypes, kernels) is None)
     if backend not in NAMES:
         raise ValueError(f"backend {backend!r} is unknown; valid names: auto, {', '.join(NAMES)}")
-    if (reason := unavailable(backend, device_type, dtypes)) is not None:
+    if (reason := unavailable(backend, device_type, dtypes, kernels)) is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run here: {reason}")
     return backend
 
 
 @torch.compiler.assume_constant_result
-def select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
+def select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str:
     """The backend to run: the one that was asked for, or the best that can.
 
     Raises:
         ValueError: unknown name; the message lists the valid ones.
         BackendUnavailable: an explicit choice cannot run; only "auto" falls back.
     """
-    return _select(backend, device_type, dtypes)
+    return _select(backend, device_type, dtypes, kernels)
 
 
 def not_chosen(chosen: str, backend: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, str]:

@@ -153,7 +153,7 @@ def distillation_loss(
     else:
         loss, count, stats = autograd.distillation_rows(problem, inputs)
     if reduction == "mean":
-        loss = loss / _denominator(num_items, count, loss.dtype)
+        loss = loss / mean_denominator(num_items, count, loss.dtype)
     if stats is None:
         return loss
     return loss, TokenStats(**dict(zip(STATS, stats.unbind(0), strict=True)))
@@ -231,7 +231,7 @@ def plan(student: Side, teacher: Side, *, return_stats: bool = False, **options:
     return Plan(problem.backend, chunks.rows, chunks.count, held, dense, max(0, dense - held), not_chosen)
 
 
-def _denominator(num_items: int | Tensor | None, count: Tensor, dtype: torch.dtype) -> Tensor | int:
+def mean_denominator(num_items: int | Tensor | None, count: Tensor, dtype: torch.dtype) -> Tensor | int:
     """Of the mean, 0-dim and in the loss's dtype; 1 instead of 0, so that a call without valid tokens gives 0 rather than NaN."""
     if num_items is None:
         return count.clamp(min=1)

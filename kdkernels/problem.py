@@ -6,6 +6,7 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ divergence's slopes, and the student's log-sum-exp at T = 1 where cross-entropy 
 STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
+Quantity = Literal["distillation", "cross_entropy", "logprobs", "logsumexp", "entropy"]
+"""What is computed of each row: a loss between two sides, or of one side alone (the "student" then) one of the others."""
+
+
 @dataclass(frozen=True)
 class Transform:
     """What lies between ``hidden @ weight.T + bias`` and the logits: ``softcap * tanh(scale * z / softcap)``; identity for logits."""
@@ -45,7 +50,9 @@ class Problem:
     """Everything about a call that is not a tensor. ``encode``, ``numbers`` and ``decode`` carry it through a custom op."""
 
     divergence: Divergence
+    """Looked at in a distillation only, like ``teacher``, ``t_squared`` and the two weights."""
     vocab: int
+    quantity: Quantity = "distillation"
     temperature: float = 1.0
     t_squared: bool = True
     kd_weight: float = 1.0
@@ -92,6 +99,11 @@ class Problem:
     def needs_ce(self) -> bool:
         return self.has_labels and (self.ce_weight != 0 or self.return_stats)
 
+    @property
+    def needs_ids(self) -> bool:
+        """Columns of one side are asked for: its labels' (cross-entropy) or its ids'."""
+        return self.quantity in ("cross_entropy", "logprobs")
+
     def storage(self, side_dtype: torch.dtype) -> torch.dtype:
         """Dtype in which a head's chunk logits are held."""
         return side_dtype if self.logits_dtype == side_dtype else self.compute_dtype
@@ -133,7 +145,8 @@ class Problem:
             {
                 name: getattr(self, name)
                 for name in (
-                    "t_squared", "per_token", "wants_input", "wants_weight", "wants_bias", "return_stats", "has_labels", "backend",
+                    "quantity", "t_squared", "per_token", "wants_input", "wants_weight", "wants_bias", "return_stats", "has_labels",
+                    "backend",
                 )
             },
         )  # fmt: skip
@@ -193,3 +206,26 @@ class RowBatch:
     stats: Tensor | None = None  # [5, C] float32, out
     dz: Tensor | None = None  # [C, V], out: gradient by ``student``; may lie over it, each row starting where the row does
     dz_scale: float = 1.0  # multiplies dz
+
+
+@dataclass
+class HeadBatch:
+    """The rows of one chunk of one side alone. Arrays of more than one dimension but logits and dz are contiguous."""
+
+    logits: Tensor  # [C, V] before bias, scale and softcap
+    bias: Tensor | None  # [V]
+    top: Tensor  # [C] compute dtype, the largest z / T; this and the next two written with ``statistics``, else read
+    log_sum: Tensor  # [C] log sum exp(z / T - top): apart, since their sum is rounded to the step of the larger
+    entropy: Tensor | None = None  # [C]
+    ids: Tensor | None = None  # [C, K] int64, -1 for none
+    logprobs: Tensor | None = None  # [C, K] compute dtype, out: log softmax(z / T) at ids, 0 at -1
+    d_lse: Tensor | None = None  # [C] upstream gradients, None for 0: of top + log_sum,
+    d_entropy: Tensor | None = None  # [C] of entropy,
+    d_logprobs: Tensor | None = None  # [C, K] and of logprobs
+    dz: Tensor | None = None  # [C, V], out: gradient by ``logits``; may lie over it, each row starting where the row does
+    dz_scale: float = 1.0  # multiplies dz
+    top_ids: Tensor | None = None  # [C, k] int32, out: by falling logit, among equals by rising id; NaN counts as -inf
+    top_logprobs: Tensor | None = None  # [C, k] compute dtype
+    draws: Tensor | None = None  # [C, S] int32, out: see csrc/philox.h; -1 where the log-sum-exp is not finite
+    seed: Tensor | None = None  # [] int64 on the logits' device: the random key
+    first_row: int = 0  # number of the first row within the call: part of the random counter

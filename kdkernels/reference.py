@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import philox
 from .divergences import Divergence
 from .problem import STATS, Problem, Transform
 from .sides import LMHead, Side
@@ -32,7 +33,7 @@ def normalize(x: Tensor, other: Tensor, divergence: Divergence) -> Tensor:
 
 def _logits(side: Side, t: Transform, valid: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor:
     """``[..., V]`` in the compute dtype; invalid rows are zeroed first, so that a NaN there reaches nothing."""
-    x = (side.hidden if isinstance(side, LMHead) else side).to(dtype)
+    x = _input(side).to(dtype)
     if valid is not None:
         x = torch.where(valid.unsqueeze(-1), x, torch.zeros((), dtype=dtype, device=x.device))
     if not isinstance(side, LMHead):
@@ -86,3 +87,50 @@ def distillation_rows(
     if valid is not None:
         loss = torch.where(valid, loss, torch.zeros_like(loss))
     return loss, count, stats
+
+
+def head_values(problem: Problem, side: Side, ids: Tensor | None) -> Tensor:
+    """A quantity of one side per token, ``[...]`` or ``[..., K]``; see ``Problem.quantity``. Cross-entropy is 0 for invalid tokens."""
+    many = ids is not None and ids.dim() == _input(side).dim()
+    index = None if ids is None else ids.long() if many else ids.long().unsqueeze(-1)
+    none = None if index is None else index == problem.ignore_index
+    valid = None if none is None else ~none.all(-1)
+    x = _logits(side, problem.student, valid, problem.vocab, problem.compute_dtype) / problem.temperature
+    if problem.quantity == "logsumexp":
+        return torch.logsumexp(x, -1)
+    log_q = torch.log_softmax(x, -1)
+    if problem.quantity == "entropy":
+        return _entropy(log_q)
+    assert index is not None
+    assert none is not None
+    chosen = log_q.gather(-1, torch.where(none, torch.zeros_like(index), index))
+    values = torch.where(none, torch.zeros_like(chosen), chosen)
+    if problem.quantity == "cross_entropy":
+        values = -values
+    return values if many else values.squeeze(-1)
+
+
+def topk(problem: Problem, side: Side, k: int) -> tuple[Tensor, Tensor]:
+    """Ids ``[..., k]`` and their log-probabilities, falling; among equals the lower id first, NaN as -inf."""
+    z = _logits(side, problem.student, None, problem.vocab, problem.compute_dtype).detach()
+    order = torch.where(torch.isnan(z), torch.full_like(z, -math.inf), z).sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return order.to(torch.int32), torch.log_softmax(z / problem.temperature, -1).gather(-1, order)
+
+
+def sample(problem: Problem, side: Side, seed: Tensor, num_samples: int) -> Tensor:
+    """Ids ``[..., num_samples]``; -1 in rows without a finite log-sum-exp."""
+    z = _logits(side, problem.student, None, problem.vocab, problem.compute_dtype).detach().to(torch.float64)
+    x = (z / problem.temperature).flatten(0, -2)
+    ids = philox.draw(x, seed, 0, num_samples)
+    ids = torch.where(torch.isfinite(torch.logsumexp(x, -1, keepdim=True)), ids, torch.full_like(ids, -1))
+    return ids.to(torch.int32).view(*z.shape[:-1], num_samples)
+
+
+def softmax(logits: Tensor, temperature: float, logarithm: bool) -> Tensor:
+    """``softmax(logits / T)`` or its logarithm, in the dtype of the logits."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return (torch.log_softmax(x, -1) if logarithm else torch.softmax(x, -1)).to(logits.dtype)
+
+
+def _input(side: Side) -> Tensor:
+    return side.hidden if isinstance(side, LMHead) else side

@@ -1,13 +1,18 @@
-"""What a student or a teacher is: hidden states with an LM head, or logits."""
+"""What a student or a teacher is: hidden states with an LM head, or logits; or what has been kept of a teacher."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
-__all__ = ["LMHead", "Side"]
+__all__ = ["LMHead", "Sampled", "Side", "Tail", "TopK"]
+
+Tail = Literal["bucket", "renorm", "zero"]
+"""What a loss takes the probability outside a ``TopK`` for: one more outcome, nothing (the rest renormalised), or left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,3 +40,73 @@ class LMHead:
 
 Side: TypeAlias = LMHead | Tensor
 """A student or teacher: an :class:`LMHead`, or a logits tensor ``[..., V]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """The most likely tokens of each position with their log-probabilities, as ``topk_logprobs`` gives and caches keep them.
+
+    Args:
+        ids: ``[..., K]`` integers; -1 is padding, whatever its log-probability holds.
+        logprobs: ``[..., K]`` floats: log softmax(z / temperature) at ids.
+        tail: what a loss makes of the probability outside.
+        temperature: that the log-probabilities were taken at.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit together.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tail = "bucket"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_ids("TopK", self.ids)
+        _check_beside("TopK.logprobs", self.logprobs, self.ids)
+        if not self.logprobs.is_floating_point():
+            raise TypeError(f"TopK.logprobs must be floating point, got {self.logprobs.dtype}")
+        if self.tail not in get_args(Tail):
+            raise ValueError(f"TopK.tail must be one of {', '.join(map(repr, get_args(Tail)))}, got {self.tail!r}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"TopK.temperature must be finite and > 0, got {self.temperature}")
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Tokens drawn at each position, as ``sample`` gives them; an id may occur more than once.
+
+    Args:
+        ids: ``[..., S]`` integers; -1 is padding.
+        counts: ``[..., S]``: how often each was drawn (or its weight), >= 0.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit together.
+    """
+
+    ids: Tensor
+    counts: Tensor
+
+    def __post_init__(self) -> None:
+        _check_ids("Sampled", self.ids)
+        _check_beside("Sampled.counts", self.counts, self.ids)
+        if self.counts.dtype == torch.bool or self.counts.is_complex():
+            raise TypeError(f"Sampled.counts must be numbers, got {self.counts.dtype}")
+
+
+def _check_ids(name: str, ids: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}.ids must be a tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"{name}.ids must be integers, got {ids.dtype}")
+    if ids.dim() < 1 or ids.shape[-1] < 1:
+        raise ValueError(f"{name}.ids must be [..., K] with K >= 1, got shape {list(ids.shape)}")
+
+
+def _check_beside(name: str, tensor: Tensor, ids: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != ids.shape:
+        raise ValueError(f"{name} must have the ids' shape {list(ids.shape)}, got {list(tensor.shape)}")
+    if tensor.device != ids.device:
+        raise ValueError(f"{name} is on {tensor.device}, the ids on {ids.device}: move one with .to(device)")

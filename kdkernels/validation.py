@@ -11,14 +11,14 @@ from torch import Tensor
 
 from . import dispatch, divergences
 from .divergences import Divergence
-from .engine import Inputs
-from .problem import DTYPE_NAMES, Problem, Transform
+from .problem import DTYPE_NAMES, Problem, Quantity, Transform
 from .sides import LMHead, Side
+from .sources import Inputs
 
 
 def prepare(
     student: Side,
-    teacher: Side,
+    teacher: Side | None,
     divergence: Divergence | str,
     temperature: float,
     t_squared: bool,
@@ -34,12 +34,15 @@ def prepare(
     logits_dtype: torch.dtype | None,
     backend: str,
     return_stats: bool,
+    quantity: Quantity = "distillation",
 ) -> tuple[Problem, Inputs]:
-    """Checks every argument and turns it into what the engine takes."""
+    """Checks every argument and turns it into what the engine takes. The cross-entropy of the student alone has no teacher."""
     resolved = divergences.resolve(divergence)
     check_numbers(temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
     check_choices(reduction=reduction, memory_budget=memory_budget, chunk_rows=chunk_rows)
-    student_side, teacher_side = _check_side("student", student), _check_side("teacher", teacher)
+    student_side = _check_side("student", student)
+    alone = quantity == "cross_entropy"
+    teacher_side = student_side if alone else _check_side("teacher", teacher)
     leading, device = student_side.leading, student_side.input.device
     if teacher_side.leading != leading:
         raise ValueError(
@@ -73,7 +76,7 @@ def prepare(
         raise ValueError(f"num_items must not be negative, got {num_items}")
     _check_logits_dtype(logits_dtype, student_side, teacher_side)
     grad = torch.is_grad_enabled()
-    if grad and any(t is not None and t.requires_grad for t in teacher_side.tensors) and not torch.compiler.is_compiling():
+    if grad and not alone and any(t is not None and t.requires_grad for t in teacher_side.tensors) and not torch.compiler.is_compiling():
         warnings.warn(
             "the teacher requires grad: it is detached, no gradient reaches it (compute it under torch.no_grad() to save memory)",
             stacklevel=3,
@@ -82,6 +85,7 @@ def prepare(
     problem = Problem(
         divergence=resolved,
         vocab=student_side.vocab,
+        quantity=quantity,
         temperature=temperature,
         t_squared=bool(t_squared),
         kd_weight=kd_weight,
@@ -101,19 +105,126 @@ def prepare(
         memory_budget=memory_budget,
         chunk_rows=chunk_rows,
     )
-    chosen = dispatch.select(backend, device_type_of(student_side.input), storages(problem, student_side.is_head, teacher_side.is_head))
-    teacher_weight, teacher_bias = teacher_side.weight, teacher_side.bias
+    dtypes = storages(problem, student_side.is_head, teacher_side.is_head)
+    chosen = dispatch.select(backend, device_type_of(student_side.input), dtypes, "head_rows" if alone else "rows")
+    teacher_input, teacher_weight, teacher_bias = (None, None, None) if alone else teacher_side.tensors
     inputs = Inputs(
         student=student_side.input,
         student_weight=student_side.weight,
         student_bias=student_side.bias,
-        teacher=teacher_side.input.detach(),
+        teacher=None if teacher_input is None else teacher_input.detach(),
         teacher_weight=None if teacher_weight is None else teacher_weight.detach(),
         teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
         labels=None if labels is None else labels.detach().to(torch.int64),  # an ignore_index of -100 is no uint8
         token_weights=None if token_weights is None else token_weights.detach(),
     )
     return replace(problem, backend=chosen), inputs
+
+
+def prepare_head(
+    side: Side,
+    quantity: Quantity,
+    temperature: float,
+    memory_budget: int | None,
+    chunk_rows: int | None,
+    backend: str,
+    ids: Tensor | None = None,
+    differentiable: bool = True,
+) -> tuple[Problem, Inputs]:
+    """The same for a quantity of one side, per token; ``ids`` are ``[...]`` or ``[..., K]``."""
+    check_numbers(temperature=temperature)
+    check_choices(memory_budget=memory_budget, chunk_rows=chunk_rows)
+    checked = _check_side("side", side)
+    if ids is not None:
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids must be a tensor, got {type(ids).__name__}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"ids must be integers, got {ids.dtype}")
+        if ids.shape != checked.leading and (ids.shape[:-1] != checked.leading or ids.shape[-1:] == (0,)):
+            raise ValueError(
+                f"ids must have the leading shape {list(checked.leading)} of the side, or one dimension more for K >= 1 ids each, "
+                f"got {list(ids.shape)}"
+            )
+        if ids.device != checked.input.device:
+            raise ValueError(f"ids are on {ids.device}, the side on {checked.input.device}: move one with .to(device)")
+    grad = torch.is_grad_enabled() and differentiable
+    wants = [grad and t is not None and t.requires_grad for t in checked.tensors]
+    problem = Problem(
+        divergence=divergences.ForwardKL(),
+        vocab=checked.vocab,
+        quantity=quantity,
+        temperature=temperature,
+        ignore_index=-1,
+        student=checked.transform,
+        teacher=Transform(),
+        student_dtype=checked.dtype,
+        teacher_dtype=checked.dtype,
+        per_token=True,
+        wants_input=wants[0],
+        wants_weight=wants[1],
+        wants_bias=wants[2],
+        has_labels=ids is not None,
+        memory_budget=memory_budget,
+        chunk_rows=chunk_rows,
+    )
+    dtypes = storages(problem, checked.is_head, checked.is_head)
+    chosen = dispatch.select(backend, device_type_of(checked.input), dtypes, "head_rows")
+    inputs = Inputs(checked.input, checked.weight, checked.bias, None, None, None, None if ids is None else ids.detach(), None)
+    return replace(problem, backend=chosen), inputs
+
+
+def check_count(name: str, value: int, largest: int | None = None) -> None:
+    """An int of at least 1 and, if there is a largest, at most that."""
+    bounds = ">= 1" if largest is None else f"in [1, {largest}] (the vocabulary)"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (largest is not None and value > largest):
+        raise ValueError(f"{name} must be an int {bounds}, got {value!r}")
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != device.type or (device.index is not None and generator.device.index not in (None, device.index)):
+        raise ValueError(f"generator is on {generator.device}, the side on {device}: make one with torch.Generator({str(device)!r})")
+
+
+def check_softmax(logits: Tensor, out: Tensor | None) -> None:
+    """Logits ``[..., V]``, and a place for the result that fits."""
+    _check_floating("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V > 0, got shape {list(logits.shape)}")
+    if out is None:
+        return
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
+        raise ValueError(
+            f"out must be {logits.dtype} of shape {list(logits.shape)} on {logits.device} like the logits, "
+            f"got {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    if torch.is_grad_enabled() and (logits.requires_grad or out.requires_grad):
+        raise ValueError("out= records no gradient: call it under torch.no_grad(), or leave out= away")
+    if out.stride(-1) != 1 and out.shape[-1] > 1:
+        raise ValueError(f"out must have unit stride in its last dimension, got strides {out.stride()}")
+    try:
+        out.view(-1, out.shape[-1])
+    except RuntimeError:
+        raise ValueError(f"out must have one stride between all its rows, got strides {out.stride()} for {list(out.shape)}") from None
+    if out is logits or torch.compiler.is_compiling() or not out.numel():
+        return
+    same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
+    if not same and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
+        (a, b), (c, d) = _extent(out), _extent(logits)
+        if a < d and c < b:
+            raise ValueError("out shares a part of its memory with the logits: pass out=logits itself, or a tensor of its own")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First element in its storage, and one beyond the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start, start + int(last) + 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +251,7 @@ class _Checked:
         return [self.input, self.weight, self.bias]
 
 
-def _check_side(name: str, side: Side) -> _Checked:
+def _check_side(name: str, side: Side | None) -> _Checked:
     if not isinstance(side, (LMHead, Tensor)):
         raise TypeError(f"{name} must be an LMHead or a tensor of logits [..., V], got {type(side).__name__}")
     x = side.hidden if isinstance(side, LMHead) else side

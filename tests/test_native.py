@@ -11,7 +11,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import divergences
 from kdkernels.backends import native
-from kdkernels.problem import Problem, RowBatch
+from kdkernels.problem import HeadBatch, Problem, RowBatch
 
 _C = pytest.importorskip("kdkernels._C")
 
@@ -124,3 +124,54 @@ def test_what_the_compiled_code_would_touch_is_checked() -> None:
     arguments.divergence, arguments.rows, arguments.vocab = 0, 1, 1
     with pytest.raises(ValueError, match="no instruction set mmx"):
         _C.cpu_rows(arguments, 1, "mmx")
+
+
+def head_rows(logits: Tensor, **room: Tensor) -> HeadBatch:
+    """Everything that the kernel of one side can be asked for."""
+    count, vocab = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    problem = Problem(kd.ForwardKL(), vocab, quantity="entropy", temperature=1.3, student_dtype=logits.dtype, teacher_dtype=logits.dtype)
+    ids = torch.arange(3 * count).view(count, 3) % vocab
+    parts = {
+        "entropy": torch.empty(count, dtype=dtype), "ids": ids, "logprobs": torch.empty(count, 3, dtype=dtype),
+        "d_lse": torch.ones(count, dtype=dtype), "d_entropy": torch.ones(count, dtype=dtype),
+        "d_logprobs": torch.ones(count, 3, dtype=dtype), "dz": torch.empty(count, vocab, dtype=dtype),
+        "top_ids": torch.empty(count, 5, dtype=torch.int32), "top_logprobs": torch.empty(count, 5, dtype=dtype),
+        "draws": torch.empty(count, 4, dtype=torch.int32), "seed": torch.tensor(7),
+    }  # fmt: skip
+    batch = HeadBatch(logits, None, torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype), **{**parts, **room})
+    native.head_rows(problem, batch, statistics=True)
+    return batch
+
+
+@pytest.mark.parametrize("isa", _C.cpu_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_instruction_set_gives_the_same_of_one_side(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws and the largest bit for bit."""
+    logits = torch.randn(9, 1037, generator=torch.Generator().manual_seed(1), dtype=dtype) * 5
+    best = head_rows(logits)
+    softmax = kd.softmax(logits, 0.7, backend="native")
+    for name in ("cpu_head_rows", "cpu_softmax_rows"):
+        run = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda arguments, threads, run=run: run(arguments, threads, isa))
+    other = head_rows(logits)
+    close = {"rtol": 64 * torch.finfo(dtype).eps, "atol": 32 * torch.finfo(dtype).eps}  # log q is a difference of numbers of up to 20
+    for name in ("top", "log_sum", "entropy", "logprobs", "dz", "top_logprobs"):
+        torch.testing.assert_close(getattr(other, name), getattr(best, name), **close)
+    for name in ("top_ids", "draws"):
+        assert torch.equal(getattr(other, name), getattr(best, name)), name
+    torch.testing.assert_close(kd.softmax(logits, 0.7, backend="native"), softmax, **close)
+
+
+def test_what_the_kernels_of_one_side_would_touch_is_checked() -> None:
+    logits = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="logprobs must be contiguous"):
+        head_rows(logits, logprobs=torch.empty(3, 4).t())
+    with pytest.raises(ValueError, match=r"entropy must be torch.float32 of shape \[4\]"):
+        head_rows(logits, entropy=torch.empty(5))
+    with pytest.raises(ValueError, match=r"out must be .* of shape \[4, 8\]"):
+        native.softmax_rows(logits, torch.empty(4, 9), 1.0, False)
+    arguments = _C.HeadArguments()
+    arguments.rows, arguments.vocab, arguments.num_top = 1, 4, 5
+    with pytest.raises(ValueError, match="the number of the largest"):
+        _C.cpu_head_rows(arguments, 1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kdkernels import divergences
-from kdkernels.backends.triton.launch import choose
+from kdkernels.backends.triton.launch import choose, choose_sample, choose_softmax
 
 triton = pytest.importorskip("triton")
 
@@ -27,7 +27,7 @@ def test_compiles_without_spills(arch: int) -> None:
     assert len(variants) >= 4 * len(divergences.REGISTRY)
     spilling = [v for v in variants if v["STACK"] or v["LOCAL"]]
     assert not spilling
-    assert all(0 < v["REG"] <= 255 for v in variants)
+    assert all(0 < v["REG"] <= 255 and v["REG"] * v["threads"] <= 65536 for v in variants), "a multiprocessor has 65536 registers"
 
 
 def test_every_divergence_has_a_twin() -> None:
@@ -43,6 +43,19 @@ def test_launch_covers_a_row_within_limits(vocab: int) -> None:
     assert 128 <= launch.block <= 4096
     assert launch.num_warps in (1, 2, 4, 8)
     assert launch.block >= vocab or launch.block == 4096
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 512, 4097, 16384, 16385, 32768, 32769, 262144])
+def test_launches_of_one_side(vocab: int) -> None:
+    sample = choose_sample(vocab)
+    assert sample.block % 128 == 0, "counters come in lanes of 128"
+    assert 4 * sample.block >= vocab or sample.block == 512
+    for inputs in (1, 2):
+        launch = choose_softmax(vocab, inputs)
+        assert launch.block & (launch.block - 1) == 0
+        assert (launch.block >= vocab) == (vocab * inputs <= 32768) or vocab <= 4096
+        assert launch.block * inputs <= 64 * 32 * launch.num_warps or launch.block == 128
+        assert launch.options["maxnreg"] * 32 * launch.num_warps <= 65536
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter only")

@@ -23,14 +23,16 @@ struct Target {
     const char* name;
     bool (*supported)();
     void (*rows)(const RowArguments&, int64_t, int64_t, void*);
+    void (*head_row)(const HeadArguments&, int64_t, void*);
+    void (*softmax_row)(const SoftmaxArguments&, int64_t, void*);
 };
 
 const Target kTargets[] = {
 #if defined(__x86_64__)
-    {"avx512", [] { return bool(__builtin_cpu_supports("x86-64-v4")); }, avx512::rows},
-    {"avx2", [] { return bool(__builtin_cpu_supports("x86-64-v3")); }, avx2::rows},
+    {"avx512", [] { return bool(__builtin_cpu_supports("x86-64-v4")); }, avx512::rows, avx512::head_row, avx512::softmax_row},
+    {"avx2", [] { return bool(__builtin_cpu_supports("x86-64-v3")); }, avx2::rows, avx2::head_row, avx2::softmax_row},
 #endif
-    {"baseline", [] { return true; }, baseline::rows},
+    {"baseline", [] { return true; }, baseline::rows, baseline::head_row, baseline::softmax_row},
 };
 
 const Target& target(const char* isa) {
@@ -38,6 +40,33 @@ const Target& target(const char* isa) {
         if (t.supported() && (!isa || !std::strcmp(t.name, isa))) return t;
     throw std::invalid_argument(std::string("this processor or build has no instruction set ") + isa);
 }
+
+// work(row, scratch) for every row, on up to `threads` threads with scratch memory of their own.
+template <class Work> void for_rows(int64_t rows, int64_t vocab, size_t scratch_bytes, int threads, Work&& work_on) {
+    if (rows <= 0 || vocab <= 0) return;
+    const int64_t useful = std::min<int64_t>({threads, rows, rows * vocab / kColumnsPerThread + 1});
+    // Allocated here, where running out of memory can still be reported: not in a thread.
+    struct Free { void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); } };
+    std::vector<std::unique_ptr<void, Free>> scratch;
+    for (int64_t i = 0; i < std::max<int64_t>(useful, 1); ++i) scratch.emplace_back(::operator new(scratch_bytes, std::align_val_t(64)));
+
+    // Rows are handed out one by one: cores differ in speed, and a short last chunk should not wait for one of them.
+    std::atomic<int64_t> next{0};
+    const auto work = [&](void* memory) {
+        for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows;) work_on(row, memory);
+    };
+    std::vector<std::thread> helpers;
+    helpers.reserve(scratch.size());
+    try {
+        for (size_t i = 1; i < scratch.size(); ++i) helpers.emplace_back(work, scratch[i].get());
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that there are do the work.
+    }
+    work(scratch[0].get());
+    for (std::thread& t : helpers) t.join();
+}
+
+size_t element(bool double_precision) { return double_precision ? sizeof(double) : sizeof(float); }
 
 }  // namespace
 
@@ -55,29 +84,22 @@ const char* const* cpu_isas() {
 void cpu_rows(const RowArguments& a, int threads, const char* isa) {
     if (a.divergence < 0 || a.divergence >= kDivergences)
         throw std::invalid_argument("no divergence has the id " + std::to_string(a.divergence));
-    if (a.rows <= 0 || a.vocab <= 0) return;
     const Target& chosen = target(isa);
-    const int64_t useful = std::min<int64_t>({threads, a.rows, a.rows * a.vocab / kColumnsPerThread + 1});
-    const size_t bytes = size_t(kScratchRows * scratch_width(a.vocab)) * (a.double_precision ? sizeof(double) : sizeof(float));
-    // Allocated here, where running out of memory can still be reported: not in a thread.
-    struct Free { void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); } };
-    std::vector<std::unique_ptr<void, Free>> scratch;
-    for (int64_t i = 0; i < std::max<int64_t>(useful, 1); ++i) scratch.emplace_back(::operator new(bytes, std::align_val_t(64)));
+    const size_t bytes = size_t(kScratchRows * scratch_width(a.vocab)) * element(a.double_precision);
+    for_rows(a.rows, a.vocab, bytes, threads, [&](int64_t row, void* scratch) { chosen.rows(a, row, row + 1, scratch); });
+}
 
-    // Rows are handed out one by one: cores differ in speed, and a short last chunk should not wait for one of them.
-    std::atomic<int64_t> next{0};
-    const auto work = [&](void* memory) {
-        for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < a.rows;) chosen.rows(a, row, row + 1, memory);
-    };
-    std::vector<std::thread> helpers;
-    helpers.reserve(scratch.size());
-    try {
-        for (size_t i = 1; i < scratch.size(); ++i) helpers.emplace_back(work, scratch[i].get());
-    } catch (const std::system_error&) {
-        // No more threads to be had: those that there are do the work.
-    }
-    work(scratch[0].get());
-    for (std::thread& t : helpers) t.join();
+void cpu_head_rows(const HeadArguments& a, int threads, const char* isa) {
+    if (a.num_top < 0 || a.num_top > a.vocab) throw std::invalid_argument("the number of the largest must be between 0 and the vocabulary");
+    const Target& chosen = target(isa);
+    const size_t bytes = size_t(head_scratch(a)) * element(a.double_precision);
+    for_rows(a.rows, a.vocab, bytes, threads, [&](int64_t row, void* scratch) { chosen.head_row(a, row, scratch); });
+}
+
+void cpu_softmax_rows(const SoftmaxArguments& a, int threads, const char* isa) {
+    const Target& chosen = target(isa);
+    const size_t bytes = size_t(2 * scratch_width(a.vocab)) * element(a.double_precision);
+    for_rows(a.rows, a.vocab, bytes, threads, [&](int64_t row, void* scratch) { chosen.softmax_row(a, row, scratch); });
 }
 
 }  // namespace kd

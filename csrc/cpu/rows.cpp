@@ -1,118 +1,10 @@
 // The row kernel of the CPU. A row pair is read once, into float (or double) scratch rows that stay in the core's cache;
 // every sweep runs there; dz is written once. Compiled once per instruction set (KD_ISA); dispatch.cpp picks one.
-//
-// No standard-library template may be instantiated here: the linker keeps one copy of each, and it could be this one, with
-// instructions that the processor does not have.
-#include "rows.h"
-
-#include <limits>
-
 #include "../divergence.h"
-
-#define KD_SIMD _Pragma("omp simd")
+#include "columns.h"
 
 namespace kd::KD_ISA {
 namespace {
-
-constexpr int64_t kBlock = 2048;  // columns summed in the compute type before they join a double
-
-// ---- storage formats ------------------------------------------------------------------------------------------------
-
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
-
-KD_INLINE float widen(float x) { return x; }
-KD_INLINE double widen(double x) { return x; }
-KD_INLINE float widen(Bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
-KD_INLINE float widen(F16 x) {
-    // Exponent moved by a multiplication, which makes subnormals normal; infinities and NaN get the exponent they lost.
-    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
-    const float scaled = bits<float>(rest) * bits<float>(uint32_t(254 - 15) << 23);
-    const uint32_t special = rest >= (31u << 23) ? 255u << 23 : 0u;
-    return bits<float>(bits<uint32_t>(scaled) | special | sign);
-}
-
-template <class T, class Real> KD_INLINE T narrow(Real x);
-template <> KD_INLINE float narrow<float, float>(float x) { return x; }
-template <> KD_INLINE float narrow<float, double>(double x) { return float(x); }
-template <> KD_INLINE double narrow<double, double>(double x) { return x; }
-template <> KD_INLINE double narrow<double, float>(float x) { return x; }
-template <> KD_INLINE Bf16 narrow<Bf16, float>(float x) {
-    const uint32_t b = bits<uint32_t>(x);
-    const uint32_t rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-    return {uint16_t((b & 0x7fffffff) > 0x7f800000 ? (b >> 16) | 0x40 : rounded)};
-}
-template <> KD_INLINE F16 narrow<F16, float>(float x) {
-    // Round to nearest even: normals by an integer bias, subnormals by adding a constant that aligns their last bit.
-    const uint32_t b = bits<uint32_t>(x), sign = (b >> 16) & 0x8000, rest = b & 0x7fffffff;
-    const uint32_t normal = (rest + 0xc8000fff + ((rest >> 13) & 1)) >> 13;
-    const uint32_t tiny = bits<uint32_t>(bits<float>(rest) + 0.5f) - bits<uint32_t>(0.5f);
-    const uint32_t large = rest > 0x7f800000 ? 0x7e00u : 0x7c00u;
-    return {uint16_t(sign | (rest >= 0x47800000 ? large : (rest < 0x38800000 ? tiny : normal)))};
-}
-template <> KD_INLINE Bf16 narrow<Bf16, double>(double x) { return narrow<Bf16>(float(x)); }
-template <> KD_INLINE F16 narrow<F16, double>(double x) { return narrow<F16>(float(x)); }
-
-template <class F> void with_dtype(Dtype dtype, F&& f) {
-    switch (dtype) {
-        case Dtype::f32: f(float{}); break;
-        case Dtype::f64: f(double{}); break;
-        case Dtype::bf16: f(Bf16{}); break;
-        case Dtype::f16: f(F16{}); break;
-    }
-}
-
-// ---- sweeps over scratch rows ---------------------------------------------------------------------------------------
-
-// Sums f(column) in blocks. `f` is inlined into the SIMD loop.
-template <class Real, class F> KD_INLINE double sum_columns(int64_t vocab, F&& f) {
-    double total = 0;
-    for (int64_t start = 0; start < vocab; start += kBlock) {
-        const int64_t stop = start + kBlock < vocab ? start + kBlock : vocab;
-        Real part = 0;
-#pragma omp simd reduction(+ : part)
-        for (int64_t v = start; v < stop; ++v) part += f(v);
-        total += part;
-    }
-    return total;
-}
-
-// z = softcap * tanh((logits + bias) * scale / softcap); returns the largest (NaN is passed over, and found by the sums).
-template <class Real> Real load_row(const Side& side, int64_t row, int64_t vocab, Real* __restrict z) {
-    const Real scale = Real(side.scale), cap = Real(side.softcap), per_cap = cap != Real(0) ? Real(1) / cap : Real(0);
-    const Real* __restrict bias = static_cast<const Real*>(side.bias);
-    with_dtype(side.dtype, [&](auto format) {
-        using T = decltype(format);
-        const T* __restrict source = static_cast<const T*>(side.logits) + row * side.stride;
-        if (bias) {
-            KD_SIMD for (int64_t v = 0; v < vocab; ++v) z[v] = (Real(widen(source[v])) + bias[v]) * scale;
-        } else if (scale != Real(1)) {
-            KD_SIMD for (int64_t v = 0; v < vocab; ++v) z[v] = Real(widen(source[v])) * scale;
-        } else {
-            KD_SIMD for (int64_t v = 0; v < vocab; ++v) z[v] = Real(widen(source[v]));
-        }
-    });
-    if (cap != Real(0)) {
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) z[v] = cap * tanh(z[v] * per_cap);
-    }
-    Real top = -kInfinity<Real>;
-#pragma omp simd reduction(max : top)
-    for (int64_t v = 0; v < vocab; ++v) top = z[v] > top ? z[v] : top;
-    return top;
-}
-
-// e = exp(z / T - top), their sum returned; e may be null.
-template <class Real> double exp_row(const Real* __restrict z, Real inv_t, Real top, int64_t vocab, Real* __restrict e) {
-    const Real reference = top == -kInfinity<Real> ? Real(0) : top;
-    if (!e) return sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return exp(z[v] * inv_t - reference); });
-    return sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return e[v] = exp(z[v] * inv_t - reference); });
-}
-
-template <class Real> int64_t find(const Real* z, Real top, int64_t vocab) {
-    for (int64_t v = 0; v < vocab; ++v)
-        if (z[v] == top) return v;
-    return -1;
-}
 
 template <class Real> struct Scratch {
     Real *z, *y;  // logits of student and teacher
@@ -262,19 +154,7 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
         g[label] -= ce;
     }
     const Real per_cap = a.student.softcap != 0 ? Real(1.0 / a.student.softcap) : Real(0);
-    with_dtype(a.dz_dtype, [&](auto format) {
-        using T = decltype(format);
-        T* __restrict out = static_cast<T*>(a.dz) + row * a.dz_stride;
-        const Real* __restrict z = s.z;
-        if (per_cap != Real(0)) {
-            KD_SIMD for (int64_t v = 0; v < vocab; ++v) {
-                const Real bend = z[v] * per_cap;
-                out[v] = narrow<T>(g[v] * outer * (Real(1) - bend * bend));
-            }
-        } else {
-            KD_SIMD for (int64_t v = 0; v < vocab; ++v) out[v] = narrow<T>(g[v] * outer);
-        }
-    });
+    write_gradient(g, s.z, outer, per_cap, vocab, a.dz, a.dz_dtype, row * a.dz_stride);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The CPU's row kernel, once per instruction set that it is compiled for, and the choice between them.
+// The CPU's row kernels, once per instruction set that it is compiled for, and the choice between them.
 #pragma once
 #include "../params.h"
 
@@ -10,10 +10,22 @@ namespace kd {
 inline constexpr int64_t scratch_width(int64_t vocab) { return (vocab + 15) / 16 * 16; }
 constexpr int kScratchRows = 5;
 
-// Rows [begin, end) on the calling thread; scratch holds kScratchRows rows of the compute type.
-namespace avx512 { void rows(const RowArguments&, int64_t begin, int64_t end, void* scratch); }
-namespace avx2 { void rows(const RowArguments&, int64_t begin, int64_t end, void* scratch); }
-namespace baseline { void rows(const RowArguments&, int64_t begin, int64_t end, void* scratch); }
+// Elements of scratch that one row of a side alone takes: logits and exponentials to the end of their last group of 512 columns,
+// the largest of every 32 columns, and the largest of all.
+inline constexpr int64_t head_scratch(const HeadArguments& a) { return 2 * ((a.vocab + 511) / 512 * 512) + a.vocab / 32 + 1 + a.num_top; }
+
+// One row, or rows [begin, end), on the calling thread. Scratch holds, of the compute type, kScratchRows rows, head_scratch
+// elements, and two rows.
+#define KD_DECLARE(isa)                                                                \
+    namespace isa {                                                                    \
+    void rows(const RowArguments&, int64_t begin, int64_t end, void* scratch);         \
+    void head_row(const HeadArguments&, int64_t row, void* scratch);                   \
+    void softmax_row(const SoftmaxArguments&, int64_t row, void* scratch);             \
+    }
+KD_DECLARE(avx512)
+KD_DECLARE(avx2)
+KD_DECLARE(baseline)
+#undef KD_DECLARE
 
 // Names of the instruction sets that are compiled in and that this processor has, best first; ends with null.
 const char* const* cpu_isas();
@@ -21,5 +33,7 @@ const char* const* cpu_isas();
 // All rows on up to `threads` threads. Throws std::invalid_argument for an unknown divergence or instruction set; null is
 // the best one.
 void cpu_rows(const RowArguments&, int threads, const char* isa = nullptr);
+void cpu_head_rows(const HeadArguments&, int threads, const char* isa = nullptr);
+void cpu_softmax_rows(const SoftmaxArguments&, int threads, const char* isa = nullptr);
 
 }  // namespace kd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Problem, RowBatch, Transform
+from ..problem import HeadBatch, Problem, RowBatch, Transform
 
 try:
     from .. import _C
@@ -58,17 +58,9 @@ def _arguments(problem: Problem, batch: RowBatch, statistics: bool, device_type:
     def address(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         return _address(name, tensor, shape, dtype, device_type)
 
-    def side(logits: Tensor, bias: Tensor | None, transform: Transform) -> _C.Side:
-        side = _C.Side()
-        side.logits = address("logits", logits, (count, vocab), logits.dtype)
-        side.stride, side.dtype = logits.stride(0), _DTYPES[logits.dtype]
-        side.bias = address("bias", bias, (vocab,), dtype)
-        side.scale, side.softcap = transform.scale, transform.softcap or 0.0
-        return side
-
     args = _C.RowArguments()
-    args.student = side(batch.student, batch.student_bias, problem.student)
-    args.teacher = side(batch.teacher, batch.teacher_bias, problem.teacher)
+    args.student = _side(batch.student, batch.student_bias, problem.student, dtype, device_type)
+    args.teacher = _side(batch.teacher, batch.teacher_bias, problem.teacher, dtype, device_type)
     args.rows, args.vocab = count, vocab
     args.divergence, args.a, args.b = problem.divergence.id, a, b
     args.normalizer = _NORMALIZERS[problem.divergence.normalizer]
@@ -89,6 +81,82 @@ def _arguments(problem: Problem, batch: RowBatch, statistics: bool, device_type:
     return args
 
 
+def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+    """Runs a batch of one side; threads as ``rows``."""
+    _C.cpu_head_rows(_head_arguments(problem, batch, statistics, "cpu"), torch.get_num_threads())
+
+
+def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """``softmax(x / T)`` or its logarithm."""
+    _C.cpu_softmax_rows(_softmax_arguments(x, None, out, temperature, logarithm, "cpu"), torch.get_num_threads())
+
+
+def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """The gradient by x, from ``softmax_rows``' result and the gradient by it."""
+    _C.cpu_softmax_rows(_softmax_arguments(y, dy, out, temperature, logarithm, "cpu"), torch.get_num_threads())
+
+
+def _head_arguments(problem: Problem, batch: HeadBatch, statistics: bool, device_type: str) -> _C.HeadArguments:
+    count, vocab = batch.logits.shape
+    dtype = problem.compute_dtype
+    num_ids = 0 if batch.ids is None else batch.ids.shape[1]
+
+    def address(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        if tensor is not None and len(shape) > 1 and name != "dz" and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        return _address(name, tensor, shape, dtype, device_type)
+
+    args = _C.HeadArguments()
+    args.side = _side(batch.logits, batch.bias, problem.student, dtype, device_type)
+    args.rows, args.vocab = count, vocab
+    args.temperature, args.dz_scale = problem.temperature, batch.dz_scale
+    args.double_precision, args.statistics = dtype == torch.float64, statistics
+    args.top = address("top", batch.top, (count,), dtype)
+    args.log_sum = address("log_sum", batch.log_sum, (count,), dtype)
+    args.entropy = address("entropy", batch.entropy, (count,), dtype)
+    args.ids, args.num_ids = address("ids", batch.ids, (count, num_ids), torch.int64), num_ids
+    args.logprobs = address("logprobs", batch.logprobs, (count, num_ids), dtype)
+    args.d_lse = address("d_lse", batch.d_lse, (count,), dtype)
+    args.d_entropy = address("d_entropy", batch.d_entropy, (count,), dtype)
+    args.d_logprobs = address("d_logprobs", batch.d_logprobs, (count, num_ids), dtype)
+    if batch.dz is not None:
+        args.dz, args.dz_stride = address("dz", batch.dz, (count, vocab), batch.dz.dtype), batch.dz.stride(0)
+        args.dz_dtype = _DTYPES[batch.dz.dtype]
+    if batch.top_ids is not None:
+        shape = (count, batch.top_ids.shape[1])
+        args.num_top, args.top_ids = shape[1], address("top_ids", batch.top_ids, shape, torch.int32)
+        args.top_logprobs = address("top_logprobs", batch.top_logprobs, shape, dtype)
+    if batch.draws is not None and batch.seed is not None:
+        shape = (count, batch.draws.shape[1])
+        args.num_draws, args.draws = shape[1], address("draws", batch.draws, shape, torch.int32)
+        args.seed, args.first_row = int(batch.seed) % 2**64, batch.first_row
+    return args
+
+
+def _softmax_arguments(
+    x: Tensor, dy: Tensor | None, out: Tensor, temperature: float, logarithm: bool, device_type: str
+) -> _C.SoftmaxArguments:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    args = _C.SoftmaxArguments()
+    args.x = _side(x, None, Transform(), dtype, device_type)
+    if dy is not None:
+        args.dy, args.backward = _side(dy, None, Transform(), dtype, device_type), True
+    args.out, args.out_stride = _address("out", out, tuple(x.shape), out.dtype, device_type), out.stride(0)
+    args.out_dtype = _DTYPES[out.dtype]
+    args.rows, args.vocab = x.shape
+    args.temperature, args.logarithm, args.double_precision = temperature, logarithm, dtype == torch.float64
+    return args
+
+
+def _side(logits: Tensor, bias: Tensor | None, transform: Transform, dtype: torch.dtype, device_type: str) -> _C.Side:
+    side = _C.Side()
+    side.logits = _address("logits", logits, tuple(logits.shape), logits.dtype, device_type)
+    side.stride, side.dtype = logits.stride(0), _DTYPES[logits.dtype]
+    side.bias = _address("bias", bias, tuple(logits.shape[1:]), dtype, device_type)
+    side.scale, side.softcap = transform.scale, transform.softcap or 0.0
+    return side
+
+
 def _address(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device_type: str) -> int:
     """Of the first element; 0 for None. The one place that answers for what the compiled code will touch."""
     if tensor is None:
@@ -96,7 +164,7 @@ def _address(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: to
     if (
         tensor.device.type != device_type
         or tensor.dtype != dtype
-        or tensor.dtype not in (*_DTYPES, torch.int64)
+        or tensor.dtype not in (*_DTYPES, torch.int64, torch.int32)
         or tuple(tensor.shape) != shape
     ):
         raise ValueError(

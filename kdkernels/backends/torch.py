@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .. import philox
 from ..divergences import Divergence
-from ..problem import STATS, Problem, RowBatch, Transform
+from ..problem import STATS, HeadBatch, Problem, RowBatch, Transform
 from ..reference import normalize, transform
 
 # Elements of a tile. A CPU core's L2 holds a few temporaries of it; a GPU wants enough work for a launch.
@@ -23,10 +25,43 @@ def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None
 
 def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
     """Runs a batch tile by tile."""
-    count, vocab = batch.student.shape
-    tile = max(1, _TILE.get(batch.student.device.type, _TILE_DEFAULT) // vocab)
-    for start in range(0, count, tile):
-        _tile(problem, batch, slice(start, start + tile), statistics)
+    for r in _tiles(batch.student):
+        _tile(problem, batch, r, statistics)
+
+
+def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+    """Runs a batch of one side tile by tile."""
+    for r in _tiles(batch.logits):
+        _head_tile(problem, batch, r, statistics)
+
+
+def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """``softmax(x / T)`` or its logarithm."""
+    function = torch.log_softmax if logarithm else torch.softmax
+    for r in _tiles(x):
+        wide = _widen(x[r])
+        out[r] = function(wide if temperature == 1.0 else wide / temperature, -1)
+
+
+def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """The gradient by x, from ``softmax_rows``' result and the gradient by it."""
+    for r in _tiles(y):
+        wide, upstream = _widen(y[r]), _widen(dy[r])
+        if logarithm:
+            gradient = upstream - wide.exp().mul_(upstream.sum(-1, keepdim=True))
+        else:
+            gradient = (upstream - (wide * upstream).sum(-1, keepdim=True)).mul_(wide)
+        out[r] = gradient.div_(temperature)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _tiles(logits: Tensor) -> Iterator[slice]:
+    count, vocab = logits.shape
+    rows = max(1, _TILE.get(logits.device.type, _TILE_DEFAULT) // vocab)
+    return (slice(start, start + rows) for start in range(0, count, rows))
 
 
 def _load(z: Tensor, bias: Tensor | None, t: Transform, dtype: torch.dtype) -> Tensor:
@@ -126,3 +161,70 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
         if batch.dz_scale != 1.0:
             dz.mul_(batch.dz_scale)
         batch.dz[r].copy_(dz)
+
+
+def _head_tile(problem: Problem, batch: HeadBatch, r: slice, statistics: bool) -> None:
+    dtype = problem.compute_dtype
+    z = _load(batch.logits[r], batch.bias, problem.student, dtype)
+    x = z if problem.temperature == 1.0 else z / problem.temperature
+    if statistics:
+        batch.top[r] = x.amax(-1)
+        log_q = x - batch.top[r].unsqueeze(-1)
+        q = log_q.exp()
+        total = q.sum(-1, keepdim=True)
+        batch.log_sum[r] = total.squeeze(-1).log()
+        q.div_(total)
+        log_q.sub_(batch.log_sum[r].unsqueeze(-1))
+        if batch.entropy is not None:
+            batch.entropy[r] = _entropy(log_q, q)
+    else:
+        log_q = (x - batch.top[r].unsqueeze(-1)).sub_(batch.log_sum[r].unsqueeze(-1))
+        q = log_q.exp()
+    none = ids = None
+    if batch.ids is not None and batch.logprobs is not None:
+        none = batch.ids[r] < 0
+        ids = batch.ids[r].clamp(min=0)
+        batch.logprobs[r] = log_q.gather(-1, ids).masked_fill_(none, 0.0)
+    if batch.top_ids is not None and batch.top_logprobs is not None:
+        top = largest(z, batch.top_ids.shape[1])
+        batch.top_ids[r], batch.top_logprobs[r] = top, log_q.gather(-1, top)
+    if batch.draws is not None and batch.seed is not None:
+        # From the logits as they are stored, in double: see philox.draw.
+        bias = None if batch.bias is None else batch.bias.double()
+        exact = _load(batch.logits[r], bias, problem.student, torch.float64) * (1.0 / problem.temperature)
+        ids_drawn = philox.draw(exact, batch.seed, batch.first_row + r.start, batch.draws.shape[1])
+        batch.draws[r] = ids_drawn.masked_fill_(~torch.isfinite(batch.log_sum[r]).unsqueeze(-1), -1)
+    if batch.dz is None:
+        return
+
+    constant = torch.zeros_like(batch.top[r]) if batch.d_lse is None else batch.d_lse[r]
+    d_ids = None
+    if batch.d_logprobs is not None and none is not None:
+        d_ids = batch.d_logprobs[r].masked_fill(none, 0.0)
+        constant = constant - d_ids.sum(-1)
+    if batch.d_entropy is not None and batch.entropy is not None:
+        slope = batch.d_entropy[r].unsqueeze(-1)
+        constant = constant.unsqueeze(-1) - slope * batch.entropy[r].unsqueeze(-1)
+        dz = (constant - slope * log_q).mul_(q).masked_fill_(q == 0, 0.0)
+    else:
+        dz = q.mul_(constant.unsqueeze(-1))
+    if d_ids is not None and ids is not None:
+        # Accumulating index_put_ adds in a fixed order where ids repeat, unlike scatter_add_ on a GPU.
+        dz.index_put_((torch.arange(len(ids), device=ids.device).unsqueeze(-1).expand_as(ids), ids), d_ids, accumulate=True)
+    dz.mul_(problem.student.scale / problem.temperature * batch.dz_scale)
+    if problem.student.softcap is not None:
+        dz.mul_(1 - (z / problem.student.softcap).square_())
+    batch.dz[r].copy_(dz)
+
+
+def largest(z: Tensor, k: int) -> Tensor:
+    """``[C, k]`` int64: columns of the k largest of each row, falling; among equals the first ones. NaN counts as -inf."""
+    z = z.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if z.dtype == torch.float64:
+        return z.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    # topk says nothing of ties: so let there be none. A float32's bits, as an integer, order like it once negative ones are turned
+    # round; below them goes the column, rising ones first.
+    bits = (z + 0.0).view(torch.int32).to(torch.int64)  # -0.0 + 0.0 = 0.0
+    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    columns = torch.arange(z.shape[1], device=z.device)
+    return ((ordered << 32) + (0x7FFFFFFF - columns)).topk(k, sorted=True).values.bitwise_and_(0xFFFFFFFF).neg_().add_(0x7FFFFFFF)

@@ -31,25 +31,25 @@ class Mutant:
     run: str = "asan"
 
 
-ROWS, DISPATCH = "cpu/rows.cpp", "cpu/dispatch.cpp"
+ROWS, COLUMNS, DISPATCH = "cpu/rows.cpp", "cpu/columns.h", "cpu/dispatch.cpp"
 READ_ROW, READ_MORE = (f"v {less} vocab; ++v) z[v] = Real(widen(source[v]));" for less in ("<", "<="))
-WRITE_ROW, WRITE_MORE = (f"v {less} vocab; ++v) out[v] = narrow<T>(g[v] * outer);" for less in ("<", "<="))
+WRITE_ROW, WRITE_MORE = (f"v {less} vocab; ++v) to[v] = narrow<T>(f(v));" for less in ("<", "<="))
 BLOCKS = (
     "start < vocab; start += kBlock{}) {{\n        const int64_t stop = start + kBlock < vocab ? start + kBlock : vocab;\n        Real part"
 )
 PLAIN_COUNTER = "struct { int64_t n = 0; int64_t fetch_add(int64_t k, std::memory_order) { return (n += k) - k; } } next;"
 MUTANTS = [
-    Mutant("a column past the row is read", ROWS, READ_ROW, READ_MORE, "AddressSanitizer"),
-    Mutant("the same, by the vector code that is released", ROWS, READ_ROW, READ_MORE, "Segmentation fault", "guard"),
-    Mutant("the bias is read one further", ROWS, "+ bias[v])", "+ bias[v + 1])", "AddressSanitizer|AssertionError"),
-    Mutant("a column past the gradient's row is written", ROWS, WRITE_ROW, WRITE_MORE, "AddressSanitizer"),
+    Mutant("a column past the row is read", COLUMNS, READ_ROW, READ_MORE, "AddressSanitizer"),
+    Mutant("the same, by the vector code that is released", COLUMNS, READ_ROW, READ_MORE, "Segmentation fault", "guard"),
+    Mutant("the bias is read one further", COLUMNS, "+ bias[v])", "+ bias[v + 1])", "AddressSanitizer|AssertionError"),
+    Mutant("a column past the gradient's row is written", COLUMNS, WRITE_ROW, WRITE_MORE, "AddressSanitizer"),
     Mutant("a statistic is written one row too far", ROWS, "stats[4 * a.stats_stride]", "stats[5 * a.stats_stride]", "AddressSanitizer"),
-    Mutant("rows are taken to lie closer", ROWS, "+ row * side.stride", "+ row * vocab", "AddressSanitizer|AssertionError"),
+    Mutant("rows are taken to lie closer", COLUMNS, "+ row * side.stride", "+ row * vocab", "AddressSanitizer|AssertionError"),
     Mutant("the label is off by one", ROWS, "lse_ce - s.z[label]", "lse_ce - s.z[label + 1]", "AssertionError"),
-    Mutant("sums leave out a column per block", ROWS, BLOCKS.format(""), BLOCKS.format(" + 1"), "AssertionError"),
+    Mutant("sums leave out a column per block", COLUMNS, BLOCKS.format(""), BLOCKS.format(" + 1"), "AssertionError"),
     Mutant("scratch rows are too short", "cpu/rows.h", "(vocab + 15) / 16 * 16", "vocab / 16 * 16", "AddressSanitizer|AssertionError"),
-    Mutant("one row too many is handed out", DISPATCH, ") < a.rows;)", ") <= a.rows;)", "AddressSanitizer"),
-    Mutant("signed numbers overflow", ROWS, "uint32_t(x.bits) << 16", "int32_t(x.bits) * 65536", "signed integer overflow"),
+    Mutant("one row too many is handed out", DISPATCH, ") < rows;)", ") <= rows;)", "AddressSanitizer"),
+    Mutant("signed numbers overflow", COLUMNS, "uint32_t(x.bits) << 16", "int32_t(x.bits) * 65536", "signed integer overflow"),
     Mutant("threads share their scratch", DISPATCH, "scratch[i].get()", "scratch[0].get()", "data race", "tsan"),
     Mutant("rows are counted without an atomic", DISPATCH, "std::atomic<int64_t> next{0};", PLAIN_COUNTER, "data race", "tsan"),
 ]
@@ -65,8 +65,10 @@ def fault(mutant: Mutant, folder: Path) -> str | None:
         return f"{mutant.file} has no {mutant.old!r} any more: correct the mutant"
     source.write_text(text.replace(mutant.old, mutant.new))
     # Objects that are the same without it, newer than every source. Of the row kernels, one instruction set is changed.
-    changed = {DISPATCH: {"dispatch.o"}, ROWS: {"rows_baseline.o"}}.get(mutant.file, {"dispatch.o", "rows_baseline.o"})
-    same = ("rows_*.o", "dispatch.o") if mutant.run == "guard" else ("*.o",)  # the released bindings may want CUDA kernels
+    changed = {DISPATCH: {"dispatch.o"}, ROWS: {"rows_baseline.o"}, COLUMNS: {"rows_baseline.o", "heads_baseline.o"}}.get(
+        mutant.file, {"dispatch.o", "rows_baseline.o", "heads_baseline.o"}
+    )
+    same = ("rows_*.o", "heads_*.o", "dispatch.o") if mutant.run == "guard" else ("*.o",)  # the released bindings may want CUDA kernels
     build.mkdir(parents=True)
     for found in (path for pattern in same for where in BUILT[mutant.run] for path in where.glob(pattern)):
         if found.name not in changed:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
-from ...problem import Problem, RowBatch
+from ...problem import HeadBatch, Problem, RowBatch
+from .. import torch as torch_rows
 from .divergences import FUNCTIONS
+from .heads import head_rows_kernel, sample_rows_kernel, softmax_gradient_rows_kernel, softmax_rows_kernel
 from .kernel import kd_rows_kernel
-from .launch import choose
+from .launch import choose, choose_sample, choose_softmax
 
 _NORMALIZERS = {"softmax": 0, "mean": 1, "none": 2}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as it was when the kernels were decorated
@@ -40,7 +43,7 @@ def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
     a, b = problem.divergence.kernel_parameters
     launch = choose(vocab)
     absent = batch.state  # any pointer: never read
-    with _on_device(batch):
+    with _on_device(batch.student):
         kd_rows_kernel[(count,)](
             batch.student, batch.teacher,
             absent if batch.student_bias is None else batch.student_bias,
@@ -67,6 +70,64 @@ def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
         )  # fmt: skip
 
 
-def _on_device(batch: RowBatch) -> torch.cuda.device:
+def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+    """A launch for statistics and gradient, another for draws. The largest are torch's: its selection has no rival to beat here."""
+    count, vocab = batch.logits.shape
+    if not count:
+        return
+    if batch.top_ids is not None:
+        torch_rows.head_rows(problem, batch, statistics)
+        return
+    launch = choose(vocab)
+    absent = batch.top  # any pointer: never read
+    num_ids = 0 if batch.ids is None else batch.ids.shape[1]
+    t = problem.student
+    with _on_device(batch.logits):
+        head_rows_kernel[(count,)](
+            batch.logits,
+            *(absent if x is None else x for x in (batch.bias, batch.top, batch.log_sum, batch.entropy, batch.ids, batch.logprobs)),
+            *(absent if x is None else x for x in (batch.d_lse, batch.d_entropy, batch.d_logprobs, batch.dz)),
+            batch.logits.stride(0), 0 if batch.dz is None else batch.dz.stride(0), vocab, num_ids,
+            1.0 / problem.temperature, t.scale, t.softcap or 0.0, batch.dz_scale,
+            BIAS=batch.bias is not None, SOFTCAP=t.softcap is not None,
+            STATISTICS=statistics, ENTROPY=batch.entropy is not None, IDS=batch.ids is not None,
+            D_LSE=batch.d_lse is not None, D_ENTROPY=batch.d_entropy is not None, D_LOGPROBS=batch.d_logprobs is not None,
+            GRADIENT=batch.dz is not None,
+            BLOCK=launch.block, IDS_BLOCK=min(64, 1 << max(0, num_ids - 1).bit_length()), **launch.options,
+        )  # fmt: skip
+        if batch.draws is not None:
+            launch = choose_sample(vocab)
+            exact = torch.tensor([1.0 / problem.temperature, t.scale, t.softcap or 0.0], dtype=torch.float64).to(batch.logits.device)
+            sample_rows_kernel[(count, batch.draws.shape[1])](
+                batch.logits, absent if batch.bias is None else batch.bias, batch.log_sum, batch.seed, exact, batch.draws,
+                batch.logits.stride(0), vocab, batch.draws.shape[1], batch.first_row,
+                1.0 / problem.temperature, t.scale, t.softcap or 0.0,
+                BIAS=batch.bias is not None, SOFTCAP=t.softcap is not None, BLOCK=launch.block, **launch.options,
+            )  # fmt: skip
+
+
+def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """``softmax(x / T)`` or its logarithm, a program per row."""
+    count, vocab = x.shape
+    launch = choose_softmax(vocab, 1)
+    with _on_device(x):
+        softmax_rows_kernel[(count,)](
+            x, out, x.stride(0), out.stride(0), vocab, 1.0 / temperature,
+            LOGARITHM=logarithm, ONE_READ=vocab <= launch.block, BLOCK=launch.block, **launch.options,
+        )  # fmt: skip
+
+
+def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """The gradient by x, from ``softmax_rows``' result and the gradient by it."""
+    count, vocab = y.shape
+    launch = choose_softmax(vocab, 2)
+    with _on_device(y):
+        softmax_gradient_rows_kernel[(count,)](
+            y, dy, out, y.stride(0), dy.stride(0), out.stride(0), vocab, 1.0 / temperature,
+            LOGARITHM=logarithm, ONE_READ=vocab <= launch.block, BLOCK=launch.block, **launch.options,
+        )  # fmt: skip
+
+
+def _on_device(tensor: Tensor) -> torch.cuda.device:
     """Triton launches on the current device: make it the tensors' own. Does nothing for a CPU tensor."""
-    return torch.cuda.device(batch.student.device.index if batch.student.is_cuda else -1)
+    return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)

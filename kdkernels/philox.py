@@ -1,0 +1,59 @@
+"""Random numbers by number, in plain torch: the definition that csrc/philox.h and the Triton kernel repeat.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a draw depends on the seed, its row, its
+column and its own number alone, so that neither chunks nor backends change it. 32-bit words are held in int64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LANES = 128
+"""Columns of one word of neighbouring counters: column 512 g + 128 w + lane has word w of counter 128 g + lane."""
+
+_MASK = 0xFFFFFFFF
+
+
+def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words per counter; ``key`` is a 64-bit integer, the counter's words are in [0, 2^32)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64: the low 64 bits are right whatever the sign
+        c0, c1 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK
+        c2, c3 = ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(seed: Tensor, rows: Tensor, draw: int, vocab: int) -> Tensor:
+    """``[C, V]`` float64 in (0, 1), good to 53 bits wherever in it.
+
+    Args:
+        seed: [] int64, on the device of the result.
+        rows: ``[C]`` int64, numbers of the rows within the call.
+        draw: number of the draw within its row.
+    """
+    groups, lanes = -(-vocab // (4 * LANES)), min(LANES, vocab)  # of fewer columns than lanes the first words are enough
+    slots = torch.arange(groups * lanes, device=rows.device).unsqueeze(0)
+    row = rows.unsqueeze(1)
+    low_row, high_row = row & _MASK, row >> 32
+
+    def halves(part: int) -> Tensor:
+        words = philox(seed, (slots, low_row, torch.full_like(slots, draw), high_row * 2 + part))
+        columns = torch.stack([w.view(len(rows), groups, lanes) for w in words], 2)  # [C, G, 4, lanes]
+        return columns.view(len(rows), -1)[:, :vocab].to(torch.float64)
+
+    return halves(0).mul_(2.0**-32).add_(halves(1).add_(0.5).mul_(2.0**-64))
+
+
+def draw(x: Tensor, seed: Tensor, first_row: int, num_draws: int) -> Tensor:
+    """``[C, S]`` int64 exact draws from ``softmax(x)``, x ``[C, V]`` float64, as the winners of a race (Gumbel-max).
+
+    Column v takes the time ``E_v / exp(x_v)``, E_v exponential, and the first one wins. The choice is made on doubles: the two
+    best are as good as never as close as their rounding, which differs between backends, so all of them choose alike.
+    """
+    rows = torch.arange(first_row, first_row + x.shape[0], device=x.device)
+    winners = [(x - torch.log(-torch.log1p(-uniform(seed, rows, d, x.shape[1])))).argmax(-1) for d in range(num_draws)]
+    return torch.stack(winners, 1)

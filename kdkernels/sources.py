@@ -1,0 +1,195 @@
+"""Where the rows of a call come from: which ones, their hidden states or logits, and their logits chunk by chunk. Knows no loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import chunking, gemm, pages
+from .chunking import Chunks
+from .problem import Problem
+
+
+@dataclass
+class Inputs:
+    """The tensors of a call. Leading shapes agree; heads are whole, ``problem.vocab`` of their rows are used."""
+
+    student: Tensor  # [..., Ds] hidden states, or [..., V] logits
+    student_weight: Tensor | None  # [>= V, Ds]
+    student_bias: Tensor | None  # [>= V]
+    teacher: Tensor | None  # [..., Dt] or [..., V]; None for a quantity of one side
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    labels: Tensor | None  # [...] int, or ids [..., K]
+    token_weights: Tensor | None  # [...] float
+
+    @property
+    def ids_per_row(self) -> int | None:
+        """K where ids are ``[..., K]``."""
+        return None if self.labels is None or self.labels.dim() < self.student.dim() else self.labels.shape[-1]
+
+
+class Rows:
+    """Selected rows of a ``[..., D]`` tensor, read and written a chunk at a time without flattening a copy of it."""
+
+    def __init__(self, tensor: Tensor, index: Tensor | None) -> None:
+        self.tensor, self.index = tensor, index
+        self.flat: Tensor | None
+        try:
+            self.flat = tensor.view(-1, tensor.shape[-1]) if tensor.shape[-1] else tensor.reshape(0, 0)
+        except RuntimeError:  # leading strides that no single row stride expresses, as of logits[:, :-1]
+            self.flat = None
+
+    @property
+    def sliceable(self) -> bool:
+        return self.flat is not None and self.index is None and self.flat.stride(-1) == 1
+
+    def take(self, start: int, stop: int) -> Tensor:
+        """``[stop - start, D]``, unit stride along D: a view where there is one."""
+        if self.sliceable and self.flat is not None:
+            return self.flat[start:stop]
+        index = self.index[start:stop] if self.index is not None else torch.arange(start, stop, device=self.tensor.device)
+        if self.flat is not None:
+            return self.flat.index_select(0, index).contiguous()
+        return self.tensor[torch.unravel_index(index, self.tensor.shape[:-1])].contiguous()
+
+    def put(self, start: int, stop: int, values: Tensor) -> None:
+        if self.flat is None:
+            raise ValueError("only a contiguous tensor can be written to")
+        if self.index is None:
+            self.flat[start:stop] = values
+        else:
+            self.flat.index_copy_(0, self.index[start:stop], values.to(self.flat.dtype))
+
+
+class SideRows:
+    """One side's logits, chunk by chunk: multiplied into a buffer, or read where they are."""
+
+    def __init__(
+        self,
+        source: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        index: Tensor | None,
+        problem: Problem,
+    ) -> None:
+        self.rows = Rows(source, index)
+        self.is_head = weight is not None
+        self.dtype = dtype
+        self.weight = None if weight is None else weight[: problem.vocab].to(dtype)
+        self.bias = None if bias is None else bias[: problem.vocab].to(problem.compute_dtype)
+        self.storage = problem.storage(dtype) if self.is_head else source.dtype
+        self.vocab = problem.vocab
+        self.buffer = source.new_empty(0)
+
+    @property
+    def bytes_per_row(self) -> int:
+        if not self.is_head and self.rows.sliceable:
+            return 0
+        return chunking.padded_vocab(self.vocab, self.storage.itemsize) * self.storage.itemsize
+
+    def allocate(self, rows: int, name: str) -> None:
+        """The buffer of a head's logits, ``[rows, V]`` with padded rows."""
+        if not self.is_head:
+            return
+        width, device = chunking.padded_vocab(self.vocab, self.storage.itemsize), self.rows.tensor.device
+        if device.type == "cpu":
+            self.buffer = pages.scratch(name, rows * width * self.storage.itemsize).view(self.storage).view(rows, width)
+        else:
+            self.buffer = torch.empty(rows, width, dtype=self.storage, device=device)
+
+    def hidden(self, start: int, stop: int) -> Tensor:
+        return self.rows.take(start, stop).to(self.dtype)
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """``[C, V]`` before bias and transform."""
+        if self.weight is None:
+            return self.rows.take(start, stop)
+        out = self.buffer[: stop - start, : self.vocab]
+        gemm.logits(self.hidden(start, stop), self.weight, out)
+        return out
+
+    def over_logits(self, rows: int) -> Tensor:
+        """``[rows, V]`` over the buffer for logit gradients, each row starting where its logits do.
+
+        On a GPU in the dtype of the matrix products; a CPU multiplies what it has (see gemm.py).
+        """
+        narrow = self.dtype if self.buffer.is_cuda else self.storage
+        return self.buffer.view(narrow)[:rows, : self.vocab]
+
+
+def row_bytes(problem: Problem, inputs: Inputs) -> int:
+    """Bytes that one row takes in the chunk buffers of both sides."""
+    return sum(side.bytes_per_row for side in both_sides(problem, inputs, None) if side is not None)
+
+
+def plan(problem: Problem, num_rows: int, bytes_per_row: int, device_type: str) -> Chunks:
+    """The chunks of a call with ``num_rows`` valid rows."""
+    enough = chunking.useful_rows(device_type, bytes_per_row)
+    return chunking.plan_chunks(num_rows, bytes_per_row, problem.memory_budget, problem.chunk_rows, enough)
+
+
+def both_sides(problem: Problem, inputs: Inputs, index: Tensor | None) -> tuple[SideRows, SideRows | None]:
+    student = SideRows(inputs.student, inputs.student_weight, inputs.student_bias, problem.student_dtype, index, problem)
+    if inputs.teacher is None:
+        return student, None
+    teacher = SideRows(inputs.teacher, inputs.teacher_weight, inputs.teacher_bias, problem.teacher_dtype, index, problem)
+    return student, teacher
+
+
+def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tuple[Tensor | None, int]:
+    """Flat indices of the valid rows (None: all of them) and their number.
+
+    The one point where the host waits for the device, and only if there are labels or token weights to look at: the flags
+    of bad values are computed before ``nonzero`` and read after it.
+
+    Raises:
+        ValueError: a label or id outside the vocabulary that is not ``ignore_index``; a negative or non-finite token weight.
+    """
+    num_rows = inputs.student.numel() // inputs.student.shape[-1] if inputs.student.shape[-1] else 0
+    capturing = inputs.student.is_cuda and torch.cuda.is_current_stream_capturing()
+    labels, weights = inputs.labels, inputs.token_weights
+    bad_labels = bad_weights = index = None
+    valid = None if labels is None else labels != problem.ignore_index
+    if weights is not None and check and not capturing:
+        bad_weights = ~(torch.isfinite(weights) & (weights >= 0))
+        bad_weights = bad_weights if valid is None else bad_weights & valid
+        any_bad_weight = bad_weights.any()
+    if labels is not None and valid is not None:
+        if check:
+            bad_labels = valid & ((labels < 0) | (labels >= problem.vocab))
+            any_bad_label = bad_labels.any()
+        selected = valid if inputs.ids_per_row is None else valid.any(-1)
+        index = selected.reshape(-1).nonzero().squeeze(-1)
+    if bad_labels is not None and labels is not None and bool(any_bad_label):
+        wrong = labels[bad_labels]
+        if problem.quantity == "logprobs":
+            raise ValueError(
+                f"ids contain {int(wrong[0])} ({wrong.numel()} such entries), outside the vocabulary [0, {problem.vocab}) and not -1: "
+                "-1 asks for nothing and gives 0"
+            )
+        raise ValueError(
+            f"labels contain {int(wrong[0])} ({wrong.numel()} such entries), outside the vocabulary [0, {problem.vocab}) and not "
+            f"ignore_index={problem.ignore_index}: mask those positions with ignore_index, or correct vocab_size"
+        )
+    if bad_weights is not None and weights is not None and bool(any_bad_weight):
+        wrong = weights[bad_weights]
+        raise ValueError(
+            f"token_weights contain {float(wrong[0])} ({wrong.numel()} such entries): weights must be finite and not negative; "
+            "mask tokens with ignore_index instead"
+        )
+    if index is None:
+        return None, num_rows
+    count = int(index.shape[0])
+    return (None if count == num_rows else index), count
+
+
+def select(values: Tensor | None, index: Tensor | None, dtype: torch.dtype, per_row: int | None = None) -> Tensor | None:
+    """``[n]`` values of the selected rows, or ``[n, per_row]``."""
+    if values is None:
+        return None
+    flat = values.reshape(-1) if per_row is None else values.reshape(-1, per_row)
+    return (flat if index is None else flat.index_select(0, index)).to(dtype).contiguous()  # an upstream gradient may be expanded

@@ -1,0 +1,325 @@
+"""Which tokens: the most likely and the drawn ones, the same on every backend; and the softmax of given logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import BACKENDS, require
+from oracle import FLOATS, assert_close_2x, dense_logits, make_side, name_of, to_dtype
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels import philox
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+HEADS: dict[str, dict[str, Any]] = {
+    "head": {"dim": 16},
+    "head with everything": {"dim": 16, "bias": True, "scale": 0.7, "softcap": 5.0, "pad": 3},
+    "logits": {"dim": None},
+}
+heads = pytest.mark.parametrize("side", HEADS)
+
+
+def seeded(seed: int, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+# ---- the most likely
+
+
+def by_definition(z: Tensor, k: int) -> Tensor:
+    """Ids by falling logit, then rising id; NaN as -inf."""
+    rows = z.double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).tolist()
+    return torch.tensor([sorted(range(len(row)), key=lambda v, row=row: (-row[v], v))[:k] for row in rows])
+
+
+@heads
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("k", [1, 5, 64, 300])
+def test_topk_logprobs(side: str, dtype: torch.dtype, k: int, any_backend: str, device: str) -> None:
+    require(any_backend, device, dtype)
+    sample = make_side((2, 3), 300, dtype=dtype, device=device, **HEADS[side])
+    top = kd.topk_logprobs(sample, k, 0.7, backend=any_backend, chunk_rows=4)
+    assert top.ids.shape == top.logprobs.shape == (2, 3, k)
+    assert (top.tail, top.temperature) == ("bucket", 0.7)
+    truth = torch.log_softmax(dense_logits(to_dtype(sample, torch.float64)) / 0.7, -1)
+    same = torch.log_softmax(dense_logits(sample).to(torch.promote_types(dtype, torch.float32)) / 0.7, -1)
+    index = top.ids.long()
+    assert_close_2x("logprobs", top.logprobs, same.gather(-1, index), truth.gather(-1, index))
+    if side == "logits":
+        assert torch.equal(index.cpu().view(-1, k), by_definition(sample.view(-1, 300).cpu(), k))
+    else:  # products round otherwise: in order, all different, and nothing larger left out
+        assert (top.logprobs.diff(dim=-1) <= 0).all()
+        assert (index.sort(-1).values.diff(dim=-1) > 0).all()
+        least = truth.gather(-1, index).amin(-1, keepdim=True)
+        rest = truth.scatter(-1, index, -math.inf)
+        assert (rest <= least + 0.05).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 33, 1000, 4097])
+def test_topk_of_equal_logits(vocab: int, any_backend: str, device: str) -> None:
+    """Few different values, so that ties are everywhere, at the k-th place too; a row of one value; zeros of both signs."""
+    z = torch.randint(-2, 3, (6, vocab), generator=torch.Generator().manual_seed(0)).float().to(device)
+    z[1] = 1.5
+    z[2] = torch.where(z[2] > 0, 0.0, -0.0)
+    for k in {1, min(vocab, 7), max(1, vocab - 1), min(vocab, 1024)}:
+        assert torch.equal(kd.topk_logprobs(z, k, backend=any_backend).ids.long().cpu(), by_definition(z.cpu(), k)), k
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
+def test_topk_of_excluded_columns(dtype: torch.dtype, any_backend: str, device: str) -> None:
+    """-inf after every finite logit, with log-probability -inf; a NaN, whose row has no log-probability, never before a number."""
+    require(any_backend, device, dtype)
+    z = torch.randn(4, 200, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    z[0, 5:] = -math.inf
+    z[1, ::2] = -math.inf
+    z[2] = -math.inf
+    z[3, 7] = math.nan
+    top = kd.topk_logprobs(z, 120, backend=any_backend)
+    assert torch.equal(top.ids.long().cpu(), by_definition(z.cpu(), 120))
+    assert torch.isfinite(top.logprobs[0]).sum() == 5
+    assert (top.logprobs[0, 5:] == -math.inf).all()
+    assert torch.isnan(top.logprobs[3]).all()
+
+
+def test_topk_is_detached(any_backend: str, device: str) -> None:
+    side = to_dtype(make_side((3,), 40, 8, device=device), None, requires_grad=True)
+    top, drawn = kd.topk_logprobs(side, 3, backend=any_backend), kd.sample(side, 3, backend=any_backend)
+    assert not top.logprobs.requires_grad
+    assert not drawn.ids.requires_grad
+
+
+# ---- the generator
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "words"),
+    [  # known answers of the Random123 library, philox4x32-10
+        (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (-1, (2**32 - 1,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ],
+)
+def test_philox(key: int, counter: tuple[int, ...], words: tuple[int, ...]) -> None:
+    got = philox.philox(torch.tensor(key), tuple(torch.tensor([c]) for c in counter))
+    assert tuple(int(w) for w in got) == words
+
+
+def test_uniform_numbers_differ_in_everything() -> None:
+    """By row, column, draw and seed; beyond 2^32 rows too; never 0."""
+    rows = torch.tensor([0, 1, 2**32, 2**32 + 1, 2**33])
+    numbers = torch.cat([philox.uniform(torch.tensor(seed), rows, draw, 1100).flatten() for seed in (0, 1, 2**40) for draw in (0, 1)])
+    assert numbers.unique().numel() == numbers.numel()
+    assert numbers.min() > 0
+    assert numbers.mean() == pytest.approx(0.5, abs=0.01)
+
+
+# ---- draws
+
+
+def chi_square(ids: Tensor, probabilities: Tensor) -> float:
+    """How unlikely such counts are, as a number of standard deviations of a normal variable (Wilson and Hilferty 1931)."""
+    expected = probabilities * ids.numel()
+    assert expected.min() > 5
+    counts = torch.bincount(ids.flatten().long(), minlength=len(probabilities)).double()
+    freedom = len(probabilities) - 1
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+
+
+@pytest.mark.parametrize("per_row", [1, 1000])
+def test_a_million_draws(per_row: int, device: str) -> None:
+    """With T and softcap, against the float64 probabilities; many rows of one draw, few rows of many.
+
+    One backend: the others draw the same ids, see below.
+    """
+    backend, draws = "native" if device == "cpu" else "triton", 1_000_000
+    require(backend, device)
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.ones(draws // per_row, 1), torch.randn(600, 1, generator=generator) * 2
+    side = kd.LMHead(hidden.to(device), weight.to(device), softcap=2.0)
+    z = 2.0 * torch.tanh(weight[:, 0].double() / 2.0)
+    drawn = kd.sample(side, per_row, 1.5, seeded(11, device), backend=backend)
+    assert drawn.ids.shape == drawn.counts.shape == (draws // per_row, per_row)
+    assert drawn.ids.dtype == torch.int32
+    assert (drawn.counts == 1).all()
+    assert abs(chi_square(drawn.ids.cpu(), torch.softmax(z / 1.5, 0))) < 4
+
+
+def test_neighbouring_rows_and_draws_are_independent() -> None:
+    """Pairs of draws, of the same row and of the next one, are as frequent as products of probabilities."""
+    require("native", "cpu")
+    z = torch.randn(20, generator=torch.Generator().manual_seed(5))
+    p = torch.softmax(z.double(), 0)
+    ids = kd.sample(z.expand(100_000, 20), 2, generator=seeded(1), backend="native").ids.long()
+    joint = (p[:, None] * p).flatten()
+    kept = joint * 100_000 > 10
+    for pair in (ids[:, 0] * 20 + ids[:, 1], ids[1:, 0] * 20 + ids[:-1, 0]):
+        index = torch.where(kept, kept.cumsum(0) - 1, int(kept.sum()))[pair]
+        merged = torch.cat([joint[kept], joint[~kept].sum().unsqueeze(0)])
+        assert abs(chi_square(index, merged)) < 4
+
+
+@heads
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_backends_draw_alike(side: str, dtype: torch.dtype, backend: str, device: str) -> None:
+    """As the reference does, in several chunks and groups of columns."""
+    require(backend, device, dtype)
+    leading, vocab = ((5,), 600) if dtype in (torch.float32, torch.bfloat16) else ((3,), 1100)
+    sample = make_side(leading, vocab, dtype=dtype, device=device, **HEADS[side])
+    expected = kd.sample(sample, 2, 0.8, seeded(2, device), backend="reference").ids
+    assert torch.equal(kd.sample(sample, 2, 0.8, seeded(2, device), backend=backend, chunk_rows=2).ids, expected)
+
+
+@heads
+def test_chunks_draw_alike(side: str, engine_backend: str, device: str) -> None:
+    sample = make_side((300,), 200, device=device, **HEADS[side])
+    expected = kd.sample(sample, 3, 0.8, seeded(2, device), backend=engine_backend).ids
+    for options in ({"chunk_rows": 1}, {"chunk_rows": 7}, {"chunk_rows": 128}, {"memory_budget": 10_000}):
+        assert torch.equal(kd.sample(sample, 3, 0.8, seeded(2, device), backend=engine_backend, **options).ids, expected), options
+
+
+def test_a_hundred_thousand_rows_are_drawn_alike(device: str) -> None:
+    """Of the same logits. What decides is a difference of doubles: float32 would tell some of these rows apart."""
+    z = make_side((100_000,), 16, None, device=device)
+    other = "native" if device == "cpu" else "triton"
+    require(other, device)
+    ids = kd.sample(z, generator=seeded(8, device), backend="torch").ids
+    assert torch.equal(kd.sample(z, generator=seeded(8, device), backend=other, chunk_rows=40_000).ids, ids)
+    again = kd.sample(z, generator=seeded(9, device), backend=other).ids
+    assert 0.5 < (again != ids).double().mean() < 1
+
+
+def test_rows_are_numbered_through_the_call(backend: str, device: str) -> None:
+    """Equal rows draw differently, in the same chunk and in others."""
+    z = make_side((1,), 50, None, device=device, spread=0.5).expand(20, 50)
+    ids = kd.sample(z, generator=seeded(0, device), backend=backend, chunk_rows=5).ids
+    assert ids.unique().numel() > 12
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_draws_of_odd_rows(backend: str, device: str) -> None:
+    """Excluded columns are never drawn, near certainty nothing else is, and a row that is no distribution gives -1."""
+    require(backend, device)
+    z = torch.zeros(6, 700, device=device)
+    z[0, 1:699] = -math.inf
+    z[1, 650] = 200.0
+    z[2] = -math.inf
+    z[3, 3] = math.nan
+    z[4] -= 5000
+    z[5] = -math.inf
+    z[5, 699] = -1e30
+    ids = kd.sample(z, 12, generator=seeded(4, device), backend=backend).ids
+    assert set(ids[0].tolist()) == {0, 699}
+    assert (ids[1] == 650).all()
+    assert (ids[2:4] == -1).all()
+    assert ids[4].unique().numel() > 8
+    assert (ids[5] == 699).all()
+
+
+def test_the_default_generator_and_its_state() -> None:
+    z = torch.zeros(50, 100)
+    torch.manual_seed(0)
+    first, second = kd.sample(z).ids, kd.sample(z).ids
+    assert not torch.equal(first, second), "each call takes a seed of its own"
+    torch.manual_seed(0)
+    assert torch.equal(kd.sample(z).ids, first)
+
+
+# ---- softmax
+
+
+FUNCTIONS = {"softmax": (kd.softmax, torch.softmax), "log_softmax": (kd.log_softmax, torch.log_softmax)}
+functions = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@functions
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("shape", [(5,), (3, 127), (2, 2, 4099)], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_softmax(name: str, dtype: torch.dtype, shape: tuple[int, ...], temperature: float, any_backend: str, device: str) -> None:
+    """Value and gradient."""
+    require(any_backend, device, dtype)
+    z = make_side(shape[:-1], shape[-1], None, dtype=dtype, device=device)
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    results = []
+    for function, leaf in (
+        (lambda x: FUNCTIONS[name][0](x, temperature, backend=any_backend), to_dtype(z, None, True)),
+        (lambda x: FUNCTIONS[name][1](x / temperature, -1), to_dtype(z, None, True)),
+        (lambda x: FUNCTIONS[name][1](x / temperature, -1), to_dtype(z, torch.float64, True)),
+    ):
+        value = function(leaf)
+        value.backward(upstream.to(value.dtype))
+        results.append((value.detach(), leaf.grad))
+    for what, got, eager, truth in zip(("value", "gradient"), *results, strict=True):
+        assert got.dtype == dtype
+        assert_close_2x(f"{name} {what}", got, eager, truth, None if what == "value" else float(upstream.abs().max()))
+
+
+@functions
+@pytest.mark.parametrize("vocab", [33_000, 40_001])
+def test_softmax_of_rows_too_long_for_one_read(name: str, vocab: int, backend: str, device: str) -> None:
+    z = torch.randn(2, vocab, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+    ours, theirs = FUNCTIONS[name]
+    value, expected = ours(z, 2.0, backend=backend), theirs(z / 2.0, -1)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+    upstream = torch.randn(2, vocab, generator=torch.Generator().manual_seed(2)).to(device)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(v, z, upstream)[0] for v in (value, expected)), rtol=1e-4, atol=1e-4 / math.sqrt(vocab)
+    )
+
+
+@functions
+def test_softmax_into_given_memory(name: str, any_backend: str, device: str) -> None:
+    z = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1)).to(device)
+    function = FUNCTIONS[name][0]
+    expected = function(z, 2.0, backend=any_backend)
+    wide = torch.full((2, 3, 64), 7.0, device=device)
+    assert function(z, 2.0, out=wide[..., :50], backend=any_backend).data_ptr() == wide.data_ptr()
+    assert torch.equal(wide[..., :50], expected)
+    assert (wide[..., 50:] == 7).all()
+    same = z.clone()
+    assert function(same, 2.0, out=same, backend=any_backend) is same
+    assert torch.equal(same, expected)
+    view = z.clone()
+    function(view, 2.0, out=view.view(2, 3, 50), backend=any_backend)
+    assert torch.equal(view, expected)
+    with torch.no_grad():  # with a graph it is refused, see test_primitives.py
+        leaf = z.clone().requires_grad_()
+        assert not function(leaf, 2.0, out=torch.empty_like(z), backend=any_backend).requires_grad
+
+
+@functions
+def test_softmax_of_strided_logits(name: str, any_backend: str, device: str) -> None:
+    z = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(1)).to(device)
+    function = FUNCTIONS[name][0]
+    for view in (z[:, :-1], z.transpose(0, 1), z[..., ::2], z[..., :7], z[:1].expand(3, 5, 30)):
+        leaf = view.detach().requires_grad_()
+        value = function(leaf, backend=any_backend, chunk_rows=3)
+        expected = function(leaf.contiguous(), backend=any_backend)
+        assert torch.equal(value, expected)
+        upstream = torch.arange(value.numel(), device=device).view(value.shape).float() / value.numel()
+        for strided in (upstream, upstream[..., :1].expand_as(value)):
+            grads = [torch.autograd.grad(v, leaf, strided, retain_graph=True)[0] for v in (value, expected)]
+            assert torch.equal(*grads)
+
+
+@functions
+def test_softmax_of_odd_rows(name: str, any_backend: str, device: str) -> None:
+    """Excluded columns, no rows, no finite logit."""
+    ours, theirs = FUNCTIONS[name]
+    z = torch.zeros(3, 40, device=device)
+    z[0, 5:] = -math.inf
+    z[1] = -math.inf
+    torch.testing.assert_close(ours(z, backend=any_backend), theirs(z, -1), equal_nan=True)
+    assert ours(z[:0], backend=any_backend).shape == (0, 40)
+    assert ours(torch.zeros(2, 0, 3, device=device, requires_grad=True), backend=any_backend).requires_grad
+
+
+def test_softmax_chunks(engine_backend: str, device: str) -> None:
+    z = torch.randn(9, 30, device=device)
+    assert torch.equal(kd.softmax(z, chunk_rows=2, backend=engine_backend), kd.softmax(z, backend=engine_backend))
