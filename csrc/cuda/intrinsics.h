@@ -87,6 +87,9 @@ template <class T> KD_DEVICE void store_remote(T* local, int rank, const T& valu
 KD_DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 KD_DEVICE float log2_fast(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
+// A product that is not contracted into an FMA with what follows.
+KD_DEVICE float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+
 using bf16 = __nv_bfloat16;
 using half = __half;
 KD_DEVICE float to_float(float x) { return x; }

@@ -22,56 +22,46 @@ namespace kd {
 
 // What each warp of a cluster sends to every CTA: sweep 1's statistics and the tail of the row before.
 template <class Tail> struct FirstPart {
-    Softmax s, t;
+    LogSums sums;
     Tail tail;
-    KD_DEVICE void merge(const FirstPart& o) { s.merge(o.s), t.merge(o.t), tail.merge(o.tail); }
-};
-struct FullFirstPart {
-    Softmax s, t, ce;
-    Tail tail;
-    KD_DEVICE void merge(const FullFirstPart& o) { s.merge(o.s), t.merge(o.t), ce.merge(o.ce), tail.merge(o.tail); }
-};
-struct SlopePart {
-    float sum = 0.f;
-    KD_DEVICE void merge(const SlopePart& o) { sum += o.sum; }
 };
 
 // Every warp's part goes to every CTA, so each thread can then reduce in its own shared memory: one barrier per reduction, and
 // nobody reads a CTA that might have ended. All threads return the same bits.
-template <class T> KD_DEVICE T cluster_reduce(T x, unsigned char* parts, int& parity) {
+template <class T, class Merge> KD_DEVICE T cluster_reduce(T x, unsigned char* parts, int& parity, Merge&& merge) {
     struct alignas(16) Padded { T value; };
     static_assert(sizeof(Padded) <= kPartBytes);
     const int warp = thread_index() / kLanes, warps = block_threads() / kLanes, lane = thread_index() % kLanes;
     const int count = cluster_size() * warps;
 #pragma unroll
-    for (int mask = 16; mask; mask /= 2) x.merge(shuffle_xor(x, mask));
+    for (int mask = 16; mask; mask /= 2) merge(x, shuffle_xor(x, mask));
     auto* const of_all = reinterpret_cast<Padded*>(parts + parity * count * kPartBytes);
     if (lane < cluster_size()) store_remote(&of_all[cluster_rank() * warps + warp], lane, Padded{x});
     cluster_arrive();
     cluster_wait();
     x = T{};
-    for (int i = lane; i < count; i += kLanes) x.merge(of_all[i].value);
+    for (int i = lane; i < count; i += kLanes) merge(x, of_all[i].value);
 #pragma unroll
-    for (int mask = 16; mask; mask /= 2) x.merge(shuffle_xor(x, mask));
+    for (int mask = 16; mask; mask /= 2) merge(x, shuffle_xor(x, mask));
     parity ^= 1;
     return x;
 }
 
-// x of kVec columns from a slot; -inf beyond the row.
+// Logits of kVec columns from a slot; -inf beyond the row.
 template <bool kFull, class Logit, int kVec>
-KD_DEVICE void read_slot(float* x, const Logit* at, const RowSide& side, float to_x, int column, int valid) {
+KD_DEVICE void read_slot(float* z, const Logit* at, const RowSide& side, int column, int valid) {
     const auto raw = load_vector<Vec<Logit, kVec>>(at);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-        const float z = to_float(raw.at[i]);
-        if constexpr (kFull) x[i] = i < valid ? transformed(z, side, column + i) * to_x : -infinity();
-        else x[i] = i < valid ? z * to_x : -infinity();
+        z[i] = to_float(raw.at[i]);
+        if constexpr (kFull) z[i] = i < valid ? transformed(z[i], side, column + i) : -infinity();
+        else z[i] = i < valid ? z[i] : -infinity();
     }
 }
 
 template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads, kFull ? 1 : 2) one_read_rows(const Rows a) {
     using RowTail = std::conditional_t<kFull, Tail, LeanTail>;
-    using First = std::conditional_t<kFull, FullFirstPart, FirstPart<LeanTail>>;
+    using First = FirstPart<RowTail>;
     constexpr int kVec = 16 / sizeof(Logit);
     const int lane = thread_index() % kLanes, warp = thread_index() / kLanes, warps = block_threads() / kLanes;
     const Span span(a.vocab, cluster_rank() * warps + warp, cluster_size() * warps, sizeof(Logit));
@@ -104,9 +94,10 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
     cluster_wait();    // and all lanes see the mbarriers
 
     const float per_t = a.inv_temperature * kLog2E;
-    const float to_x = kFull ? per_t : per_t * a.student.scale, to_u = kFull ? per_t : per_t * a.teacher.scale;
+    const float c_s = kFull ? per_t : per_t * a.student.scale, c_t = kFull ? per_t : per_t * a.teacher.scale;
+    const auto merge_first = [&](First& x, const First& o) { x.sums.merge(o.sums, c_s, c_t), x.tail.merge(o.tail); };
 
-    // Calls body(x, u, first column, valid columns) for this lane's part of a chunk. Only the last chunk of a span pays for masks.
+    // Calls body(z, y, first column, valid columns) for this lane's part of a chunk. Only the last chunk of a span pays for masks.
     auto for_lane = [&](int slot, int c, auto&& body) {
         const int length = span.chunk_length(c), start = span.begin + c * span.chunk;
         const auto* const s = reinterpret_cast<const Logit*>(ring + slot * kSlotBytes);
@@ -115,15 +106,15 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
 #pragma unroll 1
         for (int first = 0; first < kChunk; first += kLanes * kVec) {
             const int at = first + lane * kVec;
-            float x[kVec], u[kVec];
+            float z[kVec], y[kVec];
             if (length == kChunk) {
-                read_slot<kFull, Logit, kVec>(x, s + at, a.student, to_x, start + at, kVec);
-                read_slot<kFull, Logit, kVec>(u, t + at, a.teacher, to_u, start + at, kVec);
-                body(x, u, start + at, kVec);
+                read_slot<kFull, Logit, kVec>(z, s + at, a.student, start + at, kVec);
+                read_slot<kFull, Logit, kVec>(y, t + at, a.teacher, start + at, kVec);
+                body(z, y, start + at, kVec);
             } else if (at < length) {
-                read_slot<kFull, Logit, kVec>(x, s + at, a.student, to_x, start + at, length - at);
-                read_slot<kFull, Logit, kVec>(u, t + at, a.teacher, to_u, start + at, length - at);
-                body(x, u, start + at, length - at);
+                read_slot<kFull, Logit, kVec>(z, s + at, a.student, start + at, length - at);
+                read_slot<kFull, Logit, kVec>(y, t + at, a.teacher, start + at, length - at);
+                body(z, y, start + at, length - at);
             }
         }
     };
@@ -137,6 +128,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
     int64_t row = cluster_index();
     for (; row < a.rows; row += cluster_count()) {
         const int label = kFull && a.labels ? int(a.labels[row]) : -1;
+        const bool second_sum = label >= 0 && a.temperature != 1.f;  // cross-entropy is at T = 1
         // Read before anybody writes over the row: every thread takes part in a reduction first.
         float target = 0.f;
         if (kFull && reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
@@ -146,37 +138,26 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         mine.tail = tail;
         for (int c = 0, at = slot, flip = phase; c < span.chunks; ++c) {
             mbarrier_wait(&landed[at], flip);
-            for_lane(at, c, [&](const float* x, const float* u, int, int) {
-                mine.s.template add<kVec>(x);
-                mine.t.template add<kVec>(u);
-                if constexpr (kFull) {
-                    if (label >= 0 && a.temperature != 1.f) {
-                        float z[kVec];
-#pragma unroll
-                        for (int i = 0; i < kVec; ++i) z[i] = x[i] * a.temperature;
-                        mine.ce.template add<kVec>(z);
-                    }
-                }
-            });
+            for_lane(at, c, [&](const float* z, const float* y, int, int) { mine.sums.template add<kVec>(z, y, c_s, c_t, second_sum); });
             if (++at == a.slots) at = 0, flip ^= 1;
         }
-        const First all = cluster_reduce(mine, parts, parity);
+        const First all = cluster_reduce(mine, parts, parity, merge_first);
         if (reports && row != cluster_index()) report(a, row - cluster_count(), all.tail, tail_ce, weight_of(row - cluster_count()));
-        const Norm norm_s = norm_of(all.s), norm_t = norm_of(all.t);
-        float lse_ce = 0.f;
-        if constexpr (kFull) {
-            if (label >= 0) lse_ce = (a.temperature != 1.f ? norm_of(all.ce) : norm_s).natural();
-        }
+        const LogSums& sums = all.sums;
+        const Norm norm_s = norm_of(sums.max_s, sums.sum_s, c_s), norm_t = norm_of(sums.max_t, sums.sum_t, c_t);
+        Norm at_one;
+        if (kFull && label >= 0) at_one = second_sum ? norm_of(sums.max_s, sums.sum_ce, kLog2E) : norm_s;
+        const float lse_ce = at_one.natural();
         tail_ce = lse_ce - target;
         tail = RowTail{};
 
-        const auto add_to_tail = [&](float value, float x, float u, float log2_q, float log2_p, int column) {
+        const auto add_to_tail = [&](float value, float z, float y, float log2_q, float log2_p, int column) {
             tail.value += value;
             if constexpr (kFull) {
                 if (a.stats) {
                     tail.entropy_s += entropy_term(log2_q), tail.entropy_t += entropy_term(log2_p);
-                    if (x == norm_s.top && column < tail.best_s) tail.best_s = column;
-                    if (u == norm_t.top && column < tail.best_t) tail.best_t = column;
+                    if (z == sums.max_s && column < tail.best_s) tail.best_s = column;
+                    if (y == sums.max_t && column < tail.best_t) tail.best_t = column;
                 }
             }
         };
@@ -189,34 +170,34 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         // Sweep 2, only where the sum of the slopes is not known beforehand. Without dz it is the last one.
         float slope_sum = float(D::slope_sum);
         if constexpr (!D::knows_slope_sum) {
-            SlopePart slopes;
+            float slopes = 0.f;
             for (int c = 0, at = slot; c < span.chunks; ++c) {
-                for_lane(at, c, [&](const float* x, const float* u, int, int valid) {
+                for_lane(at, c, [&](const float* z, const float* y, int, int valid) {
 #pragma unroll
                     for (int i = 0; i < kVec; ++i) {
-                        const float log2_q = norm_s(x[i]), log2_p = norm_t(u[i]);
+                        const float log2_q = norm_s(z[i]), log2_p = norm_t(y[i]);
                         const float slope = column_terms<D>(a, log2_q, log2_p, exp2_fast(log2_q)).slope;
-                        slopes.sum += i < valid ? slope : 0.f;
+                        slopes += i < valid ? slope : 0.f;
                     }
                 });
                 if (++at == a.slots) at = 0;
             }
-            slope_sum = cluster_reduce(slopes, parts, parity).sum;
+            slope_sum = cluster_reduce(slopes, parts, parity, [](float& x, float o) { x += o; });
         }
         if (reports) save_state(a, row, norm_s.natural(), norm_t.natural(), slope_sum, lse_ce);
 
         // Last sweep: dz. Slots are handed back one by one.
-        const Gradient<kFull> gradient(a, slope_sum, lse_ce, weight_of(row), label);
+        const Gradient<kFull> gradient(a, slope_sum, at_one, weight_of(row), label);
         void* const dz = a.dz ? dz_row(a, row) : nullptr;
         for (int c = 0; c < span.chunks; ++c) {
-            for_lane(slot, c, [&](const float* x, const float* u, int column, int valid) {
+            for_lane(slot, c, [&](const float* z, const float* y, int column, int valid) {
                 float g[kVec];
 #pragma unroll
                 for (int i = 0; i < kVec; ++i) {
-                    const float log2_q = norm_s(x[i]), log2_p = norm_t(u[i]), q = exp2_fast(log2_q);
+                    const float log2_q = norm_s(z[i]), log2_p = norm_t(y[i]), q = exp2_fast(log2_q);
                     const Terms<float> t = column_terms<D>(a, log2_q, log2_p, q);
-                    if (i < valid) add_to_tail(t.value, x[i], u[i], log2_q, log2_p, column + i);
-                    g[i] = gradient(t.slope, q, x[i], column + i);
+                    if (i < valid) add_to_tail(t.value, z[i], y[i], log2_q, log2_p, column + i);
+                    g[i] = gradient(t.slope, q, z[i], column + i);
                 }
                 if (dz) store_dz<Logit, kVec>(a, dz, column, 1, g, valid < kVec ? valid : kVec);
             });
@@ -226,7 +207,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
     if (row != cluster_index()) {  // the tail of the last row is still in pieces
         First mine;
         mine.tail = tail;
-        const First all = cluster_reduce(mine, parts, parity);
+        const First all = cluster_reduce(mine, parts, parity, merge_first);
         if (reports) report(a, row - cluster_count(), all.tail, tail_ce, weight_of(row - cluster_count()));
     }
 }

@@ -32,41 +32,59 @@ struct Rows {
     Normalizer normalizer;
     bool statistics, aligned;  // aligned: every row of every tensor starts at a multiple of 16 bytes
 
-    bool plain() const {       // nothing but temperature, the student's and teacher's scale, and weights
-        return !student.bias && !teacher.bias && student.softcap == 0 && teacher.softcap == 0 && !labels && !stats && slope_scale != 0;
+    bool plain() const {       // nothing but temperature, positive scales, and weights
+        return !student.bias && !teacher.bias && student.softcap == 0 && teacher.softcap == 0 && student.scale > 0 && teacher.scale > 0 &&
+               !labels && !stats && slope_scale != 0;
     }
 };
 
-// Inside a kernel x and u are logits over T in units of ln 2 (times log2 e), so that ex2 takes them as they are.
+// z and y are a column's logits (student, teacher) as a kernel reads them: transformed, or raw where the transform is a positive scale
+// that goes into `c`, the factor that makes them logits over T in units of ln 2, as ex2 takes them.
 
-// Log-sum-exp in the making: the largest x and the sum of 2^(x - largest). NaN lives in the sum.
-struct Softmax {
-    float max = -infinity(), sum = 0.f;
-    KD_DEVICE float reference() const { return max == -infinity() ? 0.f : max; }
-    KD_DEVICE void merge(const Softmax& o) {
-        const float before = max;
-        max = fmaxf(before, o.max);
-        sum = sum * exp2_fast(before - reference()) + o.sum * exp2_fast(o.max - reference());
+// Log-sum-exps in the making: the largest logit of each side and the sum of 2^(z c - fl(largest c)), for the student at T = 1 too.
+// The reference is a rounded number, but the same in every term, and each term is one exact FMA away from it. NaN lives in the sums.
+struct LogSums {
+    float max_s = -infinity(), sum_s = 0.f, max_t = -infinity(), sum_t = 0.f, sum_ce = 0.f;
+
+    KD_DEVICE static float reference(float max, float c) { return max == -infinity() ? 0.f : rounded_product(max, c); }
+    // A sum, from the reference of one largest logit to another.
+    KD_DEVICE static float moved(float sum, float max, float to, float c) { return sum * exp2_fast(rounded_product(max, c) - to); }
+    template <int kCount> KD_DEVICE static void add(float& sum, float before, float now, const float* z, float c) {
+        const float to = reference(now, c);
+        sum = moved(sum, before, to, c);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sum += exp2_fast(fmaf(z[i], c, -to));
     }
-    template <int kCount> KD_DEVICE void add(const float* x) {
-        const float before = max;
+    template <int kCount> KD_DEVICE static float largest(float max, const float* z) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) max = fmaxf(max, x[i]);
-        const float shift = reference();
-        sum *= exp2_fast(before - shift);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) sum += exp2_fast(x[i] - shift);
+        for (int i = 0; i < kCount; ++i) max = fmaxf(max, z[i]);
+        return max;
+    }
+    template <int kCount> KD_DEVICE void add(const float* z, const float* y, float c_s, float c_t, bool at_one) {
+        const float now_s = largest<kCount>(max_s, z), now_t = largest<kCount>(max_t, y);
+        add<kCount>(sum_s, max_s, now_s, z, c_s);
+        add<kCount>(sum_t, max_t, now_t, y, c_t);
+        if (at_one) add<kCount>(sum_ce, max_s, now_s, z, kLog2E);
+        max_s = now_s, max_t = now_t;
+    }
+    KD_DEVICE void merge(const LogSums& o, float c_s, float c_t) {
+        const float now_s = fmaxf(max_s, o.max_s), now_t = fmaxf(max_t, o.max_t);
+        const float to_s = reference(now_s, c_s), to_t = reference(now_t, c_t), to_ce = reference(now_s, kLog2E);
+        sum_s = moved(sum_s, max_s, to_s, c_s) + moved(o.sum_s, o.max_s, to_s, c_s);
+        sum_t = moved(sum_t, max_t, to_t, c_t) + moved(o.sum_t, o.max_t, to_t, c_t);
+        sum_ce = moved(sum_ce, max_s, to_ce, kLog2E) + moved(o.sum_ce, o.max_s, to_ce, kLog2E);
+        max_s = now_s, max_t = now_t;
     }
 };
 
-// Subtracted from x one after the other: their sum would be rounded to the step of the largest, which moves every probability
-// where logits are in the thousands.
+// From a logit to the base-2 logarithm of its probability. Largest and log of the sum are subtracted one after the other: their sum
+// would be rounded to the step of the largest, which moves every probability where logits are in the thousands.
 struct Norm {
-    float top = 0.f, rest = 0.f;
-    KD_DEVICE float operator()(float x) const { return (x - top) - rest; }
+    float c = 0.f, top = 0.f, rest = 0.f;
+    KD_DEVICE float operator()(float z) const { return fmaf(z, c, -top) - rest; }
     KD_DEVICE float natural() const { return (top + rest) * kLn2; }
 };
-KD_DEVICE Norm norm_of(const Softmax& s) { return {s.max, log2_fast(s.sum)}; }
+KD_DEVICE Norm norm_of(float max, float sum, float c) { return {c, rounded_product(max, c), log2_fast(sum)}; }
 
 // One column of a divergence.
 template <class D> KD_DEVICE Terms<float> column_terms(const Rows& a, float log2_q, float log2_p, float q) {
@@ -109,24 +127,24 @@ KD_DEVICE float logit_at(const RowSide& side, int64_t row, int column) {
 
 // One row's gradient: everything of it that is the same in every column.
 template <bool kFull> struct Gradient {
-    float slope_scale, outer, slope_sum, log2_sum_ce, ce_weight, temperature, per_cap;
+    float slope_scale, outer, slope_sum, ce_weight, per_cap;
+    Norm at_one;
     int label;  // -1: none
-    KD_DEVICE Gradient(const Rows& a, float slope_sum, float lse_ce, float weight, int label)
-        : slope_scale(a.slope_scale), outer(a.student.scale * weight * a.dz_scale), slope_sum(slope_sum), log2_sum_ce(lse_ce * kLog2E),
-          ce_weight(a.ce_weight), temperature(a.temperature),
-          per_cap(a.student.softcap != 0.f ? a.temperature * kLn2 / a.student.softcap : 0.f), label(label) {
+    KD_DEVICE Gradient(const Rows& a, float slope_sum, Norm at_one, float weight, int label)
+        : slope_scale(a.slope_scale), outer(a.student.scale * weight * a.dz_scale), slope_sum(slope_sum), ce_weight(a.ce_weight),
+          per_cap(a.student.softcap != 0.f ? 1.f / a.student.softcap : 0.f), at_one(at_one), label(label) {
         if (!kFull) outer *= slope_scale;
     }
-    // From the slope and q of a column, its x, and its number.
-    KD_DEVICE float operator()(float slope, float q, float x, int column) const {
+    // From the slope and q of a column, its logit, and its number.
+    KD_DEVICE float operator()(float slope, float q, float z, int column) const {
         float g = slope - q * slope_sum;
         if constexpr (!kFull) return g * outer;
         g = slope_scale == 0.f ? 0.f : g * slope_scale;
         if (label >= 0 && ce_weight != 0.f)
-            g += ce_weight * (exp2_fast(x * temperature - log2_sum_ce) - (column == label ? 1.f : 0.f));
+            g += ce_weight * (exp2_fast(at_one(z)) - (column == label ? 1.f : 0.f));
         g *= outer;
-        if (per_cap == 0.f) return g;  // x may be infinite
-        const float bend = x * per_cap;
+        if (per_cap == 0.f) return g;  // z may be infinite
+        const float bend = z * per_cap;
         return g * (1.f - bend * bend);
     }
 };

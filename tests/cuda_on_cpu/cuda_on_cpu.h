@@ -102,6 +102,8 @@ template <class T> __attribute__((no_sanitize("thread"))) T shuffle_xor(T value,
 inline float exp2_fast(float x) { float y = std::exp2(x); return std::isfinite(y) ? emu::blur(y, y * 0x1p-22f) : y; }
 inline float log2_fast(float x) { float y = std::log2(x); return std::isfinite(y) ? emu::blur(y, 0x1p-22f) : y; }
 
+inline float rounded_product(float x, float y) { return x * y; }  // compiled with -ffp-contract=off
+
 struct bf16 { uint16_t bits; };
 using half = _Float16;
 inline float to_float(float x) { return x; }

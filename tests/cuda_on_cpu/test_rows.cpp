@@ -184,7 +184,7 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
         launch.clusters = s.clusters, launch.cluster_size = s.cluster_size;
         launch.shared_bytes = one_read_shared_bytes(s.warps, a.slots, s.cluster_size);
         if constexpr (D::id != LogitMSE::id)
-            emu::launch(launch, [&] { f.plain() ? one_read_rows<false, Logit, D>(a) : one_read_rows<true, Logit, D>(a); });
+            emu::launch(launch, [&] { a.plain() ? one_read_rows<false, Logit, D>(a) : one_read_rows<true, Logit, D>(a); });
     } else {
         launch.clusters = s.rows, launch.cluster_size = 1;
         launch.shared_bytes = two_read_shared_bytes(launch.threads);
