@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -184,13 +185,13 @@ def _bars(console: Console) -> Iterator[Progress]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """A SIGTERM, as of a machine that is taken back, ends the run like Ctrl-C."""
-    try:
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # not the main thread: whoever called has the say
-        yield
+    """A SIGTERM, as of a machine that is taken back, ends the run like Ctrl-C; so does a SIGINT that a script's ``&`` had ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # whoever called has the say
         return
+    previous = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for s, handler in previous.items():
+            signal.signal(s, handler)
