@@ -120,16 +120,19 @@ def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 def _mixture(weight_q: float, weight_p: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """``(log(q / m), log(p / m))`` for ``m = weight_q * q + weight_p * p``, the weights adding to 1.
 
-    The larger of p and q is factored out of m, so that nothing overflows. m over it is 1 - small near p = q, and in general where
-    the smaller one has a small weight; where the smaller one has nearly all of the weight, that form would cancel. NaN where both
-    are 0.
+    The larger of p and q is factored out of m, so that nothing overflows. m over it is 1 - small near p = q, and in general unless
+    the smaller one has nearly all of the weight, where that form would cancel. NaN where both are 0.
     """
     ratio = log_q - log_p
     q_larger = ratio >= 0
-    share = _choose(q_larger, weight_p, weight_q, ratio)  # weight in m of the smaller one
-    lost = torch.expm1(-ratio.abs()).mul_(share)  # m / larger - 1
-    direct = (-ratio.abs()).exp_().mul_(share).add_(_choose(q_larger, weight_q, weight_p, ratio))  # m / larger
-    log_m = torch.where(lost > -0.5, torch.log1p(lost), direct.log_())
+    size = ratio.abs().neg_()  # log(smaller / larger)
+    share = weight_q if weight_q == weight_p else _choose(q_larger, weight_p, weight_q, ratio)  # weight in m of the smaller one
+    lost = torch.expm1(size).mul_(share)  # m / larger - 1
+    if max(weight_q, weight_p) <= 0.9:
+        log_m = lost.log1p_()
+    else:
+        direct = size.exp_().mul_(share).add_(_choose(q_larger, weight_q, weight_p, ratio))  # m / larger
+        log_m = torch.where(lost > -0.5, torch.log1p(lost), direct.log_())
     log_qm = torch.where(q_larger, -log_m, ratio - log_m)
     log_pm = torch.where(q_larger, -ratio - log_m, -log_m)
     return log_qm, log_pm

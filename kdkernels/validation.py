@@ -169,7 +169,8 @@ def prepare_head(
     )
     dtypes = storages(problem, checked.is_head, checked.is_head)
     chosen = dispatch.select(backend, device_type_of(checked.input), dtypes, "head_rows")
-    inputs = Inputs(checked.input, checked.weight, checked.bias, None, None, None, None if ids is None else ids.detach(), None)
+    ids = None if ids is None else ids.detach().to(torch.int64)  # -1 is no uint8, and a vocabulary no int8
+    inputs = Inputs(checked.input, checked.weight, checked.bias, None, None, None, ids, None)
     return replace(problem, backend=chosen), inputs
 
 
@@ -208,9 +209,11 @@ def check_softmax(logits: Tensor, out: Tensor | None) -> None:
     if out.stride(-1) != 1 and out.shape[-1] > 1:
         raise ValueError(f"out must have unit stride in its last dimension, got strides {out.stride()}")
     try:
-        out.view(-1, out.shape[-1])
+        rows = out.view(-1, out.shape[-1])
     except RuntimeError:
         raise ValueError(f"out must have one stride between all its rows, got strides {out.stride()} for {list(out.shape)}") from None
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(f"out must have memory of its own for every row, got strides {out.stride()} for {list(out.shape)}")
     if out is logits or torch.compiler.is_compiling() or not out.numel():
         return
     same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
@@ -269,6 +272,8 @@ def _check_side(name: str, side: Side | None) -> _Checked:
     _check_floating(f"{name}.weight", weight)
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"{name}.weight must be [V, D] with V > 0, got shape {list(weight.shape)}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{what} has hidden size 0: shape {list(x.shape)}")
     if weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"{name}.hidden has size {x.shape[-1]}, {name}.weight {list(weight.shape)} needs {weight.shape[1]}: the head is [V, D], "
