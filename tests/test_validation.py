@@ -46,6 +46,11 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
     "one dimension": (lambda: {"student": torch.randn(V)}, ValueError, r"student must have .*dimensions.*\[33\]"),
     "hidden of one dimension": (lambda: {"student": student(hidden=torch.randn(DS))}, ValueError, r"student\.hidden must .*\[8\]"),
     "hidden size": (lambda: {"student": student(hidden=torch.randn(N, 9))}, ValueError, r"student\.hidden has size 9.*\[33, 8\]"),
+    "hidden size 0": (
+        lambda: {"student": student(hidden=torch.randn(N, 0), weight=torch.randn(V, 0))},
+        ValueError,
+        r"student\.hidden has hidden size 0.*\[6, 0\]",
+    ),
     "teacher hidden size": (lambda: {"teacher": teacher(weight=torch.randn(V, 5))}, ValueError, r"teacher\.hidden has size 12.*\[33, 5\]"),
     "weight of one dimension": (
         lambda: {"student": student(weight=torch.randn(V))},
