@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,11 +80,21 @@ class SideRows:
         self.rows = Rows(source, index)
         self.is_head = weight is not None
         self.dtype = dtype
-        self.weight = None if weight is None else weight[: problem.vocab].to(dtype)
-        self.bias = None if bias is None else bias[: problem.vocab].to(problem.compute_dtype)
+        self._weight, self._bias, self._bias_dtype = weight, bias, problem.compute_dtype
         self.storage = problem.storage(dtype) if self.is_head else source.dtype
         self.vocab = problem.vocab
         self.buffer = source.new_empty(0)
+
+    # Cast when they are used: whoever only asks for sizes copies no head.
+
+    @cached_property
+    def weight(self) -> Tensor | None:
+        """``[V, D]`` in the dtype of the matrix products."""
+        return None if self._weight is None else self._weight[: self.vocab].to(self.dtype)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        return None if self._bias is None else self._bias[: self.vocab].to(self._bias_dtype)
 
     @property
     def bytes_per_row(self) -> int:

@@ -34,7 +34,7 @@ template <class Kernel> bool launch(Kernel* kernel, Rows a, Launch l, cudaStream
     a.slots = l.slots;
     if (l.one_read) {
         const auto* const function = reinterpret_cast<const void*>(kernel);
-        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_bytes)), "shared memory of the row kernel");
+        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_limit), "shared memory of the row kernel");
         if (l.cluster > 8) check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of 16");
         cudaLaunchConfig_t config = configure(l, stream, attribute);
         int fit = 0;

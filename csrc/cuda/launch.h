@@ -22,6 +22,7 @@ struct Launch {
     int threads = 0;       // per CTA
     int64_t blocks = 0;    // at most: the one-read kernel's clusters are persistent, and need not be more than fit at once
     size_t shared_bytes = 0;
+    int shared_limit = 0;  // what the kernel may be launched with on this GPU, whatever the shape: set once and the same for all threads
 };
 
 constexpr int kReservedPerBlock = 1024;  // of shared memory, by the system
@@ -64,7 +65,7 @@ inline Launch choose_launch(const GpuLimits& gpu, int64_t rows, int64_t vocab, i
     while (cluster * 2 <= largest && rows * cluster * 2 <= places && vocab >= int64_t(cluster) * 2 * warps * (kChunkBytes / itemsize)) cluster *= 2;
     const int slots = ring_slots(vocab, itemsize, warps, cluster, room);
     const int64_t clusters = std::min<int64_t>(rows, std::max<int64_t>(places / cluster, 1));
-    return {true, cluster, slots, kOneReadThreads, clusters * cluster, one_read_shared_bytes(warps, slots, cluster)};
+    return {true, cluster, slots, kOneReadThreads, clusters * cluster, one_read_shared_bytes(warps, slots, cluster), gpu.shared_per_block};
 }
 
 }  // namespace kd

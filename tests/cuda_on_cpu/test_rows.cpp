@@ -129,7 +129,7 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
     const Dtype teacher_dtype = f.mixed ? (kLogit == Dtype::f32 ? Dtype::bf16 : Dtype::f32) : kLogit;
     const Dtype dz_dtype = kLogit == Dtype::f32 && f.narrow ? (seed % 2 ? Dtype::bf16 : Dtype::f16) : kLogit;
     const bool softmax = D::id != LogitMSE::id;
-    const auto stride_of = [&](Dtype d) { const int vec = 16 / size_of(d); return f.unaligned ? int64_t(s.vocab) : (s.vocab + vec - 1) / vec * int64_t(vec) + vec; };
+    const auto stride_of = [&](Dtype d) { const int vec = 16 / size_of(d); return f.unaligned ? int64_t(s.vocab) : (s.vocab + vec - 1) / vec * int64_t(vec) + (seed % 2) * vec; };
     const int64_t student_stride = stride_of(kLogit), teacher_stride = stride_of(teacher_dtype);
     Buffer student(s.rows * student_stride * sizeof(Logit)), teacher(s.rows * teacher_stride * size_of(teacher_dtype));
     std::vector<float> state(4 * s.rows, NAN), loss(s.rows, NAN), stats(5 * s.rows, NAN), weight(s.rows), bias_s(s.vocab), bias_t(s.vocab);
