@@ -1,0 +1,1 @@
+"""Where teacher targets come from: a live model, a cache, a server."""

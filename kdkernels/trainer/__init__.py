@@ -1,0 +1,1 @@
+"""The thin trainer: distil one causal language model into another with transformers."""
