@@ -38,7 +38,7 @@ class HeadWeights:
     @property
     def rows(self) -> int:
         """V, padding included."""
-        weight = self.linear.weight
+        weight: Any = self.linear.weight
         return int(getattr(weight, "ds_shape", weight.shape)[0])
 
     @property
@@ -48,8 +48,8 @@ class HeadWeights:
     def apply_to(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states, weight and bias whose product is the head's output, with gradients to every part.
 
-        A LoRA of rank r adds r columns, ``[h, scaling * A dropout(h)] @ [W, B].T``, which is exact with dropout too, and holds no second ``[V, D]``
-        but the concatenation. Both are made once for one forward pass.
+        A LoRA of rank r adds r columns, ``[h, scaling * A dropout(h)] @ [W, B].T``: exact, with dropout too. The matrix is put together
+        once for a forward pass.
         """
         extra = []
         for adapter in self.adapters:
@@ -113,7 +113,7 @@ def _with_adapters(head: Any, peft: Any) -> HeadWeights:
     return HeadWeights(base.linear, adapters)
 
 
-def _is_plain(weight: Tensor) -> bool:
+def _is_plain(weight: Any) -> bool:
     return type(weight) in (Tensor, nn.Parameter) or _is_sharded(weight) or hasattr(weight, "ds_id")
 
 
