@@ -59,7 +59,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
     },
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "rope_theta": 10000.0}},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}, "vision_config": {"per_layer_config": {}}},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"per_layer_config": {}, "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"lm_head_multiplier": 0.5},
     "gemma3": {"text_config": {"final_logit_softcapping": 20.0}},

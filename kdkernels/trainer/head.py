@@ -2,7 +2,8 @@
 
 For the time of one call the head's ``forward`` is a stub that keeps its input and returns a column of zeros. So the ``[N, V]`` logits
 never exist, and the model's own forward pass, with whatever it does before its head, is the only one that runs. What lies between head
-and logits (a scale, a soft cap, columns that are cut off) is measured once, with a ramp in the place of the head's output: no config is read.
+and logits (a scale, a soft cap, columns that are cut off) is measured once, with a ramp in the place of the head's output; no config
+is read for it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HeadWeights", "UnsupportedHead", "gathered", "read_head"]
+__all__ = ["HeadWeights", "UnsupportedHead", "gathered", "read_head", "sharded_like", "whole"]
 
 
 class UnsupportedHead(ValueError):
@@ -132,15 +132,28 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor(grad_placements=[Replicate() if name == "tp" else Partial("avg") for name in names])
 
 
-def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
+def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """``value`` (whole, the same on each rank) as the parameter is sharded."""
+    if not _is_sharded(parameter):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def gathered(parameters: Sequence[Tensor], modified: bool = False) -> AbstractContextManager[Any]:
     """In the block the parameters are whole on every rank, where DeepSpeed ZeRO-3 has partitioned them.
 
-    The loss makes its gradients in its forward pass, so the block need only hold the loss: backward reads no weight.
+    A loss makes its gradients in its forward pass, so the block need only hold the loss: backward reads no weight.
+
+    Args:
+        modified: the block changes them; rank 0's values are kept.
     """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         return nullcontext()
     import deepspeed
 
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modified else None)
     return context
