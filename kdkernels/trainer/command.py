@@ -60,7 +60,7 @@ def train(
     rest = list(context.args)
     for name, value in (("--output-dir", output_dir), ("--max-steps", max_steps), ("--save-steps", save_steps)):
         rest += [] if value is None else [name, f"{value:g}" if isinstance(value, float) else str(value)]
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     try:
         settings = read_settings({} if config is None else read_config(config), given, rest)
         from . import run
@@ -73,11 +73,7 @@ def train(
     except KeyboardInterrupt:
         typer.echo("\nInterrupted.", err=True)
         raise typer.Exit(130) from None
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
-        from ..teachers.cache import CacheError
-
-        if isinstance(error, RuntimeError) and not isinstance(error, CacheError):
-            raise
+    except ValueError as error:
         _fail(" ".join(str(error).split()))
     if status:
         raise typer.Exit(status)

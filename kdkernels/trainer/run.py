@@ -48,6 +48,7 @@ def run(settings: Settings, console: Console) -> int:
 
     args = settings.args
     args._n_gpu = min(args.n_gpu, 1)  # several are for torchrun: one process each
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     console = console if args.process_index == 0 else Console(quiet=True)
     transformers.logging.set_verbosity(max(args.get_process_log_level(), transformers.logging.ERROR) if args.log_level == "passive" else args.get_process_log_level())
     transformers.logging.disable_progress_bar()
@@ -113,9 +114,12 @@ def _tokenizer(settings: Settings) -> Any:
 
 
 def _cache(settings: Settings, tokenizer: Any) -> Any:
-    from ..teachers.cache import open_cache
+    from ..teachers.cache import CacheError, open_cache
 
-    return open_cache(settings.cache, tokenizer)
+    try:
+        return open_cache(str(settings.cache), tokenizer)
+    except CacheError as error:
+        raise TrainError(f"--cache {settings.cache}: {error}") from error
 
 
 def _model(path: str, role: str, dtype: str) -> Any:

@@ -120,6 +120,9 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
         args = DistillationArguments(**vars(namespace))
     except (ValueError, TypeError, ImportError) as error:
         raise TrainError(" ".join(str(error).split())) from error
+    for role, path in (("student", own["student"]), *(("teacher", path) for path in own["teacher"])):
+        if Path(path).exists() and Path(path).resolve() == Path(args.output_dir).resolve():
+            raise TrainError(f"--output-dir {args.output_dir} is the --{role}, which would be overwritten: choose another folder")
     settings = Settings(**{name: own[name] for name in MINE if own[name] is not None}, args=args)
     if settings.cache and settings.teacher:
         raise TrainError("--cache and --teacher: the cache is the teacher; give one of them")
