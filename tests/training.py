@@ -16,11 +16,11 @@ SPECIAL = ["<|end|>", "<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|syst
 
 
 def make_tokenizer(words: list[str] = WORDS, template: str | None = TEMPLATE) -> Any:
-    """A word-level tokenizer that splits at spaces and punctuation; unknown words fall back to letters."""
+    """A word-level tokenizer that splits at spaces and punctuation; single letters and signs are words too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, "<|unk|>", *(f"Ġ{w}" for w in words), *words, *(chr(c) for c in range(33, 127)), "Ċ", "Ġ"])}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, "<|unk|>", *(f"Ġ{w}" for w in words), *words, *(chr(c) for c in range(33, 127)), *(f"Ġ{chr(c)}" for c in range(97, 123)), "Ċ", "ĊĊ", "Ġ"])}
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def make_tokenizer(words: list[str] = WORDS, template: str | None = TEMPLATE) ->
     return fast
 
 
-def make_model(hidden: int = 16, layers: int = 2, vocab_size: int = 160, seed: int = 0, family: str = "Llama", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+def make_model(hidden: int = 16, layers: int = 2, vocab_size: int = 192, seed: int = 0, family: str = "Llama", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     import transformers
 
     torch.manual_seed(seed)
