@@ -38,7 +38,7 @@ def make_model(hidden: int = 16, layers: int = 2, vocab_size: int = 192, seed: i
     sizes = {
         "vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "num_attention_heads": 2,
         "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1,
-        "attn_implementation": "eager",
+        "attn_implementation": "sdpa",
     }  # fmt: skip
     return getattr(transformers, f"{family}ForCausalLM")(cls(**{**sizes, **config})).to(dtype)
 

@@ -112,6 +112,8 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.divergence = _text(parse_divergence(self.divergence))
         self._check_numbers()
+        if self.data_seed is None:  # else the order of the data would follow whatever seed torch was given last
+            self.data_seed = self.seed
         if isinstance(self.feature_layers, Mapping):
             self.feature_layers = ",".join(f"{s}:{t}" for s, t in self.feature_layers.items())
         elif isinstance(self.feature_layers, (list, tuple)):
