@@ -106,6 +106,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     # Training
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # An evaluation before the training marks the model as prepared, and DDP would then not be put around it: gradients would differ by rank.
+        if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super()._prepare_for_training(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step; those that the student writes itself are written here, before tokens are counted."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
