@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..sides import LMHead, Side
 from ..trainer.head import HeadTap, Tapped
+from ..trainer.patching import unwrap
 from .source import View
 
 __all__ = ["LiveTeacher"]
@@ -42,7 +43,9 @@ class LiveTeacher:
         if not self.models:
             raise ValueError("LiveTeacher needs at least one model")
         if len(self.models) > 1 and mode not in ("probs", "logits"):
-            raise ValueError(f"several teachers need mode='probs' (average of probabilities) or mode='logits' (average of logits), got {mode!r}")
+            raise ValueError(
+                f"several teachers need mode='probs' (average of probabilities) or mode='logits' (average of logits), got {mode!r}"
+            )
         self.mode, self.weights = mode, weights
         for model in self.models:
             model.eval().requires_grad_(False)
@@ -73,7 +76,8 @@ class LiveTeacher:
         model = self.models[number]
         device = next(model.parameters()).device
         given = {"input_ids": view.input_ids, "attention_mask": view.attention_mask, "position_ids": view.position_ids}
-        return self.taps[number](model, **{name: t.to(device) for name, t in given.items() if t is not None})
+        inputs: dict[str, Any] = {name: t.to(device) for name, t in given.items() if t is not None}
+        return self.taps[number](model, **inputs)
 
     def _side(self, number: int, tapped: Tapped, scored: Tensor) -> Side:
         if tapped.hidden is None:
@@ -91,8 +95,6 @@ class LiveTeacher:
 
 def vocabulary(model: nn.Module) -> int:
     """Columns of a model's logits, padding included."""
-    from ..trainer.head import unwrap
-
     base = unwrap(model)
     head = getattr(base, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)

@@ -1,4 +1,4 @@
-"""The loss of one batch: both models run on their views, and the loss is computed inside the student's forward pass, where a wrapper sees it."""
+"""The loss of one batch: both models run on their views, and the loss is computed inside the student's forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .. import losses, primitives
 from ..divergences import Divergence
 from ..sides import Side
-from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .collator import IGNORED, view_of
 from .features import FeatureTap
@@ -68,9 +67,7 @@ class Objective:
             out = self.tap(model, finish, **{name: t for name, t in given.items() if t is not None})
         return out["loss"], out["sums"]
 
-    def _terms(
-        self, tapped: Tapped, targets: Any, batch: Mapping[str, Any], ours: Any, theirs: Any, each: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _terms(self, tapped: Tapped, targets: Any, batch: Mapping[str, Any], ours: Any, theirs: Any, each: bool) -> tuple[Tensor, Tensor]:
         scored, weights = batch["scored"], batch["token_weights"]
         loss, stats = self._token_loss(tapped.side(scored), targets, batch, "none" if each else "sum")
         zero = torch.zeros(scored.numel(), device=scored.device)
