@@ -112,7 +112,7 @@ class HeadTap:
         parameters = inspect.signature(type(self.base).forward).parameters
         any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         # A cache switches off the mask between packed rows, and would be held for nothing.
-        self._fixed = {k: v for k, v in (("use_cache", False), ("return_dict", True)) if k in parameters or any_keyword}
+        self.fixed = {k: v for k, v in (("use_cache", False), ("return_dict", True)) if k in parameters or any_keyword}
 
     @property
     def head(self) -> nn.Module | None:
@@ -159,7 +159,7 @@ class HeadTap:
                 return finish(tapped)
 
         with replaced(self.base, inner):
-            returned = model(**{**inputs, **self._fixed})
+            returned = model(**{**inputs, **self.fixed})
         return kept[0] if finish is None else returned
 
     def _forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> Tapped:
@@ -201,7 +201,7 @@ class HeadTap:
                 output = self.check(model, ids)
             except (UnsupportedHead, UnknownTransform) as reason:
                 self._fall_back(reason)
-                output = model(input_ids=ids, **self._fixed)
+                output = model(input_ids=ids, **self.fixed)
                 self.columns = self._columns(output.logits.shape[-1])
             self.aux_coefficient = self._auxiliary_coefficient(model, ids, output)
         self._ready = True
@@ -212,7 +212,7 @@ class HeadTap:
             raise UnsupportedHead("the model names no output embeddings")
         stub = Stub(ramp(read_head(head).rows))
         with replaced(head, stub):
-            output = model(input_ids=ids, **self._fixed)
+            output = model(input_ids=ids, **self.fixed)
         if len(stub.inputs) != 1:
             raise UnsupportedHead(f"the head is called {len(stub.inputs)} times in one forward pass")
         self.transform = fit(output.logits)
@@ -232,7 +232,7 @@ class HeadTap:
         assert self.head is not None
         recorder = Stub(passing=True)
         with replaced(self.head, recorder):
-            output = model(input_ids=ids, **self._fixed)
+            output = model(input_ids=ids, **self.fixed)
         logits = output.logits
         if len(recorder.inputs) != 1 or recorder.inputs[0].shape[:-1].numel() != ids.numel() or logits.shape[:-1].numel() != ids.numel():
             raise UnsupportedHead("its head does not see one hidden state for each token")
@@ -270,7 +270,7 @@ class HeadTap:
         named = self._named_coefficient()
         if not isinstance(getattr(output, "aux_loss", None), Tensor) or ids.numel() < 2:
             return named
-        labelled = model(input_ids=ids, labels=ids, **self._fixed)
+        labelled = model(input_ids=ids, labels=ids, **self.fixed)
         auxiliary = labelled.aux_loss.double().item()
         cross_entropy = nn.functional.cross_entropy(labelled.logits[0, :-1].float(), ids[0, 1:])
         added = labelled.loss.double().item() - cross_entropy.double().item()
