@@ -40,7 +40,7 @@ for _names, _value in (
     ("moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size router_hidden_size", 32),
     ("moe_shared_expert_intermediate_size shared_experts_intermediate_size", 32),
     (
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers num_decoder_layers depth num_blocks",
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers num_decoder_layers num_blocks",
         2,
     ),
     ("num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads", 4),
@@ -81,7 +81,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {"lm_head_multiplier": 0.5},
     "gemma3": {"text_config": {"final_logit_softcapping": 20.0}},
     "gemma3_text": {"final_logit_softcapping": 20.0},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 5},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite": {"logits_scaling": 3.0},
     "granite_swa": {"logits_scaling": 3.0},

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sides import LMHead, Side
-from .patching import measuring, replaced, unwrap
+from .patching import compiled_parts, is_sharded, measuring, replaced, unwrap
 from .probe import Transform, UnknownTransform, fit, ramp
 from .weights import HeadWeights, UnsupportedHead, gathered, read_head
 
@@ -108,7 +108,7 @@ class HeadTap:
         self.columns: int | None = None
         """Columns of the logits in use; known from the first call on."""
         self.aux_coefficient: float | None = None
-        self._ready = False
+        self._ready = self._sharded = False
         parameters = inspect.signature(type(self.base).forward).parameters
         any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         # A cache switches off the mask between packed rows, and would be held for nothing.
@@ -136,6 +136,7 @@ class HeadTap:
             model: the model itself, or the wrapper that has to see its forward pass.
             finish: called with the :class:`Tapped` inside that forward pass, where FSDP's parameters are whole. What it returns (a tensor,
                 or a dict of them) is what the model, the wrapper and the tap return, so DDP finds every parameter the loss depends on.
+                Needed under FSDP, where gradients are wanted.
             inputs: ``input_ids`` [B, L] and whatever else the model takes, but no labels.
         """
         if isinstance(model, nn.DataParallel):
@@ -148,10 +149,15 @@ class HeadTap:
                 raise ValueError(f"the head tap {'needs' if wanted else 'takes no'} {name}: {fix}")
         if not self._ready:
             self.prepare(model, inputs["input_ids"])
+        if finish is None and self._sharded and torch.is_grad_enabled():
+            raise ValueError(
+                "the model is sharded by FSDP: give the head tap a finish, so that the loss is computed inside the forward pass"
+            )
+        model, compiled = compiled_parts(model)
         kept: list[Tapped] = []
 
         def inner(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            tapped = self._forward(forward, args, kwargs, inputs["input_ids"].shape)
+            tapped = self._forward(compiled(forward), args, kwargs, inputs["input_ids"].shape)
             if finish is None:
                 kept.append(tapped)
                 return tapped.output
@@ -192,8 +198,12 @@ class HeadTap:
         """Measures and checks, on the first few tokens of ``input_ids`` ``[B, L]``. The first call does this by itself.
 
         Raises:
-            ValueError: ``vocab_size`` is larger than the logits.
+            ValueError: ``vocab_size`` is larger than the logits, or ``model`` is not the one tapped.
         """
+        if all(module is not self.base for module in model.modules()):
+            raise ValueError(f"the head tap was made for another {type(self.base).__name__} than the one it is called with")
+        model, _ = compiled_parts(model)
+        self._sharded = is_sharded(model)
         ids = input_ids[:1, :PROBE_TOKENS]
         with measuring(self.base):
             try:
