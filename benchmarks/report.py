@@ -115,7 +115,8 @@ def summary(records: Records, figures_at: str) -> str:
                 continue
             mid = quantile(r["samples_ms"], 0.5)
             others = [median(measured, other) for other in ("floor", "eager", "compile")]
-            what = f"{DIVERGENCE_NAMES.get(case.divergence, case.divergence)}, {case.dtype}"
+            loss = DIVERGENCE_NAMES.get(case.divergence, case.divergence) if case.operation == "distillation" else "cross-entropy"
+            what = f"{loss}, {case.dtype}"
             what += f", `logits_dtype={logits_dtype}`" if logits_dtype else ""
             lines.append((
                 f"{what}; {case.shape}",
