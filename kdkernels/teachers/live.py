@@ -72,12 +72,19 @@ class LiveTeacher:
 
         return Ensemble(sides, self.weights, mode=self.mode), passes
 
+    def prepare(self, input_ids: Tensor) -> None:
+        """Measures what each model does to its logits, on a few tokens of ``input_ids`` ``[B, L]``; the first ``targets`` does it by itself."""
+        for tap, model in zip(self.taps, self.models, strict=True):
+            if tap.columns is None:
+                tap.prepare(model, input_ids.to(next(model.parameters()).device))
+
     def _forward(self, number: int, view: View) -> Tapped:
         model = self.models[number]
         device = next(model.parameters()).device
         given = {"input_ids": view.input_ids, "attention_mask": view.attention_mask, "position_ids": view.position_ids}
         inputs: dict[str, Any] = {name: t.to(device) for name, t in given.items() if t is not None}
-        return self.taps[number](model, **inputs)
+        tapped: Tapped = self.taps[number](model, **inputs)
+        return tapped
 
     def _side(self, number: int, tapped: Tapped, scored: Tensor) -> Side:
         if tapped.hidden is None:

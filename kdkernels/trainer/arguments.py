@@ -122,6 +122,8 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             raise ValueError("remove_unused_columns=True would remove the teacher's view from each batch: leave it False")
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor}: the loss has no label smoothing; leave it 0")
+        if getattr(self, "train_sampling_strategy", "random") == "group_by_length":
+            raise ValueError("train_sampling_strategy='group_by_length' is not supported: packing=True leaves no padding at all")
         super().__post_init__()
 
     def _check_numbers(self) -> None:

@@ -59,6 +59,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise TypeError(f"args must be DistillationArguments, got {type(args).__name__}")
         if processing_class is None:
             raise TypeError("processing_class is missing: give the tokenizer of student and teacher")
+        if isinstance(train_dataset, Mapping):
+            raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): give one of its data sets")
         self.teacher, self.vocab_size = teacher_source(model, teacher, args, processing_class)
         live = self.teacher.models if isinstance(self.teacher, LiveTeacher) else []
         self.max_length = longest(args.max_length, args.packing, [model, *live])
