@@ -73,7 +73,7 @@ class LiveTeacher:
         return Ensemble(sides, self.weights, mode=self.mode), passes
 
     def prepare(self, input_ids: Tensor) -> None:
-        """Measures what each model does to its logits, on a few tokens of ``input_ids`` ``[B, L]``; the first ``targets`` does it by itself."""
+        """Measures what each model does to its logits, on a few tokens of ``input_ids`` ``[B, L]``; else the first ``targets`` does."""
         for tap, model in zip(self.taps, self.models, strict=True):
             if tap.columns is None:
                 tap.prepare(model, input_ids.to(next(model.parameters()).device))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import losses, primitives
 from ..divergences import Divergence
 from ..sides import Side
+from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .collator import IGNORED, view_of
 from .features import FeatureTap
