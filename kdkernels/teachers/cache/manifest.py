@@ -170,7 +170,8 @@ class Manifest:
             raise CacheError(f"{shard.file} is missing from {folder}")
         if digest_file(path) != shard.sha256:
             raise CacheError(
-                f"{shard.file} is damaged: its sha256 is not that of the manifest. Remove it and run the same `kdkernels cache` command again"
+                f"{shard.file} is damaged: its sha256 is not that of the manifest. Run the same `kdkernels cache` command again, which "
+                "makes this one anew"
             )
 
 

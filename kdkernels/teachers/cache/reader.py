@@ -119,7 +119,7 @@ class CachedTeacher:
         for number, shard in enumerate(self.manifest.shards):
             keys, counts, groups, firsts = self._open(number).index()
             if len(keys) != shard.rows or counts.sum() != shard.tokens:
-                raise CacheError(f"{shard.file} holds {len(keys)} examples of {counts.sum()} tokens, the manifest says {shard.rows} of {shard.tokens}")
+                raise CacheError(f"{shard.file} holds {len(keys)} examples, {counts.sum()} tokens; listed are {shard.rows}, {shard.tokens}")
             parts.append((keys, counts, np.full(len(keys), number), groups, firsts))
         keys, counts, numbers, groups, firsts = (np.concatenate(column) for column in zip(*parts, strict=True))
         prefix = np.ascontiguousarray(keys[:, :8]).view("<u8")[:, 0]
@@ -171,9 +171,7 @@ class CachedTeacher:
         device = view.scored.device
         if self.kind == "hidden":
             return self._hidden(places, device)
-        arrays = {
-            name: np.empty((view.scored.numel(), width), dtype) for name, (dtype, width) in self._columns.items()
-        }
+        arrays = {name: np.empty((view.scored.numel(), width), dtype) for name, (dtype, width) in self._columns.items()}
         end = 0
         for count, shard, group, first in places:
             decoded = self._group(shard, group)

@@ -143,7 +143,7 @@ class HiddenShard:
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
 
-        self._file = safe_open(path, framework="pt")
+        self._file: Any = safe_open(path, framework="pt")
         self._hidden = self._file.get_slice("hidden")
 
     def index(self) -> tuple[Array, Array, Array, Array]:

@@ -293,4 +293,3 @@ def _write_head(out: Path, side: LMHead) -> Head:
     path = out / "head.safetensors"
     write_whole(path, lambda temporary: save_file(found, temporary))
     return Head.of(path, side.scale, side.softcap)
-
