@@ -1,17 +1,17 @@
 """The head tap: what a causal language model gives its LM head, without the logits.
 
-For the time of one call the head's ``forward`` is a stub that keeps its input and returns a column of zeros, so the ``[N, V]`` logits never exist and
-the model's own forward pass, with everything it does around the head, is the only one that runs. What lies between head and logits (a scale, a
-soft cap, columns that are cut off) is measured once, by feeding a ramp through the stub, not read from a config.
+For the time of one call the head's ``forward`` is a stub that keeps its input and returns a column of zeros. So the ``[N, V]`` logits
+never exist, and the model's own forward pass, with whatever it does before its head, is the only one that runs. What lies between head
+and logits (a scale, a soft cap, columns that are cut off) is measured once, with a ramp in the place of the head's output; no config
+is read for it.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..sides import LMHead, Side
+from .patching import measuring, replaced, unwrap
 from .probe import Transform, UnknownTransform, fit, ramp
 from .weights import HeadWeights, UnsupportedHead, gathered, read_head
 
-__all__ = ["HeadTap", "Tapped", "unwrap"]
+__all__ = ["HeadTap", "Tapped"]
 
 T = TypeVar("T")
 PROBE_TOKENS = 4
+AUXILIARY = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 @dataclass(eq=False)
@@ -33,20 +35,25 @@ class Tapped:
     """One forward pass. :meth:`side` is what a loss takes."""
 
     output: Any
-    """What the model returned, its ``aux_loss`` included. Its ``logits`` mean nothing unless the tap fell back to dense logits."""
+    """What the model returned. Its ``logits`` mean nothing, unless the tap has fallen back to dense logits."""
     hidden: Tensor | None
-    """``[B, L, D]``: what the head received; None on the dense fallback."""
+    """``[B, L, D]``: what the head received; None on the fallback."""
     aux_loss: Tensor | None
-    """0-dim: what the model would add to its own loss (mixture-of-experts load balancing), coefficient included; None if nothing."""
+    """0-dim: what the model would add to its own loss (balance of experts), its coefficient included; None if nothing."""
     _head: HeadWeights | None = None
     _transform: Transform = field(default_factory=Transform)
     _vocab: int | None = None
     _autocast: tuple[str, torch.dtype] | None = None
 
     def side(self, rows: Tensor | None = None) -> Side:
-        """The side of a loss at ``rows`` (``[n]`` int64: positions in the flattened ``[B * L]``), or at all ``[B, L]`` positions.
+        """A side of :func:`~kdkernels.distillation_loss` and of every primitive.
 
-        An :class:`~kdkernels.LMHead` with leading shape ``[n]``; on the fallback the model's own logits ``[n, V]``.
+        Args:
+            rows: ``[n]`` int64, positions in the flattened ``[B * L]``, in any order; default: all, as ``[B, L]``.
+
+        Returns:
+            An :class:`~kdkernels.LMHead` with leading shape ``[n]`` and the model's own parameters (a tied head is the embeddings'
+            Parameter); on the fallback the model's logits ``[n, V]``.
         """
         if self.hidden is None or self._head is None:
             logits: Tensor = self.output.logits[..., : self._vocab]
@@ -57,9 +64,9 @@ class Tapped:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Where the loss is computed: under the autocast that the head would have run under, with a partitioned head (ZeRO-3) gathered.
+        """Where :meth:`side` and the loss belong: under the autocast that the head would have run under, a ZeRO-3 head gathered.
 
-        A ``finish`` given to the tap runs in it already.
+        A ``finish`` given to the tap runs in it already. Without autocast and ZeRO-3 it does nothing.
         """
         with ExitStack() as stack:
             if self._autocast is not None:
@@ -72,7 +79,7 @@ class Tapped:
 class HeadTap:
     """Runs a causal language model and gives its hidden states and head instead of its logits.
 
-    The first call also runs a few tokens of it twice, without gradients, to measure what the model does to its logits and to check the result
+    The first call also runs a few tokens twice, without gradients, to measure what the model does to its logits and to check the result
     against them. A model whose head can't be taken apart is used with its dense logits, after one warning that says why.
 
     Args:
@@ -81,14 +88,14 @@ class HeadTap:
 
     Raises:
         TypeError: ``torch.nn.DataParallel``.
-        ValueError: a PEFT method that changes the length of the sequence; ``vocab_size`` beyond the model's columns (at the first call).
+        ValueError: a PEFT method that changes the length of the sequence; at the first call a ``vocab_size`` beyond the model's columns.
 
     Example::
 
         tap = HeadTap(model)
         tapped = tap(model, input_ids=ids, attention_mask=mask)
         loss = kd.distillation_loss(tapped.side(rows), teacher)
-        # Wrapped by DDP or FSDP: have the loss computed inside the wrapper's forward.
+        # Wrapped by DDP, FSDP or DeepSpeed: the loss is computed inside the wrapper's forward.
         loss = tap(ddp_model, lambda tapped: kd.distillation_loss(tapped.side(rows), teacher), input_ids=ids)
     """
 
@@ -97,118 +104,127 @@ class HeadTap:
         self.vocab_size = vocab_size
         self.transform = Transform()
         self.fallback_reason: str | None = None
-        """Why dense logits are used; None where they are not (or before the first call)."""
-        self.aux_coefficient: float | None = None
+        """Why dense logits are used; None where they are not, and before the first call."""
         self.columns: int | None = None
-        """Columns of the logits that are used, once known."""
+        """Columns of the logits in use; known from the first call on."""
+        self.aux_coefficient: float | None = None
         self._ready = False
         parameters = inspect.signature(type(self.base).forward).parameters
         any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        # A cache switches off the mask between packed rows, and would be held for nothing.
         self._fixed = {k: v for k, v in (("use_cache", False), ("return_dict", True)) if k in parameters or any_keyword}
 
     @property
     def head(self) -> nn.Module | None:
         """The module whose ``forward`` is replaced."""
-        get = getattr(self.base, "get_output_embeddings", None)
-        head = get() if get is not None else None
-        return head if isinstance(head, nn.Module) else None
+        find = getattr(self.base, "get_output_embeddings", None)
+        found = None if find is None else find()
+        return found if isinstance(found, nn.Module) else None
+
+    @property
+    def family(self) -> str:
+        return str(getattr(getattr(self.base, "config", None), "model_type", type(self.base).__name__))
 
     @overload
     def __call__(self, model: nn.Module, finish: None = None, **inputs: Any) -> Tapped: ...
     @overload
     def __call__(self, model: nn.Module, finish: Callable[[Tapped], T], **inputs: Any) -> T: ...
     def __call__(self, model: nn.Module, finish: Callable[[Tapped], Any] | None = None, **inputs: Any) -> Any:
-        """Runs ``model`` (the model given at first, or the wrapper that has to see its forward pass) on ``inputs``, without cache.
+        """Runs ``model`` on ``inputs``, without a cache.
 
         Args:
-            finish: called with the :class:`Tapped` inside the forward pass of the wrapper, where FSDP's parameters are whole; what it returns is
-                what the wrapper, and the tap, return. DDP then sees the loss as the output and finds every parameter that it depends on.
-            inputs: ``input_ids`` and whatever else the model takes, but no labels.
+            model: the model itself, or the wrapper that has to see its forward pass.
+            finish: called with the :class:`Tapped` inside that forward pass, where FSDP's parameters are whole. What it returns (a tensor,
+                or a dict of them) is what the model, the wrapper and the tap return, so DDP finds every parameter the loss depends on.
+            inputs: ``input_ids`` [B, L] and whatever else the model takes, but no labels.
         """
         if isinstance(model, nn.DataParallel):
-            raise TypeError(
-                "torch.nn.DataParallel copies the model for each call: the head tap needs DistributedDataParallel or one device"
-            )
-        if "labels" in inputs:
-            raise ValueError("labels given to the head tap: the model must not compute a loss of its own; give them to the loss")
+            unwrap(model)
+        for name, wanted, fix in (
+            ("input_ids", True, "the tap counts its rows by them"),
+            ("labels", False, "give them to the loss instead"),
+        ):
+            if (inputs.get(name) is not None) is not wanted:
+                raise ValueError(f"the head tap {'needs' if wanted else 'takes no'} {name}: {fix}")
         if not self._ready:
-            self.prepare(model, inputs)
-        return self._run(model, finish, inputs)
-
-    def _run(self, model: nn.Module, finish: Callable[[Tapped], Any] | None, inputs: dict[str, Any]) -> Any:
+            self.prepare(model, inputs["input_ids"])
         kept: list[Tapped] = []
 
         def inner(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if self.fallback_reason is not None or self.head is None:
-                output = forward(*args, **kwargs)
-                tapped = Tapped(output, None, self._auxiliary(output), _vocab=self.columns)
-            else:
-                stub = Stub()
-                with replaced(self.head, stub):
-                    output = forward(*args, **kwargs)
-                tapped = self._tapped(output, stub, inputs["input_ids"].shape if "input_ids" in inputs else None)
-            if finish is not None:
-                with tapped.computing():
-                    return finish(tapped)
-            kept.append(tapped)
-            return output
+            tapped = self._forward(forward, args, kwargs, inputs["input_ids"].shape)
+            if finish is None:
+                kept.append(tapped)
+                return tapped.output
+            with tapped.computing():
+                return finish(tapped)
 
         with replaced(self.base, inner):
-            returned = model(**inputs, **self._fixed)
+            returned = model(**{**inputs, **self._fixed})
         return kept[0] if finish is None else returned
 
-    def _tapped(self, output: Any, stub: Stub, shape: torch.Size | None) -> Tapped:
-        assert self.head is not None
+    def _forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> Tapped:
+        head = self._readable_head()
+        if head is None:
+            output = forward(*args, **kwargs)
+            return Tapped(output, None, self._auxiliary(output), _vocab=self.columns)
+        stub = Stub()
+        with replaced(head, stub):
+            output = forward(*args, **kwargs)
         if len(stub.inputs) != 1:
-            raise RuntimeError(f"{self.family}: the head was called {len(stub.inputs)} times in one forward pass, once was expected")
-        hidden = stub.inputs[0]
-        if shape is not None and hidden.shape[:-1] != shape:
-            hidden = hidden.reshape(*shape, hidden.shape[-1])
-        return Tapped(output, hidden, self._auxiliary(output), read_head(self.head), self.transform, self.columns, stub.autocast)
+            raise RuntimeError(
+                f"{self.family}: the head was called {len(stub.inputs)} times in one forward pass, it was once when measured"
+            )
+        hidden = stub.inputs[0].reshape(*shape, -1)
+        return Tapped(output, hidden, self._auxiliary(output), read_head(head), self.transform, self.columns, stub.autocast)
 
-    def _auxiliary(self, output: Any) -> Tensor | None:
-        loss = getattr(output, "aux_loss", None)
-        return loss * self.aux_coefficient if isinstance(loss, Tensor) and self.aux_coefficient else None
+    def _readable_head(self) -> nn.Module | None:
+        """The head, unless dense logits have to be used: adapters may have been added or switched since it was checked."""
+        head = self.head if self.fallback_reason is None else None
+        if head is not None:
+            try:
+                read_head(head)
+            except UnsupportedHead as reason:
+                self._fall_back(reason)
+                return None
+        return head
 
-    @property
-    def family(self) -> str:
-        return str(getattr(getattr(self.base, "config", None), "model_type", type(self.base).__name__))
+    def prepare(self, model: nn.Module, input_ids: Tensor) -> None:
+        """Measures and checks, on the first few tokens of ``input_ids`` ``[B, L]``. The first call does this by itself.
 
-    def prepare(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Measures what lies between head and logits and checks it; the first call does this by itself."""
-        ids = inputs["input_ids"][:1, :PROBE_TOKENS]
+        Raises:
+            ValueError: ``vocab_size`` is larger than the logits.
+        """
+        ids = input_ids[:1, :PROBE_TOKENS]
         with measuring(self.base):
             try:
                 self._measure(model, ids)
+                output = self.check(model, ids)
             except (UnsupportedHead, UnknownTransform) as reason:
-                self._fall_back(str(reason))
-            if self.fallback_reason is not None:
-                logits = model(input_ids=ids, **self._fixed).logits
-                self.columns = self._columns(logits.shape[-1])
-            self.aux_coefficient = self._auxiliary_coefficient(model, ids)
+                self._fall_back(reason)
+                output = model(input_ids=ids, **self._fixed)
+                self.columns = self._columns(output.logits.shape[-1])
+            self.aux_coefficient = self._auxiliary_coefficient(model, ids, output)
         self._ready = True
+
+    def _measure(self, model: nn.Module, ids: Tensor) -> None:
+        head = self.head
+        if head is None:
+            raise UnsupportedHead("the model names no output embeddings")
+        stub = Stub(ramp(read_head(head).rows))
+        with replaced(head, stub):
+            output = model(input_ids=ids, **self._fixed)
+        if len(stub.inputs) != 1:
+            raise UnsupportedHead(f"the head is called {len(stub.inputs)} times in one forward pass")
+        self.transform = fit(output.logits)
+        self.columns = self._columns(output.logits.shape[-1])
 
     def _columns(self, found: int) -> int:
         if self.vocab_size is not None and self.vocab_size > found:
             raise ValueError(f"vocab_size={self.vocab_size}, but the logits of {self.family} have {found} columns: give that or less")
         return self.vocab_size or found
 
-    def _measure(self, model: nn.Module, ids: Tensor) -> None:
-        head = self.head
-        if head is None:
-            raise UnsupportedHead("the model names no output embeddings")
-        parts = read_head(head)
-        stub = Stub(ramp(parts.rows))
-        with replaced(head, stub):
-            output = model(input_ids=ids, **self._fixed)
-        if len(stub.inputs) != 1:
-            raise UnsupportedHead(f"the head is called {len(stub.inputs)} times in one forward pass")
-        self.transform = fit(output.logits)
-        self.columns = self._columns(self.transform.columns)
-        self.check(model, ids)
-
-    def check(self, model: nn.Module, input_ids: Tensor) -> None:
-        """Compares what the tap would give with the model's own logits at one token of ``input_ids`` [1, L].
+    def check(self, model: nn.Module, ids: Tensor) -> Any:
+        """Compares the tap's logits with the model's own at the last token of ``ids`` ``[1, L]``; returns the model's output.
 
         Raises:
             UnsupportedHead: they differ by more than rounding.
@@ -216,141 +232,74 @@ class HeadTap:
         assert self.head is not None
         recorder = Stub(passing=True)
         with replaced(self.head, recorder):
-            logits = model(input_ids=input_ids, **self._fixed).logits
-        if len(recorder.inputs) != 1 or recorder.inputs[0].numel() // recorder.inputs[0].shape[-1] != input_ids.numel():
-            raise UnsupportedHead("the head does not see one hidden state per token")
-        tapped = Tapped(None, recorder.inputs[0], None, read_head(self.head), self.transform, self.columns, recorder.autocast)
+            output = model(input_ids=ids, **self._fixed)
+        logits = output.logits
+        if len(recorder.inputs) != 1 or recorder.inputs[0].shape[:-1].numel() != ids.numel() or logits.shape[:-1].numel() != ids.numel():
+            raise UnsupportedHead("its head does not see one hidden state for each token")
+        hidden = recorder.inputs[0].reshape(*ids.shape, -1)
+        tapped = Tapped(output, hidden, None, read_head(self.head), self.transform, self.columns, recorder.autocast)
         with tapped.computing():
-            side = tapped.side(torch.tensor([input_ids.numel() - 1], device=input_ids.device))
+            side = tapped.side(torch.tensor([ids.numel() - 1], device=hidden.device))
             assert isinstance(side, LMHead)
-            expected = dense(side)
-        found = logits.reshape(-1, logits.shape[-1])[-1:, : self.columns].to(expected.dtype)
-        scale = max(found.abs().max().item(), expected.abs().max().item())
-        error = (found - expected).abs().max().item()
-        step = torch.finfo(recorder.dtype or logits.dtype).eps
-        if not error <= 16 * step * scale:
-            raise UnsupportedHead(f"its logits differ from the tap's by {error:.3g} (largest logit {scale:.3g})")
+            product = nn.functional.linear(side.hidden, side.weight, side.bias)
+        expected = self.transform(product.double() if product.dtype == torch.float64 else product.float())[:, : self.columns]
+        found = logits.reshape(-1, logits.shape[-1])[-1:, : self.columns].to(expected)
+        largest, error = expected.abs().max().item(), (found - expected).abs().max().item()
+        if not error <= 16 * torch.finfo(product.dtype).eps * max(largest, product.abs().max().item() * abs(self.transform.scale)):
+            raise UnsupportedHead(f"its logits differ from what its head gives by {error:.3g} (the largest is {largest:.3g})")
+        return output
 
-    def _fall_back(self, reason: str) -> None:
-        self.fallback_reason = reason
-        warnings.warn(f"{self.family}: dense logits are used, which need more memory and time, because {reason}", stacklevel=5)
+    def _fall_back(self, reason: Exception) -> None:
+        self.fallback_reason = str(reason)
+        warnings.warn(f"{self.family}: dense logits are used, at the cost of memory and time, because {reason}", stacklevel=4)
 
-    def _auxiliary_coefficient(self, model: nn.Module, ids: Tensor) -> float | None:
-        """What the model multiplies its auxiliary loss by: its loss with labels less its cross-entropy, which then names the coefficient."""
-        output = model(input_ids=ids, **self._fixed)
-        auxiliary = getattr(output, "aux_loss", None)
-        if not isinstance(auxiliary, Tensor) or auxiliary.numel() != 1:
+    def _auxiliary(self, output: Any) -> Tensor | None:
+        loss = getattr(output, "aux_loss", None)
+        if not isinstance(loss, Tensor):
             return None
-        named = next(
-            (getattr(o, "router_aux_loss_coef", None) for o in (self.base, self.base.config) if hasattr(o, "router_aux_loss_coef")), None
+        coefficient = self._named_coefficient() if self.aux_coefficient is None else self.aux_coefficient
+        return loss * coefficient if coefficient else None
+
+    def _named_coefficient(self) -> float | None:
+        holders = (self.base, getattr(self.base, "config", None))
+        values = (getattr(holder, name, None) for holder in holders for name in AUXILIARY)
+        return next((float(v) for v in values if isinstance(v, int | float)), None)
+
+    def _auxiliary_coefficient(self, model: nn.Module, ids: Tensor, output: Any) -> float | None:
+        """What the model multiplies its auxiliary loss by: its loss with labels, less its cross-entropy, over that loss."""
+        named = self._named_coefficient()
+        if not isinstance(getattr(output, "aux_loss", None), Tensor) or ids.numel() < 2:
+            return named
+        labelled = model(input_ids=ids, labels=ids, **self._fixed)
+        auxiliary = labelled.aux_loss.double().item()
+        cross_entropy = nn.functional.cross_entropy(labelled.logits[0, :-1].float(), ids[0, 1:])
+        added = labelled.loss.double().item() - cross_entropy.double().item()
+        rounding = 64 * torch.finfo(torch.float32).eps * max(1.0, abs(cross_entropy.item()))
+        if named is not None and abs(added - named * auxiliary) <= rounding + 1e-2 * abs(named * auxiliary):
+            return named
+        measured = added / auxiliary if abs(added) > rounding and auxiliary else 0.0
+        warnings.warn(
+            f"{self.family}: adds {measured:.4g} times its auxiliary loss to its own loss"
+            + (", which is used" if named is None else f", its config says {named}; what it adds is used"),
+            stacklevel=4,
         )
-        return float(named) if named is not None else None
-
-
-def dense(side: LMHead) -> Tensor:
-    """The logits of a side, in float32 or wider but from a product in the head's own dtype."""
-    z = nn.functional.linear(side.hidden, side.weight, side.bias)
-    return Transform(side.scale, side.softcap, side.vocab_size)(z if z.dtype == torch.float64 else z.float())
+        return measured
 
 
 class Stub:
-    """In the head's place: keeps the input; returns a column of zeros, or ``columns`` [V] for each token, or what the head returns."""
+    """In the head's place: keeps its input, and returns a column of zeros, ``columns`` [V] for each token, or what the head returns."""
 
     def __init__(self, columns: Tensor | None = None, passing: bool = False) -> None:
         self.inputs: list[Tensor] = []
         self.columns, self.passing = columns, passing
         self.autocast: tuple[str, torch.dtype] | None = None
-        self.dtype: torch.dtype | None = None
 
     def __call__(self, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.inputs.append(x)
         device = x.device.type
         self.autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         if self.passing:
-            output = forward(x, *args, **kwargs)
-            self.dtype = output.dtype
-            return output
+            return forward(x, *args, **kwargs)
         if self.columns is not None:
             return self.columns.to(x.device).expand(*x.shape[:-1], -1)
-        return x[..., :1] * 0  # [..., 1]: the graph stays connected, so a wrapper sees every parameter below the head
-
-
-_lock = threading.Lock()
-
-
-class _Replacement:
-    """A ``forward`` that is another one in the threads that asked for it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.had = "forward" in module.__dict__
-        self.original = module.forward
-        self.of_thread: dict[int, list[Callable[..., Any]]] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        functions = self.of_thread.get(threading.get_ident())
-        return functions[-1](self.original, *args, **kwargs) if functions else self.original(*args, **kwargs)
-
-
-@contextmanager
-def replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Within the block and in this thread, ``module.forward(...)`` is ``function(original, ...)``."""
-    me = threading.get_ident()
-    with _lock:
-        current = module.__dict__.get("forward")
-        replacement = current if isinstance(current, _Replacement) else _Replacement(module)
-        replacement.of_thread.setdefault(me, []).append(function)
-        module.__dict__["forward"] = replacement
-    try:
-        yield
-    finally:
-        with _lock:
-            replacement.of_thread[me].pop()
-            if not replacement.of_thread[me]:
-                del replacement.of_thread[me]
-            if not replacement.of_thread:
-                if replacement.had:
-                    module.__dict__["forward"] = replacement.original
-                else:
-                    del module.__dict__["forward"]
-
-
-@contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, and the random state as it was."""
-    training = [m for m in model.modules() if m.training]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    fork: AbstractContextManager[Any] = torch.random.fork_rng(sorted(devices, key=str)) if devices else torch.random.fork_rng(devices=[])
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad(), fork, nullcontext():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, FSDP, ``torch.compile`` and PEFT wrappers.
-
-    Raises:
-        TypeError: ``torch.nn.DataParallel``.
-        ValueError: a PEFT method that prepends tokens of its own (prompt tuning and its kin).
-    """
-    while True:
-        if isinstance(model, nn.DataParallel):
-            raise TypeError(
-                "torch.nn.DataParallel copies the model for each call: the head tap needs DistributedDataParallel or one device"
-            )
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if hasattr(model, "get_base_model"):
-            config = model.peft_config[model.active_adapter] if hasattr(model, "peft_config") else None
-            if getattr(config, "is_prompt_learning", False):
-                raise ValueError(
-                    f"PEFT {getattr(config, 'peft_type', 'prompt learning')} prepends virtual tokens, so positions no longer agree with the labels: "
-                    "use LoRA, or another method that keeps the length"
-                )
-            inner = model.get_base_model()
-        if not isinstance(inner, nn.Module) or inner is model:
-            return model
-        model = inner
+        return x[..., :1] * 0  # [..., 1]: the graph stays connected, so that wrappers see the parameters below the head

@@ -11,8 +11,7 @@ from torch import Tensor
 __all__ = ["Transform", "UnknownTransform", "fit", "ramp"]
 
 # From where a soft cap can't be felt to where nothing else is felt, and below float16's largest.
-MAGNITUDES = torch.logspace(math.log10(1e-3), math.log10(3e4), 32, dtype=torch.float64)
-LINEAR = 10  # the first magnitudes: |x| < 0.3, where a soft cap of 10 is within 3e-4 of linear
+SMALLEST, LARGEST, STEPS = 1e-3, 3e4, 32
 
 
 class UnknownTransform(Exception):
@@ -37,10 +36,11 @@ def ramp(columns: int) -> Tensor:
 
     A truncation leaves enough of it, wherever it cuts.
     """
-    order = torch.stack([torch.arange(16), torch.arange(31, 15, -1)], dim=1).flatten()
+    magnitudes = torch.logspace(math.log10(SMALLEST), math.log10(LARGEST), STEPS, dtype=torch.float64)
+    both_ends = torch.stack([magnitudes[: STEPS // 2], magnitudes[STEPS // 2 :].flip(0)], dim=1).flatten()
     index = torch.arange(columns)
-    signs = 1.0 - 2 * ((index + index // 32) % 2)
-    return (MAGNITUDES[order[index % 32]] * signs).float()
+    signs = 1.0 - 2 * ((index + index // STEPS) % 2)
+    return (both_ends[index % STEPS] * signs).float()
 
 
 def fit(logits: Tensor) -> Transform:
@@ -52,7 +52,7 @@ def fit(logits: Tensor) -> Transform:
     columns = logits.shape[-1]
     x, y = ramp(columns).double(), logits.detach().cpu().double().reshape(-1, columns)
     ratio = y / x
-    scale = ratio[:, x.abs() <= MAGNITUDES[0].item() * 1.01].median().item()
+    scale = ratio[:, x.abs() <= 1.01 * SMALLEST].median().item()
     top = y[:, x.abs().argmax()].abs().median().item()
     linear = scale * x.abs().max().item()
     if not (math.isfinite(scale) and math.isfinite(top)) or scale == 0 or top == 0:

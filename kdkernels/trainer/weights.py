@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HeadWeights", "UnsupportedHead", "gathered", "read_head"]
+__all__ = ["HeadWeights", "UnsupportedHead", "gathered", "read_head", "sharded_like", "whole"]
 
 
 class UnsupportedHead(ValueError):
@@ -38,7 +38,7 @@ class HeadWeights:
     @property
     def rows(self) -> int:
         """V, padding included."""
-        weight = self.linear.weight
+        weight: Any = self.linear.weight
         return int(getattr(weight, "ds_shape", weight.shape)[0])
 
     @property
@@ -48,8 +48,8 @@ class HeadWeights:
     def apply_to(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states, weight and bias whose product is the head's output, with gradients to every part.
 
-        A LoRA of rank r adds r columns, ``[h, scaling * A dropout(h)] @ [W, B].T``, which is exact with dropout too, and holds no second ``[V, D]``
-        but the concatenation. Both are made once for one forward pass.
+        A LoRA of rank r adds r columns, ``[h, scaling * A dropout(h)] @ [W, B].T``: exact, with dropout too. The matrix is put together
+        once for a forward pass.
         """
         extra = []
         for adapter in self.adapters:
@@ -113,7 +113,7 @@ def _with_adapters(head: Any, peft: Any) -> HeadWeights:
     return HeadWeights(base.linear, adapters)
 
 
-def _is_plain(weight: Tensor) -> bool:
+def _is_plain(weight: Any) -> bool:
     return type(weight) in (Tensor, nn.Parameter) or _is_sharded(weight) or hasattr(weight, "ds_id")
 
 
@@ -132,15 +132,28 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor(grad_placements=[Replicate() if name == "tp" else Partial("avg") for name in names])
 
 
-def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
+def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """``value`` (whole, the same on each rank) as the parameter is sharded."""
+    if not _is_sharded(parameter):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def gathered(parameters: Sequence[Tensor], modified: bool = False) -> AbstractContextManager[Any]:
     """In the block the parameters are whole on every rank, where DeepSpeed ZeRO-3 has partitioned them.
 
-    The loss makes its gradients in its forward pass, so the block need only hold the loss: backward reads no weight.
+    A loss makes its gradients in its forward pass, so the block need only hold the loss: backward reads no weight.
+
+    Args:
+        modified: the block changes them; rank 0's values are kept.
     """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         return nullcontext()
     import deepspeed
 
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modified else None)
     return context

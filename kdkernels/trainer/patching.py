@@ -1,0 +1,94 @@
+"""Models in the hands of a tap: a ``forward`` replaced for one call, a forward pass that leaves no trace, wrappers taken off."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["measuring", "replaced", "unwrap"]
+
+_lock = threading.Lock()
+
+
+class Replacement:
+    """An instance's ``forward`` that is another function in the threads that asked for one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.own = "forward" in module.__dict__  # as accelerate leaves it, for one
+        self.original: Callable[..., Any] = module.forward
+        self.of_thread: dict[int, list[Callable[..., Any]]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        functions = self.of_thread.get(threading.get_ident())
+        return functions[-1](self.original, *args, **kwargs) if functions else self.original(*args, **kwargs)
+
+
+@contextmanager
+def replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """In the block and in this thread, ``module.forward(...)`` is ``function(original, ...)``; afterwards it is what it was."""
+    me = threading.get_ident()
+    with _lock:
+        current = module.__dict__.get("forward")
+        replacement = current if isinstance(current, Replacement) else Replacement(module)
+        replacement.of_thread.setdefault(me, []).append(function)
+        module.__dict__["forward"] = replacement
+    try:
+        yield
+    finally:
+        with _lock:
+            replacement.of_thread[me].pop()
+            if not replacement.of_thread[me]:
+                del replacement.of_thread[me]
+            if not replacement.of_thread:
+                if replacement.own:
+                    module.__dict__["forward"] = replacement.original
+                else:
+                    del module.__dict__["forward"]
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """In the block no gradients and no dropout; afterwards the random state and the training flags are what they were."""
+    training = [m for m in model.modules() if m.training]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, FSDP, DeepSpeed, ``torch.compile`` and PEFT wrappers.
+
+    Raises:
+        TypeError: ``torch.nn.DataParallel``.
+        ValueError: a PEFT method that prepends tokens of its own (prompt tuning and its kin).
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise TypeError(
+                "torch.nn.DataParallel runs copies of the model: use DistributedDataParallel (torchrun, accelerate launch) or "
+                "one device (CUDA_VISIBLE_DEVICES=0)"
+            )
+        wrapper: Any = model
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if hasattr(model, "get_base_model"):
+            config = wrapper.peft_config.get(wrapper.active_adapter)
+            if getattr(config, "is_prompt_learning", False):
+                raise ValueError(
+                    f"PEFT's {type(config).__name__} prepends virtual tokens, so that positions no longer agree with the labels: use LoRA, "
+                    "or another method that keeps the length"
+                )
+            inner = wrapper.get_base_model()
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
