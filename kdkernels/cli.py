@@ -20,6 +20,7 @@ from . import __version__, dispatch
 from .backends import native
 from .demo.settings import DemoError, Settings
 from .divergences import REGISTRY
+from .teachers import command as teachers
 
 __all__ = ["app", "environment", "main"]
 
@@ -326,6 +327,9 @@ def bench(
         _fail(str(error))
     if record["status"] == "interrupted":
         raise typer.Exit(130)
+
+
+teachers.register(app)
 
 
 def _fail(message: str) -> NoReturn:

@@ -54,7 +54,7 @@ def requests_of(
 
 
 def generate_rows(model: TextModel, rows: Sequence[Mapping[str, Any]], requests: Sequence[Request], log: Path) -> list[dict[str, Any]]:
-    """Training rows: each row with the teacher's ``response``, its ``finish_reason``, and ``teacher_logprobs`` where they were asked for."""
+    """Training rows: each row with the teacher's ``response``, its ``finish_reason``, and ``teacher_logprobs`` if they were asked for."""
     return [with_reply(row, reply) for row, reply in zip(rows, model.complete(requests, log), strict=True)]
 
 

@@ -42,7 +42,9 @@ class LiveTeacher:
         if not self.models:
             raise ValueError("LiveTeacher needs at least one model")
         if len(self.models) > 1 and mode not in ("probs", "logits"):
-            raise ValueError(f"several teachers need mode='probs' (average of probabilities) or mode='logits' (average of logits), got {mode!r}")
+            raise ValueError(
+                f"several teachers need mode='probs' (average of probabilities) or mode='logits' (average of logits), got {mode!r}"
+            )
         self.mode, self.weights = mode, weights
         for model in self.models:
             model.eval().requires_grad_(False)

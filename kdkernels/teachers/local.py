@@ -30,7 +30,7 @@ class LocalModel:
         batch_size: requests at a time.
         seed: of draws.
         name: in the log, so that another model's replies are not taken for this one's.
-        report: called with the replies done so far.
+        report: told the replies done, as they are done (those in the log at once).
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class LocalModel:
             hashes = {r.key: fingerprint(r, model=self.name, seed=self.seed) for r in requests}
             found = {r.key: entry for r in requests if (entry := replies.find(r.key, hashes[r.key])) is not None}
             todo = [r for r in requests if r.key not in found]
+            if found and self.report is not None:
+                self.report(len(found))
             for batch in self._batches(todo):
                 for request, reply in zip(batch, self._generate(batch), strict=True):
                     value = {
@@ -78,7 +80,7 @@ class LocalModel:
                     replies.append(request.key, hashes[request.key], value)
                     found[request.key] = value
                 if self.report is not None:
-                    self.report(len(found))
+                    self.report(len(batch))
             return [reply_of({**found[r.key], "key": r.key}) for r in requests]
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:

@@ -7,7 +7,7 @@ What a server leaves out is in the tail (``tail="bucket"``), which is what its l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -169,6 +169,7 @@ def write_topk(
     identity: Identity,
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
 ) -> Manifest:
     """A ``topk`` cache of log-probabilities that are at hand; ``identity.k`` is their width.
@@ -187,4 +188,4 @@ def write_topk(
         if report is not None:
             report(sum(plan.counts[start:stop]))
 
-    return write_shards(out, identity, plan, produce, 1, shard_bytes, report=report)
+    return write_shards(out, identity, plan, produce, 1, shard_bytes, started, report)

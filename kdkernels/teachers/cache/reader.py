@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from ...sides import LMHead, Sampled, Tail, TopK
 from ..source import View
 from .manifest import CacheError, Head, Manifest, Shard, template_hash, tokenizer_hash
-from .shards import KEY_BYTES, Array, HiddenShard, ParquetShard, columns_of
+from .shards import KEY_BYTES, Array, HiddenShard, ParquetShard, columns_of, read_text_shard
 
 __all__ = ["CachedTeacher", "open_cache", "read_text"]
 
@@ -62,7 +61,7 @@ def read_text(path: str | Path, tokenizer: Any = None, *, verify: bool = True) -
     manifest = _checked(folder, tokenizer, None, None, verify)
     if manifest.identity.kind != "text":
         raise CacheError(f"{path} holds {manifest.identity.kind}, not text: give it to open_cache")
-    return [json.loads(row) for shard in manifest.shards for row in ParquetShard(folder / shard.file).rows()]
+    return [row for shard in manifest.shards for row in read_text_shard(folder / shard.file)]
 
 
 def _checked(folder: Path, tokenizer: Any, teacher: str | None, revision: str | None, verify: bool) -> Manifest:

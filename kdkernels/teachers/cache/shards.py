@@ -4,14 +4,14 @@ topk, sampled
     Parquet: ``key`` (32 bytes), ``count`` (int32, tokens), then little-endian arrays as bytes: ``ids`` int32 ``[count, k]``, and
     ``logprobs`` float16 or float32 ``[count, k]`` with ``log_mass`` float32 ``[count]``, or ``counts`` uint16 ``[count, k]``.
 text
-    Parquet: ``key``, ``count`` (tokens of the text), ``row`` (UTF-8 JSON: the training row).
+    Parquet: training rows as they are, a column a field.
 hidden
     safetensors: ``keys`` uint8 ``[rows, 32]``, ``counts`` int64 ``[rows]``, ``hidden`` ``[tokens, D]`` in the teacher's dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,19 @@ def write_parquet(path: Path, keys: Sequence[bytes], counts: Sequence[int], colu
     _write_table(path, pa.table(arrays), _groups(ends, token_bytes))
 
 
-def write_text(path: Path, keys: Sequence[bytes], counts: Sequence[int], rows: Sequence[bytes]) -> None:
+def write_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Raises:
+        ValueError: a field that holds values of different types.
+    """
     import pyarrow as pa
 
-    sizes = np.cumsum([len(row) for row in rows])
-    table = pa.table({"key": pa.array(list(keys), pa.binary(KEY_BYTES)), "count": pa.array(list(counts), pa.int32()),
-                      "row": pa.array([row.decode() for row in rows], pa.string())})  # fmt: skip
-    _write_table(path, table, _groups(sizes, 1))
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"a field of the data holds values of different types, which a column can't: {error}") from None
+    _write_table(path, table, [(0, len(rows))])
 
 
 def _groups(ends: Array, unit: int) -> list[tuple[int, int]]:
@@ -121,9 +127,13 @@ class ParquetShard:
         table = self._file.read_row_group(number, columns=list(columns))
         return {name: _values(table[name], *form) for name, form in columns.items()}
 
-    def rows(self) -> list[str]:
-        """Of a text shard: the JSON of each row."""
-        return list(self._file.read(columns=["row"])["row"].to_pylist())
+
+def read_text_shard(path: Path) -> list[dict[str, Any]]:
+    """The rows of a text shard; what Parquet fills with None was not there."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return [{name: value for name, value in row.items() if value is not None} for row in file.read().to_pylist()]
 
 
 def _values(column: Any, dtype: str, width: int) -> Array:
@@ -144,7 +154,7 @@ class HiddenShard:
         from safetensors import safe_open
 
         self._file: Any = safe_open(path, framework="pt")
-        self._hidden = self._file.get_slice("hidden")
+        self._hidden = self._file.get_slice("hidden")  # type: ignore[no-untyped-call]
 
     def index(self) -> tuple[Array, Array, Array, Array]:
         """As ``ParquetShard.index``, with the whole shard as one group."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def write_text_cache(
         report: told the rows done.
 
     Raises:
-        ValueError: a row that asks nothing.
+        ValueError: a row that asks nothing; a field whose values are of different types.
         CacheError: see ``write_cache``.
     """
     salt = identity.hash()
@@ -49,7 +48,7 @@ def write_text_cache(
     plan = Plan.of(keys, [1] * len(rows), 1, rows_per_shard)
 
     def produce(path: Path, start: int, stop: int) -> None:
-        made, counts = [], []
+        made = []
         for first in range(start, stop, batch_size):
             chosen = range(first, min(first + batch_size, stop))
             indices = [plan.source[i] for i in chosen]
@@ -58,11 +57,9 @@ def write_text_cache(
                 max_tokens=identity.max_new_tokens or 1, temperature=identity.temperature or 0.0,
             )  # fmt: skip
             for i, text in zip(indices, texts, strict=True):
-                row = with_reply(rows[i], Reply("", text.text, text.finish_reason))
-                made.append(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
-                counts.append(len(text.ids))
+                made.append(with_reply(rows[i], Reply("", text.text, text.finish_reason)))
             if report is not None:
                 report(len(texts))
-        shards.write_text(path, plan.keys[start:stop], counts, made)
+        shards.write_text(path, made)
 
     return write_shards(out, identity, plan, produce, batch_size, rows_per_shard, started, report)

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from ... import primitives
 from ...sides import LMHead, Side, TopK
+from ...trainer.collator import Collator, view_of
 from ...trainer.example import Example
 from ..files import FileError, Lock, digest, drop_temporaries, write_whole
-from ..source import TeacherSource, View
+from ..source import TeacherSource
 from . import shards
 from .manifest import MANIFEST, CacheError, Head, Identity, Manifest, Shard
 from .shards import Array
 
-__all__ = ["DEFAULT_SHARD_BYTES", "Plan", "Report", "bytes_per_token", "teacher_view", "write_cache", "write_shards"]
+__all__ = ["DEFAULT_SHARD_BYTES", "Plan", "Report", "bytes_per_token", "write_cache", "write_shards"]
 
 DEFAULT_SHARD_BYTES = 128 << 20
 Report = Callable[[int], object]
@@ -214,21 +215,10 @@ def _intact(out: Path, shard: Shard | Head) -> bool:
     return True
 
 
-def teacher_view(examples: Sequence[Example], device: torch.device | str = "cpu") -> View:
-    """A batch as the teacher sees it: rows of the longest one's length, padded at the end."""
-    length = max(len(example.teacher_ids) for example in examples)
-    ids = torch.zeros(len(examples), length, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.teacher_ids)] = torch.as_tensor(example.teacher_ids)
-        mask[row, : len(example.teacher_ids)] = 1
-    scored = torch.cat([torch.as_tensor(example.teacher_scored, dtype=torch.int64) + row * length for row, example in enumerate(examples)])
-    return View(ids.to(device), mask.to(device), None, scored.to(device), counts=tuple(len(e.teacher_scored) for e in examples))
-
-
 def _side(teacher: TeacherSource, examples: Sequence[Example], device: torch.device | str) -> Side:
-    view = teacher_view(examples, device)
-    side = teacher.targets(view)
+    view = view_of(Collator()([(example,) for example in examples]), "teacher_")
+    where = {name: getattr(view, name).to(device) for name in ("input_ids", "attention_mask", "scored")}
+    side = teacher.targets(dataclasses.replace(view, **where))
     if not isinstance(side, (LMHead, Tensor)):
         raise CacheError(f"the teacher gives {type(side).__name__}, not an LMHead or logits: it is a cache already")
     return side
