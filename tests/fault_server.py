@@ -1,7 +1,8 @@
 """A server of the OpenAI-compatible API that fails in every way that servers do, for tests: ``python fault_server.py PORT_FILE``.
 
 Its text is a function of the prompt. A prompt that names a fault gets it on its first tries: ``fault=cut*2`` is cut off twice, then
-answered. ``GET /stats`` tells how often each prompt was answered in full, how often it failed, and how many requests were in flight at most.
+answered. ``GET /stats`` tells how often each prompt was answered in full, how often it failed, and how many requests were in flight
+at most.
 """
 
 from __future__ import annotations

@@ -82,7 +82,6 @@ def cache(
     from_replies: Annotated[bool, typer.Option("--from-replies", help="topk of the teacher_logprobs in the data itself.")] = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most.")] = None,
     overlong: Annotated[str, typer.Option(help="Longer examples: error, drop or truncate; as in training.")] = "error",
-    kd_on_prompt: Annotated[bool, typer.Option("--kd-on-prompt", help="Prompts are scored too; as in training.")] = False,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the teacher: auto (as saved), float32, bfloat16 or float16. hidden keeps it.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of log-probabilities in topk: float16 or float32.")] = "float16",
@@ -103,12 +102,12 @@ def cache(
     """
     from . import jobs
 
-    options = jobs.CacheOptions(
-        data=data, out=out, teacher=teacher, kind=kind.value, k=k, temperature=temperature, tokenizer=tokenizer or teacher,
-        max_length=max_length, overlong=overlong, kd_on_prompt=kd_on_prompt, batch_size=batch_size, dtype=dtype, precision=precision,
-        device=device, vocab_size=vocab_size, revision=revision, seed=seed, max_new_tokens=max_new_tokens, shard_bytes=shard_mib << 20,
-    )  # fmt: skip
     with _failing() as console:
+        options = jobs.CacheOptions(
+            data=data, out=out, teacher=teacher, kind=kind.value, k=k, temperature=temperature, tokenizer=tokenizer or teacher,
+            max_length=max_length, overlong=overlong, batch_size=batch_size, dtype=dtype, precision=precision,
+            device=device, vocab_size=vocab_size, revision=revision, seed=seed, max_new_tokens=max_new_tokens, shard_bytes=shard_mib << 20,
+        )  # fmt: skip
         if base_url or from_replies:
             if kind is not CacheKind.topk or temperature not in (None, 1.0):
                 raise ValueError("--base-url and --from-replies give topk at temperature 1: leave --kind and --temperature")
@@ -158,7 +157,7 @@ def generate(
         else:
             from .local import LocalModel
 
-            teacher = LocalModel.load(model, device=jobs.device_of(device), batch_size=batch_size, seed=seed or 0, name=model)
+            teacher = LocalModel(model, device=jobs.device_of(device), batch_size=batch_size, seed=seed or 0)
         jobs.generate(teacher, data, out, console, max_tokens, temperature, tuple(stop or ()), logprobs, skip_refused)
 
 

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..trainer.collator import with_prompt
 from ..trainer.data import load_examples
 from ..trainer.example import Example
 from ..trainer.rows import read_rows
@@ -41,7 +40,6 @@ class CacheOptions:
     tokenizer: str
     max_length: int | None
     overlong: str
-    kd_on_prompt: bool
     batch_size: int
     dtype: str
     precision: str
@@ -162,8 +160,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
 
 
 def _examples(o: CacheOptions, tokenizer: Any) -> list[Example]:
-    examples = load_examples(o.data, tokenizer, max_length=o.max_length, overlong=o.overlong)
-    return [with_prompt(example) for example in examples] if o.kd_on_prompt else examples
+    return load_examples(o.data, tokenizer, max_length=o.max_length, overlong=o.overlong)
 
 
 def _announcing(
@@ -172,11 +169,11 @@ def _announcing(
     """Says how large the cache will be before the bar starts."""
 
     def announce(plan: Plan) -> None:
-        each = bytes_per_token(identity, hidden_size)
+        each, count = bytes_per_token(identity, hidden_size), len(plan.bounds)
         free = shutil.disk_usage(out).free
         console.print(
             f"{identity.kind}: {len(plan.source):,} examples, {plan.tokens:,} tokens of {each:,} bytes: {_size(plan.tokens * each)} before "
-            f"compression, in {len(plan.bounds):,} shard{'' if len(plan.bounds) == 1 else 's'}{f', and a head of {_size(head)}' if head else ''}; {_size(free)} are free",
+            f"compression, in {count:,} shard{'s' * (count > 1)}{f', and a head of {_size(head)}' if head else ''}; {_size(free)} are free",
             highlight=False,
         )
         if plan.tokens * each + head > free:

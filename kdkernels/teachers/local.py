@@ -25,8 +25,10 @@ class LocalModel:
     tokens are nearly as likely, a run that was cut and resumed can pick the other one.
 
     Args:
-        model: a causal language model with ``generate``.
-        tokenizer: with its chat template, if it has one; else the contents of the messages are joined by line breaks.
+        model: a causal language model with ``generate``; or the folder or hub id of one.
+        tokenizer: with its chat template, if it has one; else the contents of the messages are joined by line breaks. Default: the
+            one in the model's folder.
+        device, dtype: where the model is to run; dtype only of one that is loaded here.
         batch_size: requests at a time.
         seed: of draws.
         name: in the log, so that another model's replies are not taken for this one's.
@@ -35,9 +37,11 @@ class LocalModel:
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: Any,
+        model: nn.Module | str | Path,
+        tokenizer: Any = None,
         *,
+        device: str | None = None,
+        dtype: str = "auto",
         batch_size: int = 8,
         seed: int = 0,
         name: str = "",
@@ -45,17 +49,17 @@ class LocalModel:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be >= 1")
-        self.model, self.tokenizer, self.batch_size, self.seed, self.report = model, tokenizer, batch_size, seed, report
+        if isinstance(model, (str, Path)):
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+            name = name or Path(model).name
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        if tokenizer is None:
+            raise ValueError("tokenizer is missing: a model that is given as a module needs it")
+        self.model: Any = model if device is None else model.to(device)
+        self.tokenizer, self.batch_size, self.seed, self.report = tokenizer, batch_size, seed, report
         self.name = name or str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-
-    @classmethod
-    def load(cls, path: str, *, device: str = "cpu", dtype: str = "auto", **options: Any) -> LocalModel:
-        """Of a folder or hub id. ``options``: those of the constructor."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
-        return cls(model.eval(), tokenizer, **options)
 
     def complete(self, requests: Sequence[Request], log: Path) -> list[Reply]:
         """See ``TextModel``.

@@ -45,7 +45,7 @@ def write_text_cache(
     # Equal rows are one example: what they get is the same.
     keys = [hashlib.sha256(salt.encode() + canonical(dict(row))).digest() for row in rows]
     prompts = [prompt_ids(tokenizer, messages_of(row)) for row in rows]
-    plan = Plan.of(keys, [1] * len(rows), 1, rows_per_shard)
+    plan = Plan.of(keys, [1] * len(rows), 1, rows_per_shard, batch_size)
 
     def produce(path: Path, start: int, stop: int) -> None:
         made = []

@@ -44,8 +44,9 @@ class Plan:
     bounds: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, keys: Sequence[bytes], counts: Sequence[int], token_bytes: int, shard_bytes: int) -> Plan:
-        """Examples of a key seen before, or without tokens, are left out. A shard ends with the example that fills it."""
+    def of(cls, keys: Sequence[bytes], counts: Sequence[int], token_bytes: int, shard_bytes: int, batch_size: int = 1) -> Plan:
+        """Examples of a key seen before, or without tokens, are left out. A shard ends with the batch that fills it, so that batches are
+        those of a training that takes the examples in their order."""
         seen: set[bytes] = set()
         source = []
         for i, (key, count) in enumerate(zip(keys, counts, strict=True)):
@@ -55,7 +56,7 @@ class Plan:
         bounds, start, size = [], 0, 0
         for stop, i in enumerate(source, 1):
             size += counts[i] * token_bytes
-            if size >= shard_bytes or stop == len(source):
+            if (size >= shard_bytes and stop % batch_size == 0) or stop == len(source):
                 bounds.append((start, stop))
                 start, size = stop, 0
         return cls([keys[i] for i in source], [counts[i] for i in source], source, bounds)
@@ -107,7 +108,7 @@ def write_cache(
     salt = identity.hash()
     keys = [bytes.fromhex(example.key(salt)) for example in examples]
     counts = [len(example.teacher_scored) for example in examples]
-    plan = Plan.of(keys, counts, bytes_per_token(identity, hidden_size), shard_bytes)
+    plan = Plan.of(keys, counts, bytes_per_token(identity, hidden_size), shard_bytes, batch_size)
     kept: dict[str, LMHead] = {}
 
     def produce(path: Path, start: int, stop: int) -> None:
