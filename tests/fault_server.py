@@ -36,10 +36,8 @@ def reply(body: dict, prompt: str) -> bytes:
     elif k := body.get("prompt_logprobs"):
         ids = body["prompt"]
         # As vLLM: nothing for the first token; the token itself comes along where it is not among the k most likely.
-        entries = [
-            {str((i + j) % 300): {"logprob": -1.0 - j, "rank": j + 1} for j in range(k)} | {str(i): {"logprob": -1.0, "rank": 1}}
-            for i in ids
-        ]
+        likeliest = [{str(j): {"logprob": -2.0 - j, "rank": j + 2} for j in range(k) if j != i} for i in ids]
+        entries = [{str(i): {"logprob": -1.0, "rank": 1}} | others for i, others in zip(ids, likeliest, strict=True)]
         choice |= {"text": "", "prompt_logprobs": [None, *entries[1:]]}
     else:
         choice["text"] = text

@@ -17,7 +17,7 @@ WORDS = "the quick brown fox jumps over a lazy dog and sleeps while two birds si
 
 
 def tokenizer() -> Any:
-    """Byte-level BPE, trained on a few words: about 300 tokens."""
+    """Byte-level BPE, trained on a few words, each of which becomes a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +26,8 @@ def tokenizer() -> Any:
     built.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     built.train_from_iterator(
-        [" ".join(WORDS)] * 3, trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=alphabet)
+        [f" {word}" for word in WORDS] * 3,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=alphabet),
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.chat_template = TEMPLATE

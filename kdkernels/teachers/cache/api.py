@@ -175,8 +175,11 @@ def write_topk(
     """A ``topk`` cache of log-probabilities that are at hand; ``identity.k`` is their width.
 
     Raises:
-        CacheError: see ``write_cache``.
+        CacheError: an id beyond the vocabulary; and see ``write_cache``.
     """
+    largest = max((int(top[0].max(initial=-1)) for top in tops), default=-1)
+    if largest >= identity.vocab_size:
+        raise CacheError(f"id {largest} of the server is not one of {identity.vocab_size} tokens: the tokenizer is not the teacher's")
     salt = identity.hash()
     keys = [bytes.fromhex(example.key(salt)) for example in examples]
     plan = Plan.of(keys, [len(example.teacher_scored) for example in examples], bytes_per_token(identity), shard_bytes)
