@@ -26,7 +26,7 @@ from kdkernels import cli
 from kdkernels.teachers.cache import CacheError, open_cache
 from kdkernels.teachers.cache.api import TokenIds, from_replies, score
 from kdkernels.teachers.files import FileError
-from kdkernels.teachers.generate import messages_of, requests_of, with_reply
+from kdkernels.teachers.generate import asked_of, messages_of, requests_of, with_reply
 from kdkernels.teachers.http import HTTPModel, HTTPModelError, Refused, retry_after
 from kdkernels.teachers.live import LiveTeacher
 from kdkernels.teachers.local import LocalModel
@@ -159,6 +159,22 @@ def test_requests_in_flight_are_kept_when_one_is_hopeless(server: Server, tmp_pa
     with pytest.raises(HTTPModelError, match="401"):
         server.model().complete(requests(prompts), tmp_path / "log")
     assert [json.loads(line)["key"] for line in (tmp_path / "log").read_text().splitlines()] == ["row 0"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.run of Python 3.10 cancels everything at once")
+def test_an_interrupt_waits_for_what_is_in_flight(server: Server, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = (
+        "import sys; from pathlib import Path; from kdkernels.teachers.http import HTTPModel; from kdkernels.teachers.text import Request\n"
+    )
+    code += "asked = [Request(str(i), [{'role': 'user', 'content': f'{i} delay=1.5'}]) for i in range(20)]\n"
+    code += "HTTPModel(sys.argv[1], 'm', concurrency=5).complete(asked, Path(sys.argv[2]))"
+    process = subprocess.Popen([sys.executable, "-c", code, server.url, str(log)], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: server.stats()["most"] >= 5, process)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate()[1]
+    assert sorted(json.loads(line)["key"] for line in log.read_text().splitlines()) == ["0", "1", "2", "3", "4"]
+    assert len(server.stats()["answered"]) == 5
 
 
 def test_refused_requests_are_named_and_do_not_stop_the_others(server: Server, tmp_path: Path) -> None:
@@ -508,6 +524,11 @@ def test_messages_of_a_row() -> None:
     for row in ({"messages": [assistant]}, {"text": "a"}, {}):
         with pytest.raises(ValueError, match="a row needs prompt or messages"):
             messages_of(row)
+    teacher = {"prompt": "a", "teacher_prompt": "b"}
+    assert (messages_of(teacher), asked_of(teacher)) == ([user], [{"role": "user", "content": "b"}])
+    assert asked_of({"messages": [user], "teacher_messages": [assistant, user]}) == [assistant, user]
+    with pytest.raises(ValueError, match="demonstrations"):
+        asked_of({"prompt": "a", "demonstrations": ["b"]})
     with pytest.raises(ValueError, match="row 2"):
         requests_of([{"prompt": "a"}, {}], max_tokens=1, temperature=0)
     keys = [

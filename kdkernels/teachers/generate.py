@@ -11,21 +11,37 @@ from typing import Any
 from .files import digest, write_whole
 from .text import Reply, Request, TextModel
 
-__all__ = ["generate_rows", "messages_of", "requests_of", "write_rows"]
+__all__ = ["asked_of", "generate_rows", "messages_of", "requests_of", "write_rows"]
 
 
 def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The chat messages that ask for a row's response: its ``messages`` without the last one of the assistant, or its ``prompt``.
+    """The student's chat messages: a row's ``messages`` without the last one of the assistant, or its ``prompt``.
 
     Raises:
         ValueError: a row without either.
     """
-    if row.get("messages"):
-        messages = [dict(message) for message in row["messages"]]
+    return _messages(row, "messages", "prompt")
+
+
+def asked_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What the teacher is asked: a row's ``teacher_messages`` or ``teacher_prompt``, where it has one; else what the student is.
+
+    Raises:
+        ValueError: a row that asks nothing, or with ``demonstrations``, of which only the trainer knows how to write them.
+    """
+    if row.get("demonstrations"):
+        raise ValueError("it has demonstrations, which a server can't be given: write them into teacher_messages")
+    own = row.get("teacher_messages") or row.get("teacher_prompt")
+    return _messages(row, "teacher_messages", "teacher_prompt") if own else messages_of(row)
+
+
+def _messages(row: Mapping[str, Any], several: str, one: str) -> list[dict[str, str]]:
+    if row.get(several):
+        messages = [dict(message) for message in row[several]]
         if messages[-1].get("role") == "assistant":
             messages.pop()
     else:
-        messages = [{"role": "user", "content": row["prompt"]}] if isinstance(row.get("prompt"), str) else []
+        messages = [{"role": "user", "content": row[one]}] if isinstance(row.get(one), str) else []
     if not messages:
         raise ValueError(f"a row needs prompt or messages (and more than the assistant's), got {', '.join(row) or 'nothing'}")
     return messages
@@ -43,7 +59,7 @@ def requests_of(
     requests, seen = [], Counter[str]()
     for number, row in enumerate(rows, 1):
         try:
-            messages = messages_of(row)
+            messages = asked_of(row)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from None
         key = str(row["key"]) if row.get("key") is not None else digest(messages)[:32]

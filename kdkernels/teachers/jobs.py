@@ -247,6 +247,10 @@ def generate(
     kept: list[tuple[dict[str, Any], Request]] = [(row, q) for row, q in zip(rows, requests, strict=True) if q.key not in skipped]
     write_rows(out, [with_reply(row, said[request.key]) for row, request in kept])
     console.print(f"{out}: {len(kept):,} rows" + (f", {len(skipped):,} refused and left out" if skipped else ""), highlight=False)
+    if cut := sum(reply.finish_reason == "length" for reply in replies):
+        console.print(f"{cut:,} responses were cut at {max_tokens} tokens; their finish_reason is length", highlight=False)
+    if empty := sum(not reply.text for reply in replies):
+        console.print(f"{empty:,} responses are empty: leave them out of a training", highlight=False)
     if isinstance(model, HTTPModel):
         _print_usage(console, model)
 

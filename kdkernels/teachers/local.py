@@ -54,12 +54,14 @@ class LocalModel:
 
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
             name = name or Path(model).name
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        else:
+            loaded = model
         if tokenizer is None:
             raise ValueError("tokenizer is missing: a model that is given as a module needs it")
-        self.model: Any = model if device is None else model.to(device)
+        self.model = loaded if device is None else loaded.to(device)
         self.tokenizer, self.batch_size, self.seed, self.report = tokenizer, batch_size, seed, report
-        self.name = name or str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+        self.name = name or str(getattr(getattr(loaded, "config", None), "_name_or_path", ""))
 
     def complete(self, requests: Sequence[Request], log: Path) -> list[Reply]:
         """See ``TextModel``.

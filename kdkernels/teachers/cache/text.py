@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import canonical
-from ..generate import messages_of, with_reply
+from ..generate import asked_of, with_reply
 from ..local import generate, prompt_ids
 from ..text import Reply
 from . import shards
@@ -44,7 +44,7 @@ def write_text_cache(
     salt = identity.hash()
     # Equal rows are one example: what they get is the same.
     keys = [hashlib.sha256(salt.encode() + canonical(dict(row))).digest() for row in rows]
-    prompts = [prompt_ids(tokenizer, messages_of(row)) for row in rows]
+    prompts = [prompt_ids(tokenizer, asked_of(row)) for row in rows]
     plan = Plan.of(keys, [1] * len(rows), 1, rows_per_shard, batch_size)
 
     def produce(path: Path, start: int, stop: int) -> None:
