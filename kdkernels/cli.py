@@ -21,6 +21,7 @@ from .backends import native
 from .demo.settings import DemoError, Settings
 from .divergences import REGISTRY
 from .teachers import command as teachers
+from .trainer import command as training
 
 __all__ = ["app", "environment", "main"]
 
@@ -330,6 +331,7 @@ def bench(
 
 
 teachers.register(app)
+app.command(epilog=training.EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(training.train)
 
 
 def _fail(message: str) -> NoReturn:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from ..divergences import REGISTRY, Divergence, resolve
 from ..validation import check_choices
+from .features import FeatureLoss
 
 __all__ = ["DistillationArguments", "parse_divergence"]
 
@@ -79,10 +80,11 @@ class DistillationArguments(TrainingArguments):
     kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy of the data's own tokens, at T = 1."})
     feature_weight: float = field(default=0.0, metadata={"help": "Weight of the feature loss between mapped layers."})
-    feature_layers: str | None = field(
-        default=None, metadata={"help": "Which layers learn from which, as student:teacher pairs such as 2:4,5:11 (0 is the first layer)."}
+    feature_layers: str = field(
+        default="all",
+        metadata={"help": "Which layers learn from which: student:teacher pairs such as 2:4,5:11, counted from 0; all; or last."},
     )
-    feature_loss: Literal["mse", "cosine", "normalized"] = field(default="mse", metadata={"help": "What compares the mapped layers."})
+    feature_loss: Literal["mse", "cosine", "normalized_mse"] = field(default="mse", metadata={"help": "What compares the mapped layers."})
     on_policy_fraction: float = field(
         default=0.0, metadata={"help": "Share of the batches whose responses the student writes itself (GKD's lambda)."}
     )
@@ -110,12 +112,12 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.divergence = _text(parse_divergence(self.divergence))
         self._check_numbers()
+        if self.data_seed is None:  # else the order of the data would follow whatever seed torch was given last
+            self.data_seed = self.seed
         if isinstance(self.feature_layers, Mapping):
             self.feature_layers = ",".join(f"{s}:{t}" for s, t in self.feature_layers.items())
         elif isinstance(self.feature_layers, (list, tuple)):
             self.feature_layers = ",".join(f"{s}:{t}" for s, t in self.feature_layers)
-        if self.feature_weight > 0 and not self.layer_pairs:
-            raise ValueError(f"feature_weight={self.feature_weight} needs feature_layers, as student:teacher pairs such as '2:4,5:11'")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove the teacher's view from each batch: leave it False")
         if self.label_smoothing_factor:
@@ -138,16 +140,7 @@ class DistillationArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        for name, valid in (("overlong", get_args(Overlong)), ("ensemble_mode", ("probs", "logits")), ("feature_loss", ("mse", "cosine", "normalized"))):
+        for name, valid in (("overlong", get_args(Overlong)), ("ensemble_mode", ("probs", "logits")), ("feature_loss", get_args(FeatureLoss))):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
         check_choices(memory_budget=self.memory_budget)
-
-    @property
-    def layer_pairs(self) -> list[tuple[int, int]]:
-        """``feature_layers`` as ``[(student, teacher), ...]``."""
-        try:
-            pairs = [tuple(int(n) for n in pair.split(":")) for pair in (self.feature_layers or "").split(",") if pair.strip()]
-            return [(s, t) for s, t in pairs]
-        except ValueError:
-            raise ValueError(f"feature_layers={self.feature_layers!r}: write student:teacher pairs such as '2:4,5:11'") from None

@@ -42,7 +42,8 @@ class Collator:
 
     The batch holds ``input_ids``, ``attention_mask`` (padded rows) or ``position_ids`` (packed ones) and ``labels`` of the student's view, the same
     with ``teacher_`` before it, and of the n scored tokens: ``scored`` and ``teacher_scored`` (positions in the flattened view), ``token_weights``
-    and ``response`` (False where a token of the prompt is scored). ``labels`` hold scored tokens only, so what is counted is what is scored.
+    and ``response`` (False where a token of the prompt is scored); ``counts`` of them per example, ``sizes`` of the items in examples. ``labels`` hold
+    scored tokens only, so what is counted is what is scored.
 
     Args:
         pad_id: of positions without a token.
@@ -69,6 +70,7 @@ class Collator:
             **self._view(rows, "student", ""),
             **self._view(rows, "teacher", "teacher_"),
             "counts": tuple(counts),
+            "sizes": tuple(map(len, items)),
             "token_weights": torch.repeat_interleave(torch.tensor([e.weight for e in examples]), torch.tensor(counts)),
         }
         flat = batch["input_ids"].flatten()

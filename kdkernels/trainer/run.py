@@ -1,0 +1,375 @@
+"""``kdkernels train``, step by step: models and data, a plan, the training (begun or resumed), and a summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from .. import losses
+from ..sides import LMHead
+from .collator import pack
+from .data import check_templates, check_tokenizers, load_examples
+from .example import Example
+from .settings import Settings, TrainError
+from .setup import longest
+
+__all__ = ["last_checkpoint", "plan", "run"]
+
+RECORD, SUMMARY, FIGURE = "run.json", "summary.json", "training.png"
+SHOWN = {
+    "eval_loss": "loss", "eval_divergence": "divergence", "eval_cross_entropy": "cross-entropy", "eval_feature_loss": "feature loss",
+    "eval_top1_agreement": "same top token",
+}  # fmt: skip
+
+
+def run(settings: Settings, console: Console) -> int:
+    """Trains, or goes on where an interrupted run of the same settings stopped. Returns the exit status: 0, or 130 when interrupted.
+
+    Raises:
+        TrainError: what can't be trained with, before anything is written.
+    """
+    from .trainer import DistillationTrainer
+
+    args = settings.args
+    args._n_gpu = min(args.n_gpu, 1)  # several are for torchrun: one process each
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+    console = console if args.process_index == 0 else Console(quiet=True)
+    transformers.logging.set_verbosity(max(args.get_process_log_level(), transformers.logging.ERROR) if args.log_level == "passive" else args.get_process_log_level())
+    transformers.logging.disable_progress_bar()
+    out = Path(args.output_dir)
+    record = _record(out, settings)
+    checkpoint = last_checkpoint(out, args.world_size)
+    if record is not None and (out / SUMMARY).is_file():
+        summary = json.loads((out / SUMMARY).read_text())
+        if summary["asked"] == _asked(args):
+            console.print("This run is finished; its summary again. Give a larger --max-steps to train on, or another --output-dir.")
+            _show(summary, console)
+            return 0
+    tokenizer = _tokenizer(settings)
+    teacher = _cache(settings, tokenizer) if settings.cache else None
+    student = _model(settings.student, "student", "float32" if settings.student_dtype == "auto" and (args.bf16 or args.fp16) else settings.student_dtype)
+    if settings.teacher:
+        teacher = [_model(path, "teacher", settings.teacher_dtype) for path in settings.teacher]
+    progress = Bar(console)
+    interrupt = Interrupt()
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=settings.data, eval_dataset=settings.eval_data, processing_class=tokenizer,
+        callbacks=[progress, interrupt],
+    )  # fmt: skip
+    for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if args.disable_tqdm else [])):
+        trainer.remove_callback(callback)
+    if record is None:
+        before = trainer.evaluate() if settings.eval_data else None
+        record = {"settings": settings.identity(), "before": before and _finite(before)}
+        _write(out / RECORD, record, args)
+    elif checkpoint is not None:
+        console.print(f"Resuming at {checkpoint.name} of {out}")
+    with interrupt:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    progress.stop()
+    if interrupt.caught:
+        console.print(f"Interrupted at step {trainer.state.global_step}; {out}/checkpoint-{trainer.state.global_step} is whole. The same command goes on from there.")
+        return 130
+    after = trainer.evaluate() if settings.eval_data else None
+    trainer.save_model()
+    last = last_checkpoint(out, args.world_size)
+    summary = {
+        "asked": _asked(args), "steps": trainer.state.global_step, "before": record["before"], "after": after and _finite(after),
+        "model": str(out), "checkpoint": None if last is None else str(last),
+        "figure": _figure(out, trainer.state.log_history, record["before"], after) if args.process_index == 0 else None,
+        "log": _training_log(trainer.state.log_history),
+    }  # fmt: skip
+    _write(out / SUMMARY, summary, args)
+    _show(summary, console)
+    return 0
+
+
+# What goes in
+
+
+def _tokenizer(settings: Settings) -> Any:
+    """The student's, once it is known that the teachers' agree with it."""
+    tokenizer = _load(AutoTokenizer, settings.student, "student")
+    for path in settings.teacher:
+        other = _load(AutoTokenizer, path, "teacher")
+        check_tokenizers(tokenizer, other)
+        check_templates(tokenizer, other, settings.data)
+    return tokenizer
+
+
+def _cache(settings: Settings, tokenizer: Any) -> Any:
+    from ..teachers.cache import CacheError, open_cache
+
+    try:
+        return open_cache(str(settings.cache), tokenizer)
+    except CacheError as error:
+        raise TrainError(f"--cache {settings.cache}: {error}") from error
+
+
+def _model(path: str, role: str, dtype: str) -> Any:
+    return _load(AutoModelForCausalLM, path, role, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+
+
+def _load(cls: Any, path: str, role: str, **options: Any) -> Any:
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise TrainError(f"--{role} {path}: no such folder")
+    try:
+        return cls.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TrainError(f"--{role} {path}: can't be loaded by {cls.__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+# Before and after a run
+
+
+def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
+    """The record of the run in ``out``, once it is known to be this run; None for a fresh folder.
+
+    Raises:
+        TrainError: the folder holds another run, or checkpoints of unknown origin.
+    """
+    if not (out / RECORD).is_file():
+        if out.is_dir() and any(out.glob("checkpoint-*")):
+            raise TrainError(f"--output-dir {out} holds checkpoints but no {RECORD}: they are of another program; choose another folder")
+        return None
+    record: dict[str, Any] = json.loads((out / RECORD).read_text())
+    now = settings.identity()
+    differing = [name for name in now if record["settings"].get(name) != now[name]]
+    if differing:
+        name = differing[0]
+        values = "its content changed" if name == "data" else f"{record['settings'].get(name)!r} then, {now[name]!r} now"
+        raise TrainError(f"--output-dir {out} holds a run with another --{name.replace('_', '-')} ({values}): go on with the same, or choose another folder")
+    return record
+
+
+def last_checkpoint(out: Path, ranks: int = 1) -> Path | None:
+    """The newest whole checkpoint; those that a killed process left half-written are removed."""
+    found = sorted((p for p in out.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()), key=lambda p: int(p.name.rpartition("-")[2]))
+    for path in reversed(found):
+        if _whole(path, ranks):
+            return path
+        if int(os.environ.get("RANK", 0)) == 0:
+            shutil.rmtree(path)
+    return None
+
+
+def _whole(path: Path, ranks: int) -> bool:
+    """trainer_state.json is what is written last; the random states of other ranks may come later."""
+    try:
+        state = json.loads((path / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return state.get("global_step") == int(path.name.rpartition("-")[2]) and len(list(path.glob("rng_state*.pth"))) >= ranks
+
+
+def _asked(args: Any) -> dict[str, Any]:
+    return {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+
+
+def _write(path: Path, value: dict[str, Any], args: Any) -> None:
+    """Whole or not at all, by the first process."""
+    if args.process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, Any]:
+    """JSON has no infinities."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items() if name in SHOWN or name == "eval_tokens"}
+
+
+def _training_log(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    logs = [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry]
+    return {"first": logs[0], "last": logs[-1]} if logs else None
+
+
+def _show(summary: dict[str, Any], console: Console) -> None:
+    before, after, log = summary["before"], summary["after"], summary["log"]
+    console.print(f"Trained {summary['steps']:,} steps.")
+    if before is not None and after is not None:
+        table = Table("held-out data", "before", "after", box=None)
+        for name, label in SHOWN.items():
+            if name in before and name in after:
+                table.add_row(label, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in (before[name], after[name])))
+        console.print(table)
+        console.print(f"Per token, over {after['eval_tokens']:,.0f} held-out tokens.")
+    else:
+        console.print("No held-out loss: no --eval-data was given." + ("" if log is None else f" Training loss {log['first']['loss']:.4f} at step {log['first']['step']}, {log['last']['loss']:.4f} at step {log['last']['step']}."))
+    for name in ("model", "checkpoint", "figure"):
+        if summary[name]:
+            console.print(f"{name}: {summary[name]}", soft_wrap=True)
+
+
+def _figure(out: Path, history: Sequence[dict[str, Any]], before: Any, after: Any) -> str | None:
+    """Losses over steps, if matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    held_out = dict([(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry])
+    if before is not None and isinstance(before.get("eval_loss"), float):
+        held_out = {0: before["eval_loss"], **held_out}
+    if training:
+        axes.plot(*zip(*training, strict=True), label="training")
+    if held_out:
+        axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", label="held-out")
+    axes.set(xlabel="step", ylabel="loss per token")
+    axes.grid(alpha=0.3)
+    if training or held_out:
+        axes.legend()
+    figure.savefig(out / FIGURE, dpi=120)
+    return str(out / FIGURE)
+
+
+class Interrupt(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C or SIGTERM once: the step ends, a checkpoint is saved, and the training with it. Twice: at once."""
+
+    def __init__(self) -> None:
+        self.caught = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        # Of several ranks any may have been told.
+        if args.world_size > 1:
+            told = torch.tensor(float(self.caught), device=args.device)
+            torch.distributed.all_reduce(told)
+            self.caught = bool(told > 0)
+        if self.caught:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class Bar(TrainerCallback):  # type: ignore[misc]
+    """A progress bar on a terminal, and nothing elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal, transient=True,
+        )  # fmt: skip
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.start()
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, loss="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._task is not None and logs and "loss" in logs:
+            self._progress.update(self._task, loss=f"loss {logs['loss']:.4f}")
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+# What would be run
+
+
+def plan(settings: Settings, console: Console) -> None:
+    """Shows models, tokens, steps and memory of a run, without loading a weight or writing a file."""
+    args = settings.args
+    transformers.logging.set_verbosity_error()
+    tokenizer = _tokenizer(settings)
+    models = [("student", settings.student, settings.student_dtype), *(("teacher", path, settings.teacher_dtype) for path in settings.teacher)]
+    skeletons = [_skeleton(path, role) for role, path, _ in models]
+    cache = _cache(settings, tokenizer) if settings.cache else None
+    limit = longest(args.max_length, args.packing, skeletons)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong)
+    table = Table("", "model", "parameters", "weights", "columns of logits", box=None)
+    for (role, path, dtype), model in zip(models, skeletons, strict=True):
+        count = sum(p.numel() for p in model.parameters())
+        kept = dtype if dtype != "auto" else "float32" if role == "student" and (args.bf16 or args.fp16) else str(model.config.dtype or torch.float32).removeprefix("torch.")
+        size = count * getattr(torch, kept).itemsize
+        table.add_row(role, path, f"{count / 1e6:,.1f} M", f"{size / 2**30:,.2f} GiB {kept}", str(_columns(model)))
+    if cache is not None:
+        table.add_row("teacher", f"cache {settings.cache}", "", cache.kind, str(cache.vocab_size))
+    console.print(table)
+    for warning in said:
+        console.print(str(warning.message))
+    rows = pack(examples, limit) if args.packing and limit else [(e,) for e in examples]
+    scored, tokens = sum(len(e.student_scored) for e in examples), sum(len(e.student_ids) for e in examples)
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    an_epoch = math.ceil(math.ceil(len(rows) / (args.per_device_train_batch_size * args.world_size)) / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(an_epoch * args.num_train_epochs)
+    console.print(f"data: {len(examples):,} examples in {len(rows):,} rows; {tokens:,} tokens, {scored:,} of them scored; the longest example has {max(_length(e) for e in examples):,}")
+    console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs")
+    _plan_memory(args, skeletons, rows, console)
+
+
+def _skeleton(path: str, role: str) -> Any:
+    config = _load(AutoConfig, path, role)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _length(example: Example) -> int:
+    return max(len(example.student_ids), len(example.teacher_ids))
+
+
+def _columns(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _plan_memory(args: Any, skeletons: Sequence[Any], rows: Sequence[tuple[Example, ...]], console: Console) -> None:
+    student, *teachers = skeletons
+    largest = sorted((sum(len(e.student_scored) for e in row) for row in rows), reverse=True)[: args.per_device_train_batch_size]
+    vocab = min(_columns(model) for model in skeletons)
+
+    def side(model: Any, grad: bool) -> LMHead:
+        weight = torch.empty(_columns(model), model.get_output_embeddings().weight.shape[1], device="meta", requires_grad=grad)
+        return LMHead(torch.empty(sum(largest), weight.shape[1], device="meta", requires_grad=grad), weight, vocab_size=vocab)
+
+    ours = side(student, True)
+    theirs = side(teachers[0], False) if teachers else side(student, False)
+    found = losses.plan(ours, theirs, divergence=_divergence(args), memory_budget=args.memory_budget, return_stats=True)
+    trainable = sum(p.numel() for p in student.parameters())
+    console.print(
+        f"loss: at most {sum(largest):,} scored tokens in a batch, in {found.num_chunks} chunk{'s' if found.num_chunks != 1 else ''}: "
+        f"{found.buffer_bytes / 2**20:,.0f} MiB of buffers, where dense logits take {found.dense_bytes / 2**20:,.0f} MiB"
+    )
+    console.print(f"student: {trainable * 16 / 2**30:,.2f} GiB of float32 weights, gradients and Adam states, if all of it is trained; activations come on top")
+
+
+def _divergence(args: Any) -> Any:
+    from .arguments import parse_divergence
+
+    return parse_divergence(args.divergence)
