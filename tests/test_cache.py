@@ -72,7 +72,7 @@ def write(folder: Path, live: Any, examples: Sequence[Example], identity: Identi
 
 def view(examples: Sequence[Example], salt: str | None = None, packed: int | None = None) -> View:
     items = [(example,) for example in examples] if packed is None else pack(examples, packed)
-    return view_of(Collator(salt=salt, packed=packed is not None)(items), "teacher_")
+    return view_of(Collator(salt=salt, packed=packed is not None, multiple=16)(items), "teacher_")
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_topk_is_the_teachers(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, dtype: str) -> None:
     cache = open_cache(write(tmp_path / "c", live, examples, identity_of(text, "topk", dtype=dtype)), text)
     assert len(cache.manifest.shards) > 2
-    for start in range(0, len(examples), 4):  # the batches of the writer: the same products, the same rounding
+    for start in range(0, len(examples), 4):  # the batches of the writer: the same product with the head, the same rounding
         batch = examples[start : start + 4]
         found, truth = cache.targets(view(batch, cache.salt)), kd.topk_logprobs(live.targets(view(batch)), 8, 2.0)
         assert isinstance(found, TopK)
@@ -137,9 +137,12 @@ def test_hidden_trains_to_the_same_loss_bit_for_bit(tmp_path: Path, examples: li
     def losses(source: Any, salt: str | None) -> list[torch.Tensor]:
         student = tiny.model(len(text), seed=1, hidden=16).to(dtype)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        found = []
-        for start in range(0, len(examples), 4):
-            seen = view(examples[start : start + 4], salt)
+        found, order, start = [], random.Random(0), 0
+        shuffled = order.sample(examples, len(examples))
+        while start < len(shuffled):  # other batches than the writer's, of every size
+            size = order.randint(1, 8)
+            seen = view(shuffled[start : start + size], salt)
+            start += size
             hidden = student.model(seen.input_ids, attention_mask=seen.attention_mask).last_hidden_state.flatten(0, 1)[seen.scored]
             loss = kd.distillation_loss(LMHead(hidden, student.lm_head.weight), source.targets(seen), divergence="jsd", temperature=2.0)
             loss.backward()

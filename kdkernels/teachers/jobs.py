@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..trainer.collator import Collator
 from ..trainer.data import load_examples
 from ..trainer.example import Example
 from ..trainer.rows import read_rows
@@ -79,7 +80,8 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
 
     o = options
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer, revision=o.revision if o.tokenizer == o.teacher else None)
-    examples = _examples(o, tokenizer) if o.kind != "text" else []  # first: bad data is found before a large model is loaded
+    limit = _limit(o)
+    examples = _examples(o, tokenizer, limit) if o.kind != "text" else []  # first: bad data is found before a large model is loaded
     model = AutoModelForCausalLM.from_pretrained(o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
     name, revision = identity_of_model(o.teacher, getattr(model.config, "_commit_hash", None) or o.revision)
     columns, hidden_size = model.get_output_embeddings().weight.shape
@@ -121,7 +123,8 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
         with _progress(console, "tokens") as (start, advance):
             write_cache(
                 LiveTeacher(model, vocab_size=vocab_size), examples, o.out, identity, hidden_size=hidden_size, batch_size=o.batch_size,
-                shard_bytes=o.shard_bytes, device=model.device, report=advance,
+                shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit), device=model.device,
+                report=advance,
                 started=_announcing(console, o.out, identity, start, hidden_size, head),
             )  # fmt: skip
     console.print(f"{o.out}: complete")
@@ -133,7 +136,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
 
     o = options
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
-    examples = _examples(o, tokenizer)
+    examples = _examples(o, tokenizer, o.max_length)
     if model is not None:
         with _progress(console, "examples") as (start, advance):
             start(len(examples))
@@ -159,8 +162,18 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
     console.print(f"{o.out}: complete")
 
 
-def _examples(o: CacheOptions, tokenizer: Any) -> list[Example]:
-    return load_examples(o.data, tokenizer, max_length=o.max_length, overlong=o.overlong)
+def _limit(o: CacheOptions) -> int | None:
+    """Tokens of an example: as many as asked for, or as the teacher can take."""
+    from transformers import AutoConfig
+
+    able = getattr(AutoConfig.from_pretrained(o.teacher, revision=o.revision).get_text_config(), "max_position_embeddings", None)
+    if able and o.max_length and o.max_length > able:
+        raise ValueError(f"--max-length {o.max_length}: the teacher takes {able} tokens (its max_position_embeddings)")
+    return o.max_length or able
+
+
+def _examples(o: CacheOptions, tokenizer: Any, limit: int | None) -> list[Example]:
+    return load_examples(o.data, tokenizer, max_length=limit, overlong=o.overlong)
 
 
 def _announcing(

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ def write_cache(
     hidden_size: int | None = None,
     batch_size: int = 8,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    collator: Collator | None = None,
     device: torch.device | str = "cpu",
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
@@ -97,7 +99,8 @@ def write_cache(
         teacher: gives an ``LMHead`` or logits; ``kind="hidden"`` needs an ``LMHead``.
         identity: what is kept, of which teacher.
         hidden_size: of ``kind="hidden"``.
-        batch_size: examples at a time. ``hidden`` is bit for bit what the live teacher gives in batches of the same examples.
+        batch_size: examples at a time.
+        collator: what makes a batch, where a training has other settings than padding to a multiple of 16.
         shard_bytes: of a shard, before compression; what is done again after a kill, at most.
         device: where views are made.
         started: told the plan before the first example.
@@ -109,6 +112,7 @@ def write_cache(
     keys = [bytes.fromhex(example.key(salt)) for example in examples]
     counts = [len(example.teacher_scored) for example in examples]
     plan = Plan.of(keys, counts, bytes_per_token(identity, hidden_size), shard_bytes, batch_size)
+    collate = Collator(multiple=16) if collator is None else collator
     kept: dict[str, LMHead] = {}
 
     def produce(path: Path, start: int, stop: int) -> None:
@@ -116,7 +120,7 @@ def write_cache(
         hidden: list[Tensor] = []
         for first in range(start, stop, batch_size):
             chosen = range(first, min(first + batch_size, stop))
-            side = _side(teacher, [examples[plan.source[i]] for i in chosen], device)
+            side = _side(teacher, collate([(examples[plan.source[i]],) for i in chosen]), device)
             if identity.kind == "hidden":
                 if not isinstance(side, LMHead):
                     raise CacheError("kind=hidden needs a teacher whose head can be taken apart; this one gives logits: take kind=topk")
@@ -216,8 +220,8 @@ def _intact(out: Path, shard: Shard | Head) -> bool:
     return True
 
 
-def _side(teacher: TeacherSource, examples: Sequence[Example], device: torch.device | str) -> Side:
-    view = view_of(Collator()([(example,) for example in examples]), "teacher_")
+def _side(teacher: TeacherSource, batch: dict[str, Any], device: torch.device | str) -> Side:
+    view = view_of(batch, "teacher_")
     where = {name: getattr(view, name).to(device) for name in ("input_ids", "attention_mask", "scored")}
     side = teacher.targets(dataclasses.replace(view, **where))
     if not isinstance(side, (LMHead, Tensor)):
