@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,9 @@ class Collator:
         kd_on_prompt: prompts are scored too, where both views have the same one.
         salt: of the keys that a cache finds examples by; None for no keys.
         keep: the batch holds its items too, for a student that writes its own responses.
+        multiple: the teacher's rows are padded to a multiple of it, but not beyond ``limit`` positions. With 16 a CPU's attention has no
+            remainder that it adds up in another order, so that what a teacher makes of an example does not depend on the batch, and a
+            cache of it is what it would have said, bit for bit.
     """
 
     pad_id: int = 0
@@ -60,6 +64,8 @@ class Collator:
     kd_on_prompt: bool = False
     salt: str | None = None
     keep: bool = False
+    multiple: int = 1
+    limit: int | None = None
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         scored = [tuple(map(with_prompt, item)) if self.kd_on_prompt else item for item in items]
@@ -90,6 +96,8 @@ class Collator:
         ids = [[getattr(example, f"{side}_ids") for example in row] for row in rows]
         lengths = [sum(map(len, row)) for row in ids]
         length = max(lengths)
+        if side == "teacher" and not self.flat:
+            length = max(length, min(-(-length // self.multiple) * self.multiple, self.limit or sys.maxsize))
         tokens = torch.full((len(rows), length), self.pad_id)
         positions = torch.arange(length).repeat(len(rows), 1)
         scored = []

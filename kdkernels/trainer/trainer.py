@@ -78,6 +78,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             kd_on_prompt=args.kd_on_prompt,
             salt=None if live or self.teacher is None else getattr(self.teacher, "salt", ""),
             keep=args.on_policy_fraction > 0,
+            multiple=16,
+            limit=self.max_length,
         )
         self.tokenizer, self._overlong, self._packing = processing_class, args.overlong, args.packing
         super().__init__(
