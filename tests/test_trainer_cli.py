@@ -243,6 +243,30 @@ def test_another_run_in_the_same_folder_is_refused(home: Path, finished: tuple[P
     assert "is the --student, which would be overwritten" in train(*options(home, home / "student")).output
 
 
+def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    for name in ("train", "held-out"):
+        (both / f"{name}.jsonl").write_bytes((home / f"{name}.jsonl").read_bytes())
+    for data, folder in ((both, "cache"), (home / "train.jsonl", "part")):
+        made = train("cache", "--teacher", str(home / "teacher"), "--data", str(data), "--out", str(tmp_path / folder), "--kind", "hidden")
+        assert made.exit_code == 0, made.output
+    arguments = options(home, tmp_path / "out")
+    del arguments[1:3]  # --teacher
+    result = train(*arguments, "--cache", str(tmp_path / "cache"))
+    assert result.exit_code == 0, result.output
+    live, cached = (json.loads((folder / "summary.json").read_text()) for folder in (finished[0], tmp_path / "out"))
+    assert cached["after"]["eval_loss"] == pytest.approx(live["after"]["eval_loss"], rel=1e-2)  # hidden states are kept in bfloat16
+    result = train(*arguments, "--output-dir", str(tmp_path / "other"), "--cache", str(tmp_path / "part"))
+    assert result.exit_code == 2
+    assert "13 of 13 examples are not in the cache" in result.output
+    result = train(*arguments, "--output-dir", str(tmp_path / "other"), "--cache", str(tmp_path / "nowhere"))
+    assert result.exit_code == 2
+    assert f"--cache {tmp_path / 'nowhere'}: " in result.output
+    assert "holds no manifest.json" in result.output
+    assert train(*arguments, "--cache", str(tmp_path / "cache"), "--plan").output.count("teacher: cache") == 1
+
+
 def test_models_that_do_not_fit(home: Path, tmp_path: Path) -> None:
     make_model(24, seed=3).save_pretrained(tmp_path / "teacher")
     make_tokenizer(words=["green", "red"]).save_pretrained(tmp_path / "teacher")
@@ -255,6 +279,17 @@ def test_models_that_do_not_fit(home: Path, tmp_path: Path) -> None:
     result = train(*options(home, tmp_path / "out", "--teacher", str(tmp_path / "teacher"), "--data", str(chat)))
     assert result.exit_code == 2
     assert "the chat templates of student and teacher differ: token 0 is" in result.output
+
+
+def test_the_config_of_the_documentation_is_read(tmp_path: Path) -> None:
+    from kdkernels.trainer.settings import read_config, read_settings
+
+    page = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(page.partition("```yaml\n# run.yaml\n")[2].partition("```")[0])
+    config = read_config(tmp_path / "run.yaml")
+    del config["bf16"]  # asks for a device that has it
+    settings = read_settings(config, {}, [])
+    assert (settings.args.divergence, settings.args.learning_rate, settings.args.max_length) == ("jsd(beta=0.3)", 1e-4, 4096)
 
 
 def test_every_own_field_is_in_the_help() -> None:

@@ -12,10 +12,11 @@ from torch import nn
 
 from ..teachers.live import LiveTeacher, vocabulary
 from .arguments import DistillationArguments
+from .example import Example
 from .head import HeadTap, Tapped
 from .patching import measuring, unwrap
 
-__all__ = ["check_packing", "longest", "place", "teacher_source"]
+__all__ = ["check_kept", "check_packing", "longest", "place", "teacher_source"]
 
 
 def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments, tokenizer: Any) -> tuple[Any, int]:
@@ -97,6 +98,21 @@ def longest(max_length: int | None, packing: bool, models: Sequence[nn.Module]) 
     if packing and max_length is None and limit is None:
         raise ValueError("packing=True needs max_length, since no model names a limit of its own")
     return max_length or limit
+
+
+def check_kept(teacher: Any, examples: Sequence[Example]) -> None:
+    """
+    Raises:
+        ValueError: a cache that holds none or not all of the examples, with how many are missing.
+    """
+    if not hasattr(teacher, "salt") or not hasattr(teacher, "__contains__"):
+        return
+    missing = sum(example.key(teacher.salt) not in teacher for example in examples)
+    if missing:
+        raise ValueError(
+            f"{missing:,} of {len(examples):,} examples are not in the cache: it was made from other data, or with another max_length or "
+            "overlong. Make it from the same data; held-out rows too (a cache can be made of a folder that holds both files)"
+        )
 
 
 def place(teacher: LiveTeacher, device: torch.device) -> None:

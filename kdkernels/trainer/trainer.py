@@ -22,7 +22,7 @@ from .head import HeadTap
 from .objective import TERMS, Objective
 from .patching import unwrap
 from .rollouts import chosen, rollouts
-from .setup import check_packing, longest, place, teacher_source
+from .setup import check_kept, check_packing, longest, place, teacher_source
 
 __all__ = ["DistillationTrainer"]
 
@@ -103,6 +103,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             return {name: self.items(part) for name, part in source.items()}
         given = isinstance(source, list) and source and isinstance(source[0], Example)
         examples = source if given else load_examples(source, self.tokenizer, max_length=self.max_length, overlong=self._overlong)
+        check_kept(self.teacher, examples)
         if self._packing:
             assert self.max_length is not None
             return pack(examples, self.max_length)
