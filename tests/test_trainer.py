@@ -7,6 +7,9 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +185,21 @@ def test_cross_entropy_alone_needs_no_teacher(make: Make) -> None:
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="teacher is missing"):
         make(teacher=None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no peak memory of a process there")
+def test_a_step_holds_no_logits() -> None:
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, str(here / "training_memory.py"), "16", "64", "150000"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    logits = 16 * 64 * 150_000 * 4 / 2**20  # of one model
+    assert float(done.stdout.split()[-1]) < logits / 3, "with 64 MiB for chunks, gradients and activations of a few MiB"
 
 
 # The same step, however it is split
