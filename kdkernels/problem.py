@@ -32,6 +32,10 @@ of the log-sum-exps is its own affair."""
 STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
+_FORMAT = 2
+"""Number in every spec: another one whenever the shapes or dtypes of what the ops return change. torch.compile keeps graphs on disk, by
+what the graph says and not by what our ops have become; those of an older version of the package must not be found."""
+
 Quantity = Literal["distillation", "cross_entropy", "logprobs", "logsumexp", "entropy"]
 """What is computed of each row: a loss between two sides, or of one side alone (the "student" then) one of the others."""
 
@@ -137,6 +141,7 @@ class Problem:
     def encode(self) -> str:
         """Everything but what ``numbers`` and ``sizes`` hold."""
         structure = (
+            _FORMAT,
             self.divergence.name,
             self.divergence.flags,
             (self.student.softcap is not None, self.teacher.softcap is not None),
@@ -158,7 +163,7 @@ class Problem:
 
 @lru_cache(maxsize=256)
 def _decode_structure(spec: str) -> Problem:
-    name, flags, capped, dtypes, rest = ast.literal_eval(spec)
+    _, name, flags, capped, dtypes, rest = ast.literal_eval(spec)
     student_dtype, teacher_dtype, logits_dtype = (None if d is None else DTYPES[d] for d in dtypes)
     return Problem(
         divergence=divergences.REGISTRY[name](**flags),
