@@ -458,7 +458,9 @@ def test_projectors_are_kept_apart(make: Make) -> None:
         ({"remove_unused_columns": True}, "would remove the teacher's view"),
         ({"label_smoothing_factor": 0.1}, "no label smoothing"),
         ({"max_length": 1000}, r"max_length=1000, but a model takes 128 tokens \(its max_position_embeddings\)"),
-        ({"feature_weight": 1.0, "feature_layers": "0:7"}, "names layer 7 of the teacher, which has 2"),
+        ({"feature_layers": [0, 1]}, r"feature_layers=\[0, 1\]: give \(student, teacher\) pairs"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length' is not supported"),
+        ({"feature_weight": 1.0, "feature_layers": {0: 7}}, "names layer 7 of the teacher, which has 2"),
     ],
 )
 def test_arguments_that_make_no_sense(make: Make, options: dict[str, Any], message: str) -> None:
@@ -499,6 +501,9 @@ def test_teachers_that_can_not_serve(make: Make) -> None:
     with pytest.raises(KeyError) as error:
         trainer.train()
     assert error.value.args[0] in [e.key("s") for (e,) in trainer.train_dataset]
+    student = make_model(16)
+    with pytest.raises(ValueError, match="teacher is the student itself"):
+        make(student=student, teacher=student)
     two = [make_model(24, seed=s, dtype=torch.float64) for s in (2, 3)]
     with pytest.raises(ValueError, match="needs one teacher"):
         make(teacher=two, feature_weight=1.0)
@@ -511,6 +516,8 @@ def test_the_trainer_asks_for_what_it_needs(tokenizer: Any, tmp_path: Path) -> N
 
     with pytest.raises(TypeError, match="args must be DistillationArguments, got TrainingArguments"):
         DistillationTrainer(model=make_model(), args=TrainingArguments(str(tmp_path)), processing_class=tokenizer)
+    with pytest.raises(TypeError, match=r"train_dataset is a mapping \(train, test\)"):
+        DistillationTrainer(make_model(), None, DistillationArguments(str(tmp_path)), {"train": [], "test": []}, processing_class=tokenizer)
     with pytest.raises(TypeError, match="processing_class is missing"):
         DistillationTrainer(model=make_model(), args=DistillationArguments(str(tmp_path)))
 

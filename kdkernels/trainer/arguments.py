@@ -62,6 +62,16 @@ def _text(divergence: Divergence) -> str:
     return divergence.name + (f"({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else "")
 
 
+def _pairs(layers: Any) -> str:
+    """Pairs of layers as text, which JSON gives back as it was."""
+    if isinstance(layers, str):
+        return layers
+    try:
+        return ",".join(f"{int(s)}:{int(t)}" for s, t in (layers.items() if isinstance(layers, Mapping) else layers))
+    except (TypeError, ValueError):
+        raise ValueError(f"feature_layers={layers!r}: give (student, teacher) pairs, text such as '2:4,5:11', 'all' or 'last'") from None
+
+
 @dataclass
 class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     """``transformers.TrainingArguments`` and, per scored token, the loss
@@ -115,9 +125,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         self._check_numbers()
         if getattr(self, "data_seed", None) is None:  # else the order of the data would follow whatever seed torch was given last
             self.data_seed = self.seed
-        layers: Any = self.feature_layers
-        if not isinstance(layers, str):  # pairs, which JSON would not give back
-            self.feature_layers = ",".join(f"{s}:{t}" for s, t in layers)
+        self.feature_layers = _pairs(self.feature_layers)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove the teacher's view from each batch: leave it False")
         if self.label_smoothing_factor:

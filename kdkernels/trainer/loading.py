@@ -13,12 +13,20 @@ from .settings import Settings, TrainError
 
 __all__ = ["cache_of", "load", "model_of", "tokenizer_of"]
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 def tokenizer_of(settings: Settings) -> Any:
-    """The student's, once it is known that the teachers' agree with it."""
-    tokenizer = load(AutoTokenizer, settings.student, "student")
-    for path in settings.teacher:
-        other = load(AutoTokenizer, path, "teacher")
+    """The student's, once it is known that the teachers' agree with it; a folder that holds none is taken to have the others'."""
+    paths = [("student", settings.student), *(("teacher", path) for path in settings.teacher)]
+    having = [
+        (role, path) for role, path in paths if not Path(path).is_dir() or any(Path(path, name).is_file() for name in TOKENIZER_FILES)
+    ]
+    if not having:
+        raise TrainError(f"--student {settings.student}: the folder holds no tokenizer: save it there with tokenizer.save_pretrained")
+    tokenizer = load(AutoTokenizer, having[0][1], having[0][0])
+    for role, path in having[1:]:
+        other = load(AutoTokenizer, path, role)
         check_tokenizers(tokenizer, other)
         check_templates(tokenizer, other, settings.data)
     return tokenizer

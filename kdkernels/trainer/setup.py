@@ -32,6 +32,8 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
     live = isinstance(models, (list, tuple)) and all(isinstance(m, nn.Module) for m in models) and bool(models)
     if isinstance(teacher, LiveTeacher):
         live, models = True, teacher.models
+    if live and any(unwrap(m) is unwrap(student) for m in models):
+        raise ValueError("teacher is the student itself, which would be frozen: give a copy of it")
     if teacher is None:
         if args.kd_weight > 0 or args.feature_weight > 0:
             raise ValueError(f"teacher is missing: it is needed with kd_weight={args.kd_weight}, feature_weight={args.feature_weight}")

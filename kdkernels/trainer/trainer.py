@@ -236,6 +236,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self.objective.features is not None:
             self.objective.features.load(resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.objective.features is not None:
+            self.objective.features.load(self.state.best_model_checkpoint)
+
 
 def _peak_memory(device: torch.device) -> int:
     """Bytes: of the device's allocator, or on a CPU of this process."""
