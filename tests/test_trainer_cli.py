@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(home: Path, out: Path, *more: str, steps: int = 40) -> list[str]:
+def options(home: Path, out: Path, *more: str, steps: int = 42) -> list[str]:
     return [
         "train", "--teacher", str(home / "teacher"), "--student", str(home / "student"), "--data", str(home / "train.jsonl"),
         "--eval-data", str(home / "held-out.jsonl"), "--output-dir", str(out), "--max-steps", str(steps), "--save-steps", "8",
@@ -105,8 +106,8 @@ def test_the_summary_is_true(home: Path, finished: tuple[Path, str]) -> None:
     assert summary["after"]["eval_loss"] == pytest.approx(after, rel=1e-5)
     assert f"{before:.4f}" in output
     assert f"{after:.4f}" in output
-    assert "Trained 40 steps." in output
-    assert Path(summary["checkpoint"]) == out / "checkpoint-40"
+    assert "Trained 42 steps." in output
+    assert Path(summary["checkpoint"]) == out / "checkpoint-42"
     assert held_out_loss(home, Path(summary["checkpoint"])) == after
     assert Path(summary["figure"]).read_bytes().startswith(b"\x89PNG")
     assert len(output.splitlines()) < 15  # quiet
@@ -128,7 +129,7 @@ def test_a_killed_run_goes_on_to_the_same_model(home: Path, finished: tuple[Path
     wait_for(out / "checkpoint-8" / "trainer_state.json", process)
     process.kill()
     process.communicate()
-    assert not (out / "checkpoint-40" / "trainer_state.json").exists()
+    assert not (out / "checkpoint-42" / "trainer_state.json").exists()
     (out / "checkpoint-99").mkdir()  # one that was being written
     (out / "checkpoint-99" / "trainer_state.json").write_text('{"global_st')
     result = train(*options(home, out))
@@ -140,6 +141,30 @@ def test_a_killed_run_goes_on_to_the_same_model(home: Path, finished: tuple[Path
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished[0], out)]
     assert summaries[0]["before"] == summaries[1]["before"]
     assert summaries[0]["after"] == summaries[1]["after"]
+
+
+def test_a_run_killed_at_its_end_is_finished_without_another_step(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (out / "summary.json").unlink()
+    (out / "model.safetensors").write_bytes(b"half")
+    result = train(*options(home, out))
+    assert result.exit_code == 0, result.output
+    expected, found = (load_file(folder / "model.safetensors") for folder in (finished[0], out))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished[0], out)]
+    assert summaries[0]["after"] == summaries[1]["after"]
+    assert summaries[1]["steps"] == 42
+
+
+def test_more_steps_train_on(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    result = train(*options(home, out, steps=45))
+    assert result.exit_code == 0, result.output
+    assert "Resuming at checkpoint-42" in result.output
+    assert "Trained 45 steps." in result.output
+    assert json.loads((out / "checkpoint-45" / "trainer_state.json").read_text())["global_step"] == 45
 
 
 def test_an_interrupted_run_saves_a_checkpoint(home: Path, tmp_path: Path) -> None:

@@ -76,8 +76,12 @@ def run(settings: Settings, console: Console) -> int:
     elif checkpoint is not None:
         console.print(f"Resuming at {checkpoint.name} of {out}")
     transformers.set_seed(args.seed)  # the first evaluation has drawn
-    with interrupt:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and _is_last(checkpoint, args):  # transformers would train one step more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     progress.stop()
     if interrupt.caught:
         step = trainer.state.global_step
@@ -140,6 +144,13 @@ def _whole(path: Path, ranks: int) -> bool:
     except (OSError, ValueError):
         return False
     return state.get("global_step") == int(path.name.rpartition("-")[2]) and len(list(path.glob("rng_state*.pth"))) >= ranks
+
+
+def _is_last(checkpoint: Path, args: Any) -> bool:
+    """Whether nothing is left to train after it."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    steps = args.max_steps if args.max_steps > 0 else state["max_steps"] * args.num_train_epochs / state["num_train_epochs"]
+    return bool(state["global_step"] >= steps)
 
 
 def _asked(args: Any) -> dict[str, Any]:
