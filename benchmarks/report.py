@@ -5,6 +5,7 @@ A block of generated text stands between two comments, ``<!-- bench: NAME -->`` 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from kdkernels.bench.figures import number
 from kdkernels.bench.measure import quantile
 from kdkernels.bench.plots import machine_line
 from kdkernels.bench.table import DIVERGENCE_NAMES, best_peer, is_ours, is_rival, median, name_of
+
+from .learning.table import table as learning_table
 
 Records = dict[str, dict[str, Any]]
 """Machine -> record."""
@@ -112,7 +115,8 @@ def summary(records: Records, figures_at: str) -> str:
                 continue
             mid = quantile(r["samples_ms"], 0.5)
             others = [median(measured, other) for other in ("floor", "eager", "compile")]
-            what = f"{DIVERGENCE_NAMES.get(case.divergence, case.divergence)}, {case.dtype}"
+            loss = DIVERGENCE_NAMES.get(case.divergence, case.divergence) if case.operation == "distillation" else "cross-entropy"
+            what = f"{loss}, {case.dtype}"
             what += f", `logits_dtype={logits_dtype}`" if logits_dtype else ""
             lines.append((
                 f"{what}; {case.shape}",
@@ -251,6 +255,32 @@ BLOCKS: dict[str, Callable[[Records, str], str]] = {
 """By name: (records, folder of figures as the file sees it) -> text."""
 
 
+def primitives_table(measured: dict[str, dict[str, Any]]) -> str:
+    """Machine -> what benchmarks.primitives wrote: a table each."""
+    parts = []
+    for machine, record in measured.items():
+        s, rows = record["settings"], []
+        for group in record["groups"]:
+            yardstick = quantile(group["samples_ms"][group["yardstick"]], 0.5)
+            for name, samples in group["samples_ms"].items():
+                low, mid, high = (quantile(samples, q) for q in (0.2, 0.5, 0.8))
+                label = "" if name == group["yardstick"] else f"{mid / yardstick:.2f}"
+                rows.append((group["name"], name, f"{number(mid)} [{number(low)}, {number(high)}]", label))
+        parts.append(f"`{machine}`, {record['environment']['date']}, N={s['n']:,} V={s['v']:,} D={s['d']:,}:")
+        parts.append(markdown(("what", "variant", "ms p50 [p20, p80]", "x of the first"), rows))
+    return "\n\n".join(parts)
+
+
+def other_blocks(results: Path) -> dict[str, Callable[[Records, str], str]]:
+    """Blocks that are drawn from records of their own."""
+    experiments = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("learning/*.json"))}
+    primitives = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*/primitives.json"))}
+    blocks: dict[str, Callable[[Records, str], str]] = {"primitives": lambda *_: primitives_table(primitives)}
+    for name, record in experiments.items():
+        blocks[f"learning {name}"] = lambda *_, record=record: learning_table(record)
+    return blocks
+
+
 def expected_figures(records: Records) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(file name, kind, data): the bars that the README opens with, and every curve."""
     for machine, record in records.items():
@@ -259,21 +289,25 @@ def expected_figures(records: Records) -> Iterator[tuple[str, str, dict[str, Any
                 yield f"{machine}-{plot.name}.svg", plot.kind, plot.data
 
 
-def redraw_text(path: str, text: str, records: Records) -> tuple[str, list[str]]:
+def redraw_text(
+    path: str, text: str, records: Records, others: dict[str, Callable[[Records, str], str]] | None = None
+) -> tuple[str, list[str]]:
     """A file's text with every block as it should be, and the names of the blocks that were not.
 
     Args:
         path: relative to the root; errors name it.
+        others: blocks beside ``BLOCKS``.
     """
+    blocks = BLOCKS | (others or {})
     figures_at, stale = ("figures" if path.startswith("docs/") else "docs/figures"), []
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
         if match["end"] != "/bench":
             raise ReportError(f"{path}: the block {name!r} has no end, <!-- /bench -->")
-        if name not in BLOCKS:
-            raise ReportError(f"{path}: there is no block {name!r}; there are {', '.join(BLOCKS)}")
-        new = f"{match[1]}{BLOCKS[name](records, figures_at)}\n{match[3]}"
+        if name not in blocks:
+            raise ReportError(f"{path}: there is no block {name!r}; there are {', '.join(blocks)}")
+        new = f"{match[1]}{blocks[name](records, figures_at)}\n{match[3]}"
         if new != match[0]:
             stale.append(name)
         return new
@@ -304,8 +338,8 @@ def report(root: Path, check: bool) -> list[str]:
     for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         path = file.relative_to(root).as_posix()
         text = file.read_text(encoding="utf-8")
-        redrawn, blocks = redraw_text(path, text, records)
-        stale += [f"{path}: {name}" for name in blocks]
+        redrawn, names = redraw_text(path, text, records, other_blocks(results))
+        stale += [f"{path}: {name}" for name in names]
         if redrawn != text and not check:
             file.write_text(redrawn, encoding="utf-8")
     folder = root / "docs" / "figures"

@@ -136,7 +136,7 @@ def test_a_python_without_sources_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_tokens_end_every_file_and_fit_the_vocabulary(folder: Path) -> None:
     text = corpus.collect(folder, 10**9, seed=0)
-    tokens = corpus.tokenize(text, 400)
+    tokens = corpus.tokenize(text, corpus.train_tokenizer(text, 400))
     assert tokens.vocab == 400
     for ids, documents in ((tokens.train, text.train), (tokens.held_out, text.held_out)):
         assert ids.dtype == torch.int64

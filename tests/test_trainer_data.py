@@ -42,7 +42,10 @@ ASKED = "<|system|>red<|end|><|user|>one plus one<|end|><|assistant|>"
         ({"prompt": "one plus", "response": " two"}, ("one plus", "one plus", " two<|end|>")),
         ({"prompt": "one plus", "completion": " two"}, ("one plus", "one plus", " two<|end|>")),
         ({"prompt": "a", "response": " b", "teacher_prompt": "the cat"}, ("a", "the cat", " b<|end|>")),
-        ({"prompt": "a", "response": " b", "demonstrations": [{"prompt": "c", "response": " d"}, "e f"]}, ("a", "c d\n\ne f\n\na", " b<|end|>")),
+        (
+            {"prompt": "a", "response": " b", "demonstrations": [{"prompt": "c", "response": " d"}, "e f"]},
+            ("a", "c d\n\ne f\n\na", " b<|end|>"),
+        ),
         ({"prompt": "a", "response": "b", "teacher_messages": CHAT}, ("a", ASKED, "b<|end|>")),
         ({"messages": CHAT, "response": "two"}, (ASKED, ASKED, "two<|end|>")),
         ({"messages": [*CHAT, {"role": "assistant", "content": "two"}]}, (ASKED, ASKED, "two<|end|>")),
@@ -86,7 +89,7 @@ def test_demonstrations_that_are_turns_of_nothing(tokenizer: Any) -> None:
     ("row", "message"),
     [
         ({"prompt": "a"}, "row 2, field 'response': text is needed, and there is none. The row has: prompt"),
-        ({"prompt": "a", "response": ""}, 'row 2, field \'response\': text is needed, and it is ""'),
+        ({"prompt": "a", "response": ""}, "row 2, field 'response': text is needed, and it is \"\""),
         ({"prompt": "a", "response": 3}, "row 2, field 'response': text is needed, and it is 3"),
         ({"prompt": "", "response": "b"}, "row 2, field 'prompt'"),
         ({"response": "b"}, "row 2, field 'prompt': a row needs"),
@@ -142,22 +145,31 @@ def test_overlong_rows(tokenizer: Any) -> None:
 
 def test_a_template_that_rewrites_the_response_is_refused() -> None:
     adds = TEMPLATE.replace("<|assistant|>{%", "<|assistant|>red {%")
-    with pytest.raises(DataError, match=r"row 1, field 'messages': the chat template does not put the response after.*token \d+ is '.*red' \(id \d+\) in one and 'two'"):
+    with pytest.raises(
+        DataError,
+        match=r"row 1, field 'messages': .*response after.*token \d+ is '.*red' \(id \d+\) in one and 'two'",
+    ):
         load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template=adds))
     # Ends the response in another way after a system turn: the two views then differ.
-    varies = TEMPLATE.replace("<|end|>{% endfor %}", "{{ ' one' if messages[0]['role'] == 'system' and m['role'] == 'assistant' else '' }}<|end|>{% endfor %}")
-    with pytest.raises(DataError, match=r"field 'teacher_messages': the chat template writes the response differently.*token 1 is '<\|end\|>'.*' one'"):
+    varies = TEMPLATE.replace(
+        "<|end|>{% endfor %}", "{{ ' one' if messages[0]['role'] == 'system' and m['role'] == 'assistant' else '' }}<|end|>{% endfor %}"
+    )
+    with pytest.raises(
+        DataError, match=r"field 'teacher_messages': the chat template writes the response differently.*token 1 is '<\|end\|>'.*' one'"
+    ):
         load_examples([{"messages": CHAT[1:], "response": "two", "teacher_messages": CHAT}], make_tokenizer(template=varies))
     with pytest.raises(DataError, match="no chat template"):
         load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template=None))
-    with pytest.raises(DataError, match="the chat template refuses it: .*odd"):
+    with pytest.raises(DataError, match=r"the chat template refuses it: .*odd"):
         load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template="{{ raise_exception('odd') }}"))
 
 
 def test_tokenizers_must_agree(tokenizer: Any) -> None:
     check_tokenizers(tokenizer, make_tokenizer())
     with pytest.raises(DataError, match=r"differ: 4 of \d+ ids stand for different tokens.*across tokenizers is not supported"):
-        check_tokenizers(tokenizer, make_tokenizer(words=["green", "red", *WORDS[2:]]))  # each word is there with and without a space before it
+        check_tokenizers(
+            tokenizer, make_tokenizer(words=["green", "red", *WORDS[2:]])
+        )  # each word is there with and without a space before it
     split = make_tokenizer()
     split.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -173,7 +185,10 @@ def test_templates_must_agree(tokenizer: Any) -> None:
     rows = [{"prompt": "a", "response": "b"}, {"messages": CHAT, "response": "two"}]
     check_templates(tokenizer, make_tokenizer(), rows)
     other = make_tokenizer(template="{{ 'one ' }}" + TEMPLATE)
-    with pytest.raises(DataError, match=r"row 2, field 'messages': the chat templates of student and teacher differ: token 0 is '<\|system\|>' \(id 5\) in one and 'one'"):
+    with pytest.raises(
+        DataError,
+        match=r"row 2, field 'messages': .*templates of student and teacher differ: token 0 is '<\|system\|>' \(id 5\) in one and 'one'",
+    ):
         check_templates(tokenizer, other, rows)
     check_templates(tokenizer, other, rows[:1])  # no conversation, no matter
     check_templates(tokenizer, make_tokenizer(template=None), rows)

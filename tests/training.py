@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = "red green blue one two three four five six plus minus times is not the a cat dog bird fish runs sleeps eats sees".split()
+WORDS = [
+    "red", "green", "blue", "one", "two", "three", "four", "five", "six", "plus", "minus", "times", "is", "not", "the", "a", "cat", "dog",
+    "bird", "fish", "runs", "sleeps", "eats", "sees",
+]  # fmt: skip
 SPECIAL = ["<|end|>", "<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
 
@@ -20,7 +22,22 @@ def make_tokenizer(words: list[str] = WORDS, template: str | None = TEMPLATE) ->
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, "<|unk|>", *(f"Ġ{w}" for w in words), *words, *(chr(c) for c in range(33, 127)), *(f"Ġ{chr(c)}" for c in range(97, 123)), "Ċ", "ĊĊ", "Ġ"])}
+    vocabulary = {
+        token: i
+        for i, token in enumerate(
+            [
+                *SPECIAL,
+                "<|unk|>",
+                *(f"Ġ{w}" for w in words),
+                *words,
+                *(chr(c) for c in range(33, 127)),
+                *(f"Ġ{chr(c)}" for c in range(97, 123)),
+                "Ċ",
+                "ĊĊ",
+                "Ġ",
+            ]
+        )
+    }
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,13 +47,22 @@ def make_tokenizer(words: list[str] = WORDS, template: str | None = TEMPLATE) ->
     return fast
 
 
-def make_model(hidden: int = 16, layers: int = 2, vocab_size: int = 192, seed: int = 0, family: str = "Llama", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+def make_model(
+    hidden: int = 16,
+    layers: int = 2,
+    vocab_size: int = 192,
+    seed: int = 0,
+    family: str = "Llama",
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> Any:
     import transformers
 
     torch.manual_seed(seed)
     cls = getattr(transformers, f"{family}Config")
     sizes = {
-        "vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "num_attention_heads": 2,
+        "vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": 2,
         "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1,
         "attn_implementation": "sdpa",
     }  # fmt: skip

@@ -15,13 +15,13 @@ from training import make_model, make_rows, make_tokenizer
 def make_trainer(folder: Path, tied: bool, **options: Any) -> Any:
     from kdkernels.trainer import DistillationArguments, DistillationTrainer
 
-    args = DistillationArguments(
-        **{
-            "output_dir": str(folder / "out"), "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1.0, "optim": "sgd", "use_cpu": True,
-            "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "ce_weight": 0.5,
-            "temperature": 2.0, "per_device_eval_batch_size": 4, "ddp_backend": "gloo" if "RANK" in os.environ else None, "dataloader_pin_memory": False, **options,
-        }
-    )  # fmt: skip
+    defaults = {
+        "output_dir": str(folder / "out"), "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1.0, "optim": "sgd",
+        "use_cpu": True, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "disable_tqdm": True, "save_strategy": "no",
+        "logging_steps": 1, "ce_weight": 0.5, "temperature": 2.0, "per_device_eval_batch_size": 4, "dataloader_pin_memory": False,
+        "ddp_backend": "gloo" if "RANK" in os.environ else None,
+    }  # fmt: skip
+    args = DistillationArguments(**{**defaults, **options})
     student = make_model(16, seed=1, dtype=torch.float64, tie_word_embeddings=tied)
     teacher = make_model(24, seed=2, dtype=torch.float64, initializer_range=0.3)
     rows = {"train_dataset": make_rows(16), "eval_dataset": make_rows(11, seed=5)}

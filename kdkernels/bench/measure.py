@@ -211,7 +211,7 @@ def measure(
             else:
                 row |= {k.replace(" ", "_") + "_error": v for k, v in variants.errors(name, case, device).items()}
             steps[name] = variants.build(name, case, inputs)
-            if Variant.parse(name).is_ours and not name.startswith("rows:"):
+            if Variant.parse(name).is_ours and not name.startswith("rows:") and case.operation == "distillation":
                 row["plan"] = variants.held(name, case, inputs)
             if device != "cpu" and job.memory and "peak_extra_bytes" not in row and _has_memory(name):
                 row["peak_extra_bytes"] = _peak_of(lambda step=steps[name]: step, inputs, device)  # type: ignore[misc]

@@ -108,7 +108,8 @@ class _Cases:
         shape = (2048, 32000, 512, 1024)
         heads = [Case(*shape, dtype, d) for dtype, d in (("float32", "forward_kl"), ("float32", "jsd"), ("bfloat16", "forward_kl"))]
         logits = [Case(*shape[:2], dtype="float32", divergence=d) for d in FEW]
-        return [*map(self.job, heads + logits), *self.tokens((1024, 4096, 16384)), *self.precision()]
+        other = [Case(*shape, dtype="float32", operation="cross_entropy")]
+        return [*map(self.job, heads + logits + other), *self.tokens((1024, 4096, 16384)), *self.precision()]
 
     def _standard_gpu(self) -> list[Job]:
         first = [self.job(Case(*SHAPES[0], self.dtype, d)) for d in FEW]
@@ -116,7 +117,8 @@ class _Cases:
         rest = [self._quick(self.job(Case(*shape, self.dtype, d))) for shape in SHAPES[1:] for d in FEW]
         small = [self.job(Case(n, *SHAPES[2][1:], self.dtype)) for n in (256, 1024)]
         masked = [self.job(Case(*SHAPES[0], self.dtype, masked=0.5)), self.job(Case(*SHAPES[0], self.dtype, frozen_head=True))]
-        return [*first, *self.rows(), *rest, *small, *masked, *self.tokens((1024, 8192, 65536)), *self.precision()]
+        other = [self.job(Case(*SHAPES[0], self.dtype, operation="cross_entropy"))]
+        return [*first, *self.rows(), *rest, *small, *masked, *other, *self.tokens((1024, 8192, 65536)), *self.precision()]
 
     @staticmethod
     def _quick(job: Job) -> Job:

@@ -37,6 +37,8 @@ def is_ours(variant: str) -> bool:
 
 def title(measured: Measured) -> str:
     case = Case(**measured["case"])
+    if case.operation != "distillation":
+        return str(case).replace("_", "-", 1)
     return str(case).replace(case.divergence, DIVERGENCE_NAMES.get(case.divergence, case.divergence.replace("_", " ")), 1)
 
 

@@ -89,8 +89,6 @@ def build(variant: str, case: Case, inputs: Inputs) -> Step:
     """
     v = Variant.parse(variant)
     if v.is_ours:
-        if case.operation != "distillation":
-            raise ValueError(f"no variant {variant!r} of {case.operation}")
         return _rows(v, case, inputs) if v.rows_only else _ours(v, case, inputs)
     if variant in PEERS:
         if (reason := PEERS[variant].cannot(case, inputs.device.type)) is not None:
@@ -122,8 +120,6 @@ def default_variants(case: Case, device: str, backends: list[str] | None = None,
     ours = backends_for(device, case.torch_dtype) if backends is None else backends
     narrow = [f"{name}/{case.dtype}" for name in ours[:1] if case.has_heads and case.dtype == "bfloat16"]
     others = [name for name in peers_for(case, device) if peers is None or name in peers]
-    if case.operation != "distillation":
-        ours = narrow = []
     return ["floor", "eager", "compile", *others, *ours, *narrow]
 
 
@@ -201,6 +197,8 @@ def _call(v: Variant, case: Case, inputs: Inputs) -> dict[str, Any]:
 
 
 def _ours(v: Variant, case: Case, inputs: Inputs) -> Step:
+    if case.operation == "cross_entropy":
+        return _trained(lambda: kd.cross_entropy(inputs.student, inputs.labels, IGNORED, **v.options))
     options = _call(v, case, inputs)
     kd.plan(inputs.student, inputs.teacher, **options)  # raises where the backend cannot run
     return _trained(lambda: kd.distillation_loss(inputs.student, inputs.teacher, **options))
@@ -228,8 +226,8 @@ def held(variant: str, case: Case, inputs: Inputs) -> dict[str, int]:
 
 def _rows(v: Variant, case: Case, inputs: Inputs) -> Step:
     """The backend's ``rows`` on preallocated tensors: nothing is allocated, nothing else is launched."""
-    if case.has_heads or case.masked:
-        raise ValueError("row kernels take logits of tokens that all count")
+    if case.has_heads or case.masked or case.operation != "distillation":
+        raise ValueError("row kernels take a distillation's logits, of tokens that all count")
     z_s, z_t = (tensors(side)[0].detach() for side in (inputs.student, inputs.teacher))
     problem = Problem(
         divergences.resolve(case.divergence), case.v, temperature=case.temperature, student_dtype=z_s.dtype, teacher_dtype=z_t.dtype,

@@ -11,13 +11,19 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .settings import DemoError
 
-__all__ = ["Corpus", "Document", "Tokens", "collect", "tokenize"]
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Corpus", "Document", "Tokens", "collect", "tokenize", "train_tokenizer"]
+
+END_OF_TEXT = "<|endoftext|>"
 
 MIN_BYTES = 100_000
 """Text below this trains no tokenizer worth the name, and leaves no held-out windows."""
@@ -147,21 +153,26 @@ def _split(source: str, documents: list[Document], size: int) -> Corpus:
     return Corpus(source, [*others, head], [tail], "the end of the largest file: too few files to hold whole ones out")
 
 
-def tokenize(corpus: Corpus, vocab_size: int) -> Tokens:
-    """Trains a byte-level BPE of at most ``vocab_size`` tokens on the training half, and encodes both halves with it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` tokens, trained on the training half; ``END_OF_TEXT`` is one of them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    end_of_text = "<|endoftext|>"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[end_of_text],
+        special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator((d.text for d in corpus.train), trainer)
-    end = tokenizer.token_to_id(end_of_text)
+    return tokenizer
+
+
+def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
+    """Both halves in its tokens."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
 
     def encode(documents: list[Document]) -> Tensor:
         encodings = tokenizer.encode_batch_fast([d.text for d in documents])

@@ -115,7 +115,7 @@ def train_models(settings: Settings, data: Path | None, progress: Progress) -> d
     task = progress.add_task("Text and tokenizer", total=2, note="")
     text = corpus.collect(data, settings.max_bytes, settings.seed)
     progress.update(task, advance=1, note=f"{len(text.train) + len(text.held_out)} files")
-    tokens = corpus.tokenize(text, settings.vocab_size)
+    tokens = corpus.tokenize(text, corpus.train_tokenizer(text, settings.vocab_size))
     batches = train.Batches(tokens.train, tokens.held_out, settings)
     progress.update(task, advance=1, note=f"{len(tokens.train) + len(tokens.held_out):,} tokens")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..sides import LMHead, Side
 from ..trainer.head import HeadTap, Tapped
+from ..trainer.patching import unwrap
 from .source import View
 
 __all__ = ["LiveTeacher"]
@@ -71,11 +72,19 @@ class LiveTeacher:
 
         return Ensemble(sides, self.weights, mode=self.mode), passes
 
+    def prepare(self, input_ids: Tensor) -> None:
+        """Measures what each model does to its logits, on a few tokens of ``input_ids`` ``[B, L]``; else the first ``targets`` does."""
+        for tap, model in zip(self.taps, self.models, strict=True):
+            if tap.columns is None:
+                tap.prepare(model, input_ids.to(next(model.parameters()).device))
+
     def _forward(self, number: int, view: View) -> Tapped:
         model = self.models[number]
         device = next(model.parameters()).device
         given = {"input_ids": view.input_ids, "attention_mask": view.attention_mask, "position_ids": view.position_ids}
-        return self.taps[number](model, **{name: t.to(device) for name, t in given.items() if t is not None})
+        inputs: dict[str, Any] = {name: t.to(device) for name, t in given.items() if t is not None}
+        tapped: Tapped = self.taps[number](model, **inputs)
+        return tapped
 
     def _side(self, number: int, tapped: Tapped, scored: Tensor) -> Side:
         if tapped.hidden is None:
@@ -93,8 +102,6 @@ class LiveTeacher:
 
 def vocabulary(model: nn.Module) -> int:
     """Columns of a model's logits, padding included."""
-    from ..trainer.head import unwrap
-
     base = unwrap(model)
     head = getattr(base, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)

@@ -50,7 +50,8 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
         return call.func.id, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(
-            f"divergence {text!r} can't be read: write a name, or a name with parameters such as 'jsd(beta=0.3)'; names: {', '.join(REGISTRY)}"
+            f"divergence {text!r} can't be read: write a name, or a name with parameters such as 'jsd(beta=0.3)'; "
+            f"names: {', '.join(REGISTRY)}"
         ) from None
 
 
@@ -62,7 +63,7 @@ def _text(divergence: Divergence) -> str:
 
 
 @dataclass
-class DistillationArguments(TrainingArguments):
+class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     """``transformers.TrainingArguments`` and, per scored token, the loss
 
     ``kd_weight * T^2 * D(teacher, student; T) + ce_weight * CE(labels) + feature_weight * (feature loss)``.
@@ -112,16 +113,17 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.divergence = _text(parse_divergence(self.divergence))
         self._check_numbers()
-        if self.data_seed is None:  # else the order of the data would follow whatever seed torch was given last
+        if getattr(self, "data_seed", None) is None:  # else the order of the data would follow whatever seed torch was given last
             self.data_seed = self.seed
-        if isinstance(self.feature_layers, Mapping):
-            self.feature_layers = ",".join(f"{s}:{t}" for s, t in self.feature_layers.items())
-        elif isinstance(self.feature_layers, (list, tuple)):
-            self.feature_layers = ",".join(f"{s}:{t}" for s, t in self.feature_layers)
+        layers: Any = self.feature_layers
+        if not isinstance(layers, str):  # pairs, which JSON would not give back
+            self.feature_layers = ",".join(f"{s}:{t}" for s, t in layers)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove the teacher's view from each batch: leave it False")
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor}: the loss has no label smoothing; leave it 0")
+        if getattr(self, "train_sampling_strategy", "random") == "group_by_length":
+            raise ValueError("train_sampling_strategy='group_by_length' is not supported: packing=True leaves no padding at all")
         super().__post_init__()
 
     def _check_numbers(self) -> None:
@@ -135,12 +137,19 @@ class DistillationArguments(TrainingArguments):
         if not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction is a share, from 0 to 1, got {self.on_policy_fraction}")
         if self.on_policy_fraction > 0 and self.kd_weight == 0:
-            raise ValueError(f"on_policy_fraction={self.on_policy_fraction} with kd_weight=0: on its own samples the student learns from the divergence only")
+            raise ValueError(
+                f"on_policy_fraction={self.on_policy_fraction} with kd_weight=0: "
+                "on its own samples the student learns from the divergence only"
+            )
         for name in ("max_new_tokens", "max_length", "vocab_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        for name, valid in (("overlong", get_args(Overlong)), ("ensemble_mode", ("probs", "logits")), ("feature_loss", get_args(FeatureLoss))):
+        for name, valid in (
+            ("overlong", get_args(Overlong)),
+            ("ensemble_mode", ("probs", "logits")),
+            ("feature_loss", get_args(FeatureLoss)),
+        ):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
         check_choices(memory_budget=self.memory_budget)

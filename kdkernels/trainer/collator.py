@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,10 @@ def pack(examples: Sequence[Example], max_length: int) -> list[Item]:
 class Collator:
     """Items to a batch of tensors.
 
-    The batch holds ``input_ids``, ``attention_mask`` (padded rows) or ``position_ids`` (packed ones) and ``labels`` of the student's view, the same
-    with ``teacher_`` before it, and of the n scored tokens: ``scored`` and ``teacher_scored`` (positions in the flattened view), ``token_weights``
-    and ``response`` (False where a token of the prompt is scored); ``counts`` of them per example, ``sizes`` of the items in examples. ``labels`` hold
-    scored tokens only, so what is counted is what is scored.
+    The batch holds ``input_ids``, ``attention_mask`` (padded rows) or ``position_ids`` (packed ones) and ``labels`` of the student's view,
+    the same with ``teacher_`` before it, and of the n scored tokens: ``scored`` and ``teacher_scored`` (positions in the flattened view),
+    ``token_weights``, and ``response`` (False where a token of the prompt is scored); ``counts`` of them per example, ``sizes`` of the
+    items in examples. ``labels`` hold scored tokens only, so what is counted is what is scored.
 
     Args:
         pad_id: of positions without a token.
@@ -117,7 +117,7 @@ class Collator:
         return view
 
 
-def view_of(batch: dict[str, Any], prefix: str = "") -> View:
+def view_of(batch: Mapping[str, Any], prefix: str = "") -> View:
     """The student's view of a batch, or with ``"teacher_"`` the teacher's."""
     get = batch.get
     return View(
@@ -133,6 +133,8 @@ def with_prompt(example: Example) -> Example:
         ValueError: the two views have different prompts.
     """
     if list(example.student_ids) != list(example.teacher_ids):
-        raise ValueError("kd_on_prompt=True scores prompts, but a row gives the teacher another prompt than the student: leave it False for such data")
+        raise ValueError(
+            "kd_on_prompt=True scores prompts, but a row gives the teacher another prompt than the student: leave it False for such data"
+        )
     every = range(len(example.student_ids) - 1) if not example.student_scored else range(example.student_scored[-1] + 1)
     return dataclasses.replace(example, student_scored=every, teacher_scored=every)

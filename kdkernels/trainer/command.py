@@ -16,7 +16,9 @@ Every field of DistillationArguments and of transformers' TrainingArguments is a
 - the loss: `--divergence` (a name, or `"jsd(beta=0.3)"`), `--temperature`, `--t-squared`, `--kd-weight`, `--ce-weight`, `--feature-weight`,
   `--feature-layers`, `--feature-loss`, `--ensemble-mode`, `--kd-on-prompt`, `--vocab-size`, `--memory-budget`
 
-- the data: `--max-length`, `--overlong`, `--packing`; the student's own responses: `--on-policy-fraction`, `--sample-temperature`, `--max-new-tokens`
+- the data: `--max-length`, `--overlong`, `--packing`
+
+- the student's own responses: `--on-policy-fraction`, `--sample-temperature`, `--max-new-tokens`
 
 Examples:
 
@@ -34,7 +36,9 @@ def train(
     context: typer.Context,
     teacher: Annotated[list[str] | None, typer.Option(help="Folder or hub name of a causal language model. Several: an ensemble.")] = None,
     student: Annotated[str | None, typer.Option(help="Folder or hub name of the model to train; its tokenizer is used.")] = None,
-    data: Annotated[str | None, typer.Option(help="JSONL or Parquet file, or a folder of them: prompt and response, messages, or text.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="JSONL or Parquet file, or a folder of them: prompt and response, messages, or text.")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows, evaluated before and after.")] = None,
     cache: Annotated[str | None, typer.Option(help="Folder of `kdkernels cache`, in place of a teacher.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="For checkpoints, the trained model and the summary.")] = None,
@@ -56,20 +60,29 @@ def train(
 
     from .settings import read_config, read_settings
 
-    given = {"teacher": teacher, "student": student, "data": data, "eval_data": eval_data, "cache": cache, "student_dtype": student_dtype, "teacher_dtype": teacher_dtype}
+    given = {
+        "teacher": teacher,
+        "student": student,
+        "data": data,
+        "eval_data": eval_data,
+        "cache": cache,
+        "student_dtype": student_dtype,
+        "teacher_dtype": teacher_dtype,
+    }
     rest = list(context.args)
     for name, value in (("--output-dir", output_dir), ("--max-steps", max_steps), ("--save-steps", save_steps)):
         rest += [] if value is None else [name, f"{value:g}" if isinstance(value, float) else str(value)]
     console = Console(highlight=False, soft_wrap=True)
     try:
         settings = read_settings({} if config is None else read_config(config), given, rest)
-        from . import run
-
         if plan:
-            run.plan(settings, console)
-            status = 0
-        else:
-            status = run.run(settings, console)
+            from .plan import plan as show
+
+            show(settings, console)
+            return
+        from .run import run
+
+        status = run(settings, console)
     except KeyboardInterrupt:
         typer.echo("\nInterrupted.", err=True)
         raise typer.Exit(130) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .example import Example
@@ -13,7 +12,7 @@ from .rows import DataError, Row, RowSource, read_rows
 
 __all__ = ["DataError", "check_templates", "check_tokenizers", "load_examples", "read_rows"]
 
-PROBE = 'The quick brown fox: 3.14 × "déjà vu"\n\tdef f(x): return x ** 2  # 東京 🙂'
+PROBE = 'The quick brown fox: 3.14 ± "déjà vu"\n\tdef f(x): return x ** 2  # 東京 🙂'
 
 
 def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None = None, overlong: str = "error") -> list[Example]:
@@ -25,14 +24,14 @@ def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None =
     - ``prompt`` with ``response`` or ``completion``: prompt and response are tokenised apart, an end-of-text token follows;
     - ``text``: every token but the first is scored.
 
-    The teacher reads the same, unless the row has ``teacher_messages``, ``teacher_prompt``, or ``demonstrations`` to read before the prompt.
-    ``weight`` multiplies the row's loss; ``task`` is kept; other fields mean nothing here.
+    The teacher reads the same, unless the row has ``teacher_messages``, ``teacher_prompt``, or ``demonstrations`` to read before the
+    prompt. ``weight`` multiplies the row's loss; ``task`` is kept; other fields mean nothing here.
 
     Args:
         source: a JSONL or Parquet file, a folder of them, a ``datasets.Dataset`` or a list of rows.
         max_length: tokens of the longer view, at most.
-        overlong: what happens to rows beyond it: ``"error"``, ``"drop"`` (with a warning that counts them) or ``"truncate"`` (the end of the
-            response is cut off).
+        overlong: what happens to rows beyond it: ``"error"``, ``"drop"`` (with a warning that counts them) or ``"truncate"`` (the end of
+            the response is cut off).
 
     Raises:
         DataError: naming file, row and field.
@@ -53,7 +52,10 @@ def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None =
             example = _shortened(example, length - max_length, row)
         found.append(example)
     if dropped:
-        warnings.warn(f"{dropped} of {dropped + len(found)} rows are over max_length={max_length} and left out; the longest has {longest} tokens", stacklevel=2)
+        warnings.warn(
+            f"{dropped} of {dropped + len(found)} rows are over max_length={max_length} and left out; the longest has {longest} tokens",
+            stacklevel=2,
+        )
     if not found:
         raise DataError(f"no row is left: all {dropped} are over max_length={max_length}")
     return found
@@ -62,7 +64,9 @@ def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None =
 def _shortened(example: Example, cut: int, row: Row) -> Example:
     kept = len(example.student_scored) - cut
     if kept < 1:
-        raise DataError(f"{row.where}: the prompt alone fills max_length, so no response token would be left: raise max_length or drop the row")
+        raise DataError(
+            f"{row.where}: the prompt alone fills max_length, so no response token would be left: raise max_length or drop the row"
+        )
     return Example(
         example.student_ids[: len(example.student_ids) - cut], example.student_scored[:kept],
         example.teacher_ids[: len(example.teacher_ids) - cut], example.teacher_scored[:kept],
@@ -83,7 +87,9 @@ def _example(row: Row, tokenizer: Any) -> Example:
     if not response:
         raise row.error("text" if "text" in row else "response", "it holds no token to score")
     if not student or not teacher:
-        raise row.error("prompt", "it holds no token: the first token of a response needs one before it (a tokenizer with a BOS token adds one)")
+        raise row.error(
+            "prompt", "it holds no token: the first token of a response needs one before it (a tokenizer with a BOS token adds one)"
+        )
     return Example(
         array("i", student + response), range(len(student) - 1, len(student) + len(response) - 1),
         array("i", teacher + response), range(len(teacher) - 1, len(teacher) + len(response) - 1),
@@ -202,7 +208,10 @@ def _split(tokenizer: Any, messages: list[dict[str, Any]], answer: Mapping[str, 
 def _first_difference(tokenizer: Any, one: str, other: str, other_tokenizer: Any = None) -> str:
     a, b = (t(text, add_special_tokens=False)["input_ids"] for t, text in ((tokenizer, one), (other_tokenizer or tokenizer, other)))
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    shown = [f"{t.decode(ids[at : at + 1])!r} (id {ids[at]})" if at < len(ids) else "the end" for t, ids in ((tokenizer, a), (other_tokenizer or tokenizer, b))]
+    shown = [
+        f"{t.decode(ids[at : at + 1])!r} (id {ids[at]})" if at < len(ids) else "the end"
+        for t, ids in ((tokenizer, a), (other_tokenizer or tokenizer, b))
+    ]
     return f"token {at} is {shown[0]} in one and {shown[1]} in the other"
 
 
@@ -218,9 +227,14 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
     differing = {i for t, i in one.items() if other.get(t) != i} | {i for t, i in other.items() if one.get(t) != i}
     probe = student.decode(range(0, len(student), max(1, len(student) // 256)), skip_special_tokens=True) + PROBE
     if differing or student(probe)["input_ids"] != teacher(probe)["input_ids"]:
-        what = f"{len(differing):,} of {max(len(student), len(teacher)):,} ids stand for different tokens" if differing else "the ids are the same, but texts are split differently"
+        what = (
+            f"{len(differing):,} of {max(len(student), len(teacher)):,} ids stand for different tokens"
+            if differing
+            else "the ids are the same, but texts are split differently"
+        )
         raise DataError(
-            f"the tokenizers of teacher and student differ: {what}. Distributions over different vocabularies can't be compared column by column; "
+            f"the tokenizers of teacher and student differ: {what}. Distributions over different vocabularies can't be compared column by "
+            "column; "
             "distillation across tokenizers is not supported: take a teacher and a student of one family, or train on the teacher's text"
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..losses import mean_denominator
 from .patching import unwrap
 from .weights import gathered, sharded_like, whole
 
@@ -31,22 +32,28 @@ FILE = "projector.safetensors"
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model: the longest list of modules that is in no other list (experts are in one).
 
+    Towers for images and sound are passed over.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or there are several that together make up a layer (XLM).
     """
     base = unwrap(model)
-    get: Any = getattr(base, "get_decoder", None)
-    decoder = base if get is None else get()
-    lists = _outermost_lists(decoder if isinstance(decoder, nn.Module) else base) or _outermost_lists(base)
-    if not lists:
-        raise ValueError(f"{type(base).__name__} has no list of decoder layers: features can't be tapped, set feature_weight=0")
-    return max(lists, key=lambda found: (len(found), sum(p.numel() for p in found.parameters())))
+    lists = _outermost_lists(base)
+    longest = max((len(found) for _, found in lists), default=0)
+    candidates = [(parent, found) for parent, found in lists if len(found) == longest]
+    if len({id(parent) for parent, _ in candidates}) < len(candidates) or not longest:
+        raise ValueError(f"{type(base).__name__} has no list of decoder layers: its features can't be tapped, set feature_weight=0")
+    return max(candidates, key=lambda candidate: sum(p.numel() for p in candidate[1].parameters()))[1]
 
 
-def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
-    found = []
+def _outermost_lists(module: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """With their parents."""
+    found: list[tuple[nn.Module, nn.ModuleList]] = []
     for child in module.children():
-        found += [child] if isinstance(child, nn.ModuleList) else _outermost_lists(child)
+        if isinstance(child, nn.ModuleList):
+            found.append((module, child))
+        elif getattr(child, "main_input_name", "input_ids") == "input_ids" and "text" in getattr(child, "input_modalities", "text"):
+            found += _outermost_lists(child)
     return found
 
 
@@ -84,33 +91,43 @@ def _index(index: int, count: int, whose: str) -> int:
 
 
 class LayerRecorder:
-    """Keeps what some decoder layers return, for the calls in ``with recorder.recording() as features``."""
+    """Keeps what some decoder layers return, for the calls in ``with recorder.recording(input_ids) as features``."""
 
     def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
         layers = decoder_layers(model)
         self.layers = {i: layers[i] for i in sorted(set(indices))}
 
     @contextmanager
-    def recording(self) -> Iterator[dict[int, Tensor]]:
-        """Yields a dict that each forward pass of this thread fills: layer -> ``[B, L, D]``.
+    def recording(self, input_ids: Tensor) -> Iterator[dict[int, Tensor]]:
+        """Yields a dict that a forward pass of this thread on ``input_ids`` ``[B, L]`` fills: layer -> ``[B, L, D]``.
 
         Raises:
+            ValueError: in the forward pass, for layers whose output has another shape.
             RuntimeError: in the forward pass, for layers under reentrant gradient checkpointing, where features have no gradient.
         """
         features: dict[int, Tensor] = {}
-        thread, grad = threading.get_ident(), torch.is_grad_enabled()
+        thread, grad, shape = threading.get_ident(), torch.is_grad_enabled(), input_ids.shape
 
         def keep(index: int, output: Any) -> None:
             if threading.get_ident() != thread:
                 return
+            feature = output[0] if isinstance(output, tuple | list) else output
+            if feature.dim() != 3 or feature.shape[:2] != shape:
+                raise ValueError(
+                    f"layer {index} returns {list(feature.shape)} for input_ids of {list(shape)}, and not [batch, length, width]: "
+                    "the features of this model can't be tapped, set feature_weight=0"
+                )
             if grad and not torch.is_grad_enabled():
                 raise RuntimeError(
                     "features of a layer under reentrant gradient checkpointing have no gradient: "
                     'set gradient_checkpointing_kwargs={"use_reentrant": False}'
                 )
-            features[index] = output[0] if isinstance(output, tuple | list) else output
+            features[index] = feature
 
-        handles = [layer.register_forward_hook(lambda _module, _inputs, output, i=i: keep(i, output)) for i, layer in self.layers.items()]
+        def hook(index: int) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _module, _inputs, output: keep(index, output)
+
+        handles = [layer.register_forward_hook(hook(index)) for index, layer in self.layers.items()]
         try:
             yield features
         finally:
@@ -136,7 +153,7 @@ class FeatureTap:
     Example::
 
         tap = FeatureTap(student, teacher, "all")
-        with tap.student.recording() as of_student, tap.teacher.recording() as of_teacher:
+        with tap.student.recording(student_ids) as of_student, tap.teacher.recording(teacher_ids) as of_teacher:
             ...  # the forward passes of both
         loss = tap.loss(of_student, of_teacher, student_rows, teacher_rows, num_items=num_items)
     """
@@ -216,11 +233,11 @@ class FeatureTap:
                 each = each * token_weights.to(each.dtype)
             total = each.sum() if total is None else total + each.sum()
         assert total is not None
-        items = torch.as_tensor(student_rows.numel() if num_items is None else num_items, device=total.device)
-        return total / (len(self.pairs) * torch.where(items > 0, items, 1))  # no token: 0.0, which still backpropagates zeros
+        count = torch.tensor(student_rows.numel(), device=total.device)
+        return total / len(self.pairs) / mean_denominator(num_items, count, total.dtype)
 
     def save(self, directory: str | Path, write: bool = True) -> None:
-        """Writes ``projector.safetensors``, whole or not at all. Where the student is sharded every rank calls it, and one has ``write``."""
+        """Writes ``projector.safetensors``, whole or not at all. Where the student is sharded every rank calls it, one with ``write``."""
         from safetensors.torch import save_file
 
         if self.projectors is None:
@@ -262,7 +279,10 @@ def _name(pair: LayerPair) -> str:
 
 def _width(base: nn.Module) -> int:
     config: Any = base.config
-    return int((config.get_text_config() if hasattr(config, "get_text_config") else config).hidden_size)
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if width is None:
+        raise ValueError(f"{type(base).__name__} has no one hidden size: its features can't be tapped, set feature_weight=0")
+    return int(width)
 
 
 def _rows(features: dict[int, Tensor], layer: int, rows: Tensor, whose: str) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sides import LMHead, Side
-from .patching import measuring, replaced, unwrap
+from .patching import compiled_parts, is_sharded, measuring, replaced, unwrap
 from .probe import Transform, UnknownTransform, fit, ramp
 from .weights import HeadWeights, UnsupportedHead, gathered, read_head
 
@@ -108,11 +108,11 @@ class HeadTap:
         self.columns: int | None = None
         """Columns of the logits in use; known from the first call on."""
         self.aux_coefficient: float | None = None
-        self._ready = False
+        self._ready = self._sharded = False
         parameters = inspect.signature(type(self.base).forward).parameters
         any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         # A cache switches off the mask between packed rows, and would be held for nothing.
-        self._fixed = {k: v for k, v in (("use_cache", False), ("return_dict", True)) if k in parameters or any_keyword}
+        self.fixed = {k: v for k, v in (("use_cache", False), ("return_dict", True)) if k in parameters or any_keyword}
 
     @property
     def head(self) -> nn.Module | None:
@@ -136,6 +136,7 @@ class HeadTap:
             model: the model itself, or the wrapper that has to see its forward pass.
             finish: called with the :class:`Tapped` inside that forward pass, where FSDP's parameters are whole. What it returns (a tensor,
                 or a dict of them) is what the model, the wrapper and the tap return, so DDP finds every parameter the loss depends on.
+                Needed under FSDP, where gradients are wanted.
             inputs: ``input_ids`` [B, L] and whatever else the model takes, but no labels.
         """
         if isinstance(model, nn.DataParallel):
@@ -148,10 +149,15 @@ class HeadTap:
                 raise ValueError(f"the head tap {'needs' if wanted else 'takes no'} {name}: {fix}")
         if not self._ready:
             self.prepare(model, inputs["input_ids"])
+        if finish is None and self._sharded and torch.is_grad_enabled():
+            raise ValueError(
+                "the model is sharded by FSDP: give the head tap a finish, so that the loss is computed inside the forward pass"
+            )
+        model, compiled = compiled_parts(model)
         kept: list[Tapped] = []
 
         def inner(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            tapped = self._forward(forward, args, kwargs, inputs["input_ids"].shape)
+            tapped = self._forward(compiled(forward), args, kwargs, inputs["input_ids"].shape)
             if finish is None:
                 kept.append(tapped)
                 return tapped.output
@@ -159,7 +165,7 @@ class HeadTap:
                 return finish(tapped)
 
         with replaced(self.base, inner):
-            returned = model(**{**inputs, **self._fixed})
+            returned = model(**{**inputs, **self.fixed})
         return kept[0] if finish is None else returned
 
     def _forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> Tapped:
@@ -192,8 +198,12 @@ class HeadTap:
         """Measures and checks, on the first few tokens of ``input_ids`` ``[B, L]``. The first call does this by itself.
 
         Raises:
-            ValueError: ``vocab_size`` is larger than the logits.
+            ValueError: ``vocab_size`` is larger than the logits, or ``model`` is not the one tapped.
         """
+        if all(module is not self.base for module in model.modules()):
+            raise ValueError(f"the head tap was made for another {type(self.base).__name__} than the one it is called with")
+        model, _ = compiled_parts(model)
+        self._sharded = is_sharded(model)
         ids = input_ids[:1, :PROBE_TOKENS]
         with measuring(self.base):
             try:
@@ -201,7 +211,7 @@ class HeadTap:
                 output = self.check(model, ids)
             except (UnsupportedHead, UnknownTransform) as reason:
                 self._fall_back(reason)
-                output = model(input_ids=ids, **self._fixed)
+                output = model(input_ids=ids, **self.fixed)
                 self.columns = self._columns(output.logits.shape[-1])
             self.aux_coefficient = self._auxiliary_coefficient(model, ids, output)
         self._ready = True
@@ -212,7 +222,7 @@ class HeadTap:
             raise UnsupportedHead("the model names no output embeddings")
         stub = Stub(ramp(read_head(head).rows))
         with replaced(head, stub):
-            output = model(input_ids=ids, **self._fixed)
+            output = model(input_ids=ids, **self.fixed)
         if len(stub.inputs) != 1:
             raise UnsupportedHead(f"the head is called {len(stub.inputs)} times in one forward pass")
         self.transform = fit(output.logits)
@@ -232,7 +242,7 @@ class HeadTap:
         assert self.head is not None
         recorder = Stub(passing=True)
         with replaced(self.head, recorder):
-            output = model(input_ids=ids, **self._fixed)
+            output = model(input_ids=ids, **self.fixed)
         logits = output.logits
         if len(recorder.inputs) != 1 or recorder.inputs[0].shape[:-1].numel() != ids.numel() or logits.shape[:-1].numel() != ids.numel():
             raise UnsupportedHead("its head does not see one hidden state for each token")
@@ -270,7 +280,7 @@ class HeadTap:
         named = self._named_coefficient()
         if not isinstance(getattr(output, "aux_loss", None), Tensor) or ids.numel() < 2:
             return named
-        labelled = model(input_ids=ids, labels=ids, **self._fixed)
+        labelled = model(input_ids=ids, labels=ids, **self.fixed)
         auxiliary = labelled.aux_loss.double().item()
         cross_entropy = nn.functional.cross_entropy(labelled.logits[0, :-1].float(), ids[0, 1:])
         added = labelled.loss.double().item() - cross_entropy.double().item()

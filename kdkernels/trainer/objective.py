@@ -1,4 +1,4 @@
-"""The loss of one batch: both models run on their views, and the loss is computed inside the student's forward pass, where a wrapper sees it."""
+"""The loss of one batch: both models run on their views, and the loss is computed inside the student's forward pass."""
 
 from __future__ import annotations
 
@@ -53,13 +53,18 @@ class Objective:
         """
         view = view_of(batch)
         given = {"input_ids": view.input_ids, "attention_mask": view.attention_mask, "position_ids": view.position_ids}
-        if self.tap.columns is None:
-            self.tap.prepare(model, view.input_ids)  # before features are recorded
+        if self.tap.columns is None:  # before features are recorded
+            self.tap.prepare(model, view.input_ids)
+            if isinstance(self.teacher, LiveTeacher):
+                self.teacher.prepare(batch["teacher_input_ids"])
         theirs = targets = None
         if self.teacher is not None:
-            with torch.no_grad(), nullcontext() if self.features is None else self.features.teacher.recording() as theirs:
+            with (
+                torch.no_grad(),
+                nullcontext() if self.features is None else self.features.teacher.recording(batch["teacher_input_ids"]) as theirs,
+            ):
                 targets = self.teacher.targets(view_of(batch, "teacher_"))
-        with nullcontext() if self.features is None else self.features.student.recording() as ours:
+        with nullcontext() if self.features is None else self.features.student.recording(view.input_ids) as ours:
 
             def finish(tapped: Tapped) -> dict[str, Tensor]:
                 loss, sums = self._terms(tapped, targets, batch, ours, theirs, each)
@@ -68,68 +73,61 @@ class Objective:
             out = self.tap(model, finish, **{name: t for name, t in given.items() if t is not None})
         return out["loss"], out["sums"]
 
-    def _terms(
-        self, tapped: Tapped, targets: Any, batch: Mapping[str, Any], ours: Any, theirs: Any, each: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _terms(self, tapped: Tapped, targets: Any, batch: Mapping[str, Any], ours: Any, theirs: Any, each: bool) -> tuple[Tensor, Tensor]:
         scored, weights = batch["scored"], batch["token_weights"]
-        loss, stats = self._token_loss(tapped.side(scored), targets, batch, "none" if each else "sum")
-        zero = torch.zeros(scored.numel(), device=scored.device)
-        columns = {name: zero if stats is None else getattr(stats, name) for name in STATS}
-        per_token = torch.stack([columns[name].double() for name in STATS])  # [STATS, n]
-        groups = _groups(batch) if each else torch.zeros_like(scored)
-        count = len(batch["sizes"]) if each else 1
+        groups, count = (_items(batch), len(batch["sizes"])) if each else (torch.zeros_like(scored), 1)
         sums = torch.zeros(count, len(TERMS), dtype=torch.float64, device=scored.device)
-        sums[:, : len(STATS)].index_add_(0, groups, per_token.T)
-        sums[:, TERMS.index("tokens")].index_add_(0, groups, torch.ones_like(zero, dtype=torch.float64))
-        if each:
-            sums[:, TERMS.index("objective")].index_add_(0, groups, loss.detach().double())
-            if stats is None:
-                sums[:, TERMS.index("cross_entropy")].index_add_(0, groups, loss.detach().double() / (self.ce_weight or 1.0))
-            loss = loss.sum()
-        elif stats is None:
-            sums[:, TERMS.index("cross_entropy")] = loss.detach().double() / (self.ce_weight or 1.0)
+
+        def add(name: str, values: Tensor) -> None:
+            """``[n]``, or a sum over all."""
+            values = values.detach().double().reshape(-1)
+            sums[:, TERMS.index(name)].index_add_(0, groups[: len(values)], values)
+
+        loss, terms = self._token_loss(tapped.side(scored), targets, batch, "none" if each else "sum")
+        for name, values in {**terms, "objective": loss, "tokens": torch.ones_like(scored)}.items():
+            add(name, values)
+        loss = loss.sum()
         if self.features is not None:
             for group in range(count):
                 own = (groups == group).nonzero().squeeze(1)
-                part = self.features.loss(ours, theirs, scored[own], batch["teacher_scored"][own], num_items=1, token_weights=weights[own])
+                rows = scored[own], batch["teacher_scored"][own]
+                part = self.features.loss(ours, theirs, *rows, num_items=1, token_weights=weights[own])
                 loss = loss + self.feature_weight * part
                 sums[group, TERMS.index("feature_loss")] = part.detach()
-                if each:
-                    sums[group, TERMS.index("objective")] += self.feature_weight * part.detach()
+                sums[group, TERMS.index("objective")] += self.feature_weight * part.detach()
         if tapped.aux_loss is not None and not each:
-            # The model's own term is a mean over this pass: weighted by its tokens, so that it does not grow with the number of passes.
-            loss = loss + tapped.aux_loss * scored.numel()
-            sums[0, TERMS.index("aux_loss")] = tapped.aux_loss.detach() * scored.numel()
-        if not each:
-            sums[0, TERMS.index("objective")] = loss.detach()
+            # A mean over this pass: weighted by its tokens, so that it does not grow with the number of passes.
+            auxiliary = tapped.aux_loss * scored.numel()
+            loss = loss + auxiliary
+            add("aux_loss", auxiliary)
+            add("objective", auxiliary)
         return loss, sums if each else sums[0]
 
-    def _token_loss(self, student: Side, targets: Any, batch: Mapping[str, Any], reduction: str) -> tuple[Tensor, losses.TokenStats | None]:
+    def _token_loss(self, student: Side, targets: Any, batch: Mapping[str, Any], reduction: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the tokens, and of each token what ``STATS`` names."""
         labels = batch["labels"].flatten()[batch["scored"] + 1]
-        weights, response = batch["token_weights"], batch.get("response")
-        # The student's own words are no labels, and no more are prompts.
+        common: dict[str, Any] = {
+            "token_weights": batch["token_weights"],
+            "reduction": reduction,
+            "memory_budget": self.memory_budget,
+        }
+        # Neither prompts nor the student's own words are labels.
+        hard = labels.masked_fill(~batch["response"], IGNORED) if "response" in batch else labels
         ce_weight = 0.0 if batch.get("on_policy") else self.ce_weight
         if self.kd_weight == 0:
-            if ce_weight and response is not None:
-                labels = labels.masked_fill(~response, IGNORED)
-            loss = primitives.cross_entropy(student, labels, token_weights=weights, reduction=reduction, memory_budget=self.memory_budget)
-            return loss * ce_weight, None
-        apart = ce_weight > 0 and response is not None
+            loss = primitives.cross_entropy(student, hard, **common)
+            return loss * ce_weight, {"cross_entropy": loss}
+        together = hard is labels
         loss, stats = losses.distillation_loss(
             student, targets, divergence=self.divergence, temperature=self.temperature, t_squared=self.t_squared, labels=labels,
-            kd_weight=self.kd_weight, ce_weight=0.0 if apart else ce_weight, token_weights=weights, reduction=reduction,
-            memory_budget=self.memory_budget, return_stats=True,
+            kd_weight=self.kd_weight, ce_weight=ce_weight if together else 0.0, return_stats=True, **common,
         )  # fmt: skip
-        if apart:
-            hard = labels.masked_fill(~response, IGNORED)  # type: ignore[operator]
-            loss = loss + ce_weight * primitives.cross_entropy(
-                student, hard, token_weights=weights, reduction=reduction, memory_budget=self.memory_budget
-            )
-        return loss, stats
+        if ce_weight and not together:
+            loss = loss + ce_weight * primitives.cross_entropy(student, hard, **common)
+        return loss, {name: getattr(stats, name) for name in STATS}
 
 
-def _groups(batch: Mapping[str, Any]) -> Tensor:
+def _items(batch: Mapping[str, Any]) -> Tensor:
     """``[n]``: the item that each scored token is of."""
-    counts, device = torch.tensor(batch["counts"]), batch["scored"].device
     of_example = torch.repeat_interleave(torch.arange(len(batch["sizes"])), torch.tensor(batch["sizes"]))
-    return torch.repeat_interleave(of_example, counts).to(device)
+    return torch.repeat_interleave(of_example, torch.tensor(batch["counts"])).to(batch["scored"].device)

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-__all__ = ["measuring", "replaced", "unwrap"]
+__all__ = ["compiled_parts", "is_sharded", "measuring", "replaced", "unwrap"]
 
 _lock = threading.Lock()
 
 
 class Replacement:
-    """An instance's ``forward`` that is another function in the threads that asked for one."""
+    """An instance's ``forward`` that is another function in the threads that asked for one.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.own = "forward" in module.__dict__  # as accelerate leaves it, for one
-        self.original: Callable[..., Any] = module.forward
+    A module keeps its replacement for the next time, since ``torch.compile`` would compile anew for another object.
+    """
+
+    def __init__(self) -> None:
+        self.own = False  # an instance's own forward it was, as accelerate leaves one
+        self.original: Callable[..., Any] = self
         self.of_thread: dict[int, list[Callable[..., Any]]] = {}
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         functions = self.of_thread.get(threading.get_ident())
         return functions[-1](self.original, *args, **kwargs) if functions else self.original(*args, **kwargs)
+
+
+_replacements: WeakKeyDictionary[nn.Module, Replacement] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -33,10 +42,11 @@ def replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """In the block and in this thread, ``module.forward(...)`` is ``function(original, ...)``; afterwards it is what it was."""
     me = threading.get_ident()
     with _lock:
-        current = module.__dict__.get("forward")
-        replacement = current if isinstance(current, Replacement) else Replacement(module)
+        replacement = _replacements.setdefault(module, Replacement())
+        if not replacement.of_thread:
+            replacement.own, replacement.original = "forward" in module.__dict__, module.forward
+            module.__dict__["forward"] = replacement
         replacement.of_thread.setdefault(me, []).append(function)
-        module.__dict__["forward"] = replacement
     try:
         yield
     finally:
@@ -49,6 +59,7 @@ def replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
                     module.__dict__["forward"] = replacement.original
                 else:
                     del module.__dict__["forward"]
+                replacement.original = replacement  # holds no module
 
 
 @contextmanager
@@ -92,3 +103,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
+
+
+def compiled_parts(model: nn.Module) -> tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """What ``torch.compile`` has wrapped, and how it compiles: the tap has a forward pass compiled, not its own work around it."""
+    context = getattr(model, "dynamo_ctx", None)
+    inner = getattr(model, "_orig_mod", None)
+    return (inner, context) if isinstance(inner, nn.Module) and context is not None else (model, lambda function: function)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Some of it is wrapped by FSDP, whose parameters are whole only inside the forward pass."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule | fsdp.FullyShardedDataParallel) for m in model.modules())

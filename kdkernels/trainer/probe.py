@@ -52,14 +52,16 @@ def fit(logits: Tensor) -> Transform:
     columns = logits.shape[-1]
     x, y = ramp(columns).double(), logits.detach().cpu().double().reshape(-1, columns)
     ratio = y / x
-    scale = ratio[:, x.abs() <= 1.01 * SMALLEST].median().item()
+    smallest = x.abs() <= 1.01 * SMALLEST
+    scale = ratio[:, smallest].median().item()
     top = y[:, x.abs().argmax()].abs().median().item()
     linear = scale * x.abs().max().item()
     if not (math.isfinite(scale) and math.isfinite(top)) or scale == 0 or top == 0:
         raise UnknownTransform("its logits do not follow its head")
     softcap = None if abs(top / linear - 1) < 1e-2 else top
-    if softcap is None:
-        scale = ratio.median().item()
+    # The small end is not quite linear where the soft cap is low and the scale high.
+    exact = ratio if softcap is None else (torch.atanh(y / softcap) * softcap / x)[:, smallest]
+    scale = exact.median().item()
     found = Transform(_plain(scale), None if softcap is None else _plain(softcap), columns)
     step = max(torch.finfo(torch.float32).eps, torch.finfo(logits.dtype).eps)
     error = (y / found(x) - 1).abs().max().item()

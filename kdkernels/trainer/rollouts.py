@@ -1,7 +1,7 @@
 """The student's own responses: what on-policy distillation trains on (GKD, Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
 
-With the reverse KL and ``on_policy_fraction=1`` each rollout token carries the exact KL(student || teacher) over the vocabulary, as in MiniLLM
-(Gu et al. 2024, https://arxiv.org/abs/2306.08543), but without its policy-gradient term: the samples are constants.
+With the reverse KL and ``on_policy_fraction=1`` each rollout token carries the exact KL(student || teacher) over the vocabulary, as in
+MiniLLM (Gu et al. 2024, https://arxiv.org/abs/2306.08543), but without its policy-gradient term: the samples are constants.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def rollouts(
 ) -> list[Item]:  # fmt: skip
     """The items with responses that ``model`` samples: up to and with the first end-of-text token, in both views.
 
-    Prompts are padded on the left. The draws depend on ``place`` (seed, step, micro-batch, rank) alone; the global random state stays as it was.
+    Prompts are padded on the left. The draws depend on ``place`` (seed, step, micro-batch, rank) alone; the global random state stays as
+    it was.
     """
     examples = [example for item in items for example in item]
     prompts = [example.student_ids[: example.student_scored[0] + 1] for example in examples]
@@ -57,7 +58,9 @@ def rollouts(
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             written = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=_sampling(model, tokenizer, pad, temperature, room, vocab_size)
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=_sampling(model, tokenizer, pad, temperature, room, vocab_size),
             )
     finally:
         model.train(training)
@@ -72,7 +75,8 @@ def _sampling(model: nn.Module, tokenizer: Any, pad: int, temperature: float, ro
 
     columns = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     return GenerationConfig(
-        max_new_tokens=room, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, num_beams=1, repetition_penalty=1.0,
+        max_new_tokens=room, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
+        num_beams=1, repetition_penalty=1.0,
         pad_token_id=pad, eos_token_id=sorted(_ends(model, tokenizer)) or None, use_cache=True,
         suppress_tokens=list(range(vocab_size, columns)) if vocab_size is not None and vocab_size < columns else None,
     )  # fmt: skip

@@ -36,7 +36,9 @@ class Row:
     def text(self, name: str) -> str:
         value = self.fields.get(name)
         if not isinstance(value, str) or not value:
-            raise self.error(name, "text is needed, and " + ("there is none" if name not in self else f"it is {json.dumps(value, default=str)[:60]}"))
+            raise self.error(
+                name, "text is needed, and " + ("there is none" if name not in self else f"it is {json.dumps(value, default=str)[:60]}")
+            )
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -76,7 +78,9 @@ def read_rows(source: RowSource) -> Iterator[Row]:
 def _numbered(source: RowSource) -> Iterator[tuple[str, Any]]:
     if not isinstance(source, (str, Path)):
         if not hasattr(source, "__len__"):
-            raise DataError(f"data of type {type(source).__name__} has no length: give a list, a datasets.Dataset or a file; streams are not supported")
+            raise DataError(
+                f"data of type {type(source).__name__} has no length: give a list, a datasets.Dataset or a file; streams are not supported"
+            )
         yield from ((f"row {number}", row) for number, row in enumerate(source, 1))
         return
     path = Path(source)

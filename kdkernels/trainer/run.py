@@ -7,8 +7,6 @@ import math
 import os
 import shutil
 import signal
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -19,17 +17,12 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
-from .. import losses
-from ..sides import LMHead
-from .collator import pack
-from .data import check_templates, check_tokenizers, load_examples
-from .example import Example
+from .loading import cache_of, model_of, tokenizer_of
 from .settings import Settings, TrainError
-from .setup import longest
 
-__all__ = ["last_checkpoint", "plan", "run"]
+__all__ = ["last_checkpoint", "run"]
 
 RECORD, SUMMARY, FIGURE = "run.json", "summary.json", "training.png"
 SHOWN = {
@@ -50,7 +43,7 @@ def run(settings: Settings, console: Console) -> int:
     args._n_gpu = min(args.n_gpu, 1)  # several are for torchrun: one process each
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     console = console if args.process_index == 0 else Console(quiet=True)
-    transformers.logging.set_verbosity(max(args.get_process_log_level(), transformers.logging.ERROR) if args.log_level == "passive" else args.get_process_log_level())
+    transformers.logging.set_verbosity(transformers.logging.ERROR if args.log_level == "passive" else args.get_process_log_level())
     transformers.logging.disable_progress_bar()
     out = Path(args.output_dir)
     record = _record(out, settings)
@@ -61,11 +54,13 @@ def run(settings: Settings, console: Console) -> int:
             console.print("This run is finished; its summary again. Give a larger --max-steps to train on, or another --output-dir.")
             _show(summary, console)
             return 0
-    tokenizer = _tokenizer(settings)
-    teacher = _cache(settings, tokenizer) if settings.cache else None
-    student = _model(settings.student, "student", "float32" if settings.student_dtype == "auto" and (args.bf16 or args.fp16) else settings.student_dtype)
+    tokenizer = tokenizer_of(settings)
+    teacher = cache_of(settings, tokenizer) if settings.cache else None
+    # Autocast wants float32 to update, whatever the checkpoint was saved in.
+    dtype = "float32" if settings.student_dtype == "auto" and (args.bf16 or args.fp16) else settings.student_dtype
+    student = model_of(settings.student, "student", dtype)
     if settings.teacher:
-        teacher = [_model(path, "teacher", settings.teacher_dtype) for path in settings.teacher]
+        teacher = [model_of(path, "teacher", settings.teacher_dtype) for path in settings.teacher]
     progress = Bar(console)
     interrupt = Interrupt()
     trainer = DistillationTrainer(
@@ -80,11 +75,13 @@ def run(settings: Settings, console: Console) -> int:
         _write(out / RECORD, record, args)
     elif checkpoint is not None:
         console.print(f"Resuming at {checkpoint.name} of {out}")
+    transformers.set_seed(args.seed)  # the first evaluation has drawn
     with interrupt:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     progress.stop()
     if interrupt.caught:
-        console.print(f"Interrupted at step {trainer.state.global_step}; {out}/checkpoint-{trainer.state.global_step} is whole. The same command goes on from there.")
+        step = trainer.state.global_step
+        console.print(f"Interrupted at step {step}; {out / f'checkpoint-{step}'} is whole. The same command goes on from there.")
         return 130
     after = trainer.evaluate() if settings.eval_data else None
     trainer.save_model()
@@ -98,44 +95,6 @@ def run(settings: Settings, console: Console) -> int:
     _write(out / SUMMARY, summary, args)
     _show(summary, console)
     return 0
-
-
-# What goes in
-
-
-def _tokenizer(settings: Settings) -> Any:
-    """The student's, once it is known that the teachers' agree with it."""
-    tokenizer = _load(AutoTokenizer, settings.student, "student")
-    for path in settings.teacher:
-        other = _load(AutoTokenizer, path, "teacher")
-        check_tokenizers(tokenizer, other)
-        check_templates(tokenizer, other, settings.data)
-    return tokenizer
-
-
-def _cache(settings: Settings, tokenizer: Any) -> Any:
-    from ..teachers.cache import CacheError, open_cache
-
-    try:
-        return open_cache(str(settings.cache), tokenizer)
-    except CacheError as error:
-        raise TrainError(f"--cache {settings.cache}: {error}") from error
-
-
-def _model(path: str, role: str, dtype: str) -> Any:
-    return _load(AutoModelForCausalLM, path, role, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-
-
-def _load(cls: Any, path: str, role: str, **options: Any) -> Any:
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise TrainError(f"--{role} {path}: no such folder")
-    try:
-        return cls.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TrainError(f"--{role} {path}: can't be loaded by {cls.__name__}: {' '.join(str(error).split())[:300]}") from error
-
-
-# Before and after a run
 
 
 def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
@@ -154,13 +113,18 @@ def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
     if differing:
         name = differing[0]
         values = "its content changed" if name == "data" else f"{record['settings'].get(name)!r} then, {now[name]!r} now"
-        raise TrainError(f"--output-dir {out} holds a run with another --{name.replace('_', '-')} ({values}): go on with the same, or choose another folder")
+        raise TrainError(
+            f"--output-dir {out} holds a run with another --{name.replace('_', '-')} ({values}): "
+            "go on with the same, or choose another folder"
+        )
     return record
 
 
 def last_checkpoint(out: Path, ranks: int = 1) -> Path | None:
     """The newest whole checkpoint; those that a killed process left half-written are removed."""
-    found = sorted((p for p in out.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()), key=lambda p: int(p.name.rpartition("-")[2]))
+    found = sorted(
+        (p for p in out.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()), key=lambda p: int(p.name.rpartition("-")[2])
+    )
     for path in reversed(found):
         if _whole(path, ranks):
             return path
@@ -193,7 +157,9 @@ def _write(path: Path, value: dict[str, Any], args: Any) -> None:
 
 def _finite(metrics: dict[str, float]) -> dict[str, Any]:
     """JSON has no infinities."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items() if name in SHOWN or name == "eval_tokens"}
+    return {
+        name: value if math.isfinite(value) else str(value) for name, value in metrics.items() if name in SHOWN or name == "eval_tokens"
+    }
 
 
 def _training_log(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -212,7 +178,8 @@ def _show(summary: dict[str, Any], console: Console) -> None:
         console.print(table)
         console.print(f"Per token, over {after['eval_tokens']:,.0f} held-out tokens.")
     else:
-        console.print("No held-out loss: no --eval-data was given." + ("" if log is None else f" Training loss {log['first']['loss']:.4f} at step {log['first']['step']}, {log['last']['loss']:.4f} at step {log['last']['step']}."))
+        ends = [] if log is None else [f"{log[which]['loss']:.4f} at step {log[which]['step']}" for which in ("first", "last")]
+        console.print("No held-out loss: no --eval-data was given." + (f" Training loss {', '.join(ends)}." if ends else ""))
     for name in ("model", "checkpoint", "figure"):
         if summary[name]:
             console.print(f"{name}: {summary[name]}", soft_wrap=True)
@@ -227,7 +194,7 @@ def _figure(out: Path, history: Sequence[dict[str, Any]], before: Any, after: An
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    held_out = dict([(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry])
+    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     if before is not None and isinstance(before.get("eval_loss"), float):
         held_out = {0: before["eval_loss"], **held_out}
     if training:
@@ -297,79 +264,3 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 
     def stop(self) -> None:
         self._progress.stop()
-
-
-# What would be run
-
-
-def plan(settings: Settings, console: Console) -> None:
-    """Shows models, tokens, steps and memory of a run, without loading a weight or writing a file."""
-    args = settings.args
-    transformers.logging.set_verbosity_error()
-    tokenizer = _tokenizer(settings)
-    models = [("student", settings.student, settings.student_dtype), *(("teacher", path, settings.teacher_dtype) for path in settings.teacher)]
-    skeletons = [_skeleton(path, role) for role, path, _ in models]
-    cache = _cache(settings, tokenizer) if settings.cache else None
-    limit = longest(args.max_length, args.packing, skeletons)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong)
-    table = Table("", "model", "parameters", "weights", "columns of logits", box=None)
-    for (role, path, dtype), model in zip(models, skeletons, strict=True):
-        count = sum(p.numel() for p in model.parameters())
-        kept = dtype if dtype != "auto" else "float32" if role == "student" and (args.bf16 or args.fp16) else str(model.config.dtype or torch.float32).removeprefix("torch.")
-        size = count * getattr(torch, kept).itemsize
-        table.add_row(role, path, f"{count / 1e6:,.1f} M", f"{size / 2**30:,.2f} GiB {kept}", str(_columns(model)))
-    if cache is not None:
-        table.add_row("teacher", f"cache {settings.cache}", "", cache.kind, str(cache.vocab_size))
-    console.print(table)
-    for warning in said:
-        console.print(str(warning.message))
-    rows = pack(examples, limit) if args.packing and limit else [(e,) for e in examples]
-    scored, tokens = sum(len(e.student_scored) for e in examples), sum(len(e.student_ids) for e in examples)
-    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    an_epoch = math.ceil(math.ceil(len(rows) / (args.per_device_train_batch_size * args.world_size)) / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(an_epoch * args.num_train_epochs)
-    console.print(f"data: {len(examples):,} examples in {len(rows):,} rows; {tokens:,} tokens, {scored:,} of them scored; the longest example has {max(_length(e) for e in examples):,}")
-    console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs")
-    _plan_memory(args, skeletons, rows, console)
-
-
-def _skeleton(path: str, role: str) -> Any:
-    config = _load(AutoConfig, path, role)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def _length(example: Example) -> int:
-    return max(len(example.student_ids), len(example.teacher_ids))
-
-
-def _columns(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
-
-
-def _plan_memory(args: Any, skeletons: Sequence[Any], rows: Sequence[tuple[Example, ...]], console: Console) -> None:
-    student, *teachers = skeletons
-    largest = sorted((sum(len(e.student_scored) for e in row) for row in rows), reverse=True)[: args.per_device_train_batch_size]
-    vocab = min(_columns(model) for model in skeletons)
-
-    def side(model: Any, grad: bool) -> LMHead:
-        weight = torch.empty(_columns(model), model.get_output_embeddings().weight.shape[1], device="meta", requires_grad=grad)
-        return LMHead(torch.empty(sum(largest), weight.shape[1], device="meta", requires_grad=grad), weight, vocab_size=vocab)
-
-    ours = side(student, True)
-    theirs = side(teachers[0], False) if teachers else side(student, False)
-    found = losses.plan(ours, theirs, divergence=_divergence(args), memory_budget=args.memory_budget, return_stats=True)
-    trainable = sum(p.numel() for p in student.parameters())
-    console.print(
-        f"loss: at most {sum(largest):,} scored tokens in a batch, in {found.num_chunks} chunk{'s' if found.num_chunks != 1 else ''}: "
-        f"{found.buffer_bytes / 2**20:,.0f} MiB of buffers, where dense logits take {found.dense_bytes / 2**20:,.0f} MiB"
-    )
-    console.print(f"student: {trainable * 16 / 2**30:,.2f} GiB of float32 weights, gradients and Adam states, if all of it is trained; activations come on top")
-
-
-def _divergence(args: Any) -> Any:
-    from .arguments import parse_divergence
-
-    return parse_divergence(args.divergence)

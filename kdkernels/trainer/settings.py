@@ -16,10 +16,10 @@ __all__ = ["Settings", "TrainError", "read_config", "read_settings"]
 MINE = ("teacher", "student", "data", "eval_data", "cache", "student_dtype", "teacher_dtype")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FIXED = (
-    "divergence", "temperature", "t_squared", "kd_weight", "ce_weight", "feature_weight", "feature_layers", "feature_loss", "on_policy_fraction",
-    "sample_temperature", "max_new_tokens", "max_length", "overlong", "packing", "vocab_size", "kd_on_prompt", "ensemble_mode",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "bf16", "fp16",
+    "divergence", "temperature", "t_squared", "kd_weight", "ce_weight", "feature_weight", "feature_layers", "feature_loss",
+    "on_policy_fraction", "sample_temperature", "max_new_tokens", "max_length", "overlong", "packing", "vocab_size", "kd_on_prompt",
+    "ensemble_mode", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "bf16", "fp16",
 )  # fmt: skip
 """Fields that an interrupted run is finished with as it was begun: another value would be ignored, or spoil it."""
 
@@ -71,7 +71,9 @@ def read_config(path: Path) -> dict[str, Any]:
     except Exception as error:  # of either parser
         raise TrainError(f"--config {path}: can't be read: {' '.join(str(error).split())}") from None
     if not isinstance(value, Mapping):
-        raise TrainError(f"--config {path}: a mapping of options is needed, such as {{student: ..., data: ...}}, not {type(value).__name__}")
+        raise TrainError(
+            f"--config {path}: a mapping of options is needed, such as {{student: ..., data: ...}}, not {type(value).__name__}"
+        )
     return {str(name).replace("-", "_"): part for name, part in value.items()}
 
 
@@ -100,7 +102,7 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
         if word.startswith("--") and option not in options:
             known = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
             raise TrainError(f"unknown option {option}{_nearest(option, known)}")
-    own = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
+    own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
     own["teacher"] = [own["teacher"]] if isinstance(own["teacher"], str) else list(own["teacher"] or [])
     for name in ("student", "data"):
         if not own[name]:

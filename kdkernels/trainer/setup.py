@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from ..teachers.live import LiveTeacher, vocabulary
 from .arguments import DistillationArguments
@@ -17,13 +17,11 @@ from .patching import measuring, unwrap
 
 __all__ = ["check_packing", "longest", "place", "teacher_source"]
 
-logger = logging.get_logger(__name__)
-
 
 def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments, tokenizer: Any) -> tuple[Any, int]:
     """The teacher as a source, and the real size of the vocabulary.
 
-    Where heads are padded to different sizes, the tokenizer's size is taken, and logged.
+    Where heads are padded to different sizes, the tokenizer's size is taken, with a warning that says so.
 
     Raises:
         TypeError: a teacher that is none.
@@ -38,11 +36,15 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
             raise ValueError(f"teacher is missing: it is needed with kd_weight={args.kd_weight}, feature_weight={args.feature_weight}")
         return None, args.vocab_size or vocabulary(student)
     if not live and not callable(getattr(teacher, "targets", None)):
-        raise TypeError(f"teacher must be a model, a list of models or a teacher source (with targets and vocab_size), got {type(teacher).__name__}")
+        raise TypeError(
+            f"teacher must be a model, a list of models or a teacher source (with targets and vocab_size), got {type(teacher).__name__}"
+        )
     if not live:
         for name, used in (("on_policy_fraction", args.on_policy_fraction > 0), ("feature_weight", args.feature_weight > 0)):
             if used:
-                raise ValueError(f"{name}={getattr(args, name)} needs a teacher that runs, and this one is a {type(teacher).__name__}: give a model")
+                raise ValueError(
+                    f"{name}={getattr(args, name)} needs a teacher that runs, and this one is a {type(teacher).__name__}: give a model"
+                )
         if args.kd_on_prompt and hasattr(teacher, "salt"):
             raise ValueError("kd_on_prompt=True: a cache holds targets of responses only; give a model as the teacher")
     if live and len(models) > 1 and args.feature_weight > 0:
@@ -50,7 +52,10 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
     given = [vocabulary(m) for m in models] if live else [int(teacher.vocab_size)]
     size = _vocabulary(vocabulary(student), given, args.vocab_size, tokenizer, fixed=not live)
     if isinstance(teacher, LiveTeacher) and teacher.vocab_size != size:
-        raise ValueError(f"the teacher gives {teacher.vocab_size} columns and the student's real vocabulary is {size}: LiveTeacher(..., vocab_size={size})")
+        raise ValueError(
+            f"the teacher gives {teacher.vocab_size} columns and the student's real vocabulary is {size}: "
+            f"LiveTeacher(..., vocab_size={size})"
+        )
     if live and not isinstance(teacher, LiveTeacher):
         return LiveTeacher(models, args.ensemble_mode if len(models) > 1 else None, vocab_size=size), size
     return teacher, size
@@ -67,12 +72,15 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
     if len({student, *teachers}) == 1:
         return student
     size = teachers[0] if fixed else len(tokenizer)
+    theirs = ", ".join(map(str, teachers))
     if size > narrowest:
         raise ValueError(
-            f"the student has {student} columns of logits, the teacher {', '.join(map(str, teachers))}, and the real vocabulary is {size}: a model lacks "
-            "tokens of the other; distillation across vocabularies is not supported"
+            f"the student has {student} columns of logits, the teacher {theirs}, and the real vocabulary is {size}: a model lacks tokens "
+            "of the other; distillation across vocabularies is not supported"
         )
-    logger.warning(f"student and teacher pad their vocabulary differently ({student} and {', '.join(map(str, teachers))} columns): cut to the real {size}")
+    warnings.warn(
+        f"student and teacher pad their vocabulary differently ({student} and {theirs} columns): cut to the real {size}", stacklevel=4
+    )
     return size
 
 

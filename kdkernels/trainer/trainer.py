@@ -17,7 +17,7 @@ from .arguments import DistillationArguments, parse_divergence
 from .collator import Collator, pack
 from .data import load_examples
 from .example import Example
-from .features import FILE, PROJECTORS, FeatureTap
+from .features import PROJECTORS, FeatureTap
 from .head import HeadTap
 from .objective import TERMS, Objective
 from .patching import unwrap
@@ -30,8 +30,8 @@ __all__ = ["DistillationTrainer"]
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """Distils ``teacher`` into ``model``.
 
-    The loss of a step is a sum over its scored tokens divided by their number in the whole step, all micro-batches and ranks together, so it
-    does not depend on how the step is split. A mixture-of-experts student's own auxiliary loss is added, averaged over the same tokens.
+    The loss of a step is a sum over its scored tokens divided by their number in the whole step, all micro-batches and ranks together, so
+    it does not depend on how the step is split. A mixture-of-experts student's own auxiliary loss is added, averaged over the same tokens.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -59,6 +59,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise TypeError(f"args must be DistillationArguments, got {type(args).__name__}")
         if processing_class is None:
             raise TypeError("processing_class is missing: give the tokenizer of student and teacher")
+        if isinstance(train_dataset, Mapping):
+            raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): give one of its data sets")
         self.teacher, self.vocab_size = teacher_source(model, teacher, args, processing_class)
         live = self.teacher.models if isinstance(self.teacher, LiveTeacher) else []
         self.max_length = longest(args.max_length, args.packing, [model, *live])
@@ -108,12 +110,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     # Training
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        # An evaluation before the training marks the model as prepared, and DDP would then not be put around it: gradients would differ by rank.
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class."""
+        # An evaluation before the training marks the model as prepared; DDP would then not be put around it, and gradients differ by rank.
         if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            vars(self.model).pop("_is_accelerate_prepared", None)
-        return super()._prepare_for_training(*args, **kwargs)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step; those that the student writes itself are written here, before tokens are counted."""
@@ -206,7 +209,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """``(loss, None, None)``: the mean over this batch. What counts are the sums by item, without those that only even out the ranks."""
+        """``(loss, None, None)``: the mean over this batch. What counts are the sums by item, without the copies that even out ranks."""
         self._check_packing(model)
         with torch.no_grad():
             _, sums = self.objective(model, self._prepare_inputs(inputs), each=True)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .patching import Replacement
+
 __all__ = ["HeadWeights", "UnsupportedHead", "gathered", "read_head", "sharded_like", "whole"]
 
 
@@ -82,7 +84,8 @@ def read_head(head: nn.Module) -> HeadWeights:
         if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
             return _with_adapters(head, peft)
     # An instance's own forward is a tap's, or that of a library which moves or converts the weights around the call.
-    forward = getattr(head.__dict__.get("forward"), "original", head.__dict__.get("forward"))
+    forward = head.__dict__.get("forward")
+    forward = forward.original if isinstance(forward, Replacement) else forward
     if type(head).forward is not nn.Linear.forward or not (forward is None or getattr(forward, "__func__", None) is nn.Linear.forward):
         raise UnsupportedHead(f"its head is a {type(head).__name__} and not a plain linear layer")
     for parameter in (head.weight, head.bias):
