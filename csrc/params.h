@@ -16,6 +16,9 @@ struct Side {
     double softcap = 0.0;           // 0: none
 };
 
+// Rows of the saved state, as STATE in kdkernels/problem.py says what they are.
+enum StateRow : int { kTopS, kRestS, kTopT, kRestT, kSlopeSum, kTopCe, kRestCe, kStateRows };
+
 struct RowArguments {
     Side student, teacher;
     int64_t rows = 0, vocab = 0;
@@ -29,7 +32,7 @@ struct RowArguments {
     bool statistics = true;         // find state and loss; else read the state
     const int64_t* labels = nullptr;  // [C], or null: no cross-entropy
     const void* weight = nullptr;   // [C] compute type, or null
-    void* state = nullptr;          // [4, C] compute type: normalisers of x and u, slope sum, log-sum-exp at T = 1
+    void* state = nullptr;          // [kStateRows, C] compute type
     int64_t state_stride = 0;
     void* loss = nullptr;           // [C] compute type, or null
     float* stats = nullptr;         // [5, C], or null

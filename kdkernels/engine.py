@@ -36,7 +36,7 @@ class Outputs:
     loss: Tensor  # [] or, per token, [...], or [..., K]
     count: Tensor  # [] int64: valid tokens
     stats: Tensor  # [5, ...] float32, or empty
-    state: Tensor  # [4, N]; of one side [2 + K, N] or (entropy) [3, N]; undefined beyond the valid rows. [0] if backward will not read it
+    state: Tensor  # [7, N]; of one side [2 + K, N] or (entropy) [3, N]; undefined beyond the valid rows. [0] if backward will not read it
     d_student: Tensor  # [..., Ds or V], unscaled, or m in the compute dtype
     d_weight: Tensor  # [>= V, Ds] float32 or float64, unscaled
     d_bias: Tensor  # [>= V]

@@ -22,12 +22,19 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-STATE = ("norm_s", "norm_t", "slope_sum", "lse_ce")
-"""Rows of the saved state: the normalisers of x and u (log-sum-exps unless the divergence says otherwise), the sum of the
-divergence's slopes, and the student's log-sum-exp at T = 1 where cross-entropy is asked for."""
+STATE = ("top_s", "rest_s", "top_t", "rest_t", "slope_sum", "top_ce", "rest_ce")
+"""Rows of the saved state: the normalisers of x and u, the sum of the divergence's slopes, and the student's log-sum-exp at T = 1
+where cross-entropy is asked for. A normaliser is two numbers, subtracted one after the other: of a log-sum-exp the largest logit and
+the logarithm of the sum from there, since their sum is rounded to the step of the larger, which moves every probability where logits
+are in the thousands; of another (the divergence says which) all of it and 0. Only the backend that wrote a state reads it: the unit
+of the log-sum-exps is its own affair."""
 
 STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")
 
+
+_FORMAT = 2
+"""Number in every spec: another one whenever the shapes or dtypes of what the ops return change. torch.compile keeps graphs on disk, by
+what the graph says and not by what our ops have become; those of an older version of the package must not be found."""
 
 Quantity = Literal["distillation", "cross_entropy", "logprobs", "logsumexp", "entropy"]
 """What is computed of each row: a loss between two sides, or of one side alone (the "student" then) one of the others."""
@@ -134,6 +141,7 @@ class Problem:
     def encode(self) -> str:
         """Everything but what ``numbers`` and ``sizes`` hold."""
         structure = (
+            _FORMAT,
             self.divergence.name,
             self.divergence.flags,
             (self.student.softcap is not None, self.teacher.softcap is not None),
@@ -155,7 +163,7 @@ class Problem:
 
 @lru_cache(maxsize=256)
 def _decode_structure(spec: str) -> Problem:
-    name, flags, capped, dtypes, rest = ast.literal_eval(spec)
+    _, name, flags, capped, dtypes, rest = ast.literal_eval(spec)
     student_dtype, teacher_dtype, logits_dtype = (None if d is None else DTYPES[d] for d in dtypes)
     return Problem(
         divergence=divergences.REGISTRY[name](**flags),
@@ -201,7 +209,7 @@ class RowBatch:
     teacher_bias: Tensor | None  # [V]
     labels: Tensor | None  # [C] int64, all valid
     weight: Tensor | None  # [C] compute dtype: token weight, and upstream gradient in a backward pass
-    state: Tensor  # [4, C] compute dtype, written with ``statistics``, else read
+    state: Tensor  # [7, C] compute dtype, see STATE: written with ``statistics``, else read
     loss: Tensor | None = None  # [C] compute dtype, out
     stats: Tensor | None = None  # [5, C] float32, out
     dz: Tensor | None = None  # [C, V], out: gradient by ``student``; may lie over it, each row starting where the row does

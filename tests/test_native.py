@@ -11,7 +11,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import divergences
 from kdkernels.backends import native
-from kdkernels.problem import HeadBatch, Problem, RowBatch
+from kdkernels.problem import STATE, HeadBatch, Problem, RowBatch
 
 _C = pytest.importorskip("kdkernels._C")
 
@@ -48,7 +48,7 @@ def run_rows(student: Tensor, teacher: Tensor, divergence: divergences.Divergenc
     problem = Problem(divergence, vocab, student_dtype=student.dtype, teacher_dtype=teacher.dtype, t_squared=False, **options)  # type: ignore[arg-type]
     dtype = problem.compute_dtype
     batch = RowBatch(
-        student, teacher, None, None, None, None, torch.empty(4, count, dtype=dtype), torch.empty(count, dtype=dtype), None,
+        student, teacher, None, None, None, None, torch.empty(len(STATE), count, dtype=dtype), torch.empty(count, dtype=dtype), None,
         torch.empty(count, vocab, dtype=dz_dtype),
     )  # fmt: skip
     native.rows(problem, batch, statistics=True)
@@ -114,7 +114,7 @@ def test_what_the_compiled_code_would_touch_is_checked() -> None:
     logits = torch.randn(4, 8)
     with pytest.raises(ValueError, match="unit stride"):
         run_rows(torch.randn(8, 4).t(), logits, kd.ForwardKL(), torch.float32)
-    batch = RowBatch(logits, logits, None, None, None, None, torch.empty(4, 4), dz=torch.empty(4, 7))
+    batch = RowBatch(logits, logits, None, None, None, None, torch.empty(len(STATE), 4), dz=torch.empty(4, 7))
     with pytest.raises(ValueError, match=r"dz must be .* of shape \[4, 8\]"):
         native.rows(Problem(kd.ForwardKL(), 8), batch, statistics=True)
     arguments = _C.RowArguments()

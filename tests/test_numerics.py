@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import require
+from conftest import interpreted, require
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
@@ -279,6 +279,31 @@ def test_extreme_rows(d: Divergence, dtype: torch.dtype, backend: str, device: s
         [(60000.0, 60000.0), (59968.0, 60000.0), (-60000.0, 60000.0)],
     ):
         check_extreme(backend, device, row, d, dtype, 1.0)
+
+
+SOFTMAX_DIVERGENCES = [d for d in ONE_OF_EACH if d.normalizer == "softmax"]
+
+
+@pytest.mark.parametrize("d", SOFTMAX_DIVERGENCES, ids=name_of)
+@pytest.mark.parametrize("kind", ["head", "dense"])
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e3, 1e4])
+def test_a_common_offset_costs_no_digits(d: Divergence, kind: str, offset: float, backend: str, device: str) -> None:
+    """A softmax does not see what is added to all of a row's logits, and neither may its rounding: a log-sum-exp in one number
+    would be off by half a step of the offset, 6e-5 at 1e3, and so would everything that is made of it."""
+    if interpreted(backend, device) and not isinstance(d, (kd.ForwardKL, kd.JSD)):
+        pytest.skip("one divergence whose slopes' sum is known, and one whose is not: the others' path is the same, and slow")
+    student, teacher = heads(device=device, bias=True) if kind == "head" else logits(device=device)
+    (student if kind == "dense" else student.bias).add_(offset)
+    (teacher if kind == "dense" else teacher.bias).sub_(offset)
+    labels = make_labels((6,), 40, device, masked=False)
+    for more in ({}, {"temperature": 2.0, "labels": labels, "ce_weight": 0.5}):
+        options = {"divergence": d, "reduction": "none", **more}
+        ours = run(kd.distillation_loss, student, teacher, {**options, "backend": backend})
+        eager, truth = run(dense_loss, student, teacher, options), truth_of(student, teacher, options)
+        for name, value in ours.items():
+            floor = 2.0**-19 * float(truth[name].abs().max())
+            got, yardstick = error(value, truth[name]), error(eager[name], truth[name])
+            assert got <= 2 * yardstick + floor, f"{name}: error {got:.3e}, same-dtype torch {yardstick:.3e}, floor {floor:.1e}"
 
 
 finite = st.floats(-80, 80, width=32)

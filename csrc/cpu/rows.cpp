@@ -19,13 +19,22 @@ template <class Real> struct Scratch {
 struct Sums { double value, slope; };
 enum class Keep { nothing, slopes, gradient };
 
-// What a divergence is given for column v: (x - norm_s, u - norm_t), x = z / T.
+// What is subtracted from z / T: of a log-sum-exp the largest and the logarithm of the sum from there, one after the other. Taken
+// together they are rounded to the step of the larger, which moves every probability where logits are in the thousands.
+template <class Real> struct Norm {
+    Real top = 0, rest = 0;
+    KD_INLINE Real operator()(Real z, Real inv_t) const { return (z * inv_t - top) - rest; }
+};
+
+// What a divergence is given for column v: (x, u) less their normalisers, x = z / T.
 template <class Real> struct Columns {
     const Real *z, *y;
     Real *q, *p;
-    Real inv_t, norm_s, norm_t, a, b;
+    Real inv_t;
+    Norm<Real> s, t;
+    Real a, b;
     template <class D> KD_INLINE Terms<Real> terms(int64_t v) const {
-        return D::template terms<Real>(z[v] * inv_t - norm_s, y[v] * inv_t - norm_t, q[v], p[v], a, b);
+        return D::template terms<Real>(s(z[v], inv_t), t(y[v], inv_t), q[v], p[v], a, b);
     }
     // Sums of value and slope over the row; `out` keeps the slopes, or the gradient where the sum of the slopes is known beforehand.
     // Exponentials become softmaxes on the way, a block at a time: rounded to memory, since a product that is contracted into q - p
@@ -63,32 +72,33 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
     const Real top_s = load_row(a.student, row, vocab, s.z), top_t = load_row(a.teacher, row, vocab, s.y);
     const int64_t label = a.labels ? a.labels[row] : -1;
 
-    Columns<Real> columns{s.z, s.y, s.q, s.p, inv_t, 0, 0, Real(a.a), Real(a.b)};
+    Columns<Real> columns{s.z, s.y, s.q, s.p, inv_t, {}, {}, Real(a.a), Real(a.b)};
     const Real outer = Real(a.student.scale) * weight * Real(a.dz_scale);
     bool done = false;  // with dz
-    Real lse_ce = 0;
+    Norm<Real> at_one;  // of the student at T = 1
     double slope_sum = D::slope_sum;
     if (a.statistics) {
-        Real lse_s = 0, lse_t = 0, per_sum_s = 1, per_sum_t = 1;
+        Norm<Real> full_s, full_t;  // of the softmaxes
+        Real per_sum_s = 1, per_sum_t = 1;
         if (softmax || a.stats) {
             auto exponentiate = [&](const Real* z, Real top, Real* e, Real& per_sum) {
-                const double sum = exp_row(z, inv_t, top * inv_t, vocab, e);
+                const double sum = exp_row(z, inv_t, top, vocab, e);
                 per_sum = Real(1.0 / sum);
-                return Real(top * inv_t + std::log(sum));
+                return Norm<Real>{top, Real(std::log(sum))};
             };
-            lse_s = exponentiate(s.z, top_s, s.q, per_sum_s);
-            lse_t = exponentiate(s.y, top_t, s.p, per_sum_t);
+            full_s = exponentiate(s.z, top_s * inv_t, s.q, per_sum_s);
+            full_t = exponentiate(s.y, top_t * inv_t, s.p, per_sum_t);
         }
         if (softmax) {
-            columns.norm_s = lse_s, columns.norm_t = lse_t;
+            columns.s = full_s, columns.t = full_t;
         } else if (a.normalizer == Normalizer::mean) {
             const auto skipped = [&](int64_t v) KD_INLINE_LAMBDA { return s.z[v] == -kInfinity<Real> && s.y[v] == -kInfinity<Real>; };
             const double kept = sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : Real(1); });
             const double size = kept > 1 ? kept : 1;
-            columns.norm_s = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.z[v] * inv_t; }) / size);
-            columns.norm_t = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.y[v] * inv_t; }) / size);
+            columns.s.top = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.z[v] * inv_t; }) / size);
+            columns.t.top = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.y[v] * inv_t; }) / size);
         }
-        if (a.labels) lse_ce = softmax && a.temperature == 1.0 ? lse_s : Real(top_s + std::log(exp_row<Real>(s.z, 1, top_s, vocab, nullptr)));
+        if (a.labels) at_one = softmax && a.temperature == 1.0 ? full_s : Norm<Real>{top_s, Real(std::log(exp_row<Real>(s.z, 1, top_s, vocab, nullptr)))};
 
         Sums sums{0, 0};
         if (!a.dz) {
@@ -106,33 +116,32 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
         }
         const double divergence = sums.value;
         if (!D::knows_slope_sum) slope_sum = sums.slope;
-        const Real ce = a.labels ? lse_ce - s.z[label] : std::numeric_limits<Real>::quiet_NaN();
-        state[0] = columns.norm_s;
-        state[a.state_stride] = columns.norm_t;
-        state[2 * a.state_stride] = Real(slope_sum);
-        state[3 * a.state_stride] = lse_ce;
+        const Real ce = a.labels ? -at_one(s.z[label], 1) : std::numeric_limits<Real>::quiet_NaN();
+        const Real saved[kStateRows] = {columns.s.top, columns.s.rest, columns.t.top, columns.t.rest, Real(slope_sum), at_one.top, at_one.rest};
+        for (int i = 0; i < kStateRows; ++i) state[i * a.state_stride] = saved[i];
         if (a.loss) {
             Real total = a.value_scale != 0 ? Real(a.value_scale * divergence) : Real(0);
             if (a.ce_weight != 0) total += Real(a.ce_weight) * ce;
             static_cast<Real*>(a.loss)[row] = weight * total;
         }
         if (a.stats) {
-            const auto entropy = [&](const Real* z, const Real* p, Real lse) {
-                return -sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return p[v] == Real(0) ? Real(0) : p[v] * (z[v] * inv_t - lse); });
+            const auto entropy = [&](const Real* z, const Real* p, Norm<Real> norm) {
+                return -sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return p[v] == Real(0) ? Real(0) : p[v] * norm(z[v], inv_t); });
             };
             float* const stats = a.stats + row;
             stats[0] = float(divergence);
             stats[a.stats_stride] = float(ce);
-            stats[2 * a.stats_stride] = float(entropy(s.z, s.q, lse_s));
-            stats[3 * a.stats_stride] = float(entropy(s.y, s.p, lse_t));
+            stats[2 * a.stats_stride] = float(entropy(s.z, s.q, full_s));
+            stats[3 * a.stats_stride] = float(entropy(s.y, s.p, full_t));
             stats[4 * a.stats_stride] = find(s.z, top_s, vocab) == find(s.y, top_t, vocab) ? 1.f : 0.f;
         }
     } else {
-        columns.norm_s = state[0], columns.norm_t = state[a.state_stride];
-        slope_sum = state[2 * a.state_stride], lse_ce = state[3 * a.state_stride];
+        const auto at = [&](StateRow i) { return state[i * a.state_stride]; };
+        columns.s = {at(kTopS), at(kRestS)}, columns.t = {at(kTopT), at(kRestT)}, at_one = {at(kTopCe), at(kRestCe)};
+        slope_sum = at(kSlopeSum);
         if (softmax) {
-            KD_SIMD for (int64_t v = 0; v < vocab; ++v) s.q[v] = exp(s.z[v] * inv_t - columns.norm_s);
-            KD_SIMD for (int64_t v = 0; v < vocab; ++v) s.p[v] = exp(s.y[v] * inv_t - columns.norm_t);
+            KD_SIMD for (int64_t v = 0; v < vocab; ++v) s.q[v] = exp(columns.s(s.z[v], inv_t));
+            KD_SIMD for (int64_t v = 0; v < vocab; ++v) s.p[v] = exp(columns.t(s.y[v], inv_t));
         }
         columns.template slopes<D>(vocab, s.g);
     }
@@ -150,7 +159,7 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
     }
     if (a.labels && a.ce_weight != 0) {
         const Real ce = Real(a.ce_weight);
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] += ce * exp(s.z[v] - lse_ce);
+        KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] += ce * exp(at_one(s.z[v], 1));
         g[label] -= ce;
     }
     const Real per_cap = a.student.softcap != 0 ? Real(1.0 / a.student.softcap) : Real(0);

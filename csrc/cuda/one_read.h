@@ -147,8 +147,13 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         const Norm norm_s = norm_of(sums.max_s, sums.sum_s, c_s), norm_t = norm_of(sums.max_t, sums.sum_t, c_t);
         Norm at_one;
         if (kFull && label >= 0) at_one = second_sum ? norm_of(sums.max_s, sums.sum_ce, kLog2E) : norm_s;
-        const float lse_ce = at_one.natural();
-        tail_ce = lse_ce - target;
+        tail_ce = -at_one(target) * kLn2;
+        if (reports) {
+            // Backward reads the row anew, scale and all.
+            save_norm(a, row, kTopS, kRestS, kFull ? norm_s : rescaled(norm_s, sums.max_s, a.student.scale, per_t));
+            save_norm(a, row, kTopT, kRestT, kFull ? norm_t : rescaled(norm_t, sums.max_t, a.teacher.scale, per_t));
+            save_norm(a, row, kTopCe, kRestCe, at_one);
+        }
         tail = RowTail{};
 
         const auto add_to_tail = [&](float value, float z, float y, float log2_q, float log2_p, int column) {
@@ -184,7 +189,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
             }
             slope_sum = cluster_reduce(slopes, parts, parity, [](float& x, float o) { x += o; });
         }
-        if (reports) save_state(a, row, norm_s.natural(), norm_t.natural(), slope_sum, lse_ce);
+        if (reports) state_at(a, row, kSlopeSum) = slope_sum;
 
         // Last sweep: dz. Slots are handed back one by one.
         const Gradient<kFull> gradient(a, slope_sum, at_one, weight_of(row), label);

@@ -23,7 +23,7 @@ struct Rows {
     void* dz;               // [rows, dz_stride], or null; a row may start where the student's row does
     const int64_t* labels;  // [rows], or null: no cross-entropy
     const float* weight;    // [rows], or null
-    float *state, *loss, *stats;  // [4, state_stride]; [rows] or null; [5, stats_stride] or null
+    float *state, *loss, *stats;  // [kStateRows, state_stride]; [rows] or null; [5, stats_stride] or null
     int64_t rows, dz_stride, state_stride, stats_stride;
     int vocab, slots;       // slots: of a warp's ring (one-read kernel)
     Dtype dz_dtype;
@@ -82,9 +82,14 @@ struct LogSums {
 struct Norm {
     float c = 0.f, top = 0.f, rest = 0.f;
     KD_DEVICE float operator()(float z) const { return fmaf(z, c, -top) - rest; }
-    KD_DEVICE float natural() const { return (top + rest) * kLn2; }
 };
 KD_DEVICE Norm norm_of(float max, float sum, float c) { return {c, rounded_product(max, c), log2_fast(sum)}; }
+// The same for logits that are read as z * scale, and with `c` for them. The rest counts from a rounded reference, which is another
+// number then: from the largest logit itself it is the same.
+KD_DEVICE Norm rescaled(const Norm& n, float max, float scale, float c) {
+    const float scaled = rounded_product(max, scale), top = rounded_product(scaled, c);
+    return {c, top, n.rest - fmaf(max, n.c, -n.top) + fmaf(scaled, c, -top)};
+}
 
 // One column of a divergence.
 template <class D> KD_DEVICE Terms<float> column_terms(const Rows& a, float log2_q, float log2_p, float q) {
@@ -168,12 +173,13 @@ template <class T> KD_DEVICE void report(const Rows& a, int64_t row, const T& ta
     }
 }
 
-KD_DEVICE void save_state(const Rows& a, int64_t row, float norm_s, float norm_t, float slope_sum, float lse_ce) {
-    float* const state = a.state + row;
-    state[0] = norm_s;
-    state[a.state_stride] = norm_t;
-    state[2 * a.state_stride] = slope_sum;
-    state[3 * a.state_stride] = lse_ce;
+// Normalisers are saved as they are, in units of ln 2: what reads them subtracts the very same numbers.
+KD_DEVICE float& state_at(const Rows& a, int64_t row, StateRow i) { return a.state[i * a.state_stride + row]; }
+KD_DEVICE void save_norm(const Rows& a, int64_t row, StateRow top, StateRow rest, const Norm& n) {
+    state_at(a, row, top) = n.top, state_at(a, row, rest) = n.rest;
+}
+KD_DEVICE Norm saved_norm(const Rows& a, int64_t row, StateRow top, StateRow rest, float c) {
+    return {c, state_at(a, row, top), state_at(a, row, rest)};
 }
 
 KD_HOST_DEVICE constexpr int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::f64 ? 8 : 2; }

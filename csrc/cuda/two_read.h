@@ -121,9 +121,9 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
         }
         if (label >= 0) at_one = second_sum ? norm_of(sums.max_s, sums.sum_ce, kLog2E) : full_s;
     } else {
-        norm_s.top = a.state[row] * kLog2E, norm_t.top = a.state[a.state_stride + row] * kLog2E;
-        slope_sum = a.state[2 * a.state_stride + row];
-        at_one = {kLog2E, a.state[3 * a.state_stride + row] * kLog2E, 0.f};
+        norm_s = saved_norm(a, row, kTopS, kRestS, c), norm_t = saved_norm(a, row, kTopT, kRestT, c);
+        slope_sum = state_at(a, row, kSlopeSum);
+        at_one = saved_norm(a, row, kTopCe, kRestCe, kLog2E);
     }
 
     if (sweeps_values) {
@@ -168,8 +168,10 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
     }
 
     if (a.statistics && reports) {
-        save_state(a, row, norm_s.natural(), norm_t.natural(), slope_sum, at_one.natural());
-        report(a, row, tail, at_one.natural() - target, weight);
+        save_norm(a, row, kTopS, kRestS, norm_s), save_norm(a, row, kTopT, kRestT, norm_t);
+        state_at(a, row, kSlopeSum) = slope_sum;
+        save_norm(a, row, kTopCe, kRestCe, at_one);
+        report(a, row, tail, -at_one(target) * kLn2, weight);
     }
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import HeadBatch, Problem, RowBatch, Transform
+from ..problem import STATE, HeadBatch, Problem, RowBatch, Transform
 
 try:
     from .. import _C
@@ -71,7 +71,7 @@ def _arguments(problem: Problem, batch: RowBatch, statistics: bool, device_type:
     args.statistics = statistics
     args.labels = address("labels", batch.labels, (count,), torch.int64)
     args.weight = address("weight", batch.weight, (count,), dtype)
-    args.state, args.state_stride = address("state", batch.state, (4, count), dtype), batch.state.stride(0)
+    args.state, args.state_stride = address("state", batch.state, (len(STATE), count), dtype), batch.state.stride(0)
     args.loss = address("loss", batch.loss, (count,), dtype)
     if batch.stats is not None:
         args.stats, args.stats_stride = address("stats", batch.stats, (5, count), torch.float32), batch.stats.stride(0)

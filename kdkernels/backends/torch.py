@@ -72,24 +72,31 @@ def _load(z: Tensor, bias: Tensor | None, t: Transform, dtype: torch.dtype) -> T
     return z if t.identity else transform(z, t)
 
 
-def _softmax(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp ``[C]``, log-softmax and softmax ``[C, V]``, with one exponential per element."""
+def _softmax(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two parts of the log-sum-exp ``[C]``, log-softmax and softmax ``[C, V]``, with one exponential per element."""
     top = x.amax(-1, keepdim=True)
-    p = (x - top).exp_()
+    log_p = x - top
+    p = log_p.exp()
     total = p.sum(-1, keepdim=True)
-    lse = top + total.log()
-    return lse.squeeze(-1), x - lse, p.div_(total)
+    rest = total.log()
+    return top.squeeze(-1), rest.squeeze(-1), log_p.sub_(rest), p.div_(total)
 
 
-def _normalize(x: Tensor, other: Tensor, div: Divergence) -> tuple[Tensor, Tensor, Tensor]:
-    """The normaliser ``[C]``, and a divergence's argument ``[C, V]`` with its exponential (if that means anything to it)."""
+def _normalize(x: Tensor, other: Tensor, div: Divergence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normaliser's two parts ``[C]``, and a divergence's argument ``[C, V]`` with its exponential (if that means anything to it)."""
     if div.normalizer == "softmax":
         return _softmax(x)
+    zeros = x.new_zeros(x.shape[0])
     if div.normalizer == "none":
-        return x.new_zeros(x.shape[0]), x, x
+        return zeros, zeros, x, x
     centered = normalize(x, other, div)
     top = x.argmax(-1, keepdim=True)
-    return (x.gather(-1, top) - centered.gather(-1, top)).squeeze(-1), centered, centered
+    return (x.gather(-1, top) - centered.gather(-1, top)).squeeze(-1), zeros, centered, centered
+
+
+def _shifted(x: Tensor, top: Tensor, rest: Tensor) -> Tensor:
+    """``x`` less its normaliser, whose two parts are ``[C]``."""
+    return (x - top.unsqueeze(-1)).sub_(rest.unsqueeze(-1))
 
 
 def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
@@ -101,23 +108,23 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
     zs = _load(batch.student[r], batch.student_bias, problem.student, dtype)
     zt = _load(batch.teacher[r], batch.teacher_bias, problem.teacher, dtype)
     x, u = (zs, zt) if problem.temperature == 1.0 else (zs / problem.temperature, zt / problem.temperature)
-    state = batch.state[:, r]
+    top_s, rest_s, top_t, rest_t, slope_sum, top_ce, rest_ce = batch.state[:, r]
     softmax = div.normalizer == "softmax"
     if statistics:
-        (state[0], log_q, q), (state[1], log_p, p) = _normalize(x, u, div), _normalize(u, x, div)
+        (top_s[:], rest_s[:], log_q, q), (top_t[:], rest_t[:], log_p, p) = _normalize(x, u, div), _normalize(u, x, div)
     else:
-        log_q, log_p = x - state[0].unsqueeze(-1), u - state[1].unsqueeze(-1)
+        log_q, log_p = _shifted(x, top_s, rest_s), _shifted(u, top_t, rest_t)
         q, p = log_q.exp(), log_p.exp()
     value, slope = div.terms(log_q, log_p, q, p)
     log_one = None
     if problem.needs_ce:
         if statistics:
             shared = softmax and problem.temperature == 1.0
-            state[3] = state[0] if shared else torch.logsumexp(zs, -1)
-        log_one = zs - state[3].unsqueeze(-1)
+            top_ce[:], rest_ce[:] = (top_s, rest_s) if shared else _softmax(zs)[:2]
+        log_one = _shifted(zs, top_ce, rest_ce)
 
     if statistics:
-        state[2] = slope.sum(-1) if div.slope_sum is None else div.slope_sum
+        slope_sum[:] = slope.sum(-1) if div.slope_sum is None else div.slope_sum
         divergence = value.sum(-1)
         loss = problem.value_scale * divergence if problem.kd_weight else torch.zeros_like(divergence)
         ce = torch.full_like(divergence, math.nan)
@@ -129,7 +136,7 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
             batch.loss[r] = loss if batch.weight is None else loss * batch.weight[r]
         if batch.stats is not None:
             if not softmax:
-                (_, log_q, q), (_, log_p, p) = _softmax(x), _softmax(u)
+                (_, _, log_q, q), (_, _, log_p, p) = _softmax(x), _softmax(u)
             values = {
                 "divergence": divergence,
                 "cross_entropy": ce,
@@ -145,7 +152,7 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
             dz = torch.zeros_like(slope)
         elif softmax:
             # slope may be a view of p; q is this tile's own.
-            dz = slope.sub_(q.mul_(state[2].unsqueeze(-1))).mul_(problem.slope_scale)
+            dz = slope.sub_(q.mul_(slope_sum.unsqueeze(-1))).mul_(problem.slope_scale)
         else:
             dz = slope.mul_(problem.slope_scale)
         if problem.ce_weight and log_one is not None and batch.labels is not None:
@@ -168,17 +175,11 @@ def _head_tile(problem: Problem, batch: HeadBatch, r: slice, statistics: bool) -
     z = _load(batch.logits[r], batch.bias, problem.student, dtype)
     x = z if problem.temperature == 1.0 else z / problem.temperature
     if statistics:
-        batch.top[r] = x.amax(-1)
-        log_q = x - batch.top[r].unsqueeze(-1)
-        q = log_q.exp()
-        total = q.sum(-1, keepdim=True)
-        batch.log_sum[r] = total.squeeze(-1).log()
-        q.div_(total)
-        log_q.sub_(batch.log_sum[r].unsqueeze(-1))
+        batch.top[r], batch.log_sum[r], log_q, q = _softmax(x)
         if batch.entropy is not None:
             batch.entropy[r] = _entropy(log_q, q)
     else:
-        log_q = (x - batch.top[r].unsqueeze(-1)).sub_(batch.log_sum[r].unsqueeze(-1))
+        log_q = _shifted(x, batch.top[r], batch.log_sum[r])
         q = log_q.exp()
     none = ids = None
     if batch.ids is not None and batch.logprobs is not None:

@@ -27,7 +27,7 @@ struct Shape { int rows, vocab, clusters, cluster_size, warps, spare_slots; };
 struct Features {
     bool bias = false, softcap = false, scale = false, labels = false, stats = false, weight = false, dz = true, narrow = false;
     bool statistics = true, mixed = false, unaligned = false;
-    float temperature = 1.f;
+    float temperature = 1.f, offset = 0.f;  // offset: of all logits, the other way for the teacher's
     bool plain() const { return !bias && !softcap && !labels && !stats; }
 };
 
@@ -82,8 +82,13 @@ template <class D> Truth truth_of(const Rows& a, const std::vector<double>& zs, 
     }
     std::vector<double> slope(n), q(n), formed(n);  // formed: the size of what a slope is the difference of
     double value = 0, largest = 0;
-    for (const auto* z : {&zs, &zt})
-        for (double v : *z) if (std::isfinite(v)) largest = std::max(largest, std::abs(v) * per_t);
+    for (const auto* z : {&zs, &zt}) {
+        // A softmax sees logits from the largest on, if nothing is done to them that rounds them where they are.
+        const RowSide& side = z == &zs ? a.student : a.teacher;
+        const bool untouched = !side.bias && side.scale == 1 && side.softcap == 0;
+        const double from = softmax && untouched ? *std::max_element(z->begin(), z->end()) : 0;
+        for (double v : *z) if (std::isfinite(v)) largest = std::max(largest, std::abs(v - from) * per_t);
+    }
     r.unit = 3e-6 + 0x1p-22 * largest;
     for (int v = 0; v < n; ++v) {
         const double lq = zs[v] * per_t - r.norm_s, lp = zt[v] * per_t - r.norm_t, p = std::exp(lp);
@@ -132,13 +137,13 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
     const auto stride_of = [&](Dtype d) { const int vec = 16 / size_of(d); return f.unaligned ? int64_t(s.vocab) : (s.vocab + vec - 1) / vec * int64_t(vec) + (seed % 2) * vec; };
     const int64_t student_stride = stride_of(kLogit), teacher_stride = stride_of(teacher_dtype);
     Buffer student(s.rows * student_stride * sizeof(Logit)), teacher(s.rows * teacher_stride * size_of(teacher_dtype));
-    std::vector<float> state(4 * s.rows, NAN), loss(s.rows, NAN), stats(5 * s.rows, NAN), weight(s.rows), bias_s(s.vocab), bias_t(s.vocab);
+    std::vector<float> state(kStateRows * s.rows, NAN), loss(s.rows, NAN), stats(5 * s.rows, NAN), weight(s.rows), bias_s(s.vocab), bias_t(s.vocab);
     std::vector<int64_t> labels(s.rows);
     for (float& b : bias_s) b = .5f * normal(random);
     for (float& b : bias_t) b = .5f * normal(random);
 
     Rows a{};
-    a.student = {student.data, f.bias ? bias_s.data() : nullptr, student_stride, kLogit, f.scale ? -.5f : 1.f, f.softcap ? 6.f : 0.f};
+    a.student = {student.data, f.bias ? bias_s.data() : nullptr, student_stride, kLogit, f.scale ? seed % 2 ? -.5f : .7f : 1.f, f.softcap ? 6.f : 0.f};
     a.teacher = {teacher.data, f.bias ? bias_t.data() : nullptr, teacher_stride, teacher_dtype, f.scale ? 1.5f : 1.f, f.softcap ? 9.f : 0.f};
     a.rows = s.rows, a.vocab = s.vocab, a.state_stride = a.stats_stride = s.rows;
     a.state = state.data(), a.loss = loss.data(), a.stats = f.stats ? stats.data() : nullptr;
@@ -158,6 +163,8 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
         weight[r] = .5f + r, labels[r] = random() % s.vocab;
         for (int64_t c = 0; c < s.vocab; ++c) {
             float x = spread * normal(random), u = x + .3f * spread * normal(random);
+            if (kLogit == Dtype::f32) x += f.offset;
+            if (teacher_dtype == Dtype::f32) u -= f.offset;
             if (holes && c % 97 == 5 && c != labels[r]) x = u = -INFINITY;  // a column that both exclude
             if (holes && c % 97 == 3 && (D::id == 0 || D::id == 3)) u = -INFINITY;  // and one that the teacher does, where that costs little
             put(student.data, r * student_stride + c, kLogit, x), put(teacher.data, r * teacher_stride + c, teacher_dtype, u);
@@ -173,10 +180,26 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
     a.dz = f.dz ? student.data : nullptr;  // over the logits, unlike everything above
     if (!f.statistics) {
         a.statistics = false;
-        for (int r = 0; r < s.rows; ++r)
-            state[r] = truths[r].norm_s, state[s.rows + r] = truths[r].norm_t, state[2 * s.rows + r] = truths[r].slope_sum, state[3 * s.rows + r] = truths[r].lse_ce;
+        // Of a log-sum-exp the largest, as the kernel rounds it, and what is left; of a mean all of it.
+        const auto write = [&](int r, StateRow top, StateRow rest, const std::vector<double>& z, bool lse, double per_t, double norm) {
+            const float c = float(per_t) * kLog2E;
+            const double from = lse ? *std::max_element(z.begin(), z.end()) : 0;
+            const float rounded = float(from * c);
+            state[top * s.rows + r] = rounded, state[rest * s.rows + r] = float(from * c - rounded + (norm - from * per_t) / std::log(2.0));
+        };
+        for (int r = 0; r < s.rows; ++r) {
+            const Truth& t = truths[r];
+            write(r, kTopS, kRestS, zs[r], softmax, 1.0 / f.temperature, t.norm_s), write(r, kTopT, kRestT, zt[r], softmax, 1.0 / f.temperature, t.norm_t);
+            if (f.labels) write(r, kTopCe, kRestCe, zs[r], true, 1, t.lse_ce);
+            state[kSlopeSum * s.rows + r] = t.slope_sum;
+        }
     }
 
+    const auto two_read = [&] {
+        launch.clusters = s.rows, launch.cluster_size = 1;
+        launch.shared_bytes = two_read_shared_bytes(launch.threads);
+        emu::launch(launch, [&] { two_read_rows<Logit, D>(a); });
+    };
     launch.threads = 32 * s.warps;
     if (one_read) {
         const int owners = s.cluster_size * s.warps;
@@ -186,9 +209,11 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
         if constexpr (D::id != LogitMSE::id)
             emu::launch(launch, [&] { a.plain() ? one_read_rows<false, Logit, D>(a) : one_read_rows<true, Logit, D>(a); });
     } else {
-        launch.clusters = s.rows, launch.cluster_size = 1;
-        launch.shared_bytes = two_read_shared_bytes(launch.threads);
-        emu::launch(launch, [&] { two_read_rows<Logit, D>(a); });
+        two_read();
+    }
+    if (!f.dz) {  // what has been saved, put to use: a backward pass
+        a.dz = student.data, a.loss = a.stats = nullptr, a.statistics = false;
+        two_read();
     }
 
     double worst = 0;
@@ -201,15 +226,17 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
         const Truth& t = truths[r];
         if (f.statistics) {
             judge(loss[r], t.loss, t.unit * (t.size + std::abs(t.loss)));
-            judge(state[r], t.norm_s, 2e-6 * (1 + std::abs(t.norm_s))), judge(state[s.rows + r], t.norm_t, 2e-6 * (1 + std::abs(t.norm_t)));
-            judge(state[2 * s.rows + r], t.slope_sum, t.unit * (1 + std::abs(t.slope_sum)));
-            if (f.labels) judge(state[3 * s.rows + r], t.lse_ce, 2e-6 * (1 + std::abs(t.lse_ce)));
+            const auto judge_norm = [&](StateRow top, StateRow rest, double want) {
+                judge((double(state[top * s.rows + r]) + state[rest * s.rows + r]) * std::log(2.0), want, 2e-6 * (1 + std::abs(want)));
+            };
+            judge_norm(kTopS, kRestS, t.norm_s), judge_norm(kTopT, kRestT, t.norm_t);
+            judge(state[kSlopeSum * s.rows + r], t.slope_sum, t.unit * (1 + std::abs(t.slope_sum)));
+            if (f.labels) judge_norm(kTopCe, kRestCe, t.lse_ce);
             for (int i = 0; f.stats && i < 5; ++i) judge(stats[i * s.rows + r], t.stats[i], i == 4 ? 1e-6 : 2 * t.unit * (1 + t.size + std::abs(t.stats[i])));
         }
-        if (f.dz)
-            for (int c = 0; c < s.vocab; ++c)
-                judge(get(student.data + r * student_stride * sizeof(Logit), c, dz_dtype), t.dz[c],
-                      unit(dz_dtype) * std::abs(t.dz[c]) + t.unit * (1 + std::abs(t.slope_sum)) * t.dz_size[c] + (dz_dtype == Dtype::f16 ? 1e-7 : 1e-9));
+        for (int c = 0; c < s.vocab; ++c)
+            judge(get(student.data + r * student_stride * sizeof(Logit), c, dz_dtype), t.dz[c],
+                  unit(dz_dtype) * std::abs(t.dz[c]) + t.unit * (1 + std::abs(t.slope_sum)) * t.dz_size[c] + (dz_dtype == Dtype::f16 ? 1e-7 : 1e-9));
     }
     return worst;
 }
@@ -240,7 +267,7 @@ Features draw(unsigned seed, int salt, bool one_read) {
     Features f;
     f.weight = coin(2), f.narrow = coin(2), f.temperature = coin(2) ? 1.f : coin(2) ? 2.f : .7f;
     if (coin(2)) f.bias = coin(2), f.softcap = coin(3), f.labels = coin(2), f.stats = coin(2);
-    f.scale = coin(4), f.dz = !coin(6);
+    f.scale = coin(4), f.dz = !coin(6), f.offset = coin(3) && !f.softcap ? 3000.f : 0.f;
     if (!one_read) f.mixed = coin(3), f.unaligned = coin(3), f.statistics = !coin(3) || !f.dz;
     if (!f.statistics) f.stats = false;
     if (f.unaligned) f.narrow = false;
@@ -265,9 +292,9 @@ int test(int seeds) {
                     } catch (const emu::Fault& fault) { what = fault.what(); }
                     if (what.empty()) continue;
                     ++failed;
-                    std::printf("FAIL %s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %d:%s%s%s%s%s%s%s%s%s%s%s T %g: %s\n", one_read ? "one-read" : "two-read", divergence, dtype,
+                    std::printf("FAIL %s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %d:%s%s%s%s%s%s%s%s%s%s%s T %g offset %g: %s\n", one_read ? "one-read" : "two-read", divergence, dtype,
                                 s.rows, s.vocab, s.clusters, s.cluster_size, s.warps, seed, f.bias ? " bias" : "", f.softcap ? " softcap" : "", f.scale ? " scale" : "", f.labels ? " labels" : "",
-                                f.stats ? " stats" : "", f.weight ? " weight" : "", f.dz ? "" : " no-dz", f.narrow ? " narrow" : "", f.statistics ? "" : " gradient-only", f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", f.temperature, what.c_str());
+                                f.stats ? " stats" : "", f.weight ? " weight" : "", f.dz ? "" : " no-dz", f.narrow ? " narrow" : "", f.statistics ? "" : " gradient-only", f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", f.temperature, f.offset, what.c_str());
                 }
     std::printf("%d runs, %d failed\n", runs, failed);
     return failed != 0;

@@ -31,6 +31,7 @@ F32, F64, BF16, F16 = range(4)  # csrc/params.h
 STORED = {F32: np.float32, F64: np.float64, BF16: np.uint16, F16: np.float16}
 EXACT = {F32: 2.0**-24, F64: 2.0**-53, BF16: 2.0**-8, F16: 2.0**-11}  # half a unit in the last place of what is stored
 LEAST = {F32: 1e-44, F64: 1e-320, BF16: 1e-40, F16: 6e-8}
+STATE_ROWS = 7
 LARGEST = {F32: 3.4e38, F64: 1.7e308, BF16: 3.38e38, F16: 65000.0}
 
 
@@ -243,7 +244,7 @@ def run(kernels: ModuleType, memory: Heap | Guarded, case: Case) -> None:
     arguments.ce_weight, arguments.double_precision = ce_weight, double
     labels = tensor(np.int64, rng.integers(case.vocab, size=case.rows), 1, case.rows) if case.labels else None
     weight = tensor(compute, rng.choice([0.0, 1.0, 0.3], size=case.rows), 1, case.rows) if case.weight else None
-    state = tensor(compute, None, 4, case.rows, case.rows + case.padding[0])
+    state = tensor(compute, None, STATE_ROWS, case.rows, case.rows + case.padding[0])
     loss = tensor(compute, None, 1, case.rows)
     stats = tensor(np.float32, None, 5, case.rows, case.rows + case.padding[1]) if case.stats else None
     arguments.labels, arguments.weight = labels.address if labels else 0, weight.address if weight else 0

@@ -17,7 +17,7 @@ struct Call {
     kd::RowArguments args;
 
     Call(int64_t count, int divergence, uint32_t seed)
-        : rows(count), student(count * kVocab), teacher(student.size()), weight(count), state(4 * count), loss(count), stats(5 * count), labels(count) {
+        : rows(count), student(count * kVocab), teacher(student.size()), weight(count), state(kd::kStateRows * count), loss(count), stats(5 * count), labels(count) {
         std::mt19937 random(seed);
         std::normal_distribution<float> normal(0, 3);
         for (float& x : student) x = normal(random);

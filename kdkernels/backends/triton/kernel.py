@@ -51,7 +51,7 @@ def kd_rows_kernel(
     student_bias, teacher_bias,  # [V] float32
     labels,  # [C] int64
     weight,  # [C] float32
-    state,  # [4, C] float32: see problem.STATE
+    state,  # [7, C] float32: see problem.STATE
     loss,  # [C] float32
     stats,  # [5, C] float32: see problem.STATS
     dz,  # [C, V]; may start where student's row starts, in a type no wider
@@ -79,15 +79,14 @@ def kd_rows_kernel(
 
     # Sweep 2 is also where the entropies are summed.
     SWEEP_VALUES: tl.constexpr = STATISTICS and (STATS or SLOPE_SUM is None or not GRADIENT)
-    # A normaliser is a pair: the largest of a row and the logarithm of its sum are subtracted one after the other, since their
-    # sum is rounded to the step of the largest, which moves every probability where logits are in the thousands.
-    norm_s = 0.0
-    norm_t = 0.0
+    # log q = (x - shift) - rest: the largest of a row and the logarithm of the sum from there are subtracted one after the other,
+    # since together they are rounded to the step of the largest, which moves every probability where logits are in the thousands.
+    shift_s = 0.0
     rest_s = 0.0
+    shift_t = 0.0
     rest_t = 0.0
-    lse_s = 0.0
-    lse_t = 0.0
-    lse_ce = 0.0
+    top_ce = 0.0
+    rest_ce = 0.0
     slope_sum = 0.0
     divergence = 0.0
     target = 0.0
@@ -96,7 +95,8 @@ def kd_rows_kernel(
         sum_s = 0.0
         top_t = -infinity
         sum_t = 0.0
-        top_ce = -infinity
+        if CE:
+            top_ce = -infinity
         sum_ce = 0.0
         mean_s = tl.zeros([BLOCK], dtype=tl.float32)
         mean_t = tl.zeros([BLOCK], dtype=tl.float32)
@@ -123,29 +123,32 @@ def kd_rows_kernel(
                 kept += tl.where(both, 0.0, 1.0)
             if CE:
                 top_ce, sum_ce = merge(top_ce, sum_ce, z)
-        lse_s = top_s + tl.log(sum_s)
-        lse_t = top_t + tl.log(sum_t)
+        log_sum_s = tl.log(sum_s)
+        log_sum_t = tl.log(sum_t)
         if NORMALIZER == SOFTMAX:
-            norm_s = top_s
-            norm_t = top_t
-            rest_s = tl.log(sum_s)
-            rest_t = tl.log(sum_t)
+            shift_s = top_s
+            rest_s = log_sum_s
+            shift_t = top_t
+            rest_t = log_sum_t
         if NORMALIZER == MEAN:
             size = tl.maximum(tl.sum(kept, 0), 1.0)
-            norm_s = tl.sum(mean_s, 0) / size
-            norm_t = tl.sum(mean_t, 0) / size
+            shift_s = tl.sum(mean_s, 0) / size
+            shift_t = tl.sum(mean_t, 0) / size
         if CE:
-            lse_ce = top_ce + tl.log(sum_ce)
+            rest_ce = tl.log(sum_ce)
             target = tl.load(student + label).to(tl.float32)
             if STUDENT_BIAS:
                 target += tl.load(student_bias + label)
             target = transformed(target, student_scale, student_softcap, STUDENT_SOFTCAP)
     else:
-        norm_s = tl.load(state)
-        norm_t = tl.load(state + state_stride)
-        slope_sum = tl.load(state + 2 * state_stride)
+        shift_s = tl.load(state)
+        rest_s = tl.load(state + state_stride)
+        shift_t = tl.load(state + 2 * state_stride)
+        rest_t = tl.load(state + 3 * state_stride)
+        slope_sum = tl.load(state + 4 * state_stride)
         if CE:
-            lse_ce = tl.load(state + 3 * state_stride)
+            top_ce = tl.load(state + 5 * state_stride)
+            rest_ce = tl.load(state + 6 * state_stride)
 
     if SWEEP_VALUES:
         values = tl.zeros([BLOCK], dtype=tl.float32)
@@ -159,22 +162,24 @@ def kd_rows_kernel(
             y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
             x = z * inv_temperature
             u = y * inv_temperature
-            _q, value, slope = DIVERGENCE((x - norm_s) - rest_s, (u - norm_t) - rest_t, a, b)
+            _q, value, slope = DIVERGENCE((x - shift_s) - rest_s, (u - shift_t) - rest_t, a, b)
             # Columns beyond the vocabulary are -inf on both sides, which contributes 0; NaN of a row with infinite or NaN
             # normalisers must not come from there alone, so they are left out outright.
             values += tl.where(mask, value, 0.0)
             slopes += tl.where(mask, slope, 0.0)
             if STATS:
-                q = tl.exp(x - lse_s)
-                p = tl.exp(u - lse_t)
-                entropy_s -= tl.where(q == 0.0, 0.0, q * (x - lse_s))
-                entropy_t -= tl.where(p == 0.0, 0.0, p * (u - lse_t))
+                log_q = (x - top_s) - log_sum_s
+                log_p = (u - top_t) - log_sum_t
+                q = tl.exp(log_q)
+                p = tl.exp(log_p)
+                entropy_s -= tl.where(q == 0.0, 0.0, q * log_q)
+                entropy_t -= tl.where(p == 0.0, 0.0, p * log_p)
         divergence = tl.sum(values, 0)
         slope_sum = tl.sum(slopes, 0)
         if STATS:
             stats += row
             tl.store(stats, divergence)
-            tl.store(stats + stats_stride, lse_ce - target if CE else float("nan"))
+            tl.store(stats + stats_stride, rest_ce - (target - top_ce) if CE else float("nan"))
             tl.store(stats + 2 * stats_stride, tl.sum(entropy_s, 0))
             tl.store(stats + 3 * stats_stride, tl.sum(entropy_t, 0))
             tl.store(stats + 4 * stats_stride, tl.where(best_s == best_t, 1.0, 0.0))
@@ -189,14 +194,14 @@ def kd_rows_kernel(
             mask = columns < vocab
             z = load_logits(student, student_bias, columns, mask, student_scale, student_softcap, STUDENT_BIAS, STUDENT_SOFTCAP)
             y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
-            q, value, slope = DIVERGENCE((z * inv_temperature - norm_s) - rest_s, (y * inv_temperature - norm_t) - rest_t, a, b)
+            q, value, slope = DIVERGENCE((z * inv_temperature - shift_s) - rest_s, (y * inv_temperature - shift_t) - rest_t, a, b)
             if not SWEEP_VALUES:
                 values += tl.where(mask, value, 0.0)
             if NORMALIZER == SOFTMAX:
                 slope = slope - q * slope_sum
             g = tl.where(slope_scale == 0.0, 0.0, slope_scale * slope)
             if CE:
-                g += ce_weight * (tl.exp(z - lse_ce) - tl.where(columns == label, 1.0, 0.0))
+                g += ce_weight * (tl.exp((z - top_ce) - rest_ce) - tl.where(columns == label, 1.0, 0.0))
             g *= student_scale
             if STUDENT_SOFTCAP:
                 bend = z / student_softcap
@@ -209,11 +214,14 @@ def kd_rows_kernel(
             divergence = tl.sum(values, 0)
 
     if STATISTICS:
-        tl.store(state, norm_s + rest_s)
-        tl.store(state + state_stride, norm_t + rest_t)
-        tl.store(state + 2 * state_stride, slope_sum)
-        tl.store(state + 3 * state_stride, lse_ce)
+        tl.store(state, shift_s)
+        tl.store(state + state_stride, rest_s)
+        tl.store(state + 2 * state_stride, shift_t)
+        tl.store(state + 3 * state_stride, rest_t)
+        tl.store(state + 4 * state_stride, slope_sum)
+        tl.store(state + 5 * state_stride, top_ce)
+        tl.store(state + 6 * state_stride, rest_ce)
         total = tl.where(value_scale == 0.0, 0.0, value_scale * divergence)
         if CE:
-            total += tl.where(ce_weight == 0.0, 0.0, ce_weight * (lse_ce - target))
+            total += tl.where(ce_weight == 0.0, 0.0, ce_weight * (rest_ce - (target - top_ce)))
         tl.store(loss + row, w * total)
