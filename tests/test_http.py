@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -236,6 +237,13 @@ def test_requests_that_make_no_sense(server: Server, tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists()
 
 
+def test_complete_works_where_a_loop_runs_already(server: Server, tmp_path: Path) -> None:
+    async def notebook() -> list[Any]:
+        return server.model().complete(requests(["a", "b"]), tmp_path / "log")
+
+    assert [reply.text for reply in asyncio.run(notebook())] == ["echo a", "echo b"]
+
+
 # The log
 
 
@@ -314,6 +322,9 @@ def test_generate_killed_and_run_again_asks_nothing_twice(server: Server, tmp_pa
     assert all(paid.get(prompt) == 1 and final[prompt] == 2 for prompt in twice)
     assert KEY not in said + result.output
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir())
+    before = data.read_bytes()
+    result = runner.invoke(cli.app, [str(a) for a in [*command[:7], "--out", data]])
+    assert (result.exit_code, "it is not of this command" in result.output, data.read_bytes()) == (2, True, before)
 
 
 # A server of a real model

@@ -127,6 +127,7 @@ class Lines:
         try:
             self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             os.ftruncate(self._handle, self._whole())
+            sync_folder(self._path.parent)
         except BaseException:
             self._lock.__exit__(None, None, None)
             raise

@@ -144,7 +144,10 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
             tops = score(model, examples, o.k, o.out.with_name(o.out.name + ".log"))
         _print_usage(console, model)
     else:
-        tops, lost = from_replies([row.fields for row in read_rows(o.data)], examples, tokenizer)
+        rows = [row.fields for row in read_rows(o.data)]
+        if len(rows) != len(examples):
+            raise ValueError(f"--overlong drop leaves {len(examples)} of {len(rows)} rows, but --from-replies needs each: take truncate")
+        tops, lost = from_replies(rows, examples, tokenizer)
         if lost:
             console.print(
                 f"{lost:,} of {len(examples):,} responses are cut into other tokens than the teacher's: the teacher says nothing of them"
@@ -236,11 +239,14 @@ def generate(
     """Training rows of ``data`` with the responses of ``model``, to ``out``; its log is beside it.
 
     Raises:
+        ValueError: an ``out`` that is the data, or a file of something else.
         Refused: rows that the server refuses, without ``skip_refused``.
     """
+    log = out.with_name(out.name + ".log")
+    if out.exists() and not log.exists():
+        raise ValueError(f"--out {out}: the file is there, and it is not of this command, which keeps {log.name} beside it: give another")
     rows = [row.fields for row in read_rows(data)]
     requests = requests_of(rows, max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs)
-    log = out.with_name(out.name + ".log")
     skipped: set[str] = set()
     with _progress(console, "rows") as (start, advance):
         start(len(rows))

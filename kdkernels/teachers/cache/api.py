@@ -114,7 +114,7 @@ def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example],
 
 
 def score(model: HTTPModel, examples: Sequence[Example], k: int, log: Path) -> list[Top]:
-    """The ``k`` most likely tokens at each scored position, by a server that takes token ids and ``prompt_logprobs`` (vLLM, SGLang).
+    """The ``k`` most likely tokens at each scored position, by a server that takes token ids and ``prompt_logprobs`` (vLLM).
 
     Raises:
         HTTPModelError, FileError: see ``HTTPModel.complete``.

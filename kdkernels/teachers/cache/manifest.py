@@ -214,7 +214,8 @@ def identity_of_model(path: str, commit: str | None) -> tuple[str, str]:
             raise CacheError(f"the revision of {path!r} is not known: give --revision")
         return path, commit
     found = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.name == "config.json" or f.suffix in (".safetensors", ".bin", ".gguf")):
+    configs, weights = ("config.json", "adapter_config.json"), (".safetensors", ".bin", ".gguf")
+    for file in sorted(f for f in folder.iterdir() if f.name in configs or f.suffix in weights):
         found.update(f"{file.name}\0{digest_file(file)}\0".encode())
     return folder.resolve().name, found.hexdigest()
 

@@ -108,7 +108,7 @@ def main() -> None:
     size, raw = found.pop("bytes"), found.pop("raw bytes")
     print(f"{given.tokens:,} tokens, {given.kind}: {size / given.tokens:.0f} bytes a token ({raw / given.tokens:.0f} before compression)")
     for name, seconds in found.items():
-        print(f"  {name:<55}{seconds:8.2f} s {given.tokens / seconds:14,.0f} tokens/s {raw / seconds / 1e6:8,.0f} MB/s")
+        print(f"  {name:<55}{seconds:8.2f} s {given.tokens / seconds:14,.0f} tokens/s {size / seconds / 1e6:8,.0f} MB/s of the folder")
 
 
 if __name__ == "__main__":
