@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import mean_denominator
-from .patching import unwrap
+from .patching import is_measuring, unwrap
 from .weights import gathered, sharded_like, whole
 
 __all__ = ["FeatureLoss", "FeatureTap", "LayerPair", "LayerRecorder", "decoder_layers", "parse_layers"]
@@ -109,7 +109,7 @@ class LayerRecorder:
         thread, grad, shape = threading.get_ident(), torch.is_grad_enabled(), input_ids.shape
 
         def keep(index: int, output: Any) -> None:
-            if threading.get_ident() != thread:
+            if threading.get_ident() != thread or is_measuring():
                 return
             feature = output[0] if isinstance(output, tuple | list) else output
             if feature.dim() != 3 or feature.shape[:2] != shape:

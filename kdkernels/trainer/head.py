@@ -44,6 +44,7 @@ class Tapped:
     _transform: Transform = field(default_factory=Transform)
     _vocab: int | None = None
     _autocast: tuple[str, torch.dtype] | None = None
+    _differentiable: bool = field(default_factory=torch.is_grad_enabled)
 
     def side(self, rows: Tensor | None = None) -> Side:
         """A side of :func:`~kdkernels.distillation_loss` and of every primitive.
@@ -53,13 +54,15 @@ class Tapped:
 
         Returns:
             An :class:`~kdkernels.LMHead` with leading shape ``[n]`` and the model's own parameters (a tied head is the embeddings'
-            Parameter); on the fallback the model's logits ``[n, V]``.
+            Parameter), without gradients if the forward pass was; on the fallback the model's logits ``[n, V]``.
         """
         if self.hidden is None or self._head is None:
             logits: Tensor = self.output.logits[..., : self._vocab]
             return logits if rows is None else logits.reshape(-1, logits.shape[-1]).index_select(0, rows)
         hidden = self.hidden if rows is None else self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, rows)
         hidden, weight, bias = self._head.apply_to(hidden)
+        if not self._differentiable:
+            hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         return LMHead(hidden, weight, bias, scale=self._transform.scale, softcap=self._transform.softcap, vocab_size=self._vocab)
 
     @contextmanager

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["compiled_parts", "is_sharded", "measuring", "replaced", "unwrap"]
+__all__ = ["compiled_parts", "is_measuring", "is_sharded", "measuring", "replaced", "unwrap"]
 
 _lock = threading.Lock()
 
@@ -62,17 +62,28 @@ def replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
                 replacement.original = replacement  # holds no module
 
 
+_measuring: set[int] = set()
+
+
+def is_measuring() -> bool:
+    """This thread runs a model to learn about it: what others record should not hold it."""
+    return threading.get_ident() in _measuring
+
+
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """In the block no gradients and no dropout; afterwards the random state and the training flags are what they were."""
+    me = threading.get_ident()
     training = [m for m in model.modules() if m.training]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     for module in training:
         module.training = False
     try:
+        _measuring.add(me)
         with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
             yield
     finally:
+        _measuring.discard(me)
         for module in training:
             module.training = True
 
