@@ -290,6 +290,13 @@ def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, s
     assert f"--cache {tmp_path / 'nowhere'}: " in result.output
     assert "holds no manifest.json" in result.output
     assert train(*arguments, "--cache", str(tmp_path / "cache"), "--plan").output.count("teacher: cache") == 1
+    topk = [str(tmp_path / "topk"), "--kind", "topk", "--k", "8"]
+    assert train("cache", "--teacher", str(home / "teacher"), "--data", str(both), "--out", *topk).exit_code == 0
+    for more in (["--plan"], []):
+        result = train(*arguments, "--output-dir", str(tmp_path / "sparse"), "--cache", topk[0], "--divergence", "forward_kl", *more)
+        assert result.exit_code == 0, result.output
+    sparse = json.loads((tmp_path / "sparse" / "summary.json").read_text())
+    assert sparse["after"]["eval_loss"] < sparse["before"]["eval_loss"]
 
 
 def test_models_that_do_not_fit(home: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import losses
-from ..sides import LMHead
+from ..sides import LMHead, Sampled, TopK
 from .arguments import parse_divergence
 from .collator import pack
 from .data import load_examples
@@ -66,7 +66,7 @@ def plan(settings: Settings, console: Console) -> None:
         f"the longest example has {max(map(_length, examples)):,}"
     )
     console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs")
-    _plan_memory(args, skeletons, rows, console)
+    _plan_memory(args, skeletons, cache, rows, console)
 
 
 def _skeleton(path: str, role: str) -> Any:
@@ -83,17 +83,20 @@ def _columns(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def _plan_memory(args: Any, skeletons: Sequence[Any], rows: Sequence[tuple[Example, ...]], console: Console) -> None:
+def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence[tuple[Example, ...]], console: Console) -> None:
     student, *teachers = skeletons
     largest = sorted((sum(len(e.student_scored) for e in row) for row in rows), reverse=True)[: args.per_device_train_batch_size]
-    vocab = min(_columns(model) for model in skeletons)
+    vocab = min([_columns(model) for model in skeletons] + ([] if cache is None else [cache.vocab_size]))
 
     def side(model: Any, grad: bool) -> LMHead:
         weight = torch.empty(_columns(model), model.get_output_embeddings().weight.shape[1], device="meta", requires_grad=grad)
         return LMHead(torch.empty(sum(largest), weight.shape[1], device="meta", requires_grad=grad), weight, vocab_size=vocab)
 
     ours = side(student, True)
-    theirs = side(teachers[0], False) if teachers else side(student, False)
+    theirs: LMHead | TopK | Sampled = side(teachers[0] if teachers else student, False)
+    if cache is not None and cache.kind != "hidden":
+        ids = torch.empty(sum(largest), cache.manifest.identity.k, dtype=torch.int64, device="meta")
+        theirs = TopK(ids, ids.float(), temperature=args.temperature) if cache.kind == "topk" else Sampled(ids, ids)
     found = losses.plan(ours, theirs, divergence=parse_divergence(args.divergence), memory_budget=args.memory_budget, return_stats=True)
     trainable = sum(p.numel() for p in student.parameters())
     console.print(
