@@ -163,6 +163,21 @@ def test_lora_student(make: Make) -> None:
     assert_same(dict(zip(trained, found, strict=True)), dict(zip(trained, wanted, strict=True)))
 
 
+@pytest.mark.skipif(not hasattr(kd, "Ensemble"), reason="kd.Ensemble is not there yet")
+@pytest.mark.parametrize("mode", ["probs", "logits"])
+def test_several_teachers(make: Make, mode: str) -> None:
+    teachers = [make_model(24, seed=s, dtype=torch.float64, initializer_range=0.3) for s in (2, 3)]
+    trainer = make(teacher=teachers, ensemble_mode=mode, temperature=2.0)
+    batch = trainer.data_collator(trainer.train_dataset)
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        z, *u = (model(**given).logits.flatten(0, 1)[batch["scored"]] / 2 for model in (trainer.model, *teachers))
+        p = sum(u).div(2).softmax(-1) if mode == "logits" else sum(x.softmax(-1) for x in u).div(2)
+        expected = 4 * (p * (p.log() - z.log_softmax(-1))).sum(-1).mean()
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-10, atol=0)
+    assert torch.isfinite(next(iter(gradients(trainer).values()))).all()
+
+
 def test_differently_padded_vocabularies_are_cut_to_the_tokenizer(make: Make, tokenizer: Any) -> None:
     with pytest.warns(UserWarning, match=r"pad their vocabulary differently \(192 and 200 columns\): cut to the real 176"):
         trainer = make(teacher=make_model(24, seed=2, dtype=torch.float64, vocab_size=200))

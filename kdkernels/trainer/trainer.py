@@ -130,7 +130,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                     self.model, batch["items"], self.tokenizer, temperature=args.sample_temperature, max_new_tokens=args.max_new_tokens,
                     max_length=self.max_length, vocab_size=self.vocab_size, place=(*place, args.process_index),
                 )  # fmt: skip
-                batches[micro] = {**self.data_collator(written), "on_policy": True}
+                batches[micro] = {**self._prepare_inputs(self.data_collator(written)), "on_policy": True}
                 wrote = True
         return batches, self._get_num_items_in_batch(batches, device) if wrote else num_items
 
