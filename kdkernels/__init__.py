@@ -17,13 +17,14 @@ from .divergences import (
 )
 from .losses import DistillationLoss, Plan, TokenStats, distillation_loss, plan
 from .primitives import cross_entropy, entropy, log_softmax, logsumexp, sample, softmax, token_logprobs, topk_logprobs
-from .sides import LMHead, Sampled, TopK
+from .sides import Ensemble, LMHead, Sampled, TopK
 
 __all__ = [
     "ABDivergence",
     "AlphaDivergence",
     "BackendUnavailable",
     "DistillationLoss",
+    "Ensemble",
     "ForwardKL",
     "JSD",
     "LMHead",

@@ -36,6 +36,7 @@ def distill(
     teacher_ids: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
+    members: list[Tensor],
     numbers: Tensor,
     sizes: list[int],
     spec: str,
@@ -48,7 +49,9 @@ def distill(
         spec: everything else that is no tensor, as ``Problem.encode`` writes it.
     """
     problem = decode(spec, numbers.tolist(), sizes)
-    inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids)
+    inputs = Inputs(
+        student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids, members
+    )
     with _no_autocast(student):
         return _astuple(engine.forward(problem, inputs))
 
@@ -64,12 +67,15 @@ def _(
     teacher_ids: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
+    members: list[Tensor],
     numbers: Tensor,
     sizes: list[int],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = decode(spec)
-    inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids)
+    inputs = Inputs(
+        student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids, members
+    )
     return _astuple(engine.empty_outputs(problem, inputs))
 
 
@@ -84,6 +90,7 @@ def distill_backward(
     teacher_ids: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
+    members: list[Tensor],
     state: Tensor,
     d_student: Tensor,
     d_weight: Tensor,
@@ -95,7 +102,9 @@ def distill_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by the student's tensors, empty where not wanted."""
     problem = decode(spec, numbers.tolist(), sizes)
-    inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids)
+    inputs = Inputs(
+        student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids, members
+    )
     saved = Outputs(upstream, upstream, upstream, state, d_student, d_weight, d_bias)
     with _no_autocast(student):
         return engine.backward(problem, inputs, saved, upstream)
@@ -112,6 +121,7 @@ def _(
     teacher_ids: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
+    members: list[Tensor],
     state: Tensor,
     d_student: Tensor,
     d_weight: Tensor,
@@ -139,27 +149,29 @@ def _astuple(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, numbers, sizes, spec = inputs
+    *tensors, members, numbers, sizes, spec = inputs
     _, count, *kept = output
     ctx.mark_non_differentiable(count, *kept)
     ctx.set_materialize_grads(False)
-    ctx.sizes, ctx.spec = sizes, spec
+    ctx.sizes, ctx.spec, ctx.num_members = sizes, spec, len(members)
     student, student_weight, student_bias, *others = tensors
-    if kept[1].dim() != 2:  # no row state, so backward only scales: the teacher and the labels need not be kept alive
+    others += members
+    if kept[1].dim() != 2:  # no row state, so backward only scales: the teachers and the labels need not be kept alive
         others = [None] * len(others)
     # The head is kept for the shape and dtype of its gradient; it is a parameter, alive anyway.
     ctx.save_for_backward(student, student_weight, student_bias, *others, *kept[1:], numbers)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    none = (None,) * 12
+def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+    none = (None,) * 6, [None] * ctx.num_members, (None,) * 3
     if upstream is None:
-        return none
+        return (None, None, None, *none[0], none[1], *none[2])
     problem = decode(ctx.spec)
-    *saved, numbers = ctx.saved_tensors
-    grads = distill_backward(*saved, upstream, numbers, ctx.sizes, ctx.spec)
+    *saved, state, d_student, d_weight, d_bias, numbers = ctx.saved_tensors
+    tensors, members = saved[:9], [m for m in saved[9:] if m is not None]
+    grads = distill_backward(*tensors, members, state, d_student, d_weight, d_bias, upstream, numbers, ctx.sizes, ctx.spec)
     wanted = (problem.wants_input, problem.wants_weight, problem.wants_bias)
-    return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *none[3:])
+    return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *none[0], none[1], *none[2])
 
 
 distill.register_autograd(_backward, setup_context=_setup_context)
@@ -170,8 +182,7 @@ def distillation_rows(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor,
     i = inputs
     loss, count, stats, *_ = distill(
         i.student, i.student_weight, i.student_bias, i.teacher, i.teacher_weight, i.teacher_bias, i.teacher_ids, i.labels,
-        i.token_weights,
-        _on_host(*problem.numbers), problem.sizes, problem.encode(),
+        i.token_weights, list(i.members), _on_host(*problem.numbers), problem.sizes, problem.encode(),
     )  # fmt: skip
     return loss, count, stats if problem.return_stats else None
 

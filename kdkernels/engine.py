@@ -24,9 +24,7 @@ from torch import Tensor
 
 from . import dispatch, gemm, heads, pages, sparse
 from .problem import STATE, STATS, Problem, RowBatch
-from .sources import Inputs, Rows, SideRows, both_sides, check_and_select, plan, row_bytes, select
-
-_BLOCK_ELEMENTS = 1 << 21  # of a block that stays in cache
+from .sources import BLOCK_ELEMENTS, EnsembleRows, Inputs, Rows, SideRows, both_sides, check_and_select, plan, row_bytes, select
 
 
 @dataclass
@@ -60,7 +58,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
         outputs.d_student.zero_()
     student, teacher = both_sides(problem, inputs, index)
     dtype, device = problem.compute_dtype, inputs.student.device
-    recompute = recomputes(problem, student.is_head, inputs.teacher_weight is not None)
+    recompute = recomputes(problem, student.is_head, _teacher_is_head(problem, inputs))
     many = inputs.ids_per_row
     loss = torch.empty((count,) if many is None else (count, many), dtype=dtype, device=device)
     stats = torch.empty(len(STATS), count, dtype=torch.float32, device=device) if problem.return_stats else None
@@ -159,7 +157,7 @@ def _scaled(gradient: Tensor, factor: Tensor, like: Tensor | None) -> Tensor:
     if gradient.is_cuda or dtype == gradient.dtype or factor.dim():
         return torch.mul(gradient, factor, out=out)
     # On a CPU torch's loops that change the dtype on the way are not vectorised: block by block, in cache, it is two that are.
-    step = max(1, _BLOCK_ELEMENTS * gradient.shape[0] // gradient.numel())
+    step = max(1, BLOCK_ELEMENTS * gradient.shape[0] // gradient.numel())
     for start in range(0, gradient.shape[0], step):
         out[start : start + step].copy_(gradient[start : start + step] * factor)
     return out
@@ -170,7 +168,7 @@ def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
     student, weight, bias = inputs.student, inputs.student_weight, inputs.student_bias
     leading = student.shape[:-1]
     dtype = problem.compute_dtype
-    is_head, teacher_is_head = weight is not None, inputs.teacher_weight is not None
+    is_head, teacher_is_head = weight is not None, _teacher_is_head(problem, inputs)
     again = recomputes(problem, is_head, teacher_is_head)
     new = student.new_empty
     rows = math.prod(leading)
@@ -187,6 +185,11 @@ def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
         d_weight=_weight_accumulator(problem, inputs, problem.wants_weight and not problem.per_token),
         d_bias=_accumulator(bias, problem.wants_bias and not problem.per_token, problem, student),
     )
+
+
+def _teacher_is_head(problem: Problem, inputs: Inputs) -> bool:
+    """Whether it takes matrix products to have the teacher's logits."""
+    return inputs.teacher_weight is not None or any(member.has_weight for member in problem.members)
 
 
 def _state_rows(problem: Problem) -> int:
@@ -223,7 +226,7 @@ def _over_chunks(
     problem: Problem,
     inputs: Inputs,
     student: SideRows,
-    teacher: SideRows | None,
+    teacher: SideRows | EnsembleRows | None,
     index: Tensor | None,
     count: int,
     *,
@@ -239,7 +242,7 @@ def _over_chunks(
     """The loop over chunks of both passes. Gradients that are None are not computed."""
     wants_grad = any(g is not None for g in (d_student, d_weight, d_bias))
     device = inputs.student.device
-    sides = [student] if teacher is None else [student, teacher]
+    sides: list[SideRows | EnsembleRows] = [student] if teacher is None else [student, teacher]
     chunks = plan(problem, count, sum(side.bytes_per_row for side in sides), device.type)
     for side, name in zip(sides, ("student logits", "teacher logits")):  # noqa: B905  (there may be no teacher)
         side.allocate(min(chunks.rows, count), name)

@@ -118,7 +118,7 @@ def distillation_loss(
         student: ``LMHead(hidden [..., Ds], weight [V, Ds], ...)`` or logits ``[..., V]``.
         teacher: ``LMHead(hidden [..., Dt], weight [V, Dt], ...)`` or logits ``[..., V]``; same leading shape and vocabulary,
             any hidden size and dtype. Or what was kept of one: ``TopK`` (forward KL; reverse KL and JSD where its ``tail`` defines them)
-            or ``Sampled`` (forward KL, less the teacher's entropy, which draws do not tell). Detached.
+            or ``Sampled`` (forward KL, less the teacher's entropy, which draws do not tell). Or an ``Ensemble``. Detached.
         divergence: a name (see ``kdkernels.divergences.REGISTRY``) or an instance such as ``JSD(beta=0.3)``.
         temperature: T > 0, divides both sides' logits in the divergence.
         t_squared: multiply the divergence and its gradient by T^2, so that its weight against cross-entropy does not depend on T.
@@ -220,12 +220,13 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
         num_rows = math.prod(inputs.student.shape[:-1])
     else:
         _, num_rows = engine.check_and_select(problem, inputs)
-    sparse = isinstance(teacher, (TopK, Sampled))
-    is_head = (inputs.student_weight is not None, inputs.teacher_weight is not None)
+    one_sided, is_head = isinstance(teacher, (TopK, Sampled)), (inputs.student_weight is not None, inputs.teacher_weight is not None)
     device_type = device_type_of(inputs.student)
-    kernels = "head_rows" if sparse else "rows"
-    not_chosen = dispatch.not_chosen(problem.backend, options.get("backend", "auto"), device_type, storages(problem, *is_head), kernels)
+    dtypes = storages(problem, *is_head)
+    kernels = "head_rows" if one_sided else "rows"
+    not_chosen = dispatch.not_chosen(problem.backend, options.get("backend", "auto"), device_type, dtypes, kernels)
     sizes = [d.itemsize for d, head in zip((problem.student_dtype, problem.teacher_dtype), is_head, strict=True) if head]
+    sizes += [member.dtype.itemsize for member in problem.members if member.has_weight]
     gradient = problem.student_dtype.itemsize if problem.wants_grad and is_head[0] else 0
     dense = num_rows * problem.vocab * (sum(sizes) + gradient)
     if problem.backend == "reference":

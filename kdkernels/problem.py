@@ -32,7 +32,7 @@ of the log-sum-exps is its own affair."""
 STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
-_FORMAT = 2
+_FORMAT = 3
 """Number in every spec: another one whenever the shapes or dtypes of what the ops return change. torch.compile keeps graphs on disk, by
 what the graph says and not by what our ops have become; those of an older version of the package must not be found."""
 
@@ -50,6 +50,17 @@ class Transform:
     @property
     def identity(self) -> bool:
         return self.scale == 1.0 and self.softcap is None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One teacher of an ensemble."""
+
+    share: float
+    transform: Transform
+    dtype: torch.dtype
+    has_weight: bool
+    has_bias: bool
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,9 @@ class Problem:
     """Dtype of the student's logits where they are given, of its matrix products where a head is."""
     teacher_dtype: torch.dtype = torch.float32
     logits_dtype: torch.dtype | None = None
+    ensemble: str | None = None
+    """Of several teachers: what is averaged, ``Ensemble.mode``."""
+    members: tuple[Member, ...] = ()
     tail: str | None = None
     """Of a sparse teacher: what stands for the tokens that it does not name, ``TopK.tail`` or ``"sampled"``."""
     per_token: bool = False
@@ -132,6 +146,7 @@ class Problem:
         return (
             self.temperature, self.kd_weight, self.ce_weight,
             self.student.scale, self.student.softcap or 0.0, self.teacher.scale, self.teacher.softcap or 0.0,
+            *(x for m in self.members for x in (m.share, m.transform.scale, m.transform.softcap or 0.0)),
             *self.divergence.parameters,
         )  # fmt: skip
 
@@ -152,11 +167,12 @@ class Problem:
                 DTYPE_NAMES[self.teacher_dtype],
                 None if self.logits_dtype is None else DTYPE_NAMES[self.logits_dtype],
             ),
+            tuple((m.transform.softcap is not None, DTYPE_NAMES[m.dtype], m.has_weight, m.has_bias) for m in self.members),
             {
                 name: getattr(self, name)
                 for name in (
-                    "quantity", "tail", "t_squared", "per_token", "wants_input", "wants_weight", "wants_bias", "return_stats", "has_labels",
-                    "backend",
+                    "quantity", "ensemble", "tail", "t_squared", "per_token", "wants_input", "wants_weight", "wants_bias", "return_stats",
+                    "has_labels", "backend",
                 )
             },
         )  # fmt: skip
@@ -165,7 +181,7 @@ class Problem:
 
 @lru_cache(maxsize=256)
 def _decode_structure(spec: str) -> Problem:
-    _, name, flags, capped, dtypes, rest = ast.literal_eval(spec)
+    _, name, flags, capped, dtypes, members, rest = ast.literal_eval(spec)
     student_dtype, teacher_dtype, logits_dtype = (None if d is None else DTYPES[d] for d in dtypes)
     return Problem(
         divergence=divergences.REGISTRY[name](**flags),
@@ -175,6 +191,7 @@ def _decode_structure(spec: str) -> Problem:
         student_dtype=student_dtype or torch.float32,
         teacher_dtype=teacher_dtype or torch.float32,
         logits_dtype=logits_dtype,
+        members=tuple(Member(1.0, Transform(softcap=1.0 if cap else None), DTYPES[dtype], *has) for cap, dtype, *has in members),
         **rest,
     )
 
@@ -185,7 +202,12 @@ def decode(spec: str, numbers: Sequence[float] | None = None, sizes: Sequence[in
     if numbers is None:
         return problem
     vocab, ignore_index, memory_budget, chunk_rows = sizes
-    temperature, kd_weight, ce_weight, s_scale, s_cap, t_scale, t_cap, *parameters = numbers
+    temperature, kd_weight, ce_weight, s_scale, s_cap, t_scale, t_cap, *others = numbers
+    of_members, parameters = others[: 3 * len(problem.members)], others[3 * len(problem.members) :]
+    members = (
+        replace(m, share=share, transform=Transform(scale, None if m.transform.softcap is None else cap))
+        for m, share, scale, cap in zip(problem.members, of_members[::3], of_members[1::3], of_members[2::3], strict=True)
+    )
     return replace(
         problem,
         vocab=vocab,
@@ -198,6 +220,7 @@ def decode(spec: str, numbers: Sequence[float] | None = None, sizes: Sequence[in
         ce_weight=ce_weight,
         student=Transform(s_scale, None if problem.student.softcap is None else s_cap),
         teacher=Transform(t_scale, None if problem.teacher.softcap is None else t_cap),
+        members=tuple(members),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import philox
 from .divergences import JSD, Divergence, ReverseKL
 from .problem import STATS, Problem, Transform
-from .sides import LMHead, Sampled, Side, Teacher, TopK
+from .sides import Ensemble, LMHead, Sampled, Side, Teacher, TopK
 
 
 def transform(z: Tensor, t: Transform) -> Tensor:
@@ -42,6 +42,19 @@ def _logits(side: Side, t: Transform, valid: Tensor | None, vocab: int, dtype: t
     if side.bias is not None:
         z = z + side.bias[:vocab].to(dtype)
     return transform(z, t)
+
+
+def _teacher_logits(problem: Problem, teacher: Side | Ensemble, valid: Tensor | None) -> Tensor:
+    """``[..., V]``; T times the logarithm of the average where probabilities are averaged."""
+    vocab, dtype, t = problem.vocab, problem.compute_dtype, problem.temperature
+    if not isinstance(teacher, Ensemble):
+        return _logits(teacher, problem.teacher, valid, vocab, dtype)
+    found = [_logits(side, m.transform, valid, vocab, dtype) for side, m in zip(teacher.teachers, problem.members, strict=True)]
+    shares = [m.share for m in problem.members]
+    if teacher.mode == "logits":
+        return torch.stack([share * z for share, z in zip(shares, found, strict=True)]).sum(0)
+    log_p = [torch.log_softmax(z / t, -1) + math.log(share) for share, z in zip(shares, found, strict=True)]
+    return t * torch.logsumexp(torch.stack(log_p), 0)
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -107,7 +120,7 @@ def distillation_rows(
         divergence, teacher_entropy, first = sparse_divergence(problem, torch.log_softmax(x, -1), teacher.ids, sparse, valid)
         agreement = zs.argmax(-1, keepdim=True) == first
     else:
-        zt = _logits(teacher, problem.teacher, valid, problem.vocab, dtype).detach()
+        zt = _teacher_logits(problem, teacher, valid).detach()
         u, div = zt / problem.temperature, problem.divergence
         divergence = div.reference(normalize(x, u, div), normalize(u, x, div)).sum(-1)
         teacher_entropy = _entropy(torch.log_softmax(u, -1))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["LMHead", "Sampled", "Side", "Tail", "Teacher", "TopK"]
+__all__ = ["Ensemble", "LMHead", "Sampled", "Side", "Tail", "Teacher", "TopK"]
 
 Tail = Literal["bucket", "renorm", "zero"]
 """What a loss takes the probability outside a ``TopK`` for: one more outcome, nothing (the rest renormalised), or left out."""
+
+EnsembleMode = Literal["probs", "logits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,46 @@ class Sampled:
             raise TypeError(f"Sampled.counts must be numbers, got {self.counts.dtype}")
 
 
-Teacher: TypeAlias = Side | TopK | Sampled
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Several teachers as one: the weighted average of their probabilities, or of their logits. The two differ, so the mode has no default.
+
+    Args:
+        teachers: heads or logits, of one vocabulary and one leading shape; hidden sizes and dtypes may differ.
+        weights: one each, > 0, normalised to a sum of 1; None for equal ones.
+        mode: ``"probs"`` averages softmax(z / T) at the loss's temperature, ``"logits"`` averages z.
+
+    Raises:
+        TypeError, ValueError: no teachers, or weights or a mode that make no sense.
+    """
+
+    teachers: Sequence[Side]
+    weights: Sequence[float] | None = None
+    mode: EnsembleMode = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teachers, (Tensor, LMHead)) or not isinstance(self.teachers, Sequence):
+            raise TypeError(f"Ensemble.teachers must be a list of LMHeads or logits, got {type(self.teachers).__name__}")
+        if not self.teachers:
+            raise ValueError("Ensemble.teachers is empty: give one or more")
+        if self.mode not in get_args(EnsembleMode):
+            raise ValueError(f"Ensemble.mode must be one of {', '.join(map(repr, get_args(EnsembleMode)))}, got {self.mode!r}")
+        if self.weights is None:
+            return
+        if len(self.weights) != len(self.teachers):
+            raise ValueError(f"Ensemble.weights must be one per teacher, {len(self.teachers)}, got {len(self.weights)}")
+        for weight in self.weights:
+            if not 0 < weight < math.inf:
+                raise ValueError(f"Ensemble.weights must be finite and > 0, got {weight}: leave that teacher out instead")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weights, with a sum of 1."""
+        weights = self.weights or [1.0] * len(self.teachers)
+        return tuple(float(w) / math.fsum(weights) for w in weights)
+
+
+Teacher: TypeAlias = Side | TopK | Sampled | Ensemble
 """What a loss takes for a teacher."""
 
 

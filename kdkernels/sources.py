@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from . import chunking, gemm, pages
+from . import chunking, gemm, pages, reference
 from .chunking import Chunks
 from .problem import Problem
 
@@ -26,6 +28,7 @@ class Inputs:
     labels: Tensor | None  # [...] int, or ids [..., K]
     token_weights: Tensor | None  # [...] float
     teacher_ids: Tensor | None = None  # [..., K] int: those of a sparse teacher, whose values [..., K] are ``teacher`` then
+    members: Sequence[Tensor] = ()  # of an ensemble: of each teacher what there is of hidden states or logits, weight and bias
 
     @property
     def ids_per_row(self) -> int | None:
@@ -107,11 +110,8 @@ class SideRows:
         """The buffer of a head's logits, ``[rows, V]`` with padded rows."""
         if not self.is_head:
             return
-        width, device = chunking.padded_vocab(self.vocab, self.storage.itemsize), self.rows.tensor.device
-        if device.type == "cpu":
-            self.buffer = pages.scratch(name, rows * width * self.storage.itemsize).view(self.storage).view(rows, width)
-        else:
-            self.buffer = torch.empty(rows, width, dtype=self.storage, device=device)
+        width = chunking.padded_vocab(self.vocab, self.storage.itemsize)
+        self.buffer = _buffer(name, rows, width, self.storage, self.rows.tensor.device)
 
     def hidden(self, start: int, stop: int) -> Tensor:
         return self.rows.take(start, stop).to(self.dtype)
@@ -133,6 +133,63 @@ class SideRows:
         return self.buffer.view(narrow)[:rows, : self.vocab]
 
 
+class EnsembleRows:
+    """Several teachers' logits as one's, chunk by chunk: each is multiplied into the same buffer, and averaged into another."""
+
+    bias = None
+
+    def __init__(self, problem: Problem, inputs: Inputs, index: Tensor | None) -> None:
+        self.problem, self.device = problem, inputs.student.device
+        self.members = []
+        tensors = iter(inputs.members)
+        for m in problem.members:
+            source = next(tensors)
+            weight, bias = (next(tensors) if has else None for has in (m.has_weight, m.has_bias))
+            self.members.append(SideRows(source, weight, bias, m.dtype, index, problem))
+        self.buffer = inputs.student.new_empty(0)
+
+    @property
+    def _width(self) -> int:
+        return chunking.padded_vocab(self.problem.vocab, self.problem.compute_dtype.itemsize)
+
+    @property
+    def bytes_per_row(self) -> int:
+        return self._width * self.problem.compute_dtype.itemsize + max(m.bytes_per_row for m in self.members)
+
+    def allocate(self, rows: int, name: str) -> None:
+        self.buffer = _buffer(name, rows, self._width, self.problem.compute_dtype, self.device)
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """``[C, V]``: the average logits, or T times the logarithm of the average probabilities."""
+        problem = self.problem
+        average = self.buffer[: stop - start, : problem.vocab]
+        average.fill_(-math.inf if problem.ensemble == "probs" else 0.0)
+        step = max(1, BLOCK_ELEMENTS // problem.vocab)
+        for m, rows in zip(problem.members, self.members, strict=True):
+            rows.allocate(stop - start, "logits of an ensemble's member")
+            given = rows.logits(start, stop)
+            for first in range(0, len(given), step):
+                z, out = given[first : first + step].to(problem.compute_dtype), average[first : first + step]
+                z = reference.transform(z if rows.bias is None else z + rows.bias, m.transform)
+                if problem.ensemble == "logits":
+                    out.add_(z, alpha=m.share)
+                    continue
+                log_p = torch.log_softmax(z / problem.temperature, -1).add_(math.log(m.share))
+                torch.logaddexp(out, log_p, out=out)
+            rows.buffer = rows.buffer.new_empty(0)
+        return average.mul_(problem.temperature) if problem.ensemble == "probs" else average
+
+
+BLOCK_ELEMENTS = 1 << 21  # of a block that stays in cache
+
+
+def _buffer(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[rows, width]``; on a CPU the same memory again for the same name."""
+    if device.type == "cpu":
+        return pages.scratch(name, rows * width * dtype.itemsize).view(dtype).view(rows, width)
+    return torch.empty(rows, width, dtype=dtype, device=device)
+
+
 def row_bytes(problem: Problem, inputs: Inputs) -> int:
     """Bytes that one row takes in the chunk buffers of both sides."""
     return sum(side.bytes_per_row for side in both_sides(problem, inputs, None) if side is not None)
@@ -144,8 +201,10 @@ def plan(problem: Problem, num_rows: int, bytes_per_row: int, device_type: str) 
     return chunking.plan_chunks(num_rows, bytes_per_row, problem.memory_budget, problem.chunk_rows, enough)
 
 
-def both_sides(problem: Problem, inputs: Inputs, index: Tensor | None) -> tuple[SideRows, SideRows | None]:
+def both_sides(problem: Problem, inputs: Inputs, index: Tensor | None) -> tuple[SideRows, SideRows | EnsembleRows | None]:
     student = SideRows(inputs.student, inputs.student_weight, inputs.student_bias, problem.student_dtype, index, problem)
+    if problem.ensemble is not None:
+        return student, EnsembleRows(problem, inputs, index)
     if inputs.teacher is None or inputs.teacher_ids is not None:
         return student, None
     teacher = SideRows(inputs.teacher, inputs.teacher_weight, inputs.teacher_bias, problem.teacher_dtype, index, problem)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import dispatch, divergences
 from .divergences import Divergence
-from .problem import DTYPE_NAMES, Problem, Quantity, Transform
-from .sides import LMHead, Sampled, Side, Teacher, TopK
+from .problem import DTYPE_NAMES, Member, Problem, Quantity, Transform
+from .sides import Ensemble, LMHead, Sampled, Side, Teacher, TopK
 from .sources import Inputs
 
 
@@ -41,26 +41,30 @@ def prepare(
     check_numbers(temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
     check_choices(reduction=reduction, memory_budget=memory_budget, chunk_rows=chunk_rows)
     student_side = _check_side("student", student)
-    alone = quantity == "cross_entropy" or isinstance(teacher, (TopK, Sampled))  # one side's logits
-    teacher_side = student_side if quantity == "cross_entropy" or isinstance(teacher, (TopK, Sampled)) else _check_side("teacher", teacher)
     leading, device = student_side.leading, student_side.input.device
-    if teacher_side.leading != leading:
-        raise ValueError(
-            f"teacher has leading shape {list(teacher_side.leading)}, student {list(leading)}: both sides need one row per token, "
-            "so pass the same positions of the same batch"
-        )
-    if teacher_side.vocab != student_side.vocab:
-        raise ValueError(
-            f"the vocabularies differ: student {student_side.vocab}, teacher {teacher_side.vocab}. If one is padded, cut both to the real "
-            "size with LMHead(..., vocab_size=...) or logits[..., :size]; different tokenizers cannot be compared column by column"
-        )
+    teachers: dict[str, _Checked] = {}  # those with logits
+    if isinstance(teacher, Ensemble):
+        teachers = {f"teacher.teachers[{i}]": _check_side(f"teacher.teachers[{i}]", side) for i, side in enumerate(teacher.teachers)}
+    elif quantity == "distillation" and not isinstance(teacher, (TopK, Sampled)):
+        teachers = {"teacher": _check_side("teacher", teacher)}
+    for name, side in teachers.items():
+        if side.leading != leading:
+            raise ValueError(
+                f"{name} has leading shape {list(side.leading)}, student {list(leading)}: both sides need one row per token, "
+                "so pass the same positions of the same batch"
+            )
+        if side.vocab != student_side.vocab:
+            raise ValueError(
+                f"the vocabularies differ: student {student_side.vocab}, {name} {side.vocab}. If one is padded, cut both to the real "
+                "size with LMHead(..., vocab_size=...) or logits[..., :size]; different tokenizers cannot be compared column by column"
+            )
+        if side.input.device != device:
+            raise ValueError(f"{name} is on {side.input.device}, student on {device}: move one with .to(device)")
     tail, teacher_values = (None, None)
     if isinstance(teacher, (TopK, Sampled)):
         tail, teacher_values = _check_sparse(teacher, resolved, temperature, leading, device)
     _check_per_token("labels", labels, leading, device)
     _check_per_token("token_weights", token_weights, leading, device)
-    if teacher_side.input.device != device:
-        raise ValueError(f"teacher is on {teacher_side.input.device}, student on {device}: move one with .to(device)")
     if labels is not None and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if token_weights is not None:
@@ -77,14 +81,23 @@ def prepare(
             raise ValueError(f"num_items must be one number, got a tensor of shape {list(num_items.shape)}")
     elif num_items is not None and num_items < 0:
         raise ValueError(f"num_items must not be negative, got {num_items}")
-    _check_logits_dtype(logits_dtype, student_side, teacher_side)
+    _check_logits_dtype(logits_dtype, student_side, *teachers.values())
     grad = torch.is_grad_enabled()
-    if grad and not alone and any(t is not None and t.requires_grad for t in teacher_side.tensors) and not torch.compiler.is_compiling():
+    of_teachers = [t for side in teachers.values() for t in side.tensors if t is not None]
+    if grad and any(t.requires_grad for t in of_teachers) and not torch.compiler.is_compiling():
         warnings.warn(
             "the teacher requires grad: it is detached, no gradient reaches it (compute it under torch.no_grad() to save memory)",
             stacklevel=3,
         )
     wants = [grad and t is not None and t.requires_grad for t in student_side.tensors]
+    single = teachers.get("teacher")
+    members: tuple[Member, ...] = ()
+    if isinstance(teacher, Ensemble):
+        members = tuple(
+            Member(share, side.transform, side.dtype, side.weight is not None, side.bias is not None)
+            for share, side in zip(teacher.shares, teachers.values(), strict=True)
+        )
+    wide = torch.float64 if any(side.dtype == torch.float64 for side in teachers.values()) else torch.float32
     problem = Problem(
         divergence=resolved,
         vocab=student_side.vocab,
@@ -95,10 +108,12 @@ def prepare(
         ce_weight=ce_weight,
         ignore_index=int(ignore_index),
         student=student_side.transform,
-        teacher=teacher_side.transform,
+        teacher=Transform() if single is None else single.transform,
         student_dtype=student_side.dtype,
-        teacher_dtype=teacher_side.dtype,
+        teacher_dtype=single.dtype if single is not None else wide if members else student_side.dtype,
         logits_dtype=logits_dtype,
+        ensemble=teacher.mode if isinstance(teacher, Ensemble) else None,
+        members=members,
         tail=tail,
         per_token=reduction == "none",
         wants_input=wants[0],
@@ -109,9 +124,9 @@ def prepare(
         memory_budget=memory_budget,
         chunk_rows=chunk_rows,
     )
-    dtypes = storages(problem, student_side.is_head, teacher_side.is_head)
-    chosen = dispatch.select(backend, device_type_of(student_side.input), dtypes, "head_rows" if alone else "rows")
-    teacher_input, teacher_weight, teacher_bias = (None, None, None) if alone else teacher_side.tensors
+    dtypes = storages(problem, student_side.is_head, student_side.is_head if not teachers else single is not None and single.is_head)
+    chosen = dispatch.select(backend, device_type_of(student_side.input), dtypes, "rows" if teachers else "head_rows")
+    teacher_input, teacher_weight, teacher_bias = (None, None, None) if single is None else single.tensors
     inputs = Inputs(
         student=student_side.input,
         student_weight=student_side.weight,
@@ -122,6 +137,7 @@ def prepare(
         labels=None if labels is None else labels.detach().to(torch.int64),  # an ignore_index of -100 is no uint8
         token_weights=None if token_weights is None else token_weights.detach(),
         teacher_ids=teacher.ids.detach() if isinstance(teacher, (TopK, Sampled)) else None,
+        members=[t.detach() for t in of_teachers] if members else (),
     )
     return replace(problem, backend=chosen), inputs
 
@@ -399,11 +415,11 @@ def check_choices(reduction: str = "mean", memory_budget: int | None = None, chu
             raise ValueError(f"{name} must be a positive int ({unit}) or None, got {value!r}")
 
 
-def _check_logits_dtype(logits_dtype: torch.dtype | None, student: _Checked, teacher: _Checked) -> None:
+def _check_logits_dtype(logits_dtype: torch.dtype | None, *sides: _Checked) -> None:
     if logits_dtype is None:
         return
-    heads = [side.dtype for side in (student, teacher) if side.is_head]
-    wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    heads = [side.dtype for side in sides if side.is_head]
+    wide = torch.float64 if any(side.dtype == torch.float64 for side in sides) else torch.float32
     if logits_dtype not in (torch.float32, torch.bfloat16, torch.float64) or (logits_dtype != wide and heads and logits_dtype not in heads):
         raise ValueError(
             f"logits_dtype={logits_dtype} fits neither head ({', '.join(map(str, heads)) or 'there is none'}): use None, {wide}, "
