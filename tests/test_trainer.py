@@ -163,7 +163,6 @@ def test_lora_student(make: Make) -> None:
     assert_same(dict(zip(trained, found, strict=True)), dict(zip(trained, wanted, strict=True)))
 
 
-@pytest.mark.skipif(not hasattr(kd, "Ensemble"), reason="kd.Ensemble is not there yet")
 @pytest.mark.parametrize("mode", ["probs", "logits"])
 def test_several_teachers(make: Make, mode: str) -> None:
     teachers = [make_model(24, seed=s, dtype=torch.float64, initializer_range=0.3) for s in (2, 3)]

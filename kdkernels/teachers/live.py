@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..sides import LMHead, Side
+from ..sides import Ensemble, LMHead, Side
 from ..trainer.head import HeadTap, Tapped
 from ..trainer.patching import unwrap
 from .source import View
@@ -57,20 +57,13 @@ class LiveTeacher:
         self._heads: dict[tuple[int, torch.device], tuple[Tensor, Tensor | None]] = {}
 
     @torch.no_grad()
-    def targets(self, view: View) -> Any:
+    def targets(self, view: View) -> Side | Ensemble:
         """An ``LMHead`` (logits where a head can't be taken apart), or a ``kd.Ensemble`` of them, ``[n]`` rows."""
-        return self.run(view)[0]
-
-    @torch.no_grad()
-    def run(self, view: View) -> tuple[Any, list[Tapped]]:
-        """The targets, and the forward pass of each model."""
-        passes = [self._forward(number, view) for number in range(len(self.models))]
-        sides = [self._side(number, tapped, view.scored) for number, tapped in enumerate(passes)]
+        sides = [self._side(number, self._forward(number, view), view.scored) for number in range(len(self.models))]
         if len(sides) == 1:
-            return sides[0], passes
-        from ..sides import Ensemble
-
-        return Ensemble(sides, self.weights, mode=self.mode), passes
+            return sides[0]
+        assert self.mode is not None
+        return Ensemble(sides, self.weights, mode=self.mode)
 
     def prepare(self, input_ids: Tensor) -> None:
         """Measures what each model does to its logits, on a few tokens of ``input_ids`` ``[B, L]``; else the first ``targets`` does."""

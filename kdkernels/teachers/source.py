@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..sides import Sampled, Side, TopK
+from ..sides import Teacher
 
 __all__ = ["TeacherSource", "View"]
 
@@ -35,7 +35,7 @@ class TeacherSource(Protocol):
     vocab_size: int
     """Real size of the vocabulary that the targets are over."""
 
-    def targets(self, view: View) -> Side | TopK | Sampled:
+    def targets(self, view: View) -> Teacher:
         """The teacher's side, leading shape ``[n]`` in the order of ``view.scored``; no gradient.
 
         Raises:
