@@ -111,13 +111,14 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
 
 def _prompted(row: Row, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     prompt, name = row.text("prompt"), "completion" if "completion" in row and "response" not in row else "response"
+    student = teacher = _encode(tokenizer, prompt, special=True)
     response = _ended(_encode(tokenizer, row.text(name), special=False), tokenizer)
     if "teacher_messages" in row:
         teacher = _encode(tokenizer, _render(tokenizer, row.messages("teacher_messages"), row, "teacher_messages"), special=False)
-    else:
-        teacher_prompt = row.text("teacher_prompt") if "teacher_prompt" in row else prompt
-        teacher = _encode(tokenizer, "".join(text + "\n\n" for text in _demonstrations(row)) + teacher_prompt, special=True)
-    return _encode(tokenizer, prompt, special=True), teacher, response
+    elif "teacher_prompt" in row or "demonstrations" in row:
+        asked = row.text("teacher_prompt") if "teacher_prompt" in row else prompt
+        teacher = _encode(tokenizer, "".join(text + "\n\n" for text in _demonstrations(row)) + asked, special=True)
+    return student, teacher, response
 
 
 def _demonstrations(row: Row) -> Iterator[str]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import losses
-from ..sides import LMHead, Sampled, TopK
+from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
 from .arguments import parse_divergence
 from .collator import pack
 from .data import load_examples
@@ -93,7 +93,9 @@ def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence
         return LMHead(torch.empty(sum(largest), weight.shape[1], device="meta", requires_grad=grad), weight, vocab_size=vocab)
 
     ours = side(student, True)
-    theirs: LMHead | TopK | Sampled = side(teachers[0] if teachers else student, False)
+    theirs: Teacher = side(teachers[0] if teachers else student, False)
+    if len(teachers) > 1:
+        theirs = Ensemble([side(teacher, False) for teacher in teachers], mode=args.ensemble_mode)
     if cache is not None and cache.kind != "hidden":
         ids = torch.empty(sum(largest), cache.manifest.identity.k, dtype=torch.int64, device="meta")
         theirs = TopK(ids, ids.float(), temperature=args.temperature) if cache.kind == "topk" else Sampled(ids, ids)
