@@ -1,5 +1,6 @@
 """Fused knowledge-distillation losses at vocabulary scale: ``import kdkernels as kd``; start at ``kd.distillation_loss``."""
 
+from . import trainer
 from ._version import __version__
 from .dispatch import BackendUnavailable
 from .divergences import (
@@ -48,4 +49,5 @@ __all__ = [
     "softmax",
     "token_logprobs",
     "topk_logprobs",
+    "trainer",
 ]

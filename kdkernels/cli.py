@@ -20,6 +20,8 @@ from . import __version__, dispatch
 from .backends import native
 from .demo.settings import DemoError, Settings
 from .divergences import REGISTRY
+from .teachers import command as teachers
+from .trainer import command as training
 
 __all__ = ["app", "environment", "main"]
 
@@ -326,6 +328,10 @@ def bench(
         _fail(str(error))
     if record["status"] == "interrupted":
         raise typer.Exit(130)
+
+
+teachers.register(app)
+app.command(epilog=training.EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(training.train)
 
 
 def _fail(message: str) -> NoReturn:

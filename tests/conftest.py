@@ -100,3 +100,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for name in counts:
         monkeypatch.setattr(gemm, name, counted(name, getattr(gemm, name)))
     return counts
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sweeps run only where they are asked for."""
+    if "sweep" not in config.option.markexpr:
+        swept = [item for item in items if "sweep" in item.keywords]
+        items[:] = [item for item in items if "sweep" not in item.keywords]
+        config.hook.pytest_deselected(items=swept)

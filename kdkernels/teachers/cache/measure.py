@@ -1,0 +1,115 @@
+"""How fast a cache is written and read, with no teacher in the way: ``python -m kdkernels.teachers.cache.measure --tokens 1000000``.
+
+The teacher is synthetic and costs nothing, so that what is measured is the format. The same bytes written and read as one plain
+file say what the disk gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from . import shards
+from .manifest import Identity, Kind
+from .reader import open_cache
+from .writer import DEFAULT_SHARD_BYTES, Plan, bytes_per_token, write_shards
+
+__all__ = ["measure"]
+
+
+def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int = 64, length: int = 500, batch: int = 8) -> dict[str, float]:
+    """Seconds of each step, and sizes in bytes.
+
+    Args:
+        folder: on the disk to be measured; nothing stays there.
+        kind: topk or hidden; of ``hidden``, 16 * k is the hidden size.
+        length: tokens of an example; batch: examples read at a time, in random order.
+    """
+    import torch
+
+    from ..source import View
+
+    vocab, count = 151_936, -(-tokens // length)
+    dtype = {"topk": "float16", "hidden": "bfloat16"}[kind]
+    identity = Identity("synthetic", "", "", "", "", vocab, vocab, kind, k, 1.0, dtype)
+    rng = np.random.default_rng(0)
+    keys = [rng.bytes(32) for _ in range(count)]
+    token_bytes = bytes_per_token(identity, 16 * k)
+    plan = Plan.of(keys, [length] * count, token_bytes, DEFAULT_SHARD_BYTES)
+    most = length * max(stop - start for start, stop in plan.bounds)
+    # Nothing repeats within a shard, so that compression has no easier time than it would. Of the 64 most likely tokens most ids
+    # are small: the earlier a tokenizer merged a token, the more often it occurs.
+    ids = (vocab ** rng.random((most, k))).astype("<i4")
+    logprobs = -np.sort(rng.exponential(3.0, (most, k)), axis=1)
+    block = {"ids": ids, "logprobs": logprobs.astype("<f2"), "log_mass": np.zeros((most, 1), "<f4")}
+    hidden = torch.randn(most if kind == "hidden" else 1, 16 * k, dtype=torch.bfloat16)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    def produce(path: Path, start: int, stop: int) -> None:
+        made = length * (stop - start)
+        if kind == "hidden":
+            shards.write_hidden(path, plan.keys[start:stop], plan.counts[start:stop], hidden[:made])
+        else:
+            shards.write_parquet(path, plan.keys[start:stop], plan.counts[start:stop], {name: v[:made] for name, v in block.items()})
+
+    def head(out: Path) -> object:
+        from safetensors.torch import save_file
+
+        from .manifest import Head
+
+        save_file({"weight": torch.zeros(1, 16 * k, dtype=torch.bfloat16)}, out / "head.safetensors")
+        return Head.of(out / "head.safetensors", 1.0, None)
+
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        out = Path(name) / "cache"
+        with timed("write"):
+            write_shards(out, identity, plan, produce, batch, DEFAULT_SHARD_BYTES, head=head if kind == "hidden" else None)  # type: ignore[arg-type]
+        size = sum(path.stat().st_size for path in out.iterdir())
+        with timed("open, sha256 compared"):
+            cache = open_cache(out)
+        order = rng.permutation(count)
+        with timed("read in random order"):
+            for start in range(0, count, batch):
+                chosen = [keys[i].hex() for i in order[start : start + batch]]
+                scored = torch.arange(length * len(chosen))
+                cache.targets(View(scored[None], None, None, scored, tuple(chosen), (length,) * len(chosen)))
+        plain = Path(name) / "plain"
+        data = os.urandom(min(size, 1 << 28))
+        with timed("plain"), plain.open("wb") as file:
+            for _ in range(max(1, size // len(data))):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        seconds["the disk: a plain file of that size, fsync included"] = seconds.pop("plain") * size / plain.stat().st_size
+    return {**seconds, "bytes": float(size), "raw bytes": float(token_bytes * count * length)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--kind", choices=("topk", "hidden"), default="topk")
+    parser.add_argument("-k", type=int, default=64)
+    parser.add_argument("--folder", type=Path, default=Path())
+    given = parser.parse_args()
+    found = measure(given.folder, given.tokens, given.kind, given.k)
+    size, raw = found.pop("bytes"), found.pop("raw bytes")
+    print(f"{given.tokens:,} tokens, {given.kind}: {size / given.tokens:.0f} bytes a token ({raw / given.tokens:.0f} before compression)")
+    for name, seconds in found.items():
+        print(f"  {name:<55}{seconds:8.2f} s {given.tokens / seconds:14,.0f} tokens/s {size / seconds / 1e6:8,.0f} MB/s of the folder")
+
+
+if __name__ == "__main__":
+    main()

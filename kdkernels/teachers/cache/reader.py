@@ -1,0 +1,231 @@
+"""Reading a cache: a teacher source that finds each example by its key, whatever order, batch or packing it turns up in."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...sides import LMHead, Sampled, Tail, TopK
+from ..source import View
+from .manifest import CacheError, Head, Manifest, Shard, template_hash, tokenizer_hash
+from .shards import KEY_BYTES, Array, HiddenShard, ParquetShard, columns_of, read_text_shard
+
+__all__ = ["CachedTeacher", "open_cache", "read_text"]
+
+DECODED_BYTES = 256 << 20
+"""Of row groups kept decoded, at most."""
+OPEN_SHARDS = 64
+
+
+def open_cache(
+    path: str | Path,
+    tokenizer: Any = None,
+    *,
+    teacher: str | None = None,
+    revision: str | None = None,
+    tail: Tail = "bucket",
+    verify: bool = True,
+) -> CachedTeacher:
+    """Opens a cache for training, once all of it is known to be what was written and to fit.
+
+    Args:
+        tokenizer: of the training data; with its chat template it must be the one the cache was made with.
+        teacher: expected name; revision: expected revision. None: not compared.
+        tail: of the ``TopK`` that a ``topk`` cache gives.
+        verify: compare the sha256 of every shard, which reads all of the cache once. Without it only sizes of files are looked at, as the
+            shards' readers need them.
+
+    Raises:
+        CacheError: naming what differs, is damaged or is missing; an unfinished cache; a cache of text (see ``read_text``).
+    """
+    manifest = _checked(Path(path), tokenizer, teacher, revision, verify)
+    if manifest.identity.kind == "text":
+        raise CacheError(f"{path} holds text, which has no probabilities to give: train on its rows (read_text)")
+    return CachedTeacher(Path(path), manifest, tail)
+
+
+def read_text(path: str | Path, tokenizer: Any = None, *, verify: bool = True) -> list[dict[str, Any]]:
+    """The training rows of a ``text`` cache: each row of its data with the teacher's ``response``. Checks and errors of ``open_cache``.
+
+    Raises:
+        CacheError: a cache of another kind, too.
+    """
+    folder = Path(path)
+    manifest = _checked(folder, tokenizer, None, None, verify)
+    if manifest.identity.kind != "text":
+        raise CacheError(f"{path} holds {manifest.identity.kind}, not text: give it to open_cache")
+    return [row for shard in manifest.shards for row in read_text_shard(folder / shard.file)]
+
+
+def _checked(folder: Path, tokenizer: Any, teacher: str | None, revision: str | None, verify: bool) -> Manifest:
+    manifest = Manifest.read(
+        folder,
+        teacher=teacher,
+        revision=revision,
+        tokenizer=None if tokenizer is None else tokenizer_hash(tokenizer),
+        chat_template=None if tokenizer is None else template_hash(tokenizer),
+    )
+    if not manifest.complete:
+        done = sum(shard.rows for shard in manifest.shards)
+        raise CacheError(f"{folder} is unfinished: {done} of {manifest.rows} examples. Run the same command again to finish it")
+    files: list[Shard | Head] = [*manifest.shards, *([] if manifest.head is None else [manifest.head])]
+    if verify:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda file: manifest.verify(folder, file), files))
+    return manifest
+
+
+class CachedTeacher:
+    """A ``TeacherSource`` whose answers were kept. Made by ``open_cache``.
+
+    ``targets`` gives ``TopK``, ``Sampled``, or for ``hidden`` an ``LMHead``, on the device of the view.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, tail: Tail) -> None:
+        self.folder, self.manifest, self.tail = folder, manifest, tail
+        identity = manifest.identity
+        self.kind, self.vocab_size, self.temperature = identity.kind, identity.vocab_size, identity.temperature
+        self.salt = identity.hash()
+        """What the keys of views are salted with: ``example.key(cache.salt)``."""
+        self._columns = {} if self.kind == "hidden" else columns_of(self.kind, identity.k or 0, identity.dtype)
+        self._groups: OrderedDict[tuple[int, int], dict[str, Array]] = OrderedDict()
+        self._decoded = 0
+        self._open = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._heads: dict[torch.device, dict[str, Tensor]] = {}
+        self._index()
+
+    def __len__(self) -> int:
+        """Examples kept."""
+        return self.manifest.rows
+
+    def _open_shard(self, number: int) -> ParquetShard | HiddenShard:
+        shard = self.manifest.shards[number]
+        try:
+            return (HiddenShard if self.kind == "hidden" else ParquetShard)(self.folder / shard.file)
+        except Exception as error:  # of pyarrow, of safetensors: each has its own
+            raise CacheError(f"{shard.file} can't be read: {error}") from None
+
+    def _index(self) -> None:
+        """Where each key is. Keys are told apart by their first 8 bytes, and compared in full when found."""
+        parts = []
+        for number, shard in enumerate(self.manifest.shards):
+            keys, counts, groups, firsts = self._open(number).index()
+            if len(keys) != shard.rows or counts.sum() != shard.tokens:
+                raise CacheError(f"{shard.file} holds {len(keys)} examples, {counts.sum()} tokens; listed are {shard.rows}, {shard.tokens}")
+            parts.append((keys, counts, np.full(len(keys), number), groups, firsts))
+        keys, counts, numbers, groups, firsts = (np.concatenate(column) for column in zip(*parts, strict=True))
+        prefix = np.ascontiguousarray(keys[:, :8]).view("<u8")[:, 0]
+        order = np.argsort(prefix, kind="stable")
+        self._prefix, self._keys = prefix[order], keys[order]
+        self._where = np.stack([counts, numbers, groups, firsts], axis=1)[order]  # [rows, 4]
+
+    def _find(self, key: str) -> tuple[int, int, int, int] | None:
+        """Count, shard, row group and first token of an example."""
+        raw = bytes.fromhex(key)
+        if len(raw) != KEY_BYTES:
+            raise ValueError(f"a key is {2 * KEY_BYTES} hex digits, got {key!r}")
+        i = int(np.searchsorted(self._prefix, np.uint64(int.from_bytes(raw[:8], "little"))))
+        while i < len(self._prefix) and self._keys[i, :8].tobytes() == raw[:8]:
+            if self._keys[i].tobytes() == raw:
+                count, shard, group, first = self._where[i].tolist()
+                return count, shard, group, first
+            i += 1
+        return None
+
+    def __contains__(self, key: str) -> bool:
+        return self._find(key) is not None
+
+    def targets(self, view: View) -> LMHead | TopK | Sampled:
+        """What was kept for the scored positions of ``view``, leading shape ``[n]``. ``view.keys`` are salted with ``salt``.
+
+        Raises:
+            KeyError: an example that is not in the cache.
+            CacheError: an example with another number of tokens than was kept; a view without keys.
+        """
+        if len(view.keys) != len(view.counts) or sum(view.counts) != view.scored.numel():
+            raise CacheError(
+                f"a cached teacher needs the key and the token count of every example: got {len(view.keys)} keys, counts that add up to "
+                f"{sum(view.counts)}, and {view.scored.numel()} scored positions"
+            )
+        places = []
+        for key, count in zip(view.keys, view.counts, strict=True):
+            if not count:
+                continue
+            place = self._find(key)
+            if place is None:
+                raise KeyError(
+                    f"example {key[:12]} is not in the cache {self.folder.name}, which holds {len(self)}: it was made from other data, or "
+                    "with other lengths, demonstrations or scored positions. Make it again from this data with the same settings"
+                )
+            if place[0] != count:
+                raise CacheError(f"example {key[:12]} has {count} scored tokens, {place[0]} in the cache")
+            places.append(place)
+        device = view.scored.device
+        if self.kind == "hidden":
+            return self._hidden(places, device)
+        arrays = {name: np.empty((view.scored.numel(), width), dtype) for name, (dtype, width) in self._columns.items()}
+        end = 0
+        for count, shard, group, first in places:
+            decoded = self._group(shard, group)
+            for name, values in arrays.items():
+                values[end : end + count] = decoded[name][first : first + count]
+            end += count
+        ids = torch.from_numpy(arrays["ids"]).to(device)
+        if self.kind == "sampled":
+            return Sampled(ids, torch.from_numpy(arrays["counts"].astype(np.int32)).to(device))
+        assert self.temperature is not None
+        logprobs = torch.from_numpy(arrays["logprobs"]).to(device).float()
+        if "log_mass" in arrays:
+            logprobs = with_mass(logprobs, ids, torch.from_numpy(arrays["log_mass"]).to(device))
+        return TopK(ids, logprobs, self.tail, self.temperature)
+
+    def _group(self, shard: int, group: int) -> dict[str, Array]:
+        found = self._groups.pop((shard, group), None)
+        if found is None:
+            reader = self._open(shard)
+            assert isinstance(reader, ParquetShard)
+            found = reader.group(group, self._columns)
+            self._decoded += _size(found)
+            while self._groups and self._decoded > DECODED_BYTES:
+                self._decoded -= _size(self._groups.popitem(last=False)[1])
+        self._groups[shard, group] = found
+        return found
+
+    def _hidden(self, places: list[tuple[int, int, int, int]], device: torch.device) -> LMHead:
+        parts = []
+        for count, shard, _, first in places:
+            reader = self._open(shard)
+            assert isinstance(reader, HiddenShard)
+            parts.append(reader.read(first, count))
+        head, kept = self._head(device), self.manifest.head
+        assert kept is not None
+        hidden = torch.cat(parts).to(device) if parts else head["weight"].new_empty(0, head["weight"].shape[1])
+        return LMHead(hidden, head["weight"], head.get("bias"), kept.scale, kept.softcap, self.vocab_size)
+
+    def _head(self, device: torch.device) -> dict[str, Tensor]:
+        if device not in self._heads:
+            from safetensors.torch import load_file
+
+            assert self.manifest.head is not None
+            self._heads[device] = {name: tensor.to(device) for name, tensor in load_file(self.folder / self.manifest.head.file).items()}
+        return self._heads[device]
+
+
+def _size(arrays: dict[str, Array]) -> int:
+    return sum(values.nbytes for values in arrays.values())
+
+
+def with_mass(logprobs: Tensor, ids: Tensor, log_mass: Tensor) -> Tensor:
+    """``logprobs`` ``[n, K]``, rounded when they were kept, shifted so that each row's probabilities add up to its mass again.
+
+    The tail, ``1 - mass``, is then as exact as float32 has it; rounding alone would put it off by as much as 1e-3.
+    """
+    shift = log_mass - logprobs.masked_fill(ids < 0, -torch.inf).logsumexp(-1, keepdim=True)
+    return logprobs + shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,171 @@
+"""Files that survive a ``kill -9``: written whole or not at all, appended line by line, and held by one process at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+__all__ = ["FileError", "Lines", "Lock", "canonical", "digest", "digest_file", "drop_temporaries", "write_whole"]
+
+TEMPORARY = ".tmp"
+_BLOCK = 1 << 20
+
+
+class FileError(RuntimeError):
+    """A folder or file that another process holds, or whose content is damaged."""
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in ``folder`` outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """``write`` fills a temporary file beside ``path``, which then takes its place in one step, on disk and not only in memory."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    write(temporary)
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def drop_temporaries(folder: Path) -> None:
+    """Removes what a killed writer has left. Only while holding the folder's lock."""
+    for path in folder.glob("*" + TEMPORARY):
+        path.unlink()
+
+
+class Lock:
+    """Holds ``path`` for this process, as a context. The system lets go of it however the process ends, so none is ever stale.
+
+    Raises:
+        FileError: another process holds it; the message says which.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self._path, self._what, self._handle = path, what, -1
+
+    def __enter__(self) -> Lock:
+        import fcntl  # POSIX only: what does not write need not have it
+
+        while True:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+                os.close(handle)
+                raise FileError(f"{self._what} is in use by process {holder}: wait for it to end, or take another place") from None
+            try:
+                current = os.stat(self._path).st_ino == os.fstat(handle).st_ino
+            except FileNotFoundError:
+                current = False
+            if current:
+                break
+            os.close(handle)  # its holder removed it between our opening and our locking
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        self._handle = handle
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self._handle)
+
+
+class Lines:
+    """A JSONL file that is appended to, as a context: one object a line, each written by one call.
+
+    A line is in the system's hands when ``append`` returns, so that a killed process loses none; it is on disk after ``sync``, which
+    the caller asks for as often as a power cut is feared. A last line that was cut short is removed on opening.
+
+    Raises:
+        FileError: another process holds the file, or a line before the last is no JSON object; the message names the line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = Lock(path.with_name(path.name + ".lock"), f"the log {path.name}")
+        self._handle = -1
+        self._dirty = False
+
+    def __enter__(self) -> Lines:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.__enter__()
+        try:
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._handle, self._whole())
+            sync_folder(self._path.parent)
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.sync()
+        os.close(self._handle)
+        self._lock.__exit__(kind, error, trace)
+
+    def _whole(self) -> int:
+        """Bytes up to the end of the last whole line."""
+        size = 0
+        with self._path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    size += len(line)
+        return size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    value = None
+                if not isinstance(value, dict):
+                    raise FileError(f"{self._path.name}, line {number}, is no JSON object: the file is damaged. Remove the line to go on")
+                yield value
+
+    def append(self, value: dict[str, Any]) -> None:
+        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        view = memoryview(line)
+        while view:
+            view = view[os.write(self._handle, view) :]
+        self._dirty = True
+
+    def sync(self) -> None:
+        if self._dirty:
+            os.fsync(self._handle)
+            self._dirty = False

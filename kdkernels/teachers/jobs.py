@@ -1,0 +1,284 @@
+"""What the commands ``kdkernels cache`` and ``kdkernels generate`` do, from files to files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..trainer.collator import Collator
+from ..trainer.data import load_examples
+from ..trainer.example import Example
+from ..trainer.rows import read_rows
+from .cache.api import from_replies, score, write_topk
+from .cache.manifest import Identity, Kind, identity_of_model, template_hash, tokenizer_hash
+from .cache.text import ROWS_PER_SHARD, write_text_cache
+from .cache.writer import Plan, bytes_per_token, write_cache
+from .generate import requests_of, with_reply, write_rows
+from .http import HTTPModel, Refused
+from .text import Request, TextModel
+
+__all__ = ["CacheOptions", "cache_of_model", "cache_of_server", "device_of", "generate"]
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Of ``kdkernels cache``, whose help says what they mean."""
+
+    data: Path
+    out: Path
+    teacher: str
+    kind: Kind
+    k: int
+    temperature: float | None
+    tokenizer: str
+    max_length: int | None
+    overlong: str
+    batch_size: int
+    dtype: str
+    precision: str
+    device: str
+    vocab_size: int | None
+    revision: str | None
+    seed: int
+    max_new_tokens: int
+    shard_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.batch_size < 1 or self.shard_bytes < 1 or self.max_new_tokens < 1:
+            raise ValueError("-k, --batch-size, --shard-mib and --max-new-tokens must be >= 1")
+        if self.kind == "sampled" and self.k > 65535:
+            raise ValueError(f"-k {self.k}: a token can have 65535 draws at most")
+        if self.temperature is not None and not (0 < self.temperature < float("inf") or (self.kind == "text" and self.temperature == 0)):
+            raise ValueError(f"--temperature {self.temperature}: it must be finite and > 0 (0 only for text)")
+        if self.kind == "hidden" and self.temperature is not None:
+            raise ValueError("--temperature means nothing for kind=hidden, which is exact at every temperature: leave it out")
+        if self.precision not in ("float16", "float32"):
+            raise ValueError(f"--precision {self.precision}: float16 or float32")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype {self.dtype}: auto, float32, bfloat16 or float16")
+        if not self.tokenizer:
+            raise ValueError("--teacher is missing (or, with --base-url or --from-replies, --tokenizer)")
+
+
+def device_of(name: str) -> str:
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cache_of_model(options: CacheOptions, console: Console) -> None:
+    """A cache of a model that runs here."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .live import LiveTeacher
+
+    o = options
+    tokenizer = AutoTokenizer.from_pretrained(o.tokenizer, revision=o.revision if o.tokenizer == o.teacher else None)
+    limit = _limit(o)
+    examples = _examples(o, tokenizer, limit) if o.kind != "text" else []  # first: bad data is found before a large model is loaded
+    model = AutoModelForCausalLM.from_pretrained(o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
+    name, revision = identity_of_model(o.teacher, getattr(model.config, "_commit_hash", None) or o.revision)
+    columns, hidden_size = model.get_output_embeddings().weight.shape
+    if o.vocab_size is not None and o.vocab_size > columns:
+        raise ValueError(f"--vocab-size {o.vocab_size}: the teacher's head has {columns} rows")
+    vocab_size = o.vocab_size or columns
+    if o.kind == "topk" and o.k > vocab_size:
+        raise ValueError(f"-k {o.k}: the vocabulary has {vocab_size} tokens")
+    ran_in = str(model.dtype).removeprefix("torch.")
+    identity = Identity(
+        teacher=name, revision=revision, teacher_dtype=ran_in, tokenizer=tokenizer_hash(tokenizer),
+        chat_template=template_hash(tokenizer), vocab_size=vocab_size, padded_vocab_size=columns, kind=o.kind,
+        k=o.k if o.kind in ("topk", "sampled") else None,
+        temperature=None if o.kind == "hidden" else (0.0 if o.kind == "text" else 1.0) if o.temperature is None else o.temperature,
+        dtype={"topk": o.precision, "hidden": ran_in}.get(o.kind), seed=o.seed if o.kind in ("sampled", "text") else None,
+        max_new_tokens=o.max_new_tokens if o.kind == "text" else None,
+    )  # fmt: skip
+    if o.kind == "text":
+        rows = [row.fields for row in read_rows(o.data)]
+        with _progress(console, "rows") as (start, advance):
+
+            def announce(plan: Plan) -> None:
+                console.print(f"text: {len(plan.source):,} rows of at most {o.max_new_tokens} tokens, about 4 bytes each")
+                start(len(plan.source))
+
+            write_text_cache(
+                model,
+                tokenizer,
+                rows,
+                o.out,
+                identity,
+                batch_size=o.batch_size,
+                rows_per_shard=ROWS_PER_SHARD,
+                started=announce,
+                report=advance,
+            )
+    else:
+        head = columns * hidden_size * model.dtype.itemsize if o.kind == "hidden" else 0
+        with _progress(console, "tokens") as (start, advance):
+            write_cache(
+                LiveTeacher(model, vocab_size=vocab_size), examples, o.out, identity, hidden_size=hidden_size, batch_size=o.batch_size,
+                shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit), device=model.device,
+                report=advance,
+                started=_announcing(console, o.out, identity, start, hidden_size, head),
+            )  # fmt: skip
+    console.print(f"{o.out}: complete")
+
+
+def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Console) -> None:
+    """A ``topk`` cache of what a server says of the data's own tokens, or (``model`` None) of what it said while it wrote them."""
+    from transformers import AutoTokenizer
+
+    o = options
+    tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
+    examples = _examples(o, tokenizer, o.max_length)
+    if model is not None:
+        with _progress(console, "examples") as (start, advance):
+            start(len(examples))
+            model.report = lambda usage: advance(1)
+            tops = score(model, examples, o.k, o.out.with_name(o.out.name + ".log"))
+        _print_usage(console, model)
+    else:
+        rows = [row.fields for row in read_rows(o.data)]
+        if len(rows) != len(examples):
+            raise ValueError(f"--overlong drop leaves {len(examples)} of {len(rows)} rows, but --from-replies needs each: take truncate")
+        tops, lost = from_replies(rows, examples, tokenizer)
+        if lost:
+            console.print(
+                f"{lost:,} of {len(examples):,} responses are cut into other tokens than the teacher's: the teacher says nothing of them"
+            )
+    identity = Identity(
+        teacher=o.teacher or "served", revision=o.revision or "", teacher_dtype="", tokenizer=tokenizer_hash(tokenizer),
+        chat_template=template_hash(tokenizer), vocab_size=o.vocab_size or len(tokenizer), padded_vocab_size=o.vocab_size or len(tokenizer),
+        kind="topk", k=max(top[0].shape[1] for top in tops), temperature=1.0, dtype=o.precision,
+    )  # fmt: skip
+    with _progress(console, "tokens") as (start, advance):
+        write_topk(
+            examples, tops, o.out, identity, shard_bytes=o.shard_bytes, report=advance,
+            started=_announcing(console, o.out, identity, start),
+        )  # fmt: skip
+    console.print(f"{o.out}: complete")
+
+
+def _limit(o: CacheOptions) -> int | None:
+    """Tokens of an example: as many as asked for, or as the teacher can take."""
+    from transformers import AutoConfig
+
+    able = getattr(AutoConfig.from_pretrained(o.teacher, revision=o.revision).get_text_config(), "max_position_embeddings", None)
+    if able and o.max_length and o.max_length > able:
+        raise ValueError(f"--max-length {o.max_length}: the teacher takes {able} tokens (its max_position_embeddings)")
+    return o.max_length or able
+
+
+def _examples(o: CacheOptions, tokenizer: Any, limit: int | None) -> list[Example]:
+    return load_examples(o.data, tokenizer, max_length=limit, overlong=o.overlong)
+
+
+def _announcing(
+    console: Console, out: Path, identity: Identity, start: Callable[[int], None], hidden_size: int | None = None, head: int = 0
+) -> Callable[[Plan], None]:
+    """Says how large the cache will be before the bar starts."""
+
+    def announce(plan: Plan) -> None:
+        each, count = bytes_per_token(identity, hidden_size), len(plan.bounds)
+        free = shutil.disk_usage(out).free
+        console.print(
+            f"{identity.kind}: {len(plan.source):,} examples, {plan.tokens:,} tokens of {each:,} bytes: {_size(plan.tokens * each)} before "
+            f"compression, in {count:,} shard{'s' * (count > 1)}{f', and a head of {_size(head)}' if head else ''}; {_size(free)} are free",
+            highlight=False,
+        )
+        if plan.tokens * each + head > free:
+            console.print("That may not fit on the disk.", style="bold")
+        start(plan.tokens)
+
+    return announce
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+@contextmanager
+def _progress(console: Console, unit: str) -> Iterator[Any]:
+    """``start(total)`` and ``advance(count)`` of a bar that appears when it starts."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("", start=False, total=None)
+
+    def start(total: int) -> None:
+        progress.update(task, total=total)
+        progress.start_task(task)
+        progress.start()
+
+    try:
+        yield start, lambda count: progress.advance(task, count)
+    finally:
+        progress.stop()
+
+
+def generate(
+    model: TextModel,
+    data: Path,
+    out: Path,
+    console: Console,
+    max_tokens: int,
+    temperature: float,
+    stop: tuple[str, ...],
+    logprobs: int,
+    skip_refused: bool,
+) -> None:
+    """Training rows of ``data`` with the responses of ``model``, to ``out``; its log is beside it.
+
+    Raises:
+        ValueError: an ``out`` that is the data, or a file of something else.
+        Refused: rows that the server refuses, without ``skip_refused``.
+    """
+    log = out.with_name(out.name + ".log")
+    if out.exists() and not log.exists():
+        raise ValueError(f"--out {out}: the file is there, and it is not of this command, which keeps {log.name} beside it: give another")
+    rows = [row.fields for row in read_rows(data)]
+    requests = requests_of(rows, max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs)
+    skipped: set[str] = set()
+    with _progress(console, "rows") as (start, advance):
+        start(len(rows))
+        if isinstance(model, HTTPModel):
+            model.report = lambda usage: advance(1)
+        else:
+            model.report = advance  # type: ignore[attr-defined]
+        try:
+            replies = model.complete(requests, log)
+        except Refused as error:
+            if not skip_refused:
+                raise Refused(f"{error}. Take those rows out, or give --skip-refused", error.reasons) from None
+            skipped = set(error.reasons)
+            model.report = None  # type: ignore[attr-defined]
+            replies = model.complete([request for request in requests if request.key not in skipped], log)
+    said = {reply.key: reply for reply in replies}
+    kept: list[tuple[dict[str, Any], Request]] = [(row, q) for row, q in zip(rows, requests, strict=True) if q.key not in skipped]
+    write_rows(out, [with_reply(row, said[request.key]) for row, request in kept])
+    console.print(f"{out}: {len(kept):,} rows" + (f", {len(skipped):,} refused and left out" if skipped else ""), highlight=False)
+    if cut := sum(reply.finish_reason == "length" for reply in replies):
+        console.print(f"{cut:,} responses were cut at {max_tokens} tokens; their finish_reason is length", highlight=False)
+    if empty := sum(not reply.text for reply in replies):
+        console.print(f"{empty:,} responses are empty: leave them out of a training", highlight=False)
+    if isinstance(model, HTTPModel):
+        _print_usage(console, model)
+
+
+def _print_usage(console: Console, model: HTTPModel) -> None:
+    u = model.usage
+    cost = f", cost {u.cost:,.4f}" if any(model.prices) else ""
+    console.print(
+        f"{u.replies:,} replies ({u.from_log:,} from the log), {u.retries:,} retries, {u.prompt_tokens:,} prompt tokens, "
+        f"{u.completion_tokens:,} completion tokens{cost}",
+        highlight=False,
+    )

@@ -1,0 +1,110 @@
+"""A teacher, or several, that runs in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..sides import LMHead, Side
+from ..trainer.head import HeadTap, Tapped
+from ..trainer.patching import unwrap
+from .source import View
+
+__all__ = ["LiveTeacher"]
+
+
+class LiveTeacher:
+    """A ``TeacherSource`` that runs causal language models without their heads: the loss gets hidden states and head.
+
+    The models are put into eval mode, run without gradients, and keep their dtype and their device; targets come to the view's device.
+
+    Args:
+        models: a transformers model, or several, which become a ``kd.Ensemble``.
+        mode: of several: ``"probs"`` averages probabilities, ``"logits"`` logits. They differ, so it has to be said.
+        weights: of several, default equal.
+        vocab_size: real size of the vocabulary, where heads are padded. Default: every column.
+
+    Raises:
+        ValueError: several models without a mode, or of different vocabularies without a ``vocab_size``.
+    """
+
+    def __init__(
+        self,
+        models: nn.Module | Sequence[nn.Module],
+        mode: Literal["probs", "logits"] | None = None,
+        weights: Sequence[float] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.models = [models] if isinstance(models, nn.Module) else list(models)
+        if not self.models:
+            raise ValueError("LiveTeacher needs at least one model")
+        if len(self.models) > 1 and mode not in ("probs", "logits"):
+            raise ValueError(
+                f"several teachers need mode='probs' (average of probabilities) or mode='logits' (average of logits), got {mode!r}"
+            )
+        self.mode, self.weights = mode, weights
+        for model in self.models:
+            model.eval().requires_grad_(False)
+        columns = [vocabulary(model) for model in self.models]
+        if vocab_size is None and len(set(columns)) > 1:
+            raise ValueError(f"the teachers have {', '.join(map(str, columns))} columns of logits: give the real vocab_size")
+        self.vocab_size: int = vocab_size or columns[0]
+        self.taps = [HeadTap(model, self.vocab_size) for model in self.models]
+        self._heads: dict[tuple[int, torch.device], tuple[Tensor, Tensor | None]] = {}
+
+    @torch.no_grad()
+    def targets(self, view: View) -> Any:
+        """An ``LMHead`` (logits where a head can't be taken apart), or a ``kd.Ensemble`` of them, ``[n]`` rows."""
+        return self.run(view)[0]
+
+    @torch.no_grad()
+    def run(self, view: View) -> tuple[Any, list[Tapped]]:
+        """The targets, and the forward pass of each model."""
+        passes = [self._forward(number, view) for number in range(len(self.models))]
+        sides = [self._side(number, tapped, view.scored) for number, tapped in enumerate(passes)]
+        if len(sides) == 1:
+            return sides[0], passes
+        from ..sides import Ensemble
+
+        return Ensemble(sides, self.weights, mode=self.mode), passes
+
+    def prepare(self, input_ids: Tensor) -> None:
+        """Measures what each model does to its logits, on a few tokens of ``input_ids`` ``[B, L]``; else the first ``targets`` does."""
+        for tap, model in zip(self.taps, self.models, strict=True):
+            if tap.columns is None:
+                tap.prepare(model, input_ids.to(next(model.parameters()).device))
+
+    def _forward(self, number: int, view: View) -> Tapped:
+        model = self.models[number]
+        device = next(model.parameters()).device
+        given = {"input_ids": view.input_ids, "attention_mask": view.attention_mask, "position_ids": view.position_ids}
+        inputs: dict[str, Any] = {name: t.to(device) for name, t in given.items() if t is not None}
+        tapped: Tapped = self.taps[number](model, **inputs)
+        return tapped
+
+    def _side(self, number: int, tapped: Tapped, scored: Tensor) -> Side:
+        if tapped.hidden is None:
+            return tapped.side(scored.to(tapped.output.logits.device)).to(scored.device)  # type: ignore[union-attr]
+        with tapped.computing():
+            side = tapped.side(scored.to(tapped.hidden.device))
+        if not isinstance(side, LMHead) or side.hidden.device == scored.device:
+            return side
+        key = number, scored.device
+        if key not in self._heads:  # the teacher does not change, so its head is moved once
+            self._heads[key] = side.weight.to(scored.device), None if side.bias is None else side.bias.to(scored.device)
+        weight, bias = self._heads[key]
+        return dataclasses.replace(side, hidden=side.hidden.to(scored.device), weight=weight, bias=bias)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Columns of a model's logits, padding included."""
+    base = unwrap(model)
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    if weight is not None:
+        return int(getattr(weight, "ds_shape", weight.shape)[0])
+    return int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]

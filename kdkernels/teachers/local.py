@@ -1,0 +1,242 @@
+"""A transformers model in this process as a ``TextModel``: recipes run without a server."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .replies import ReplyLog, check_requests, fingerprint, reply_of
+from .text import Reply, Request
+
+__all__ = ["LocalModel", "generate", "prompt_ids"]
+
+
+class LocalModel:
+    """Generates with a model and its tokenizer: greedily at temperature 0, else by seeded draws.
+
+    A draw depends on the seed and the request's key, not on what else is in the batch. Rounding does depend on the batch: where two
+    tokens are nearly as likely, a run that was cut and resumed can pick the other one.
+
+    Args:
+        model: a causal language model with ``generate``; or the folder or hub id of one.
+        tokenizer: with its chat template, if it has one; else the contents of the messages are joined by line breaks. Default: the
+            one in the model's folder.
+        device, dtype: where the model is to run; dtype only of one that is loaded here.
+        batch_size: requests at a time.
+        seed: of draws.
+        name: in the log, so that another model's replies are not taken for this one's.
+        report: told the replies done, as they are done (those in the log at once).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        tokenizer: Any = None,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int = 8,
+        seed: int = 0,
+        name: str = "",
+        report: Callable[[int], object] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be >= 1")
+        if isinstance(model, (str, Path)):
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+            name = name or Path(model).name
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        else:
+            loaded = model
+        if tokenizer is None:
+            raise ValueError("tokenizer is missing: a model that is given as a module needs it")
+        self.model = loaded if device is None else loaded.to(device)
+        self.tokenizer, self.batch_size, self.seed, self.report = tokenizer, batch_size, seed, report
+        self.name = name or str(getattr(getattr(loaded, "config", None), "_name_or_path", ""))
+
+    def complete(self, requests: Sequence[Request], log: Path) -> list[Reply]:
+        """See ``TextModel``.
+
+        Raises:
+            ValueError: two requests with one key, or one that makes no sense.
+            FileError: the log is in use, damaged, or holds another request's reply under one of the keys.
+        """
+        check_requests(requests)
+        with ReplyLog(log) as replies:
+            hashes = {r.key: fingerprint(r, model=self.name, seed=self.seed) for r in requests}
+            found = {r.key: entry for r in requests if (entry := replies.find(r.key, hashes[r.key])) is not None}
+            todo = [r for r in requests if r.key not in found]
+            if found and self.report is not None:
+                self.report(len(found))
+            for batch in self._batches(todo):
+                for request, reply in zip(batch, self._generate(batch), strict=True):
+                    value = {
+                        "text": reply.text, "finish_reason": reply.finish_reason, "prompt_tokens": reply.prompt_tokens,
+                        "completion_tokens": len(reply.ids), "logprobs": reply.logprobs,
+                    }  # fmt: skip
+                    replies.append(request.key, hashes[request.key], value)
+                    found[request.key] = value
+                if self.report is not None:
+                    self.report(len(batch))
+            return [reply_of({**found[r.key], "key": r.key}) for r in requests]
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Consecutive requests of the same settings."""
+        for _, group in groupby(requests, key=lambda r: (r.max_tokens, r.temperature, tuple(r.stop), r.logprobs)):
+            same = list(group)
+            for i in range(0, len(same), self.batch_size):
+                yield same[i : i + self.batch_size]
+
+    def _generate(self, batch: Sequence[Request]) -> list[Generated]:
+        first = batch[0]
+        return generate(
+            self.model,
+            self.tokenizer,
+            [prompt_ids(self.tokenizer, request.messages) for request in batch],
+            [f"{self.seed}:{request.key}" for request in batch],
+            max_tokens=first.max_tokens,
+            temperature=first.temperature,
+            stop=first.stop,
+            logprobs=first.logprobs,
+        )
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
+    """Token ids of a prompt that asks for the assistant's answer."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
+
+
+@dataclass
+class Generated:
+    ids: list[int]
+    """Without the token that ended it."""
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[str],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    stop: Sequence[str] = (),
+    logprobs: int = 0,
+) -> list[Generated]:
+    """Continues one batch of prompts, padded on the left.
+
+    Args:
+        seeds: of each row, any text.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    device = next(model.parameters()).device
+    ends = _ends(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    width = max(1, *(len(prompt) for prompt in prompts))
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {row} of the batch has no tokens")
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    picks = _Picks(seeds, temperature, logprobs)
+    config = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=pad,
+        stop_strings=list(stop) or None, use_cache=True,
+    )  # fmt: skip
+    was_training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
+            logits_processor=LogitsProcessorList([picks]), tokenizer=tokenizer if stop else None,
+        )  # fmt: skip
+    finally:
+        model.train(was_training)
+    return [
+        _cut(tokenizer, row, list(new), ends, stop, max_tokens, len(prompts[row]), picks)
+        for row, new in enumerate(output[:, width:].tolist())
+    ]
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    found = getattr(model.generation_config, "eos_token_id", None)
+    found = tokenizer.eos_token_id if found is None else found
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def _cut(
+    tokenizer: Any, row: int, ids: list[int], ends: list[int], stop: Sequence[str], max_tokens: int, prompt_tokens: int, picks: _Picks
+) -> Generated:
+    """One row up to where it ends: an end token, or a stop text."""
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    reason = "length" if end is None and len(ids) >= max_tokens else "stop"
+    ids = ids[:end]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    places = [place for s in stop if (place := text.find(s)) >= 0]
+    if places:
+        text, reason = text[: min(places)], "stop"
+        while ids and len(tokenizer.decode(ids[:-1], skip_special_tokens=True)) >= len(text):
+            ids = ids[:-1]
+    # The end token's own row too, where it was reached: it says how likely it was to end there.
+    kept = len(ids) + (end is not None and not places)
+    return Generated(ids, text, reason, prompt_tokens, picks.logprobs(tokenizer, row, kept))
+
+
+class _Picks:
+    """A logits processor under greedy search: adds Gumbel noise, so that the largest is an exact draw, and keeps log-probabilities.
+
+    Gumbel, E. J. (1954). The noise of a row comes from a generator of its own.
+    """
+
+    def __init__(self, seeds: Sequence[str], temperature: float, logprobs: int) -> None:
+        self._temperature, self._k = temperature, logprobs
+        digests = [hashlib.sha256(seed.encode()).digest() for seed in seeds] if temperature > 0 else []
+        self._generators = [torch.Generator().manual_seed(int.from_bytes(d[:8], "little") >> 1) for d in digests]
+        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B, L], [B, V]
+        noisy = scores
+        if self._generators:
+            noise = torch.stack([torch.rand(scores.shape[-1], generator=g, dtype=torch.float64) for g in self._generators])
+            noisy = scores / self._temperature - noise.clamp(min=1e-300).log().neg().log().to(scores)
+        if self._k:
+            logprobs = scores.float().log_softmax(-1)
+            top = logprobs.topk(self._k)
+            picked = noisy.argmax(-1)
+            own = logprobs.gather(1, picked[:, None])[:, 0]
+            self._steps.append((picked.cpu(), own.cpu(), top.indices.cpu(), top.values.cpu()))
+        return noisy
+
+    def logprobs(self, tokenizer: Any, row: int, count: int) -> list[dict[str, Any]]:
+        """As a ``Reply`` has them, with the ids, which a server does not tell."""
+
+        def token(id: int, logprob: float) -> dict[str, Any]:
+            return {"token": tokenizer.decode([id]), "logprob": logprob, "id": id}
+
+        return [
+            {
+                **token(int(picked[row]), float(own[row])),
+                "top_logprobs": [token(i, p) for i, p in zip(ids[row].tolist(), values[row].tolist(), strict=True)],
+            }
+            for picked, own, ids, values in self._steps[:count]
+        ]

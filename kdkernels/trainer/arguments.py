@@ -1,0 +1,163 @@
+"""The arguments of a distillation: those of ``transformers.TrainingArguments``, and what the loss, the data and the rollouts need."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments
+
+from ..divergences import REGISTRY, Divergence, resolve
+from ..validation import check_choices
+from .features import FeatureLoss
+
+__all__ = ["DistillationArguments", "parse_divergence"]
+
+Overlong = Literal["error", "drop", "truncate"]
+
+
+def parse_divergence(value: Any) -> Divergence:
+    """A divergence from itself, a name, a name with parameters ``"jsd(beta=0.3)"``, or a mapping ``{"name": "jsd", "beta": 0.3}``.
+
+    Raises:
+        ValueError: no such name or parameter, or a parameter out of range; the message says what is valid.
+        TypeError: none of these.
+    """
+    if isinstance(value, Mapping):
+        parameters = dict(value)
+        name = parameters.pop("name", None)
+    elif isinstance(value, str) and "(" in value:
+        name, parameters = _call(value)
+    else:
+        return resolve(value)
+    cls = type(resolve(name))
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := [p for p in parameters if p not in known]:
+        raise ValueError(f"divergence {name!r} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+    return cls(**parameters)
+
+
+def _call(text: str) -> tuple[str, dict[str, Any]]:
+    """``"jsd(beta=0.3)"`` as ``("jsd", {"beta": 0.3})``."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args and all(k.arg for k in call.keywords)):
+            raise ValueError
+        return call.func.id, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f"divergence {text!r} can't be read: write a name, or a name with parameters such as 'jsd(beta=0.3)'; "
+            f"names: {', '.join(REGISTRY)}"
+        ) from None
+
+
+def _text(divergence: Divergence) -> str:
+    """The inverse of ``parse_divergence``: a string, so that arguments can be kept as JSON."""
+    values = dataclasses.asdict(divergence)
+    changed = {k: v for k, v in values.items() if v != getattr(type(divergence)(), k)}
+    return divergence.name + (f"({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else "")
+
+
+def _pairs(layers: Any) -> str:
+    """Pairs of layers as text, which JSON gives back as it was."""
+    if isinstance(layers, str):
+        return layers
+    try:
+        return ",".join(f"{int(s)}:{int(t)}" for s, t in (layers.items() if isinstance(layers, Mapping) else layers))
+    except (TypeError, ValueError):
+        raise ValueError(f"feature_layers={layers!r}: give (student, teacher) pairs, text such as '2:4,5:11', 'all' or 'last'") from None
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):  # type: ignore[misc]
+    """``transformers.TrainingArguments`` and, per scored token, the loss
+
+    ``kd_weight * T^2 * D(teacher, student; T) + ce_weight * CE(labels) + feature_weight * (feature loss)``.
+
+    Raises:
+        ValueError: a value that makes no sense; the message names the argument, the value and the way out.
+    """
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": f"A name, or a name with parameters such as jsd(beta=0.3). Names: {', '.join(REGISTRY)}."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "T > 0 of the divergence; divides both models' logits."})
+    t_squared: bool = field(default=True, metadata={"help": "Multiply the divergence and its gradient by T^2 (Hinton et al. 2015)."})
+    kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy of the data's own tokens, at T = 1."})
+    feature_weight: float = field(default=0.0, metadata={"help": "Weight of the feature loss between mapped layers."})
+    feature_layers: str = field(
+        default="all",
+        metadata={"help": "Which layers learn from which: student:teacher pairs such as 2:4,5:11, counted from 0; all; or last."},
+    )
+    feature_loss: Literal["mse", "cosine", "normalized_mse"] = field(default="mse", metadata={"help": "What compares the mapped layers."})
+    on_policy_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the batches whose responses the student writes itself (GKD's lambda)."}
+    )
+    sample_temperature: float = field(default=1.0, metadata={"help": "Temperature of the student's own responses; 0 is greedy."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Length of the student's own responses, at most."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of prompt and response, in either view. Default: what both models can take."}
+    )
+    overlong: Literal["error", "drop", "truncate"] = field(
+        default="error", metadata={"help": "Rows over max_length: refuse the data, leave them out, or cut the end of the response off."}
+    )
+    packing: bool = field(default=False, metadata={"help": "Several examples in a row of max_length; none attends to another."})
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Real size of the vocabulary; columns beyond it are cut off. Default: the tokenizer's, where the models differ."},
+    )
+    kd_on_prompt: bool = field(default=False, metadata={"help": "The divergence scores prompts too; the cross-entropy never does."})
+    memory_budget: int | None = field(default=None, metadata={"help": "Bytes for the loss's chunk buffers. Default: 1 GiB."})
+    ensemble_mode: Literal["probs", "logits"] = field(
+        default="probs", metadata={"help": "Of several teachers: the average of probabilities, or of logits."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it: the collator makes what the models need."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+
+    def __post_init__(self) -> None:
+        self.divergence = _text(parse_divergence(self.divergence))
+        self._check_numbers()
+        if getattr(self, "data_seed", None) is None:  # else the order of the data would follow whatever seed torch was given last
+            self.data_seed = self.seed
+        self.feature_layers = _pairs(self.feature_layers)
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would remove the teacher's view from each batch: leave it False")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor}: the loss has no label smoothing; leave it 0")
+        if getattr(self, "train_sampling_strategy", "random") == "group_by_length":
+            raise ValueError("train_sampling_strategy='group_by_length' is not supported: packing=True leaves no padding at all")
+        super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and > 0, got {self.temperature}")
+        for name in ("kd_weight", "ce_weight", "feature_weight", "sample_temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        if self.kd_weight == self.ce_weight == self.feature_weight == 0:
+            raise ValueError("kd_weight, ce_weight and feature_weight are all 0: there is nothing to learn from; give one a weight")
+        if not 0 <= self.on_policy_fraction <= 1:
+            raise ValueError(f"on_policy_fraction is a share, from 0 to 1, got {self.on_policy_fraction}")
+        if self.on_policy_fraction > 0 and self.kd_weight == 0:
+            raise ValueError(
+                f"on_policy_fraction={self.on_policy_fraction} with kd_weight=0: "
+                "on its own samples the student learns from the divergence only"
+            )
+        for name in ("max_new_tokens", "max_length", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        for name, valid in (
+            ("overlong", get_args(Overlong)),
+            ("ensemble_mode", ("probs", "logits")),
+            ("feature_loss", get_args(FeatureLoss)),
+        ):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
+        check_choices(memory_budget=self.memory_budget)

@@ -1,0 +1,259 @@
+"""Rows of text to token ids: the student's view, the teacher's view, and the response that both score."""
+
+from __future__ import annotations
+
+import warnings
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .example import Example
+from .rows import DataError, Row, RowSource, read_rows
+
+__all__ = ["DataError", "check_templates", "check_tokenizers", "load_examples", "read_rows"]
+
+PROBE = 'The quick brown fox: 3.14 ± "déjà vu"\n\tdef f(x): return x ** 2  # 東京 🙂'
+
+
+def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None = None, overlong: str = "error") -> list[Example]:
+    """Every row as an :class:`Example`.
+
+    A row is one of
+
+    - ``messages`` (the tokenizer's chat template) with a ``response``, or ending with the assistant's turn, which then is the response;
+    - ``prompt`` with ``response`` or ``completion``: prompt and response are tokenised apart, an end-of-text token follows;
+    - ``text``: every token but the first is scored.
+
+    The teacher reads the same, unless the row has ``teacher_messages``, ``teacher_prompt``, or ``demonstrations`` to read before the
+    prompt. ``weight`` multiplies the row's loss; ``task`` is kept; other fields mean nothing here.
+
+    Args:
+        source: a JSONL or Parquet file, a folder of them, a ``datasets.Dataset`` or a list of rows.
+        max_length: tokens of the longer view, at most.
+        overlong: what happens to rows beyond it: ``"error"``, ``"drop"`` (with a warning that counts them) or ``"truncate"`` (the end of
+            the response is cut off).
+
+    Raises:
+        DataError: naming file, row and field.
+    """
+    found, dropped, longest = [], 0, 0
+    for row in read_rows(source):
+        example = _example(row, tokenizer)
+        length = max(len(example.student_ids), len(example.teacher_ids))
+        if max_length is not None and length > max_length:
+            if overlong == "drop":
+                dropped, longest = dropped + 1, max(longest, length)
+                continue
+            if overlong != "truncate":
+                raise DataError(
+                    f"{row.where}: {length} tokens, more than max_length={max_length}: raise it if the models can take more, "
+                    "or choose overlong='drop' or overlong='truncate'"
+                )
+            example = _shortened(example, length - max_length, row)
+        found.append(example)
+    if dropped:
+        warnings.warn(
+            f"{dropped} of {dropped + len(found)} rows are over max_length={max_length} and left out; the longest has {longest} tokens",
+            stacklevel=2,
+        )
+    if not found:
+        raise DataError(f"no row is left: all {dropped} are over max_length={max_length}")
+    return found
+
+
+def _shortened(example: Example, cut: int, row: Row) -> Example:
+    kept = len(example.student_scored) - cut
+    if kept < 1:
+        raise DataError(
+            f"{row.where}: the prompt alone fills max_length, so no response token would be left: raise max_length or drop the row"
+        )
+    return Example(
+        example.student_ids[: len(example.student_ids) - cut], example.student_scored[:kept],
+        example.teacher_ids[: len(example.teacher_ids) - cut], example.teacher_scored[:kept],
+        example.weight, example.task,
+    )  # fmt: skip
+
+
+def _example(row: Row, tokenizer: Any) -> Example:
+    if "messages" in row or isinstance(row.fields.get("prompt"), list):
+        student, teacher, response = _chat(row, tokenizer)
+    elif "prompt" in row:
+        student, teacher, response = _prompted(row, tokenizer)
+    elif "text" in row:
+        ids = _ended(_encode(tokenizer, row.text("text"), special=True), tokenizer)
+        student, teacher, response = ids[:1], ids[:1], ids[1:]
+    else:
+        raise row.error("prompt", "a row needs 'prompt' and 'response', 'messages', or 'text'")
+    if not response:
+        raise row.error("text" if "text" in row else "response", "it holds no token to score")
+    if not student or not teacher:
+        raise row.error(
+            "prompt", "it holds no token: the first token of a response needs one before it (a tokenizer with a BOS token adds one)"
+        )
+    return Example(
+        array("i", student + response), range(len(student) - 1, len(student) + len(response) - 1),
+        array("i", teacher + response), range(len(teacher) - 1, len(teacher) + len(response) - 1),
+        row.number("weight", 1.0), row.text("task") if "task" in row else None,
+    )  # fmt: skip
+
+
+def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    end = tokenizer.eos_token_id
+    # What some tokenizers add at the end of a text does not belong between prompt and response.
+    return ids[:-1] if special and len(ids) > 1 and ids[-1] == end else ids
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _prompted(row: Row, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    prompt, name = row.text("prompt"), "completion" if "completion" in row and "response" not in row else "response"
+    response = _ended(_encode(tokenizer, row.text(name), special=False), tokenizer)
+    if "teacher_messages" in row:
+        teacher = _encode(tokenizer, _render(tokenizer, row.messages("teacher_messages"), row, "teacher_messages"), special=False)
+    else:
+        teacher_prompt = row.text("teacher_prompt") if "teacher_prompt" in row else prompt
+        teacher = _encode(tokenizer, "".join(text + "\n\n" for text in _demonstrations(row)) + teacher_prompt, special=True)
+    return _encode(tokenizer, prompt, special=True), teacher, response
+
+
+def _demonstrations(row: Row) -> Iterator[str]:
+    for turn in _demonstrated(row):
+        yield turn if isinstance(turn, str) else turn[0] + turn[1]
+
+
+def _demonstrated(row: Row) -> list[str | tuple[str, str]]:
+    """Each demonstration: text as it is, or a question and its answer."""
+    value = row.fields.get("demonstrations", [])
+    found: list[str | tuple[str, str]] = []
+    for demo in [value] if isinstance(value, str) else value:
+        fields = Row(demo, row.where) if isinstance(demo, Mapping) else None
+        if fields is None and not isinstance(demo, str):
+            raise row.error("demonstrations", "text, or objects with 'prompt' and 'response', are needed")
+        found.append(demo if fields is None else (fields.text("prompt"), fields.text("response")))
+    return found
+
+
+def _chat(row: Row, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    name = "messages" if "messages" in row else "prompt"
+    messages = row.messages(name)
+    if isinstance(row.fields.get("completion"), list):
+        (answer,) = row.messages("completion")
+    elif "response" in row or "completion" in row:
+        answer = {"role": "assistant", "content": row.text("response" if "response" in row else "completion")}
+    elif messages[-1]["role"] == "assistant":
+        answer = messages.pop()
+    else:
+        raise row.error("response", f"there is none, and {name!r} ends with the turn of the {messages[-1]['role']}, not the assistant")
+    prefix, response = _split(tokenizer, messages, answer, row, name)
+    student = _encode(tokenizer, prefix, special=False)
+    ids = _cut(_encode(tokenizer, response, special=False), tokenizer)
+    shown, their_name = messages, name
+    if "teacher_messages" in row:
+        shown, their_name = row.messages("teacher_messages"), "teacher_messages"
+        shown = shown[:-1] if shown[-1]["role"] == "assistant" else shown
+    elif "teacher_prompt" in row:
+        shown = [*messages[:-1], {"role": "user", "content": row.text("teacher_prompt")}]
+    if "demonstrations" in row:
+        shown = [*shown[:-1], *_turns(row), shown[-1]]
+    if shown is messages:
+        return student, student, ids
+    their_prefix, their_response = _split(tokenizer, shown, answer, row, their_name)
+    if their_response != response:
+        difference = _first_difference(tokenizer, response, their_response)
+        raise row.error(their_name, f"the chat template writes the response differently in the two views: {difference}")
+    return student, _encode(tokenizer, their_prefix, special=False), ids
+
+
+def _turns(row: Row) -> list[dict[str, Any]]:
+    turns = []
+    for demo in _demonstrated(row):
+        if isinstance(demo, str):
+            raise row.error("demonstrations", "beside chat messages, objects with 'prompt' and 'response' are needed")
+        turns += [{"role": "user", "content": demo[0]}, {"role": "assistant", "content": demo[1]}]
+    return turns
+
+
+def _cut(ids: list[int], tokenizer: Any) -> list[int]:
+    """A response up to the last end-of-text token: what templates write after it is no part of what a model generates."""
+    end = tokenizer.eos_token_id
+    return ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], row: Row, name: str, prompt: bool = True) -> str:
+    if tokenizer.chat_template is None:
+        raise row.error(name, "the tokenizer has no chat template: set tokenizer.chat_template, or give rows with 'prompt' and 'response'")
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # a template may raise what it likes
+        raise row.error(name, f"the chat template refuses it: {error}") from error
+    return text
+
+
+def _split(tokenizer: Any, messages: list[dict[str, Any]], answer: Mapping[str, Any], row: Row, name: str) -> tuple[str, str]:
+    """The text that a model is given, and what it should write: the template with the answer, less the template that asks for it."""
+    if not messages:
+        raise row.error(name, "there is no turn before the response")
+    prefix = _render(tokenizer, messages, row, name)
+    whole = _render(tokenizer, [*messages, answer], row, name, prompt=False)
+    if not whole.startswith(prefix):
+        difference = _first_difference(tokenizer, prefix, whole)
+        raise row.error(name, f"the chat template does not put the response after the generation prompt: {difference}")
+    return prefix, whole[len(prefix) :]
+
+
+def _first_difference(tokenizer: Any, one: str, other: str, other_tokenizer: Any = None) -> str:
+    a, b = (t(text, add_special_tokens=False)["input_ids"] for t, text in ((tokenizer, one), (other_tokenizer or tokenizer, other)))
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    shown = [
+        f"{t.decode(ids[at : at + 1])!r} (id {ids[at]})" if at < len(ids) else "the end"
+        for t, ids in ((tokenizer, a), (other_tokenizer or tokenizer, b))
+    ]
+    return f"token {at} is {shown[0]} in one and {shown[1]} in the other"
+
+
+def check_tokenizers(student: Any, teacher: Any) -> None:
+    """
+    Raises:
+        DataError: the two give different ids, with how many of them differ.
+    """
+    if student is teacher:
+        return
+    added = set(student.get_added_vocab()) ^ set(teacher.get_added_vocab())  # one more special token does no harm
+    one, other = ({t: i for t, i in tokenizer.get_vocab().items() if t not in added} for tokenizer in (student, teacher))
+    differing = {i for t, i in one.items() if other.get(t) != i} | {i for t, i in other.items() if one.get(t) != i}
+    probe = student.decode(range(0, len(student), max(1, len(student) // 256)), skip_special_tokens=True) + PROBE
+    if differing or student(probe)["input_ids"] != teacher(probe)["input_ids"]:
+        what = (
+            f"{len(differing):,} of {max(len(student), len(teacher)):,} ids stand for different tokens"
+            if differing
+            else "the ids are the same, but texts are split differently"
+        )
+        raise DataError(
+            f"the tokenizers of teacher and student differ: {what}. Distributions over different vocabularies can't be compared column by "
+            "column; "
+            "distillation across tokenizers is not supported: take a teacher and a student of one family, or train on the teacher's text"
+        )
+
+
+def check_templates(student: Any, teacher: Any, source: RowSource) -> None:
+    """
+    Raises:
+        DataError: the chat templates of the two write the first conversation of the data differently, with the first token that differs.
+    """
+    if student is teacher or student.chat_template == teacher.chat_template or None in (student.chat_template, teacher.chat_template):
+        return
+    row = next((row for row in read_rows(source) if "messages" in row), None)
+    if row is None:
+        return
+    messages = row.messages("messages")
+    one, other = (_render(t, messages, row, "messages", messages[-1]["role"] != "assistant") for t in (student, teacher))
+    if one != other:
+        raise row.error(
+            "messages",
+            f"the chat templates of student and teacher differ: {_first_difference(student, one, other, teacher)}. "
+            "Both views are written with the student's: give both tokenizers one template",
+        )

@@ -1,0 +1,308 @@
+"""The feature tap: hidden states of chosen decoder layers, student against teacher.
+
+Forward hooks keep the outputs of the mapped layers only (``output_hidden_states=True`` would keep all of them). Where widths differ, the
+student's features pass a learned linear projector first (Romero et al. 2015, FitNets; Jiao et al. 2020, TinyBERT), which is no part of
+the student that is saved.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import mean_denominator
+from .patching import is_measuring, unwrap
+from .weights import gathered, sharded_like, whole
+
+__all__ = ["FeatureLoss", "FeatureTap", "LayerPair", "LayerRecorder", "decoder_layers", "parse_layers"]
+
+FeatureLoss = Literal["mse", "cosine", "normalized_mse"]
+LayerPair = tuple[int, int]
+PROJECTORS = "kd_projectors"
+FILE = "projector.safetensors"
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal language model: the longest list of modules that is in no other list (experts are in one).
+
+    Towers for images and sound are passed over.
+
+    Raises:
+        ValueError: there is none, or there are several that together make up a layer (XLM).
+    """
+    base = unwrap(model)
+    lists = _outermost_lists(base)
+    longest = max((len(found) for _, found in lists), default=0)
+    candidates = [(parent, found) for parent, found in lists if len(found) == longest]
+    if len({id(parent) for parent, _ in candidates}) < len(candidates) or not longest:
+        raise ValueError(f"{type(base).__name__} has no list of decoder layers: its features can't be tapped, set feature_weight=0")
+    return max(candidates, key=lambda candidate: sum(p.numel() for p in candidate[1].parameters()))[1]
+
+
+def _outermost_lists(module: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """With their parents."""
+    found: list[tuple[nn.Module, nn.ModuleList]] = []
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            found.append((module, child))
+        elif getattr(child, "main_input_name", "input_ids") == "input_ids" and "text" in getattr(child, "input_modalities", "text"):
+            found += _outermost_lists(child)
+    return found
+
+
+def parse_layers(layers: str | Sequence[LayerPair], student_layers: int, teacher_layers: int) -> list[LayerPair]:
+    """Pairs of layer indices, counted from 0, of a map.
+
+    Args:
+        layers: pairs ``(student, teacher)``, the same as text (``"2:4,5:11"``), ``"last"``, or ``"all"``: every student layer with the
+            teacher layer that is as deep. Negative indices count from the end.
+        student_layers, teacher_layers: how many there are.
+
+    Raises:
+        ValueError: text that is none of these, no pair, or an index out of range.
+    """
+    if isinstance(layers, str):
+        text = layers.strip()
+        if text == "all":
+            layers = [(i, -(-(i + 1) * teacher_layers // student_layers) - 1) for i in range(student_layers)]
+        elif text == "last":
+            layers = [(-1, -1)]
+        else:
+            try:
+                layers = [(int(s), int(t)) for s, t in (pair.split(":") for pair in text.split(","))]
+            except ValueError:
+                raise ValueError(f'feature_layers={text!r}: write "student:teacher" pairs ("2:4,5:11"), "all" or "last"') from None
+    if not layers:
+        raise ValueError('feature_layers is empty: give pairs such as "2:4,5:11", "all" or "last"')
+    return [(_index(student, student_layers, "student"), _index(teacher, teacher_layers, "teacher")) for student, teacher in layers]
+
+
+def _index(index: int, count: int, whose: str) -> int:
+    if not -count <= index < count:
+        raise ValueError(f"feature_layers names layer {index} of the {whose}, which has {count}: use {-count}..{count - 1}")
+    return index % count
+
+
+class LayerRecorder:
+    """Keeps what some decoder layers return, for the calls in ``with recorder.recording(input_ids) as features``."""
+
+    def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
+        layers = decoder_layers(model)
+        self.layers = {i: layers[i] for i in sorted(set(indices))}
+
+    @contextmanager
+    def recording(self, input_ids: Tensor) -> Iterator[dict[int, Tensor]]:
+        """Yields a dict that a forward pass of this thread on ``input_ids`` ``[B, L]`` fills: layer -> ``[B, L, D]``.
+
+        Raises:
+            ValueError: in the forward pass, for layers whose output has another shape.
+            RuntimeError: in the forward pass, for layers under reentrant gradient checkpointing, where features have no gradient.
+        """
+        features: dict[int, Tensor] = {}
+        thread, grad, shape = threading.get_ident(), torch.is_grad_enabled(), input_ids.shape
+
+        def keep(index: int, output: Any) -> None:
+            if threading.get_ident() != thread or is_measuring():
+                return
+            feature = output[0] if isinstance(output, tuple | list) else output
+            if feature.dim() != 3 or feature.shape[:2] != shape:
+                raise ValueError(
+                    f"layer {index} returns {list(feature.shape)} for input_ids of {list(shape)}, and not [batch, length, width]: "
+                    "the features of this model can't be tapped, set feature_weight=0"
+                )
+            if grad and not torch.is_grad_enabled():
+                raise RuntimeError(
+                    "features of a layer under reentrant gradient checkpointing have no gradient: "
+                    'set gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
+            features[index] = feature
+
+        def hook(index: int) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _module, _inputs, output: keep(index, output)
+
+        handles = [layer.register_forward_hook(hook(index)) for index, layer in self.layers.items()]
+        try:
+            yield features
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class FeatureTap:
+    """Distance between the features of mapped layers, over the scored tokens.
+
+    Build it before ``Trainer.__init__``: where widths differ, projectors become a part of the student (``kd_projectors``), so that
+    optimiser and wrappers see them. ``save_pretrained`` leaves them out; :meth:`save` keeps them.
+
+    Args:
+        student, teacher: transformers models, or PEFT models or wrappers around them.
+        layers: see :func:`parse_layers`.
+        kind: per token and pair, over the teacher's width: ``"mse"``: mean of squared differences; ``"cosine"``: 1 - cosine similarity;
+            ``"normalized_mse"``: mse after layer normalisation of both, without scale and shift.
+
+    Raises:
+        ValueError: an unknown ``kind``, a layer that isn't there.
+
+    Example::
+
+        tap = FeatureTap(student, teacher, "all")
+        with tap.student.recording(student_ids) as of_student, tap.teacher.recording(teacher_ids) as of_teacher:
+            ...  # the forward passes of both
+        loss = tap.loss(of_student, of_teacher, student_rows, teacher_rows, num_items=num_items)
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, layers: str | Sequence[LayerPair], kind: FeatureLoss = "mse") -> None:
+        if kind not in get_args(FeatureLoss):
+            raise ValueError(f"feature loss {kind!r}: choose one of {', '.join(map(repr, get_args(FeatureLoss)))}")
+        self.kind = kind
+        self.pairs = parse_layers(layers, len(decoder_layers(student)), len(decoder_layers(teacher)))
+        self.student = LayerRecorder(student, [s for s, _ in self.pairs])
+        self.teacher = LayerRecorder(teacher, [t for _, t in self.pairs])
+        self._base: Any = unwrap(student)
+        self._attach(_width(self._base), _width(unwrap(teacher)))
+
+    @property
+    def projectors(self) -> nn.ModuleDict | None:
+        """``"student_teacher"`` -> linear layer ``[Dt, Ds]``, at home in the student; None where widths are equal."""
+        return getattr(self._base, PROJECTORS, None)
+
+    def _attach(self, student_width: int, teacher_width: int) -> None:
+        self.detach()
+        if student_width == teacher_width:
+            return
+        like = next((p for p in self.student.layers[self.pairs[0][0]].parameters() if p.is_floating_point()), torch.empty(0))
+        projectors = nn.ModuleDict()
+        for pair in self.pairs:
+            projectors[_name(pair)] = nn.Linear(student_width, teacher_width, bias=False, dtype=like.dtype, device=like.device)
+        setattr(self._base, PROJECTORS, projectors)
+        self._base._keys_to_ignore_on_save = set(getattr(self._base, "_keys_to_ignore_on_save", None) or ()) | self._keys(projectors)
+
+    def detach(self) -> None:
+        """Takes the projectors off the student."""
+        projectors = self.projectors
+        if projectors is not None:
+            self._base._keys_to_ignore_on_save = set(self._base._keys_to_ignore_on_save) - self._keys(projectors)
+            delattr(self._base, PROJECTORS)
+
+    @staticmethod
+    def _keys(projectors: nn.ModuleDict) -> set[str]:
+        return {f"{PROJECTORS}.{key}" for key in projectors.state_dict()}
+
+    def loss(
+        self,
+        student: dict[int, Tensor],
+        teacher: dict[int, Tensor],
+        student_rows: Tensor,
+        teacher_rows: Tensor,
+        num_items: int | Tensor | None = None,
+        token_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Mean over the pairs of layers of the sum over tokens, divided by ``num_items``: 0-dim float32 (float64 for float64 features).
+
+        Args:
+            student, teacher: what the recorders kept: layer -> ``[B, L, D]``, batch and length of each model's own view.
+            student_rows, teacher_rows: ``[n]`` int64, positions of the same n tokens in the flattened ``[B * L]`` of each view.
+            num_items: the denominator, as of :func:`~kdkernels.distillation_loss`; default: n.
+            token_weights: ``[n]``, multiplies each token's distance.
+
+        Raises:
+            ValueError: rows of unlike count, features of no or of another shape.
+        """
+        if student_rows.shape != teacher_rows.shape:
+            raise ValueError(
+                f"student_rows has shape {list(student_rows.shape)}, teacher_rows {list(teacher_rows.shape)}: both name the same tokens"
+            )
+        total: Tensor | None = None
+        for pair in self.pairs:
+            s = _rows(student, pair[0], student_rows, "student")
+            t = _rows(teacher, pair[1], teacher_rows, "teacher").detach()
+            if self.projectors is not None:
+                projector: Any = self.projectors[_name(pair)]
+                s = projector(s.to(projector.weight.dtype))
+            if s.shape != t.shape:
+                raise ValueError(f"layers {pair[0]}:{pair[1]}: the student's features are {s.shape[-1]} wide, the teacher's {t.shape[-1]}")
+            each = _distance(self.kind, s, t)
+            if token_weights is not None:
+                each = each * token_weights.to(each.dtype)
+            total = each.sum() if total is None else total + each.sum()
+        assert total is not None
+        count = torch.tensor(student_rows.numel(), device=total.device)
+        return total / len(self.pairs) / mean_denominator(num_items, count, total.dtype)
+
+    def save(self, directory: str | Path, write: bool = True) -> None:
+        """Writes ``projector.safetensors``, whole or not at all. Where the student is sharded every rank calls it, one with ``write``."""
+        from safetensors.torch import save_file
+
+        if self.projectors is None:
+            return
+        with gathered(list(self.projectors.parameters())):
+            state = {name: whole(value.detach()).cpu().clone() for name, value in self.projectors.named_parameters()}
+        if write:
+            path = Path(directory) / FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            save_file(state, temporary, metadata={"kind": self.kind})
+            os.replace(temporary, path)
+
+    def load(self, directory: str | Path) -> None:
+        """Reads what :meth:`save` has written.
+
+        Raises:
+            FileNotFoundError: there are projectors, but no file.
+            ValueError: the file is of another map of layers, or of other widths.
+        """
+        from safetensors.torch import load_file
+
+        if self.projectors is None:
+            return
+        path = Path(directory) / FILE
+        state = load_file(path)
+        with gathered(list(self.projectors.parameters()), modified=True), torch.no_grad():
+            own = dict(self.projectors.named_parameters())
+            expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
+            if expected != found:
+                raise ValueError(f"{path} holds {found}, but feature_layers and the models' widths ask for {expected}")
+            for name, parameter in own.items():
+                parameter.copy_(sharded_like(parameter, state[name]))
+
+
+def _name(pair: LayerPair) -> str:
+    return f"{pair[0]}_{pair[1]}"
+
+
+def _width(base: nn.Module) -> int:
+    config: Any = base.config
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if width is None:
+        raise ValueError(f"{type(base).__name__} has no one hidden size: its features can't be tapped, set feature_weight=0")
+    return int(width)
+
+
+def _rows(features: dict[int, Tensor], layer: int, rows: Tensor, whose: str) -> Tensor:
+    """``[n, D]``"""
+    feature = features.get(layer)
+    if feature is None:
+        raise ValueError(f"layer {layer} of the {whose} was not recorded: run its forward pass inside recording()")
+    if feature.dim() != 3:
+        raise ValueError(
+            f"layer {layer} of the {whose} returns {list(feature.shape)} and not [batch, length, width]: its features can't be used"
+        )
+    return feature.flatten(0, 1).index_select(0, rows)
+
+
+def _distance(kind: FeatureLoss, s: Tensor, t: Tensor) -> Tensor:
+    """``[n]``, of ``[n, D]`` features"""
+    dtype = torch.float64 if torch.float64 in (s.dtype, t.dtype) else torch.float32
+    s, t = s.to(dtype), t.to(dtype)
+    if kind == "cosine":
+        return 1 - nn.functional.cosine_similarity(s, t, dim=-1)
+    if kind == "normalized_mse":
+        s, t = (nn.functional.layer_norm(x, x.shape[-1:]) for x in (s, t))
+    return (s - t).square().mean(-1)

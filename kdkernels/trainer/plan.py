@@ -1,0 +1,109 @@
+"""``kdkernels train --plan``: what a run would be, without loading a weight or writing a file."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .. import losses
+from ..sides import LMHead, Sampled, TopK
+from .arguments import parse_divergence
+from .collator import pack
+from .data import load_examples
+from .example import Example
+from .loading import cache_of, load, tokenizer_of
+from .settings import Settings
+from .setup import longest
+
+__all__ = ["plan"]
+
+
+def plan(settings: Settings, console: Console) -> None:
+    """Shows models, tokens, steps and memory of a run, without loading a weight or writing a file."""
+    args = settings.args
+    transformers.logging.set_verbosity_error()
+    tokenizer = tokenizer_of(settings)
+    models = [
+        ("student", settings.student, settings.student_dtype),
+        *(("teacher", path, settings.teacher_dtype) for path in settings.teacher),
+    ]
+    skeletons = [_skeleton(path, role) for role, path, _ in models]
+    cache = cache_of(settings, tokenizer) if settings.cache else None
+    limit = longest(args.max_length, args.packing, skeletons)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong)
+    for (role, path, dtype), model in zip(models, skeletons, strict=True):
+        count = sum(p.numel() for p in model.parameters())
+        kept = (
+            dtype
+            if dtype != "auto"
+            else "float32"
+            if role == "student" and (args.bf16 or args.fp16)
+            else str(model.config.dtype or torch.float32)
+        )
+        kept = kept.removeprefix("torch.")
+        size = count * getattr(torch, kept).itemsize / 2**30
+        console.print(f"{role}: {path}, {count / 1e6:,.1f} M parameters, {size:,.2f} GiB in {kept}, {_columns(model):,} columns of logits")
+    if cache is not None:
+        console.print(f"teacher: cache {settings.cache} ({cache.kind}), {cache.vocab_size:,} tokens in the vocabulary")
+    for warning in said:
+        console.print(str(warning.message))
+    rows = pack(examples, limit) if args.packing and limit else [(e,) for e in examples]
+    scored, tokens = sum(len(e.student_scored) for e in examples), sum(len(e.student_ids) for e in examples)
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    an_epoch = math.ceil(math.ceil(len(rows) / (args.per_device_train_batch_size * args.world_size)) / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(an_epoch * args.num_train_epochs)
+    console.print(
+        f"data: {len(examples):,} examples in {len(rows):,} rows; {tokens:,} tokens, {scored:,} of them scored; "
+        f"the longest example has {max(map(_length, examples)):,}"
+    )
+    console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs")
+    _plan_memory(args, skeletons, cache, rows, console)
+
+
+def _skeleton(path: str, role: str) -> Any:
+    config = load(AutoConfig, path, role)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _length(example: Example) -> int:
+    return max(len(example.student_ids), len(example.teacher_ids))
+
+
+def _columns(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence[tuple[Example, ...]], console: Console) -> None:
+    student, *teachers = skeletons
+    largest = sorted((sum(len(e.student_scored) for e in row) for row in rows), reverse=True)[: args.per_device_train_batch_size]
+    vocab = min([_columns(model) for model in skeletons] + ([] if cache is None else [cache.vocab_size]))
+
+    def side(model: Any, grad: bool) -> LMHead:
+        weight = torch.empty(_columns(model), model.get_output_embeddings().weight.shape[1], device="meta", requires_grad=grad)
+        return LMHead(torch.empty(sum(largest), weight.shape[1], device="meta", requires_grad=grad), weight, vocab_size=vocab)
+
+    ours = side(student, True)
+    theirs: LMHead | TopK | Sampled = side(teachers[0] if teachers else student, False)
+    if cache is not None and cache.kind != "hidden":
+        ids = torch.empty(sum(largest), cache.manifest.identity.k, dtype=torch.int64, device="meta")
+        theirs = TopK(ids, ids.float(), temperature=args.temperature) if cache.kind == "topk" else Sampled(ids, ids)
+    found = losses.plan(ours, theirs, divergence=parse_divergence(args.divergence), memory_budget=args.memory_budget, return_stats=True)
+    trainable = sum(p.numel() for p in student.parameters())
+    console.print(
+        f"loss: at most {sum(largest):,} scored tokens in a batch, in {found.num_chunks} chunk{'s' if found.num_chunks != 1 else ''}: "
+        f"{found.buffer_bytes / 2**20:,.0f} MiB of buffers, where dense logits take {found.dense_bytes / 2**20:,.0f} MiB"
+    )
+    console.print(
+        f"student: {trainable * 16 / 2**30:,.2f} GiB of float32 weights, gradients and Adam states, if all of it is trained; "
+        "activations come on top"
+    )

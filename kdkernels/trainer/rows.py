@@ -1,0 +1,120 @@
+"""Rows of training data from wherever they are kept, each with its place, so that an error can name it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DataError", "Row", "RowSource", "read_rows"]
+
+SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+
+
+class DataError(ValueError):
+    """Data that can't be trained on. The message names the file, the row and the field."""
+
+
+class Row:
+    """One row, and checked access to its fields."""
+
+    def __init__(self, fields: Any, where: str) -> None:
+        if not isinstance(fields, Mapping):
+            raise DataError(f'{where}: an object is needed, such as {{"prompt": ..., "response": ...}}, not {type(fields).__name__}')
+        # Columns that other rows fill come as None out of Parquet.
+        self.fields = {str(name): value for name, value in fields.items() if value is not None}
+        self.where = where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
+    def error(self, name: str, problem: str) -> DataError:
+        return DataError(f"{self.where}, field {name!r}: {problem}. The row has: {', '.join(self.fields) or 'nothing'}")
+
+    def text(self, name: str) -> str:
+        value = self.fields.get(name)
+        if not isinstance(value, str) or not value:
+            raise self.error(
+                name, "text is needed, and " + ("there is none" if name not in self else f"it is {json.dumps(value, default=str)[:60]}")
+            )
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.fields.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise self.error(name, f"a number >= 0 is needed, and it is {json.dumps(value, default=str)[:60]}")
+        return float(value)
+
+    def messages(self, name: str) -> list[dict[str, Any]]:
+        value = self.fields.get(name)
+        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+            raise self.error(name, 'a list of {"role": ..., "content": ...} is needed')
+        for number, message in enumerate(value):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise self.error(name, f"message {number} needs a role and a content, both text")
+        return [{k: v for k, v in message.items() if v is not None} for message in value]
+
+
+RowSource = str | Path | Iterable[Mapping[str, Any]]
+"""A JSONL or Parquet file, a folder of them, a ``datasets.Dataset``, or rows as dictionaries."""
+
+
+def read_rows(source: RowSource) -> Iterator[Row]:
+    """The rows of a source, in order.
+
+    Raises:
+        DataError: no such file, a format that isn't known, a line that is no JSON object, or no rows at all.
+    """
+    count = 0
+    for where, fields in _numbered(source):
+        count += 1
+        yield Row(fields, where)
+    if not count:
+        raise DataError(f"{source if isinstance(source, (str, Path)) else 'the data'} holds no rows")
+
+
+def _numbered(source: RowSource) -> Iterator[tuple[str, Any]]:
+    if not isinstance(source, (str, Path)):
+        if not hasattr(source, "__len__"):
+            raise DataError(
+                f"data of type {type(source).__name__} has no length: give a list, a datasets.Dataset or a file; streams are not supported"
+            )
+        yield from ((f"row {number}", row) for number, row in enumerate(source, 1))
+        return
+    path = Path(source)
+    files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise DataError(f"{path}: no such file" if not path.is_dir() else f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+    for file in files:
+        if file.suffix == ".parquet":
+            yield from _parquet(file)
+        elif file.suffix in SUFFIXES:
+            yield from _jsonl(file)
+        else:
+            raise DataError(f"{file}: the format is told by the name, which ends in none of {', '.join(SUFFIXES)}")
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, row {number}"
+            try:
+                yield where, json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where}: not JSON in UTF-8 ({error})") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not Parquet ({error})") from None

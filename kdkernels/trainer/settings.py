@@ -1,0 +1,159 @@
+"""The options of ``kdkernels train``: a config file, the command line over it, and what of them decides a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["Settings", "TrainError", "read_config", "read_settings"]
+
+MINE = ("teacher", "student", "data", "eval_data", "cache", "student_dtype", "teacher_dtype")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FIXED = (
+    "divergence", "temperature", "t_squared", "kd_weight", "ce_weight", "feature_weight", "feature_layers", "feature_loss",
+    "on_policy_fraction", "sample_temperature", "max_new_tokens", "max_length", "overlong", "packing", "vocab_size", "kd_on_prompt",
+    "ensemble_mode", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "bf16", "fp16",
+)  # fmt: skip
+"""Fields that an interrupted run is finished with as it was begun: another value would be ignored, or spoil it."""
+
+
+class TrainError(ValueError):
+    """Options, models or data that can't be trained with; the message names which, and the way out."""
+
+
+@dataclass
+class Settings:
+    """Paths and models of a run; ``args`` are its DistillationArguments."""
+
+    student: str
+    data: str
+    teacher: list[str] = field(default_factory=list)
+    eval_data: str | None = None
+    cache: str | None = None
+    student_dtype: str = "auto"
+    teacher_dtype: str = "auto"
+    args: Any = None
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on, data by its content."""
+        fields = json.loads(self.args.to_json_string())
+        own = {name: getattr(self, name) for name in ("student", "teacher", "cache", "student_dtype", "teacher_dtype")}
+        return {**own, "data": _digest(Path(self.data)), **{name: fields[name] for name in FIXED if name in fields}}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Options of a YAML or JSON file, dashes as underscores.
+
+    Raises:
+        TrainError: no such file, a format that isn't known, or no mapping in it.
+    """
+    if not path.is_file():
+        raise TrainError(f"--config {path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            value = json.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            value = yaml.safe_load(text)
+        else:
+            raise TrainError(f"--config {path}: the format is told by the name: .yaml or .json")
+    except TrainError:
+        raise
+    except Exception as error:  # of either parser
+        raise TrainError(f"--config {path}: can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(value, Mapping):
+        raise TrainError(
+            f"--config {path}: a mapping of options is needed, such as {{student: ..., data: ...}}, not {type(value).__name__}"
+        )
+    return {str(name).replace("-", "_"): part for name, part in value.items()}
+
+
+def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Sequence[str]) -> Settings:
+    """Settings from a config, the command's own options (None: not given), and ``rest``: ``--field value`` of DistillationArguments.
+
+    Raises:
+        TrainError: an unknown name (with the nearest valid one), a value that can't be read, or something that is missing.
+    """
+    from transformers import HfArgumentParser
+
+    from .arguments import DistillationArguments
+
+    class Parser(HfArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise TrainError(message.replace("argument ", "", 1))
+
+    parser = Parser(DistillationArguments, allow_abbrev=False)
+    fields = [f.name for f in dataclasses.fields(DistillationArguments) if f.init]
+    options = [option for action in parser._actions for option in action.option_strings]
+    for name in config:
+        if name not in MINE and name not in fields:
+            raise TrainError(f"unknown option {name!r} in the config{_nearest(name, [*MINE, *fields])}")
+    for word in rest:
+        option = word.partition("=")[0]
+        if word.startswith("--") and option not in options:
+            known = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
+            raise TrainError(f"unknown option {option}{_nearest(option, known)}")
+    own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
+    own["teacher"] = [own["teacher"]] if isinstance(own["teacher"], str) else list(own["teacher"] or [])
+    for name in ("student", "data"):
+        if not own[name]:
+            raise TrainError(f"--{name} is missing")
+    for name in ("student_dtype", "teacher_dtype"):
+        own[name] = own[name] or "auto"
+        if own[name] not in DTYPES:
+            raise TrainError(f"--{name.replace('_', '-')} {own[name]!r}: choose one of {', '.join(DTYPES)}")
+    defaults = {name: value for name, value in config.items() if name in fields}
+    parser.set_defaults(**{**{name: _plain(value) for name, value in defaults.items()}, **_quiet(defaults)})
+    namespace, strays = parser.parse_known_args(list(rest))
+    if strays:
+        raise TrainError(f"{strays[0]!r} belongs to no option; write --option value")
+    if not namespace.output_dir:
+        raise TrainError("--output-dir is missing: the folder of checkpoints and of the trained model")
+    try:
+        args = DistillationArguments(**vars(namespace))
+    except (ValueError, TypeError, ImportError) as error:
+        raise TrainError(" ".join(str(error).split())) from error
+    for role, path in (("student", own["student"]), *(("teacher", path) for path in own["teacher"])):
+        if Path(path).exists() and Path(path).resolve() == Path(args.output_dir).resolve():
+            raise TrainError(f"--output-dir {args.output_dir} is the --{role}, which would be overwritten: choose another folder")
+    settings = Settings(**{name: own[name] for name in MINE if own[name] is not None}, args=args)
+    if settings.cache and settings.teacher:
+        raise TrainError("--cache and --teacher: the cache is the teacher; give one of them")
+    if not settings.cache and not settings.teacher and (args.kd_weight > 0 or args.feature_weight > 0):
+        raise TrainError("--teacher is missing (a model's folder or name; several times for several), or --cache")
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """A value of a config as the parser takes defaults: text where it converts text."""
+    if isinstance(value, Mapping) and "name" in value:
+        return f"{value['name']}({', '.join(f'{k}={v!r}' for k, v in value.items() if k != 'name')})"
+    return value
+
+
+def _quiet(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if "disable_tqdm" in given else {"disable_tqdm": True}
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; nearest: {near[0]}" if near else "; see `kdkernels train --help`"
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file, or of a folder's files."""
+    found = hashlib.sha256()
+    for file in sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]:
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()

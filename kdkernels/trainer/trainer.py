@@ -1,0 +1,253 @@
+"""``DistillationTrainer``: ``transformers.Trainer`` with the loss of this package."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..teachers.live import LiveTeacher
+from ..teachers.source import TeacherSource
+from .arguments import DistillationArguments, parse_divergence
+from .collator import Collator, pack
+from .data import load_examples
+from .example import Example
+from .features import PROJECTORS, FeatureTap
+from .head import HeadTap
+from .objective import TERMS, Objective
+from .patching import unwrap
+from .rollouts import chosen, rollouts
+from .setup import check_kept, check_packing, longest, place, teacher_source
+
+__all__ = ["DistillationTrainer"]
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """Distils ``teacher`` into ``model``.
+
+    The loss of a step is a sum over its scored tokens divided by their number in the whole step, all micro-batches and ranks together, so
+    it does not depend on how the step is split. A mixture-of-experts student's own auxiliary loss is added, averaged over the same tokens.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        teacher: a model, several (``args.ensemble_mode``), or a teacher source such as a cache; None with ``kd_weight=0``.
+        args: DistillationArguments.
+        train_dataset, eval_dataset: rows, a ``datasets.Dataset``, a file (see ``load_examples``), or ``Example`` objects; for evaluation
+            also a dictionary of several.
+        processing_class: the tokenizer of both models.
+
+    Raises:
+        TypeError, ValueError: arguments, models or data that do not fit together; the message names what, and the way out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module] | TeacherSource | None = None,
+        args: DistillationArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, DistillationArguments):
+            raise TypeError(f"args must be DistillationArguments, got {type(args).__name__}")
+        if processing_class is None:
+            raise TypeError("processing_class is missing: give the tokenizer of student and teacher")
+        if isinstance(train_dataset, Mapping):
+            raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): give one of its data sets")
+        self.teacher, self.vocab_size = teacher_source(model, teacher, args, processing_class)
+        live = self.teacher.models if isinstance(self.teacher, LiveTeacher) else []
+        self.max_length = longest(args.max_length, args.packing, [model, *live])
+        features = FeatureTap(model, live[0], args.feature_layers, args.feature_loss) if args.feature_weight > 0 else None
+        self.objective = Objective(
+            HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse_divergence(args.divergence),
+            args.temperature, args.t_squared, args.kd_weight, args.ce_weight, args.memory_budget,
+        )  # fmt: skip
+        pad = processing_class.pad_token_id
+        attention = str(getattr(unwrap(model).config, "_attn_implementation", ""))
+        collator = Collator(
+            pad_id=pad if pad is not None else processing_class.eos_token_id or 0,
+            packed=args.packing,
+            flat=args.packing and "flash" in attention,
+            kd_on_prompt=args.kd_on_prompt,
+            salt=None if live or self.teacher is None else getattr(self.teacher, "salt", ""),
+            keep=args.on_policy_fraction > 0,
+            multiple=16,
+            limit=self.max_length,
+        )
+        self.tokenizer, self._overlong, self._packing = processing_class, args.overlong, args.packing
+        super().__init__(
+            model=model, args=args, data_collator=collator, train_dataset=self.items(train_dataset),
+            eval_dataset=self.items(eval_dataset), processing_class=processing_class, **kwargs,
+        )  # fmt: skip
+        # compute_loss divides a sum by the number of items of the whole step.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._sums, self._eval_sums = (torch.zeros(len(TERMS), dtype=torch.float64, device=args.device) for _ in range(2))
+        self._logged_at: float | None = None
+        self._checked = not args.packing
+        if isinstance(self.teacher, LiveTeacher):
+            place(self.teacher, args.device)
+
+    def items(self, source: Any) -> Any:
+        """What a batch is made of, from anything that holds rows."""
+        if source is None or (isinstance(source, list) and source and isinstance(source[0], tuple)):
+            return source
+        if isinstance(source, Mapping):
+            return {name: self.items(part) for name, part in source.items()}
+        given = isinstance(source, list) and source and isinstance(source[0], Example)
+        examples = source if given else load_examples(source, self.tokenizer, max_length=self.max_length, overlong=self._overlong)
+        check_kept(self.teacher, examples)
+        if self._packing:
+            assert self.max_length is not None
+            return pack(examples, self.max_length)
+        return [(example,) for example in examples]
+
+    # Training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class."""
+        # An evaluation before the training marks the model as prepared; DDP would then not be put around it, and gradients differ by rank.
+        if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of a step; those that the student writes itself are written here, before tokens are counted."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        args, wrote = self.args, False
+        for micro, batch in enumerate(batches):
+            place = args.seed, self.state.global_step, micro
+            if args.on_policy_fraction > 0 and chosen(args.on_policy_fraction, *place):
+                written = rollouts(
+                    self.model, batch["items"], self.tokenizer, temperature=args.sample_temperature, max_new_tokens=args.max_new_tokens,
+                    max_length=self.max_length, vocab_size=self.vocab_size, place=(*place, args.process_index),
+                )  # fmt: skip
+                batches[micro] = {**self.data_collator(written), "on_policy": True}
+                wrote = True
+        return batches, self._get_num_items_in_batch(batches, device) if wrote else num_items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """Sum over the batch's scored tokens divided by ``num_items_in_batch``, those of the whole step."""
+        self._check_packing(model)
+        if self._logged_at is None:
+            self._logged_at = time.perf_counter()
+        loss, sums = self.objective(model, inputs)
+        self._sums += sums
+        items = num_items_in_batch if num_items_in_batch is not None else inputs["scored"].numel()
+        loss = loss / torch.as_tensor(items, device=loss.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The wrapper averages gradients over the ranks, and the items are those of all of them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _check_packing(self, model: nn.Module) -> None:
+        if not self._checked:
+            check_packing(self.objective.tap, model, self.args.device)
+            if isinstance(self.teacher, LiveTeacher):
+                for tap, teacher in zip(self.teacher.taps, self.teacher.models, strict=True):
+                    check_packing(tap, teacher, next(teacher.parameters()).device)
+            self._checked = True
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms of the loss, averaged over the scored tokens of all ranks since the last log, and speed and memory."""
+        if "loss" in logs and self._logged_at is not None:
+            now = time.perf_counter()
+            sums = self.accelerator.reduce(self._sums, "sum")
+            logs.update(self._means(sums))
+            logs.pop("objective")  # the loss of the base class says it, averaged over steps
+            logs["valid_tokens"] = tokens = logs.pop("tokens")
+            logs["tokens_per_second"] = tokens / max(now - self._logged_at, 1e-9)
+            logs["peak_memory_mib"] = _peak_memory(self.args.device) / 2**20
+            self._sums.zero_()
+            self._logged_at = now
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._logged_at is not None:  # evaluations and checkpoints are no training time
+            self._logged_at += time.perf_counter() - max(start, self._logged_at)
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        """Of each term that there is, by its name; and the tokens."""
+        values = dict(zip(TERMS, sums.tolist(), strict=True))
+        tokens = values.pop("tokens")
+        if self.args.kd_weight == 0:
+            values = {name: values[name] for name in ("cross_entropy", "feature_loss", "aux_loss", "objective")}
+        if self.objective.features is None:
+            del values["feature_loss"]
+        if self.objective.tap.aux_coefficient is None:
+            del values["aux_loss"]
+        return {**{name: value / max(tokens, 1) for name, value in values.items()}, "tokens": tokens}
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As in the base class, for rows as well; every metric is a mean over all scored tokens."""
+        named = eval_dataset is None or isinstance(eval_dataset, str)
+        metrics: dict[str, float] = super().evaluate(eval_dataset if named else self.items(eval_dataset), ignore_keys, metric_key_prefix)
+        return metrics
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._eval_sums.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._means(self._eval_sums)
+        means.pop("aux_loss", None)  # it is a mean over a batch, not over tokens
+        means["loss"] = means.pop("objective")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """``(loss, None, None)``: the mean over this batch. What counts are the sums by item, without the copies that even out ranks."""
+        self._check_packing(model)
+        with torch.no_grad():
+            _, sums = self.objective(model, self._prepare_inputs(inputs), each=True)
+        own = sums.sum(0)
+        self._eval_sums += self.accelerator.gather_for_metrics(sums).sum(0)
+        return (own[TERMS.index("objective")] / own[TERMS.index("tokens")].clamp(min=1)).float(), None, None
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student as ``from_pretrained`` reads it, and beside it ``projector.safetensors`` where features were distilled."""
+        super().save_model(output_dir, _internal_call)
+        if self.objective.features is not None:
+            self.objective.features.save(output_dir or self.args.output_dir, write=self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if f"{PROJECTORS}." not in name}
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.objective.features is not None:
+            self.objective.features.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.objective.features is not None:
+            self.objective.features.load(self.state.best_model_checkpoint)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator, or on a CPU of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,162 @@
+"""The matrix behind an LM head, whatever holds it: a linear layer, a PEFT adapter on one, a shard of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .patching import Replacement
+
+__all__ = ["HeadWeights", "UnsupportedHead", "gathered", "read_head", "sharded_like", "whole"]
+
+
+class UnsupportedHead(ValueError):
+    """The head can't be taken apart into hidden states and a matrix. The message completes "because"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA on the head: ``scaling * dropout(h) @ A.T @ B.T`` (Hu et al. 2021)."""
+
+    a: nn.Linear
+    b: nn.Linear
+    dropout: nn.Module
+    scaling: float
+
+
+class HeadWeights:
+    """``[V, D]`` and a bias, with their adapters; read anew for each forward pass, since a step changes them."""
+
+    def __init__(self, linear: nn.Module, adapters: Sequence[Adapter] = ()) -> None:
+        self.linear, self.adapters = linear, adapters
+        self._whole: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def rows(self) -> int:
+        """V, padding included."""
+        weight: Any = self.linear.weight
+        return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for module in (self.linear, *(m for a in self.adapters for m in (a.a, a.b))) for p in module.parameters(recurse=False)]
+
+    def apply_to(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states, weight and bias whose product is the head's output, with gradients to every part.
+
+        A LoRA of rank r adds r columns, ``[h, scaling * A dropout(h)] @ [W, B].T``: exact, with dropout too. The matrix is put together
+        once for a forward pass.
+        """
+        extra = []
+        for adapter in self.adapters:
+            x = adapter.dropout(hidden.to(adapter.a.weight.dtype))
+            extra.append(nn.functional.linear(x, whole(adapter.a.weight)) * adapter.scaling)
+        if self._whole is None:
+            weight, bias = whole(self.linear.weight), whole(self.linear.bias)
+            for adapter in self.adapters:
+                weight = torch.cat([weight, whole(adapter.b.weight).to(weight.dtype)], dim=1)
+                if adapter.b.bias is not None:
+                    more = whole(adapter.b.bias) * adapter.scaling
+                    bias = more if bias is None else bias + more
+            self._whole = weight, bias
+        if extra:
+            hidden = torch.cat([hidden, *(e.to(hidden.dtype) for e in extra)], dim=-1)
+        return hidden, *self._whole
+
+
+def read_head(head: nn.Module) -> HeadWeights:
+    """What the head is made of.
+
+    Raises:
+        UnsupportedHead: no plain linear layer, nor one with a plain LoRA or PEFT's ``modules_to_save`` on it.
+    """
+    peft = sys.modules.get("peft")  # who has not imported it has no adapter
+    if peft is not None:
+        if isinstance(head, peft.utils.ModulesToSaveWrapper):
+            active = [] if head.disable_adapters else head.active_adapters
+            return read_head(head.modules_to_save[active[0]] if active else head.original_module)
+        if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
+            return _with_adapters(head, peft)
+    # An instance's own forward is a tap's, or that of a library which moves or converts the weights around the call.
+    forward = head.__dict__.get("forward")
+    forward = forward.original if isinstance(forward, Replacement) else forward
+    if type(head).forward is not nn.Linear.forward or not (forward is None or getattr(forward, "__func__", None) is nn.Linear.forward):
+        raise UnsupportedHead(f"its head is a {type(head).__name__} and not a plain linear layer")
+    for parameter in (head.weight, head.bias):
+        if isinstance(parameter, Tensor) and (parameter.is_meta or not parameter.is_floating_point()):
+            raise UnsupportedHead(f"its head is {'offloaded' if parameter.is_meta else f'quantised ({parameter.dtype})'}")
+    if not _is_plain(head.weight):
+        raise UnsupportedHead(f"its head's weight is a {type(head.weight).__name__} and not a plain tensor")
+    return HeadWeights(head)
+
+
+def _with_adapters(head: Any, peft: Any) -> HeadWeights:
+    base = read_head(head.get_base_layer())
+    if head.disable_adapters or not head.active_adapters:
+        if head.merged:
+            raise UnsupportedHead("the adapters of its head are merged and disabled at once")
+        return base
+    if head.merged:
+        return base
+    if not isinstance(head, peft.tuners.lora.Linear):
+        raise UnsupportedHead(f"the adapter of its head is a {type(head).__module__}.{type(head).__name__} and not LoRA")
+    adapters = []
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        if name in head.lora_variant:
+            raise UnsupportedHead(f"the adapter {name!r} of its head is {type(head.lora_variant[name]).__name__} and not plain LoRA")
+        adapters.append(Adapter(head.lora_A[name], head.lora_B[name], head.lora_dropout[name], float(head.scaling[name])))
+    return HeadWeights(base.linear, adapters)
+
+
+def _is_plain(weight: Any) -> bool:
+    return type(weight) in (Tensor, nn.Parameter) or _is_sharded(weight) or hasattr(weight, "ds_id")
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor without its sharding (FSDP2); its gradient is averaged over the ranks, as FSDP averages the others."""
+    if tensor is None or not _is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial, Replicate
+
+    names = tensor.device_mesh.mesh_dim_names or ("",) * tensor.device_mesh.ndim
+    return tensor.full_tensor(grad_placements=[Replicate() if name == "tp" else Partial("avg") for name in names])
+
+
+def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """``value`` (whole, the same on each rank) as the parameter is sharded."""
+    if not _is_sharded(parameter):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def gathered(parameters: Sequence[Tensor], modified: bool = False) -> AbstractContextManager[Any]:
+    """In the block the parameters are whole on every rank, where DeepSpeed ZeRO-3 has partitioned them.
+
+    A loss makes its gradients in its forward pass, so the block need only hold the loss: backward reads no weight.
+
+    Args:
+        modified: the block changes them; rank 0's values are kept.
+    """
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modified else None)
+    return context

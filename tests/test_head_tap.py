@@ -1,0 +1,619 @@
+"""The head tap: wrappers, adapters, precision, auxiliary losses, memory, and what it leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import kdkernels as kd
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from families import build  # noqa: E402
+
+from kdkernels.trainer.head import HeadTap, Tapped  # noqa: E402
+from kdkernels.trainer.probe import Transform, UnknownTransform, fit, ramp  # noqa: E402
+from kdkernels.trainer.weights import whole  # noqa: E402
+
+VOCAB = 96
+IDS = torch.randint(4, VOCAB, (2, 8), generator=torch.Generator().manual_seed(1))
+ROWS = torch.tensor([1, 4, 5, 12, 14])
+TEACHER = 3 * torch.randn(len(ROWS), VOCAB, generator=torch.Generator().manual_seed(2))
+
+
+def loss_of(side: Any, teacher: Tensor = TEACHER) -> Tensor:
+    return kd.distillation_loss(side, teacher, temperature=2.0, backend="torch")
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(g.abs().max().item() for g in expected.values())
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).abs().max().item() / largest
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+def assert_is_the_model(model: nn.Module, **inputs: Any) -> HeadTap:
+    """The same loss and gradients as from its logits, without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tap = HeadTap(model)
+        loss = tap(model, lambda tapped: loss_of(tapped.side(ROWS)), input_ids=IDS, **inputs)
+    found = gradients(model, loss)
+    dense = loss_of(model(input_ids=IDS, use_cache=False, **inputs).logits.flatten(0, 1)[ROWS])
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
+    assert_same_gradients(found, gradients(model, dense))
+    assert tap.fallback_reason is None
+    return tap
+
+
+# What lies between head and logits
+
+
+@pytest.mark.parametrize("columns", [96, 50257])
+@pytest.mark.parametrize("softcap", [None, 5.0, 30.0])
+@pytest.mark.parametrize("scale", [1.0, 1 / 16, 0.7, 1 / 3, 12.5, 0.0390625])
+def test_probe_finds_scale_softcap_and_columns(scale: float, softcap: float | None, columns: int) -> None:
+    z = ramp(columns + 11)[None, None] * scale
+    z = z if softcap is None else torch.tanh(z / softcap) * softcap
+    found = fit(z[..., :columns])
+    assert found == Transform(pytest.approx(scale, rel=1e-6), None if softcap is None else pytest.approx(softcap, rel=1e-6), columns)
+
+
+UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "shift": lambda z: z + 1,
+    "clamp": lambda z: z.clamp(min=-5),
+    "zeros": torch.zeros_like,
+    "per column": lambda z: z * torch.linspace(1, 2, z.shape[-1]),
+    "nan": lambda z: z * float("nan"),
+    "order": lambda z: z.flip(-1),
+    "log": lambda z: z.sign() * z.abs().log1p(),
+}
+
+
+@pytest.mark.parametrize("transform", UNKNOWN.values(), ids=UNKNOWN)
+def test_probe_refuses_what_it_cannot_express(transform: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(UnknownTransform):
+        fit(transform(ramp(96)[None]))
+
+
+def test_probe_keeps_the_random_state_the_training_mode_and_the_gradients() -> None:
+    model = build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    model.transformer.h[1].eval()
+    modes = [m.training for m in model.modules()]
+    state = torch.random.get_rng_state()
+    HeadTap(model).prepare(model, IDS)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_vocabulary_is_cut() -> None:
+    model = build("llama")
+    assert HeadTap(model, vocab_size=90)(model, input_ids=IDS).side(ROWS).vocab_size == 90
+    with pytest.raises(ValueError, match="vocab_size=97, but the logits of llama have 96 columns"):
+        HeadTap(model, vocab_size=97)(model, input_ids=IDS)
+
+
+def test_all_rows() -> None:
+    model = build("llama")
+    side = HeadTap(model)(model, input_ids=IDS).side()
+    torch.testing.assert_close(side.hidden @ side.weight.T, model(input_ids=IDS).logits)
+
+
+def test_padding_and_positions_reach_the_model() -> None:
+    model = build("llama")
+    mask = torch.ones_like(IDS)
+    mask[1, 6:] = 0
+    assert_is_the_model(model, attention_mask=mask, position_ids=torch.arange(8).flip(0)[None].expand(2, 8))
+
+
+# The fallback
+
+
+def test_unknown_transform_falls_back_with_one_warning() -> None:
+    model = build("llama")
+    original = type(model).forward
+
+    def shifted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits + 0.5 * torch.arange(output.logits.shape[-1])
+        return output
+
+    model.forward = types.MethodType(shifted, model)
+    tap = HeadTap(model)
+    with pytest.warns(UserWarning, match="llama: dense logits are used.*something else than a scale"):
+        tap(model, input_ids=IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        side = tap(model, input_ids=IDS).side(ROWS)
+    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
+
+
+def test_logits_that_do_not_come_from_the_head_fall_back() -> None:
+    """A second term that vanishes in the ramp's place: only the comparison at one token can tell."""
+    model = build("llama")
+    head = model.lm_head
+    original = type(model).forward
+
+    def other(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        if not hasattr(head.__dict__.get("forward"), "of_thread") or output.logits.abs().max() < 1e3:
+            output.logits = output.logits + 0.01 * output.logits.square()
+        return output
+
+    model.forward = types.MethodType(other, model)
+    with pytest.warns(UserWarning, match="differ from what its head gives"):
+        side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
+    assert isinstance(side, Tensor)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda m: setattr(m, "get_output_embeddings", lambda: None), "names no output embeddings"),
+        (lambda m: setattr(m.lm_head, "forward", lambda x: nn.functional.linear(x, m.lm_head.weight)), "not a plain linear layer"),
+        (lambda m: setattr(m, "lm_head", nn.Sequential(m.lm_head)), "is a Sequential"),
+    ],
+    ids=["none", "own forward", "two stages"],
+)
+def test_head_that_cannot_be_taken_apart(spoil: Callable[[Any], None], reason: str) -> None:
+    model = build("llama")
+    spoil(model)
+    with pytest.warns(UserWarning, match=reason):
+        side = HeadTap(model, vocab_size=90)(model, input_ids=IDS).side(ROWS)
+    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS, :90])
+
+
+def test_quantised_head_falls_back() -> None:
+    class Quantised(nn.Linear):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__(1, 1)
+            self.weight = nn.Parameter((linear.weight * 16).round().to(torch.int8), requires_grad=False)
+            self.bias = None
+            self.forward = types.MethodType(nn.Linear.forward, self)
+
+    model = build("llama")
+    quantised = Quantised(model.lm_head)
+    type(quantised).forward = lambda self, x: nn.functional.linear(x, self.weight / 16)
+    del quantised.forward
+    model.lm_head = quantised
+    with pytest.warns(UserWarning, match="dense logits are used"):
+        HeadTap(model)(model, input_ids=IDS)
+
+
+# What it leaves behind
+
+
+def test_exception_restores_the_model() -> None:
+    model = build("llama")
+    tap = HeadTap(model)
+    tap(model, input_ids=IDS)
+
+    def fail(_: Tapped) -> Tensor:
+        raise KeyError("no such row")
+
+    with pytest.raises(KeyError):
+        tap(model, fail, input_ids=IDS)
+    with pytest.raises((TypeError, ValueError)):
+        tap(model, input_ids=IDS, inputs_embeds="nonsense")
+    assert "forward" not in model.__dict__
+    assert "forward" not in model.lm_head.__dict__
+    assert model(input_ids=IDS).logits.shape == (2, 8, VOCAB)
+
+
+def test_forward_that_was_replaced_already_stays() -> None:
+    """accelerate's mixed precision leaves a ``forward`` on the instance."""
+    model = build("llama")
+    original = model.forward
+    seen = []
+    model.forward = lambda *args, **kwargs: seen.append(1) or original(*args, **kwargs)
+    mine = model.forward
+    assert_is_the_model(model)
+    assert model.forward is mine
+    assert seen
+
+
+@pytest.mark.parametrize("where", ["head", "finish"])
+def test_other_threads_see_the_model(where: str) -> None:
+    model = build("llama")
+    tap = HeadTap(model)
+    tap(model, input_ids=IDS)
+    expected = model(input_ids=IDS).logits
+    inside, done = threading.Event(), threading.Event()
+    found: list[Tensor] = []
+
+    def dense() -> None:
+        assert inside.wait(30)
+        found.append(model(input_ids=IDS).logits)
+        done.set()
+
+    def pause(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            inside.set()
+            assert done.wait(30)
+
+    def finish(tapped: Tapped) -> Tensor:
+        pause()
+        return loss_of(tapped.side(ROWS))
+
+    thread = threading.Thread(target=dense)
+    thread.start()
+    handle = model.lm_head.register_forward_pre_hook(pause) if where == "head" else model.register_forward_hook(lambda *_: None)
+    tap(model, finish, input_ids=IDS)
+    handle.remove()
+    thread.join()
+    torch.testing.assert_close(found[0], expected)
+    assert "forward" not in model.lm_head.__dict__
+    assert "forward" not in model.__dict__
+
+
+def test_inputs_that_the_tap_cannot_use() -> None:
+    model = build("llama")
+    with pytest.raises(ValueError, match="takes no labels: give them to the loss"):
+        HeadTap(model)(model, input_ids=IDS, labels=IDS)
+    with pytest.raises(ValueError, match="needs input_ids"):
+        HeadTap(model)(model, inputs_embeds=torch.zeros(2, 8, 32))
+    with pytest.raises(ValueError, match="made for another LlamaForCausalLM than the one"):
+        HeadTap(model)(build("llama"), input_ids=IDS)
+    with pytest.raises(TypeError, match="DataParallel"):
+        HeadTap(nn.DataParallel(model))
+
+
+# Parameters of the head
+
+
+def test_tied_head_is_the_embeddings_parameter() -> None:
+    model = build("gemma")
+    side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
+    assert side.weight is model.model.embed_tokens.weight
+    assert_is_the_model(model)
+
+
+def test_bias() -> None:
+    model = build("phi")
+    assert HeadTap(model)(model, input_ids=IDS).side(ROWS).bias is model.lm_head.bias
+    assert_is_the_model(model)
+
+
+def lora(model: nn.Module, targets: list[str], **options: Any) -> Any:
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, **{"lora_dropout": 0.0, **options}))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return adapted
+
+
+def test_lora_on_the_body() -> None:
+    model = lora(build("llama"), ["q_proj", "v_proj"])
+    tap = assert_is_the_model(model)
+    assert not tap(model, input_ids=IDS).side(ROWS).weight.requires_grad
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"], ids=["plain", "bias", "soft cap"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
+def test_lora_on_the_head_is_exact(family: str, options: dict[str, Any]) -> None:
+    model = lora(build(family, tie_word_embeddings=False), ["q_proj", "lm_head"], **options)
+    assert_is_the_model(model)
+    assert any("lm_head" in name and p.grad.abs().max() > 0 for name, p in model.named_parameters() if p.grad is not None)
+
+
+def test_two_adapters_on_the_head() -> None:
+    model = lora(build("llama"), ["lm_head"])
+    model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=2, target_modules=["lm_head"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    assert_is_the_model(model)
+
+
+def test_dropout_of_an_adapter_on_the_head() -> None:
+    model = lora(build("llama"), ["lm_head"], lora_dropout=0.5).train()
+    tap = HeadTap(model)
+    tap(model, input_ids=IDS)
+    torch.manual_seed(3)
+    loss = tap(model, lambda tapped: loss_of(tapped.side().hidden.flatten(0, 1)[ROWS] @ tapped.side().weight.T), input_ids=IDS)
+    torch.manual_seed(3)
+    side = tap(model, input_ids=IDS).side()
+    torch.manual_seed(3)
+    logits = model(input_ids=IDS).logits  # one mask for all of [B, L], drawn at the same place
+    torch.testing.assert_close(side.hidden @ side.weight.T, logits)
+    assert loss.isfinite()
+
+
+def test_switched_off_and_merged_adapters() -> None:
+    model = lora(build("llama"), ["lm_head"])
+    tap = HeadTap(model)
+    tap(model, input_ids=IDS)
+    with model.disable_adapter():
+        side = tap(model, input_ids=IDS).side()
+        torch.testing.assert_close(side.hidden @ side.weight.T, model(input_ids=IDS).logits)
+    expected = model(input_ids=IDS).logits
+    model.merge_adapter()
+    side = tap(model, input_ids=IDS).side()
+    torch.testing.assert_close(side.hidden @ side.weight.T, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_on_the_head_falls_back() -> None:
+    model = lora(build("llama"), ["lm_head"], use_dora=True)
+    with pytest.warns(UserWarning, match="adapter 'default' of its head is DoraLinearVariant and not plain LoRA"):
+        side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
+    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
+
+
+def test_other_adapter_on_the_head_falls_back() -> None:
+    model = peft.get_peft_model(build("llama"), peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
+    with pytest.warns(UserWarning, match="and not LoRA"):
+        HeadTap(model)(model, input_ids=IDS)
+
+
+def test_adapter_that_comes_later_falls_back_where_it_must() -> None:
+    base = build("llama")
+    tap = HeadTap(base)
+    tap(base, input_ids=IDS)
+    model = lora(base, ["lm_head"], use_dora=True)
+    with pytest.warns(UserWarning, match="not plain LoRA"):
+        side = tap(model, input_ids=IDS).side(ROWS)
+    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
+
+
+def test_modules_to_save() -> None:
+    model = lora(build("llama"), ["q_proj"], modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    assert_is_the_model(model)
+    assert HeadTap(model)(model, input_ids=IDS).side(ROWS).weight.requires_grad
+
+
+def test_prompt_tuning_is_an_error() -> None:
+    model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="PromptTuningConfig prepends virtual tokens"):
+        HeadTap(model)
+
+
+# Mixtures of experts
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "jetmoe", "gpt_oss", "phimoe", "jamba"])
+def test_auxiliary_loss_is_what_the_model_adds(family: str) -> None:
+    name = "aux_loss_coef" if family == "jetmoe" else "router_aux_loss_coef"
+    model = build(family, output_router_logits=True, **{name: 0.03})
+    output = model(input_ids=IDS, labels=IDS, use_cache=False)
+    added = output.loss - nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tapped = HeadTap(model)(model, input_ids=IDS)
+    assert tapped.aux_loss is not None
+    assert tapped.aux_loss.item() == pytest.approx(added.item(), rel=1e-3)
+    assert tapped.aux_loss.requires_grad
+    expected = gradients(model, added)
+    router = {name: g for name, g in expected.items() if g.abs().max() > 1e-4 and "head" not in name and "embed" not in name}
+    found = gradients(model, tapped.aux_loss)
+    assert router
+    assert_same_gradients({name: found[name] for name in router}, router, 1e-3)
+
+
+def test_no_auxiliary_loss_where_the_config_wants_none() -> None:
+    model = build("mixtral")
+    assert HeadTap(model)(model, input_ids=IDS).aux_loss is None
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_low_precision_model(family: str, dtype: torch.dtype) -> None:
+    """Against float32 of the same weights, not further away than the model's own logits."""
+    model = build(family, dtype=dtype)
+    truth = loss_of(copy.deepcopy(model).float()(input_ids=IDS).logits.flatten(0, 1)[ROWS]).item()
+    tapped = HeadTap(model)(model, input_ids=IDS)
+    assert tapped.side(ROWS).weight.dtype == dtype
+    error = abs(loss_of(tapped.side(ROWS)).item() - truth)
+    own = abs(loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]).item() - truth)
+    print(f"tapped {error:.2e}, dense {own:.2e}")
+    assert error <= 2 * own + torch.finfo(dtype).eps * truth
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_autocast_of_the_model_reaches_the_loss(family: str, dtype: torch.dtype) -> None:
+    """As accelerate does it: autocast around the model's forward only."""
+    model = build(family)
+    original = model.forward
+
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", dtype):
+            return original(*args, **kwargs)
+
+    truth = loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]).item()
+    model.forward = autocast
+    own = loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS].float()).item()
+    states = []
+
+    def finish(tapped: Tapped) -> Tensor:
+        states.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return loss_of(tapped.side(ROWS))
+
+    tap = HeadTap(model)
+    loss = tap(model, finish, input_ids=IDS)
+    assert states == [dtype]
+    assert tap.fallback_reason is None
+    print(f"tapped {abs(loss.item() - truth):.2e}, dense {abs(own - truth):.2e}")
+    assert abs(loss.item() - truth) <= 2 * abs(own - truth) + torch.finfo(dtype).eps * truth
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    with tap(model, input_ids=IDS).computing():
+        assert torch.is_autocast_enabled("cpu")
+
+
+# Wrappers
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model = build("llama").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    assert_is_the_model(model)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_ddp(options: dict[str, Any]) -> None:
+    model = build("llama", tie_word_embeddings=False)
+    expected = gradients(model, loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]))
+    with process_group():
+        wrapped = nn.parallel.DistributedDataParallel(model, **options)
+        tap = HeadTap(wrapped)
+        for _ in range(2):
+            loss = tap(wrapped, lambda tapped: loss_of(tapped.side(ROWS)), input_ids=IDS)
+            assert_same_gradients(gradients(model, loss), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("reshard", [False, True])
+def test_fsdp2(reshard: bool, tied: bool) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = build("llama", tie_word_embeddings=tied)
+    expected = gradients(model, loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]))
+    with process_group():
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+        assert isinstance(model.lm_head.weight, DTensor)
+        tap = HeadTap(model)
+        for _ in range(2):
+            model.zero_grad()  # while the parameters are the sharded ones
+            loss = tap(model, lambda tapped: loss_of(tapped.side(ROWS)), input_ids=IDS)
+            loss.backward()
+            found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+            assert_same_gradients(found, expected)
+        assert tap.fallback_reason is None
+        with pytest.raises(ValueError, match="sharded by FSDP: give the head tap a finish"):
+            tap(model, input_ids=IDS)
+        with torch.no_grad():  # a teacher
+            assert loss_of(tap(model, input_ids=IDS).side(ROWS)).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_sharded_weight_is_made_whole_with_its_gradient() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    with process_group():
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]))
+        weight = whole(sharded)
+        assert type(weight) is Tensor
+        (weight * torch.arange(4.0)).sum().backward()
+        torch.testing.assert_close(sharded.grad.full_tensor(), torch.arange(4.0).expand(6, 4))
+
+
+def test_partitioned_head_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 leaves parameters empty outside of its own hooks; ``GatheredParameters`` fills them for a block."""
+    model = build("llama")
+    head, full = model.lm_head.weight, model.lm_head.weight.data
+    expected = gradients(model, loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]))
+    head.ds_id, head.ds_shape = 7, full.shape
+    blocks: list[tuple[list[Tensor], Any]] = []
+
+    @contextmanager
+    def gathered_parameters(parameters: list[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
+        blocks.append((parameters, modifier_rank))
+        parameters[0].data = full
+        try:
+            yield
+        finally:
+            parameters[0].data = full.new_empty(0)
+
+    zero = types.SimpleNamespace(GatheredParameters=gathered_parameters)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    # What the engine's hooks do around a module's own forward.
+    model.lm_head.register_forward_pre_hook(lambda *_: setattr(head, "data", full))
+    model.lm_head.register_forward_hook(lambda *_: setattr(head, "data", full.new_empty(0)))
+    head.data = full.new_empty(0)
+    tap = HeadTap(model)
+    loss = tap(model, lambda tapped: loss_of(tapped.side(ROWS)), input_ids=IDS)
+    assert head.numel() == 0
+    assert blocks
+    assert all(parameters == [head] and rank is None for parameters, rank in blocks)
+    head.data = full  # the engine fills it again before gradients are accumulated
+    assert tap.fallback_reason is None
+    assert_same_gradients(gradients(model, loss), expected)
+
+
+def test_compiled_model() -> None:
+    """Compiled once, whatever the number of calls."""
+    model = build("llama", num_hidden_layers=1)
+    expected = gradients(model, loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]))
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
+    tap = HeadTap(compiled)
+    for _ in range(2):
+        loss = tap(compiled, lambda tapped: loss_of(tapped.side(ROWS)), input_ids=IDS)
+        assert_same_gradients(gradients(model, loss), expected)
+    assert len(graphs) == 1
+    assert tap.fallback_reason is None
+
+
+# Memory
+
+
+class Largest(TorchDispatchMode):
+    """The most rows that a tensor of so many columns had."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.rows = columns, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.columns:
+                self.rows = max(self.rows, tensor.shape[:-1].numel())
+        return result
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_no_logits_exist(family: str) -> None:
+    model = build(family, vocab_size=4001)
+    ids = torch.randint(4, 4001, (4, 64))
+    rows = torch.arange(255)
+    labels = torch.randint(4001, (255,))
+    tap = HeadTap(model)
+    tap(model, input_ids=ids)
+    with Largest(4001) as made:
+        tap(model, lambda tapped: kd.cross_entropy(tapped.side(rows), labels, chunk_rows=32), input_ids=ids).backward()
+    assert made.rows <= 32
+    with Largest(4001) as made:
+        model(input_ids=ids)
+    assert made.rows == 256, "the measure itself"

@@ -1,0 +1,552 @@
+"""Teachers over HTTP, against real server processes: one that serves a model, and one that fails in every way that servers do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+import kdkernels as kd
+from kdkernels import cli
+from kdkernels.teachers.cache import CacheError, open_cache
+from kdkernels.teachers.cache.api import TokenIds, from_replies, score
+from kdkernels.teachers.files import FileError
+from kdkernels.teachers.generate import asked_of, messages_of, requests_of, with_reply
+from kdkernels.teachers.http import HTTPModel, HTTPModelError, Refused, retry_after
+from kdkernels.teachers.live import LiveTeacher
+from kdkernels.teachers.local import LocalModel
+from kdkernels.teachers.text import Request
+from kdkernels.trainer.collator import Collator, view_of
+from kdkernels.trainer.data import load_examples
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+KEY = "sk-very-secret-0123456789"
+FAULTS = (
+    "",
+    "full",
+    "fullms",
+    "busy",
+    "error",
+    "html",
+    "malformed",
+    "empty",
+    "null",
+    "drip",
+    "silent",
+    "cut",
+    "hangup",
+    "cut*2",
+    "error*3",
+)
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+class Server:
+    """The fault-injecting server, in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        port = folder / "port"
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__).parent / "fault_server.py"), str(port)])
+        wait_until(port.exists, self.process)
+        self.url = f"http://127.0.0.1:{port.read_text()}/v1"
+
+    def stats(self) -> dict[str, Any]:
+        with urllib.request.urlopen(self.url, timeout=10) as answer:
+            return json.load(answer)  # type: ignore[no-any-return]
+
+    def model(self, **options: Any) -> HTTPModel:
+        return HTTPModel(self.url, "m", **{"timeout": 4.0, "backoff": 0.02, **options})
+
+
+def wait_until(ready: Any, process: subprocess.Popen[Any], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, "the server has ended"
+        assert time.monotonic() < end, "the server does not start"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    started = Server(tmp_path)
+    try:
+        yield started
+    finally:
+        started.process.kill()
+        started.process.wait()
+
+
+def requests(prompts: Sequence[str], **options: Any) -> list[Request]:
+    return [Request(f"row {i}", [{"role": "user", "content": prompt}], **options) for i, prompt in enumerate(prompts)]
+
+
+def faulty(count: int, delay: float = 0.2, faults: Sequence[str] = FAULTS) -> list[str]:
+    return [f"{i} delay={delay} " + (f"fault={fault}" if (fault := faults[i % len(faults)]) else "") for i in range(count)]
+
+
+# Faults
+
+
+def test_every_fault_at_64_at_once_loses_and_doubles_nothing(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prompts, log = faulty(240), tmp_path / "log.jsonl"
+    model = server.model(concurrency=96, prices=(1.0, 2.0))
+    replies = model.complete(requests(prompts, logprobs=2), log)
+    assert [reply.key for reply in replies] == [f"row {i}" for i in range(240)]
+    assert [reply.text for reply in replies] == [f"echo {prompt}" for prompt in prompts]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert Counter(line["key"] for line in lines) == Counter(reply.key for reply in replies)
+    stats = server.stats()
+    assert stats["answered"] == dict.fromkeys(prompts, 1), "each is answered, and paid for, once"
+    assert stats["most"] >= 64
+    assert stats["early"] == {}, "a server that asks to wait is left alone for that long"
+    expected = {"": 0, "cut*2": 2, "error*3": 3}
+    assert model.usage.retries == sum(expected.get(FAULTS[i % len(FAULTS)], 1) for i in range(240))
+    tokens = sum(map(len, prompts))
+    assert (model.usage.replies, model.usage.prompt_tokens, model.usage.completion_tokens) == (240, tokens, 720)
+    assert model.usage.cost == pytest.approx((tokens + 2 * 720) / 1e6)
+    # Servers repeat the header in their errors; it must not come any further.
+    out, err = capfd.readouterr()
+    assert KEY not in log.read_text() + out + err
+    again = server.model()
+    assert again.complete(requests(prompts, logprobs=2), log) == replies
+    assert (again.usage.from_log, again.usage.retries) == (240, 0)
+    assert server.stats() == stats, "what the log holds is not asked again"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("error*99", r"gave up on request 'row 0' after 3 tries: 500: .*no, Bearer \[key\]"),
+        ("html*99", "after 3 tries: 502"),
+        ("malformed*99", r"after 3 tries: an answer that is not whole"),
+        ("hangup*99", "after 3 tries: no connection, or one that was cut"),
+        ("silent*99", "after 3 tries: no whole answer within 0.3 s"),
+        ("drip*99", "after 3 tries: no whole answer within 0.3 s"),
+        ("key", r"401: .*no, Bearer \[key\].*the key is read from OPENAI_API_KEY, which is set"),
+    ],
+)
+def test_what_does_not_get_better_ends_and_says_why(server: Server, tmp_path: Path, fault: str, message: str) -> None:
+    model = server.model(retries=2, timeout=0.3, concurrency=1)
+    with pytest.raises(HTTPModelError, match=message) as error:
+        model.complete(requests([f"fault={fault}", "never asked"]), tmp_path / "log")
+    assert KEY not in str(error.value)
+    assert error.value.__cause__ is None
+    assert "never asked" not in server.stats()["answered"]
+
+
+def test_requests_in_flight_are_kept_when_one_is_hopeless(server: Server, tmp_path: Path) -> None:
+    prompts = ["slow delay=0.5", "fault=key"]
+    with pytest.raises(HTTPModelError, match="401"):
+        server.model().complete(requests(prompts), tmp_path / "log")
+    assert [json.loads(line)["key"] for line in (tmp_path / "log").read_text().splitlines()] == ["row 0"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.run of Python 3.10 cancels everything at once")
+def test_an_interrupt_waits_for_what_is_in_flight(server: Server, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = (
+        "import sys; from pathlib import Path; from kdkernels.teachers.http import HTTPModel; from kdkernels.teachers.text import Request\n"
+    )
+    code += "asked = [Request(str(i), [{'role': 'user', 'content': f'{i} delay=1.5'}]) for i in range(20)]\n"
+    code += "HTTPModel(sys.argv[1], 'm', concurrency=5).complete(asked, Path(sys.argv[2]))"
+    process = subprocess.Popen([sys.executable, "-c", code, server.url, str(log)], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: server.stats()["most"] >= 5, process)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate()[1]
+    assert sorted(json.loads(line)["key"] for line in log.read_text().splitlines()) == ["0", "1", "2", "3", "4"]
+    assert len(server.stats()["answered"]) == 5
+
+
+def test_refused_requests_are_named_and_do_not_stop_the_others(server: Server, tmp_path: Path) -> None:
+    prompts = ["good", "fault=refused*99", "good too"]
+    with pytest.raises(Refused, match=r"refuses 1 of 3 requests; 'row 1': 400: .*Bearer \[key\]") as error:
+        server.model().complete(requests(prompts), tmp_path / "log")
+    assert set(error.value.reasons) == {"row 1"}
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
+    data = tiny.write(tmp_path / "data.jsonl", [{"prompt": prompt} for prompt in prompts])
+    command = ["generate", "--base-url", server.url, "--model", "m", "--data", data, "--out", tmp_path / "out.jsonl"]
+    result = runner.invoke(cli.app, [str(a) for a in command])
+    assert (result.exit_code, "--skip-refused" in result.output, (tmp_path / "out.jsonl").exists()) == (2, True, False)
+    result = runner.invoke(cli.app, [str(a) for a in [*command, "--skip-refused"]])
+    assert result.exit_code == 0, result.output
+    assert "2 rows, 1 refused" in result.output
+    assert KEY not in result.output + (tmp_path / "out.jsonl").read_text()
+
+
+def test_no_server_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(HTTPModelError, match="after 2 tries: no connection"):
+        HTTPModel(f"http://127.0.0.1:{port}/v1", "m", retries=1, backoff=0.01).complete(requests(["a"]), tmp_path / "log")
+
+
+def test_retry_after_in_each_of_its_forms() -> None:
+    assert retry_after({"retry-after": "1.5"}) == 1.5
+    assert retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
+    assert retry_after({"retry-after": "Thu, 01 Jan 2015 00:00:00 GMT"}) == 0.0
+    assert 3500 < retry_after({"retry-after": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600))}) <= 3600
+    assert retry_after({"retry-after": "soon"}) == retry_after({}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_url": "localhost:8000"}, "base_url must be a URL"),
+        ({"base_url": f"http://me:{KEY}@host/v1"}, "environment variable OPENAI_API_KEY"),
+        ({"base_url": f"http://host/v1?key={KEY}"}, "environment variable OPENAI_API_KEY"),
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"api": "other"}, "'other'"),
+    ],
+)
+def test_settings_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        HTTPModel(**{"base_url": "http://localhost/v1", "model": "m", **options})
+    assert KEY not in str(error.value)
+
+
+def test_requests_that_make_no_sense(server: Server, tmp_path: Path) -> None:
+    same = [Request("a", [{"role": "user", "content": "x"}])] * 2
+    with pytest.raises(ValueError, match="two requests have the key 'a'"):
+        server.model().complete(same, tmp_path / "log")
+    two = Request("a", [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+    with pytest.raises(ValueError, match="the completions API takes one prompt"):
+        server.model(api="completions").complete([two], tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
+def test_complete_works_where_a_loop_runs_already(server: Server, tmp_path: Path) -> None:
+    async def notebook() -> list[Any]:
+        return server.model().complete(requests(["a", "b"]), tmp_path / "log")
+
+    assert [reply.text for reply in asyncio.run(notebook())] == ["echo a", "echo b"]
+
+
+# The log
+
+
+def test_a_torn_last_line_is_repaired_and_only_that_row_asked_again(server: Server, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    replies = server.model(concurrency=1).complete(requests(["a", "b", "c"]), log)
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-9])
+    assert server.model().complete(requests(["a", "b", "c", "d"]), log)[:3] == replies
+    assert server.stats()["answered"] == {"a": 1, "b": 1, "c": 2, "d": 1}
+    assert log.read_bytes().startswith(whole)
+
+
+def test_a_log_that_is_damaged_of_other_requests_or_in_use_is_refused(server: Server, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    server.model().complete(requests(["a", "b"]), log)
+    whole = log.read_bytes()
+    for model, asked in ((server.model(), ["b", "a"]), (server.model(seed=1), ["a", "b"])):
+        with pytest.raises(FileError, match="reply for 'row 0' to another request"):
+            model.complete(requests(asked), log)
+    with pytest.raises(FileError, match="reply for 'row 0'"):
+        server.model().complete(requests(["a"], max_tokens=5), log)
+    log.write_bytes(b"{]\n" + whole)
+    with pytest.raises(FileError, match="line 1, is no JSON object"):
+        server.model().complete(requests(["a", "b"]), log)
+    log.write_bytes(b'{"prompt": "x"}\n' + whole)
+    with pytest.raises(FileError, match="no log of replies"):
+        server.model().complete(requests(["a", "b"]), log)
+    log.write_bytes(whole)
+    holder = "import sys, time; from kdkernels.teachers.files import Lines\nfrom pathlib import Path\n"
+    holder += "with Lines(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", holder, str(log)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        with pytest.raises(FileError, match=f"in use by process {process.pid}"):
+            server.model().complete(requests(["a", "b"]), log)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert server.model().complete(requests(["a", "b"]), log), "the lock of a killed process holds nobody up"
+    assert log.read_bytes() == whole
+
+
+def test_generate_killed_and_run_again_asks_nothing_twice(server: Server, tmp_path: Path) -> None:
+    prompts = faulty(150, 0.05, ("", "fullms", "error", "", "malformed", "cut", "hangup"))
+    data = tiny.write(tmp_path / "data.jsonl", [{"prompt": p, "id": i} for i, p in enumerate(prompts)])
+    out = tmp_path / "answers.jsonl"
+    log = tmp_path / "answers.jsonl.log"
+    command = ["generate", "--base-url", server.url, "--model", "m", "--data", data, "--out", out, "--concurrency", 16, "--timeout", 4]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kdkernels.cli", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= 30, process)
+    process.send_signal(signal.SIGKILL)
+    said = process.communicate()[0]
+    assert not out.exists(), "half a file is no file"
+    kept = {json.loads(line)["key"] for line in log.read_text().splitlines() if line.endswith("}")}
+    paid = server.stats()["answered"]
+    with log.open("ab") as file:
+        file.write(b'{"key":"torn by the ki')
+    result = runner.invoke(cli.app, [str(a) for a in command])
+    assert result.exit_code == 0, result.output
+    assert f"{out}: 150 rows" in " ".join(result.output.split()) or "150 rows" in result.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == [{"prompt": p, "id": i, "response": f"echo {p}", "finish_reason": "stop"} for i, p in enumerate(prompts)]
+    keys = {
+        request.key: request.messages[0]["content"]
+        for request in requests_of([{"prompt": p} for p in prompts], max_tokens=256, temperature=0)
+    }
+    final = server.stats()["answered"]
+    assert all(final[keys[key]] == paid[keys[key]] == 1 for key in kept), "what was in the log is not paid for again"
+    twice = [prompt for prompt in prompts if final[prompt] != 1]
+    assert len(twice) <= 16, "only what was in flight at the kill may be"
+    assert all(paid.get(prompt) == 1 and final[prompt] == 2 for prompt in twice)
+    assert KEY not in said + result.output
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir())
+    before = data.read_bytes()
+    result = runner.invoke(cli.app, [str(a) for a in [*command[:7], "--out", data]])
+    assert (result.exit_code, "it is not of this command" in result.output, data.read_bytes()) == (2, True, before)
+
+
+# A server of a real model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> LocalModel:
+    return LocalModel(folder)
+
+
+def test_transformers_serve(tmp_path: Path, folder: Path, local: LocalModel) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--device", "cpu", "--host", "127.0.0.1", "--port", port]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "serve.log").open("w") as said:
+        process = subprocess.Popen([str(a) for a in command], env=environment, stdout=said, stderr=said)
+
+    def listening() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        wait_until(listening, process, 120)
+        rows = tiny.rows(6)
+        data, out = tiny.write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
+        url = f"http://127.0.0.1:{port}/v1"
+        asked = ["generate", "--base-url", url, "--model", folder, "--data", data, "--out", out, "--max-tokens", 6, "--timeout", 60]
+        result = runner.invoke(cli.app, [str(a) for a in asked])
+        assert result.exit_code == 0, result.output
+        assert "6 replies (0 from the log), 0 retries" in result.output
+        made = [json.loads(line) for line in out.read_text().splitlines()]
+        # Its text is that of the model itself: the messages, the template and the limits arrive.
+        wanted = local.complete(requests_of(rows, max_tokens=6, temperature=0.0), tmp_path / "local.log")
+        assert [row["response"] for row in made] == [reply.text for reply in wanted]
+        plain = HTTPModel(url, str(folder), api="completions", timeout=60).complete(
+            requests(["the quick"], max_tokens=5), tmp_path / "plain.log"
+        )
+        assert plain[0].completion_tokens > 0
+        with pytest.raises(HTTPModelError, match="gives no log-probabilities"):
+            HTTPModel(url, str(folder), timeout=60).complete(requests(["the"], logprobs=2, max_tokens=2), tmp_path / "logprobs.log")
+    finally:
+        process.kill()
+        process.wait()
+
+
+# A model in this process
+
+
+def test_local_greedy_text_is_the_models_own_in_any_batch(local: LocalModel, tmp_path: Path) -> None:
+    asked = requests([f"{word} fox" for word in tiny.WORDS], max_tokens=8)
+    replies = local.complete(asked, tmp_path / "a")
+    for request, reply in zip(asked[:4], replies, strict=False):
+        ids = local.tokenizer.apply_chat_template(list(request.messages), add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = local.model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert reply.text == local.tokenizer.decode(output, skip_special_tokens=True)
+        assert reply.prompt_tokens == ids["input_ids"].shape[1]
+    one = LocalModel(local.model, local.tokenizer, batch_size=1)
+    assert [r.text for r in one.complete(asked, tmp_path / "b")] == [r.text for r in replies]
+    assert all(r.finish_reason == "length" and r.completion_tokens == 8 for r in replies if r.completion_tokens == 8)
+
+
+def test_local_draws_are_of_the_model_and_repeat_with_the_seed(local: LocalModel, tmp_path: Path) -> None:
+    asked = requests(["the"] * 3000, max_tokens=1, temperature=1.3)
+    model = LocalModel(local.model, local.tokenizer, batch_size=500)
+    texts = Counter(reply.text for reply in model.complete(asked, tmp_path / "a"))
+    prompt = local.tokenizer.apply_chat_template(list(asked[0].messages), add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    p = (local.model(**prompt).logits[0, -1].double() / 1.3).softmax(-1)
+    likeliest = p.topk(10)
+    for id, share in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True):
+        text = local.tokenizer.decode([id], skip_special_tokens=True)
+        if sum(local.tokenizer.decode([i], skip_special_tokens=True) == text for i in range(len(p))) == 1:
+            assert abs(texts[text] / 3000 - share) <= 6 * (share * (1 - share) / 3000) ** 0.5
+    again = LocalModel(local.model, local.tokenizer, batch_size=7).complete(asked[:20], tmp_path / "b")
+    assert [r.text for r in again] == [r.text for r in model.complete(asked[:20], tmp_path / "a")]
+    other = LocalModel(local.model, local.tokenizer, seed=1).complete(asked[:20], tmp_path / "c")
+    assert [r.text for r in again] != [r.text for r in other]
+
+
+def test_local_stops_at_a_text(local: LocalModel, tmp_path: Path) -> None:
+    free = local.complete(requests(["a dog"], max_tokens=12), tmp_path / "a")[0].text
+    stop = free[len(free) // 2 :][:2]
+    cut = local.complete(requests(["a dog"], max_tokens=12, stop=(stop,)), tmp_path / "b")[0]
+    assert cut.text == free[: free.find(stop)]
+    assert cut.finish_reason == "stop"
+
+
+# Log-probabilities to a cache
+
+
+def without_ids(tokens: Sequence[Any], **kept: bool) -> list[dict[str, Any]]:
+    """As a server tells them: by text (or by name), never by id."""
+
+    def token(t: Any) -> dict[str, Any]:
+        return {"token": f"token_id:{t['id']}" if kept.get("named") else t["token"], "logprob": t["logprob"]}
+
+    return [{**token(t), "top_logprobs": [token(a) for a in t["top_logprobs"]]} for t in tokens]
+
+
+@pytest.fixture(scope="module")
+def speaker() -> LocalModel:
+    """A model that says words with a space before them and hardly anything else, so that its text is cut into its own tokens again."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None  # a completions server takes the prompt as it is
+    model = tiny.model(len(tokenizer))
+    said = tokenizer([f" {word}" for word in tiny.WORDS], add_special_tokens=False)["input_ids"]
+    assert all(len(ids) == 1 for ids in said)
+    with torch.no_grad():
+        words = model.lm_head.weight[[ids[0] for ids in said]] * 3
+        model.lm_head.weight.mul_(0.1)
+        model.lm_head.weight[[ids[0] for ids in said]] = words
+    return LocalModel(model, tokenizer)
+
+
+def answered(speaker: LocalModel, log: Path, **how: bool) -> list[dict[str, Any]]:
+    rows = [{"prompt": f"{word} "} for word in tiny.WORDS]
+    replies = speaker.complete(requests_of(rows, max_tokens=8, temperature=0.0, logprobs=8), log)
+    return [
+        {**with_reply(row, reply), "teacher_logprobs": without_ids(reply.logprobs, **how)} for row, reply in zip(rows, replies, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_api_logprobs_become_the_cache_of_the_live_teacher(speaker: LocalModel, folder: Path, tmp_path: Path, named: bool) -> None:
+    rows = answered(speaker, tmp_path / "log", named=named)
+    data, out = tiny.write(tmp_path / "answers.jsonl", rows), tmp_path / "cache"
+    command = ["cache", "--from-replies", "--tokenizer", folder, "--data", data, "--out", out, "--precision", "float32"]
+    result = runner.invoke(cli.app, [str(a) for a in command])
+    assert result.exit_code == 0, result.output
+    cache, examples = open_cache(out, tiny.tokenizer()), load_examples(data, speaker.tokenizer)
+    live = LiveTeacher(speaker.model)
+    for row, example in zip(rows, examples, strict=True):
+        view = view_of(Collator(salt=cache.salt)([(example,)]), "teacher_")
+        found, truth = cache.targets(view), kd.topk_logprobs(live.targets(view), 8)
+        assert found.tail == "bucket"
+        told = len(row["teacher_logprobs"])
+        assert len(example.teacher_scored) == told + 1, "the end, of which the server says nothing"
+        assert (found.ids[told:] == -1).all()
+        # Half a character has no text: such an entry is in the tail.
+        texts = [[t["token"] for t in token["top_logprobs"]] for token in row["teacher_logprobs"]]
+        unknown = torch.tensor([[text == "\ufffd" for text in some] for some in texts]) & (not named)
+        for t in range(told):
+            kept = truth.ids[t][~unknown[t]]
+            assert found.ids[t][found.ids[t] >= 0].tolist() == kept.tolist()
+            torch.testing.assert_close(found.logprobs[t, : len(kept)], truth.logprobs[t][~unknown[t]], atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_are_found_by_text_bytes_and_name(local: LocalModel) -> None:
+    tokenizer = local.tokenizer
+    ids_of = TokenIds(tokenizer)
+    word = tokenizer(" quick", add_special_tokens=False)["input_ids"]
+    assert len(word) == 1, "the tokenizer of the tests knows its words"
+    assert ids_of({"token": " quick"}) == word[0]
+    assert ids_of({"token": "Ġquick"}) == word[0]
+    assert ids_of({"token": f"token_id:{word[0]}"}) == word[0]
+    assert ids_of({"token": "?", "bytes": list(b" quick")}) == word[0]
+    part = "é".encode()[:1]  # half a character has no text
+    assert tokenizer.convert_ids_to_tokens(ids_of({"token": "\ufffd", "bytes": list(part)})) == "Ã"
+    assert ids_of({"token": "\ufffd"}) is None
+    assert ids_of({"token": "not one token"}) is None
+    assert ids_of({"token": "</s>"}) == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_is_not_the_teachers_is_refused(speaker: LocalModel, tmp_path: Path) -> None:
+    rows = answered(speaker, tmp_path / "log")
+    other = tiny.tokenizer()
+    foreign = [{**row, "teacher_logprobs": [{**t, "token": t["token"] + "~"} for t in row["teacher_logprobs"]]} for row in rows]
+    with pytest.raises(CacheError, match="can't be mapped to ids"):
+        from_replies(foreign, load_examples(rows, other), other)
+    with pytest.raises(CacheError, match="row 1 has no teacher_logprobs"):
+        from_replies([{"prompt": "a", "response": "b"}], load_examples([{"prompt": "a", "response": "b"}], other), other)
+
+
+def test_prompt_logprobs_land_on_the_position_before(server: Server, tmp_path: Path, local: LocalModel, folder: Path) -> None:
+    rows = tiny.rows(8)
+    examples = load_examples(rows, local.tokenizer)
+    tops = score(server.model(api="completions"), examples, 4, tmp_path / "log")
+    for example, (ids, logprobs) in zip(examples, tops, strict=True):
+        assert ids.shape == logprobs.shape == (len(example.teacher_scored), 5)
+        # The server has the token itself as the likeliest, and then 0, 1, 2, 3.
+        scored = np.array([example.teacher_ids[u + 1] for u in example.teacher_scored])
+        assert (ids[:, 0] == scored).all()
+        assert np.allclose(logprobs[:, 0], -1.0)
+        assert [id for id in ids[0, 1:].tolist() if id >= 0] == [j for j in range(4) if j != scored[0]]
+        assert [p for id, p in zip(ids[0], logprobs[0], strict=True) if id >= 0][1:] == [-2.0 - j for j in range(4) if j != scored[0]]
+    data, out = tiny.write(tmp_path / "data.jsonl", rows), tmp_path / "cache"
+    command = ["cache", "--teacher", "m", "--base-url", server.url, "--tokenizer", folder, "--data", data, "-k", 4, "--out", out]
+    result = runner.invoke(cli.app, [str(a) for a in command])
+    assert result.exit_code == 0, result.output
+    cache = open_cache(out, local.tokenizer, teacher="m")
+    found = cache.targets(view_of(Collator(salt=cache.salt)([(e,) for e in examples]), "teacher_"))
+    assert (found.ids.numpy() == np.concatenate([ids for ids, _ in tops])).all()
+    assert KEY not in (tmp_path / "cache.log").read_text() + result.output
+    result = runner.invoke(cli.app, [str(a) for a in [*command[:-1], tmp_path / "small", "--vocab-size", 3]])
+    assert (result.exit_code, "is not one of 3 tokens" in result.output) == (2, True)
+
+
+def test_messages_of_a_row() -> None:
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert messages_of({"messages": [user, assistant]}) == [user]
+    assert messages_of({"prompt": "a", "response": "b"}) == [user]
+    for row in ({"messages": [assistant]}, {"text": "a"}, {}):
+        with pytest.raises(ValueError, match="a row needs prompt or messages"):
+            messages_of(row)
+    teacher = {"prompt": "a", "teacher_prompt": "b"}
+    assert (messages_of(teacher), asked_of(teacher)) == ([user], [{"role": "user", "content": "b"}])
+    assert asked_of({"messages": [user], "teacher_messages": [assistant, user]}) == [assistant, user]
+    with pytest.raises(ValueError, match="demonstrations"):
+        asked_of({"prompt": "a", "demonstrations": ["b"]})
+    with pytest.raises(ValueError, match="row 2"):
+        requests_of([{"prompt": "a"}, {}], max_tokens=1, temperature=0)
+    keys = [
+        r.key
+        for r in requests_of([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}, {"prompt": "a", "key": 7}], max_tokens=1, temperature=0)
+    ]
+    assert len(set(keys)) == 4
+    assert keys[3] == "7"
+    moved = [r.key for r in requests_of([{"prompt": "new"}, {"prompt": "b"}], max_tokens=1, temperature=0)]
+    assert moved[1] == keys[1], "a row keeps its key wherever it moves to"

@@ -1,0 +1,334 @@
+"""``kdkernels train``: from two saved models and a JSONL to a summary that is true, whatever interrupts it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import TEMPLATE, make_model, make_rows, make_tokenizer
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from kdkernels.cli import app
+from kdkernels.trainer import DistillationArguments
+from kdkernels.trainer.command import EPILOG
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and rows, as a user has them."""
+    folder = tmp_path_factory.mktemp("home")
+    tokenizer = make_tokenizer()
+    for name, hidden, seed in (("student", 16, 1), ("teacher", 24, 2), ("teacher2", 24, 3)):
+        make_model(hidden, seed=seed, initializer_range=0.05 if name == "student" else 0.5, attention_dropout=0.1).save_pretrained(
+            folder / name
+        )
+        tokenizer.save_pretrained(folder / name)
+    for name, count, seed in (("train", 60, 0), ("held-out", 13, 1)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(count, seed)))
+    return folder
+
+
+def options(home: Path, out: Path, *more: str, steps: int = 42) -> list[str]:
+    return [
+        "train", "--teacher", str(home / "teacher"), "--student", str(home / "student"), "--data", str(home / "train.jsonl"),
+        "--eval-data", str(home / "held-out.jsonl"), "--output-dir", str(out), "--max-steps", str(steps), "--save-steps", "8",
+        "--learning-rate", "1e-2", "--divergence", "jsd(beta=0.3)", "--ce-weight", "0.5", *more,
+    ]  # fmt: skip
+
+
+def train(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdkernels.cli", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not come")
+
+
+def held_out_loss(home: Path, model: Path) -> float:
+    """The dense formula over the held-out rows, each alone."""
+    import kdkernels as kd
+    from kdkernels.trainer import load_examples
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path).double() for path in (model, home / "teacher"))
+    total, tokens = 0.0, 0
+    for example in load_examples(home / "held-out.jsonl", make_tokenizer()):
+        ids, rows = torch.tensor([list(example.student_ids)]), torch.tensor(list(example.student_scored))
+        with torch.no_grad():
+            z, u = (m(ids).logits[0, rows] for m in (student, teacher))
+        divergence = kd.JSD(beta=0.3).reference(z.log_softmax(-1), u.log_softmax(-1)).sum()
+        total += (divergence + 0.5 * torch.nn.functional.cross_entropy(z, ids[0, rows + 1], reduction="sum")).item()
+        tokens += len(rows)
+    return total / tokens
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    result = train(*options(home, out))
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_the_summary_is_true(home: Path, finished: tuple[Path, str]) -> None:
+    out, output = finished
+    summary = json.loads((out / "summary.json").read_text())
+    before, after = held_out_loss(home, home / "student"), held_out_loss(home, out)
+    assert after < before
+    assert summary["before"]["eval_loss"] == pytest.approx(before, rel=1e-5)
+    assert summary["after"]["eval_loss"] == pytest.approx(after, rel=1e-5)
+    assert f"{before:.4f}" in output
+    assert f"{after:.4f}" in output
+    assert "Trained 42 steps." in output
+    assert Path(summary["checkpoint"]) == out / "checkpoint-42"
+    assert held_out_loss(home, Path(summary["checkpoint"])) == after
+    assert Path(summary["figure"]).read_bytes().startswith(b"\x89PNG")
+    assert len(output.splitlines()) < 15  # quiet
+
+
+def test_a_finished_run_is_not_run_again(home: Path, finished: tuple[Path, str]) -> None:
+    out, output = finished
+    modified = (out / "model.safetensors").stat().st_mtime_ns
+    again = train(*options(home, out))
+    assert again.exit_code == 0
+    assert "This run is finished" in again.output
+    assert output in again.output
+    assert (out / "model.safetensors").stat().st_mtime_ns == modified
+
+
+def test_a_killed_run_goes_on_to_the_same_model(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(*options(home, out))
+    wait_for(out / "checkpoint-8" / "trainer_state.json", process)
+    process.kill()
+    process.communicate()
+    assert not (out / "checkpoint-42" / "trainer_state.json").exists()
+    (out / "checkpoint-99").mkdir()  # one that was being written
+    (out / "checkpoint-99" / "trainer_state.json").write_text('{"global_st')
+    result = train(*options(home, out))
+    assert result.exit_code == 0, result.output
+    assert "Resuming at checkpoint-" in result.output
+    assert not (out / "checkpoint-99").exists()
+    expected, found = (load_file(folder / "model.safetensors") for folder in (finished[0], out))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished[0], out)]
+    assert summaries[0]["before"] == summaries[1]["before"]
+    assert summaries[0]["after"] == summaries[1]["after"]
+
+
+def test_a_run_killed_at_its_end_is_finished_without_another_step(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (out / "summary.json").unlink()
+    (out / "model.safetensors").write_bytes(b"half")
+    result = train(*options(home, out))
+    assert result.exit_code == 0, result.output
+    expected, found = (load_file(folder / "model.safetensors") for folder in (finished[0], out))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished[0], out)]
+    assert summaries[0]["after"] == summaries[1]["after"]
+    assert summaries[1]["steps"] == 42
+
+
+def test_more_steps_train_on(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    result = train(*options(home, out, steps=45))
+    assert result.exit_code == 0, result.output
+    assert "Resuming at checkpoint-42" in result.output
+    assert "Trained 45 steps." in result.output
+    assert json.loads((out / "checkpoint-45" / "trainer_state.json").read_text())["global_step"] == 45
+
+
+def test_an_interrupted_run_saves_a_checkpoint(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(*options(home, out, "--save-steps", "5", steps=100_000))
+    wait_for(out / "checkpoint-5" / "trainer_state.json", process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    step = int(output.partition("Interrupted at step ")[2].partition(";")[0])
+    AutoModelForCausalLM.from_pretrained(out / f"checkpoint-{step}")
+    assert json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())["global_step"] == step
+    assert not (out / "summary.json").exists()
+
+
+def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
+    config = {
+        "teacher": [str(home / "teacher"), str(home / "teacher2")], "student": str(home / "student"), "data": str(home / "train.jsonl"),
+        "output-dir": str(tmp_path / "out"), "max_steps": 50, "learning-rate": "1e-3", "divergence": {"name": "jsd", "beta": 0.3},
+        "logging-steps": 1,
+    }  # fmt: skip
+    import yaml
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    from kdkernels.trainer.settings import read_config, read_settings
+
+    for name in ("run.yaml", "run.json"):
+        settings = read_settings(
+            read_config(tmp_path / name), {"teacher": [str(home / "teacher")]}, ["--max-steps", "2", "--t-squared", "false", "--packing"]
+        )
+        assert settings.teacher == [str(home / "teacher")]
+        assert (settings.args.max_steps, settings.args.learning_rate, settings.args.divergence) == (2, 1e-3, "jsd(beta=0.3)")
+        assert (settings.args.t_squared, settings.args.packing, settings.args.disable_tqdm) == (False, True, True)
+    result = train("train", "--config", str(tmp_path / "run.yaml"), "--teacher", str(home / "teacher"), "--max-steps", "2")
+    assert result.exit_code == 0, result.output
+    assert "No held-out loss: no --eval-data was given. Training loss" in result.output
+
+
+def test_a_plan_trains_and_writes_nothing(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = train(*options(home, out, "--plan", "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2", steps=30))
+    assert result.exit_code == 0, result.output
+    assert not out.exists()
+    assert "data: 60 examples in 60 rows" in result.output
+    assert "steps: 30 of 8 rows each, 3.75 epochs" in result.output
+    assert str(home / "teacher") in result.output
+    assert "MiB of buffers, where dense logits take" in result.output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lerning-rate", "1"], "unknown option --lerning-rate; nearest: --learning-rate"),
+        (["--techer", "x"], "unknown option --techer; nearest: --teacher"),
+        (["--divergence", "kl"], "divergence 'kl' is unknown; valid names: forward_kl"),
+        (["--temperature", "warm"], "--temperature: invalid float value: 'warm'"),
+        (["--save-strategy", "daily"], "save_strategy"),
+        (["stray"], "'stray' belongs to no option"),
+        (["--student", "./nowhere"], "--student ./nowhere: no such folder"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--student-dtype", "float8"], "--student-dtype 'float8': choose one of auto, float32"),
+        (["--max-length", "4"], "train.jsonl, row 1: "),
+        (["--max-length", "4000"], "a model takes 128 tokens"),
+        (["--cache", "x"], "--cache and --teacher: the cache is the teacher"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
+        (["--on-policy-fraction", "2"], "on_policy_fraction is a share"),
+    ],
+)
+def test_what_can_not_be_trained_with(home: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    result = train(*options(home, tmp_path / "out", *more))
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_configs_that_can_not_be_read(tmp_path: Path) -> None:
+    for name, text, message in (
+        ("a.yaml", "student: [", "can't be read"), ("b.json", "[1]", "a mapping of options is needed"),
+        ("c.toml", "", "told by the name"),
+        ("d.yaml", "studnt: x", "unknown option 'studnt' in the config; nearest: student"), ("e.yaml", "student: x", "--data is missing"),
+        ("f.yaml", "{student: x, data: y, teacher: z}", "--output-dir is missing"),
+        ("g.yaml", "{student: x, data: y, output_dir: o}", "--teacher is missing"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        result = train("train", "--config", str(tmp_path / name))
+        assert result.exit_code == 2
+        assert message in result.output, result.output
+
+
+def test_another_run_in_the_same_folder_is_refused(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = finished
+    result = train(*options(home, out, "--temperature", "3"))
+    assert result.exit_code == 2
+    assert "holds a run with another --temperature (1.0 then, 3.0 now)" in result.output
+    data = tmp_path / "train.jsonl"
+    data.write_text((home / "train.jsonl").read_text() + json.dumps(make_rows(1)[0]))
+    assert "another --data (its content changed)" in train(*options(home, out, "--data", str(data))).output
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    assert "holds checkpoints but no run.json" in train(*options(home, tmp_path / "other")).output
+    assert "is the --student, which would be overwritten" in train(*options(home, home / "student")).output
+
+
+def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    for name in ("train", "held-out"):
+        (both / f"{name}.jsonl").write_bytes((home / f"{name}.jsonl").read_bytes())
+    for data, folder in ((both, "cache"), (home / "train.jsonl", "part")):
+        made = train("cache", "--teacher", str(home / "teacher"), "--data", str(data), "--out", str(tmp_path / folder), "--kind", "hidden")
+        assert made.exit_code == 0, made.output
+    arguments = options(home, tmp_path / "out")
+    del arguments[1:3]  # --teacher
+    result = train(*arguments, "--cache", str(tmp_path / "cache"))
+    assert result.exit_code == 0, result.output
+    live, cached = (json.loads((folder / "summary.json").read_text()) for folder in (finished[0], tmp_path / "out"))
+    assert cached["after"]["eval_loss"] == pytest.approx(live["after"]["eval_loss"], rel=1e-2)  # hidden states are kept in bfloat16
+    result = train(*arguments, "--output-dir", str(tmp_path / "other"), "--cache", str(tmp_path / "part"))
+    assert result.exit_code == 2
+    assert "13 of 13 examples are not in the cache" in result.output
+    result = train(*arguments, "--output-dir", str(tmp_path / "other"), "--cache", str(tmp_path / "nowhere"))
+    assert result.exit_code == 2
+    assert f"--cache {tmp_path / 'nowhere'}: " in result.output
+    assert "holds no manifest.json" in result.output
+    assert train(*arguments, "--cache", str(tmp_path / "cache"), "--plan").output.count("teacher: cache") == 1
+    topk = [str(tmp_path / "topk"), "--kind", "topk", "--k", "8"]
+    assert train("cache", "--teacher", str(home / "teacher"), "--data", str(both), "--out", *topk).exit_code == 0
+    for more in (["--plan"], []):
+        result = train(*arguments, "--output-dir", str(tmp_path / "sparse"), "--cache", topk[0], "--divergence", "forward_kl", *more)
+        assert result.exit_code == 0, result.output
+    sparse = json.loads((tmp_path / "sparse" / "summary.json").read_text())
+    assert sparse["after"]["eval_loss"] < sparse["before"]["eval_loss"]
+
+
+def test_models_that_do_not_fit(home: Path, tmp_path: Path) -> None:
+    make_model(24, seed=3).save_pretrained(tmp_path / "teacher")
+    make_tokenizer(words=["green", "red"]).save_pretrained(tmp_path / "teacher")
+    result = train(*options(home, tmp_path / "out", "--teacher", str(tmp_path / "teacher")))
+    assert result.exit_code == 2
+    assert "ids stand for different tokens" in result.output
+    for file in (tmp_path / "teacher").glob("*token*"):
+        file.unlink()  # then it is taken to be the student's
+    assert train(*options(home, tmp_path / "out", "--teacher", str(tmp_path / "teacher"), "--plan")).exit_code == 0
+    make_tokenizer(template="{{ 'one ' }}" + TEMPLATE).save_pretrained(tmp_path / "teacher")
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "one"}], "response": "two"}))
+    result = train(*options(home, tmp_path / "out", "--teacher", str(tmp_path / "teacher"), "--data", str(chat)))
+    assert result.exit_code == 2
+    assert "the chat templates of student and teacher differ: token 0 is" in result.output
+
+
+def test_the_config_of_the_documentation_is_read(tmp_path: Path) -> None:
+    from kdkernels.trainer.settings import read_config, read_settings
+
+    page = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(page.partition("```yaml\n# run.yaml\n")[2].partition("```")[0])
+    config = read_config(tmp_path / "run.yaml")
+    del config["bf16"]  # asks for a device that has it
+    settings = read_settings(config, {}, [])
+    assert (settings.args.divergence, settings.args.learning_rate, settings.args.max_length) == ("jsd(beta=0.3)", 1e-4, 4096)
+
+
+def test_every_own_field_is_in_the_help() -> None:
+    own = {f.name for f in dataclasses.fields(DistillationArguments)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+    named = {word.strip("`,;:").removeprefix("--").replace("-", "_") for word in EPILOG.split() if word.startswith("`--")}
+    assert own <= named
+    assert "Every field of DistillationArguments" in train("train", "--help").output

@@ -1,0 +1,241 @@
+"""Rows in every form and from every source, the two views of them, packing, and data that can't be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import TEMPLATE, WORDS, make_rows, make_tokenizer
+
+pytest.importorskip("transformers")
+from tokenizers import pre_tokenizers
+
+from kdkernels.trainer.collator import Collator, pack
+from kdkernels.trainer.data import DataError, check_templates, check_tokenizers, load_examples
+from kdkernels.trainer.example import Example
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def texts(tokenizer: Any, example: Example) -> tuple[str, str, str]:
+    """Student's prompt, teacher's prompt, response."""
+    cut, their = example.student_scored[0] + 1, example.teacher_scored[0] + 1
+    assert list(example.student_scored) == list(range(cut - 1, len(example.student_ids) - 1))
+    assert list(example.student_ids[cut:]) == list(example.teacher_ids[their:])
+    parts = example.student_ids[:cut], example.teacher_ids[:their], example.student_ids[cut:]
+    return tuple(tokenizer.decode(list(part)) for part in parts)  # type: ignore[return-value]
+
+
+CHAT = [{"role": "system", "content": "red"}, {"role": "user", "content": "one plus one"}]
+ASKED = "<|system|>red<|end|><|user|>one plus one<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "one plus", "response": " two"}, ("one plus", "one plus", " two<|end|>")),
+        ({"prompt": "one plus", "completion": " two"}, ("one plus", "one plus", " two<|end|>")),
+        ({"prompt": "a", "response": " b", "teacher_prompt": "the cat"}, ("a", "the cat", " b<|end|>")),
+        (
+            {"prompt": "a", "response": " b", "demonstrations": [{"prompt": "c", "response": " d"}, "e f"]},
+            ("a", "c d\n\ne f\n\na", " b<|end|>"),
+        ),
+        ({"prompt": "a", "response": "b", "teacher_messages": CHAT}, ("a", ASKED, "b<|end|>")),
+        ({"messages": CHAT, "response": "two"}, (ASKED, ASKED, "two<|end|>")),
+        ({"messages": [*CHAT, {"role": "assistant", "content": "two"}]}, (ASKED, ASKED, "two<|end|>")),
+        ({"prompt": CHAT, "completion": [{"role": "assistant", "content": "two"}]}, (ASKED, ASKED, "two<|end|>")),
+        ({"messages": CHAT[1:], "response": "two", "teacher_messages": CHAT}, (ASKED[20:], ASKED, "two<|end|>")),
+        ({"messages": CHAT[1:], "response": "two", "teacher_prompt": "six"}, (ASKED[20:], "<|user|>six<|end|><|assistant|>", "two<|end|>")),
+        (
+            {"messages": CHAT[1:], "response": "two", "demonstrations": [{"prompt": "c", "response": "d"}]},
+            (ASKED[20:], "<|user|>c<|end|><|assistant|>d<|end|>" + ASKED[20:], "two<|end|>"),
+        ),
+        ({"text": "one plus two"}, ("one", "one", " plus two<|end|>")),
+        ({"text": "one<|end|>"}, ("one", "one", "<|end|>")),
+    ],
+)  # fmt: skip
+def test_forms(tokenizer: Any, row: dict[str, Any], expected: tuple[str, str, str]) -> None:
+    (example,) = load_examples([{**row, "weight": 2, "task": "t", "key": "k", "rationale": "r"}], tokenizer)
+    assert texts(tokenizer, example) == expected
+    assert (example.weight, example.task) == (2.0, "t")
+
+
+def test_sources_give_the_same_examples(tokenizer: Any, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = make_rows(5)
+    rows[0]["weight"] = 0.5  # a column that other rows lack
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows[:2]))
+    (tmp_path / "a" / "2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[2:]))
+    dataset = datasets.Dataset.from_list([{"weight": None, **row} for row in rows])
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    expected = load_examples(rows, tokenizer)
+    for source in (tmp_path / "a", str(tmp_path / "rows.parquet"), dataset):
+        assert load_examples(source, tokenizer) == expected
+
+
+def test_demonstrations_that_are_turns_of_nothing(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="row 1, field 'demonstrations': beside chat messages"):
+        load_examples([{"messages": CHAT, "response": "a", "demonstrations": ["b"]}], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, "row 2, field 'response': text is needed, and there is none. The row has: prompt"),
+        ({"prompt": "a", "response": ""}, "row 2, field 'response': text is needed, and it is \"\""),
+        ({"prompt": "a", "response": 3}, "row 2, field 'response': text is needed, and it is 3"),
+        ({"prompt": "", "response": "b"}, "row 2, field 'prompt'"),
+        ({"response": "b"}, "row 2, field 'prompt': a row needs"),
+        ({"messages": CHAT}, "row 2, field 'response': there is none, and 'messages' ends with the turn of the user"),
+        ({"messages": []}, "row 2, field 'messages': a list of"),
+        ({"messages": [{"role": "user"}], "response": "b"}, "row 2, field 'messages': message 0 needs a role and a content"),
+        ({"messages": [{"role": "assistant", "content": "b"}]}, "row 2, field 'messages': there is no turn before the response"),
+        ({"prompt": "a", "response": "b", "weight": -1}, "row 2, field 'weight': a number >= 0 is needed, and it is -1"),
+        ({"prompt": "a", "response": "b", "task": 3}, "row 2, field 'task'"),
+        (["a"], "row 2: an object is needed"),
+    ],
+)
+def test_a_row_that_can_not_be_used_is_named(tokenizer: Any, row: Any, message: str) -> None:
+    rows = [{"prompt": "a", "response": "b"}, row]
+    with pytest.raises(DataError) as error:
+        load_examples(rows, tokenizer)
+    assert message in str(error.value)
+
+
+def test_files_that_can_not_be_read_are_named(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt"\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("bad.jsonl", r"bad.jsonl, row 2: not JSON"), ("empty.jsonl", "holds no rows"), ("bad.parquet", "not Parquet"),
+        ("rows.csv", "the format is told by the name"), ("none.jsonl", "no such file"), ("folder", "the folder holds no"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            load_examples(tmp_path / name, tokenizer)
+    with pytest.raises(DataError, match="streams are not supported"):
+        load_examples(iter([{}]), tokenizer)
+
+
+def test_overlong_rows(tokenizer: Any) -> None:
+    rows = [{"prompt": "one two", "response": " three four five"}, {"prompt": "one", "response": " two"}]
+    with pytest.raises(DataError, match=r"row 1: 6 tokens, more than max_length=5.*overlong='drop'"):
+        load_examples(rows, tokenizer, max_length=5)
+    with pytest.warns(UserWarning, match=r"1 of 2 rows are over max_length=5 and left out; the longest has 6"):
+        kept = load_examples(rows, tokenizer, max_length=5, overlong="drop")
+    assert [texts(tokenizer, e)[0] for e in kept] == ["one"]
+    cut = load_examples(rows, tokenizer, max_length=4, overlong="truncate")
+    assert texts(tokenizer, cut[0]) == ("one two", "one two", " three four")
+    with pytest.raises(DataError, match="row 1: the prompt alone fills max_length"):
+        load_examples(rows, tokenizer, max_length=2, overlong="truncate")
+    # The teacher's view counts as well.
+    longer = [{**rows[1], "teacher_prompt": "one two three four"}]
+    with pytest.raises(DataError, match="row 1: 6 tokens"):
+        load_examples(longer, tokenizer, max_length=5)
+    assert texts(tokenizer, load_examples(longer, tokenizer, max_length=5, overlong="truncate")[0]) == ("one", "one two three four", " two")
+
+
+def test_a_template_that_rewrites_the_response_is_refused() -> None:
+    adds = TEMPLATE.replace("<|assistant|>{%", "<|assistant|>red {%")
+    with pytest.raises(
+        DataError,
+        match=r"row 1, field 'messages': .*response after.*token \d+ is '.*red' \(id \d+\) in one and 'two'",
+    ):
+        load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template=adds))
+    # Ends the response in another way after a system turn: the two views then differ.
+    varies = TEMPLATE.replace(
+        "<|end|>{% endfor %}", "{{ ' one' if messages[0]['role'] == 'system' and m['role'] == 'assistant' else '' }}<|end|>{% endfor %}"
+    )
+    with pytest.raises(
+        DataError, match=r"field 'teacher_messages': the chat template writes the response differently.*token 1 is '<\|end\|>'.*' one'"
+    ):
+        load_examples([{"messages": CHAT[1:], "response": "two", "teacher_messages": CHAT}], make_tokenizer(template=varies))
+    with pytest.raises(DataError, match="no chat template"):
+        load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template=None))
+    with pytest.raises(DataError, match=r"the chat template refuses it: .*odd"):
+        load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template="{{ raise_exception('odd') }}"))
+
+
+def test_tokenizers_must_agree(tokenizer: Any) -> None:
+    check_tokenizers(tokenizer, make_tokenizer())
+    with pytest.raises(DataError, match=r"differ: 4 of \d+ ids stand for different tokens.*across tokenizers is not supported"):
+        check_tokenizers(
+            tokenizer, make_tokenizer(words=["green", "red", *WORDS[2:]])
+        )  # each word is there with and without a space before it
+    split = make_tokenizer()
+    split.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with pytest.raises(DataError, match="the ids are the same, but texts are split differently"):
+        check_tokenizers(tokenizer, split)
+    more = make_tokenizer()
+    more.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    check_tokenizers(tokenizer, more)
+
+
+def test_templates_must_agree(tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "response": "b"}, {"messages": CHAT, "response": "two"}]
+    check_templates(tokenizer, make_tokenizer(), rows)
+    other = make_tokenizer(template="{{ 'one ' }}" + TEMPLATE)
+    with pytest.raises(
+        DataError,
+        match=r"row 2, field 'messages': .*templates of student and teacher differ: token 0 is '<\|system\|>' \(id 5\) in one and 'one'",
+    ):
+        check_templates(tokenizer, other, rows)
+    check_templates(tokenizer, other, rows[:1])  # no conversation, no matter
+    check_templates(tokenizer, make_tokenizer(template=None), rows)
+
+
+def test_packing_keeps_each_example_once_within_the_length(tokenizer: Any) -> None:
+    examples = load_examples(make_rows(50), tokenizer)
+    rows = pack(examples, 40)
+    assert sorted(id(e) for row in rows for e in row) == sorted(map(id, examples))
+    sizes = [sum(len(e.student_ids) for e in row) for row in rows]
+    assert max(sizes) <= 40
+    assert sum(sizes) / len(sizes) > 32
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_collated_views_score_the_same_tokens(tokenizer: Any, packed: bool, flat: bool) -> None:
+    rows = make_rows(7)
+    rows[2]["teacher_prompt"] = "the cat sees"
+    examples = load_examples(rows, tokenizer)
+    items = pack(examples, 30) if packed else [(e,) for e in examples]
+    batch = Collator(pad_id=1, packed=packed, flat=packed and flat, salt="s", keep=True)(items)
+    ids, theirs = batch["input_ids"].flatten(), batch["teacher_input_ids"].flatten()
+    targets = ids[batch["scored"] + 1]
+    assert torch.equal(targets, theirs[batch["teacher_scored"] + 1])
+    assert torch.equal(targets, torch.tensor([t for item in items for e in item for t in e.student_ids[e.student_scored[0] + 1 :]]))
+    labels = batch["labels"].flatten()
+    assert torch.equal(labels.ne(-100).nonzero().squeeze(1), batch["scored"] + 1)
+    assert torch.equal(labels[labels.ne(-100)], targets)
+    assert batch["labels"][:, 0].eq(-100).all()  # so that the shifted count and the whole count agree
+    assert batch["keys"] == tuple(e.key("s") for item in items for e in item)
+    assert sum(batch["counts"]) == len(targets)
+    assert batch["sizes"] == tuple(map(len, items))
+    if not packed:
+        assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([len(e.student_ids) for e in examples]))
+    else:
+        starts = batch["position_ids"].flatten().eq(0).sum()
+        padded = 0 if flat else sum(sum(len(e.student_ids) for e in item) < batch["input_ids"].shape[1] for item in items)
+        assert starts == len(examples) + padded
+        assert batch["input_ids"].shape[0] == (1 if flat else len(items))
+
+
+def test_prompts_are_scored_on_request(tokenizer: Any) -> None:
+    (example,) = load_examples([{"prompt": "one two", "response": " three"}], tokenizer)
+    batch = Collator(kd_on_prompt=True)([(example,)])
+    assert batch["scored"].tolist() == [0, 1, 2]
+    assert batch["response"].tolist() == [False, True, True]
+    (other,) = load_examples([{"prompt": "one two", "response": " three", "teacher_prompt": "one"}], tokenizer)
+    with pytest.raises(ValueError, match="kd_on_prompt=True scores prompts, but a row gives the teacher another prompt"):
+        Collator(kd_on_prompt=True)([(other,)])

@@ -1,0 +1,77 @@
+"""A tiny model and tokenizer in a folder, as a user has them, and rows of data."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+WORDS = "the quick brown fox jumps over a lazy dog and sleeps while two birds sing".split()  # noqa: SIM905
+
+
+def tokenizer() -> Any:
+    """Byte-level BPE, trained on a few words, each of which becomes a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    built.train_from_iterator(
+        [f" {word}" for word in WORDS] * 3,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=alphabet),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def model(vocab_size: int, seed: int = 0, hidden: int = 32, spread: float = 0.3) -> Any:
+    """A Llama of one layer. ``spread`` of the head's weights: how far its distributions are from uniform."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    made = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size, hidden_size=hidden, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(made.lm_head.weight, std=spread)
+    return made.eval()
+
+
+def save(folder: Path, seed: int = 0) -> Path:
+    text = tokenizer()
+    text.save_pretrained(folder)
+    model(len(text), seed).save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Prompts and chats in turn, each with a response, all different."""
+    draw = random.Random(seed)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
+
+    made: list[dict[str, Any]] = []
+    for i in range(count):
+        prompt, response = f"{i} {words(1, 6)} ", words(1, 8)
+        made.append(
+            {"prompt": prompt, "response": response} if i % 2 else {"messages": [{"role": "user", "content": prompt}], "response": response}
+        )
+    return made
+
+
+def write(path: Path, data: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
+    return path
