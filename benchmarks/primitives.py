@@ -76,6 +76,15 @@ def groups(n: int, v: int, d: int, backend: str, device: str) -> Iterator[Group]
         },
         [hidden, weight],
     )  # fmt: skip
+    kept = kd.topk_logprobs(randn(n, v, std=3.0), 64, temperature=2.0)
+    yield Group(
+        "loss against a teacher's 64 most likely, forward and backward", "three products",
+        {
+            "three products": products,
+            "kd.TopK": backward(lambda: kd.distillation_loss(head, kept, temperature=2.0, backend=backend)),
+        },
+        [hidden, weight],
+    )  # fmt: skip
     yield Group(
         "of a head, forward", "one product",
         {

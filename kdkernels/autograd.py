@@ -33,6 +33,7 @@ def distill(
     teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    teacher_ids: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
     numbers: Tensor,
@@ -47,7 +48,7 @@ def distill(
         spec: everything else that is no tensor, as ``Problem.encode`` writes it.
     """
     problem = decode(spec, numbers.tolist(), sizes)
-    inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights)
+    inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids)
     with _no_autocast(student):
         return _astuple(engine.forward(problem, inputs))
 
@@ -60,6 +61,7 @@ def _(
     teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    teacher_ids: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
     numbers: Tensor,
@@ -67,7 +69,7 @@ def _(
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = decode(spec)
-    inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights)
+    inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids)
     return _astuple(engine.empty_outputs(problem, inputs))
 
 
@@ -79,6 +81,7 @@ def distill_backward(
     teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    teacher_ids: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
     state: Tensor,
@@ -92,7 +95,7 @@ def distill_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by the student's tensors, empty where not wanted."""
     problem = decode(spec, numbers.tolist(), sizes)
-    inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights)
+    inputs = Inputs(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids)
     saved = Outputs(upstream, upstream, upstream, state, d_student, d_weight, d_bias)
     with _no_autocast(student):
         return engine.backward(problem, inputs, saved, upstream)
@@ -106,6 +109,7 @@ def _(
     teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    teacher_ids: Tensor | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
     state: Tensor,
@@ -148,7 +152,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    none = (None,) * 11
+    none = (None,) * 12
     if upstream is None:
         return none
     problem = decode(ctx.spec)
@@ -165,7 +169,8 @@ def distillation_rows(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor,
     """Loss (summed, or per token), number of valid tokens (0-dim int64), statistics ``[5, ...]`` or None. Differentiable once."""
     i = inputs
     loss, count, stats, *_ = distill(
-        i.student, i.student_weight, i.student_bias, i.teacher, i.teacher_weight, i.teacher_bias, i.labels, i.token_weights,
+        i.student, i.student_weight, i.student_bias, i.teacher, i.teacher_weight, i.teacher_bias, i.teacher_ids, i.labels,
+        i.token_weights,
         _on_host(*problem.numbers), problem.sizes, problem.encode(),
     )  # fmt: skip
     return loss, count, stats if problem.return_stats else None

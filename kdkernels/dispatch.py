@@ -75,12 +75,12 @@ def select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], kern
     return _select(backend, device_type, dtypes, kernels)
 
 
-def not_chosen(chosen: str, backend: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, str]:
+def not_chosen(chosen: str, backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> dict[str, str]:
     """For every backend other than the chosen one, the reason."""
     order = AUTO_ORDER.get(device_type, ("torch",))
 
     def reason(name: str) -> str:
-        if (why := unavailable(name, device_type, dtypes)) is not None:
+        if (why := unavailable(name, device_type, dtypes, kernels)) is not None:
             return why
         if backend != "auto":
             return f"backend={backend!r} was asked for"

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import dispatch, gemm, heads, pages
+from . import dispatch, gemm, heads, pages, sparse
 from .problem import STATE, STATS, Problem, RowBatch
 from .sources import Inputs, Rows, SideRows, both_sides, check_and_select, plan, row_bytes, select
 
@@ -244,6 +244,13 @@ def _over_chunks(
     for side, name in zip(sides, ("student logits", "teacher logits")):  # noqa: B905  (there may be no teacher)
         side.allocate(min(chunks.rows, count), name)
     backend = dispatch.load(problem.backend)
+    sparse_targets = None
+    if inputs.teacher_ids is not None and inputs.teacher is not None:
+        many = inputs.teacher_ids.shape[-1]
+        values, ids = select(inputs.teacher, index, state.dtype, many), select(inputs.teacher_ids, index, torch.int64, many)
+        assert values is not None
+        assert ids is not None
+        sparse_targets = values, ids
     labels = select(inputs.labels, index, torch.int64, inputs.ids_per_row) if problem.needs_ce or problem.needs_ids else None
     gradient = None if d_student is None else Rows(d_student, index)
     dz_scale = problem.dz_scale if student.is_head and student.over_logits(0).dtype == torch.float16 else 1.0
@@ -260,7 +267,13 @@ def _over_chunks(
         elif wants_grad and gradient is not None:
             dz = gradient.take(start, stop) if gradient.sliceable else torch.empty_like(student_logits)
         loss_part, weight_part, labels_part = (None if t is None else t[r] for t in (loss, weight, labels))
-        if teacher is None:
+        if sparse_targets is not None:
+            known = sparse.SparseBatch(
+                student_logits, student.bias, sparse_targets[0][r], sparse_targets[1][r], labels_part, weight_part, state[:, r], loss_part,
+                None if stats is None else stats[:, r], dz, dz_scale,
+            )  # fmt: skip
+            sparse.rows(backend, problem, known, statistics)
+        elif teacher is None:
             heads.rows(
                 backend, problem, student_logits, student.bias, statistics,
                 weight=weight_part, loss=loss_part, labels=labels_part, state=state[:, r], dz=dz, dz_scale=dz_scale,

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from . import autograd, dispatch, divergences, engine, reference
 from .divergences import Divergence
 from .problem import STATS
-from .sides import Side
+from .sides import Sampled, Side, Teacher, TopK
 from .validation import check_choices, check_numbers, device_type_of, prepare, storages
 
 __all__ = ["DistillationLoss", "Plan", "TokenStats", "distillation_loss", "plan"]
@@ -81,14 +81,16 @@ class LossOptions(TypedDict, total=False):
 
 
 @overload
-def distillation_loss(student: Side, teacher: Side, *, return_stats: Literal[False] = False, **options: Unpack[LossOptions]) -> Tensor: ...
+def distillation_loss(
+    student: Side, teacher: Teacher, *, return_stats: Literal[False] = False, **options: Unpack[LossOptions]
+) -> Tensor: ...
 @overload
 def distillation_loss(
-    student: Side, teacher: Side, *, return_stats: Literal[True], **options: Unpack[LossOptions]
+    student: Side, teacher: Teacher, *, return_stats: Literal[True], **options: Unpack[LossOptions]
 ) -> tuple[Tensor, TokenStats]: ...
 def distillation_loss(
     student: Side,
-    teacher: Side,
+    teacher: Teacher,
     *,
     divergence: Divergence | str = "forward_kl",
     temperature: float = 1.0,
@@ -115,7 +117,8 @@ def distillation_loss(
     Args:
         student: ``LMHead(hidden [..., Ds], weight [V, Ds], ...)`` or logits ``[..., V]``.
         teacher: ``LMHead(hidden [..., Dt], weight [V, Dt], ...)`` or logits ``[..., V]``; same leading shape and vocabulary,
-            any hidden size and dtype. Detached.
+            any hidden size and dtype. Or what was kept of one: ``TopK`` (forward KL; reverse KL and JSD where its ``tail`` defines them)
+            or ``Sampled`` (forward KL, less the teacher's entropy, which draws do not tell). Detached.
         divergence: a name (see ``kdkernels.divergences.REGISTRY``) or an instance such as ``JSD(beta=0.3)``.
         temperature: T > 0, divides both sides' logits in the divergence.
         t_squared: multiply the divergence and its gradient by T^2, so that its weight against cross-entropy does not depend on T.
@@ -147,7 +150,7 @@ def distillation_loss(
     )  # fmt: skip
     if problem.backend == "reference":
         engine.check_and_select(problem, inputs)
-        loss, count, stats = reference.distillation_rows(problem, student, teacher, inputs.labels, inputs.token_weights)
+        loss, count, stats = reference.distillation_rows(problem, student, teacher, inputs.labels, inputs.token_weights, inputs.teacher)
         if reduction != "none":
             loss = loss.sum()
     else:
@@ -184,7 +187,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self,
         student: Side,
-        teacher: Side,
+        teacher: Teacher,
         labels: Tensor | None = None,
         token_weights: Tensor | None = None,
         num_items: int | Tensor | None = None,
@@ -204,7 +207,7 @@ _DEFAULTS: dict[str, Any] = {
 _MODULE_OPTIONS = _DEFAULTS.keys() - {"labels", "token_weights", "num_items"}
 
 
-def plan(student: Side, teacher: Side, *, return_stats: bool = False, **options: Unpack[LossOptions]) -> Plan:
+def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **options: Unpack[LossOptions]) -> Plan:
     """What ``distillation_loss`` would run with the same arguments, without running it.
 
     Tensors may be on the ``meta`` device, which plans as ``cpu``. With labels their valid tokens are counted (one synchronisation).
@@ -217,9 +220,11 @@ def plan(student: Side, teacher: Side, *, return_stats: bool = False, **options:
         num_rows = math.prod(inputs.student.shape[:-1])
     else:
         _, num_rows = engine.check_and_select(problem, inputs)
+    sparse = isinstance(teacher, (TopK, Sampled))
     is_head = (inputs.student_weight is not None, inputs.teacher_weight is not None)
     device_type = device_type_of(inputs.student)
-    not_chosen = dispatch.not_chosen(problem.backend, options.get("backend", "auto"), device_type, storages(problem, *is_head))
+    kernels = "head_rows" if sparse else "rows"
+    not_chosen = dispatch.not_chosen(problem.backend, options.get("backend", "auto"), device_type, storages(problem, *is_head), kernels)
     sizes = [d.itemsize for d, head in zip((problem.student_dtype, problem.teacher_dtype), is_head, strict=True) if head]
     gradient = problem.student_dtype.itemsize if problem.wants_grad and is_head[0] else 0
     dense = num_rows * problem.vocab * (sum(sizes) + gradient)

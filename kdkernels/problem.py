@@ -71,6 +71,8 @@ class Problem:
     """Dtype of the student's logits where they are given, of its matrix products where a head is."""
     teacher_dtype: torch.dtype = torch.float32
     logits_dtype: torch.dtype | None = None
+    tail: str | None = None
+    """Of a sparse teacher: what stands for the tokens that it does not name, ``TopK.tail`` or ``"sampled"``."""
     per_token: bool = False
     """``reduction="none"``: the loss is kept per token and upstream gradients differ between tokens."""
     wants_input: bool = False
@@ -153,7 +155,7 @@ class Problem:
             {
                 name: getattr(self, name)
                 for name in (
-                    "quantity", "t_squared", "per_token", "wants_input", "wants_weight", "wants_bias", "return_stats", "has_labels",
+                    "quantity", "tail", "t_squared", "per_token", "wants_input", "wants_weight", "wants_bias", "return_stats", "has_labels",
                     "backend",
                 )
             },

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .divergences import Divergence
+from .divergences import JSD, Divergence, ReverseKL
 from .problem import STATS, Problem, Transform
-from .sides import LMHead, Side
+from .sides import LMHead, Sampled, Side, Teacher, TopK
 
 
 def transform(z: Tensor, t: Transform) -> Tensor:
@@ -49,17 +49,69 @@ def _entropy(log_p: Tensor) -> Tensor:
     return -torch.where(p == 0, torch.zeros_like(p), p * log_p).sum(-1)
 
 
+def sparse_divergence(problem: Problem, log_q: Tensor, ids: Tensor, values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """D ``[...]``, the entropy of what is known of the teacher ``[...]``, and its most likely id ``[..., 1]``.
+
+    Over the outcomes that the teacher names and, as one more, all other tokens.
+
+    Args:
+        log_q: ``[..., V]``; ids, values: ``[..., K]`` as in ``Inputs``.
+    """
+    named = ids >= 0 if valid is None else (ids >= 0) & valid.unsqueeze(-1)
+    at = torch.where(named, ids.long(), torch.zeros((), dtype=torch.int64, device=ids.device))
+    values = torch.where(named, values.to(log_q.dtype), torch.full((), 0.0 if problem.tail == "sampled" else -math.inf, dtype=log_q.dtype))
+    if problem.tail == "sampled":
+        p = values / values.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    else:
+        p = torch.softmax(values, -1).nan_to_num(0.0) if problem.tail == "renorm" else values.exp()
+    one, zero = torch.ones_like(p[..., :1]), torch.zeros_like(p[..., :1])
+    # A row of no id at all says nothing.
+    floor = torch.finfo(torch.float32).eps
+    rest = (one - p.sum(-1, keepdim=True)).clamp(min=floor) if problem.tail == "bucket" else zero
+    q = torch.where(named, log_q.gather(-1, at).exp(), torch.zeros_like(p))
+    rest_q = (one - q.sum(-1, keepdim=True)).clamp(min=floor)
+    if problem.tail in ("zero", "sampled"):
+        rest_q = one  # no such outcome
+    p, q = torch.cat([p, rest], -1), torch.cat([q, rest_q], -1)
+    entropy = -torch.xlogy(p, p).sum(-1)
+    log_of_q = torch.cat([torch.where(named, log_q.gather(-1, at), torch.zeros_like(values)), rest_q.log()], -1)
+
+    def kl(weight: Tensor, log_weight: Tensor, log_other: Tensor) -> Tensor:
+        return torch.where(weight == 0, torch.zeros_like(weight), weight * (log_weight - log_other)).sum(-1)
+
+    log_of_p, div = p.log(), problem.divergence
+    if isinstance(div, ReverseKL):
+        value = kl(q, log_of_q, log_of_p)
+    elif isinstance(div, JSD):
+        log_m = (div.beta * p + (1 - div.beta) * q).log()
+        value = div.beta * kl(p, log_of_p, log_m) + (1 - div.beta) * kl(q, log_of_q, log_m)
+    else:
+        value = kl(p, torch.zeros_like(p) if problem.tail == "sampled" else log_of_p, log_of_q)
+    return value, entropy, ids.gather(-1, p[..., :-1].argmax(-1, keepdim=True))
+
+
 def distillation_rows(
-    problem: Problem, student: Side, teacher: Side, labels: Tensor | None, token_weights: Tensor | None
+    problem: Problem, student: Side, teacher: Teacher, labels: Tensor | None, token_weights: Tensor | None, sparse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per-token loss ``[...]`` (0 for invalid tokens), number of valid tokens (0-dim int64), statistics ``[5, ...]`` or None."""
+    """Per-token loss ``[...]`` (0 for invalid tokens), number of valid tokens (0-dim int64), statistics ``[5, ...]`` or None.
+
+    Args:
+        sparse: ``[..., K]`` values of a sparse teacher, at the loss's temperature.
+    """
     dtype = problem.compute_dtype
     valid = None if labels is None else labels != problem.ignore_index
     zs = _logits(student, problem.student, valid, problem.vocab, dtype)
-    zt = _logits(teacher, problem.teacher, valid, problem.vocab, dtype).detach()
-    x, u = zs / problem.temperature, zt / problem.temperature
-    div = problem.divergence
-    divergence = div.reference(normalize(x, u, div), normalize(u, x, div)).sum(-1)
+    x = zs / problem.temperature
+    if isinstance(teacher, (TopK, Sampled)):
+        assert sparse is not None
+        divergence, teacher_entropy, first = sparse_divergence(problem, torch.log_softmax(x, -1), teacher.ids, sparse, valid)
+        agreement = zs.argmax(-1, keepdim=True) == first
+    else:
+        zt = _logits(teacher, problem.teacher, valid, problem.vocab, dtype).detach()
+        u, div = zt / problem.temperature, problem.divergence
+        divergence = div.reference(normalize(x, u, div), normalize(u, x, div)).sum(-1)
+        teacher_entropy = _entropy(torch.log_softmax(u, -1))
+        agreement = zs.argmax(-1, keepdim=True) == zt.argmax(-1, keepdim=True)
     loss = problem.value_scale * divergence if problem.kd_weight else torch.zeros_like(divergence)
     ce = torch.full_like(divergence, math.nan)
     if labels is not None:
@@ -78,8 +130,8 @@ def distillation_rows(
                 "divergence": divergence,
                 "cross_entropy": ce,
                 "student_entropy": _entropy(torch.log_softmax(x, -1)),
-                "teacher_entropy": _entropy(torch.log_softmax(u, -1)),
-                "top1_agreement": zs.argmax(-1) == zt.argmax(-1),
+                "teacher_entropy": teacher_entropy,
+                "top1_agreement": agreement.squeeze(-1),
             }
             stats = torch.stack([values[name].to(torch.float32) for name in STATS])
             if valid is not None:

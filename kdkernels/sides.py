@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["LMHead", "Sampled", "Side", "Tail", "TopK"]
+__all__ = ["LMHead", "Sampled", "Side", "Tail", "Teacher", "TopK"]
 
 Tail = Literal["bucket", "renorm", "zero"]
 """What a loss takes the probability outside a ``TopK`` for: one more outcome, nothing (the rest renormalised), or left out."""
@@ -92,6 +92,10 @@ class Sampled:
         _check_beside("Sampled.counts", self.counts, self.ids)
         if self.counts.dtype == torch.bool or self.counts.is_complex():
             raise TypeError(f"Sampled.counts must be numbers, got {self.counts.dtype}")
+
+
+Teacher: TypeAlias = Side | TopK | Sampled
+"""What a loss takes for a teacher."""
 
 
 def _check_ids(name: str, ids: Tensor) -> None:

@@ -25,6 +25,7 @@ class Inputs:
     teacher_bias: Tensor | None
     labels: Tensor | None  # [...] int, or ids [..., K]
     token_weights: Tensor | None  # [...] float
+    teacher_ids: Tensor | None = None  # [..., K] int: those of a sparse teacher, whose values [..., K] are ``teacher`` then
 
     @property
     def ids_per_row(self) -> int | None:
@@ -145,7 +146,7 @@ def plan(problem: Problem, num_rows: int, bytes_per_row: int, device_type: str) 
 
 def both_sides(problem: Problem, inputs: Inputs, index: Tensor | None) -> tuple[SideRows, SideRows | None]:
     student = SideRows(inputs.student, inputs.student_weight, inputs.student_bias, problem.student_dtype, index, problem)
-    if inputs.teacher is None:
+    if inputs.teacher is None or inputs.teacher_ids is not None:
         return student, None
     teacher = SideRows(inputs.teacher, inputs.teacher_weight, inputs.teacher_bias, problem.teacher_dtype, index, problem)
     return student, teacher
@@ -163,8 +164,12 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
     num_rows = inputs.student.numel() // inputs.student.shape[-1] if inputs.student.shape[-1] else 0
     capturing = inputs.student.is_cuda and torch.cuda.is_current_stream_capturing()
     labels, weights = inputs.labels, inputs.token_weights
-    bad_labels = bad_weights = index = None
+    bad_labels = bad_weights = bad_ids = index = None
     valid = None if labels is None else labels != problem.ignore_index
+    if inputs.teacher_ids is not None and check and not capturing:
+        bad_ids = _bad_ids(problem, inputs.teacher_ids)
+        bad_ids = bad_ids if valid is None else bad_ids & valid.unsqueeze(-1)
+        any_bad_id = bad_ids.any()
     if weights is not None and check and not capturing:
         bad_weights = ~(torch.isfinite(weights) & (weights >= 0))
         bad_weights = bad_weights if valid is None else bad_weights & valid
@@ -186,6 +191,8 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
             f"labels contain {int(wrong[0])} ({wrong.numel()} such entries), outside the vocabulary [0, {problem.vocab}) and not "
             f"ignore_index={problem.ignore_index}: mask those positions with ignore_index, or correct vocab_size"
         )
+    if bad_ids is not None and inputs.teacher_ids is not None and bool(any_bad_id):
+        raise ValueError(_what_is_wrong(problem, inputs.teacher_ids, bad_ids))
     if bad_weights is not None and weights is not None and bool(any_bad_weight):
         wrong = weights[bad_weights]
         raise ValueError(
@@ -196,6 +203,29 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
         return None, num_rows
     count = int(index.shape[0])
     return (None if count == num_rows else index), count
+
+
+def _bad_ids(problem: Problem, ids: Tensor) -> Tensor:
+    """``[..., K]``: ids of a sparse teacher that are out of range, or (of the most likely tokens, which are a set) there twice."""
+    outside = (ids < -1) | (ids >= problem.vocab)
+    if problem.tail == "sampled" or ids.shape[-1] == 1:
+        return outside
+    ordered = ids.sort(-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    return outside | twice.any(-1, keepdim=True)
+
+
+def _what_is_wrong(problem: Problem, ids: Tensor, bad: Tensor) -> str:
+    outside = ids[bad & ((ids < -1) | (ids >= problem.vocab))]
+    name = "Sampled" if problem.tail == "sampled" else "TopK"
+    if outside.numel():
+        return (
+            f"teacher {name}.ids contain {int(outside[0])} ({outside.numel()} such entries), outside the vocabulary [0, {problem.vocab}) "
+            "and not -1, which is padding: are they of the student's tokenizer?"
+        )
+    ordered = ids[bad.any(-1)][0].sort().values
+    repeated = ordered[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)][0]
+    return f"teacher TopK.ids name token {int(repeated)} twice at one position: add the probabilities up and keep one, the other -1"
 
 
 def select(values: Tensor | None, index: Tensor | None, dtype: torch.dtype, per_row: int | None = None) -> Tensor | None:

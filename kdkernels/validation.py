@@ -12,13 +12,13 @@ from torch import Tensor
 from . import dispatch, divergences
 from .divergences import Divergence
 from .problem import DTYPE_NAMES, Problem, Quantity, Transform
-from .sides import LMHead, Side
+from .sides import LMHead, Sampled, Side, Teacher, TopK
 from .sources import Inputs
 
 
 def prepare(
     student: Side,
-    teacher: Side | None,
+    teacher: Teacher | None,
     divergence: Divergence | str,
     temperature: float,
     t_squared: bool,
@@ -41,8 +41,8 @@ def prepare(
     check_numbers(temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
     check_choices(reduction=reduction, memory_budget=memory_budget, chunk_rows=chunk_rows)
     student_side = _check_side("student", student)
-    alone = quantity == "cross_entropy"
-    teacher_side = student_side if alone else _check_side("teacher", teacher)
+    alone = quantity == "cross_entropy" or isinstance(teacher, (TopK, Sampled))  # one side's logits
+    teacher_side = student_side if quantity == "cross_entropy" or isinstance(teacher, (TopK, Sampled)) else _check_side("teacher", teacher)
     leading, device = student_side.leading, student_side.input.device
     if teacher_side.leading != leading:
         raise ValueError(
@@ -54,6 +54,9 @@ def prepare(
             f"the vocabularies differ: student {student_side.vocab}, teacher {teacher_side.vocab}. If one is padded, cut both to the real "
             "size with LMHead(..., vocab_size=...) or logits[..., :size]; different tokenizers cannot be compared column by column"
         )
+    tail, teacher_values = (None, None)
+    if isinstance(teacher, (TopK, Sampled)):
+        tail, teacher_values = _check_sparse(teacher, resolved, temperature, leading, device)
     _check_per_token("labels", labels, leading, device)
     _check_per_token("token_weights", token_weights, leading, device)
     if teacher_side.input.device != device:
@@ -96,6 +99,7 @@ def prepare(
         student_dtype=student_side.dtype,
         teacher_dtype=teacher_side.dtype,
         logits_dtype=logits_dtype,
+        tail=tail,
         per_token=reduction == "none",
         wants_input=wants[0],
         wants_weight=wants[1],
@@ -112,13 +116,62 @@ def prepare(
         student=student_side.input,
         student_weight=student_side.weight,
         student_bias=student_side.bias,
-        teacher=None if teacher_input is None else teacher_input.detach(),
+        teacher=teacher_values if teacher_input is None else teacher_input.detach(),
         teacher_weight=None if teacher_weight is None else teacher_weight.detach(),
         teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
         labels=None if labels is None else labels.detach().to(torch.int64),  # an ignore_index of -100 is no uint8
         token_weights=None if token_weights is None else token_weights.detach(),
+        teacher_ids=teacher.ids.detach() if isinstance(teacher, (TopK, Sampled)) else None,
     )
     return replace(problem, backend=chosen), inputs
+
+
+DEFINED: dict[str, tuple[type[Divergence], ...]] = {
+    "bucket": (divergences.ForwardKL, divergences.ReverseKL, divergences.JSD),
+    "renorm": (divergences.ForwardKL, divergences.JSD),
+    "zero": (divergences.ForwardKL,),
+    "sampled": (divergences.ForwardKL,),
+}
+"""Divergences against a sparse teacher, by ``Problem.tail``."""
+
+_UNDEFINED = {
+    "renorm": "the teacher gives nothing to the tokens that TopK leaves out, and the student does, so it is infinite",
+    "zero": "what TopK names is less than a distribution, and only the forward KL has a part for each token alone",
+    "sampled": "only the forward KL is linear in the teacher's probabilities, so that draws estimate it without bias",
+    "bucket": "it is not among those with a part for all other tokens together",
+}
+
+
+def _check_sparse(
+    teacher: TopK | Sampled, divergence: Divergence, temperature: float, leading: torch.Size, device: torch.device
+) -> tuple[str, Tensor]:
+    """``Problem.tail``, and the log-probabilities at the loss's temperature or the counts, ``[..., K]``."""
+    name, tail = ("Sampled", "sampled") if isinstance(teacher, Sampled) else (f"TopK with tail={teacher.tail!r}", str(teacher.tail))
+    if teacher.ids.shape[:-1] != leading:
+        raise ValueError(
+            f"teacher {name.partition(' ')[0]}.ids have leading shape {list(teacher.ids.shape[:-1])}, student {list(leading)}: both need "
+            "one row per token, so pass the same positions of the same batch"
+        )
+    if teacher.ids.device != device:
+        raise ValueError(f"teacher is on {teacher.ids.device}, student on {device}: move its ids and values with .to(device)")
+    if not isinstance(divergence, DEFINED[tail]):
+        ways = ", ".join(sorted(d.name for d in DEFINED[tail]))
+        others = [other for other, known in DEFINED.items() if other != "sampled" and isinstance(divergence, known)]
+        out = f", or tail={others[0]!r}" if others and tail != "sampled" else ""
+        raise ValueError(f"{divergence.name} is not defined against a teacher of {name}: {_UNDEFINED[tail]}. Take {ways}{out}")
+    if isinstance(teacher, Sampled):
+        return tail, teacher.counts.detach()
+    values = teacher.logprobs.detach()
+    if teacher.temperature == temperature:
+        return tail, values
+    if tail != "renorm":
+        raise ValueError(
+            f"temperature={temperature}, but the teacher's log-probabilities were taken at {teacher.temperature}, and nobody knows its "
+            f"tail at another: take them at {temperature} (kd.topk_logprobs(..., temperature={temperature})), or tail='renorm', which "
+            "stays exact"
+        )
+    wide = values if values.dtype == torch.float64 else values.float()
+    return tail, wide * (teacher.temperature / temperature)
 
 
 def prepare_head(

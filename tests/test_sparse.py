@@ -1,0 +1,295 @@
+"""Losses against TopK and Sampled teachers: every mode against its definition in float64, with torch in the same dtype as the yardstick."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import require
+from oracle import FLOATS, assert_close_2x, dense_logits, make_labels, make_side, name_of, to_dtype
+from torch import Tensor
+
+import kdkernels as kd
+
+MODES = [
+    ("bucket", kd.ForwardKL()),
+    ("bucket", kd.ReverseKL()),
+    ("bucket", kd.JSD(0.3)),
+    ("renorm", kd.ForwardKL()),
+    ("renorm", kd.JSD(0.3)),
+    ("zero", kd.ForwardKL()),
+    ("sampled", kd.ForwardKL()),
+]
+VOCAB = 613
+
+
+def make_teacher(
+    tail: str, many: int, leading: tuple[int, ...], vocab: int = VOCAB, temperature: float = 1.0, device: str = "cpu"
+) -> kd.TopK | kd.Sampled:
+    """The most likely of a random teacher, the first and the last column among them; one row with padding in between."""
+    logits = make_side(leading, vocab, None, seed=7)
+    assert isinstance(logits, Tensor)
+    if tail == "sampled":
+        drawn = kd.sample(logits, many, temperature=temperature, generator=torch.Generator().manual_seed(3))
+        return kd.Sampled(drawn.ids.to(device), drawn.counts.to(device))
+    logits[..., 0] = 9.0
+    logits[..., -1] = 8.5
+    top = kd.topk_logprobs(logits, many, temperature=temperature)
+    ids, logprobs = top.ids.clone(), top.logprobs.clone()
+    if many > 2:
+        ids.view(-1, many)[0, 1::2] = -1
+        logprobs.view(-1, many)[0, 1::2] = math.nan  # padding, whatever it holds
+    return kd.TopK(ids.to(device), logprobs.to(device), tail=tail, temperature=temperature)  # type: ignore[arg-type]
+
+
+def dense_loss(
+    student: kd.LMHead | Tensor,
+    teacher: kd.TopK | kd.Sampled,
+    *,
+    divergence: kd.divergences.Divergence,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    **no_effect: Any,
+) -> Tensor:
+    """By the definitions, over explicit outcomes: the named tokens (or all of the vocabulary), and all others as one."""
+    z = dense_logits(student)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    valid = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if labels is None else labels != -100
+    z = z[valid]
+    ids = teacher.ids[valid].long()
+    named = ids >= 0
+    log_q = torch.log_softmax(z / temperature, -1)
+    full = torch.zeros_like(z)  # the teacher over the whole vocabulary
+    if isinstance(teacher, kd.Sampled):
+        weights = teacher.counts[valid].to(z.dtype) * named
+        full.scatter_add_(-1, ids.clamp(min=0), weights / weights.sum(-1, keepdim=True))
+        value = -(full * log_q).sum(-1)
+    else:
+        logprobs = teacher.logprobs[valid].to(z.dtype).masked_fill(~named, -math.inf)
+        p = logprobs.exp()
+        if teacher.tail == "renorm":
+            # By the definition, softmax(z_t / T) over the ids alone, from log softmax(z_t / T') at them.
+            p = torch.softmax(logprobs * teacher.temperature / temperature, -1)
+        full.scatter_add_(-1, ids.clamp(min=0), p)
+        if teacher.tail == "bucket":
+            inside = full > 0
+            rest_p = 1 - p.sum(-1)
+            rest_q = torch.where(inside, 0.0, log_q.exp()).sum(-1)
+            p_all = torch.cat([full, rest_p.unsqueeze(-1)], -1)
+            log_q_all = torch.cat([torch.where(inside, log_q, -math.inf), rest_q.log().unsqueeze(-1)], -1)
+        else:
+            p_all, log_q_all = full, log_q
+        q_all, log_p_all = log_q_all.exp(), p_all.log()
+
+        def kl(weight: Tensor, log_weight: Tensor, log_other: Tensor) -> Tensor:
+            nothing = weight == 0
+            gap = torch.where(nothing, 0.0, log_weight) - torch.where(nothing, 0.0, log_other)
+            return torch.where(nothing, 0.0, weight * gap).sum(-1)
+
+        if isinstance(divergence, kd.ForwardKL):
+            value = kl(p_all, log_p_all, log_q_all)
+        elif isinstance(divergence, kd.ReverseKL):
+            value = kl(q_all, log_q_all, log_p_all)
+        else:
+            assert isinstance(divergence, kd.JSD)
+            b = divergence.beta
+            m = b * p_all + (1 - b) * q_all
+            log_m = torch.where(m == 0, 0.0, torch.where(m == 0, 1.0, m).log())
+            value = b * kl(p_all, log_p_all, log_m) + (1 - b) * kl(q_all, log_q_all, log_m)
+    total = kd_weight * temperature**2 * value
+    if ce_weight:
+        assert labels is not None
+        total = total + ce_weight * torch.nn.functional.cross_entropy(z, labels[valid], reduction="none")
+    if token_weights is not None:
+        total = total * token_weights[valid].to(z.dtype)
+    if reduction == "none":
+        return torch.zeros(valid.shape, dtype=z.dtype, device=z.device).masked_scatter(valid, total)
+    return total.sum() / valid.sum().clamp(min=1) if reduction == "mean" else total.sum()
+
+
+def run(loss_fn: Any, student: Any, teacher: Any, options: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    student = to_dtype(student, dtype, requires_grad=True)
+    loss = loss_fn(student, teacher, **options)
+    loss.backward(torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape))
+    tensors = {"logits": student} if isinstance(student, Tensor) else vars(student)
+    return {"loss": loss.detach(), **{f"d_{n}": t.grad for n, t in tensors.items() if isinstance(t, Tensor)}}
+
+
+def check(backend: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
+    ours = run(kd.distillation_loss, student, teacher, {**options, "backend": backend})
+    eager, truth = run(dense_loss, student, teacher, options), run(dense_loss, student, teacher, options, torch.float64)
+    for name, value in ours.items():
+        assert_close_2x(name, value, eager[name], truth[name])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
+@pytest.mark.parametrize("dim", [None, 24], ids=["logits", "head"])
+def test_every_mode(any_backend: str, device: str, tail: str, divergence: Any, dim: int | None, dtype: torch.dtype) -> None:
+    require(any_backend, device, dtype)
+    leading = (2, 4)
+    side = make_side(
+        leading, VOCAB, dim, dtype=dtype, bias=dim is not None, softcap=None if dim is None else 20.0, pad=None if dim is None else 3
+    )
+    options = {"divergence": divergence, "labels": make_labels(leading, VOCAB, device), "ce_weight": 0.3, "temperature": 1.0}
+    check(any_backend, side, make_teacher(tail, 8, leading, device=device), options)
+
+
+@pytest.mark.parametrize("many", [1, 64, 512])
+@pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
+def test_numbers_of_ids_at_a_temperature(engine_backend: str, device: str, tail: str, divergence: Any, many: int) -> None:
+    """With cross-entropy, which stays at T = 1, and an upstream gradient per token."""
+    leading = (7,)
+    options = {
+        "divergence": divergence, "labels": make_labels(leading, VOCAB, device), "ce_weight": 0.5, "temperature": 2.0, "reduction": "none",
+        "token_weights": torch.linspace(0.1, 2.0, 7, device=device), "chunk_rows": 2,
+    }  # fmt: skip
+    teacher = make_teacher(tail, many, leading, temperature=2.0, device=device)
+    for dim in (None, 16):
+        check(engine_backend, make_side(leading, VOCAB, dim, device=device), teacher, options)
+
+
+def test_ids_of_every_width_and_draws_that_repeat(engine_backend: str, device: str) -> None:
+    ids = torch.tensor([[0, 5, 5, 12, -1], [12, 12, 12, 0, 12]], device=device)
+    counts = torch.tensor([[1, 2, 3, 1, 9], [1, 1, 1, 1, 1]], device=device)
+    z = make_side((2,), 13, None, device=device)
+    assert isinstance(z, Tensor)
+    truth = -(torch.tensor([[1, 5, 1], [1, 0, 4]], device=device) * torch.log_softmax(z, -1)[:, [0, 5, 12]]).sum(-1)
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        loss = kd.distillation_loss(z, kd.Sampled(ids.to(dtype), counts), reduction="none", backend=engine_backend)
+        torch.testing.assert_close(loss, truth / torch.tensor([7.0, 5.0], device=device))
+
+
+def test_renorm_at_another_temperature_is_the_tempered_set() -> None:
+    z, zt = make_side((3,), VOCAB, None), make_side((3,), VOCAB, None, seed=1)
+    assert isinstance(zt, Tensor)
+    kept = kd.topk_logprobs(zt, 8, temperature=1.0)
+    there = kd.topk_logprobs(zt, 8, temperature=3.0)
+    a, b = (kd.distillation_loss(z, kd.TopK(t.ids, t.logprobs, "renorm", t.temperature), temperature=3.0) for t in (kept, there))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "zero", "renorm"])
+def test_the_whole_vocabulary_is_the_dense_loss(tail: str, engine_backend: str, device: str) -> None:
+    z, zt = make_side((5,), 40, None, device=device), make_side((5,), 40, None, seed=1, device=device)
+    top = kd.topk_logprobs(zt, 40)
+    sparse = kd.distillation_loss(z, kd.TopK(top.ids, top.logprobs, tail), backend=engine_backend)  # type: ignore[arg-type]
+    torch.testing.assert_close(sparse, kd.distillation_loss(z, zt, backend=engine_backend), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_named_teaches_nothing(engine_backend: str, device: str) -> None:
+    ids, values = torch.full((3, 2), -1, device=device), torch.full((3, 2), math.nan, device=device)
+    for tail in ("bucket", "renorm", "zero"):
+        z = torch.randn(3, 20, device=device).requires_grad_()
+        loss = kd.distillation_loss(z, kd.TopK(ids, values, tail), backend=engine_backend)  # type: ignore[arg-type]
+        loss.backward()
+        assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
+        assert z.grad is not None
+        assert float(z.grad.abs().max()) < 1e-6
+
+
+def test_a_second_backward_gives_the_same_again(engine_backend: str, device: str) -> None:
+    for dim in (None, 8):
+        student = to_dtype(make_side((4,), 50, dim, device=device), None, requires_grad=True)
+        leaf = student if isinstance(student, Tensor) else student.weight
+        teacher = kd.topk_logprobs(torch.randn(4, 50, device=device), 4)
+        loss = kd.distillation_loss(student, teacher, reduction="none", backend=engine_backend)
+        first, second = (torch.autograd.grad(loss.sum(), leaf, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
+def test_gradcheck(tail: str, divergence: Any) -> None:
+    teacher = make_teacher(tail, 5, (3,), 11)
+    hidden, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (11, 4)))
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return kd.distillation_loss(kd.LMHead(h, w), teacher, divergence=divergence, reduction="none", backend="torch")
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+def test_statistics(any_backend: str, device: str) -> None:
+    z, zt = make_side((6,), VOCAB, None, device=device), make_side((6,), VOCAB, None, seed=1, device=device)
+    labels = make_labels((6,), VOCAB, device)
+    top = kd.topk_logprobs(zt, VOCAB)
+    options = {"labels": labels, "return_stats": True, "backend": any_backend}
+    _, dense = kd.distillation_loss(z, zt, **options)
+    _, sparse = kd.distillation_loss(z, kd.TopK(top.ids, top.logprobs, "zero"), **options)
+    for name, expected in vars(dense).items():
+        torch.testing.assert_close(getattr(sparse, name), expected, rtol=1e-4, atol=1e-5)
+    _, few = kd.distillation_loss(z, kd.TopK(top.ids[:, :3], top.logprobs[:, :3], "bucket"), **options)
+    mass = top.logprobs[:, :3].exp()
+    rest = 1 - mass.sum(-1)
+    entropy = -(torch.xlogy(mass, mass).sum(-1) + torch.xlogy(rest, rest))
+    torch.testing.assert_close(few.teacher_entropy, torch.where(labels == -100, 0.0, entropy), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(few.student_entropy, dense.student_entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_without_a_break(engine_backend: str) -> None:
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    top = kd.topk_logprobs(torch.randn(6, 40), 4)
+
+    def step(h: Tensor, w: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+        return kd.distillation_loss(kd.LMHead(h, w), kd.TopK(ids, logprobs), backend=engine_backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for function in (step, compiled):
+        function(hidden, weight, top.ids, top.logprobs).backward()
+    grads = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    for _ in range(2):
+        step(hidden, weight, top.ids, top.logprobs).backward()
+    for found, leaf in zip(grads, (hidden, weight), strict=True):
+        torch.testing.assert_close(found, leaf.grad)
+
+
+def test_plan_counts_the_students_logits_alone() -> None:
+    head = kd.LMHead(torch.randn(8, 4), torch.randn(1000, 4))
+    plan = kd.plan(head, kd.topk_logprobs(torch.randn(8, 1000), 4), backend="torch")
+    assert plan.buffer_bytes < 8 * 1100 * 4
+    assert plan.dense_bytes == 8 * 1000 * 4
+
+
+@pytest.mark.parametrize(
+    ("tail", "divergence", "way_out"),
+    [
+        ("renorm", "reverse_kl", "forward_kl, jsd, or tail='bucket'"),
+        ("zero", "reverse_kl", "tail='bucket'"),
+        ("zero", "jsd", "tail='bucket'"),
+        ("sampled", "reverse_kl", "Take forward_kl"),
+        ("sampled", "jsd", "Take forward_kl"),
+        ("bucket", "total_variation", "forward_kl, jsd, reverse_kl"),
+    ],
+)
+def test_what_is_not_defined_says_so(tail: str, divergence: str, way_out: str) -> None:
+    with pytest.raises(ValueError, match=f"{divergence} is not defined.*{way_out}"):
+        kd.distillation_loss(torch.randn(2, VOCAB), make_teacher(tail, 4, (2,)), divergence=divergence)
+
+
+def test_bad_input() -> None:
+    z, logprobs = torch.randn(2, 10), torch.log_softmax(torch.randn(2, 3), -1)
+
+    def teacher(*ids: int) -> kd.TopK:
+        return kd.TopK(torch.tensor([list(ids), [0, 1, 2]]), logprobs)
+
+    with pytest.raises(ValueError, match=r"TopK.ids contain 10 .*vocabulary \[0, 10\)"):
+        kd.distillation_loss(z, teacher(1, 10, 2))
+    with pytest.raises(ValueError, match=r"TopK.ids contain -2 "):
+        kd.distillation_loss(z, teacher(1, -2, 2))
+    with pytest.raises(ValueError, match="token 7 twice"):
+        kd.distillation_loss(z, teacher(7, 1, 7))
+    with pytest.raises(ValueError, match="leading shape"):
+        kd.distillation_loss(torch.randn(3, 10), teacher(1, 2, 3))
+    for tail in ("bucket", "zero"):
+        kept = kd.TopK(torch.tensor([[0], [1]]), torch.zeros(2, 1), tail)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"temperature=2.0, but .* at 1.0.*tail='renorm'"):
+            kd.distillation_loss(z, kept, temperature=2.0)
+    # Of tokens that do not count, anything goes.
+    kd.distillation_loss(z, teacher(7, 99, 7), labels=torch.tensor([-100, 3]))
