@@ -156,6 +156,28 @@ def test_hidden_trains_to_the_same_loss_bit_for_bit(tmp_path: Path, examples: li
     assert expected[0] != expected[-1]
 
 
+@pytest.mark.parametrize(("kind", "divergence"), [("topk", "jsd"), ("sampled", "forward_kl")])
+def test_sparse_targets_give_the_loss_of_the_same_targets_live(
+    tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, kind: str, divergence: str
+) -> None:
+    cache = open_cache(write(tmp_path / "c", live, examples[:8], identity_of(text, kind, temperature=2.0)))
+    seen = view(examples[:8], cache.salt)
+    found = cache.targets(seen)
+    student = torch.randn(len(seen.scored), len(text), generator=torch.Generator().manual_seed(0))
+    if isinstance(found, TopK):
+        truth = kd.topk_logprobs(live.targets(seen), 8, 2.0)
+        exact = kd.distillation_loss(student, truth, divergence=divergence, temperature=2.0)
+        # Float16 moves each log-probability by 2^-10 of itself at most (see above), and the loss by no more than the mean of that, each
+        # weighted with its probability; 10 nats is more than any of these log-probabilities that has weight.
+        assert abs(kd.distillation_loss(student, found, divergence=divergence, temperature=2.0) - exact) <= 4 * 10 * 2**-10
+        nothing = TopK(torch.full_like(found.ids, -1), torch.zeros_like(found.logprobs), temperature=2.0)
+        assert kd.distillation_loss(student, nothing, divergence=divergence, temperature=2.0) == 0, "a row without ids teaches nothing"
+    else:
+        p = torch.zeros(student.shape).scatter_add_(1, found.ids.clamp(min=0).long(), found.counts / 16)
+        dense = -(p * torch.log_softmax(student / 2, -1)).sum(-1).mean() * 4
+        torch.testing.assert_close(kd.distillation_loss(student, found, divergence=divergence, temperature=2.0), dense)
+
+
 def test_lookup_survives_shuffling_packing_and_micro_batches(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
     cache = open_cache(write(tmp_path / "c", live, examples, identity_of(text, "topk")))
     kept = {example.key(): cache.targets(view([example], cache.salt)) for example in examples}
