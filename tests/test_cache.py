@@ -29,9 +29,11 @@ from kdkernels.teachers.cache.manifest import template_hash, tokenizer_hash
 from kdkernels.teachers.cache.measure import measure
 from kdkernels.teachers.live import LiveTeacher
 from kdkernels.teachers.source import View
+from kdkernels.trainer import DistillationArguments
 from kdkernels.trainer.collator import Collator, pack, view_of
 from kdkernels.trainer.data import load_examples
 from kdkernels.trainer.example import Example
+from kdkernels.trainer.setup import teacher_source
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
 SHARD = 4096  # bytes: several shards of several examples
@@ -154,6 +156,14 @@ def test_hidden_trains_to_the_same_loss_bit_for_bit(tmp_path: Path, examples: li
     expected, got = losses(live, None), losses(cache, cache.salt)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
     assert expected[0] != expected[-1]
+
+
+def test_draws_are_of_one_temperature(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
+    cache = open_cache(write(tmp_path / "c", live, examples[:4], identity_of(text, "sampled", temperature=1.5)), text)
+    arguments = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True}
+    assert teacher_source(live.models[0], cache, DistillationArguments(temperature=1.5, **arguments), text)[0] is cache
+    with pytest.raises(ValueError, match=r"temperature=2.0, but the cache was drawn at 1.5"):
+        teacher_source(live.models[0], cache, DistillationArguments(temperature=2.0, **arguments), text)
 
 
 @pytest.mark.parametrize(("kind", "divergence"), [("topk", "jsd"), ("sampled", "forward_kl")])

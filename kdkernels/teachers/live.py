@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..sides import LMHead, Side
+from ..sides import Ensemble, LMHead, Side
 from ..trainer.head import HeadTap, Tapped
 from ..trainer.patching import unwrap
 from .source import View
@@ -46,7 +46,7 @@ class LiveTeacher:
             raise ValueError(
                 f"several teachers need mode='probs' (average of probabilities) or mode='logits' (average of logits), got {mode!r}"
             )
-        self.mode, self.weights = mode, weights
+        self.mode, self.weights = mode if len(self.models) > 1 else None, weights
         for model in self.models:
             model.eval().requires_grad_(False)
         columns = [vocabulary(model) for model in self.models]
@@ -66,10 +66,8 @@ class LiveTeacher:
         """The targets, and the forward pass of each model."""
         passes = [self._forward(number, view) for number in range(len(self.models))]
         sides = [self._side(number, tapped, view.scored) for number, tapped in enumerate(passes)]
-        if len(sides) == 1:
+        if self.mode is None:
             return sides[0], passes
-        from ..sides import Ensemble
-
         return Ensemble(sides, self.weights, mode=self.mode), passes
 
     def prepare(self, input_ids: Tensor) -> None:
