@@ -29,9 +29,11 @@ from kdkernels.teachers.cache.manifest import template_hash, tokenizer_hash
 from kdkernels.teachers.cache.measure import measure
 from kdkernels.teachers.live import LiveTeacher
 from kdkernels.teachers.source import View
+from kdkernels.trainer import DistillationArguments
 from kdkernels.trainer.collator import Collator, pack, view_of
 from kdkernels.trainer.data import load_examples
 from kdkernels.trainer.example import Example
+from kdkernels.trainer.setup import teacher_source
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
 SHARD = 4096  # bytes: several shards of several examples
@@ -154,6 +156,36 @@ def test_hidden_trains_to_the_same_loss_bit_for_bit(tmp_path: Path, examples: li
     expected, got = losses(live, None), losses(cache, cache.salt)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
     assert expected[0] != expected[-1]
+
+
+def test_draws_are_of_one_temperature(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
+    cache = open_cache(write(tmp_path / "c", live, examples[:4], identity_of(text, "sampled", temperature=1.5)), text)
+    arguments = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True}
+    assert teacher_source(live.models[0], cache, DistillationArguments(temperature=1.5, **arguments), text)[0] is cache
+    with pytest.raises(ValueError, match=r"temperature=2.0, but the cache was drawn at 1.5"):
+        teacher_source(live.models[0], cache, DistillationArguments(temperature=2.0, **arguments), text)
+
+
+@pytest.mark.parametrize(("kind", "divergence"), [("topk", "jsd"), ("sampled", "forward_kl")])
+def test_sparse_targets_give_the_loss_of_the_same_targets_live(
+    tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, kind: str, divergence: str
+) -> None:
+    cache = open_cache(write(tmp_path / "c", live, examples[:8], identity_of(text, kind, temperature=2.0)))
+    seen = view(examples[:8], cache.salt)
+    found = cache.targets(seen)
+    student = torch.randn(len(seen.scored), len(text), generator=torch.Generator().manual_seed(0))
+    if isinstance(found, TopK):
+        truth = kd.topk_logprobs(live.targets(seen), 8, 2.0)
+        exact = kd.distillation_loss(student, truth, divergence=divergence, temperature=2.0)
+        # Float16 moves each log-probability by 2^-10 of itself at most (see above), and the loss by no more than the mean of that, each
+        # weighted with its probability; 10 nats is more than any of these log-probabilities that has weight.
+        assert abs(kd.distillation_loss(student, found, divergence=divergence, temperature=2.0) - exact) <= 4 * 10 * 2**-10
+        nothing = TopK(torch.full_like(found.ids, -1), torch.zeros_like(found.logprobs), temperature=2.0)
+        assert kd.distillation_loss(student, nothing, divergence=divergence, temperature=2.0) == 0, "a row without ids teaches nothing"
+    else:
+        p = torch.zeros(student.shape).scatter_add_(1, found.ids.clamp(min=0).long(), found.counts / 16)
+        dense = -(p * torch.log_softmax(student / 2, -1)).sum(-1).mean() * 4
+        torch.testing.assert_close(kd.distillation_loss(student, found, divergence=divergence, temperature=2.0), dense)
 
 
 def test_lookup_survives_shuffling_packing_and_micro_batches(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:

@@ -47,5 +47,25 @@ def digits_command(seeds: Seeds = 5, out: Out = RESULTS) -> None:
     _write("digits", seeds, runs, settings, out)
 
 
+@app.command("language")
+def language_command(seeds: Seeds = 3, out: Out = RESULTS) -> None:
+    """Language-model students of one teacher, each with another loss, through the trainer: half an hour."""
+    from . import language  # transformers takes a while
+
+    torch.set_num_threads(1)
+    console = Console()
+    of = language.world()
+    runs: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        runs.append({})
+        for name, figures in language.one_seed(of, seed):
+            runs[-1][name] = figures
+            console.print(f"seed {seed}, {name}: {figures}", highlight=False)
+    s = language.SETTINGS
+    settings = {"steps": language.STEPS, "rows": language.ROWS, "prompt": language.PROMPT, "length": language.LENGTH,
+                "teacher_steps": s.teacher_steps, "students": language.STUDENTS}  # fmt: skip
+    _write("language", seeds, runs, settings, out)
+
+
 if __name__ == "__main__":
     app()

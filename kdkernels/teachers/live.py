@@ -46,7 +46,7 @@ class LiveTeacher:
             raise ValueError(
                 f"several teachers need mode='probs' (average of probabilities) or mode='logits' (average of logits), got {mode!r}"
             )
-        self.mode, self.weights = mode, weights
+        self.mode, self.weights = mode if len(self.models) > 1 else None, weights
         for model in self.models:
             model.eval().requires_grad_(False)
         columns = [vocabulary(model) for model in self.models]
@@ -60,10 +60,7 @@ class LiveTeacher:
     def targets(self, view: View) -> Side | Ensemble:
         """An ``LMHead`` (logits where a head can't be taken apart), or a ``kd.Ensemble`` of them, ``[n]`` rows."""
         sides = [self._side(number, self._forward(number, view), view.scored) for number in range(len(self.models))]
-        if len(sides) == 1:
-            return sides[0]
-        assert self.mode is not None
-        return Ensemble(sides, self.weights, mode=self.mode)
+        return sides[0] if self.mode is None else Ensemble(sides, self.weights, mode=self.mode)
 
     def prepare(self, input_ids: Tensor) -> None:
         """Measures what each model does to its logits, on a few tokens of ``input_ids`` ``[B, L]``; else the first ``targets`` does."""

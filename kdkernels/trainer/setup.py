@@ -50,6 +50,11 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
                 )
         if args.kd_on_prompt and hasattr(teacher, "salt"):
             raise ValueError("kd_on_prompt=True: a cache holds targets of responses only; give a model as the teacher")
+        if getattr(teacher, "kind", None) == "sampled" and teacher.temperature != args.temperature:
+            raise ValueError(
+                f"temperature={args.temperature}, but the cache was drawn at {teacher.temperature}, and draws say nothing of another: "
+                f"train with temperature={teacher.temperature}, or draw again"
+            )
     if live and len(models) > 1 and args.feature_weight > 0:
         raise ValueError("feature_weight > 0 needs one teacher: the features of several have no average")
     given = [vocabulary(m) for m in models] if live else [int(teacher.vocab_size)]
