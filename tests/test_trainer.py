@@ -209,10 +209,10 @@ def test_a_step_holds_no_logits() -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, str(here / "training_memory.py"), "8", "64", "150000"]
+    command = [sys.executable, str(here / "training_memory.py"), "16", "64", "150000"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    logits = 8 * 64 * 150_000 * 4 / 2**20  # of one model
+    logits = 16 * 64 * 150_000 * 4 / 2**20  # of one model
     assert float(done.stdout.split()[-1]) < logits / 2, "with 64 MiB for chunks, gradients and activations of a few MiB"
 
 
