@@ -35,7 +35,7 @@ class Outputs:
     count: Tensor  # [] int64: valid tokens
     stats: Tensor  # [5, ...] float32, or empty
     state: Tensor  # [7, N]; of one side [2 + K, N] or (entropy) [3, N]; undefined beyond the valid rows. [0] if backward will not read it
-    d_student: Tensor  # [..., Ds or V], unscaled, or m in the compute dtype
+    d_student: Tensor  # [..., Ds or V], unscaled; m, and what is for float16 hidden states, in the compute dtype
     d_weight: Tensor  # [>= V, Ds] float32 or float64, unscaled
     d_bias: Tensor  # [>= V]
 
@@ -181,7 +181,10 @@ def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
         count=new((), dtype=torch.int64),
         stats=new((len(STATS), *leading) if problem.return_stats else (0,), dtype=torch.float32),
         state=new((_state_rows(problem) + sum(of_row), rows) if keeps_state else (0,), dtype=dtype),
-        d_student=new(student.shape if keeps_input else (0,), dtype=student.dtype if many is None else dtype),
+        # In float16 only backward's upstream gradient may take it to where it fits, as 1 / N or a gradient scaler does.
+        d_student=new(
+            student.shape if keeps_input else (0,), dtype=dtype if many or (is_head and student.dtype == torch.float16) else student.dtype
+        ),
         d_weight=_weight_accumulator(problem, inputs, problem.wants_weight and not problem.per_token),
         d_bias=_accumulator(bias, problem.wants_bias and not problem.per_token, problem, student),
     )
@@ -256,7 +259,11 @@ def _over_chunks(
         sparse_targets = values, ids
     labels = select(inputs.labels, index, torch.int64, inputs.ids_per_row) if problem.needs_ce or problem.needs_ids else None
     gradient = None if d_student is None else Rows(d_student, index)
-    dz_scale = problem.dz_scale if student.is_head and student.over_logits(0).dtype == torch.float16 else 1.0
+    dz_scale, unit = 1.0, None
+    if student.is_head and student.over_logits(0).dtype == torch.float16:
+        dz_scale = problem.dz_scale
+        weight, unit = _in_units(weight)
+    restore: float | Tensor = 1.0 / dz_scale if unit is None else unit / dz_scale
     vocab = slice(0, problem.vocab)
     for accumulator in (d_weight, d_bias):
         if accumulator is not None:
@@ -297,7 +304,7 @@ def _over_chunks(
                 gradient.put(start, stop, dz)
             continue
         if gradient is not None:
-            gradient.put(start, stop, gemm.grad_hidden(dz, student.weight, 1.0 / dz_scale))
+            gradient.put(start, stop, gemm.grad_hidden(dz, student.weight, restore))
         if d_weight is not None:
             gemm.add_grad_weight(d_weight[vocab], dz, student.hidden(start, stop), first=start == 0)
         if d_bias is not None:
@@ -306,10 +313,25 @@ def _over_chunks(
                 d_bias[vocab] = total
             else:
                 d_bias[vocab] += total
-    if dz_scale != 1.0:
+    if unit is not None and loss is not None:
+        loss.mul_(unit)
+    if unit is not None or dz_scale != 1.0:
         for accumulator in (d_weight, d_bias):
             if accumulator is not None:
-                accumulator.mul_(1.0 / dz_scale)
+                accumulator.mul_(restore)
+
+
+def _in_units(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Row weights over a power of two that takes the largest to between 1/2 and 1, and that number, [] on their device.
+
+    What has to fit into float16 is made with these; float32 numbers are then multiplied back. The host does not wait for it.
+    """
+    if weight is None or not weight.numel():
+        return weight, None
+    largest = weight.abs().amax()
+    usable = torch.isfinite(largest) & (largest > 0)
+    unit = torch.where(usable, torch.frexp(largest).exponent, 0).clamp(-100, 100).to(weight.dtype).exp2()
+    return weight / unit, unit
 
 
 __all__ = [

@@ -34,10 +34,11 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
             torch.mm(wide, block.t(), out=out[:, rows])
 
 
-def grad_hidden(dz: Tensor, weight: Tensor, scale: float) -> Tensor:
+def grad_hidden(dz: Tensor, weight: Tensor, scale: float | Tensor) -> Tensor:
     """``dz[C, V] @ weight[V, D] * scale`` in dz's dtype, in float32 where a scale must be applied to 16 bits."""
+    unscaled = not isinstance(scale, Tensor) and scale == 1.0
     if dz.dtype == weight.dtype:
-        if scale == 1.0:
+        if unscaled:
             return torch.mm(dz, weight)
         if weight.is_cuda:
             product: Tensor = torch.ops.aten.mm.dtype(dz, weight, torch.float32)
@@ -45,7 +46,7 @@ def grad_hidden(dz: Tensor, weight: Tensor, scale: float) -> Tensor:
     out = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.promote_types(dz.dtype, torch.float32), device=dz.device)
     for rows, block in _blocks(weight, out.dtype):
         out.addmm_(dz[:, rows].to(out.dtype), block)
-    return out.mul_(scale) if scale != 1.0 else out
+    return out if unscaled else out.mul_(scale)
 
 
 def add_grad_weight(accumulator: Tensor, dz: Tensor, hidden: Tensor, first: bool) -> None:

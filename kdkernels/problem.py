@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -133,12 +134,21 @@ class Problem:
 
     @property
     def dz_scale(self) -> float:
-        """A power of two that float16 logit gradients are held multiplied by, so that small ones stay above its smallest step.
+        """A power of two that float16 logit gradients are held multiplied by: small ones stay above its smallest step, and large weights
+        or scales do not make the others overflow.
 
-        Only where the slopes are bounded (by a few T): the quadratic and power families would overflow instead.
+        It takes the gradient of a row of weight 1 to at most 256 where slopes are bounded (by a few T), else to about 1: the quadratic
+        and the power families need the room.
         """
-        unbounded = (divergences.LogitMSE, divergences.ABDivergence, divergences.AlphaDivergence)
-        return 1.0 if self.student_dtype != torch.float16 or isinstance(self.divergence, unbounded) else 256.0
+        if self.student_dtype != torch.float16:
+            return 1.0
+        unbounded, per_slope = False, 1.0 / self.temperature
+        if self.quantity == "distillation":
+            unbounded = isinstance(self.divergence, (divergences.LogitMSE, divergences.ABDivergence, divergences.AlphaDivergence))
+            per_slope = abs(self.slope_scale) + (abs(self.ce_weight) if self.has_labels else 0.0)
+        size = per_slope * abs(self.student.scale)
+        exponent = math.ceil(math.log2(size)) if 0.0 < size < math.inf else 0
+        return 2.0 ** ((0 if unbounded else 8) - max(-100, min(100, exponent)))
 
     @property
     def numbers(self) -> tuple[float, ...]:

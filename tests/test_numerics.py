@@ -28,6 +28,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.divergences import Divergence
+from kdkernels.sources import SideRows
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -332,6 +333,41 @@ def test_small_gradients_of_float16_survive(loss_scale: float, backend: str, dev
     require(backend, device, torch.float16)
     student, teacher = heads((4,), 3000, device, dtype=torch.float16)
     check(backend, student, teacher, {"reduction": "mean", "num_items": 1000}, upstream=loss_scale)
+
+
+@pytest.mark.parametrize("device_layout", [False, True])
+@pytest.mark.parametrize("d", [kd.ForwardKL(), kd.JSD(), kd.LogitMSE()], ids=name_of)
+@pytest.mark.parametrize(
+    ("sides", "options", "upstream"),
+    [
+        ({}, {"token_weights": 4000.0, "num_items": 4000}, 1.0),
+        ({}, {"token_weights": 1e-6}, 1e6),
+        ({}, {"kd_weight": 5e3, "num_items": 5000}, 1.0),
+        ({}, {"kd_weight": 1e-4, "num_items": 1}, 1e3),
+        ({}, {"temperature": 8.0, "ce_weight": 2e3, "labels": 7, "num_items": 1000}, 1.0),
+        ({"scale": 512.0}, {"num_items": 500}, 1.0),
+        ({}, {"reduction": "none", "token_weights": 2.0}, 600.0),
+        ({}, {"reduction": "none"}, 1e-6),
+    ],
+)  # fmt: skip
+def test_weights_and_scales_do_not_overflow_float16(
+    sides: dict[str, Any], options: dict[str, Any], upstream: float, d: Divergence, device_layout: bool, engine_backend: str, device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Logit gradients are float16 on their way through a GPU's matrix products, whatever multiplies them. With ``device_layout`` they
+    are on a CPU too."""
+    require(engine_backend, device, torch.float16)
+    if device_layout:
+        monkeypatch.setattr(SideRows, "over_logits", lambda side, rows: side.buffer.view(side.dtype)[:rows, : side.vocab])
+    student, teacher = heads((6,), 300, device, dtype=torch.float16, **sides)
+    more: dict[str, Any] = {"divergence": d, "chunk_rows": 4, **options}
+    if "token_weights" in more:  # ten to one
+        more["token_weights"] = more["token_weights"] * torch.linspace(0.1, 1.0, 6, device=device)
+    if "labels" in more:
+        more["labels"] = torch.full((6,), more["labels"], device=device)
+    result = check(engine_backend, student, teacher, more, upstream=upstream)
+    if not isinstance(d, kd.LogitMSE):  # whose gradient itself may be beyond float16, in eager torch too
+        assert all(torch.isfinite(value).all() for value in result.values())
 
 
 def test_softcap_at_saturation(any_backend: str, device: str) -> None:

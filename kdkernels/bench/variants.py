@@ -207,8 +207,8 @@ def _ours(v: Variant, case: Case, inputs: Inputs) -> Step:
 def held(variant: str, case: Case, inputs: Inputs) -> dict[str, int]:
     """What a pass of ours holds by design, in bytes (docs/memory.md), with the rows and number of its chunks.
 
-    In forward the chunk buffers and the gradients as forward saves them, unscaled: hidden ``[N, Ds]`` in its own dtype, head ``[V, Ds]`` in
-    float32. In backward those and the ones that it returns, in the parameters' dtypes; no chunk buffer any more.
+    In forward the chunk buffers and the gradients as forward saves them, unscaled: hidden ``[N, Ds]`` in its own dtype (for float16 float32),
+    head ``[V, Ds]`` in float32. In backward those and the ones that it returns, in the parameters' dtypes; no chunk buffer any more.
     """
     p = kd.plan(inputs.student, inputs.teacher, **_call(Variant.parse(variant), case, inputs))
     size = case.torch_dtype.itemsize
@@ -216,6 +216,8 @@ def held(variant: str, case: Case, inputs: Inputs) -> dict[str, int]:
     saved = returned if case.has_heads else 0
     if case.has_heads and not case.frozen_head:
         saved += case.v * case.ds * (max(size, 4) - size)
+    if case.has_heads and case.dtype == "float16":
+        saved += case.n * case.ds * (4 - size)
     return {
         "rows_per_chunk": p.rows_per_chunk,
         "num_chunks": p.num_chunks,
