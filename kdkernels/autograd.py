@@ -1,12 +1,12 @@
 """The custom ops and their autograd: the only file that knows ``ctx``.
 
-An op and its gradient are two ops, so that torch.compile sees neither the chunk loop nor data-dependent shapes, and that a second
-derivative, which is not implemented, raises instead of being silently wrong.
+An op and its gradient are two ops, so that torch.compile sees neither the chunk loop nor data-dependent shapes. The gradient's own
+derivative is not implemented, and says so (``_no_second_derivative``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .problem import Problem, decode
 from .sources import Inputs
 
 # The ops look at labels on the host: CUDA graph capture by the compiler has to split around them.
-_TAGS = [tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None]
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
@@ -177,6 +177,24 @@ def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tupl
 distill.register_autograd(_backward, setup_context=_setup_context)
 
 
+_FUNCTIONS = {"distillation": "distillation_loss", "logprobs": "token_logprobs"}  # the others are called like their quantity
+
+
+def _no_second_derivative(function: str) -> NoReturn:
+    raise RuntimeError(
+        f"kdkernels.{function} has no second derivative: take its gradient without create_graph=True, or use "
+        'backend="reference", which is plain torch and can be differentiated any number of times (and holds all logits)'
+    )
+
+
+def _setup_distill_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    quantity = decode(inputs[-1]).quantity
+    ctx.function = _FUNCTIONS.get(quantity, quantity)
+
+
+distill_backward.register_autograd(lambda ctx, *upstream: _no_second_derivative(ctx.function), setup_context=_setup_distill_backward)
+
+
 def distillation_rows(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss (summed, or per token), number of valid tokens (0-dim int64), statistics ``[5, ...]`` or None. Differentiable once."""
     i = inputs
@@ -290,7 +308,12 @@ def _softmax_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return softmax_backward(output, upstream, numbers, *ctx.options), None, None, None, None, None
 
 
+def _setup_softmax_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.function = "log_softmax" if inputs[3] else "softmax"
+
+
 softmax_op.register_autograd(_softmax_backward, setup_context=_softmax_setup)
+softmax_backward.register_autograd(lambda ctx, *upstream: _no_second_derivative(ctx.function), setup_context=_setup_softmax_backward)
 
 
 @torch.library.custom_op("kdkernels::softmax_out", mutates_args=("out",), tags=_TAGS)

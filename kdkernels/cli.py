@@ -18,6 +18,7 @@ import typer
 
 from . import __version__, dispatch
 from .backends import native
+from .bench.environment import cpu_model
 from .demo.settings import DemoError, Settings
 from .divergences import REGISTRY
 from .teachers import command as teachers
@@ -29,7 +30,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "safe
 VARIABLES = {
     "TRITON_INTERPRET": "1 runs the triton backend in Triton's interpreter: on the CPU, slow, for checks",
     "KDKERNELS_CUDA": "read when building: auto, 0 (leave the CUDA kernels out), 1 (an error without nvcc)",
-    "KDKERNELS_CUDA_ARCHS": 'read when building: CUDA targets, as "80;90a"; not set means all that nvcc knows',
+    "KDKERNELS_CUDA_ARCHS": 'read when building: CUDA targets, as "80;90a"; not set: of 80, 86, 89, 90a, 100, 120 all that nvcc knows',
 }
 """Every environment variable that the project reads, and what it does."""
 
@@ -70,16 +71,6 @@ def _version_of(package: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
-    """The CPU's name where the system tells it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _cuda_devices() -> list[str]:
     devices = []
     for i in range(torch.cuda.device_count()):
@@ -115,7 +106,7 @@ def environment() -> dict[str, Any]:
         },
         "platform": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": cpu_model(),
             "cpus": os.cpu_count(),
             "torch threads": torch.get_num_threads(),
         },

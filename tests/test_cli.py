@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import kdkernels as kd
 from kdkernels import cli, dispatch
 from kdkernels.backends import native
+from kdkernels.bench.environment import cpu_model
 from kdkernels.demo import run
 from kdkernels.demo.settings import DemoError
 
@@ -124,7 +125,7 @@ def test_packages_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_processor_where_linux_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda self: False)
-    assert cli._processor()
+    assert cpu_model()
 
 
 @pytest.mark.parametrize(

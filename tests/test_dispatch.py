@@ -160,3 +160,23 @@ def test_plan_matches_the_run(calls: dict[str, int]) -> None:
     options = {"labels": make_labels((N,), V), "memory_budget": 130 * 8000, "backend": "torch"}
     kd.distillation_loss(student, teacher, **options)
     assert calls["logits"] == 2 * kd.plan(student, teacher, **options).num_chunks
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_every_visible_gpu_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors need not be on the current one. A mixed pair: an older card beside a newer one."""
+    module = pytest.importorskip(f"kdkernels.backends.{name}")
+    capabilities = [(9, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    if name == "cuda":
+        monkeypatch.setattr(module.native, "missing", lambda: None)
+        monkeypatch.setattr(module.native, "contents", lambda: {"cuda targets": ["80", "90a"]})
+    else:
+        monkeypatch.setattr(module, "_INTERPRETED", False)
+    assert module.unavailable("cuda", F32) is None
+    capabilities[1] = (7, 5)
+    assert "GPU 1 has" in module.unavailable("cuda", F32)
+    assert "CUDA_VISIBLE_DEVICES" in module.unavailable("cuda", F32)

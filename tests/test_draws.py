@@ -194,6 +194,15 @@ def test_a_hundred_thousand_rows_are_drawn_alike(device: str) -> None:
     assert 0.5 < (again != ids).double().mean() < 1
 
 
+def test_more_draws_than_a_grid_is_high(device: str) -> None:
+    """A GPU's launch has at most 65535 blocks in its second dimension."""
+    z = make_side((2,), 7, None, device=device)
+    other = "native" if device == "cpu" else "triton"
+    require(other, device)
+    ids = kd.sample(z, 70_000, generator=seeded(8, device), backend="torch").ids
+    assert torch.equal(kd.sample(z, 70_000, generator=seeded(8, device), backend=other).ids, ids)
+
+
 def test_rows_are_numbered_through_the_call(backend: str, device: str) -> None:
     """Equal rows draw differently, in the same chunk and in others."""
     z = make_side((1,), 50, None, device=device, spread=0.5).expand(20, 50)

@@ -237,9 +237,17 @@ def test_retained_graph(name: str, dim: int | None, engine_backend: str, device:
 
 def test_a_second_derivative_raises() -> None:
     z = torch.randn(2, 5, requires_grad=True)
-    for value in (kd.logsumexp(z, backend="torch"), kd.softmax(z, backend="torch")):
-        (grad,) = torch.autograd.grad(value.sum() * 2, z, create_graph=True)
-        with pytest.raises(RuntimeError):
+    ids = torch.zeros(2, dtype=torch.int64)
+    for name, value in {
+        "logsumexp": kd.logsumexp(z, backend="torch"),
+        "entropy": kd.entropy(z, backend="torch"),
+        "token_logprobs": kd.token_logprobs(z, ids, backend="torch"),
+        "cross_entropy": kd.cross_entropy(z, ids, backend="torch"),
+        "softmax": kd.softmax(z, backend="torch"),
+        "log_softmax": kd.log_softmax(z, backend="torch"),
+    }.items():
+        (grad,) = torch.autograd.grad((value * 2).sum(), z, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"kdkernels.{name} has no second derivative"):
             torch.autograd.grad(grad.sum(), z)
 
 

@@ -347,7 +347,7 @@ def test_second_derivatives_raise(dims: tuple[int | None, int | None], reduction
     student = to_dtype(student, None, requires_grad=True)
     loss = kd.distillation_loss(student, teacher, reduction=reduction, backend=engine_backend).sum()
     grads = torch.autograd.grad(loss, tensors(student), create_graph=True)
-    with pytest.raises(RuntimeError, match="distill_backward"):
+    with pytest.raises(RuntimeError, match=r"kdkernels.distillation_loss has no second derivative: .*reference"):
         torch.autograd.grad(sum((g**2).sum() for g in grads), tensors(student))
 
 

@@ -24,13 +24,18 @@ def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None
         return "torch sees no GPU"
     if torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
-    capability = torch.cuda.get_device_capability()
-    if not covers(targets, capability):
-        return (
-            f"the extension was built for {', '.join(targets)}, and the GPU has compute capability {'.'.join(map(str, capability))}: "
-            "reinstall with KDKERNELS_CUDA_ARCHS naming it"
-        )
+    for index, capability in gpus():
+        if not covers(targets, capability):
+            return (
+                f"the extension was built for {', '.join(targets)}, and GPU {index} has capability {'.'.join(map(str, capability))}: "
+                "reinstall with KDKERNELS_CUDA_ARCHS naming it, or leave it out with CUDA_VISIBLE_DEVICES if the tensors are not on it"
+            )
     return None
+
+
+def gpus() -> list[tuple[int, tuple[int, int]]]:
+    """Number and compute capability of every visible GPU: which of them the tensors are on is not known where a backend is chosen."""
+    return [(index, torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count())]
 
 
 def covers(targets: Sequence[str], capability: tuple[int, int]) -> bool:

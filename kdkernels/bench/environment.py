@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def cpu_model() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)

@@ -207,8 +207,9 @@ def _ours(v: Variant, case: Case, inputs: Inputs) -> Step:
 def held(variant: str, case: Case, inputs: Inputs) -> dict[str, int]:
     """What a pass of ours holds by design, in bytes (docs/memory.md), with the rows and number of its chunks.
 
-    In forward the chunk buffers and the gradients as forward saves them, unscaled: hidden ``[N, Ds]`` in its own dtype (for float16 float32),
-    head ``[V, Ds]`` in float32. In backward those and the ones that it returns, in the parameters' dtypes; no chunk buffer any more.
+    In forward the chunk buffers and the gradients as forward saves them, unscaled: hidden ``[N, Ds]`` in its own dtype (for float16
+    float32), head ``[V, Ds]`` in float32. In backward those and the ones that it returns, in the parameters' dtypes; no chunk buffer
+    any more.
     """
     p = kd.plan(inputs.student, inputs.teacher, **_call(Variant.parse(variant), case, inputs))
     size = case.torch_dtype.itemsize

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...problem import HeadBatch, Problem, RowBatch
 from .. import torch as torch_rows
+from ..cuda import gpus
 from .divergences import FUNCTIONS
 from .heads import head_rows_kernel, sample_rows_kernel, softmax_gradient_rows_kernel, softmax_rows_kernel
 from .kernel import kd_rows_kernel
@@ -30,8 +31,12 @@ def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None
         return "torch sees no GPU"
     if torch.version.hip is not None:
         return "only NVIDIA GPUs have been tried"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"it needs compute capability 8.0, and the GPU has {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+    for index, capability in gpus():
+        if capability < (8, 0):
+            return (
+                f"it needs compute capability 8.0, and GPU {index} has {'.'.join(map(str, capability))}: "
+                "leave that one out with CUDA_VISIBLE_DEVICES if the tensors are not on it"
+            )
     return None
 
 
@@ -98,7 +103,7 @@ def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
         if batch.draws is not None:
             launch = choose_sample(vocab)
             exact = torch.tensor([1.0 / problem.temperature, t.scale, t.softcap or 0.0], dtype=torch.float64).to(batch.logits.device)
-            sample_rows_kernel[(count, batch.draws.shape[1])](
+            sample_rows_kernel[(count * batch.draws.shape[1],)](
                 batch.logits, absent if batch.bias is None else batch.bias, batch.log_sum, batch.seed, exact, batch.draws,
                 batch.logits.stride(0), vocab, batch.draws.shape[1], batch.first_row,
                 1.0 / problem.temperature, t.scale, t.softcap or 0.0,

@@ -149,8 +149,9 @@ def sample_rows_kernel(
     As an exponential time is longer than its uniform number u, ``x - log u`` bounds what a column can reach: float32 and 24 bits
     of u say which columns may beat the best so far, and those few are looked at in float64.
     """
-    row = tl.program_id(0).to(tl.int64)
-    draw = tl.program_id(1)
+    # Of one dimension: a grid's others end at 65535.
+    row = (tl.program_id(0) // num_draws).to(tl.int64)
+    draw = tl.program_id(0) % num_draws
     logits += row * logits_stride
     number = row + first_row
     key = tl.load(seed)
