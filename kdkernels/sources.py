@@ -164,7 +164,7 @@ class EnsembleRows:
         problem = self.problem
         average = self.buffer[: stop - start, : problem.vocab]
         average.fill_(-math.inf if problem.ensemble == "probs" else 0.0)
-        step = max(1, BLOCK_ELEMENTS // problem.vocab)
+        step = max(1, (_TILE if average.device.type == "cpu" else BLOCK_ELEMENTS) // problem.vocab)
         for m, rows in zip(problem.members, self.members, strict=True):
             rows.allocate(stop - start, "logits of an ensemble's member")
             given = rows.logits(start, stop)
@@ -181,6 +181,7 @@ class EnsembleRows:
 
 
 BLOCK_ELEMENTS = 1 << 21  # of a block that stays in cache
+_TILE = 1 << 18  # with a few temporaries of it, in a core's own
 
 
 def _buffer(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
