@@ -13,6 +13,7 @@ from oracle import FLOATS, assert_close_2x, dense_logits, make_labels, make_side
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels.sources import SideRows
 
 MODES = [
     ("bucket", kd.ForwardKL()),
@@ -272,6 +273,39 @@ def test_a_part_of_what_was_kept(engine_backend: str, device: str) -> None:
     kd.distillation_loss(z, drawn, backend=engine_backend, chunk_rows=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradients_narrower_than_the_logits_they_lie_over(
+    dtype: torch.dtype, temperature: float, engine_backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU holds them, in float16 times a power of two."""
+
+    def narrow(side: SideRows, rows: int) -> Tensor:
+        return side.buffer.view(side.dtype)[:rows, : side.vocab]
+
+    monkeypatch.setattr(SideRows, "over_logits", narrow)
+    labels = make_labels((6,), VOCAB, device)
+    options = {"divergence": kd.ForwardKL(), "labels": labels, "ce_weight": 0.5, "temperature": temperature, "chunk_rows": 4}
+    for tail in ("bucket", "sampled"):
+        side = make_side((6,), VOCAB, 16, dtype=dtype, device=device, softcap=9.0)
+        check(engine_backend, side, make_teacher(tail, 8, (6,), temperature=temperature, device=device), options)
+
+
+def test_autocast_and_the_module(engine_backend: str, device: str) -> None:
+    side = make_side((6,), VOCAB, 8, device=device)
+    teacher = make_teacher("bucket", 8, (6,), temperature=2.0, device=device)
+    loss = kd.DistillationLoss(temperature=2.0, divergence="jsd", backend=engine_backend)
+    with torch.autocast(device, torch.bfloat16):
+        mixed = run(loss, side, teacher, {})
+    exact = run(loss, to_dtype(side, torch.bfloat16), teacher, {})
+    torch.testing.assert_close(mixed["loss"], exact["loss"])
+    for name in ("d_hidden", "d_weight"):
+        assert mixed[name].dtype == torch.float32
+        torch.testing.assert_close(mixed[name], exact[name].float(), rtol=0.02, atol=1e-4)
+    with torch.inference_mode():
+        assert kd.distillation_loss(side, teacher, temperature=2.0, backend=engine_backend).isfinite()
+
+
 def test_a_second_backward_gives_the_same_again(engine_backend: str, device: str) -> None:
     for dim in (None, 8):
         student = to_dtype(make_side((4,), 50, dim, device=device), None, requires_grad=True)
@@ -315,7 +349,8 @@ def test_compiles_without_a_break(engine_backend: str) -> None:
     top = kd.topk_logprobs(torch.randn(6, 40), 4)
 
     def step(h: Tensor, w: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-        return kd.distillation_loss(kd.LMHead(h, w), kd.TopK(ids, logprobs), backend=engine_backend)
+        drawn = kd.distillation_loss(kd.LMHead(h, w), kd.Sampled(ids, logprobs.exp()), reduction="none", backend=engine_backend)
+        return kd.distillation_loss(kd.LMHead(h, w), kd.TopK(ids, logprobs), backend=engine_backend) + drawn.sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for function in (step, compiled):
