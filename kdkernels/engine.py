@@ -252,11 +252,7 @@ def _over_chunks(
     backend = dispatch.load(problem.backend)
     sparse_targets = None
     if inputs.teacher_ids is not None and inputs.teacher is not None:
-        many = inputs.teacher_ids.shape[-1]
-        values, ids = select(inputs.teacher, index, state.dtype, many), select(inputs.teacher_ids, index, torch.int64, many)
-        assert values is not None
-        assert ids is not None
-        sparse_targets = values, ids
+        sparse_targets = Rows(inputs.teacher, index), Rows(inputs.teacher_ids, index)
     labels = select(inputs.labels, index, torch.int64, inputs.ids_per_row) if problem.needs_ce or problem.needs_ids else None
     gradient = None if d_student is None else Rows(d_student, index)
     dz_scale, unit = 1.0, None
@@ -279,8 +275,9 @@ def _over_chunks(
         loss_part, weight_part, labels_part = (None if t is None else t[r] for t in (loss, weight, labels))
         if sparse_targets is not None:
             known = sparse.SparseBatch(
-                student_logits, student.bias, sparse_targets[0][r], sparse_targets[1][r], labels_part, weight_part, state[:, r], loss_part,
-                None if stats is None else stats[:, r], dz, dz_scale,
+                student_logits, student.bias,
+                sparse_targets[0].take(start, stop).to(state.dtype), sparse_targets[1].take(start, stop).to(torch.int64),
+                labels_part, weight_part, state[:, r], loss_part, None if stats is None else stats[:, r], dz, dz_scale,
             )  # fmt: skip
             sparse.rows(backend, problem, known, statistics)
         elif teacher is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .divergences import JSD, Divergence, ReverseKL
+from .divergences import Divergence, ForwardKL
 from .problem import STATS, Problem, Transform
 from .sides import Ensemble, LMHead, Sampled, Side, Teacher, TopK
 
@@ -77,30 +77,22 @@ def sparse_divergence(problem: Problem, log_q: Tensor, ids: Tensor, values: Tens
         p = values / values.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     else:
         p = torch.softmax(values, -1).nan_to_num(0.0) if problem.tail == "renorm" else values.exp()
-    one, zero = torch.ones_like(p[..., :1]), torch.zeros_like(p[..., :1])
-    # A row of no id at all says nothing.
+    none, log_of_q = torch.full_like(p[..., :1], -math.inf), torch.where(named, log_q.gather(-1, at), torch.full_like(p, -math.inf))
+    rest = rest_q = none  # logarithms of what all other tokens have together
     floor = torch.finfo(torch.float32).eps
-    rest = (one - p.sum(-1, keepdim=True)).clamp(min=floor) if problem.tail == "bucket" else zero
-    q = torch.where(named, log_q.gather(-1, at).exp(), torch.zeros_like(p))
-    rest_q = (one - q.sum(-1, keepdim=True)).clamp(min=floor)
-    if problem.tail in ("zero", "sampled"):
-        rest_q = one  # no such outcome
-    p, q = torch.cat([p, rest], -1), torch.cat([q, rest_q], -1)
-    entropy = -torch.xlogy(p, p).sum(-1)
-    log_of_q = torch.cat([torch.where(named, log_q.gather(-1, at), torch.zeros_like(values)), rest_q.log()], -1)
-
-    def kl(weight: Tensor, log_weight: Tensor, log_other: Tensor) -> Tensor:
-        return torch.where(weight == 0, torch.zeros_like(weight), weight * (log_weight - log_other)).sum(-1)
-
-    log_of_p, div = p.log(), problem.divergence
-    if isinstance(div, ReverseKL):
-        value = kl(q, log_of_q, log_of_p)
-    elif isinstance(div, JSD):
-        log_m = (div.beta * p + (1 - div.beta) * q).log()
-        value = div.beta * kl(p, log_of_p, log_m) + (1 - div.beta) * kl(q, log_of_q, log_m)
+    if problem.tail == "bucket":
+        rest = (1 - p.sum(-1, keepdim=True)).clamp(min=floor).log()
+    if problem.tail in ("bucket", "renorm"):
+        rest_q = (1 - log_of_q.exp().sum(-1, keepdim=True)).clamp(min=floor).log()
+    log_of_p = torch.cat([p.log(), rest], -1)
+    entropy = _entropy(log_of_p)
+    if problem.tail in ("zero", "sampled"):  # no distribution, and the one form that needs none
+        value = ForwardKL().reference(torch.cat([log_of_q, rest_q], -1), log_of_p).sum(-1)
+        value = value + entropy if problem.tail == "sampled" else value
     else:
-        value = kl(p, torch.zeros_like(p) if problem.tail == "sampled" else log_of_p, log_of_q)
-    return value, entropy, ids.gather(-1, p[..., :-1].argmax(-1, keepdim=True))
+        value = problem.divergence.reference(torch.cat([log_of_q, rest_q], -1), log_of_p).sum(-1)
+        value = torch.where((log_of_p == -math.inf).all(-1), torch.zeros_like(value), value)  # a row without an id says nothing
+    return value, entropy, ids.gather(-1, p.argmax(-1, keepdim=True))
 
 
 def distillation_rows(

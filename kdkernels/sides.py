@@ -123,9 +123,13 @@ class Ensemble:
             raise ValueError(f"Ensemble.mode must be one of {', '.join(map(repr, get_args(EnsembleMode)))}, got {self.mode!r}")
         if self.weights is None:
             return
+        if not isinstance(self.weights, Sequence):
+            raise TypeError(f"Ensemble.weights must be a list of numbers, got {type(self.weights).__name__}")
         if len(self.weights) != len(self.teachers):
             raise ValueError(f"Ensemble.weights must be one per teacher, {len(self.teachers)}, got {len(self.weights)}")
         for weight in self.weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(f"Ensemble.weights must be Python numbers, got {type(weight).__name__}")
             if not 0 < weight < math.inf:
                 raise ValueError(f"Ensemble.weights must be finite and > 0, got {weight}: leave that teacher out instead")
 

@@ -164,7 +164,7 @@ class EnsembleRows:
         problem = self.problem
         average = self.buffer[: stop - start, : problem.vocab]
         average.fill_(-math.inf if problem.ensemble == "probs" else 0.0)
-        step = max(1, BLOCK_ELEMENTS // problem.vocab)
+        step = max(1, (_TILE if average.device.type == "cpu" else BLOCK_ELEMENTS) // problem.vocab)
         for m, rows in zip(problem.members, self.members, strict=True):
             rows.allocate(stop - start, "logits of an ensemble's member")
             given = rows.logits(start, stop)
@@ -181,6 +181,7 @@ class EnsembleRows:
 
 
 BLOCK_ELEMENTS = 1 << 21  # of a block that stays in cache
+_TILE = 1 << 18  # with a few temporaries of it, in a core's own
 
 
 def _buffer(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -226,8 +227,8 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
     bad_labels = bad_weights = bad_ids = index = None
     valid = None if labels is None else labels != problem.ignore_index
     if inputs.teacher_ids is not None and check and not capturing:
-        bad_ids = _bad_ids(problem, inputs.teacher_ids)
-        bad_ids = bad_ids if valid is None else bad_ids & valid.unsqueeze(-1)
+        bad_ids = _bad_ids(problem, inputs)
+        bad_ids = bad_ids if valid is None else bad_ids & valid
         any_bad_id = bad_ids.any()
     if weights is not None and check and not capturing:
         bad_weights = ~(torch.isfinite(weights) & (weights >= 0))
@@ -251,7 +252,7 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
             f"ignore_index={problem.ignore_index}: mask those positions with ignore_index, or correct vocab_size"
         )
     if bad_ids is not None and inputs.teacher_ids is not None and bool(any_bad_id):
-        raise ValueError(_what_is_wrong(problem, inputs.teacher_ids, bad_ids))
+        raise ValueError(_what_is_wrong(problem, inputs, bad_ids))
     if bad_weights is not None and weights is not None and bool(any_bad_weight):
         wrong = weights[bad_weights]
         raise ValueError(
@@ -264,26 +265,47 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
     return (None if count == num_rows else index), count
 
 
-def _bad_ids(problem: Problem, ids: Tensor) -> Tensor:
-    """``[..., K]``: ids of a sparse teacher that are out of range, or (of the most likely tokens, which are a set) there twice."""
-    outside = (ids < -1) | (ids >= problem.vocab)
-    if problem.tail == "sampled" or ids.shape[-1] == 1:
-        return outside
-    ordered = ids.sort(-1).values
-    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    return outside | twice.any(-1, keepdim=True)
+def _bad_ids(problem: Problem, inputs: Inputs) -> Tensor:
+    """``[...]``: rows of a sparse teacher with ids out of range, or (of the most likely tokens, which are a set) there twice, or with
+    negative counts."""
+    teacher_ids, values = inputs.teacher_ids, inputs.teacher
+    assert teacher_ids is not None
+    assert values is not None
+    ids, counts = (t.reshape(-1, t.shape[-1]) for t in (teacher_ids, values))
+    bad = torch.empty(len(ids), dtype=torch.bool, device=ids.device)
+    step = max(1, BLOCK_ELEMENTS // ids.shape[1])  # sorting takes more memory than what is sorted
+    for start in range(0, len(ids), step):
+        some = ids[start : start + step]
+        wrong = (some < -1) | (some >= problem.vocab)
+        if problem.tail == "sampled":
+            wrong |= (counts[start : start + step] < 0) & (some >= 0)
+        elif ids.shape[1] > 1:
+            wrong[:, 1:] |= _repeated(some.sort(-1).values)
+        bad[start : start + step] = wrong.any(-1)
+    return bad.view(teacher_ids.shape[:-1])
 
 
-def _what_is_wrong(problem: Problem, ids: Tensor, bad: Tensor) -> str:
-    outside = ids[bad & ((ids < -1) | (ids >= problem.vocab))]
-    name = "Sampled" if problem.tail == "sampled" else "TopK"
+def _repeated(ordered: Tensor) -> Tensor:
+    """``[n, K - 1]``, of ids in order ``[n, K]``."""
+    return (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+
+
+def _what_is_wrong(problem: Problem, inputs: Inputs, bad: Tensor) -> str:
+    assert inputs.teacher_ids is not None
+    assert inputs.teacher is not None
+    ids, name = inputs.teacher_ids[bad], "Sampled" if problem.tail == "sampled" else "TopK"
+    outside = ids[(ids < -1) | (ids >= problem.vocab)]
     if outside.numel():
         return (
             f"teacher {name}.ids contain {int(outside[0])} ({outside.numel()} such entries), outside the vocabulary [0, {problem.vocab}) "
             "and not -1, which is padding: are they of the student's tokenizer?"
         )
-    ordered = ids[bad.any(-1)][0].sort().values
-    repeated = ordered[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)][0]
+    if problem.tail == "sampled":
+        counts = inputs.teacher[bad]
+        wrong = counts[(counts < 0) & (ids >= 0)]
+        return f"teacher Sampled.counts contain {wrong[0].item()} ({wrong.numel()} such entries): they must not be negative"
+    ordered = ids.sort(-1).values
+    repeated = ordered[:, 1:][_repeated(ordered)][0]
     return f"teacher TopK.ids name token {int(repeated)} twice at one position: add the probabilities up and keep one, the other -1"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from oracle import FLOATS, assert_close_2x, dense_logits, make_labels, make_side
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels.sources import SideRows
 
 MODES = [
     ("bucket", kd.ForwardKL()),
@@ -183,15 +185,125 @@ def test_the_whole_vocabulary_is_the_dense_loss(tail: str, engine_backend: str, 
     torch.testing.assert_close(sparse, kd.distillation_loss(z, zt, backend=engine_backend), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_named_teaches_nothing(engine_backend: str, device: str) -> None:
+def test_nothing_named_teaches_nothing(any_backend: str, device: str) -> None:
     ids, values = torch.full((3, 2), -1, device=device), torch.full((3, 2), math.nan, device=device)
-    for tail in ("bucket", "renorm", "zero"):
+    for tail, divergence in MODES[:-1]:
         z = torch.randn(3, 20, device=device).requires_grad_()
-        loss = kd.distillation_loss(z, kd.TopK(ids, values, tail), backend=engine_backend)  # type: ignore[arg-type]
+        loss = kd.distillation_loss(z, kd.TopK(ids, values, tail), divergence=divergence, backend=any_backend)  # type: ignore[arg-type]
         loss.backward()
         assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
         assert z.grad is not None
         assert float(z.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
+def test_named_tokens_that_have_nothing(tail: str, divergence: Any, any_backend: str, device: str) -> None:
+    """Excluded by both sides, no part of loss or gradient; where the student alone has nothing, forward KL is infinite."""
+    z = torch.randn(3, 12, device=device)
+    z[:, 3] = -math.inf
+    ids = torch.tensor([[3, 5, -1], [2, 3, 0], [11, 0, 3]], device=device)
+    shares = torch.tensor([[0.0, 3.0, 1.0], [1.0, 0.0, 1.0], [2.0, 1.0, 0.0]], device=device) / 5
+    teacher = kd.Sampled(ids, shares) if tail == "sampled" else kd.TopK(ids, shares.log(), tail)  # type: ignore[arg-type]
+    options = {"divergence": divergence, "reduction": "none"}
+    ours = run(kd.distillation_loss, z, teacher, {**options, "backend": any_backend})
+    shorter = torch.where(ids == 3, -1, ids)
+    same = kd.Sampled(shorter, shares) if tail == "sampled" else kd.TopK(shorter, shares.log(), tail)  # type: ignore[arg-type]
+    expected = run(dense_loss, z[:, [*range(3), *range(4, 12)]], moved(same), options)
+    torch.testing.assert_close(ours["loss"], expected["loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours["d_logits"][:, [*range(3), *range(4, 12)]], expected["d_logits"], rtol=1e-5, atol=1e-6)
+    assert (ours["d_logits"][:, 3] == 0).all()
+    z[0, 5] = -math.inf  # the teacher gives it most
+    loss = kd.distillation_loss(z, teacher, **options, backend=any_backend)
+    assert bool(loss[0] == math.inf) == isinstance(divergence, kd.ForwardKL)
+    assert torch.isfinite(loss[1:]).all()
+
+
+def moved(teacher: kd.TopK | kd.Sampled) -> Any:
+    """The same in a vocabulary without token 3."""
+    return dataclasses.replace(teacher, ids=torch.where(teacher.ids > 3, teacher.ids - 1, teacher.ids))
+
+
+def test_a_confident_student_keeps_the_digits_of_its_likely_tokens(engine_backend: str, device: str) -> None:
+    """What is q - p at the ids is so whatever the ratio of the tails, here 2000."""
+    z, zt = (torch.randn(4, 500, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    z[:, :4] += 20
+    zt[:, :4] += 12
+    top = kd.topk_logprobs(zt, 4)
+    assert (top.ids < 4).all()
+    z = z.to(device)
+    got = run(
+        kd.distillation_loss, z, kd.TopK(top.ids.to(device), top.logprobs.to(device)), {"reduction": "sum", "backend": engine_backend}
+    )
+    q = torch.softmax(z.double(), -1).gather(-1, top.ids.long().to(device))
+    truth = 0.5 * (q - top.logprobs.to(device).double().exp())
+    assert_close_2x("d_logits at ids", got["d_logits"].gather(-1, top.ids.long().to(device)), truth.float(), truth)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "sampled"])
+def test_more_ids_than_any_block_of_them(tail: str, engine_backend: str, device: str) -> None:
+    teacher = make_teacher(tail, 1500, (2,), vocab=2000, device=device)
+    check(engine_backend, make_side((2,), 2000, 8, device=device), teacher, {"divergence": kd.ForwardKL()})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_label_among_the_ids_and_one_that_is_not(temperature: float, any_backend: str, device: str) -> None:
+    """Beside token 0, which is where padding would go: every column is written once, with all that belongs to it."""
+    ids = torch.tensor([[0, 4, 7], [-1, 4, 7], [-1, -1, -1], [-1, -1, -1], [0, -1, -1], [7, -1, 0]], device=device)
+    labels = torch.tensor([4, 0, 0, 5, 0, 0], device=device)
+    logprobs = torch.full(ids.shape, -1.5, device=device)
+    for dim in (None, 8):
+        side = make_side((6,), 11, dim, device=device, softcap=None if dim is None else 8.0)
+        for divergence in (kd.ForwardKL(), kd.ReverseKL(), kd.JSD()):
+            options = {"divergence": divergence, "labels": labels, "ce_weight": 0.7, "temperature": temperature, "reduction": "sum"}
+            check(any_backend, side, kd.TopK(ids, logprobs, temperature=temperature), options)
+
+
+def test_a_part_of_what_was_kept(engine_backend: str, device: str) -> None:
+    """The first 3 of 8, and every other position: views with strides of their own."""
+    z = make_side((2, 3), 40, None, device=device)
+    top = kd.topk_logprobs(make_side((2, 6), 40, None, seed=1, device=device), 8)
+    for dtype in (torch.int32, torch.int64):
+        ids, logprobs = top.ids.to(dtype)[:, ::2, :3], top.logprobs[:, ::2, :3]
+        views, copies = (
+            kd.distillation_loss(z, kd.TopK(a, b), backend=engine_backend, chunk_rows=2, reduction="none")
+            for a, b in ((ids, logprobs), (ids.contiguous(), logprobs.contiguous()))
+        )
+        assert torch.equal(views, copies)
+    drawn = kd.sample(make_side((2, 3), 40, None, device=device), 4)  # its counts are one number, expanded
+    kd.distillation_loss(z, drawn, backend=engine_backend, chunk_rows=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradients_narrower_than_the_logits_they_lie_over(
+    dtype: torch.dtype, temperature: float, engine_backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU holds them, in float16 times a power of two."""
+
+    def narrow(side: SideRows, rows: int) -> Tensor:
+        return side.buffer.view(side.dtype)[:rows, : side.vocab]
+
+    monkeypatch.setattr(SideRows, "over_logits", narrow)
+    labels = make_labels((6,), VOCAB, device)
+    options = {"divergence": kd.ForwardKL(), "labels": labels, "ce_weight": 0.5, "temperature": temperature, "chunk_rows": 4}
+    for tail in ("bucket", "sampled"):
+        side = make_side((6,), VOCAB, 16, dtype=dtype, device=device, softcap=9.0)
+        check(engine_backend, side, make_teacher(tail, 8, (6,), temperature=temperature, device=device), options)
+
+
+def test_autocast_and_the_module(engine_backend: str, device: str) -> None:
+    side = make_side((6,), VOCAB, 8, device=device)
+    teacher = make_teacher("bucket", 8, (6,), temperature=2.0, device=device)
+    loss = kd.DistillationLoss(temperature=2.0, divergence="jsd", backend=engine_backend)
+    with torch.autocast(device, torch.bfloat16):
+        mixed = run(loss, side, teacher, {})
+    exact = run(loss, to_dtype(side, torch.bfloat16), teacher, {})
+    torch.testing.assert_close(mixed["loss"], exact["loss"])
+    for name in ("d_hidden", "d_weight"):
+        assert mixed[name].dtype == torch.float32
+        torch.testing.assert_close(mixed[name], exact[name].float(), rtol=0.02, atol=1e-4)
+    with torch.inference_mode():
+        assert kd.distillation_loss(side, teacher, temperature=2.0, backend=engine_backend).isfinite()
 
 
 def test_a_second_backward_gives_the_same_again(engine_backend: str, device: str) -> None:
@@ -237,7 +349,8 @@ def test_compiles_without_a_break(engine_backend: str) -> None:
     top = kd.topk_logprobs(torch.randn(6, 40), 4)
 
     def step(h: Tensor, w: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-        return kd.distillation_loss(kd.LMHead(h, w), kd.TopK(ids, logprobs), backend=engine_backend)
+        drawn = kd.distillation_loss(kd.LMHead(h, w), kd.Sampled(ids, logprobs.exp()), reduction="none", backend=engine_backend)
+        return kd.distillation_loss(kd.LMHead(h, w), kd.TopK(ids, logprobs), backend=engine_backend) + drawn.sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for function in (step, compiled):
@@ -285,6 +398,8 @@ def test_bad_input() -> None:
         kd.distillation_loss(z, teacher(1, -2, 2))
     with pytest.raises(ValueError, match="token 7 twice"):
         kd.distillation_loss(z, teacher(7, 1, 7))
+    with pytest.raises(ValueError, match=r"Sampled.counts contain -2 \(1 such .* must not be negative"):
+        kd.distillation_loss(z, kd.Sampled(torch.tensor([[1, -1], [2, 3]]), torch.tensor([[1, -5], [-2, 3]])))
     with pytest.raises(ValueError, match="leading shape"):
         kd.distillation_loss(torch.randn(3, 10), teacher(1, 2, 3))
     for tail in ("bucket", "zero"):
