@@ -20,6 +20,7 @@ from . import __version__, dispatch
 from .backends import native
 from .demo.settings import DemoError, Settings
 from .divergences import REGISTRY
+from .recipes import command as recipes
 from .teachers import command as teachers
 from .trainer import command as training
 
@@ -331,6 +332,7 @@ def bench(
 
 
 teachers.register(app)
+app.add_typer(recipes.app)
 app.command(epilog=training.EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(training.train)
 
 

@@ -10,9 +10,9 @@ __all__ = ["Kind", "extract", "normalise", "same", "split"]
 
 Kind = Literal["number", "choice", "text"]
 
-_MARKER = re.compile(r"\banswer\b(?:\s+is)?\s*[:=]?[ \t]*", re.IGNORECASE)
+_MARKER = re.compile(r"\banswer(?:(?:[ \t]+\w+){0,4}?[ \t]+is\b|[ \t]*(?=[:=]))[ \t]*[:=]?[ \t]*", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w])")
-_CHOICE = re.compile(r"\(([A-Za-z])\)|(?<![A-Za-z'])([A-Z])(?![A-Za-z'])")
+_CHOICE = re.compile(r"(?<![A-Za-z])\(?([A-Za-z])\)|(?<![A-Za-z'])([A-H])(?![A-Za-z'])")
 
 
 def split(text: str) -> tuple[str, str]:
@@ -35,11 +35,14 @@ def extract(text: str, kind: Kind) -> str | None:
     free text has no answer.
     """
     answer = split(text)[1]
+    if kind == "number" and "=" in answer:  # "Answer: 3 + 4 = 7"
+        answer = answer.rpartition("=")[2]
     return normalise(answer or (text if kind != "text" else ""), kind, first=bool(answer))
 
 
 def normalise(answer: str, kind: Kind, first: bool = False) -> str | None:
-    """One spelling for each answer: ``$1,250.50`` is ``2501/2``, ``(b)`` is ``B``, free text loses case, articles and punctuation at its ends.
+    """One spelling for each answer: ``$1,250.50`` is ``2501/2``, ``(b)`` is ``B``, free text loses case, articles and punctuation at its
+    ends.
 
     Of several numbers or choices the last counts, or the ``first``. None if there is none.
     """

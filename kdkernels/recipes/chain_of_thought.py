@@ -2,15 +2,15 @@
 
 - Rationales: asked for by instruction alone (zero-shot-CoT, Kojima et al. 2022, https://arxiv.org/abs/2205.11916) or after worked examples
   (Wei et al. 2022, https://arxiv.org/abs/2201.11903). Kept if their final answer is the row's.
-- Fine-tune-CoT (Ho et al. 2022, https://arxiv.org/abs/2212.10071): several sampled rationales a question ("diverse reasoning"); the student learns
-  rationale and answer as one text, ``L = -log q(r, a | x)``.
+- Fine-tune-CoT (Ho et al. 2022, https://arxiv.org/abs/2212.10071): several sampled rationales a question ("diverse reasoning"); the
+  student learns rationale and answer as one text, ``L = -log q(r, a | x)``.
 - Distilling Step-by-Step (Hsieh et al. 2023, https://arxiv.org/abs/2305.02301): two tasks told apart by a prefix,
   ``L = L_label + lambda * L_rationale``, so that no rationale has to be written at inference.
 - MT-CoT (Li et al. 2022, https://arxiv.org/abs/2210.06726): one task answers, the other explains and then answers,
   ``L = (1 - w) * L_answer + w * L_explain``.
 
-Each task's loss is a mean over its own tokens. ``balance`` says this with row weights, whatever the rows' lengths and however they are batched.
-Left out: Fine-tune-CoT's answer cleansing by data set; the prompt files of the papers (the wording here is ours).
+Each task's loss is a mean over its own tokens. ``balance`` says this with row weights, whatever the rows' lengths and however they are
+batched. Left out: Fine-tune-CoT's answer cleansing by data set; the prompt files of the papers (the wording here is ours).
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def rationales(
     examples: Sequence[Item] = (),
     most: int | None = None,
 ) -> tuple[list[Rationale], Tally]:
-    """Distinct rationales that end in the row's answer, at most ``most`` an item. ``examples`` are worked ones: their ``rationale`` field and answer.
+    """Distinct rationales that end in the row's answer, at most ``most`` an item. ``examples`` are worked ones: their ``rationale`` field
+    and answer.
 
     Raises:
         RecipeError: a row whose answer is not of this ``kind``, or an example without a rationale.
@@ -117,7 +118,8 @@ def multi_task(
     prefixes: Mapping[str, str] = PREFIXES,
     chat: bool = True,
 ) -> list[Row]:
-    """A ``label`` row for each item and a ``rationale`` row for each rationale: without the answer in ``step-by-step``, with it in ``mt-cot``.
+    """A ``label`` row for each item and a ``rationale`` row for each rationale: without the answer in ``step-by-step``, with it in
+    ``mt-cot``.
 
     The rows have no weights yet: see ``balance``.
     """

@@ -1,19 +1,19 @@
 """In-context learning: what a teacher does with demonstrations, a student learns to do without them, or with them.
 
-Context distillation (Askell et al. 2021, https://arxiv.org/abs/2112.00861; Snell et al. 2022, https://arxiv.org/abs/2209.15189): the teacher
-reads k demonstrations and the question, the student the question alone,
+Context distillation (Askell et al. 2021, https://arxiv.org/abs/2112.00861; Snell et al. 2022, https://arxiv.org/abs/2209.15189): the
+teacher reads k demonstrations and the question, the student the question alone,
 
     L = D(p(y | demonstrations, x), q(y | x))
 
 with any divergence D of the package.
 
-In-context learning distillation (Huang et al. 2022, https://arxiv.org/abs/2212.10670): both read the demonstrations, so the student learns to use
-them, by the teacher's soft labels, the hard label, and language modelling, the last to keep the knowledge of the task:
+In-context learning distillation (Huang et al. 2022, https://arxiv.org/abs/2212.10670): both read the demonstrations, so the student learns
+to use them, by the teacher's soft labels, the hard label, and language modelling, the last to keep the knowledge of the task:
 
     L = KL(p(y | C, x), q(y | C, x)) + a(t) * CE(y | C, x) + L_lm
 
-``a`` falls linearly while training (``HardWeight``). Left out: training over many tasks with held-out tasks (Meta-ICT): give rows of many tasks,
-each with its ``task``, and demonstrations are drawn within it.
+``a`` falls linearly while training (``HardWeight``). Left out: training over many tasks with held-out tasks (Meta-ICT): give rows of many
+tasks, each with its ``task``, and demonstrations are drawn within it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def language_modelling(items: Sequence[Item], weight: float) -> list[Row]:
 def answered(
     items: Sequence[Item], shown: Sequence[Sequence[Item]], teacher: TextModel, log: Path, sampling: Sampling
 ) -> tuple[list[Item], list[Sequence[Item]], Tally]:
-    """The items with the teacher's own replies (given the demonstrations) for responses: for questions that have none, or for black-box teachers.
+    """The items with the teacher's own replies (given the demonstrations) for responses: for questions that have none, or for black-box
+    teachers.
 
     Items whose reply is empty or cut off are dropped, with their demonstrations.
     """

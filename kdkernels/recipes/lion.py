@@ -3,8 +3,8 @@
 Jiang et al. 2023 (https://arxiv.org/abs/2305.12870), adversarial distillation of a closed model. A round:
 
 1. imitate: the student learns the teacher's answers to the training pool (cross-entropy).
-2. discriminate: a referee rates both models' answers to the cache pool, 1 to 10, in both orders, since it favours a place. With s the mean over the
-   orders, an instruction is hard if ``s_teacher - s_student >= 1``, else easy.
+2. discriminate: a referee rates both models' answers to the cache pool, 1 to 10, in both orders, since it favours a place. With s the mean
+   over the orders, an instruction is hard if ``s_teacher - s_student >= 1``, else easy.
 3. generate: new instructions like the hard ones, and as many like the easy ones (to keep what is learnt). One whose ROUGE-L to any
    instruction so far is above 0.7 is dropped. They are the next training pool, and join the cache pool.
 
@@ -74,6 +74,18 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
+def weights_of(student: str) -> str:
+    """What tells a trained student from the one before it in the same folder: its path, and size and time of its weights."""
+    files = sorted(Path(student).glob("*.safetensors"))
+    return fingerprint([student, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]])
+
+
+def student_of(out: Path, number: int) -> str | None:
+    """The ``weights_of`` the student that a round was done with."""
+    path = folder_of(out, number) / "settings.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("student") if path.exists() else None
+
+
 def stage(out: Path) -> tuple[int, str]:
     """Number of the round that is next, and what it waits for: ``imitate`` or ``student`` (a student trained on its ``imitate.jsonl``)."""
     number = 0
@@ -114,7 +126,8 @@ def discriminate(
     rating: Sampling,
     threshold: float = 1.0,
 ) -> tuple[list[Judged], Tally]:
-    """Rates both models' answers in both orders; written to ``judged.jsonl``. An instruction without two ratings in either order is dropped."""
+    """Rates both models' answers in both orders; written to ``judged.jsonl``. An instruction that an order has no two ratings for is
+    dropped."""
     folder = folder_of(out, number)
     asked = [(_item(i).key, _item(i).messages) for i in cache]
     ours = [replies[0].text.strip() for replies in ask(teacher, out / "teacher.jsonl", asked, answering)]
@@ -201,7 +214,7 @@ def generate(
 def referee_prompt(instruction: str, first: str, second: str) -> str:
     return (
         f"Instruction: {instruction}\nFirst answer: {first}\nSecond answer: {second}\n"
-        "Rate how helpful, relevant, accurate and detailed each answer is, from 1 to 10. Begin with one line that holds only the two ratings."
+        "Rate how helpful, relevant, accurate and detailed each answer is, from 1 to 10. Begin with a line of the two ratings alone."
     )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from ..teachers.text import Reply, Request, TextModel
 
 __all__ = [
-    "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "once", "read_items", "read_jsonl", "student_row", "write_jsonl",
+    "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "once", "read_items", "read_jsonl", "student_row",
+    "write_jsonl",
 ]  # fmt: skip
 
 Message = Mapping[str, str]
@@ -155,7 +156,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def student_row(item: Item, response: str, *, prompt: str | None = None, suffix: str = "", chat: bool = True, **fields: Any) -> Row:
-    """A row for ``kdkernels train``: the student reads the item's conversation (its last turn replaced by ``prompt``) and learns ``response``.
+    """A row for ``kdkernels train``: the student reads the item's conversation (its last turn replaced by ``prompt``) and learns
+    ``response``.
 
     ``chat=False`` writes ``prompt`` instead of ``messages``, for students without a chat template. Fields that are None are left out.
 
@@ -197,7 +199,8 @@ def ask(model: TextModel, log: Path, prompts: Sequence[tuple[str, Sequence[Messa
 
 
 def once(log: Path, keys: Sequence[str], make: Callable[[list[str]], list[str]], batch: int = 1) -> list[str]:
-    """A text for each key: ``make(keys)`` gives those of at most ``batch`` keys, which ``log`` (JSONL) then holds and which are not made again.
+    """A text for each key: ``make(keys)`` gives those of at most ``batch`` keys, which ``log`` (JSONL) then holds and which are not made
+    again.
 
     A last line cut short by a kill is made again.
     """

@@ -1,7 +1,7 @@
 """SCOTT: rationales that the answer makes likely, and a student that is held to its rationale.
 
-Wang et al. 2023 (https://arxiv.org/abs/2305.01879). The teacher explains the gold answer a* by contrastive decoding against a perturbed answer a'
-(none at all, or a wrong one):
+Wang et al. 2023 (https://arxiv.org/abs/2305.01879). The teacher explains the gold answer a* by contrastive decoding against a perturbed
+answer a' (none at all, or a wrong one):
 
     t_i = argmax log p(t | x, a*, t_<i) + G,   G = log p(t | x, a*, t_<i) - log p(t | x, a', t_<i)
 
@@ -10,12 +10,13 @@ which is the argmax of ``log p(. | a*) - s log p(. | a')`` with strength s = 1/2
     factual:        L = -log q(r, a* | x)
     counterfactual: L = -log q(a' | x, r'),  r' the rationale that the teacher gives for a wrong answer a'
 
-so that its answer follows from its rationale. Left out: nucleus-sampled rationales as a baseline, and the paper's encoder-decoder student: in a
-causal model, r' stands before the answer and is not scored.
+so that its answer follows from its rationale. Left out: nucleus-sampled rationales as a baseline, and the paper's encoder-decoder student:
+in a causal model, r' stands before the answer and is not scored.
 """
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ class Contrast(LogitsProcessor):  # type: ignore[misc]
         self._ids, self._mask, self._cache = other_ids, other_mask, None
         self._prompt_length = prompt_length
         self._eos = torch.tensor(list(eos), device=other_ids.device)
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class Contrast(LogitsProcessor):  # type: ignore[misc]
             self._mask = torch.cat([self._mask, torch.ones_like(new)], -1)
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
         out = self.model(
-            input_ids=new, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            input_ids=new, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **self._last_only
         )  # fmt: skip
         self._cache = out.past_key_values
         own = scores.float().log_softmax(-1)
@@ -111,7 +113,8 @@ def contrastive_rationales(
     max_tokens: int = 128,
     batch: int = 8,
 ) -> list[str]:
-    """A rationale for each item that supports the answer ``given`` rather than the ``contrasted`` one ("" for none), greedily.
+    """A rationale for each item that supports the answer ``given`` rather than the ``contrasted`` one ("" for none), greedily; "" if it
+    is not done within ``max_tokens``.
 
     ``model`` and ``tokenizer`` (with a chat template) are of transformers. What ``log`` holds is not made again.
 
@@ -127,24 +130,26 @@ def contrastive_rationales(
         for item, a, b in zip(items, given, contrasted, strict=True)
     }
 
-    def encoded(some: list[str], answer: int) -> dict[str, Tensor]:
+    def encoded(some: list[tuple[Item, str]]) -> dict[str, Tensor]:
         texts = []
-        for key in some:
-            item = views[key][0]
-            messages = list(map(dict, extended(item.messages, explain_prompt(item.prompt, views[key][answer]))))
+        for item, answer in some:
+            messages = list(map(dict, extended(item.messages, explain_prompt(item.prompt, answer))))
             texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         found = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         return {name: found[name].to(model.device) for name in ("input_ids", "attention_mask")}
 
     def make(some: list[str]) -> list[str]:
-        own, other = encoded(some, 1), encoded(some, 2)
+        own = encoded([(item, a) for item, a, _ in map(views.__getitem__, some)])
+        other = encoded([(item, b) for item, _, b in map(views.__getitem__, some)])
         length = own["input_ids"].shape[1]
         contrast = Contrast(model, other["input_ids"], other["attention_mask"], length, strength, [tokenizer.eos_token_id])
-        ids = model.generate(
-            **own, do_sample=False, num_beams=1, max_new_tokens=max_tokens, use_cache=True, logits_processor=LogitsProcessorList([contrast]),
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        ids: Tensor = model.generate(
+            **own, do_sample=False, num_beams=1, max_new_tokens=max_tokens, use_cache=True,
+            logits_processor=LogitsProcessorList([contrast]), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        return [text.strip() for text in tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)]
+        new = ids[:, length:]
+        whole = (new == tokenizer.eos_token_id).any(-1).tolist()
+        return [text.strip() if w else "" for text, w in zip(tokenizer.batch_decode(new, skip_special_tokens=True), whole, strict=True)]
 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -6,8 +6,8 @@ Shridhar et al. 2022 (https://arxiv.org/abs/2212.00193): the teacher splits the 
     questioner: L = -log q(q_1 ... q_n | P)
     solver:     L = -sum_j log q(a_j | P, q_1, a_1, ..., q_(j-1), a_(j-1), q_j)
 
-A decomposition is kept if its last sub-answer is the row's answer. Left out: guiding the questioner by the equations of the solution, and its
-reinforcement learning.
+A decomposition is kept if its last sub-answer is the row's answer. Left out: guiding the questioner by the equations of the solution, and
+its reinforcement learning.
 """
 
 from __future__ import annotations
