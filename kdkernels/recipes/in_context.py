@@ -85,13 +85,15 @@ def language_modelling(items: Sequence[Item], weight: float) -> list[Row]:
 
 def answered(
     items: Sequence[Item], shown: Sequence[Sequence[Item]], teacher: TextModel, log: Path, sampling: Sampling
-) -> tuple[list[Item], list[Sequence[Item]], Tally]:
+) -> tuple[list[Item], list[list[Item]], Tally]:
     """The items with the teacher's own replies (given the demonstrations) for responses: for questions that have none, or for black-box
     teachers.
 
     Items whose reply is empty or cut off are dropped, with their demonstrations.
     """
-    tally, kept, kept_shown = Tally(rows=len(items)), [], []
+    tally = Tally(rows=len(items))
+    kept: list[Item] = []
+    kept_shown: list[list[Item]] = []
     prompts = [(item.key, with_demonstrations(item, demos)) for item, demos in zip(items, shown, strict=True)]
     for item, demos, replies in zip(items, shown, ask(teacher, log, prompts, sampling), strict=True):
         tally.candidates += 1
@@ -102,7 +104,7 @@ def answered(
             tally.drop("empty")
         else:
             kept.append(Item(item.key, item.messages, text, item.row, item.where))
-            kept_shown.append(demos)
+            kept_shown.append(list(demos))
     tally.kept = len(kept)
     return kept, kept_shown, tally
 
