@@ -44,10 +44,13 @@ class Contrast(LogitsProcessor):  # type: ignore[misc]
     def __init__(self, model: Any, other_ids: Tensor, other_mask: Tensor, prompt_length: int, strength: float, eos: Sequence[int]) -> None:
         """``other_ids``, ``other_mask``: ``[B, L']``, padded on the left; ``prompt_length``: of the prompts that ``generate`` is given."""
         self.model, self.strength = model, strength
-        self._ids, self._mask, self._cache = other_ids, other_mask, None
+        self._ids, self._mask = other_ids, other_mask
         self._prompt_length = prompt_length
         self._eos = torch.tensor(list(eos), device=other_ids.device)
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        known = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
+        self._cache: Any = None
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -60,9 +63,9 @@ class Contrast(LogitsProcessor):  # type: ignore[misc]
             self._mask = torch.cat([self._mask, torch.ones_like(new)], -1)
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
         out = self.model(
-            input_ids=new, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **self._last_only
+            input_ids=new, attention_mask=self._mask, position_ids=positions, use_cache=True, **self._last_only, **{self._cache_name: self._cache}
         )  # fmt: skip
-        self._cache = out.past_key_values
+        self._cache = getattr(out, self._cache_name)
         own = scores.float().log_softmax(-1)
         mixed = own - self.strength * out.logits[:, -1].float().log_softmax(-1)
         # A token that the teacher rules out stays out: -inf minus -inf is no score.
