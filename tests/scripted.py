@@ -16,7 +16,7 @@ class Killed(BaseException):
 
 
 class Scripted:
-    """``answer(request)`` gives the text, or a Reply; ``asked`` collects what was really asked. Dies when ``die_after`` answers are given."""
+    """``answer(request)`` gives the text, or a Reply; ``asked`` collects what was really asked. Dies after ``die_after`` answers."""
 
     def __init__(self, answer: Callable[[Request], str | Reply], die_after: int | None = None) -> None:
         self.answer, self.die_after = answer, die_after

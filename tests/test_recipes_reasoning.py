@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -201,7 +200,7 @@ def test_task_weights_are_checked(weights: dict[str, float], says: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Iterator[tuple[LlamaForCausalLM, PreTrainedTokenizerFast]]:
+def teacher() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Random weights and a tokenizer of characters; enough to tell right decoding from wrong."""
     letters = [chr(c) for c in range(32, 127)] + ["\n"]
     vocabulary = {token: n for n, token in enumerate(["<pad>", "<eos>", "<unk>", *letters])}
@@ -218,7 +217,7 @@ def teacher() -> Iterator[tuple[LlamaForCausalLM, PreTrainedTokenizerFast]]:
     with torch.no_grad():  # sharper, so that the two prompts disagree
         model.lm_head.weight.mul_(30)
         model.lm_head.weight[1].mul_(2)  # and end within some tokens
-    yield model, tokenizer
+    return model, tokenizer
 
 
 def by_definition(model: Any, tokenizer: Any, own: str, other: str, strength: float, count: int) -> list[int]:
