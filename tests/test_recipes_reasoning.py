@@ -173,7 +173,7 @@ def test_weights_give_each_task_its_own_mean(lengths: list[tuple[str, int]], wei
     weights = {"a": weight_a, "b": weight_b}
     generator = torch.Generator().manual_seed(0)
     losses = [torch.rand(n, generator=generator, dtype=torch.float64) for _, n in lengths]
-    balanced = cot.balance(rows, weights, len)
+    balanced = cot.balance(rows, weights, [n for _, n in lengths])
     total = sum(row["weight"] * loss.sum() for row, loss in zip(balanced, losses, strict=True)) / sum(map(len, losses))
     wanted = sum(
         w * torch.cat([loss for (t, _), loss in zip(lengths, losses, strict=True) if t == task]).mean() for task, w in weights.items()
@@ -193,7 +193,7 @@ def test_weights_give_each_task_its_own_mean(lengths: list[tuple[str, int]], wei
 )
 def test_task_weights_are_checked(weights: dict[str, float], says: str) -> None:
     with pytest.raises(RecipeError, match=says):
-        cot.balance(cot.multi_task(found_rationales(), style="mt-cot"), weights, len)
+        cot.balance(cot.multi_task(found_rationales(), style="mt-cot"), weights, [1] * 5)
 
 
 # SCOTT

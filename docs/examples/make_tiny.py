@@ -153,8 +153,8 @@ TASKS: tuple[Callable[[random.Random], Turns], ...] = (
 def fixed_sentences() -> list[str]:
     """What the recipes' prompts hold whatever the data is."""
     marked = [
-        lion.referee_prompt("@", "@", "@"), lion.generate_prompt("@", "hard"), lion.generate_prompt("@", "easy"), scott.explain_prompt("@", "@"),
-        disco.fill_prompt("@", None, "@"), disco.judge_prompt("@", None, LABELS),
+        lion.referee_prompt("@", "@", "@"), lion.generate_prompt("@", "hard"), lion.generate_prompt("@", "easy"),
+        scott.explain_prompt("@", "@"), disco.fill_prompt("@", None, "@"), disco.judge_prompt("@", None, LABELS),
     ]  # fmt: skip
     pieces = {piece for text in marked for piece in text.split("@")} | {chain_of_thought.INSTRUCTION, socratic.INSTRUCTION}
     return sorted(piece for piece in pieces if len(piece) > 12)
@@ -182,8 +182,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return LlamaForCausalLM(config)

@@ -16,7 +16,7 @@ batched. Left out: Fine-tune-CoT's answer cleansing by data set; the prompt file
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -133,18 +133,18 @@ def multi_task(
     return rows
 
 
-def balance(rows: Sequence[Row], task_weights: Mapping[str, float], length: Callable[[str], int]) -> list[Row]:
+def balance(rows: Sequence[Row], task_weights: Mapping[str, float], lengths: Sequence[int]) -> list[Row]:
     """Rows with weights under which the token-weighted mean loss of all rows is ``sum_task weight * (mean loss over that task's tokens)``.
 
-    The trainer divides by all N tokens, so a token of a task with N_task tokens gets ``weight * N / N_task``. ``length(response)`` is the
-    number of tokens that are scored.
+    The trainer divides by all N tokens, so a token of a task with N_task tokens gets ``weight * N / N_task``. ``lengths`` are the
+    numbers of tokens that each row's response has.
 
     Raises:
         RecipeError: a weight for a task without rows, a task without a weight, or weights below 0 or all 0.
     """
     tokens: defaultdict[str, int] = defaultdict(int)
-    for row in rows:
-        tokens[row["task"]] += length(row["response"])
+    for row, length in zip(rows, lengths, strict=True):
+        tokens[row["task"]] += length
     if set(tokens) != set(task_weights):
         raise RecipeError(f"task weights {dict(task_weights)} are for {sorted(task_weights)}; the rows have the tasks {sorted(tokens)}")
     if any(not 0 <= w < float("inf") for w in task_weights.values()) or not any(task_weights.values()):

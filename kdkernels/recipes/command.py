@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -100,6 +100,7 @@ def in_context(
     response: Response = "response",
     max_tokens: MaxTokens = 256,
     seed: Seed = 0,
+    plain: Plain = False,
 ) -> None:
     """In-context distillation: rows for a teacher that reads demonstrations, and a student that does not, or does too.
 
@@ -122,7 +123,7 @@ def in_context(
             asked = _text_model(teacher, base_url, model, seed)
             items, shown, tally = recipe.answered(items, shown, asked, out / "replies.jsonl", _sampling(max_tokens))
         make = recipe.context_distillation if student_view is View.without else recipe.in_context_tuning
-        rows = make(items, shown)
+        rows = make(items, shown, chat=not plain)
         if lm_weight:
             rows += recipe.language_modelling(items, lm_weight)
         _finish(rows, tally, out / "rows.jsonl")
@@ -185,7 +186,8 @@ def chain_of_thought(
             rows = recipe.fine_tune_cot(found, chat=not plain)
         else:
             named = "step-by-step" if style is Style.step_by_step else "mt-cot"
-            rows = recipe.balance(recipe.multi_task(found, style=named, chat=not plain), weights, _length(student))  # type: ignore[arg-type]
+            rows = recipe.multi_task(found, style=named, chat=not plain)  # type: ignore[arg-type]
+            rows = recipe.balance(rows, weights, _lengths(rows, student))
         _finish(rows, tally, out / "rows.jsonl")
 
 
@@ -208,7 +210,7 @@ def scott(
     kind: AnswerKind = Kind.number,
     student: Student = None,
     counterfactual_weight: Annotated[float, typer.Option(help="Of the counterfactual task; the factual one has 1.")] = 1.0,
-    device: Annotated[str, typer.Option(help="Where the teacher runs: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where the teacher runs: auto, cpu, cuda, cuda:1.")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts decoded at once.")] = 8,
     prompt: Prompt = "prompt",
     response: Response = "response",
@@ -240,7 +242,7 @@ def scott(
         if tally.candidates > tally.kept:
             tally.dropped["empty or cut off at max_tokens"] = tally.candidates - tally.kept
         if factual and counterfactual:
-            rows = balance(rows, {"factual": 1.0, "counterfactual": counterfactual_weight}, _length(student))
+            rows = balance(rows, {"factual": 1.0, "counterfactual": counterfactual_weight}, _lengths(rows, student))
         _finish(rows, tally, out / "rows.jsonl")
 
 
@@ -419,14 +421,17 @@ def _text_model(path: str | None, base_url: str | None, model: str | None, seed:
     if (path is None) == (base_url is None):
         raise RecipeError(f"give one of --{role} (a folder) and {url_option} (a server){'' if path is None else ', not both'}")
     if path is not None:
+        from ..teachers.jobs import device_of
         from ..teachers.local import LocalModel
 
-        return cast("TextModel", LocalModel(path, seed=seed))
+        if not (Path(path) / "config.json").is_file():
+            raise RecipeError(f"--{role} {path}: no folder of a transformers model (it has no config.json)")
+        return LocalModel(path, device=device_of("auto"), seed=seed)
     if model is None:
         raise RecipeError(f"{url_option} {base_url}: {model_option} is missing, the model's name there")
     from ..teachers.http import HTTPModel
 
-    return cast("TextModel", HTTPModel(base_url, model))
+    return HTTPModel(str(base_url), model, seed=seed)
 
 
 def _transformers(path: Path, device: str) -> tuple[Any, Any]:
@@ -437,21 +442,24 @@ def _transformers(path: Path, device: str) -> tuple[Any, Any]:
 
     if not (path / "config.json").is_file():
         raise RecipeError(f"--teacher {path}: no folder of a transformers model (it has no config.json)")
+    from ..teachers.jobs import device_of
+
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.chat_template:
         raise RecipeError(f"--teacher {path}: its tokenizer has no chat template")
-    return AutoModelForCausalLM.from_pretrained(path).to(device).eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(path).to(device_of(device)).eval(), tokenizer
 
 
-def _length(student: Path | None) -> Callable[[str], int]:
-    """Tokens that are scored in a response: its own and the end-of-text token."""
+def _lengths(rows: Sequence[Row], student: Path | None) -> list[int]:
+    """Of each row's response: the tokens that the trainer will score, or bytes in their place."""
     if student is None:
         _say("No --student: the tasks are balanced by bytes instead of its tokens.")
-        return lambda text: len(text.encode()) + 1
+        return [len(row["response"].encode()) + 1 for row in rows]
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(student)
-    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+    from ..trainer import load_examples
+
+    return [len(example.student_scored) for example in load_examples(rows, AutoTokenizer.from_pretrained(student))]
 
 
 def _finish(rows: Sequence[Row], tally: Tally, path: Path) -> None:
@@ -494,7 +502,17 @@ def _errors() -> Iterator[None]:
     """What the user can mend ends in one line, without a traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. The same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+    except RuntimeError as error:
+        from ..teachers.files import FileError
+        from ..teachers.http import HTTPModelError
+
+        if not isinstance(error, (FileError, HTTPModelError)):
+            raise
         _fail(str(error))
     except ModuleNotFoundError as error:
         _fail(f"this command needs {error.name}: pip install 'kdkernels[train]'")

@@ -12,8 +12,8 @@ to use them, by the teacher's soft labels, the hard label, and language modellin
 
     L = KL(p(y | C, x), q(y | C, x)) + a(t) * CE(y | C, x) + L_lm
 
-``a`` falls linearly while training (``HardWeight``). Left out: training over many tasks with held-out tasks (Meta-ICT): give rows of many
-tasks, each with its ``task``, and demonstrations are drawn within it.
+``a`` falls linearly while training (``schedule.HardWeight``). Left out: training over many tasks with held-out tasks (Meta-ICT): give rows
+of many tasks, each with its ``task``, and demonstrations are drawn within it.
 """
 
 from __future__ import annotations
@@ -60,22 +60,31 @@ def demonstrations(items: Sequence[Item], k: int, seed: int, pool: Sequence[Item
 def context_distillation(items: Sequence[Item], shown: Sequence[Sequence[Item]], *, chat: bool = True) -> list[Row]:
     """Rows whose teacher view has the demonstrations before the question, and whose student view has not.
 
+    As ``teacher_messages``; without chat as ``demonstrations``, which the trainer writes before the prompt.
+
     Raises:
         RecipeError: an item without a response: take the gold ones, or the teacher's (``answered``).
     """
     rows = []
     for item, demos in zip(items, shown, strict=True):
-        view = [dict(m) for m in with_demonstrations(item, demos)]
-        rows.append(student_row(item, _response(item), chat=chat, task=item.task, teacher_messages=view))
+        view: Row = {"teacher_messages": [dict(m) for m in with_demonstrations(item, demos)]}
+        if not chat:
+            view = {"demonstrations": [{"prompt": d.prompt, "response": _response(d)} for d in demos]}
+        rows.append(student_row(item, _response(item), chat=chat, task=item.task, **view))
     return rows
 
 
-def in_context_tuning(items: Sequence[Item], shown: Sequence[Sequence[Item]]) -> list[Row]:
+def in_context_tuning(items: Sequence[Item], shown: Sequence[Sequence[Item]], *, chat: bool = True) -> list[Row]:
     """Rows in which both views have the demonstrations; the response is what is scored."""
-    return [
-        {**student_row(item, _response(item), task=item.task), "messages": [dict(m) for m in with_demonstrations(item, demos)]}
-        for item, demos in zip(items, shown, strict=True)
-    ]
+    rows = []
+    for item, demos in zip(items, shown, strict=True):
+        row = student_row(item, _response(item), chat=chat, task=item.task)
+        if chat:
+            row["messages"] = [dict(m) for m in with_demonstrations(item, demos)]
+        else:
+            row["prompt"] = "".join(f"{d.prompt}{_response(d)}\n\n" for d in demos) + item.prompt
+        rows.append(row)
+    return rows
 
 
 def language_modelling(items: Sequence[Item], weight: float) -> list[Row]:

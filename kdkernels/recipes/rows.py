@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..teachers.files import Lines, digest, write_whole
 from ..teachers.text import Reply, Request, TextModel
+from ..trainer.rows import Row as Fields
+from ..trainer.rows import read_rows
 
 __all__ = [
     "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "once", "read_items", "read_jsonl", "student_row",
@@ -91,28 +92,12 @@ class Tally:
 
 
 def read_jsonl(path: Path) -> list[tuple[str, Row]]:
-    """Rows of a JSONL file, each with its place (``data.jsonl, line 3``) for error messages. Empty lines are skipped.
+    """Rows of a JSONL (or Parquet) file, each with its place (``data.jsonl, row 3``) for error messages. Empty lines are skipped.
 
     Raises:
-        RecipeError: no such file, no rows, or a line that is not a JSON object.
+        DataError: no such file, no rows, or a line that is not a JSON object.
     """
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such file")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path.name}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RecipeError(f"{where}: not JSON in UTF-8 ({error})") from error
-        if not isinstance(row, dict):
-            raise RecipeError(f'{where}: a JSON object is needed, such as {{"prompt": ...}}, not {type(row).__name__}')
-        rows.append((where, row))
-    if not rows:
-        raise RecipeError(f"{path}: it holds no rows")
-    return rows
+    return [(row.where, row.fields) for row in read_rows(path)]
 
 
 def read_items(path: Path, prompt: str = "prompt", response: str = "response", needs_response: bool = True) -> list[Item]:
@@ -123,12 +108,13 @@ def read_items(path: Path, prompt: str = "prompt", response: str = "response", n
 
     Raises:
         RecipeError: a row without its prompt or response, or two rows with one key.
+        DataError: see ``read_jsonl``.
     """
     items: list[Item] = []
     seen: dict[str, str] = {}
     for number, (where, row) in enumerate(read_jsonl(path)):
         if "messages" in row:
-            messages, known = _messages(row["messages"], where)
+            messages, known = _messages(row, where)
         else:
             messages, known = ({"role": "user", "content": _text(row, prompt, where)},), None
         if response in row or (needs_response and known is None):
@@ -144,15 +130,12 @@ def read_items(path: Path, prompt: str = "prompt", response: str = "response", n
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes all rows or nothing: a file that is there is whole, whenever the process was killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_whole(path, write)
 
 
 def student_row(item: Item, response: str, *, prompt: str | None = None, suffix: str = "", chat: bool = True, **fields: Any) -> Row:
@@ -204,30 +187,20 @@ def once(log: Path, keys: Sequence[str], make: Callable[[list[str]], list[str]],
 
     A last line cut short by a kill is made again.
     """
-    known: dict[str, str] = {}
-    whole = 0
-    for line in log.read_bytes().splitlines(keepends=True) if log.exists() else []:
-        if not line.endswith(b"\n"):
-            break
-        row = json.loads(line)
-        known[row["key"]] = row["text"]
-        whole += len(line)
-    missing = [key for key in keys if key not in known]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        file.truncate(whole)
+    with Lines(log) as lines:
+        known = {line["key"]: str(line["text"]) for line in lines}
+        missing = [key for key in keys if key not in known]
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
             for key, text in zip(some, make(some), strict=True):
                 known[key] = text
-                file.write(json.dumps({"key": key, "text": text}, ensure_ascii=False).encode() + b"\n")
-            file.flush()
+                lines.append({"key": key, "text": text})
     return [known[key] for key in keys]
 
 
 def fingerprint(value: Any) -> str:
     """12 hexadecimal digits of the sha256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return digest(value)[:12]
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -240,12 +213,9 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _messages(value: Any, where: str) -> tuple[tuple[Message, ...], str | None]:
+def _messages(row: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], str | None]:
     """The conversation up to the user's last turn, and the assistant's turn after it, if there is one."""
-    sound = isinstance(value, list) and value
-    if not sound or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value):
-        raise RecipeError(f'{where}, field \'messages\': a list of {{"role": ..., "content": ...}} with text in both is needed')
-    turns = [{"role": m["role"], "content": m["content"]} for m in value]
+    turns = Fields(row, where).messages("messages")
     known = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
     if not turns or turns[-1]["role"] != "user":
         raise RecipeError(f"{where}, field 'messages': the last turn, but for the assistant's, must be the user's")

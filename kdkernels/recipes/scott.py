@@ -63,7 +63,8 @@ class Contrast(LogitsProcessor):  # type: ignore[misc]
             self._mask = torch.cat([self._mask, torch.ones_like(new)], -1)
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
         out = self.model(
-            input_ids=new, attention_mask=self._mask, position_ids=positions, use_cache=True, **self._last_only, **{self._cache_name: self._cache}
+            input_ids=new, attention_mask=self._mask, position_ids=positions, use_cache=True,
+            **self._last_only, **{self._cache_name: self._cache},
         )  # fmt: skip
         self._cache = getattr(out, self._cache_name)
         own = scores.float().log_softmax(-1)
