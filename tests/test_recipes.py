@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import Killed, Scripted, last
@@ -383,6 +384,23 @@ def test_commands_refuse_in_one_line(
     assert result.output.startswith("Error: ")
     assert says in " ".join(result.output.split())
     assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_a_folder_is_asked_in_this_process(questions: Path, tmp_path: Path) -> None:
+    """Random weights do not stop within two tokens, so every reply is cut off; what matters is that they were asked, once."""
+    folder = tiny.save(tmp_path / "teacher")
+    arguments = ["recipe", "sequence", "--data", str(questions), "--out", str(tmp_path / "out"), "--max-tokens", "2"]
+    result = runner.invoke(cli.app, [*arguments, "--teacher", str(folder)])
+    assert result.exit_code == 2
+    assert "nothing was kept of 6 candidates (cut off at max_tokens: 6)" in result.output
+    log = (tmp_path / "out" / "replies.jsonl").read_bytes()
+    assert log.count(b"\n") == 6
+    assert runner.invoke(cli.app, [*arguments, "--teacher", str(folder)]).exit_code == 2
+    assert (tmp_path / "out" / "replies.jsonl").read_bytes() == log
+    result = runner.invoke(cli.app, [*arguments, "--teacher", str(folder), "--seed", "1"])
+    assert "to another request" in result.output  # no reply of another setting is taken for this one's
+    result = runner.invoke(cli.app, [*arguments, "--teacher", str(tmp_path)])
+    assert "no folder of a transformers model" in result.output
 
 
 def test_nothing_kept_is_an_error(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -480,11 +480,13 @@ def _report(tally: Tally, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("what", "number", title=title, title_justify="left")
+    table = Table("what", "number")
     counts: Mapping[str, int] = {"rows read": tally.rows, "candidates": tally.candidates, "kept": tally.kept}
     for what, number in {**counts, **{f"dropped: {reason}": n for reason, n in tally.dropped.most_common()}}.items():
         table.add_row(what, f"{number:,}")
-    Console().print(table)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(title)
+    console.print(table)
 
 
 def _hash(value: Any) -> str:
