@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import Killed, Scripted, last
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdkernels.recipes import answers, disco, scott, socratic
 from kdkernels.recipes import chain_of_thought as cot
@@ -199,8 +200,8 @@ def test_task_weights_are_checked(weights: dict[str, float], says: str) -> None:
 # SCOTT
 
 
-@pytest.fixture(scope="module")
-def teacher() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+@pytest.fixture(scope="module", params=[LlamaForCausalLM, GPT2LMHeadModel], ids=["relative", "absolute positions"])
+def teacher(request: pytest.FixtureRequest) -> tuple[Any, PreTrainedTokenizerFast]:
     """Random weights and a tokenizer of characters; enough to tell right decoding from wrong."""
     letters = [chr(c) for c in range(32, 127)] + ["\n"]
     vocabulary = {token: n for n, token in enumerate(["<pad>", "<eos>", "<unk>", *letters])}
@@ -209,13 +210,15 @@ def teacher() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = request.param.config_class(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).double().eval()
+    model = request.param(config).double().eval()
     with torch.no_grad():  # sharper, so that the two prompts disagree
         model.lm_head.weight.mul_(30)
+        if isinstance(model, GPT2LMHeadModel):
+            model.transformer.wpe.weight.mul_(30)
         model.lm_head.weight[1].mul_(2)  # and end within some tokens
     return model, tokenizer
 
@@ -281,6 +284,13 @@ def test_where_the_teacher_stops_it_stops_and_what_it_rules_out_stays_out(teache
     other = tokenizer("x", return_tensors="pt").input_ids
     logits = torch.zeros(1, model.config.vocab_size)
     logits[0, 7] = -torch.inf
+
+    class RulesOut(torch.nn.Module):  # the same token, under the other prompt too
+        def forward(self, **_: Any) -> Any:
+            return SimpleNamespace(logits=logits[None], past_key_values=None)
+
+    contrast = scott.Contrast(RulesOut(), other, torch.ones_like(other), 3, 0.5, [1])
+    assert contrast(torch.ones(1, 3, dtype=torch.long), logits)[0, 7] == -torch.inf
     contrast = scott.Contrast(model, other, torch.ones_like(other), 3, 50.0, [1])
     assert contrast(torch.ones(1, 3, dtype=torch.long), logits)[0, 7] == -torch.inf
     logits[0, 1] = 1.0
