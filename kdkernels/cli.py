@@ -21,6 +21,7 @@ from .backends import native
 from .bench.environment import cpu_model
 from .demo.settings import DemoError, Settings
 from .divergences import REGISTRY
+from .recipes import command as recipes
 from .teachers import command as teachers
 from .trainer import command as training
 
@@ -322,6 +323,7 @@ def bench(
 
 
 teachers.register(app)
+app.add_typer(recipes.app)
 app.command(epilog=training.EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(training.train)
 
 

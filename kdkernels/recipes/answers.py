@@ -1,0 +1,70 @@
+"""The final answer of a chain of thought: where it is in the text, and whether it is the right one."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Literal
+
+__all__ = ["Kind", "extract", "normalise", "same", "split"]
+
+Kind = Literal["number", "choice", "text"]
+
+_MARKER = re.compile(r"\banswer(?:(?:[ \t]+\w+){0,4}?[ \t]+is\b|[ \t]*(?=[:=]))[ \t]*[:=]?[ \t]*", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w])")
+_CHOICE = re.compile(r"(?<![A-Za-z])\(?([A-Za-z])\)|(?<![A-Za-z'])([A-H])(?![A-Za-z'])")
+
+
+def split(text: str) -> tuple[str, str]:
+    """The rationale and what follows the last "answer" marker, on its line; ``(text, "")`` without a marker."""
+    found = list(_MARKER.finditer(text))
+    if not found:
+        return text.strip(), ""
+    last = found[-1]
+    # "So the answer is 4": the words before the marker belong to no rationale.
+    start = text.rfind("\n", 0, last.start()) + 1
+    lead = text[start : last.start()]
+    rationale = text[: start if len(lead.split()) <= 3 else last.start()]
+    return rationale.strip(), text[last.end() :].split("\n")[0].strip()
+
+
+def extract(text: str, kind: Kind) -> str | None:
+    """The normalised final answer of a reply, or None if it gives none.
+
+    After the last marker ("Answer: ...", "the answer is ...") if there is one; without it, a number or choice is the last in the text, and
+    free text has no answer.
+    """
+    answer = split(text)[1]
+    if kind == "number" and "=" in answer:  # "Answer: 3 + 4 = 7"
+        answer = answer.rpartition("=")[2]
+    return normalise(answer or (text if kind != "text" else ""), kind, first=bool(answer))
+
+
+def normalise(answer: str, kind: Kind, first: bool = False) -> str | None:
+    """One spelling for each answer: ``$1,250.50`` is ``2501/2``, ``(b)`` is ``B``, free text loses case, articles and punctuation at its
+    ends.
+
+    Of several numbers or choices the last counts, or the ``first``. None if there is none.
+    """
+    if kind == "text":
+        words = answer.strip().strip(".!?\"'`*()[]").lower().split()
+        return " ".join(w for w in words if w not in ("a", "an", "the")) or None
+    if kind == "choice":
+        bare = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
+        letters = [bare[1]] if bare else [a or b for a, b in _CHOICE.findall(answer)]
+        return (letters[0] if first else letters[-1]).upper() if letters else None
+    numbers = _NUMBER.findall(answer)
+    if not numbers:
+        return None
+    try:
+        text = (numbers[0] if first else numbers[-1]).replace(",", "").replace("$", "")
+        numerator, _, denominator = text.partition("/")
+        return str(Fraction(numerator) / Fraction(denominator or "1"))
+    except ZeroDivisionError:
+        return None
+
+
+def same(reply: str, answer: str, kind: Kind) -> bool:
+    """Whether the reply's final answer is ``answer``; a reply without one is wrong."""
+    found = extract(reply, kind)
+    return found is not None and found == normalise(answer, kind)

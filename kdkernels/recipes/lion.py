@@ -1,0 +1,247 @@
+"""Lion: the teacher finds what the student cannot do yet, and makes more of it.
+
+Jiang et al. 2023 (https://arxiv.org/abs/2305.12870), adversarial distillation of a closed model. A round:
+
+1. imitate: the student learns the teacher's answers to the training pool (cross-entropy).
+2. discriminate: a referee rates both models' answers to the cache pool, 1 to 10, in both orders, since it favours a place. With s the mean
+   over the orders, an instruction is hard if ``s_teacher - s_student >= 1``, else easy.
+3. generate: new instructions like the hard ones, and as many like the easy ones (to keep what is learnt). One whose ROUGE-L to any
+   instruction so far is above 0.7 is dropped. They are the next training pool, and join the cache pool.
+
+Each stage is one JSONL file, written whole; replies are logged as they come. So whatever ends a round, the same call goes on where it was.
+Left out: instructions with a separate input field (write both into the prompt); the paper's prompts (the wording here is ours).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..teachers.text import TextModel
+from .near import Pool
+from .rows import Item, RecipeError, Row, Sampling, Tally, ask, fingerprint, read_jsonl, write_jsonl
+from .sequence import sequence_level
+
+__all__ = ["Judged", "discriminate", "generate", "generate_prompt", "imitate", "instructions", "ratings", "referee_prompt", "stage"]
+
+Difficulty = Literal["hard", "easy"]
+
+_KIND_OF_NEW = {
+    "hard": "of the same kind and field, at least as difficult",
+    "easy": "from another field, rarer, about as difficult",
+}
+_RATING = re.compile(r"(?<![\d.])(10|\d)(\.\d+)?(?:\s*/\s*10)?(?![\d.]*\d)")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An instruction with both models' mean ratings over the two orders."""
+
+    instruction: str
+    teacher: float
+    student: float
+    threshold: float = 1.0
+
+    @property
+    def difficulty(self) -> Difficulty:
+        return "hard" if self.teacher - self.student >= self.threshold else "easy"
+
+
+def folder_of(out: Path, number: int) -> Path:
+    return out / f"round-{number}"
+
+
+def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes what a folder is made with, or checks that it is being continued with the same.
+
+    Raises:
+        RecipeError: another setting than before.
+    """
+    path = folder / "settings.json"
+    if not path.exists():
+        write_jsonl(path, [settings])
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise RecipeError(
+                f"{folder}: it was begun with {name} = {before.get(name)!r}, not {value!r}: take another folder, or the same setting"
+            )
+
+
+def weights_of(student: str) -> str:
+    """What tells a trained student from the one before it in the same folder: its path, and size and time of its weights."""
+    files = sorted(Path(student).glob("*.safetensors"))
+    return fingerprint([student, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]])
+
+
+def student_of(out: Path, number: int) -> str | None:
+    """The ``weights_of`` the student that a round was done with."""
+    path = folder_of(out, number) / "settings.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("student") if path.exists() else None
+
+
+def stage(out: Path) -> tuple[int, str]:
+    """Number of the round that is next, and what it waits for: ``imitate`` or ``student`` (a student trained on its ``imitate.jsonl``)."""
+    number = 0
+    while (folder_of(out, number) / "generated.jsonl").exists():
+        number += 1
+    return number, "student" if (folder_of(out, number) / "imitate.jsonl").exists() else "imitate"
+
+
+def instructions(seeds: Sequence[str], out: Path, number: int) -> tuple[list[str], list[str]]:
+    """Training pool and cache pool of a round: the seeds at first, then the last round's new ones, and all so far."""
+    pool, latest = list(dict.fromkeys(seeds)), list(dict.fromkeys(seeds))
+    for n in range(number):
+        latest = [row["instruction"] for _, row in read_jsonl(folder_of(out, n) / "generated.jsonl")]
+        pool += latest
+    return latest, pool
+
+
+def imitate(
+    train: Sequence[str], teacher: TextModel, out: Path, number: int, sampling: Sampling, *, chat: bool = True
+) -> tuple[list[Row], Tally]:
+    """Rows with the teacher's answers, written to ``imitate.jsonl``: train the student on them."""
+    rows, tally = sequence_level([_item(i) for i in train], teacher, out / "teacher.jsonl", sampling, chat=chat)
+    if not rows:
+        raise RecipeError(f"round {number}: no usable answer of the teacher to {len(train)} instructions ({dict(tally.dropped)})")
+    write_jsonl(folder_of(out, number) / "imitate.jsonl", rows)
+    return rows, tally
+
+
+def discriminate(
+    cache: Sequence[str],
+    teacher: TextModel,
+    student: TextModel,
+    referee: TextModel,
+    out: Path,
+    number: int,
+    *,
+    answering: Sampling,
+    rating: Sampling,
+    threshold: float = 1.0,
+) -> tuple[list[Judged], Tally]:
+    """Rates both models' answers in both orders; written to ``judged.jsonl``. An instruction that an order has no two ratings for is
+    dropped."""
+    folder = folder_of(out, number)
+    asked = [(_item(i).key, _item(i).messages) for i in cache]
+    ours = [replies[0].text.strip() for replies in ask(teacher, out / "teacher.jsonl", asked, answering)]
+    theirs = [replies[0].text.strip() for replies in ask(student, folder / "student.jsonl", asked, answering)]
+    prompts = []
+    for (key, _), instruction, a, b in zip(asked, cache, ours, theirs, strict=True):
+        prompts += [
+            (f"{key}/teacher first", [_user(referee_prompt(instruction, a, b))]),
+            (f"{key}/student first", [_user(referee_prompt(instruction, b, a))]),
+        ]
+    replies = ask(referee, folder / "referee.jsonl", prompts, rating)
+    tally, judged = Tally(rows=len(cache), candidates=len(cache)), []
+    for n, instruction in enumerate(cache):
+        first, second = ratings(replies[2 * n][0].text), ratings(replies[2 * n + 1][0].text)
+        if first is None or second is None:
+            tally.drop("no two ratings by the referee")
+        else:
+            judged.append(Judged(instruction, (first[0] + second[1]) / 2, (first[1] + second[0]) / 2, threshold))
+    tally.kept = len(judged)
+    if not judged:
+        raise RecipeError(
+            f"round {number}: the referee gave no two ratings for any of {len(cache)} instructions; see {folder / 'referee.jsonl'}"
+        )
+    rows = [{"instruction": j.instruction, "teacher": j.teacher, "student": j.student, "difficulty": j.difficulty} for j in judged]
+    write_jsonl(folder / "judged.jsonl", rows)
+    return judged, tally
+
+
+def generate(
+    judged: Sequence[Judged],
+    cache: Sequence[str],
+    generator: TextModel,
+    out: Path,
+    number: int,
+    sampling: Sampling,
+    *,
+    count: int,
+    seed: int = 0,
+    threshold: float = 0.7,
+    tries: int = 4,
+) -> tuple[list[str], Tally]:
+    """Half of ``count`` new instructions after hard ones, half after easy ones; written to ``generated.jsonl``.
+
+    At most ``tries * count`` are asked for, so there may be fewer. Where there is no hard (easy) one, all are made after the others.
+
+    Raises:
+        RecipeError: not one new instruction.
+    """
+    folder = folder_of(out, number)
+    pool, tally = Pool(cache, threshold), Tally(rows=len(judged))
+    by: dict[Difficulty, list[str]] = {d: [j.instruction for j in judged if j.difficulty == d] for d in ("hard", "easy")}
+    wanted: dict[Difficulty, int] = {"hard": count - count // 2, "easy": count // 2}
+    if not by["hard"] or not by["easy"]:
+        wanted = {d: count if by[d] else 0 for d in by}
+    new: list[Row] = []
+    for difficulty, number_wanted in wanted.items():
+        draw = random.Random(f"{seed}/{number}/{difficulty}")
+        made = 0
+        for attempt in range(tries):
+            if made == number_wanted:
+                break
+            # Each attempt asks for as many as were wanted at first: the keys stay the same whatever came of them.
+            models = [draw.choice(by[difficulty]) for _ in range(number_wanted)]
+            prompts = [(f"{difficulty}/{attempt}/{n}", [_user(generate_prompt(m, difficulty))]) for n, m in enumerate(models)]
+            for model, replies in zip(models, ask(generator, folder / "generator.jsonl", prompts, sampling), strict=True):
+                tally.candidates += 1
+                text = replies[0].text.strip()
+                if made == number_wanted:
+                    tally.drop("more than were wanted")
+                elif reason := _useless(text, replies[0].finish_reason):
+                    tally.drop(reason)
+                elif not pool.add(text):
+                    tally.drop(f"ROUGE-L above {threshold:g} to another instruction")
+                else:
+                    new.append({"instruction": text, "like": model, "difficulty": difficulty})
+                    made += 1
+    tally.kept = len(new)
+    if not new:
+        raise RecipeError(f"round {number}: no new instruction among {tally.candidates} of the generator ({dict(tally.dropped)})")
+    write_jsonl(folder / "generated.jsonl", new)
+    return [row["instruction"] for row in new], tally
+
+
+def referee_prompt(instruction: str, first: str, second: str) -> str:
+    return (
+        f"Instruction: {instruction}\nFirst answer: {first}\nSecond answer: {second}\n"
+        "Rate how helpful, relevant, accurate and detailed each answer is, from 1 to 10. Begin with a line of the two ratings alone."
+    )
+
+
+def generate_prompt(instruction: str, difficulty: Difficulty) -> str:
+    return f"Instruction: {instruction}\nWrite one new instruction {_KIND_OF_NEW[difficulty]}. Write only the instruction."
+
+
+def ratings(reply: str) -> tuple[float, float] | None:
+    """The two ratings on the first line that is not empty, in [1, 10]; None unless there are exactly two."""
+    first = next((line for line in reply.splitlines() if line.strip()), "")
+    found = [float(whole + part) for whole, part in _RATING.findall(first)]
+    return (found[0], found[1]) if len(found) == 2 and all(1 <= f <= 10 for f in found) else None
+
+
+def _useless(text: str, finish_reason: str) -> str | None:
+    if finish_reason == "length":
+        return "cut off at max_tokens"
+    if len(text.split()) <= 3:
+        return "three words or fewer"
+    if not text[0].isalnum():
+        return "begins with punctuation"
+    return None
+
+
+def _item(instruction: str) -> Item:
+    return Item(fingerprint(instruction), (_user(instruction),))
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}

@@ -1,0 +1,222 @@
+"""What every recipe shares: rows read with errors that help, replies asked for once, and rows written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..teachers.files import Lines, digest, write_whole
+from ..teachers.text import Reply, Request, TextModel
+from ..trainer.rows import Row as Fields
+from ..trainer.rows import read_rows
+
+__all__ = [
+    "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "once", "read_items", "read_jsonl", "student_row",
+    "write_jsonl",
+]  # fmt: skip
+
+Message = Mapping[str, str]
+Row = dict[str, Any]
+
+
+class RecipeError(ValueError):
+    """Data or options that a recipe cannot use; the message names the file, the row and the field, or the option."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of the user's data: a conversation that ends with the user's turn, and what is known of its answer."""
+
+    key: str
+    messages: tuple[Message, ...]
+    response: str | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)
+    where: str = "row"
+
+    @property
+    def prompt(self) -> str:
+        return self.messages[-1]["content"]
+
+    @property
+    def task(self) -> str | None:
+        return self.row.get("task")
+
+    def text(self, name: str) -> str:
+        """Another field of the row, as text.
+
+        Raises:
+            RecipeError: the row lacks it, or it is neither text nor a number.
+        """
+        return _text(self.row, name, self.where)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model is asked: ``samples`` replies of at most ``max_tokens`` tokens to each prompt.
+
+    Raises:
+        RecipeError: several samples at temperature 0, which would be the same text again.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.samples < 1:
+            raise RecipeError(f"max_tokens {self.max_tokens}, samples {self.samples}: both must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise RecipeError(f"temperature {self.temperature}: it must be finite and >= 0")
+        if self.samples > 1 and self.temperature == 0:
+            raise RecipeError(
+                f"samples {self.samples} at temperature 0 are {self.samples} times the same text: raise the temperature, such as 0.7"
+            )
+
+
+@dataclass
+class Tally:
+    """How many rows went in, how many candidates a model made of them, how many were kept, and why the others were not."""
+
+    rows: int = 0
+    candidates: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] += 1
+
+
+def read_jsonl(path: Path) -> list[tuple[str, Row]]:
+    """Rows of a JSONL (or Parquet) file, each with its place (``data.jsonl, row 3``) for error messages. Empty lines are skipped.
+
+    Raises:
+        DataError: no such file, no rows, or a line that is not a JSON object.
+    """
+    return [(row.where, row.fields) for row in read_rows(path)]
+
+
+def read_items(path: Path, prompt: str = "prompt", response: str = "response", needs_response: bool = True) -> list[Item]:
+    """Items of a JSONL file: ``messages``, or a prompt field; and a response field.
+
+    ``messages`` that end with the assistant's turn hold their own response. A row's ``key`` is kept; without one it is made of the
+    line's number and content.
+
+    Raises:
+        RecipeError: a row without its prompt or response, or two rows with one key.
+        DataError: see ``read_jsonl``.
+    """
+    items: list[Item] = []
+    seen: dict[str, str] = {}
+    for number, (where, row) in enumerate(read_jsonl(path)):
+        if "messages" in row:
+            messages, known = _messages(row, where)
+        else:
+            messages, known = ({"role": "user", "content": _text(row, prompt, where)},), None
+        if response in row or (needs_response and known is None):
+            known = _text(row, response, where)
+        key = str(row["key"]) if "key" in row else f"{number}-{fingerprint(row)}"
+        if key in seen:
+            raise RecipeError(f"{where}: key {key!r} is that of {seen[key]} already; keys must differ")
+        seen[key] = where
+        items.append(Item(key, messages, known, row, where))
+    return items
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes all rows or nothing: a file that is there is whole, whenever the process was killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    write_whole(path, write)
+
+
+def student_row(item: Item, response: str, *, prompt: str | None = None, suffix: str = "", chat: bool = True, **fields: Any) -> Row:
+    """A row for ``kdkernels train``: the student reads the item's conversation (its last turn replaced by ``prompt``) and learns
+    ``response``.
+
+    ``chat=False`` writes ``prompt`` instead of ``messages``, for students without a chat template. Fields that are None are left out.
+
+    Raises:
+        RecipeError: ``chat=False`` for a conversation of more than one turn.
+    """
+    messages = item.messages if prompt is None else extended(item.messages, prompt)
+    view: Row = {"messages": [dict(m) for m in messages]}
+    if not chat:
+        if len(messages) > 1:
+            raise RecipeError(f"{item.where}: a conversation of {len(messages)} turns is no plain prompt: leave the chat format on")
+        view = {"prompt": messages[0]["content"]}
+    return {"key": item.key + suffix, **view, "response": response, **{name: value for name, value in fields.items() if value is not None}}
+
+
+def extended(messages: Sequence[Message], prompt: str) -> tuple[Message, ...]:
+    """The conversation with another last turn of the user."""
+    return (*messages[:-1], {"role": "user", "content": prompt})
+
+
+def ask(model: TextModel, log: Path, prompts: Sequence[tuple[str, Sequence[Message]]], sampling: Sampling) -> list[list[Reply]]:
+    """Replies to each ``(key, messages)``, ``sampling.samples`` of them; what ``log`` holds is not asked again.
+
+    The key of a request holds a hash of all that is asked, so a log never answers another question than it was asked.
+    """
+    requests = [
+        Request(
+            f"{key}/{sample}/{fingerprint([list(map(dict, messages)), sampling.max_tokens, sampling.temperature, sampling.stop])}",
+            messages, sampling.max_tokens, sampling.temperature, sampling.stop,
+        )
+        for key, messages in prompts
+        for sample in range(sampling.samples)
+    ]  # fmt: skip
+    if not requests:
+        return []
+    log.parent.mkdir(parents=True, exist_ok=True)
+    replies = model.complete(requests, log)
+    return [list(replies[i : i + sampling.samples]) for i in range(0, len(replies), sampling.samples)]
+
+
+def once(log: Path, keys: Sequence[str], make: Callable[[list[str]], list[str]], batch: int = 1) -> list[str]:
+    """A text for each key: ``make(keys)`` gives those of at most ``batch`` keys, which ``log`` (JSONL) then holds and which are not made
+    again.
+
+    A last line cut short by a kill is made again.
+    """
+    with Lines(log) as lines:
+        known = {line["key"]: str(line["text"]) for line in lines}
+        missing = [key for key in keys if key not in known]
+        for start in range(0, len(missing), batch):
+            some = missing[start : start + batch]
+            for key, text in zip(some, make(some), strict=True):
+                known[key] = text
+                lines.append({"key": key, "text": text})
+    return [known[key] for key in keys]
+
+
+def fingerprint(value: Any) -> str:
+    """12 hexadecimal digits of the sha256 of a JSON value."""
+    return digest(value)[:12]
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        found = "there is none" if name not in row else f"it is {json.dumps(value)[:60]}"
+        raise RecipeError(f"{where}, field {name!r}: text is needed, and {found}. The row has: {', '.join(map(str, row)) or 'nothing'}")
+    return value
+
+
+def _messages(row: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], str | None]:
+    """The conversation up to the user's last turn, and the assistant's turn after it, if there is one."""
+    turns = Fields(row, where).messages("messages")
+    known = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
+    if not turns or turns[-1]["role"] != "user":
+        raise RecipeError(f"{where}, field 'messages': the last turn, but for the assistant's, must be the user's")
+    return tuple(turns), known

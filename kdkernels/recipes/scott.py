@@ -1,0 +1,181 @@
+"""SCOTT: rationales that the answer makes likely, and a student that is held to its rationale.
+
+Wang et al. 2023 (https://arxiv.org/abs/2305.01879). The teacher explains the gold answer a* by contrastive decoding against a perturbed
+answer a' (none at all, or a wrong one):
+
+    t_i = argmax log p(t | x, a*, t_<i) + G,   G = log p(t | x, a*, t_<i) - log p(t | x, a', t_<i)
+
+which is the argmax of ``log p(. | a*) - s log p(. | a')`` with strength s = 1/2. The student learns two tasks, told apart by a prefix:
+
+    factual:        L = -log q(r, a* | x)
+    counterfactual: L = -log q(a' | x, r'),  r' the rationale that the teacher gives for a wrong answer a'
+
+so that its answer follows from its rationale. Left out: nucleus-sampled rationales as a baseline, and the paper's encoder-decoder student:
+in a causal model, r' stands before the answer and is not scored.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from . import answers
+from .chain_of_thought import worked
+from .rows import Item, RecipeError, Row, extended, fingerprint, once, student_row
+
+__all__ = ["Contrast", "contrastive_rationales", "counterfactual_rows", "explain_prompt", "factual_rows", "wrong_answers"]
+
+PREFIXES = {"factual": "[factual] ", "counterfactual": "[counterfactual] "}
+
+
+class Contrast(LogitsProcessor):  # type: ignore[misc]
+    """Scores ``log p(. | prompt) - strength * log p(. | other prompt)`` after the same generated tokens. Greedy or sampled, not beams.
+
+    Where the teacher itself would stop, it stops: by the contrast alone it might go on for ever.
+    """
+
+    def __init__(self, model: Any, other_ids: Tensor, other_mask: Tensor, prompt_length: int, strength: float, eos: Sequence[int]) -> None:
+        """``other_ids``, ``other_mask``: ``[B, L']``, padded on the left; ``prompt_length``: of the prompts that ``generate`` is given."""
+        self.model, self.strength = model, strength
+        self._ids, self._mask = other_ids, other_mask
+        self._prompt_length = prompt_length
+        self._eos = torch.tensor(list(eos), device=other_ids.device)
+        known = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
+        self._cache: Any = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``[B, L]`` ids so far and ``[B, V]`` logits to ``[B, V]`` scores."""
+        if len(input_ids) != len(self._ids):
+            raise ValueError(f"{len(input_ids)} sequences for {len(self._ids)} other prompts: contrastive decoding has no beams")
+        new = self._ids
+        if input_ids.shape[1] > self._prompt_length:
+            new = input_ids[:, -1:]
+            self._mask = torch.cat([self._mask, torch.ones_like(new)], -1)
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        out = self.model(
+            input_ids=new, attention_mask=self._mask, position_ids=positions, use_cache=True,
+            **self._last_only, **{self._cache_name: self._cache},
+        )  # fmt: skip
+        self._cache = getattr(out, self._cache_name)
+        own = scores.float().log_softmax(-1)
+        mixed = own - self.strength * out.logits[:, -1].float().log_softmax(-1)
+        # A token that the teacher rules out stays out: -inf minus -inf is no score.
+        mixed = mixed.masked_fill(own == -torch.inf, -torch.inf)
+        stops = torch.isin(own.argmax(-1), self._eos)
+        only_eos = torch.full_like(mixed, -torch.inf)
+        only_eos[:, self._eos] = own[:, self._eos]
+        return torch.where(stops[:, None], only_eos, mixed)
+
+
+def explain_prompt(prompt: str, answer: str) -> str:
+    """What asks the teacher to explain ``answer``; "" is the perturbation by no answer."""
+    return f"{prompt}\nThe answer is: {answer}\nExplain it step by step."
+
+
+def wrong_answers(items: Sequence[Item], kind: answers.Kind, seed: int) -> list[str]:
+    """A wrong answer for each item: one of its ``choices``, or the answer of another row; the same for the same seed.
+
+    Raises:
+        RecipeError: an item to which there is none, or ``choices`` that are no list of text.
+    """
+    everyone = list(dict.fromkeys(i.response or "" for i in items))
+    drawn = []
+    for item in items:
+        choices = item.row.get("choices", everyone)
+        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise RecipeError(f"{item.where}, field 'choices': a list of text is needed")
+        right = answers.normalise(item.response or "", kind)
+        wrong = [c for c in choices if answers.normalise(c, kind) not in (None, right)]
+        if not wrong:
+            raise RecipeError(
+                f"{item.where}: no wrong answer: neither 'choices' nor another row has one that differs from {item.response!r}"
+            )
+        drawn.append(random.Random(f"{seed}/{item.key}").choice(wrong))
+    return drawn
+
+
+@torch.no_grad()
+def contrastive_rationales(
+    items: Sequence[Item],
+    given: Sequence[str],
+    contrasted: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    log: Path,
+    *,
+    strength: float = 0.5,
+    max_tokens: int = 128,
+    batch: int = 8,
+) -> list[str]:
+    """A rationale for each item that supports the answer ``given`` rather than the ``contrasted`` one ("" for none), greedily; "" if it
+    is not done within ``max_tokens``.
+
+    ``model`` and ``tokenizer`` (with a chat template) are of transformers. What ``log`` holds is not made again.
+
+    Raises:
+        RecipeError: ``strength`` below 0, or a tokenizer without an end-of-text token.
+    """
+    if not 0 <= strength < float("inf"):
+        raise RecipeError(f"strength {strength}: it must be finite and >= 0, such as 0.5")
+    if tokenizer.eos_token_id is None:
+        raise RecipeError("the teacher's tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json")
+    views = {
+        f"{item.key}/{fingerprint([list(map(dict, item.messages)), a, b, strength, max_tokens])}": (item, a, b)
+        for item, a, b in zip(items, given, contrasted, strict=True)
+    }
+
+    def encoded(some: list[tuple[Item, str]]) -> dict[str, Tensor]:
+        texts = []
+        for item, answer in some:
+            messages = list(map(dict, extended(item.messages, explain_prompt(item.prompt, answer))))
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        found = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        return {name: found[name].to(model.device) for name in ("input_ids", "attention_mask")}
+
+    def make(some: list[str]) -> list[str]:
+        own = encoded([(item, a) for item, a, _ in map(views.__getitem__, some)])
+        other = encoded([(item, b) for item, _, b in map(views.__getitem__, some)])
+        length = own["input_ids"].shape[1]
+        contrast = Contrast(model, other["input_ids"], other["attention_mask"], length, strength, [tokenizer.eos_token_id])
+        ids: Tensor = model.generate(
+            **own, do_sample=False, num_beams=1, max_new_tokens=max_tokens, use_cache=True,
+            logits_processor=LogitsProcessorList([contrast]), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        new = ids[:, length:]
+        whole = (new == tokenizer.eos_token_id).any(-1).tolist()
+        return [text.strip() if w else "" for text, w in zip(tokenizer.batch_decode(new, skip_special_tokens=True), whole, strict=True)]
+
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return once(log, list(views), make, batch)
+
+
+def factual_rows(items: Sequence[Item], rationales: Sequence[str], *, chat: bool = True) -> list[Row]:
+    """Rationale and gold answer as one response. Items with an empty rationale are left out."""
+    return [
+        student_row(
+            item, worked(text, item.response or ""), prompt=PREFIXES["factual"] + item.prompt, suffix="/factual", chat=chat, task="factual"
+        )
+        for item, text in zip(items, rationales, strict=True)
+        if text
+    ]
+
+
+def counterfactual_rows(items: Sequence[Item], wrong: Sequence[str], rationales: Sequence[str], *, chat: bool = True) -> list[Row]:
+    """The rationale for a wrong answer is given, that answer is the response. Items with an empty rationale are left out."""
+    rows = []
+    for item, answer, text in zip(items, wrong, rationales, strict=True):
+        if text:
+            prompt = f"{PREFIXES['counterfactual']}{item.prompt}\n{worked(text, '').rstrip()}"
+            rows.append(student_row(item, answer, prompt=prompt, suffix="/counterfactual", chat=chat, task="counterfactual"))
+    return rows

@@ -1,0 +1,410 @@
+"""Recipes: rows in and out, resuming, sequence-level distillation, in-context learning, near-duplicates, and their commands."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted import Killed, Scripted, last
+from typer.testing import CliRunner
+
+from kdkernels import cli
+from kdkernels.recipes import command, in_context, near
+from kdkernels.recipes.rows import Item, RecipeError, Sampling, ask, once, read_items, read_jsonl, student_row, write_jsonl
+from kdkernels.recipes.sequence import sequence_level
+from kdkernels.teachers.text import Reply, Request
+from kdkernels.trainer.rows import DataError
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def items_of(count: int, **fields: Any) -> list[Item]:
+    return [Item(f"k{n}", ({"role": "user", "content": f"question {n}"},), f"answer {n}", {**fields}, f"line {n}") for n in range(count)]
+
+
+# Rows
+
+
+def test_rows_are_read_as_prompts_or_messages(tmp_path: Path) -> None:
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}
+    path = jsonl(
+        tmp_path / "d.jsonl",
+        {"prompt": "1 + 1?", "response": 2},
+        "",
+        {"messages": [system, user, {"role": "assistant", "content": "4"}], "key": "mine"},
+        {"messages": [user], "response": "four"},
+    )
+    first, second, third = read_items(path)
+    assert (first.prompt, first.response, first.where) == ("1 + 1?", "2", f"{path}, row 1")
+    assert (second.messages, second.response, second.key) == ((system, user), "4", "mine")
+    assert third.response == "four"
+    assert read_items(path)[0].key == first.key
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([], "holds no rows"),
+        (["{"], "d.jsonl, row 1: not JSON"),
+        (["[1]"], "d.jsonl, row 1: an object is needed"),
+        (
+            [{"question": "x", "response": "y"}],
+            "d.jsonl, row 1, field 'prompt': text is needed, and there is none. The row has: question, response",
+        ),
+        ([{"prompt": "x"}], "d.jsonl, row 1, field 'response': text is needed"),
+        ([{"prompt": "x", "response": True}], "field 'response': text is needed, and it is true"),
+        ([{"prompt": " ", "response": "y"}], "field 'prompt': text is needed"),
+        (
+            [{"prompt": "x", "response": "y", "key": 1}, {"prompt": "z", "response": "y", "key": "1"}],
+            "row 2: key '1' is that of ",
+        ),
+        ([{"messages": "hello"}], "field 'messages': a list of {\"role\""),
+        ([{"messages": [{"role": "assistant", "content": "x"}]}], "the last turn, but for the assistant's, must be the user's"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, rows: list[Any], says: str) -> None:
+    with pytest.raises((RecipeError, DataError)) as error:
+        read_items(jsonl(tmp_path / "d.jsonl", *rows))
+    assert says in str(error.value)
+
+
+def test_bytes_that_are_not_utf8_and_missing_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match="row 1: not JSON in UTF-8"):
+        read_jsonl(tmp_path / "d.jsonl")
+    with pytest.raises(DataError, match="no such file"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    def rows() -> Any:
+        yield {"a": 1}
+        raise Killed
+
+    write_jsonl(tmp_path / "out.jsonl", [{"old": "\u2028é"}])
+    with pytest.raises(Killed):
+        write_jsonl(tmp_path / "out.jsonl", rows())
+    assert read_jsonl(tmp_path / "out.jsonl") == [(f"{tmp_path / 'out.jsonl'}, row 1", {"old": "\u2028é"})]
+
+
+def test_plain_rows_are_of_one_turn() -> None:
+    one = items_of(1)[0]
+    assert student_row(one, "r", chat=False) == {"key": "k0", "prompt": "question 0", "response": "r"}
+    assert student_row(one, "r", prompt="other")["messages"] == [{"role": "user", "content": "other"}]
+    two = Item("k", ({"role": "system", "content": "s"}, *one.messages), "r", {}, "d.jsonl, line 7")
+    with pytest.raises(RecipeError, match="line 7: a conversation of 2 turns is no plain prompt"):
+        student_row(two, "r", chat=False)
+
+
+# Asking
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    def answer(request: Request) -> str:
+        return f"{last(request)} is {request.key.split('/')[1]}"
+
+    items, sampling = items_of(5), Sampling(temperature=0.5, samples=3)
+    whole = Scripted(answer)
+    expected, _ = sequence_level(items, whole, tmp_path / "whole.jsonl", sampling)
+    dying = Scripted(answer, die_after=7)
+    with pytest.raises(Killed):
+        sequence_level(items, dying, tmp_path / "log.jsonl", sampling)
+    after = Scripted(answer)
+    rows, tally = sequence_level(items, after, tmp_path / "log.jsonl", sampling)
+    assert rows == expected
+    assert (len(dying.asked), len(after.asked), tally.candidates) == (7, 8, 15)
+    assert sorted(r.key for r in dying.asked + after.asked) == sorted(r.key for r in whole.asked)
+    assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_log_answers_only_what_it_was_asked(tmp_path: Path) -> None:
+    prompts = [("k", [{"role": "user", "content": "x"}])]
+    model = Scripted(lambda request: str(request.temperature))
+    for temperature in (0.0, 0.5, 0.0):
+        assert ask(model, tmp_path / "log.jsonl", prompts, Sampling(temperature=temperature))[0][0].text == str(temperature)
+    assert ask(model, tmp_path / "log.jsonl", [("k", [{"role": "user", "content": "y"}])], Sampling())[0][0].text == "0.0"
+    assert len(model.asked) == 3
+
+
+def test_sampling_refuses_what_makes_no_sense() -> None:
+    with pytest.raises(RecipeError, match="samples 2 at temperature 0"):
+        Sampling(samples=2)
+    with pytest.raises(RecipeError, match="at least 1"):
+        Sampling(max_tokens=0)
+    with pytest.raises(RecipeError, match="temperature nan"):
+        Sampling(temperature=float("nan"))
+
+
+def test_once_survives_a_line_cut_short(tmp_path: Path) -> None:
+    made: list[list[str]] = []
+
+    def make(keys: list[str]) -> list[str]:
+        made.append(keys)
+        return [f"text of {key}" for key in keys]
+
+    log, keys = tmp_path / "log.jsonl", ["a", "b", "c"]
+    assert once(log, keys, make, batch=2) == ["text of a", "text of b", "text of c"]
+    assert made == [["a", "b"], ["c"]]
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-5])
+    assert once(log, keys, make, batch=2) == ["text of a", "text of b", "text of c"]
+    assert made[2:] == [["c"]]
+    assert log.read_bytes() == whole
+
+
+# Sequence level
+
+
+def test_sequence_level_drops_what_teaches_nothing(tmp_path: Path) -> None:
+    texts = {"0": ["good", " good ", "other"], "1": ["", "  ", "\n"], "2": ["cut", "cut", "cut"]}
+
+    def answer(request: Request) -> Reply:
+        row = last(request).split()[1]
+        return Reply(request.key, texts[row][int(request.key.split("/")[1])], "length" if row == "2" else "stop")
+
+    rows, tally = sequence_level(items_of(3), Scripted(answer), tmp_path / "log", Sampling(temperature=1.0, samples=3))
+    assert [(r["key"], r["response"]) for r in rows] == [("k0", "good"), ("k0/1", "other")]
+    assert tally.dropped == Counter({"empty": 3, "cut off at max_tokens": 3, "the same text again": 1})
+    assert (tally.rows, tally.candidates, tally.kept) == (3, 9, 2)
+
+
+def test_sequence_interpolation_takes_the_closest(tmp_path: Path) -> None:
+    item = Item("k", ({"role": "user", "content": "x"},), "the cat sat on the mat")
+    texts = ["a dog ran", "the cat sat on a mat", "the cat sat"]
+    model = Scripted(lambda request: texts[int(request.key.split("/")[1])])
+    rows, tally = sequence_level([item], model, tmp_path / "log", Sampling(temperature=1.0, samples=3), closest=True)
+    assert [r["response"] for r in rows] == [texts[1]]
+    assert tally.dropped == {"not the closest to the reference": 2}
+    with pytest.raises(RecipeError, match="closest"):
+        sequence_level([Item("k", item.messages)], model, tmp_path / "log", closest=True)
+
+
+# In-context learning
+
+
+def test_demonstrations_are_seeded_and_never_the_row_itself() -> None:
+    items = items_of(12)
+    drawn = in_context.demonstrations(items, 4, seed=3)
+    assert drawn == in_context.demonstrations(items, 4, seed=3)
+    assert drawn != in_context.demonstrations(items, 4, seed=4)
+    for item, demos in zip(items, drawn, strict=True):
+        assert len({d.key for d in demos}) == 4
+        assert item not in demos
+    # Another row with the same question would give the answer away.
+    twin = Item("twin", items[0].messages, "answer 0")
+    for seed in range(20):
+        for item, demos in zip([*items[:3], twin], in_context.demonstrations([*items[:3], twin], 2, seed), strict=True):
+            assert item.prompt not in [d.prompt for d in demos]
+
+
+def test_demonstrations_are_drawn_evenly() -> None:
+    items = items_of(5)
+    counts = Counter(d.key for seed in range(400) for d in in_context.demonstrations(items, 2, seed)[0])
+    # 400 draws of 2 of 4: 200 each, standard deviation 10.
+    assert set(counts) == {"k1", "k2", "k3", "k4"}
+    assert all(abs(count - 200) < 50 for count in counts.values())
+
+
+def test_demonstrations_stay_within_the_task_and_come_from_the_pool() -> None:
+    a, b = items_of(3, task="a"), [Item(f"b{n}", ({"role": "user", "content": f"b {n}"},), "r", {"task": "b"}) for n in range(3)]
+    for item, demos in zip(a + b, in_context.demonstrations(a + b, 2, seed=0), strict=True):
+        assert {d.task for d in demos} == {item.task}
+    pool = [Item(f"p{n}", ({"role": "user", "content": f"p {n}"},), "r") for n in range(2)]
+    assert {d.key for demos in in_context.demonstrations(items_of(3), 2, 0, pool) for d in demos} == {"p0", "p1"}
+    with pytest.raises(RecipeError, match=r"line 0: task 'a' has 2 rows with another question, and 3 demonstrations"):
+        in_context.demonstrations(a + b, 3, seed=0)
+    with pytest.raises(RecipeError, match="line 0: there are 2 rows with another question"):
+        in_context.demonstrations(items_of(3), 3, seed=0)
+    with pytest.raises(RecipeError, match="a demonstration needs a response"):
+        in_context.demonstrations(items_of(1), 1, 0, [Item("p", ({"role": "user", "content": "p"},))])
+
+
+def test_context_distillation_shows_the_demonstrations_to_the_teacher_only() -> None:
+    items = items_of(4)
+    shown = in_context.demonstrations(items, 2, seed=0)
+    for item, demos, row in zip(items, shown, in_context.context_distillation(items, shown), strict=True):
+        question = {"role": "user", "content": item.prompt}
+        assert row["messages"] == [question]
+        assert row["response"] == item.response
+        turns = [turn for d in demos for turn in ({"role": "user", "content": d.prompt}, {"role": "assistant", "content": d.response})]
+        assert row["teacher_messages"] == [*turns, question]
+
+
+def test_in_context_tuning_shows_them_to_both() -> None:
+    items = items_of(4)
+    shown = in_context.demonstrations(items, 2, seed=0)
+    tuned = in_context.in_context_tuning(items, shown)
+    distilled = in_context.context_distillation(items, shown)
+    assert [row["messages"] for row in tuned] == [row["teacher_messages"] for row in distilled]
+    assert all("teacher_messages" not in row for row in tuned)
+    lm = in_context.language_modelling(items, 0.25)
+    assert lm[1] == {"key": "k1/lm", "text": "question 1\nanswer 1", "weight": 0.25}
+
+
+def test_the_teachers_own_answers_can_be_taken(tmp_path: Path) -> None:
+    items = [Item(i.key, i.messages, None, i.row, i.where) for i in items_of(3)]
+    pool = items_of(3)
+    shown = in_context.demonstrations(items, 2, 0, pool)
+    model = Scripted(lambda request: "" if last(request) == "question 1" else f"{len(request.messages)} turns")
+    kept, kept_shown, tally = in_context.answered(items, shown, model, tmp_path / "log", Sampling())
+    assert [(i.key, i.response) for i in kept] == [("k0", "5 turns"), ("k2", "5 turns")]
+    assert kept_shown == [shown[0], shown[2]]
+    assert (tally.kept, tally.dropped) == (2, {"empty": 1})
+
+
+def test_the_hard_weight_falls_on_a_line() -> None:
+    assert [in_context.hard_weight(p) for p in (-1, 0, 0.25, 1, 2)] == [1, 1, 0.75, 0, 0]
+    assert in_context.hard_weight(0.5, 0.8, 0.4) == pytest.approx(0.6)
+
+
+# Near-duplicates
+
+WORDS = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=12)
+
+
+def lcs(a: list[str], b: list[str]) -> int:
+    """By definition, a table of all prefixes."""
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+@given(WORDS, WORDS)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(a: list[str], b: list[str]) -> None:
+    n = lcs(a, b)
+    precision, recall = n / len(a), n / len(b)
+    f1 = 2 * precision * recall / (precision + recall) if n else 0.0
+    found = near.rouge_l(" ".join(a), ", ".join(b).upper())
+    assert found == pytest.approx(f1, abs=1e-12)
+    assert near.rouge_l(" ".join(b), " ".join(a)) == found
+
+
+@given(st.lists(WORDS, max_size=12))
+def test_no_two_texts_of_a_pool_are_near_duplicates(texts: list[list[str]]) -> None:
+    pool, kept = near.Pool(), []
+    for text in map(" ".join, texts):
+        nearest = pool.nearest(text)
+        taken = pool.add(text)
+        assert taken == (nearest <= 0.7)
+        kept += [text] * taken
+    assert all(near.rouge_l(a, b) <= 0.7 for n, a in enumerate(kept) for b in kept[:n])
+    assert not any(pool.add(text) for text in kept)
+
+
+def test_a_duplicate_is_above_the_threshold_not_at_it() -> None:
+    seven_of_ten = "a b c d e f g x y z"
+    pool = near.Pool(["a b c d e f g h i j"])
+    assert near.rouge_l(seven_of_ten, "a b c d e f g h i j") == 0.7
+    assert pool.add(seven_of_ten)
+    assert not pool.add("a b c d e f g h y z")
+    # Texts without words are duplicates only of themselves.
+    assert pool.add("!!!")
+    assert pool.add("???")
+    assert not pool.add("!!!")
+
+
+# Commands
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    return jsonl(tmp_path / "q.jsonl", *({"prompt": f"question {n}", "response": f"answer {n}"} for n in range(6)))
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    model = Scripted(lambda request: f"reply to {last(request)}")
+    monkeypatch.setattr(command, "_text_model", lambda *_: model)
+    return model
+
+
+def test_sequence_command(questions: Path, tmp_path: Path, scripted: Scripted) -> None:
+    result = runner.invoke(cli.app, ["recipe", "sequence", "--data", str(questions), "--out", str(tmp_path / "out"), "--teacher", "t"])
+    assert result.exit_code == 0, result.output
+    rows = [row for _, row in read_jsonl(tmp_path / "out" / "rows.jsonl")]
+    assert [row["response"] for row in rows] == [f"reply to question {n}" for n in range(6)]
+    assert "rows read" in result.output
+    assert "6 rows in" in result.output
+
+
+def test_in_context_command(questions: Path, tmp_path: Path, scripted: Scripted) -> None:
+    arguments = ["recipe", "in-context", "--data", str(questions), "-k", "2"]
+    result = runner.invoke(cli.app, [*arguments, "--out", str(tmp_path / "gold"), "--lm-weight", "0.5"])
+    assert result.exit_code == 0, result.output
+    rows = [row for _, row in read_jsonl(tmp_path / "gold" / "rows.jsonl")]
+    assert [len(row.get("teacher_messages", ())) for row in rows] == [5] * 6 + [0] * 6
+    assert not scripted.asked
+    result = runner.invoke(cli.app, [*arguments, "--out", str(tmp_path / "own"), "--teacher", "t", "--student-view", "with"])
+    assert result.exit_code == 0, result.output
+    rows = [row for _, row in read_jsonl(tmp_path / "own" / "rows.jsonl")]
+    assert {len(row["messages"]) for row in rows} == {5}
+    assert rows[0]["response"] == "reply to question 0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sequence"], "give one of --teacher (a folder) and --base-url (a server)"),
+        (["sequence", "--teacher", "t", "--base-url", "u"], "not both"),
+        (["sequence", "--base-url", "http://localhost:1/v1"], "--model is missing"),
+        (["sequence", "--teacher", "t", "--samples", "3"], "samples 3 at temperature 0"),
+        (["in-context", "-k", "9"], "there are 5 rows with another question, and 9 demonstrations were asked for"),
+        (["in-context", "-k", "0"], "-k 0"),
+        (["in-context", "--lm-weight", "-1"], "--lm-weight -1.0"),
+        (["chain-of-thought", "--teacher", "t"], "row 1: the answer 'answer 0' holds no choice"),
+        (["scott", "--teacher", "none"], "no wrong answer"),
+        (["disco", "--labels", "good", "--teacher", "t"], "two different labels"),
+        (["disco", "--labels", "good,bad", "--teacher", "t"], "field 'label': text is needed"),
+        (["chain-of-thought", "--style", "mt-cot", "--rationale-weight", "1", "--teacher", "t"], "it is a share"),
+        (["chain-of-thought", "--rationale-weight", "1", "--teacher", "t"], "fine-tune has one task"),
+    ],
+)
+def test_commands_refuse_in_one_line(
+    questions: Path, tmp_path: Path, arguments: list[str], says: str, request: pytest.FixtureRequest
+) -> None:
+    if "--teacher" in arguments and "--base-url" not in arguments:
+        request.getfixturevalue("scripted")
+    if arguments[0] in ("chain-of-thought", "scott"):
+        arguments = [*arguments, "--kind", "choice"]
+    result = runner.invoke(cli.app, ["recipe", *arguments, "--data", str(questions), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: ")
+    assert says in " ".join(result.output.split())
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_a_folder_is_asked_in_this_process(questions: Path, tmp_path: Path) -> None:
+    """Random weights do not stop within two tokens, so every reply is cut off; what matters is that they were asked, once."""
+    folder = tiny.save(tmp_path / "teacher")
+    arguments = ["recipe", "sequence", "--data", str(questions), "--out", str(tmp_path / "out"), "--max-tokens", "2"]
+    result = runner.invoke(cli.app, [*arguments, "--teacher", str(folder)])
+    assert result.exit_code == 2
+    assert "nothing was kept of 6 candidates (cut off at max_tokens: 6)" in result.output
+    log = (tmp_path / "out" / "replies.jsonl").read_bytes()
+    assert log.count(b"\n") == 6
+    assert runner.invoke(cli.app, [*arguments, "--teacher", str(folder)]).exit_code == 2
+    assert (tmp_path / "out" / "replies.jsonl").read_bytes() == log
+    result = runner.invoke(cli.app, [*arguments, "--teacher", str(folder), "--seed", "1"])
+    assert "to another request" in result.output  # no reply of another setting is taken for this one's
+    result = runner.invoke(cli.app, [*arguments, "--teacher", str(tmp_path)])
+    assert "no folder of a transformers model" in result.output
+
+
+def test_nothing_kept_is_an_error(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_text_model", lambda *_: Scripted(lambda _: ""))
+    result = runner.invoke(cli.app, ["recipe", "sequence", "--data", str(questions), "--out", str(tmp_path / "out"), "--teacher", "t"])
+    assert result.exit_code == 2
+    assert "nothing was kept of 6 candidates (empty: 6)" in result.output

@@ -1,0 +1,129 @@
+"""What recipes write, a trainer reads: views, per-task means, and a weight that changes while training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import make_model, make_rows, make_tokenizer
+from transformers import TrainerCallback
+
+from kdkernels.recipes import chain_of_thought as cot
+from kdkernels.recipes import command, disco, in_context, scott, socratic
+from kdkernels.recipes.rows import Item
+from kdkernels.recipes.schedule import HardWeight
+from kdkernels.trainer import DistillationArguments, DistillationTrainer, load_examples
+
+TOKENIZER = make_tokenizer()
+ITEMS = [
+    Item(f"k{n}", ({"role": "user", "content": f"{word} plus two "},), str(n), {}, f"row {n}")
+    for n, word in enumerate(("one", "two", "three", "four"))
+]
+
+
+def trainer_of(rows: Any, out: Path, teacher: bool, **options: Any) -> DistillationTrainer:
+    arguments = DistillationArguments(
+        output_dir=str(out), learning_rate=0.1, optim="sgd", use_cpu=True, disable_tqdm=True, save_strategy="no", report_to="none",
+        dataloader_pin_memory=False, lr_scheduler_type="constant", **options,
+    )  # fmt: skip
+    return DistillationTrainer(
+        model=make_model(16, seed=1, dtype=torch.float64),
+        teacher=make_model(24, seed=2, dtype=torch.float64, initializer_range=0.3) if teacher else None,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=TOKENIZER,
+    )
+
+
+@pytest.mark.parametrize("style", ["step-by-step", "mt-cot"])
+def test_the_trainers_loss_is_the_sum_of_the_tasks_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: Any) -> None:
+    found = [cot.Rationale(item, "two plus " * (n + 1) + "is one") for n, item in enumerate(ITEMS)]
+    rows = cot.multi_task(found, style=style)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: TOKENIZER)
+    weights = {"label": 0.75, "rationale": 2.5}
+    trainer = trainer_of(
+        cot.balance(rows, weights, command._lengths(rows, tmp_path)), tmp_path, teacher=False, kd_weight=0.0, ce_weight=1.0
+    )
+    batch = trainer.data_collator(trainer.train_dataset)
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["labels"].ne(-100).sum())
+    losses: dict[str, list[torch.Tensor]] = {"label": [], "rationale": []}
+    for example in load_examples(rows, TOKENIZER):
+        logits = trainer.model(torch.tensor([list(example.student_ids)])).logits[0]
+        scored = torch.tensor(list(example.student_scored))
+        targets = torch.tensor(list(example.student_ids))[scored + 1]
+        losses[str(example.task)].append(torch.nn.functional.cross_entropy(logits[scored], targets, reduction="none"))
+    wanted = sum(weights[task] * torch.cat(parts).mean() for task, parts in losses.items())
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)  # the weights are float32 in the batch
+
+
+def test_the_hard_weight_falls_while_training(tmp_path: Path) -> None:
+    trainer = trainer_of(make_rows(6), tmp_path, teacher=True, max_steps=5, per_device_train_batch_size=6, kd_weight=0.7, ce_weight=1.0)
+    seen: list[float] = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            seen.append(trainer.objective.ce_weight)
+
+    trainer.add_callback(Look())
+    trainer.add_callback(HardWeight(trainer, first=2.0, last=0.0))
+    batch = trainer.data_collator(trainer.train_dataset)
+    tokens = batch["labels"].ne(-100).sum()
+
+    def loss() -> float:
+        return float(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens).detach())
+
+    trainer.train()
+    assert seen == [2.0, 1.5, 1.0, 0.5, 0.0]
+    soft = loss()
+    HardWeight(trainer, first=2.0, last=0.0).on_step_begin(None, trainer.state.__class__(global_step=2, max_steps=5), None)
+    assert loss() > soft
+    trainer.objective = trainer.objective.__class__(**{**vars(trainer.objective), "kd_weight": 0.0})
+    hard = loss()
+    HardWeight(trainer, first=1.0, last=1.0).on_step_begin(None, trainer.state.__class__(global_step=0, max_steps=5), None)
+    assert loss() == pytest.approx(hard, rel=1e-12)
+    with pytest.raises(ValueError, match="first=-1"):
+        HardWeight(trainer, first=-1)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_only_the_teacher_reads_the_demonstrations(chat: bool) -> None:
+    shown = in_context.demonstrations(ITEMS, 2, seed=0)
+    distilled = load_examples(in_context.context_distillation(ITEMS, shown, chat=chat), TOKENIZER)
+    tuned = load_examples(in_context.in_context_tuning(ITEMS, shown, chat=chat), TOKENIZER)
+    alone = load_examples(
+        [
+            {k: v for k, v in row.items() if k in ("messages", "prompt", "response")}
+            for row in in_context.context_distillation(ITEMS, shown, chat=chat)
+        ],
+        TOKENIZER,
+    )
+    for one, both, plain in zip(distilled, tuned, alone, strict=True):
+        assert list(one.student_ids) == list(plain.student_ids)
+        assert list(one.teacher_ids) == list(both.student_ids) == list(both.teacher_ids)
+        assert len(one.teacher_ids) > len(one.student_ids)
+        assert list(one.teacher_ids)[-len(one.teacher_scored) :] == list(one.student_ids)[-len(one.student_scored) :]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_every_recipes_rows_are_read(chat: bool) -> None:
+    found = [cot.Rationale(item, "one plus two") for item in ITEMS]
+    steps = [socratic.Decomposition(item, (("one?", "two"), ("three?", "four"))) for item in ITEMS]
+    reviews = [Item(f"r{n}", ({"role": "user", "content": ""},), None, {"text": "a red cat", "label": "one"}, f"row {n}") for n in range(2)]
+    new = [disco.Counterfactual(reviews[0], "a blue cat", "two", 1.0, 0)]
+    rows = [
+        *cot.fine_tune_cot(found, chat=chat),
+        *cot.multi_task(found, style="step-by-step", chat=chat),
+        *cot.multi_task(found, style="mt-cot", chat=chat),
+        *scott.factual_rows(ITEMS, ["one"] * 4, chat=chat),
+        *scott.counterfactual_rows(ITEMS, ["5"] * 4, ["one"] * 4, chat=chat),
+        *socratic.questioner_rows(steps, chat=chat),
+        *socratic.solver_rows(steps, chat=chat),
+        *disco.rows(reviews, new, ["one", "two"], chat=chat),
+        *in_context.language_modelling(ITEMS, 0.5),
+    ]
+    examples = load_examples(rows, TOKENIZER)
+    assert len(examples) == len(rows)
+    assert [e.task for e in examples] == [row.get("task") for row in rows]
+    assert {e.weight for e in examples[-4:]} == {0.5}
