@@ -183,7 +183,8 @@ def empty_outputs(problem: Problem, inputs: Inputs) -> Outputs:
         state=new((_state_rows(problem) + sum(of_row), rows) if keeps_state else (0,), dtype=dtype),
         # In float16 only backward's upstream gradient may take it to where it fits, as 1 / N or a gradient scaler does.
         d_student=new(
-            student.shape if keeps_input else (0,), dtype=dtype if many or (is_head and student.dtype == torch.float16) else student.dtype
+            student.shape if keeps_input else (0,),
+            dtype=dtype if many is not None or (is_head and student.dtype == torch.float16) else student.dtype,
         ),
         d_weight=_weight_accumulator(problem, inputs, problem.wants_weight and not problem.per_token),
         d_bias=_accumulator(bias, problem.wants_bias and not problem.per_token, problem, student),
