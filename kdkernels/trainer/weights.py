@@ -83,14 +83,14 @@ def read_head(head: nn.Module) -> HeadWeights:
             return read_head(head.modules_to_save[active[0]] if active else head.original_module)
         if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
             return _with_adapters(head, peft)
+    for parameter in (getattr(head, "weight", None), getattr(head, "bias", None)):
+        if isinstance(parameter, Tensor) and (parameter.is_meta or not parameter.is_floating_point()):
+            raise UnsupportedHead(f"its head is {'offloaded' if parameter.is_meta else f'quantised ({parameter.dtype})'}")
     # An instance's own forward is a tap's, or that of a library which moves or converts the weights around the call.
     forward = head.__dict__.get("forward")
     forward = forward.original if isinstance(forward, Replacement) else forward
     if type(head).forward is not nn.Linear.forward or not (forward is None or getattr(forward, "__func__", None) is nn.Linear.forward):
         raise UnsupportedHead(f"its head is a {type(head).__name__} and not a plain linear layer")
-    for parameter in (head.weight, head.bias):
-        if isinstance(parameter, Tensor) and (parameter.is_meta or not parameter.is_floating_point()):
-            raise UnsupportedHead(f"its head is {'offloaded' if parameter.is_meta else f'quantised ({parameter.dtype})'}")
     if not _is_plain(head.weight):
         raise UnsupportedHead(f"its head's weight is a {type(head.weight).__name__} and not a plain tensor")
     return HeadWeights(head)
