@@ -12,8 +12,8 @@ to use them, by the teacher's soft labels, the hard label, and language modellin
 
     L = KL(p(y | C, x), q(y | C, x)) + a(t) * CE(y | C, x) + L_lm
 
-``a`` falls while training; that it falls linearly is our choice (``schedule.HardWeight``). Left out: training over many tasks with held-out tasks (Meta-ICT): give rows
-of many tasks, each with its ``task``, and demonstrations are drawn within it.
+``a`` falls while training; that it falls linearly is our choice (``schedule.HardWeight``). Left out: training over many tasks with held-out
+tasks (Meta-ICT): give rows of many tasks, each with its ``task``, and demonstrations are drawn within it.
 """
 
 from __future__ import annotations
