@@ -230,7 +230,7 @@ def held(variant: str, case: Case, inputs: Inputs) -> dict[str, int]:
 def _rows(v: Variant, case: Case, inputs: Inputs) -> Step:
     """The backend's ``rows`` on preallocated tensors: nothing is allocated, nothing else is launched."""
     if case.has_heads or case.masked or case.operation != "distillation":
-        raise ValueError("row kernels take a distillation's logits, of tokens that all count")
+        raise ValueError("row kernels take logits of tokens that all count, in a distillation")
     z_s, z_t = (tensors(side)[0].detach() for side in (inputs.student, inputs.teacher))
     problem = Problem(
         divergences.resolve(case.divergence), case.v, temperature=case.temperature, student_dtype=z_s.dtype, teacher_dtype=z_t.dtype,
