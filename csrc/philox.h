@@ -10,7 +10,7 @@
 
 namespace kd {
 
-constexpr int64_t kLanes = 128, kGroup = 4 * kLanes;  // columns of one word, of one block of counters
+constexpr int64_t kWordColumns = 128, kGroup = 4 * kWordColumns;  // columns of one word, of one block of counters
 
 struct Words { uint32_t w[4]; };
 

@@ -79,6 +79,7 @@ inline unsigned char* shared_memory() { return emu::where().shared; }
 
 inline void sync_warp(EMU_SITE("sync_warp")) { emu::warp_rendezvous(site, true); }
 inline void sync_block(EMU_SITE("sync_block")) { emu::block_barrier(site); }
+inline int atomic_add(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 inline void cluster_arrive(EMU_SITE("cluster_arrive")) { emu::cluster_barrier_arrive(site); }
 inline void cluster_wait(EMU_SITE("cluster_wait")) { emu::cluster_barrier_wait(site); }
 

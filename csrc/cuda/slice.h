@@ -1,0 +1,180 @@
+// What the kernels of one side share: the threads that own a row, their columns, and the log-sum-exp of it.
+//
+// A row belongs to a team: one CTA, or a cluster of them (sm_90 and newer). A CTA owns a slice of the row's 16-byte vectors. Vectors
+// start at multiples of 16 bytes in memory, wherever the row starts: the first and the last may hold columns that are none of the row's.
+// A slice that is swept over twice is kept in shared memory if it fits. Each thread keeps there, and finds again, only what it has
+// read itself: no barrier is needed for it.
+#pragma once
+#include <type_traits>
+
+#include "launch.h"
+#include "one_read.h"
+#include "row.h"
+#include "two_read.h"
+
+namespace kd {
+
+struct Team {
+    int size = 1, rank = 0;  // CTAs of the row, and which of them this is
+    int64_t row;
+    int parity = 0;
+    bool waits = false;      // for the others to have started
+
+#ifdef KD_NO_CLUSTERS
+    KD_DEVICE Team() : row(block_index()) {}
+#else
+    KD_DEVICE Team() : size(cluster_size()), rank(cluster_rank()), row(cluster_index()), waits(size > 1) {
+        if (waits) cluster_arrive();
+    }
+#endif
+    KD_DEVICE bool reports() const { return rank == 0 && thread_index() == 0; }
+
+    // All threads of the team return the same bits. It is a barrier for them too: what was in memory before may be written over.
+    template <class T, class Merge> KD_DEVICE T reduce(const T& x, Merge&& merge) {
+#ifndef KD_NO_CLUSTERS
+        if (size > 1) {
+            if (waits) cluster_wait();
+            waits = false;
+            return cluster_reduce(x, shared_memory(), parity, merge);
+        }
+#endif
+        return block_reduce(x, parity, merge);
+    }
+};
+
+// ---- columns --------------------------------------------------------------------------------------------------------
+
+KD_DEVICE bool starts_vector(const void* p, int bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+template <class Logit> struct Slice {
+    static constexpr int kVec = kVectorBytes / int(sizeof(Logit)), kCount = kVec * kVectors;
+    using Vector = Vec<Logit, kVec>;
+    const Logit* row;
+    int vocab, lead;     // lead: columns between the start of the first vector and column 0
+    int begin, end;      // vectors of this CTA
+    int steps;           // of its threads, each of which takes kVectors in a step
+
+    KD_DEVICE Slice(const void* logits, int64_t offset, int vocab, const Team& team)
+        : row(static_cast<const Logit*>(logits) + offset), vocab(vocab), lead(int(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(Logit))) {
+        const int vectors = (vocab + lead + kVec - 1) / kVec, share = (vectors + team.size - 1) / team.size;
+        begin = share * team.rank < vectors ? share * team.rank : vectors;
+        end = begin + share < vectors ? begin + share : vectors;
+        const int step = kVectors * block_threads();
+        steps = (end - begin + step - 1) / step;
+    }
+    // The first column of this thread's j-th vector in a step: negative if the row starts within it, `vocab` if it is none of the slice's.
+    KD_DEVICE int column(int step, int j) const {
+        const int v = begin + (step * kVectors + j) * block_threads() + thread_index();
+        return v < end ? v * kVec - lead : vocab;
+    }
+    KD_DEVICE bool has(int column) const { return (column + lead) / kVec >= begin && (column + lead) / kVec < end; }
+    KD_DEVICE bool inside(int column) const { return column >= 0 && column < vocab; }
+    // Of any row of logits: this thread's vector at a column, 0 outside the row.
+    KD_DEVICE Vector load(const Logit* from, int column) const {
+        if (column >= 0 && column + kVec <= vocab && starts_vector(from + column)) return load_vector<Vector>(from + column);
+        Vector v;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) v.at[i] = inside(column + i) ? from[column + i] : from_float<Logit>(0.f);
+        return v;
+    }
+    // Writes up to kVec numbers of any row, in another type if need be.
+    template <class T> KD_DEVICE void store(T* to, int column, const float* x) const {
+        constexpr int kBytes = int(sizeof(T)) * kVec < kVectorBytes ? int(sizeof(T)) * kVec : kVectorBytes;
+        if (column >= 0 && column + kVec <= vocab && starts_vector(to + column, kBytes)) {
+            Vec<T, kVec> out;
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) out.at[i] = from_float<T>(x[i]);
+            store_vector(to + column, out);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVec; ++i)
+                if (inside(column + i)) to[column + i] = from_float<T>(x[i]);
+        }
+    }
+};
+
+// This thread's vectors of a slice, kept for the next sweep: see choose_team.
+struct Kept {
+    unsigned char* at;  // null: they are read again
+    template <class Vector> KD_DEVICE Vector* slot(int step, int j) const {
+        return reinterpret_cast<Vector*>(at) + ((step * kVectors + j) * block_threads() + thread_index());
+    }
+};
+
+enum class Sweep { first, again };
+
+// Calls body(z, step) for each step of this thread, all of them in all threads: z of its kCount columns, -inf outside the row.
+template <Sweep kSweep, class Logit, class Body>
+KD_DEVICE void sweep(const Slice<Logit>& slice, const RowSide& side, Kept kept, Body&& body) {
+    using Vector = typename Slice<Logit>::Vector;
+    constexpr int kVec = Slice<Logit>::kVec;
+    for (int step = 0; step < slice.steps; ++step) {
+        Vector raw[kVectors];
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+            if (kSweep == Sweep::again && kept.at) raw[j] = load_vector<Vector>(kept.slot<Vector>(step, j));
+            else raw[j] = slice.load(slice.row, slice.column(step, j));
+        }
+        float z[Slice<Logit>::kCount];
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+            const int column = slice.column(step, j);
+            if (kSweep == Sweep::first && kept.at) store_vector(kept.slot<Vector>(step, j), raw[j]);
+#pragma unroll
+            for (int i = 0; i < kVec; ++i)
+                z[j * kVec + i] = slice.inside(column + i) ? transformed(to_float(raw[j].at[i]), side, column + i) : -infinity();
+        }
+        body(z, step);
+    }
+}
+
+// ---- log-sum-exp ----------------------------------------------------------------------------------------------------
+
+// One side of LogSums, and the sum of 2^d d over d = z c - fl(largest c), which makes an entropy of it.
+struct LogSum {
+    float max = -infinity(), sum = 0.f, weighted = 0.f;
+
+    template <int kCount> KD_DEVICE void add(const float* z, float c, bool entropy) {
+        const float now = LogSums::largest<kCount>(max, z);
+        if (entropy) {
+            const float to = LogSums::reference(now, c);
+            move(to, c);
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                const float d = fmaf(z[i], c, -to), e = exp2_fast(d);
+                sum += e, weighted += e == 0.f ? 0.f : e * d;
+            }
+        } else {
+            LogSums::add<kCount>(sum, max, now, z, c);
+        }
+        max = now;
+    }
+    KD_DEVICE void merge(LogSum o, float c) {
+        const float now = fmaxf(max, o.max), to = LogSums::reference(now, c);
+        move(to, c), o.move(to, c);
+        sum += o.sum, weighted += o.weighted, max = now;
+    }
+    KD_DEVICE float entropy() const { return (log2_fast(sum) - weighted / sum) * kLn2; }
+
+private:
+    KD_DEVICE void move(float to, float c) {
+        const float by = max == -infinity() ? 0.f : rounded_product(max, c) - to, factor = exp2_fast(by);
+        weighted = factor == 0.f ? 0.f : (weighted + sum * by) * factor;
+        sum *= factor;
+    }
+};
+
+// log q = (z / T - top) - rest, as the two are given out and read again: top is a rounded number, rest counts from that number.
+struct LogProbability {
+    float per_t, top, rest;
+    KD_DEVICE float operator()(float z) const { return fmaf(z, per_t, -top) - rest; }
+};
+KD_DEVICE LogProbability log_probability(const LogSum& s, float per_t) {
+    const float c = per_t * kLog2E, top = rounded_product(s.max, per_t), log2_sum = log2_fast(s.sum);
+    if (s.max == -infinity()) return {per_t, top, log2_sum * kLn2};
+    // From the rounded reference of the sum to the largest logit, and from there to the rounded top.
+    return {per_t, top, (log2_sum - fmaf(s.max, c, -rounded_product(s.max, c))) * kLn2 + fmaf(s.max, per_t, -top)};
+}
+KD_DEVICE float probability(float log_q) { return exp2_fast(log_q * kLog2E); }
+
+}  // namespace kd
