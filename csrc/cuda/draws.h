@@ -10,9 +10,6 @@
 
 namespace kd {
 
-constexpr uint32_t kExtreme = 1u << 10;  // distance of a high word from 0 or 2^32 within which float32 does not judge
-constexpr float kTimeError = 4e-3f;      // of a difference of two times, over ln 2; their error is 2^-11 at kExtreme
-
 // log2 of minus the logarithm of 1 - u, for the number u whose high word this is, kExtreme away from 0 and 1.
 KD_DEVICE float log2_exponential(uint32_t high) {
     const bool small = high < 1u << 28;
@@ -98,7 +95,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Head
         for_columns(d, [&](const float* z) { if (sums) mine.sums.template add<kVec>(z, c, false); },
                     [&](float z, int at, uint32_t high) {
                         const float time = fmaf(z, c, -log2_exponential(high));
-                        const bool odd = high + kExtreme < 2 * kExtreme && at < a.vocab;
+                        const bool odd = high + a.extreme < 2 * a.extreme && at < a.vocab;
                         extreme = extreme || odd;
                         const float judged = odd ? -infinity() : time;
                         second = fmaxf(second, fminf(mine.best, judged));
@@ -107,7 +104,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Head
                     });
         const Part all = team.reduce(mine, [&](Part& x, const Part& o) { x.sums.merge(o.sums, c), x.best = fmaxf(x.best, o.best); });
         if (d == 0) log_q = statistics_of(a, team, all.sums);
-        const float margin = kTimeError + 3e-6f * kLog2E * (fabsf(log_q.top) + a.side.softcap * a.per_t), floor = all.best - margin;
+        const float margin = a.time_error + 3e-6f * kLog2E * (fabsf(log_q.top) + a.side.softcap * a.per_t), floor = all.best - margin;
         Winner best;
         const auto look_at = [&](int at) {
             const uint32_t slot = uint32_t(at / int(kGroup)) * uint32_t(kWordColumns) + uint32_t(at % int(kWordColumns));

@@ -8,6 +8,9 @@
 
 namespace kd {
 
+constexpr uint32_t kExtreme = 1u << 10;  // distance of a random word from 0 or 2^32 within which float32 does not judge
+constexpr float kTimeError = 4e-3f;      // of a difference of two times, over ln 2; that of one is about 2^-11 at kExtreme
+
 // HeadArguments with the numbers in float (where draws are decided, in double).
 struct Heads {
     RowSide side;
@@ -27,6 +30,8 @@ struct Heads {
     Dtype dz_dtype;
     float per_t, dz_scale;
     double exact_per_t, exact_scale, exact_softcap;
+    uint32_t extreme = kExtreme;                      // draws: what float32 does not judge,
+    float time_error = kTimeError;                    // and how well it judges the rest
     bool statistics;
 };
 
