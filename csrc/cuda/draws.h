@@ -28,8 +28,7 @@ KD_DEVICE double exact_time(const Heads& a, float logit, int column, uint32_t hi
 }
 
 template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Heads a) {
-    constexpr int kVec = kVectorBytes / int(sizeof(Logit)), kThreads = int(kWordColumns) / kVec;  // threads of a group of counters
-    using Vector = Vec<Logit, kVec>;
+    constexpr int kCount = kVec<Logit>, kThreads = int(kWordColumns) / kCount;  // threads of a group of counters
     struct Part {
         LogSum sums;
         float best = -infinity();
@@ -47,40 +46,34 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Head
     const int groups = (a.vocab + int(kGroup) - 1) / int(kGroup), share = (groups + team.size - 1) / team.size;
     const int end = share * (team.rank + 1) < groups ? share * (team.rank + 1) : groups;
     // Lanes of a thread: neighbours, for loads of 16 bytes; where rows do not start there, neighbours are other threads'.
-    const int of_group = thread_index() % kThreads, first = aligned ? of_group * kVec : of_group, apart = aligned ? 1 : kThreads;
+    const int of_group = thread_index() % kThreads, first = aligned ? of_group * kCount : of_group, apart = aligned ? 1 : kThreads;
     const int groups_a_step = block_threads() / kThreads;
 
     // Calls body(logit, column, high word, lane's slot, word) for this thread's columns of draw d, and before(z) for those of each word.
     const auto for_columns = [&](int64_t d, auto&& before, auto&& body) {
         for (int g = share * team.rank + thread_index() / kThreads; g < end; g += groups_a_step) {
-            float z[4][kVec];
+            const int start = g * int(kGroup) + first;
+            const bool whole = start + 3 * int(kWordColumns) + (kCount - 1) * apart < a.vocab;
+            Raw raw[4];
+            if (aligned && whole) {
 #pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const int column = g * int(kGroup) + w * int(kWordColumns) + first;
-                if (aligned && column + kVec <= a.vocab) {
-                    const auto raw = load_vector<Vector>(logits + column);
+                for (int w = 0; w < 4; ++w) raw[w] = load_vector<Raw>(logits + start + w * int(kWordColumns));
+            } else {
 #pragma unroll
-                    for (int i = 0; i < kVec; ++i) z[w][i] = to_float(raw.at[i]);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < kVec; ++i) z[w][i] = column + i * apart < a.vocab ? to_float(logits[column + i * apart]) : 0.f;
-                }
+                for (int w = 0; w < 4; ++w) raw[w] = load_apart(logits, start + w * int(kWordColumns), apart, a.vocab);
             }
+            float z[4][kCount];
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
-#pragma unroll
-                for (int i = 0; i < kVec; ++i) {
-                    const int column = g * int(kGroup) + w * int(kWordColumns) + first + i * apart;
-                    z[w][i] = column < a.vocab ? transformed(z[w][i], a.side, column) : -infinity();
-                }
+                transform<Logit>(z[w], raw[w], a.side, start + w * int(kWordColumns), apart, a.vocab, whole);
                 before(z[w]);
             }
 #pragma unroll
-            for (int i = 0; i < kVec; ++i) {
+            for (int i = 0; i < kCount; ++i) {
                 const uint32_t slot = uint32_t(g) * uint32_t(kWordColumns) + uint32_t(first + i * apart);
                 const Words high = words(seed, number, d, slot, 0);
 #pragma unroll
-                for (int w = 0; w < 4; ++w) body(z[w][i], g * int(kGroup) + w * int(kWordColumns) + first + i * apart, high.w[w]);
+                for (int w = 0; w < 4; ++w) body(z[w][i], start + w * int(kWordColumns) + i * apart, high.w[w]);
             }
         }
     };
@@ -92,7 +85,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Head
         float second = -infinity();
         int column = -1;
         bool extreme = false;
-        for_columns(d, [&](const float* z) { if (sums) mine.sums.template add<kVec>(z, c, false); },
+        for_columns(d, [&](const float* z) { if (sums) mine.sums.template add<kCount>(z, c, false); },
                     [&](float z, int at, uint32_t high) {
                         const float time = fmaf(z, c, -log2_exponential(high));
                         const bool odd = high + a.extreme < 2 * a.extreme && at < a.vocab;
@@ -119,8 +112,8 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Head
         if (again || mine.best >= floor) {
             // One column, or all of this thread's.
             for (int g = again ? share * team.rank + thread_index() / kThreads : end - 1; g < end; g += groups_a_step) {
-                for (int j = again ? 0 : 4 * kVec - 1; j < 4 * kVec; ++j) {
-                    const int at = again ? g * int(kGroup) + j / kVec * int(kWordColumns) + first + j % kVec * apart : column;
+                for (int j = again ? 0 : 4 * kCount - 1; j < 4 * kCount; ++j) {
+                    const int at = again ? g * int(kGroup) + j / kCount * int(kWordColumns) + first + j % kCount * apart : column;
                     if (at < 0 || at >= a.vocab) continue;
                     look_at(at);
                 }

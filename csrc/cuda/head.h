@@ -35,8 +35,6 @@ struct Heads {
     bool statistics;
 };
 
-KD_DEVICE Kept kept_of(int kept_at) { return {kept_at ? shared_memory() + kept_at : nullptr}; }
-
 template <class Logit> KD_DEVICE Slice<Logit> slice_of(const Heads& a, const Team& team) {
     return {a.side.logits, team.row * a.side.stride, a.vocab, team};
 }
@@ -72,7 +70,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
     Team team;
     const int64_t row = team.row;
     const S slice = slice_of<Logit>(a, team);
-    const Kept kept = kept_of(a.kept_at);
+    const Kept kept{a.kept_at};
     const float c = a.per_t * kLog2E;
     const int64_t* const ids = a.ids + row * a.num_ids;
     float* const logprobs = a.logprobs + row * a.num_ids;

@@ -44,11 +44,70 @@ struct Team {
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-KD_DEVICE bool starts_vector(const void* p, int bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+KD_DEVICE bool starts_vector(const void* p, int bytes = kVectorBytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// A vector of logits as it was read. In words, of which a load gives four: taking them apart would wait for it, and hold up the next.
+struct alignas(kVectorBytes) Raw { uint32_t word[4]; };
+
+template <class Logit> constexpr int kVec = kVectorBytes / int(sizeof(Logit));
+
+template <class Logit> KD_DEVICE float logit_of(const Raw& raw, int i) {
+    if constexpr (sizeof(Logit) == 4) return bits<float>(raw.word[i]);
+    else return to_float(bits<Logit>(uint16_t(raw.word[i / 2] >> i % 2 * 16)));
+}
+// Where a row begins or ends, or does not start at a multiple of 16 bytes: columns `apart`, 0 outside the row.
+template <class Logit> KD_DEVICE Raw load_apart(const Logit* row, int column, int apart, int vocab) {
+    using Word = std::conditional_t<sizeof(Logit) == 4, uint32_t, uint16_t>;
+    Raw raw{};
+#pragma unroll
+    for (int i = 0; i < kVec<Logit>; ++i) {
+        const int at = column + i * apart;
+        const uint32_t word = at >= 0 && at < vocab ? bits<Word>(row[at]) : 0;
+        if constexpr (sizeof(Logit) == 4) raw.word[i] = word;
+        else raw.word[i / 2] |= word << i % 2 * 16;
+    }
+    return raw;
+}
+// z of a vector's columns, `apart`; -inf outside the row, of which nothing is if it is `whole`. As `transformed`, but with a branch per
+// vector and not per column.
+template <class Logit> KD_DEVICE void transform(float* z, const Raw& raw, const RowSide& side, int column, int apart, int vocab, bool whole) {
+#pragma unroll
+    for (int i = 0; i < kVec<Logit>; ++i) z[i] = logit_of<Logit>(raw, i);
+    if (side.bias) {
+#pragma unroll
+        for (int i = 0; i < kVec<Logit>; ++i)
+            if (const int at = column + i * apart; whole || (at >= 0 && at < vocab)) z[i] += side.bias[at];
+    }
+#pragma unroll
+    for (int i = 0; i < kVec<Logit>; ++i) z[i] *= side.scale;
+    if (side.softcap != 0.f) {
+#pragma unroll
+        for (int i = 0; i < kVec<Logit>; ++i) z[i] = side.softcap * tanh(z[i] / side.softcap);
+    }
+    if (whole) return;
+#pragma unroll
+    for (int i = 0; i < kVec<Logit>; ++i)
+        if (const int at = column + i * apart; at < 0 || at >= vocab) z[i] = -infinity();
+}
+
+// This thread's vectors of a slice, kept in shared memory for the next sweep: see choose_team.
+struct Kept {
+    int at;  // 0: they are read again
+    KD_DEVICE Raw* slot(int step, int j) const {
+        return reinterpret_cast<Raw*>(shared_memory() + at) + ((step * kVectors + j) * block_threads() + thread_index());
+    }
+    KD_DEVICE void put(int step, const Raw* raw) const {
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) store_vector(slot(step, j), raw[j]);
+    }
+    KD_DEVICE void get(int step, Raw* raw) const {
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) raw[j] = load_vector<Raw>(slot(step, j));
+    }
+};
 
 template <class Logit> struct Slice {
-    static constexpr int kVec = kVectorBytes / int(sizeof(Logit)), kCount = kVec * kVectors;
-    using Vector = Vec<Logit, kVec>;
+    static constexpr int kVec = kd::kVec<Logit>, kCount = kVec * kVectors;
     const Logit* row;
     int vocab, lead;     // lead: columns between the start of the first vector and column 0
     int begin, end;      // vectors of this CTA
@@ -69,13 +128,17 @@ template <class Logit> struct Slice {
     }
     KD_DEVICE bool has(int column) const { return (column + lead) / kVec >= begin && (column + lead) / kVec < end; }
     KD_DEVICE bool inside(int column) const { return column >= 0 && column < vocab; }
-    // Of any row of logits: this thread's vector at a column, 0 outside the row.
-    KD_DEVICE Vector load(const Logit* from, int column) const {
-        if (column >= 0 && column + kVec <= vocab && starts_vector(from + column)) return load_vector<Vector>(from + column);
-        Vector v;
+    // All of this thread's columns of a step are the row's.
+    KD_DEVICE bool whole(int step) const { return column(step, 0) >= 0 && column(step, kVectors - 1) + kVec <= vocab; }
+    // This thread's columns of a step, of this row or of any other of the same dtype; 0 outside it.
+    KD_DEVICE void load(const Logit* from, int step, Raw* raw) const {
+        if (whole(step) && starts_vector(from + column(step, 0))) {
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) v.at[i] = inside(column + i) ? from[column + i] : from_float<Logit>(0.f);
-        return v;
+            for (int j = 0; j < kVectors; ++j) raw[j] = load_vector<Raw>(from + column(step, j));
+        } else {
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) raw[j] = load_apart(from, column(step, j), 1, vocab);
+        }
     }
     // Writes up to kVec numbers of any row, in another type if need be.
     template <class T> KD_DEVICE void store(T* to, int column, const float* x) const {
@@ -93,37 +156,20 @@ template <class Logit> struct Slice {
     }
 };
 
-// This thread's vectors of a slice, kept for the next sweep: see choose_team.
-struct Kept {
-    unsigned char* at;  // null: they are read again
-    template <class Vector> KD_DEVICE Vector* slot(int step, int j) const {
-        return reinterpret_cast<Vector*>(at) + ((step * kVectors + j) * block_threads() + thread_index());
-    }
-};
-
 enum class Sweep { first, again };
 
 // Calls body(z, step) for each step of this thread, all of them in all threads: z of its kCount columns, -inf outside the row.
 template <Sweep kSweep, class Logit, class Body>
 KD_DEVICE void sweep(const Slice<Logit>& slice, const RowSide& side, Kept kept, Body&& body) {
-    using Vector = typename Slice<Logit>::Vector;
-    constexpr int kVec = Slice<Logit>::kVec;
     for (int step = 0; step < slice.steps; ++step) {
-        Vector raw[kVectors];
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            if (kSweep == Sweep::again && kept.at) raw[j] = load_vector<Vector>(kept.slot<Vector>(step, j));
-            else raw[j] = slice.load(slice.row, slice.column(step, j));
-        }
+        Raw raw[kVectors];
+        if (kSweep == Sweep::again && kept.at) kept.get(step, raw);
+        else slice.load(slice.row, step, raw);
+        if (kSweep == Sweep::first && kept.at) kept.put(step, raw);
+        const bool whole = slice.whole(step);
         float z[Slice<Logit>::kCount];
 #pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            const int column = slice.column(step, j);
-            if (kSweep == Sweep::first && kept.at) store_vector(kept.slot<Vector>(step, j), raw[j]);
-#pragma unroll
-            for (int i = 0; i < kVec; ++i)
-                z[j * kVec + i] = slice.inside(column + i) ? transformed(to_float(raw[j].at[i]), side, column + i) : -infinity();
-        }
+        for (int j = 0; j < kVectors; ++j) transform<Logit>(z + j * kVec<Logit>, raw[j], side, slice.column(step, j), 1, slice.vocab, whole);
         body(z, step);
     }
 }

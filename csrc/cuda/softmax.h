@@ -18,7 +18,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) softmax_rows(const S
     using S = Slice<Logit>;
     Team team;
     const S slice(a.x.logits, team.row * a.x.stride, a.vocab, team);
-    const Kept kept{a.kept_at ? shared_memory() + a.kept_at : nullptr};
+    const Kept kept{a.kept_at};
     const float c = a.per_t * kLog2E;
     Logit* const out = static_cast<Logit*>(a.out) + team.row * a.out_stride;
     LogSum mine;
@@ -38,48 +38,36 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) softmax_rows(const S
 // From y = softmax(x / T) or its logarithm, and the gradient by it.
 template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) softmax_gradient_rows(const Softmaxes a) {
     using S = Slice<Logit>;
-    using Vector = typename S::Vector;
     Team team;
     const S slice(a.x.logits, team.row * a.x.stride, a.vocab, team);
     const Logit* const upstream = static_cast<const Logit*>(a.dy.logits) + team.row * a.dy.stride;
-    const Kept kept{a.kept_at ? shared_memory() + a.kept_at : nullptr}, kept_too{a.kept_at ? shared_memory() + a.kept_at + a.kept_bytes : nullptr};
+    const Kept kept{a.kept_at}, kept_too{a.kept_at + a.kept_bytes};
     Logit* const out = static_cast<Logit*>(a.out) + team.row * a.out_stride;
     // Calls body(y, dy, step), 0 outside the row.
     const auto pairs = [&](bool again, auto&& body) {
         for (int step = 0; step < slice.steps; ++step) {
-            Vector y[kVectors], dy[kVectors];
-#pragma unroll
-            for (int j = 0; j < kVectors; ++j) {
-                if (again && kept.at) {
-                    y[j] = load_vector<Vector>(kept.slot<Vector>(step, j));
-                    dy[j] = load_vector<Vector>(kept_too.slot<Vector>(step, j));
-                } else {
-                    y[j] = slice.load(slice.row, slice.column(step, j)), dy[j] = slice.load(upstream, slice.column(step, j));
-                }
-            }
+            Raw y[kVectors], dy[kVectors];
+            if (again && kept.at) kept.get(step, y), kept_too.get(step, dy);
+            else slice.load(slice.row, step, y), slice.load(upstream, step, dy);
             body(y, dy, step);
         }
     };
     float mine = 0.f;
-    pairs(false, [&](const Vector* y, const Vector* dy, int step) {
+    pairs(false, [&](const Raw* y, const Raw* dy, int step) {
+        if (kept.at) kept.put(step, y), kept_too.put(step, dy);
 #pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            if (kept.at) {
-                store_vector(kept.slot<Vector>(step, j), y[j]);
-                store_vector(kept_too.slot<Vector>(step, j), dy[j]);
-            }
+        for (int j = 0; j < kVectors; ++j)
 #pragma unroll
-            for (int i = 0; i < S::kVec; ++i) mine += a.logarithm ? to_float(dy[j].at[i]) : to_float(y[j].at[i]) * to_float(dy[j].at[i]);
-        }
+            for (int i = 0; i < S::kVec; ++i) mine += a.logarithm ? logit_of<Logit>(dy[j], i) : logit_of<Logit>(y[j], i) * logit_of<Logit>(dy[j], i);
     });
     const float total = team.reduce(mine, [](float& x, float o) { x += o; });
-    pairs(true, [&](const Vector* y, const Vector* dy, int step) {
+    pairs(true, [&](const Raw* y, const Raw* dy, int step) {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
             float g[S::kVec];
 #pragma unroll
             for (int i = 0; i < S::kVec; ++i) {
-                const float p = to_float(y[j].at[i]), d = to_float(dy[j].at[i]);
+                const float p = logit_of<Logit>(y[j], i), d = logit_of<Logit>(dy[j], i);
                 g[i] = (a.logarithm ? d - probability(p) * total : p * (d - total)) * a.per_t;
             }
             slice.store(out, slice.column(step, j), g);

@@ -27,11 +27,11 @@ KD_DEVICE uint32_t ordered(float z) {
     const uint32_t word = bits<uint32_t>(z == z ? z + 0.f : -infinity());
     return word ^ (word >> 31 ? 0xffffffffu : 0x80000000u);
 }
-KD_DEVICE float logit_of(uint64_t key) {
+KD_DEVICE float key_logit(uint64_t key) {
     const uint32_t word = uint32_t(key >> 32);
     return bits<float>(word ^ (word >> 31 ? 0x80000000u : 0xffffffffu));
 }
-KD_DEVICE int id_of(uint64_t key) { return int(~uint32_t(key)); }
+KD_DEVICE int key_id(uint64_t key) { return int(~uint32_t(key)); }
 
 // What is known of the k-th largest key: it shares the digits above `shift` with `bound`, and is the left-th largest that does.
 struct Rank {
@@ -69,7 +69,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) top_rows(const Heads
     using S = Slice<Logit>;
     Team team;  // of one CTA
     const S slice = slice_of<Logit>(a, team);
-    const Kept kept = kept_of(a.kept_at);
+    const Kept kept{a.kept_at};
     const TopScratch s;
     const float c = a.per_t * kLog2E;
     const int k = a.num_top, threads = block_threads(), thread = thread_index();
@@ -139,8 +139,8 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) top_rows(const Heads
     sync_block();
     for (int i = thread; i < k; i += threads) {
         const uint64_t key = s.keys[i];
-        a.top_ids[team.row * k + i] = id_of(key);
-        a.top_logprobs[team.row * k + i] = log_q(logit_of(key));
+        a.top_ids[team.row * k + i] = key_id(key);
+        a.top_logprobs[team.row * k + i] = log_q(key_logit(key));
     }
 }
 

@@ -119,5 +119,11 @@ template <> inline bf16 from_float<bf16>(float x) {
 }
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec { T at[N]; };
 template <class V> void store_vector(void* to, const V& v) { *static_cast<V*>(to) = v; }
-template <class V> V load_vector(const void* from) { return *static_cast<const V*>(from); }
+// Of any type that the memory holds, as on a GPU: copied, not aliased.
+template <class V> V load_vector(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % alignof(V)) throw emu::Fault("a vector that is read at no multiple of its size");
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
 }  // namespace kd
