@@ -182,17 +182,18 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "cuda_team",
         [](int major, int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int64_t rows, int64_t vocab, int itemsize,
-           int sweeps, int inputs, int threads, size_t more_shared, bool clusters) {
+           int sweeps, int inputs, int threads, size_t more_shared, bool clusters, int64_t draws) {
             const kd::GpuLimits gpu{major, multiprocessors, shared_per_block, shared_per_multiprocessor};
             const kd::TeamLaunch t =
-                kd::choose_team(gpu, {rows, vocab, itemsize, sweeps, inputs, threads, more_shared, clusters ? kd::largest_cluster(major) : 0});
+                kd::choose_team(gpu, {rows, vocab, itemsize, sweeps, inputs, threads, more_shared, clusters ? kd::largest_cluster(major) : 0, draws});
             return py::dict(py::arg("kept") = t.launch.one_read, py::arg("cluster") = t.launch.cluster, py::arg("threads") = t.launch.threads,
                             py::arg("blocks") = t.launch.blocks, py::arg("shared_bytes") = t.launch.shared_bytes,
-                            py::arg("kept_at") = t.kept_at, py::arg("kept_bytes") = t.kept_bytes);
+                            py::arg("kept_at") = t.kept_at, py::arg("kept_bytes") = t.kept_bytes,
+                            py::arg("draw_parts") = t.draw_parts);
         },
         py::arg("major"), py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("rows"),
         py::arg("vocab"), py::arg("itemsize"), py::arg("sweeps"), py::arg("inputs") = 1, py::arg("threads") = kd::kTeamThreads,
-        py::arg("more_shared") = 0, py::arg("clusters") = true);
+        py::arg("more_shared") = 0, py::arg("clusters") = true, py::arg("draws") = 1);
     m.attr("cuda_most_top") = kd::kMostTop;
 
     m.def("cpu_isas", [] {

@@ -27,7 +27,7 @@ KD_DEVICE double exact_time(const Heads& a, float logit, int column, uint32_t hi
     return z * a.exact_per_t - std::log(-std::log1p(-uniform(high, low)));
 }
 
-template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Heads a) {
+template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 : 2) draw_rows(const Heads a) {
     constexpr int kCount = kVec<Logit>, kThreads = int(kWordColumns) / kCount;  // threads of a group of counters
     struct Part {
         LogSum sums;
@@ -38,6 +38,8 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Head
         int id = 0x7fffffff, unused = 0;
     };
     Team team;
+    const int part = int(team.row % a.draw_parts);
+    team.row /= a.draw_parts;
     const auto* const logits = static_cast<const Logit*>(a.side.logits) + team.row * a.side.stride;
     const bool aligned = starts_vector(logits);
     const float c = a.per_t * kLog2E;
@@ -79,8 +81,8 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Head
     };
 
     LogProbability log_q{};
-    for (int64_t d = 0; d < a.num_draws; ++d) {
-        const bool sums = d == 0 && a.statistics;
+    for (int64_t d = part; d < a.num_draws; d += a.draw_parts) {
+        const bool sums = d == part && a.statistics;
         Part mine;
         float second = -infinity();
         int column = -1;
@@ -96,7 +98,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, 2) draw_rows(const Head
                         mine.best = fmaxf(mine.best, judged);
                     });
         const Part all = team.reduce(mine, [&](Part& x, const Part& o) { x.sums.merge(o.sums, c), x.best = fmaxf(x.best, o.best); });
-        if (d == 0) log_q = statistics_of(a, team, all.sums);
+        if (d == part) log_q = statistics_of(a, team, all.sums, part == 0);
         const float margin = a.time_error + 3e-6f * kLog2E * (fabsf(log_q.top) + a.side.softcap * a.per_t), floor = all.best - margin;
         Winner best;
         const auto look_at = [&](int at) {

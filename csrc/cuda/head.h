@@ -25,7 +25,8 @@ struct Heads {
     const uint64_t* seed_at;                          // or null: seed
     uint64_t seed;
     int64_t rows, dz_stride, first_row;
-    int vocab, num_ids, num_top, num_draws, top_capacity;
+    int vocab, num_ids, num_top, top_capacity, num_draws;
+    int draw_parts;                                   // teams that share the draws of a row
     int kept_at;                                      // where in shared memory the row is kept; 0: it is not
     Dtype dz_dtype;
     float per_t, dz_scale;
@@ -40,10 +41,10 @@ template <class Logit> KD_DEVICE Slice<Logit> slice_of(const Heads& a, const Tea
 }
 
 // What the statistics give out, or what was given out before.
-KD_DEVICE LogProbability statistics_of(const Heads& a, const Team& team, const LogSum& sums) {
+KD_DEVICE LogProbability statistics_of(const Heads& a, const Team& team, const LogSum& sums, bool writes = true) {
     if (!a.statistics) return {a.per_t, a.top[team.row], a.log_sum[team.row]};
     const LogProbability log_q = log_probability(sums, a.per_t);
-    if (team.reports()) a.top[team.row] = log_q.top, a.log_sum[team.row] = log_q.rest;
+    if (writes && team.reports()) a.top[team.row] = log_q.top, a.log_sum[team.row] = log_q.rest;
     return log_q;
 }
 

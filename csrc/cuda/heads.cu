@@ -53,7 +53,7 @@ void cuda_head_rows(const HeadArguments& h, void* stream) {
     const int itemsize = size_of(a.side.dtype), clusters = largest_cluster(limits_of_current().major);
     const auto run = [&](HeadKernel kernel, const TeamShape& shape) {
         launch_fitting(shape, [&](const TeamLaunch& t) {
-            a.kept_at = int(t.kept_at);
+            a.kept_at = int(t.kept_at), a.draw_parts = t.draw_parts;
             return launch_one(kernel, a, t.launch, static_cast<cudaStream_t>(stream));
         });
     };
@@ -62,7 +62,8 @@ void cuda_head_rows(const HeadArguments& h, void* stream) {
         a.top_capacity = top_capacity(a.num_top);
         run(HeadKernel::top, {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .sweeps = 2, .more_shared = top_shared_bytes(a.top_capacity)});
     }
-    if (a.num_draws) run(HeadKernel::draw, {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .threads = kDrawThreads, .largest = clusters});
+    if (a.num_draws)
+        run(HeadKernel::draw, {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .threads = kDrawThreads, .largest = clusters, .draws = a.num_draws});
     if (a.num_ids || a.entropy || a.dz || !(a.num_top || a.num_draws)) {
         const bool twice = a.statistics && a.dz;
         // A gradient over logits that no CTA has kept is one CTA's.

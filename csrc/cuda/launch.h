@@ -89,11 +89,13 @@ struct TeamShape {
     int threads = kTeamThreads;  // at most
     size_t more_shared = 0;      // bytes, for something else
     int largest = 0;       // cluster size to stay within
+    int64_t draws = 1;     // of each row
 };
 struct TeamLaunch {
     Launch launch;         // a cluster of more than one CTA if `cluster` says so; one_read: the row is kept
     size_t kept_at = 0;    // where the row is kept in shared memory; 0: it is not
     size_t kept_bytes = 0; // of one input
+    int draw_parts = 1;    // teams that share the draws of a row
 };
 
 // How a row of one side is shared among threads: a CTA, or a cluster whose shared memory holds the row. Two CTAs of 512 threads are what
@@ -122,7 +124,8 @@ inline TeamLaunch choose_team(const GpuLimits& gpu, const TeamShape& s) {
     while ((keeps || s.sweeps < 2) && cluster * 2 <= largest && s.rows * cluster * 2 <= gpu.multiprocessors && vectors >= int64_t(cluster) * 2 * threads * kVectors)
         cluster *= 2;
     TeamLaunch t;
-    t.launch = {keeps, cluster, 0, threads, s.rows * cluster, parts(cluster), gpu.shared_per_block};
+    t.draw_parts = int(std::min(s.draws, std::max<int64_t>(1, gpu.multiprocessors * 2 / (s.rows * cluster))));
+    t.launch = {keeps, cluster, 0, threads, s.rows * cluster * t.draw_parts, parts(cluster), gpu.shared_per_block};
     if (keeps) t.kept_at = t.launch.shared_bytes, t.kept_bytes = kept(cluster), t.launch.shared_bytes += s.inputs * t.kept_bytes;
     return t;
 }

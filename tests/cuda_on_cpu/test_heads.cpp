@@ -204,6 +204,7 @@ template <class Logit> double run(Kernel kernel, const Shape& s, const Features&
         const uint64_t key = 0x123456789abcdefull * (seed + 1);
         std::vector<int32_t> ids(s.rows * f.k, -7);
         a.num_draws = f.k, a.draws = ids.data(), a.seed = key, a.first_row = seed % 3 ? 5 : (int64_t(1) << 33) + 1;
+        a.draw_parts = std::min(f.k, 1 + int(seed / 2 % 3)), launch.clusters = s.rows * a.draw_parts;
         if (seed % 2) a.seed_at = &key, a.seed = 0;
         if (f.unsure) a.extreme = 1u << 28, a.time_error = 2.f;
         emu::launch(launch, [&] { draw_rows<Logit>(a); });
@@ -296,7 +297,7 @@ Features draw(unsigned seed, int salt, Kernel kernel, const Shape& s) {
     if (f.unaligned && f.in_place) f.narrow = false;
     if (kernel == kTop) f.ties = coin(2), f.k = coin(3) ? 1 : coin(2) ? 100 : s.vocab;
     if (kernel == kTop && f.ties) f.odd_rows = false, f.bias = false, f.softcap = false;
-    if (kernel == kDraw) f.k = 1 + random() % 3;
+    if (kernel == kDraw) f.k = 1 + random() % 4;
     return f;
 }
 
