@@ -85,7 +85,7 @@ def team(gpu: dict[str, int], rows: int, vocab: int, itemsize: int, sweeps: int,
     ("vocab", "itemsize", "inputs", "cluster"),
     [
         (32000, 2, 1, 1), (128256, 2, 1, 4), (151936, 2, 1, 4), (256000, 2, 1, 8), (32000, 4, 1, 2), (128256, 4, 1, 8),
-        (32000, 2, 2, 2), (128256, 2, 2, 8), (50257, 4, 2, 4),
+        (32000, 2, 2, 2), (128256, 2, 2, 8), (50257, 4, 2, 8),
     ],
 )  # fmt: skip
 def test_a_team_keeps_a_row_twice_per_multiprocessor(vocab: int, itemsize: int, inputs: int, cluster: int) -> None:
@@ -102,7 +102,7 @@ def test_a_team_keeps_a_row_twice_per_multiprocessor(vocab: int, itemsize: int, 
 @pytest.mark.parametrize("sweeps", [1, 2])
 @pytest.mark.parametrize("vocab", [1, 127, 32000, 50257, 151936, 262144, 2_000_000])
 def test_a_team_is_within_the_limits(gpu: dict[str, int], itemsize: int, rows: int, sweeps: int, vocab: int) -> None:
-    for inputs, more_shared, clusters in ((1, 0, True), (2, 0, True), (1, 17_000, False)):
+    for inputs, more_shared, clusters in ((1, 0, True), (2, 0, True), (1, 17_008, False)):
         chosen = team(gpu, rows, vocab, itemsize, sweeps, inputs=inputs, more_shared=more_shared, clusters=clusters)
         cluster = chosen["cluster"]
         assert chosen["shared_bytes"] <= gpu["shared_per_block"]
@@ -119,7 +119,8 @@ def test_a_team_is_within_the_limits(gpu: dict[str, int], itemsize: int, rows: i
             assert chosen["kept_bytes"] % (2 * 16 * chosen["threads"]) == 0, "whole steps"
         elif sweeps == 2:
             assert cluster == 1, "who reads a row again may be overtaken by other CTAs' gradients"
-            assert inputs * vocab * itemsize > gpu["shared_per_block"] / 2, "only rows that are too long"
+            step = 2 * 16 * chosen["threads"]
+            assert inputs * (vocab * itemsize + step) + chosen["shared_bytes"] > gpu["shared_per_block"], "only rows that are too long"
 
 
 def test_few_rows_are_shared_among_more_ctas() -> None:
@@ -155,8 +156,6 @@ def test_a_seed_is_read_on_its_device() -> None:
     batch = HeadBatch(logits, None, state[0], state[1], draws=draws, seed=seed, first_row=5)
     arguments = native._head_arguments(Problem(ForwardKL(), vocab=7, quantity="logsumexp"), batch, True, "meta")
     assert (arguments.num_draws, arguments.first_row) == (2, 5)
-    with pytest.raises(RuntimeError):
-        native._head_arguments(Problem(ForwardKL(), vocab=7, quantity="logsumexp"), batch, True, "cpu")
 
 
 @pytest.mark.parametrize(
