@@ -43,6 +43,23 @@ template <auto run> void kernel(py::module_& m, const char* name) {
         py::arg("arguments"), py::arg("threads"), py::arg("isa") = py::none());
 }
 
+// A CUDA kernel is launched on a stream.
+template <class Args> void cuda_kernel(py::module_& m, const char* name, void (*run)(const Args&, void*)) {
+    m.def(
+        name,
+        [run](const Args& a, uintptr_t stream) {
+            const py::gil_scoped_release release;
+            if (!run) throw std::runtime_error("this build has no CUDA kernels");
+            run(a, reinterpret_cast<void*>(stream));
+        },
+        py::arg("arguments"), py::arg("stream"));
+}
+#ifdef KD_WITH_CUDA
+#define KD_IN_CUDA(run) &run
+#else
+#define KD_IN_CUDA(run) nullptr
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -102,6 +119,7 @@ PYBIND11_MODULE(_C, m) {
     field(head, "top_ids", address(&Head::top_ids));
     field(head, "top_logprobs", address(&Head::top_logprobs));
     field(head, "draws", address(&Head::draws));
+    field(head, "seed_at", address(&Head::seed_at));
     head.def_readwrite("side", &Head::side)
         .def_readwrite("rows", &Head::rows)
         .def_readwrite("vocab", &Head::vocab)
@@ -145,18 +163,9 @@ PYBIND11_MODULE(_C, m) {
         return targets;
     });
 
-    m.def(
-        "cuda_rows",
-        [](const Args& a, uintptr_t stream) {
-#ifdef KD_WITH_CUDA
-            const py::gil_scoped_release release;
-            kd::cuda_rows(a, reinterpret_cast<void*>(stream));
-#else
-            (void)a, (void)stream;
-            throw std::runtime_error("this build has no CUDA kernels");
-#endif
-        },
-        py::arg("arguments"), py::arg("stream"));
+    cuda_kernel<Args>(m, "cuda_rows", KD_IN_CUDA(kd::cuda_rows));
+    cuda_kernel<Head>(m, "cuda_head_rows", KD_IN_CUDA(kd::cuda_head_rows));
+    cuda_kernel<Softmax>(m, "cuda_softmax_rows", KD_IN_CUDA(kd::cuda_softmax_rows));
 
     m.def(
         "cuda_launch",
@@ -169,6 +178,23 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("major"), py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("rows"),
         py::arg("vocab"), py::arg("itemsize"), py::arg("one_read_possible"));
+
+    m.def(
+        "cuda_team",
+        [](int major, int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int64_t rows, int64_t vocab, int itemsize,
+           int sweeps, int inputs, int threads, size_t more_shared, bool clusters, int64_t draws) {
+            const kd::GpuLimits gpu{major, multiprocessors, shared_per_block, shared_per_multiprocessor};
+            const kd::TeamLaunch t =
+                kd::choose_team(gpu, {rows, vocab, itemsize, sweeps, inputs, threads, more_shared, clusters ? kd::largest_cluster(major) : 0, draws});
+            return py::dict(py::arg("kept") = t.launch.one_read, py::arg("cluster") = t.launch.cluster, py::arg("threads") = t.launch.threads,
+                            py::arg("blocks") = t.launch.blocks, py::arg("shared_bytes") = t.launch.shared_bytes,
+                            py::arg("kept_at") = t.kept_at, py::arg("kept_bytes") = t.kept_bytes,
+                            py::arg("draw_parts") = t.draw_parts);
+        },
+        py::arg("major"), py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("rows"),
+        py::arg("vocab"), py::arg("itemsize"), py::arg("sweeps"), py::arg("inputs") = 1, py::arg("threads") = kd::kTeamThreads,
+        py::arg("more_shared") = 0, py::arg("clusters") = true, py::arg("draws") = 1);
+    m.attr("cuda_most_top") = kd::kMostTop;
 
     m.def("cpu_isas", [] {
         std::vector<std::string> names;

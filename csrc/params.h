@@ -67,6 +67,7 @@ struct HeadArguments {
     int64_t num_draws = 0;
     int32_t* draws = nullptr;       // [C, num_draws], out: ids drawn from softmax(z / T); -1 if no sum of its row is finite
     uint64_t seed = 0;
+    const uint64_t* seed_at = nullptr;  // CUDA: where the seed lies on the device; null: it is the number above
     int64_t first_row = 0;          // number of the first row within the call: part of the random counter
 };
 

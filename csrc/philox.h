@@ -10,13 +10,20 @@
 
 namespace kd {
 
-constexpr int64_t kLanes = 128, kGroup = 4 * kLanes;  // columns of one word, of one block of counters
+constexpr int64_t kWordColumns = 128, kGroup = 4 * kWordColumns;  // columns of one word, of one block of counters
+
+#ifdef __CUDACC__
+#define KD_UNROLL(n) _Pragma("unroll")
+#else
+#define KD_PRAGMA(text) _Pragma(#text)
+#define KD_UNROLL(n) KD_PRAGMA(GCC unroll n)
+#endif
 
 struct Words { uint32_t w[4]; };
 
 KD_INLINE Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
     uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-#pragma GCC unroll 10
+    KD_UNROLL(10)
     for (int round = 0; round < 10; ++round) {
         const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
         c0 = uint32_t(b >> 32) ^ c1 ^ k0, c1 = uint32_t(b);

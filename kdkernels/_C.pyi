@@ -61,6 +61,7 @@ class HeadArguments:
     num_draws: int
     draws: int
     seed: int
+    seed_at: int
     first_row: int
 
 class SoftmaxArguments:
@@ -80,6 +81,11 @@ def cpu_rows(arguments: RowArguments, threads: int, isa: str | None = None) -> N
 def cpu_head_rows(arguments: HeadArguments, threads: int, isa: str | None = None) -> None: ...
 def cpu_softmax_rows(arguments: SoftmaxArguments, threads: int, isa: str | None = None) -> None: ...
 def cuda_rows(arguments: RowArguments, stream: int) -> None: ...
+def cuda_head_rows(arguments: HeadArguments, stream: int) -> None: ...
+def cuda_softmax_rows(arguments: SoftmaxArguments, stream: int) -> None: ...
+
+cuda_most_top: int
+
 def cuda_targets() -> list[str]: ...
 def cuda_launch(
     major: int,
@@ -90,6 +96,21 @@ def cuda_launch(
     vocab: int,
     itemsize: int,
     one_read_possible: bool,
+) -> dict[str, int]: ...
+def cuda_team(
+    major: int,
+    multiprocessors: int,
+    shared_per_block: int,
+    shared_per_multiprocessor: int,
+    rows: int,
+    vocab: int,
+    itemsize: int,
+    sweeps: int,
+    inputs: int = 1,
+    threads: int = 512,
+    more_shared: int = 0,
+    clusters: bool = True,
+    draws: int = 1,
 ) -> dict[str, int]: ...
 def cpu_isas() -> list[str]: ...
 def divergences() -> list[tuple[int, str, float | None]]: ...

@@ -97,25 +97,25 @@ template <class Real> double time_of(const HeadArguments& a, int64_t row, int64_
 template <class Real> int32_t draw_one(const HeadArguments& a, int64_t row, int64_t draw, const Real* __restrict e, double x_top, int64_t argmax) {
     const int64_t number = a.first_row + row, groups = (a.vocab + kGroup - 1) / kGroup;
     const auto low_word = [&](int64_t v) {
-        return words(a.seed, number, draw, uint32_t(v / kGroup * kLanes + v % kLanes), 1).w[v % kGroup / kLanes];
+        return words(a.seed, number, draw, uint32_t(v / kGroup * kWordColumns + v % kWordColumns), 1).w[v % kGroup / kWordColumns];
     };
     // Rounding of e, whose argument is as large as the logits are.
     const double margin = 0x1p24 * (1.0 + 1e-3 + 1e-6 * (std::fabs(x_top) + a.side.softcap / a.temperature));
     int64_t winner = argmax;
-    const uint32_t slot = uint32_t(argmax / kGroup * kLanes + argmax % kLanes);
-    double best = time_of<Real>(a, row, argmax, words(a.seed, number, draw, slot, 0).w[argmax % kGroup / kLanes], low_word(argmax));
+    const uint32_t slot = uint32_t(argmax / kGroup * kWordColumns + argmax % kWordColumns);
+    double best = time_of<Real>(a, row, argmax, words(a.seed, number, draw, slot, 0).w[argmax % kGroup / kWordColumns], low_word(argmax));
     Real bound = Real(std::exp(x_top - best) * margin);
     uint32_t high[kGroup];
     for (int64_t g = 0; g < groups; ++g) {
         const Real* __restrict eg = e + g * kGroup;
-        const uint32_t base = uint32_t(g * kLanes);
+        const uint32_t base = uint32_t(g * kWordColumns);
         int hits = 0;
 #pragma omp simd reduction(| : hits)
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
+        for (int64_t lane = 0; lane < kWordColumns; ++lane) {
             const Words r = words(a.seed, number, draw, base + uint32_t(lane), 0);
             for (int64_t w = 0; w < 4; ++w) {
-                high[w * kLanes + lane] = r.w[w];
-                hits |= Real(int32_t(r.w[w] >> 8)) < eg[w * kLanes + lane] * bound;
+                high[w * kWordColumns + lane] = r.w[w];
+                hits |= Real(int32_t(r.w[w] >> 8)) < eg[w * kWordColumns + lane] * bound;
             }
         }
         if (!hits) continue;

@@ -33,6 +33,8 @@ KD_DEVICE unsigned char* shared_memory() {
 }
 KD_DEVICE void sync_warp() { __syncwarp(); }
 KD_DEVICE void sync_block() { __syncthreads(); }
+// In shared memory; the value before.
+KD_DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
 template <class T> KD_DEVICE T shuffle_xor(T value, int mask) {
     static_assert(sizeof(T) % 4 == 0, "words");
     unsigned words[sizeof(T) / 4];

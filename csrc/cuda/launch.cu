@@ -49,6 +49,8 @@ int attribute(cudaDeviceAttr which, int device) {
     return value;
 }
 
+}  // namespace
+
 const GpuLimits& limits_of_current() {
     constexpr int kDevices = 64;
     static std::array<std::once_flag, kDevices> once;
@@ -63,8 +65,6 @@ const GpuLimits& limits_of_current() {
     });
     return limits[device];
 }
-
-}  // namespace
 
 void cuda_rows(const RowArguments& r, void* stream) {
     if (r.rows <= 0 || r.vocab <= 0) return;

@@ -68,4 +68,66 @@ inline Launch choose_launch(const GpuLimits& gpu, int64_t rows, int64_t vocab, i
     return {true, cluster, slots, kOneReadThreads, clusters * cluster, one_read_shared_bytes(warps, slots, cluster), gpu.shared_per_block};
 }
 
+// ---- one side alone: slice.h ----------------------------------------------------------------------------------------
+
+constexpr int kTeamThreads = 512, kDrawThreads = 256;  // at most
+constexpr int kMostTop = 4096;                         // of the largest that are looked for
+
+// Keys that a search for the k largest has room for: about 1.15 k columns reach its first bound.
+inline int top_capacity(int64_t k) {
+    int capacity = 512;
+    while (capacity < 2 * k) capacity *= 2;
+    return capacity;
+}
+inline size_t top_shared_bytes(int capacity) { return (kBins + 32 + 4) * sizeof(int) + capacity * sizeof(uint64_t); }
+
+struct TeamShape {
+    int64_t rows, vocab;
+    int itemsize;
+    int sweeps = 1;        // 2: the row is kept in shared memory, if it fits
+    int inputs = 1;        // rows to keep
+    int threads = kTeamThreads;  // at most
+    size_t more_shared = 0;      // bytes, for something else
+    int largest = 0;       // cluster size to stay within
+    int64_t draws = 1;     // of each row
+};
+struct TeamLaunch {
+    Launch launch;         // a cluster of more than one CTA if `cluster` says so; one_read: the row is kept
+    size_t kept_at = 0;    // where the row is kept in shared memory; 0: it is not
+    size_t kept_bytes = 0; // of one input
+    int draw_parts = 1;    // teams that share the draws of a row
+};
+
+// How a row of one side is shared among threads: a CTA, or a cluster whose shared memory holds the row. Two CTAs of 512 threads are what
+// a multiprocessor has registers for: one loads while the other waits or writes.
+inline TeamLaunch choose_team(const GpuLimits& gpu, const TeamShape& s) {
+    const int vec = kVectorBytes / s.itemsize;
+    const int64_t vectors = (s.vocab + vec - 1 + vec - 1) / vec;  // a row may start within one
+    int threads = s.threads;
+    while (threads > 64 && vectors <= int64_t(threads) * kVectors / 2) threads /= 2;
+    const int largest = std::max(s.largest, 1);
+    const auto parts = [&](int cluster) { return one_read_shared_bytes(threads / 32, 0, cluster) + s.more_shared; };
+    const auto kept = [&](int cluster) {
+        const int64_t step = int64_t(threads) * kVectors, share = (vectors + cluster - 1) / cluster;
+        return size_t((share + step - 1) / step * step * kVectorBytes);
+    };
+    const size_t whole = gpu.shared_per_block, half = std::min<size_t>(gpu.shared_per_multiprocessor / 2 - kReservedPerBlock, whole);
+    int cluster = 1;
+    bool keeps = false;
+    for (const size_t room : {half, whole}) {
+        if (s.sweeps < 2 || keeps) break;
+        for (cluster = 1; cluster <= largest && parts(cluster) + s.inputs * kept(cluster) > room;) cluster *= 2;
+        keeps = cluster <= largest;
+    }
+    if (!keeps) cluster = 1;
+    // Few rows: more CTAs for each, as long as every thread has a whole step. Without shared memory a second sweep is one CTA's.
+    while ((keeps || s.sweeps < 2) && cluster * 2 <= largest && s.rows * cluster * 2 <= gpu.multiprocessors && vectors >= int64_t(cluster) * 2 * threads * kVectors)
+        cluster *= 2;
+    TeamLaunch t;
+    t.draw_parts = int(std::min(s.draws, std::max<int64_t>(1, gpu.multiprocessors * 2 / (s.rows * cluster))));
+    t.launch = {keeps, cluster, 0, threads, s.rows * cluster * t.draw_parts, parts(cluster), gpu.shared_per_block};
+    if (keeps) t.kept_at = t.launch.shared_bytes, t.kept_bytes = kept(cluster), t.launch.shared_bytes += s.inputs * t.kept_bytes;
+    return t;
+}
+
 }  // namespace kd

@@ -15,6 +15,9 @@ constexpr int kChunkBytes = 1024;  // per side: two 16-byte loads per lane
 constexpr int kSlotBytes = 2 * kChunkBytes;
 constexpr int kPartBytes = 48;     // what a warp contributes to a reduction, at most
 
+constexpr int kVectorBytes = 16, kVectors = 2;  // kernels of one side: 16-byte loads, and how many of them a thread has on their way
+constexpr int kBins = 256;                      // of a search for the largest: one digit of a key
+
 // The columns of one warp, the same in every row.
 struct Span {
     int begin, length, chunks, chunk;

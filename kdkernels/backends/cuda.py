@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..problem import HeadBatch, Problem
 from . import native
+from . import torch as torch_rows
 
 
 def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -46,3 +48,13 @@ def covers(targets: Sequence[str], capability: tuple[int, int]) -> bool:
 
 
 rows = native.cuda_rows
+softmax_rows = native.cuda_softmax_rows
+softmax_gradient_rows = native.cuda_softmax_gradient_rows
+
+
+def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+    """Launches a batch of one side. More of the largest than shared memory has room for (4096) are found by torch's sort."""
+    if batch.top_ids is not None and batch.top_ids.shape[1] > native.cuda_most_top():
+        torch_rows.head_rows(problem, batch, statistics)
+    else:
+        native.cuda_head_rows(problem, batch, statistics)

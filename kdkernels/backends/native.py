@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ except ImportError as error:
     _MISSING = f"the compiled extension kdkernels._C is not there ({error}): reinstall where a C++17 compiler is found"
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_Arguments = TypeVar("_Arguments")
 _NORMALIZERS = {"softmax": 0, "mean": 1, "none": 2}
 
 
@@ -45,9 +49,32 @@ def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
 
 def cuda_rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
     """Launches a batch on the current stream of its own device, and does not wait for it."""
-    arguments = _arguments(problem, batch, statistics, "cuda")
-    with torch.cuda.device(batch.student.device):
-        _C.cuda_rows(arguments, torch.cuda.current_stream(batch.student.device).cuda_stream)
+    _launch(_C.cuda_rows, _arguments(problem, batch, statistics, "cuda"), batch.student)
+
+
+def cuda_head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+    """As ``cuda_rows``, of one side."""
+    _launch(_C.cuda_head_rows, _head_arguments(problem, batch, statistics, "cuda"), batch.logits)
+
+
+def cuda_most_top() -> int:
+    """How many of the largest ``cuda_head_rows`` finds at most."""
+    return _C.cuda_most_top
+
+
+def cuda_softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """``softmax(x / T)`` or its logarithm."""
+    _launch(_C.cuda_softmax_rows, _softmax_arguments(x, None, out, temperature, logarithm, "cuda"), x)
+
+
+def cuda_softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """The gradient by x, from ``cuda_softmax_rows``' result and the gradient by it."""
+    _launch(_C.cuda_softmax_rows, _softmax_arguments(y, dy, out, temperature, logarithm, "cuda"), y)
+
+
+def _launch(kernel: Callable[[_Arguments, int], None], arguments: _Arguments, where: Tensor) -> None:
+    with torch.cuda.device(where.device):
+        kernel(arguments, torch.cuda.current_stream(where.device).cuda_stream)
 
 
 def _arguments(problem: Problem, batch: RowBatch, statistics: bool, device_type: str) -> _C.RowArguments:
@@ -129,7 +156,11 @@ def _head_arguments(problem: Problem, batch: HeadBatch, statistics: bool, device
     if batch.draws is not None and batch.seed is not None:
         shape = (count, batch.draws.shape[1])
         args.num_draws, args.draws = shape[1], address("draws", batch.draws, shape, torch.int32)
-        args.seed, args.first_row = int(batch.seed) % 2**64, batch.first_row
+        args.first_row = batch.first_row
+        if device_type == "cpu":
+            args.seed = int(batch.seed) % 2**64
+        else:  # read there: nothing waits for it
+            args.seed_at = address("seed", batch.seed.view(1), (1,), torch.int64)
     return args
 
 

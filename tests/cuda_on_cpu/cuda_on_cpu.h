@@ -79,6 +79,7 @@ inline unsigned char* shared_memory() { return emu::where().shared; }
 
 inline void sync_warp(EMU_SITE("sync_warp")) { emu::warp_rendezvous(site, true); }
 inline void sync_block(EMU_SITE("sync_block")) { emu::block_barrier(site); }
+inline int atomic_add(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 inline void cluster_arrive(EMU_SITE("cluster_arrive")) { emu::cluster_barrier_arrive(site); }
 inline void cluster_wait(EMU_SITE("cluster_wait")) { emu::cluster_barrier_wait(site); }
 
@@ -118,5 +119,11 @@ template <> inline bf16 from_float<bf16>(float x) {
 }
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec { T at[N]; };
 template <class V> void store_vector(void* to, const V& v) { *static_cast<V*>(to) = v; }
-template <class V> V load_vector(const void* from) { return *static_cast<const V*>(from); }
+// Of any type that the memory holds, as on a GPU: copied, not aliased.
+template <class V> V load_vector(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % alignof(V)) throw emu::Fault("a vector that is read at no multiple of its size");
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
 }  // namespace kd

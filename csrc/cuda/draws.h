@@ -1,0 +1,132 @@
+// The row kernel that draws ids from softmax(z / T), by the race of csrc/cpu/heads.cpp: the largest z / T - log E wins, with E
+// exponential, from the numbers of csrc/philox.h.
+//
+// What decides is compared in double. In float32 each thread finds its largest and second largest time, good to kTimeError and the
+// rounding of the logits; only threads whose largest is that close to the largest of all look at that column in double, and look at
+// all of theirs again in the rare case that the second is too, or that a number is so near 0 or 1 that its low word matters.
+#pragma once
+#include "../philox.h"
+#include "head.h"
+
+namespace kd {
+
+// log2 of minus the logarithm of 1 - u, for the number u whose high word this is, kExtreme away from 0 and 1.
+KD_DEVICE float log2_exponential(uint32_t high) {
+    const bool small = high < 1u << 28;
+    const float v = (float(small ? high : ~high) + 0.5f) * 0x1p-32f;  // u < 1/16, or 1 - u
+    const float series = v * (1.f + v * (0.5f + v * (0.33333333f + v * (0.25f + v * 0.2f))));
+    return log2_fast(small ? series : -kLn2 * log2_fast(v));
+}
+
+// A column's time, from the logit as it is stored.
+KD_DEVICE double exact_time(const Heads& a, float logit, int column, uint32_t high, uint32_t low) {
+    double z = logit;
+    if (a.side.bias) z += double(a.side.bias[column]);
+    z *= a.exact_scale;
+    if (a.exact_softcap != 0) z = a.exact_softcap * std::tanh(z / a.exact_softcap);
+    return z * a.exact_per_t - std::log(-std::log1p(-uniform(high, low)));
+}
+
+template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 : 2) draw_rows(const Heads a) {
+    constexpr int kCount = kVec<Logit>, kThreads = int(kWordColumns) / kCount;  // threads of a group of counters
+    struct Part {
+        LogSum sums;
+        float best = -infinity();
+    };
+    struct Winner {
+        double time = -infinity();
+        int id = 0x7fffffff, unused = 0;
+    };
+    Team team;
+    const int part = int(team.row % a.draw_parts);
+    team.row /= a.draw_parts;
+    const auto* const logits = static_cast<const Logit*>(a.side.logits) + team.row * a.side.stride;
+    const bool aligned = starts_vector(logits);
+    const float c = a.per_t * kLog2E;
+    const uint64_t seed = a.seed_at ? *a.seed_at : a.seed;
+    const int64_t number = a.first_row + team.row;
+    const int groups = (a.vocab + int(kGroup) - 1) / int(kGroup), share = (groups + team.size - 1) / team.size;
+    const int end = share * (team.rank + 1) < groups ? share * (team.rank + 1) : groups;
+    // Lanes of a thread: neighbours, for loads of 16 bytes; where rows do not start there, neighbours are other threads'.
+    const int of_group = thread_index() % kThreads, first = aligned ? of_group * kCount : of_group, apart = aligned ? 1 : kThreads;
+    const int groups_a_step = block_threads() / kThreads;
+
+    // Calls body(logit, column, high word, lane's slot, word) for this thread's columns of draw d, and before(z) for those of each word.
+    const auto for_columns = [&](int64_t d, auto&& before, auto&& body) {
+        for (int g = share * team.rank + thread_index() / kThreads; g < end; g += groups_a_step) {
+            const int start = g * int(kGroup) + first;
+            const bool whole = start + 3 * int(kWordColumns) + (kCount - 1) * apart < a.vocab;
+            Raw raw[4];
+            if (aligned && whole) {
+#pragma unroll
+                for (int w = 0; w < 4; ++w) raw[w] = load_vector<Raw>(logits + start + w * int(kWordColumns));
+            } else {
+#pragma unroll
+                for (int w = 0; w < 4; ++w) raw[w] = load_apart(logits, start + w * int(kWordColumns), apart, a.vocab);
+            }
+            float z[4][kCount];
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                transform<Logit>(z[w], raw[w], a.side, start + w * int(kWordColumns), apart, a.vocab, whole);
+                before(z[w]);
+            }
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                const uint32_t slot = uint32_t(g) * uint32_t(kWordColumns) + uint32_t(first + i * apart);
+                const Words high = words(seed, number, d, slot, 0);
+#pragma unroll
+                for (int w = 0; w < 4; ++w) body(z[w][i], start + w * int(kWordColumns) + i * apart, high.w[w]);
+            }
+        }
+    };
+
+    LogProbability log_q{};
+    for (int64_t d = part; d < a.num_draws; d += a.draw_parts) {
+        const bool sums = d == part && a.statistics;
+        Part mine;
+        float second = -infinity();
+        int column = -1;
+        bool extreme = false;
+        for_columns(d, [&](const float* z) { if (sums) mine.sums.template add<kCount>(z, c, false); },
+                    [&](float z, int at, uint32_t high) {
+                        const float time = fmaf(z, c, -log2_exponential(high));
+                        const bool odd = high + a.extreme < 2 * a.extreme && at < a.vocab;
+                        extreme = extreme || odd;
+                        const float judged = odd ? -infinity() : time;
+                        second = fmaxf(second, fminf(mine.best, judged));
+                        column = judged > mine.best ? at : column;
+                        mine.best = fmaxf(mine.best, judged);
+                    });
+        const Part all = team.reduce(mine, [&](Part& x, const Part& o) { x.sums.merge(o.sums, c), x.best = fmaxf(x.best, o.best); });
+        if (d == part) log_q = statistics_of(a, team, all.sums, part == 0);
+        const float margin = a.time_error + 3e-6f * kLog2E * (fabsf(log_q.top) + a.side.softcap * a.per_t), floor = all.best - margin;
+        Winner best;
+        const auto look_at = [&](int at) {
+            const uint32_t slot = uint32_t(at / int(kGroup)) * uint32_t(kWordColumns) + uint32_t(at % int(kWordColumns));
+            const int w = at % int(kGroup) / int(kWordColumns);
+            const Words high = words(seed, number, d, slot, 0), low = words(seed, number, d, slot, 1);
+            const uint32_t h = w == 0 ? high.w[0] : w == 1 ? high.w[1] : w == 2 ? high.w[2] : high.w[3];
+            const uint32_t l = w == 0 ? low.w[0] : w == 1 ? low.w[1] : w == 2 ? low.w[2] : low.w[3];
+            const double time = exact_time(a, to_float(logits[at]), at, h, l);
+            if (time > best.time || (time == best.time && at < best.id)) best.time = time, best.id = at;
+        };
+        const bool again = extreme || second >= floor;
+        if (again || mine.best >= floor) {
+            // One column, or all of this thread's.
+            for (int g = again ? share * team.rank + thread_index() / kThreads : end - 1; g < end; g += groups_a_step) {
+                for (int j = again ? 0 : 4 * kCount - 1; j < 4 * kCount; ++j) {
+                    const int at = again ? g * int(kGroup) + j / kCount * int(kWordColumns) + first + j % kCount * apart : column;
+                    if (at < 0 || at >= a.vocab) continue;
+                    look_at(at);
+                }
+            }
+        }
+        const Winner winner = team.reduce(best, [](Winner& x, const Winner& o) {
+            if (o.time > x.time || (o.time == x.time && o.id < x.id)) x = o;
+        });
+        // Without a finite sum there is no distribution.
+        if (team.reports()) a.draws[team.row * a.num_draws + d] = log_q.rest - log_q.rest == 0.f ? winner.id : -1;
+    }
+}
+
+}  // namespace kd

@@ -1,0 +1,226 @@
+// What the kernels of one side share: the threads that own a row, their columns, and the log-sum-exp of it.
+//
+// A row belongs to a team: one CTA, or a cluster of them (sm_90 and newer). A CTA owns a slice of the row's 16-byte vectors. Vectors
+// start at multiples of 16 bytes in memory, wherever the row starts: the first and the last may hold columns that are none of the row's.
+// A slice that is swept over twice is kept in shared memory if it fits. Each thread keeps there, and finds again, only what it has
+// read itself: no barrier is needed for it.
+#pragma once
+#include <type_traits>
+
+#include "launch.h"
+#include "one_read.h"
+#include "row.h"
+#include "two_read.h"
+
+namespace kd {
+
+struct Team {
+    int size = 1, rank = 0;  // CTAs of the row, and which of them this is
+    int64_t row;
+    int parity = 0;
+    bool waits = false;      // for the others to have started
+
+#ifdef KD_NO_CLUSTERS
+    KD_DEVICE Team() : row(block_index()) {}
+#else
+    KD_DEVICE Team() : size(cluster_size()), rank(cluster_rank()), row(cluster_index()), waits(size > 1) {
+        if (waits) cluster_arrive();
+    }
+#endif
+    KD_DEVICE bool reports() const { return rank == 0 && thread_index() == 0; }
+
+    // All threads of the team return the same bits. It is a barrier for them too: what was in memory before may be written over.
+    template <class T, class Merge> KD_DEVICE T reduce(const T& x, Merge&& merge) {
+#ifndef KD_NO_CLUSTERS
+        if (size > 1) {
+            if (waits) cluster_wait();
+            waits = false;
+            return cluster_reduce(x, shared_memory(), parity, merge);
+        }
+#endif
+        return block_reduce(x, parity, merge);
+    }
+};
+
+// ---- columns --------------------------------------------------------------------------------------------------------
+
+KD_DEVICE bool starts_vector(const void* p, int bytes = kVectorBytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// A vector of logits as it was read. In words, of which a load gives four: taking them apart would wait for it, and hold up the next.
+struct alignas(kVectorBytes) Raw { uint32_t word[4]; };
+
+template <class Logit> constexpr int kVec = kVectorBytes / int(sizeof(Logit));
+
+template <class Logit> KD_DEVICE float logit_of(const Raw& raw, int i) {
+    if constexpr (sizeof(Logit) == 4) return bits<float>(raw.word[i]);
+    else return to_float(bits<Logit>(uint16_t(raw.word[i / 2] >> i % 2 * 16)));
+}
+// Where a row begins or ends, or does not start at a multiple of 16 bytes: columns `apart`, 0 outside the row.
+template <class Logit> KD_DEVICE Raw load_apart(const Logit* row, int column, int apart, int vocab) {
+    using Word = std::conditional_t<sizeof(Logit) == 4, uint32_t, uint16_t>;
+    Raw raw{};
+#pragma unroll
+    for (int i = 0; i < kVec<Logit>; ++i) {
+        const int at = column + i * apart;
+        const uint32_t word = at >= 0 && at < vocab ? bits<Word>(row[at]) : 0;
+        if constexpr (sizeof(Logit) == 4) raw.word[i] = word;
+        else raw.word[i / 2] |= word << i % 2 * 16;
+    }
+    return raw;
+}
+// z of a vector's columns, `apart`; -inf outside the row, of which nothing is if it is `whole`. As `transformed`, but with a branch per
+// vector and not per column.
+template <class Logit> KD_DEVICE void transform(float* z, const Raw& raw, const RowSide& side, int column, int apart, int vocab, bool whole) {
+#pragma unroll
+    for (int i = 0; i < kVec<Logit>; ++i) z[i] = logit_of<Logit>(raw, i);
+    if (side.bias) {
+#pragma unroll
+        for (int i = 0; i < kVec<Logit>; ++i)
+            if (const int at = column + i * apart; whole || (at >= 0 && at < vocab)) z[i] += side.bias[at];
+    }
+#pragma unroll
+    for (int i = 0; i < kVec<Logit>; ++i) z[i] *= side.scale;
+    if (side.softcap != 0.f) {
+#pragma unroll
+        for (int i = 0; i < kVec<Logit>; ++i) z[i] = side.softcap * tanh(z[i] / side.softcap);
+    }
+    if (whole) return;
+#pragma unroll
+    for (int i = 0; i < kVec<Logit>; ++i)
+        if (const int at = column + i * apart; at < 0 || at >= vocab) z[i] = -infinity();
+}
+
+// This thread's vectors of a slice, kept in shared memory for the next sweep: see choose_team.
+struct Kept {
+    int at;  // 0: they are read again
+    KD_DEVICE Raw* slot(int step, int j) const {
+        return reinterpret_cast<Raw*>(shared_memory() + at) + ((step * kVectors + j) * block_threads() + thread_index());
+    }
+    KD_DEVICE void put(int step, const Raw* raw) const {
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) store_vector(slot(step, j), raw[j]);
+    }
+    KD_DEVICE void get(int step, Raw* raw) const {
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) raw[j] = load_vector<Raw>(slot(step, j));
+    }
+};
+
+template <class Logit> struct Slice {
+    static constexpr int kVec = kd::kVec<Logit>, kCount = kVec * kVectors;
+    const Logit* row;
+    int vocab, lead;     // lead: columns between the start of the first vector and column 0
+    int begin, end;      // vectors of this CTA
+    int steps;           // of its threads, each of which takes kVectors in a step
+
+    KD_DEVICE Slice(const void* logits, int64_t offset, int vocab, const Team& team)
+        : row(static_cast<const Logit*>(logits) + offset), vocab(vocab), lead(int(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(Logit))) {
+        const int vectors = (vocab + lead + kVec - 1) / kVec, share = (vectors + team.size - 1) / team.size;
+        begin = share * team.rank < vectors ? share * team.rank : vectors;
+        end = begin + share < vectors ? begin + share : vectors;
+        const int step = kVectors * block_threads();
+        steps = (end - begin + step - 1) / step;
+    }
+    // The first column of this thread's j-th vector in a step: negative if the row starts within it, `vocab` if it is none of the slice's.
+    KD_DEVICE int column(int step, int j) const {
+        const int v = begin + (step * kVectors + j) * block_threads() + thread_index();
+        return v < end ? v * kVec - lead : vocab;
+    }
+    KD_DEVICE bool has(int column) const { return (column + lead) / kVec >= begin && (column + lead) / kVec < end; }
+    KD_DEVICE bool inside(int column) const { return column >= 0 && column < vocab; }
+    // All of this thread's columns of a step are the row's.
+    KD_DEVICE bool whole(int step) const { return column(step, 0) >= 0 && column(step, kVectors - 1) + kVec <= vocab; }
+    // This thread's columns of a step, of this row or of any other of the same dtype; 0 outside it.
+    KD_DEVICE void load(const Logit* from, int step, Raw* raw) const {
+        if (whole(step) && starts_vector(from + column(step, 0))) {
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) raw[j] = load_vector<Raw>(from + column(step, j));
+        } else {
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) raw[j] = load_apart(from, column(step, j), 1, vocab);
+        }
+    }
+    // Writes up to kVec numbers of any row, in another type if need be.
+    template <class T> KD_DEVICE void store(T* to, int column, const float* x) const {
+        constexpr int kBytes = int(sizeof(T)) * kVec < kVectorBytes ? int(sizeof(T)) * kVec : kVectorBytes;
+        if (column >= 0 && column + kVec <= vocab && starts_vector(to + column, kBytes)) {
+            Vec<T, kVec> out;
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) out.at[i] = from_float<T>(x[i]);
+            store_vector(to + column, out);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVec; ++i)
+                if (inside(column + i)) to[column + i] = from_float<T>(x[i]);
+        }
+    }
+};
+
+enum class Sweep { first, again };
+
+// Calls body(z, step) for each step of this thread, all of them in all threads: z of its kCount columns, -inf outside the row.
+template <Sweep kSweep, class Logit, class Body>
+KD_DEVICE void sweep(const Slice<Logit>& slice, const RowSide& side, Kept kept, Body&& body) {
+    for (int step = 0; step < slice.steps; ++step) {
+        Raw raw[kVectors];
+        if (kSweep == Sweep::again && kept.at) kept.get(step, raw);
+        else slice.load(slice.row, step, raw);
+        if (kSweep == Sweep::first && kept.at) kept.put(step, raw);
+        const bool whole = slice.whole(step);
+        float z[Slice<Logit>::kCount];
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) transform<Logit>(z + j * kVec<Logit>, raw[j], side, slice.column(step, j), 1, slice.vocab, whole);
+        body(z, step);
+    }
+}
+
+// ---- log-sum-exp ----------------------------------------------------------------------------------------------------
+
+// One side of LogSums, and the sum of 2^d d over d = z c - fl(largest c), which makes an entropy of it.
+struct LogSum {
+    float max = -infinity(), sum = 0.f, weighted = 0.f;
+
+    template <int kCount> KD_DEVICE void add(const float* z, float c, bool entropy) {
+        const float now = LogSums::largest<kCount>(max, z);
+        if (entropy) {
+            const float to = LogSums::reference(now, c);
+            move(to, c);
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                const float d = fmaf(z[i], c, -to), e = exp2_fast(d);
+                sum += e, weighted += e == 0.f ? 0.f : e * d;
+            }
+        } else {
+            LogSums::add<kCount>(sum, max, now, z, c);
+        }
+        max = now;
+    }
+    KD_DEVICE void merge(LogSum o, float c) {
+        const float now = fmaxf(max, o.max), to = LogSums::reference(now, c);
+        move(to, c), o.move(to, c);
+        sum += o.sum, weighted += o.weighted, max = now;
+    }
+    KD_DEVICE float entropy() const { return (log2_fast(sum) - weighted / sum) * kLn2; }
+
+private:
+    KD_DEVICE void move(float to, float c) {
+        const float by = max == -infinity() ? 0.f : rounded_product(max, c) - to, factor = exp2_fast(by);
+        weighted = factor == 0.f ? 0.f : (weighted + sum * by) * factor;
+        sum *= factor;
+    }
+};
+
+// log q = (z / T - top) - rest, as the two are given out and read again: top is a rounded number, rest counts from that number.
+struct LogProbability {
+    float per_t, top, rest;
+    KD_DEVICE float operator()(float z) const { return fmaf(z, per_t, -top) - rest; }
+};
+KD_DEVICE LogProbability log_probability(const LogSum& s, float per_t) {
+    const float c = per_t * kLog2E, top = rounded_product(s.max, per_t), log2_sum = log2_fast(s.sum);
+    if (s.max == -infinity()) return {per_t, top, log2_sum * kLn2};
+    // From the rounded reference of the sum to the largest logit, and from there to the rounded top.
+    return {per_t, top, (log2_sum - fmaf(s.max, c, -rounded_product(s.max, c))) * kLn2 + fmaf(s.max, per_t, -top)};
+}
+KD_DEVICE float probability(float log_q) { return exp2_fast(log_q * kLog2E); }
+
+}  // namespace kd
