@@ -86,6 +86,18 @@ def test_topk_of_excluded_columns(dtype: torch.dtype, any_backend: str, device: 
     assert torch.isnan(top.logprobs[3]).all()
 
 
+@pytest.mark.parametrize(("rows", "vocab"), [(300, 4099), (3, 128_256), (2, 1_000_000)])
+def test_likely_and_drawn_ids_of_rows_of_any_length(rows: int, vocab: int, engine_backend: str, device: str) -> None:
+    """Of one piece and shared among many; with ties everywhere and nearly none; rows that start anywhere in memory."""
+    z = make_side((rows,), vocab, None, device=device)
+    for logits in (z, z.round(), z.bfloat16()[:, 3:]):
+        order = torch.sort(logits.double(), dim=-1, descending=True, stable=True).indices
+        for k in (1, 64, 1024):
+            assert torch.equal(kd.topk_logprobs(logits, k, backend=engine_backend).ids.long(), order[:, :k]), k
+        drawn = kd.sample(logits, 2, generator=seeded(6, device), backend=engine_backend).ids
+        assert torch.equal(drawn, kd.sample(logits, 2, generator=seeded(6, device), backend="torch").ids)
+
+
 def test_topk_is_detached(any_backend: str, device: str) -> None:
     side = to_dtype(make_side((3,), 40, 8, device=device), None, requires_grad=True)
     top, drawn = kd.topk_logprobs(side, 3, backend=any_backend), kd.sample(side, 3, backend=any_backend)

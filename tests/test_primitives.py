@@ -116,6 +116,16 @@ CASES = all_pairs(
 )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(("rows", "vocab"), [(300, 4099), (3, 128_256), (2, 1_000_000)])
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_rows_of_any_length(name: str, rows: int, vocab: int, dtype: torch.dtype, engine_backend: str, device: str) -> None:
+    """That a core, a CTA, a cluster of them or none of these holds."""
+    require(engine_backend, device, dtype)
+    side = make_side((rows,), vocab, None, dtype=dtype, device=device)
+    check(engine_backend, name, side, arguments(name, (rows,), vocab, device=device), temperature=0.7)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: ",".join(name_of(v) for v in c.values()))
 def test_values_and_gradients(case: dict[str, Any], backend: str, device: str) -> None:
     require(backend, device, case["dtype"])
