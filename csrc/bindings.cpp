@@ -186,7 +186,7 @@ PYBIND11_MODULE(_C, m) {
             const kd::GpuLimits gpu{major, multiprocessors, shared_per_block, shared_per_multiprocessor};
             const kd::TeamLaunch t =
                 kd::choose_team(gpu, {rows, vocab, itemsize, sweeps, inputs, threads, more_shared, clusters ? kd::largest_cluster(major) : 0, draws});
-            return py::dict(py::arg("kept") = t.launch.one_read, py::arg("cluster") = t.launch.cluster, py::arg("threads") = t.launch.threads,
+            return py::dict(py::arg("kept") = t.kept_at > 0, py::arg("cluster") = t.launch.cluster, py::arg("threads") = t.launch.threads,
                             py::arg("blocks") = t.launch.blocks, py::arg("shared_bytes") = t.launch.shared_bytes,
                             py::arg("kept_at") = t.kept_at, py::arg("kept_bytes") = t.kept_bytes,
                             py::arg("draw_parts") = t.draw_parts);

@@ -16,41 +16,33 @@ inline void check(cudaError_t error, const char* what) {
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
 }
 
-template <class... Arguments> cudaLaunchConfig_t configure(const Launch& l, cudaStream_t stream, cudaLaunchAttribute& attribute) {
+// False if no cluster of that size fits on this GPU as it is: the caller then asks for a smaller one.
+template <class Kernel, class Arguments> bool launch(Kernel* kernel, const Arguments& a, const Launch& l, cudaStream_t stream) {
+    const auto* const function = reinterpret_cast<const void*>(kernel);
+    if (l.shared_limit) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_limit), "shared memory of the row kernel");
+    if (l.cluster > 8) check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of 16");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(l.blocks)), config.blockDim = dim3(unsigned(l.threads));
     config.dynamicSmemBytes = l.shared_bytes, config.stream = stream;
-    if (l.one_read) {
+    cudaLaunchAttribute attribute{};
+    if (l.one_read || l.cluster > 1) {
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
         config.attrs = &attribute, config.numAttrs = 1;
-    }
-    return config;
-}
-
-// False if no cluster of that size fits on this GPU as it is: the caller then asks for a smaller one.
-template <class Kernel> bool launch(Kernel* kernel, Rows a, Launch l, cudaStream_t stream) {
-    cudaLaunchAttribute attribute{};
-    a.slots = l.slots;
-    if (l.one_read) {
-        const auto* const function = reinterpret_cast<const void*>(kernel);
-        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_limit), "shared memory of the row kernel");
-        if (l.cluster > 8) check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of 16");
-        cudaLaunchConfig_t config = configure(l, stream, attribute);
         int fit = 0;
         const cudaError_t error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
         if (error != cudaSuccess || fit < 1) {
             cudaGetLastError();  // not this call's last word
             return false;
         }
-        l.blocks = std::min<int64_t>(l.blocks, int64_t(fit) * l.cluster);
+        if (l.one_read) config.gridDim.x = unsigned(std::min<int64_t>(l.blocks, int64_t(fit) * l.cluster));  // persistent
     }
-    const cudaLaunchConfig_t config = configure(l, stream, attribute);
     check(cudaLaunchKernelEx(&config, kernel, a), "launch of the row kernel");
     return true;
 }
 
-template <class Logit> bool launch_rows(const Rows& a, const Launch& l, int divergence, cudaStream_t stream) {
+template <class Logit> bool launch_rows(Rows a, const Launch& l, int divergence, cudaStream_t stream) {
+    a.slots = l.slots;
     bool done = false;
     with_divergence(divergence, [&](auto d) {
         using D = decltype(d);

@@ -92,7 +92,7 @@ struct TeamShape {
     int64_t draws = 1;     // of each row
 };
 struct TeamLaunch {
-    Launch launch;         // a cluster of more than one CTA if `cluster` says so; one_read: the row is kept
+    Launch launch;
     size_t kept_at = 0;    // where the row is kept in shared memory; 0: it is not
     size_t kept_bytes = 0; // of one input
     int draw_parts = 1;    // teams that share the draws of a row
@@ -125,7 +125,7 @@ inline TeamLaunch choose_team(const GpuLimits& gpu, const TeamShape& s) {
         cluster *= 2;
     TeamLaunch t;
     t.draw_parts = int(std::min(s.draws, std::max<int64_t>(1, gpu.multiprocessors * 2 / (s.rows * cluster))));
-    t.launch = {keeps, cluster, 0, threads, s.rows * cluster * t.draw_parts, parts(cluster), gpu.shared_per_block};
+    t.launch = {false, cluster, 0, threads, s.rows * cluster * t.draw_parts, parts(cluster), gpu.shared_per_block};
     if (keeps) t.kept_at = t.launch.shared_bytes, t.kept_bytes = kept(cluster), t.launch.shared_bytes += s.inputs * t.kept_bytes;
     return t;
 }
