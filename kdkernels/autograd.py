@@ -273,7 +273,7 @@ def _detached(inputs: Inputs) -> list[Tensor | None]:
 @torch.library.custom_op("kdkernels::softmax", mutates_args=(), tags=_TAGS)
 def softmax_op(logits: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
     """``softmax(logits / T)`` or its logarithm, in the dtype of the logits; ``numbers`` is [1] float64 on the host: T."""
-    out = pages.advise(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
+    out = pages.recycled(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
     heads.softmax(logits, None, out, numbers.item(), logarithm, memory_budget, chunk_rows, backend)
     return out
 
@@ -288,7 +288,7 @@ def softmax_backward(
     y: Tensor, dy: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
 ) -> Tensor:
     """The gradient by the logits."""
-    out = pages.advise(torch.empty(y.shape, dtype=y.dtype, device=y.device))
+    out = pages.recycled(torch.empty(y.shape, dtype=y.dtype, device=y.device))
     heads.softmax(y, dy, out, numbers.item(), logarithm, memory_budget, chunk_rows, backend)
     return out
 

@@ -51,8 +51,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     """Loss, statistics, and the gradients or the row state that backward will need."""
     index, count = check_and_select(problem, inputs)
     outputs = empty_outputs(problem, inputs)
-    for gradient in (outputs.d_student, outputs.d_weight):
-        pages.advise(gradient)
+    outputs.d_student, outputs.d_weight = pages.recycled(outputs.d_student), pages.recycled(outputs.d_weight)
     outputs.count.fill_(count)
     if index is not None:
         outputs.d_student.zero_()
@@ -118,9 +117,9 @@ def recompute(problem: Problem, inputs: Inputs, state: Tensor, upstream: Tensor)
         weight = weight.expand(inputs.student.shape[:-1])
     if inputs.token_weights is not None:
         weight = weight * inputs.token_weights
-    d_weight = pages.advise(_weight_accumulator(problem, inputs, problem.wants_weight))
+    d_weight = pages.recycled(_weight_accumulator(problem, inputs, problem.wants_weight))
     d_bias = _accumulator(inputs.student_bias, problem.wants_bias, problem, inputs.student)
-    d_student = pages.advise(inputs.student.new_empty(0 if student.is_head else inputs.student.shape))
+    d_student = pages.recycled(inputs.student.new_empty(0 if student.is_head else inputs.student.shape))
     if index is not None:
         d_student.zero_()
     _over_chunks(
@@ -151,7 +150,7 @@ def scale(problem: Problem, inputs: Inputs, saved: Outputs, upstream: Tensor) ->
 def _scaled(gradient: Tensor, factor: Tensor, like: Tensor | None) -> Tensor:
     """Multiplied in the wider dtype while it is written in that of ``like``: no float32 copy of the whole in between."""
     dtype = gradient.dtype if like is None else like.dtype
-    out = pages.advise(torch.empty_like(gradient, dtype=dtype))
+    out = pages.recycled(torch.empty_like(gradient, dtype=dtype))
     if not gradient.numel():
         return out
     if gradient.is_cuda or dtype == gradient.dtype or factor.dim():

@@ -24,7 +24,7 @@ def from_ids(problem: Problem, inputs: Inputs, state: Tensor, means: Tensor, ups
     many = inputs.ids_per_row
     assert many is not None
     assert inputs.student_weight is not None
-    out = pages.advise(inputs.student.new_empty(inputs.student.shape if problem.wants_input else (0,)))
+    out = pages.recycled(inputs.student.new_empty(inputs.student.shape if problem.wants_input else (0,)))
     if not problem.wants_input:
         return out
     index, count = check_and_select(problem, inputs, check=False)

@@ -1,38 +1,64 @@
 """Host memory that is cheap to touch. Linux clears a fresh buffer page by page when it is first written to; with 4 KiB pages that
-takes longer than several sweeps over it (measured: 55 ms against 19 ms for 262 MB). So large buffers get huge pages, and scratch is
-kept from one call to the next, as torch's allocator does on a GPU."""
+takes longer than several sweeps over it (measured: 55 ms against 19 ms for 262 MB), and where a virtual machine has handed the pages
+back to its host, many times as long. So large buffers get huge pages, and memory is kept from one call to the next, as torch's
+allocator does on a GPU: scratch by its name, results once nothing refers to them any more."""
 
 from __future__ import annotations
 
-import ctypes
+import math
 import mmap
 import sys
 import threading
-from typing import TypeVar
+import weakref
+from collections import deque
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 _HUGE = 2 << 20
-_ADVICE: int = getattr(mmap, "MADV_HUGEPAGE", -1)  # of Linux alone
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" and _ADVICE >= 0 else None
-
-T = TypeVar("T", bound=Tensor | None)
-
-
-def advise(tensor: T) -> T:
-    """Asks for huge pages under a fresh CPU tensor and returns it. Advice only: where it can't be had, nothing changes."""
-    if _LIBC is None or tensor is None or tensor.device.type != "cpu" or tensor.nbytes < 2 * _HUGE:
-        return tensor
-    # Whole huge pages only: what else lies on the edges is somebody else's.
-    start = -(-tensor.data_ptr() // _HUGE) * _HUGE
-    stop = (tensor.data_ptr() + tensor.nbytes) // _HUGE * _HUGE
-    _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(_ADVICE))
-    return tensor
-
+_ADVICE: int = getattr(mmap, "MADV_HUGEPAGE", -1) if sys.platform == "linux" else -1
 
 KEPT_BYTES = 256 << 20
-"""Of scratch that stays with a thread between calls, per name; larger scratch is freed with its call."""
+"""Of memory that stays between calls: for each name of scratch and thread, and for all results together. What is larger is freed."""
+
+_free: deque[mmap.mmap] = deque()  # of results that are gone, oldest first
+
+
+def recycled(tensor: Tensor) -> Tensor:
+    """For a fresh CPU tensor, not written to yet: one like it in memory that an earlier result has left; undefined, too.
+
+    Small tensors, and those of other devices and other systems than Linux, are returned as they are.
+    """
+    if _ADVICE < 0 or tensor.device.type != "cpu" or tensor.nbytes < 2 * _HUGE:
+        return tensor
+    memory = _take(-(-tensor.nbytes // _HUGE) * _HUGE)
+    view = memoryview(memory)
+    # The storage holds the view for as long as anything uses the memory, wherever the tensor has got to by then.
+    weakref.finalize(view, _give_back, memory).atexit = False
+    return torch.frombuffer(view, dtype=tensor.dtype, count=math.prod(tensor.shape)).view(tensor.shape)
+
+
+def _take(nbytes: int) -> mmap.mmap:
+    # No lock: a finalizer may run at any point, on any thread, and operations on a deque are atomic.
+    for memory in tuple(_free):
+        if len(memory) == nbytes:
+            try:
+                _free.remove(memory)
+            except ValueError:  # another thread was quicker
+                continue
+            return memory
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(_ADVICE)
+    return memory
+
+
+def _give_back(memory: mmap.mmap) -> None:
+    if len(memory) <= KEPT_BYTES:
+        _free.append(memory)
+        with suppress(IndexError):  # another thread was quicker
+            while sum(map(len, tuple(_free))) > KEPT_BYTES:
+                _free.popleft()
 
 
 class _Scratch(threading.local):
@@ -48,7 +74,7 @@ def scratch(name: str, nbytes: int) -> Tensor:
     kept = _SCRATCH.buffers.get(name)
     if kept is None or kept.numel() < nbytes:
         with torch.inference_mode(False):  # an inference tensor could not be written to by a later call in training
-            kept = advise(torch.empty(nbytes, dtype=torch.uint8))
+            kept = recycled(torch.empty(nbytes, dtype=torch.uint8))
         if nbytes <= KEPT_BYTES:
             _SCRATCH.buffers[name] = kept
     return kept[:nbytes]

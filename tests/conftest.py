@@ -66,20 +66,25 @@ def any_backend(request: pytest.FixtureRequest, device: str) -> str:
     return request.param
 
 
+def _nan(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = allocate(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        return _nan(allocate(*args, **kwargs))
 
     return filled
 
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised floating-point memory holds NaN, so that an output nobody wrote does not pass as a lucky zero, and so does scratch
+    """Uninitialised floating-point memory holds NaN, so that an output nobody wrote does not pass as a lucky zero, and so does memory
     that an earlier call has used."""
+    scratch, recycled = pages.scratch, pages.recycled
     scratch = pages.scratch
     monkeypatch.setattr(pages, "scratch", lambda name, nbytes: scratch(name, nbytes).fill_(255))  # NaN in every format
+    monkeypatch.setattr(pages, "recycled", lambda tensor: _nan(recycled(tensor)))
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
