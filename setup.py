@@ -150,6 +150,7 @@ def ninja_file(compiler: str, cuda: Cuda | None) -> str:
         for name in ("rows", "heads")
         for isa, flags in TARGETS.items()
     }
+    objects["product.o"] = ("compile", "csrc/cpu/product.cpp", "-O3")
     objects["dispatch.o"] = ("compile", "csrc/cpu/dispatch.cpp", "-O2")
     objects["bindings.o"] = ("compile", "csrc/bindings.cpp", f"-O2 -isystem pybind11 -isystem {python}{targets}")
     compiler = shlex.quote(compiler)

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/product.h"
 #include "cpu/rows.h"
 #include "cuda/rows.h"
 #include "divergence.h"
@@ -148,6 +149,19 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("logarithm", &Softmax::logarithm)
         .def_readwrite("backward", &Softmax::backward)
         .def_readwrite("double_precision", &Softmax::double_precision);
+
+    m.def("cpu_has_product", &kd::cpu_has_product);
+    m.def(
+        "cpu_product",
+        [](uintptr_t a, uintptr_t b, uintptr_t out, int64_t rows, int64_t columns, int64_t depth, int64_t a_stride, int64_t b_stride,
+           int64_t out_stride, int threads) {
+            const py::gil_scoped_release release;
+            kd::cpu_product({reinterpret_cast<const uint16_t*>(a), reinterpret_cast<const uint16_t*>(b), reinterpret_cast<float*>(out), rows,
+                             columns, depth, a_stride, b_stride, out_stride},
+                            threads);
+        },
+        py::arg("a"), py::arg("b"), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a_stride"),
+        py::arg("b_stride"), py::arg("out_stride"), py::arg("threads"));
 
     kernel<&kd::cpu_rows>(m, "cpu_rows");
     kernel<&kd::cpu_head_rows>(m, "cpu_head_rows");

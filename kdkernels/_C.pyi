@@ -77,6 +77,19 @@ class SoftmaxArguments:
     backward: bool
     double_precision: bool
 
+def cpu_has_product() -> bool: ...
+def cpu_product(
+    a: int,
+    b: int,
+    out: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    a_stride: int,
+    b_stride: int,
+    out_stride: int,
+    threads: int,
+) -> None: ...
 def cpu_rows(arguments: RowArguments, threads: int, isa: str | None = None) -> None: ...
 def cpu_head_rows(arguments: HeadArguments, threads: int, isa: str | None = None) -> None: ...
 def cpu_softmax_rows(arguments: SoftmaxArguments, threads: int, isa: str | None = None) -> None: ...

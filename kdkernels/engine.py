@@ -24,7 +24,19 @@ from torch import Tensor
 
 from . import dispatch, gemm, heads, pages, sparse
 from .problem import STATE, STATS, Problem, RowBatch
-from .sources import BLOCK_ELEMENTS, EnsembleRows, Inputs, Rows, SideRows, both_sides, check_and_select, plan, row_bytes, select
+from .sources import (
+    BLOCK_ELEMENTS,
+    EnsembleRows,
+    Inputs,
+    Rows,
+    SideRows,
+    both_sides,
+    check_and_select,
+    has_own_product,
+    plan,
+    row_bytes,
+    select,
+)
 
 
 @dataclass
@@ -207,7 +219,8 @@ def _weight_accumulator(problem: Problem, inputs: Inputs, wanted: bool) -> Tenso
         return out
     num_rows = math.prod(inputs.student.shape[:-1])
     single = plan(problem, num_rows, row_bytes(problem, inputs), weight.device.type).count <= 1
-    return weight.new_empty(weight.shape) if single and problem.storage(weight.dtype) == weight.dtype else out
+    narrow = problem.storage(weight.dtype) == weight.dtype or has_own_product(problem, weight, weight.dtype)
+    return weight.new_empty(weight.shape) if single and narrow else out
 
 
 def _accumulator(parameter: Tensor | None, wanted: bool, problem: Problem, like: Tensor) -> Tensor:

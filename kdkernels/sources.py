@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import chunking, gemm, pages, reference
+from .backends import native
 from .chunking import Chunks
 from .problem import Problem
 
@@ -86,6 +87,7 @@ class SideRows:
         self.dtype = dtype
         self._weight, self._bias, self._bias_dtype = weight, bias, problem.compute_dtype
         self.storage = problem.storage(dtype) if self.is_head else source.dtype
+        self.product = native.product if has_own_product(problem, weight, dtype) else gemm.logits
         self.vocab = problem.vocab
         self.buffer = source.new_empty(0)
 
@@ -121,16 +123,23 @@ class SideRows:
         if self.weight is None:
             return self.rows.take(start, stop)
         out = self.buffer[: stop - start, : self.vocab]
-        gemm.logits(self.hidden(start, stop), self.weight, out)
+        self.product(self.hidden(start, stop), self.weight, out)
         return out
 
     def over_logits(self, rows: int) -> Tensor:
         """``[rows, V]`` over the buffer for logit gradients, each row starting where its logits do.
 
-        On a GPU in the dtype of the matrix products; a CPU multiplies what it has (see gemm.py).
+        In the dtype of the matrix products, where the next ones are made of it; else (see gemm.py) as wide as the logits.
         """
-        narrow = self.dtype if self.buffer.is_cuda else self.storage
+        narrow = self.dtype if self.buffer.is_cuda or self.product is native.product else self.storage
         return self.buffer.view(narrow)[:rows, : self.vocab]
+
+
+def has_own_product(problem: Problem, weight: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the backend multiplies a head of this weight in ``dtype`` itself, since the CPU's BLAS can't without widening it."""
+    if weight is None or problem.backend != "native" or weight.shape[1] % 2 or weight.stride(1) != 1:
+        return False
+    return native.has_product(dtype, problem.storage(dtype))
 
 
 class EnsembleRows:

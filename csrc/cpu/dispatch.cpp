@@ -1,17 +1,12 @@
 // Which of the compiled instruction sets runs, and on how many threads.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <iterator>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "rows.h"
+#include "threads.h"
 
 namespace kd {
 namespace {
@@ -41,29 +36,10 @@ const Target& target(const char* isa) {
     throw std::invalid_argument(std::string("this processor or build has no instruction set ") + isa);
 }
 
-// work(row, scratch) for every row, on up to `threads` threads with scratch memory of their own.
+// work(row, scratch) for every row, on as many of the threads as the work is worth.
 template <class Work> void for_rows(int64_t rows, int64_t vocab, size_t scratch_bytes, int threads, Work&& work_on) {
     if (rows <= 0 || vocab <= 0) return;
-    const int64_t useful = std::min<int64_t>({threads, rows, rows * vocab / kColumnsPerThread + 1});
-    // Allocated here, where running out of memory can still be reported: not in a thread.
-    struct Free { void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); } };
-    std::vector<std::unique_ptr<void, Free>> scratch;
-    for (int64_t i = 0; i < std::max<int64_t>(useful, 1); ++i) scratch.emplace_back(::operator new(scratch_bytes, std::align_val_t(64)));
-
-    // Rows are handed out one by one: cores differ in speed, and a short last chunk should not wait for one of them.
-    std::atomic<int64_t> next{0};
-    const auto work = [&](void* memory) {
-        for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows;) work_on(row, memory);
-    };
-    std::vector<std::thread> helpers;
-    helpers.reserve(scratch.size());
-    try {
-        for (size_t i = 1; i < scratch.size(); ++i) helpers.emplace_back(work, scratch[i].get());
-    } catch (const std::system_error&) {
-        // No more threads to be had: those that there are do the work.
-    }
-    work(scratch[0].get());
-    for (std::thread& t : helpers) t.join();
+    hand_out(rows, std::min<int64_t>(threads, rows * vocab / kColumnsPerThread + 1), scratch_bytes, work_on);
 }
 
 size_t element(bool double_precision) { return double_precision ? sizeof(double) : sizeof(float); }

@@ -123,6 +123,22 @@ def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float
     _C.cpu_softmax_rows(_softmax_arguments(y, dy, out, temperature, logarithm, "cpu"), torch.get_num_threads())
 
 
+def has_product(dtype: torch.dtype, result: torch.dtype) -> bool:
+    """Whether ``product`` multiplies such operands into such a result: bfloat16 into float32, on a processor that can."""
+    return _MISSING is None and dtype == torch.bfloat16 and result == torch.float32 and _C.cpu_has_product()
+
+
+def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out[C, V] = hidden[C, D] @ weight[V, D].T``, D even: exact products of the bfloat16 operands, summed in float32."""
+    (count, depth), vocab = hidden.shape, weight.shape[0]
+    _C.cpu_product(
+        _address("hidden", hidden, (count, depth), torch.bfloat16, "cpu"),
+        _address("weight", weight, (vocab, depth), torch.bfloat16, "cpu"),
+        _address("out", out, (count, vocab), torch.float32, "cpu"),
+        count, vocab, depth, hidden.stride(0), weight.stride(0), out.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _head_arguments(problem: Problem, batch: HeadBatch, statistics: bool, device_type: str) -> _C.HeadArguments:
     count, vocab = batch.logits.shape
     dtype = problem.compute_dtype
