@@ -22,17 +22,16 @@ from typer.testing import CliRunner
 
 import kdkernels as kd
 from kdkernels import cli
+from kdkernels.data.collator import Collator, View, pack, view_of
+from kdkernels.data.example import Example
+from kdkernels.data.tokenization import load_examples
 from kdkernels.sides import LMHead, Sampled, TopK
 from kdkernels.teachers import files
 from kdkernels.teachers.cache import CacheError, Identity, Manifest, open_cache, read_text, write_cache
 from kdkernels.teachers.cache.manifest import template_hash, tokenizer_hash
 from kdkernels.teachers.cache.measure import measure
 from kdkernels.teachers.live import LiveTeacher
-from kdkernels.teachers.source import View
 from kdkernels.trainer import DistillationArguments
-from kdkernels.trainer.collator import Collator, pack, view_of
-from kdkernels.trainer.data import load_examples
-from kdkernels.trainer.example import Example
 from kdkernels.trainer.setup import teacher_source
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
@@ -273,7 +272,7 @@ from pathlib import Path
 import torch
 import kdkernels as kd
 from kdkernels.teachers.cache import Identity, write_cache
-from kdkernels.trainer.example import Example
+from kdkernels.data.example import Example
 
 class Slow:
     vocab_size = 100

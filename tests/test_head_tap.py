@@ -24,8 +24,8 @@ peft = pytest.importorskip("peft")
 
 from families import build  # noqa: E402
 
-from kdkernels.trainer.head import HeadTap, Tapped  # noqa: E402
-from kdkernels.trainer.probe import Transform, UnknownTransform, fit, ramp  # noqa: E402
+from kdkernels.tap.head import HeadTap, Tapped  # noqa: E402
+from kdkernels.tap.probe import Transform, UnknownTransform, fit, ramp  # noqa: E402
 
 VOCAB = 96
 IDS = torch.randint(4, VOCAB, (2, 8), generator=torch.Generator().manual_seed(1))

@@ -24,6 +24,8 @@ from typer.testing import CliRunner
 
 import kdkernels as kd
 from kdkernels import cli
+from kdkernels.data.collator import Collator, view_of
+from kdkernels.data.tokenization import load_examples
 from kdkernels.teachers.cache import CacheError, open_cache
 from kdkernels.teachers.cache.api import TokenIds, from_replies, score
 from kdkernels.teachers.files import FileError
@@ -32,8 +34,6 @@ from kdkernels.teachers.http import HTTPModel, HTTPModelError, Refused, retry_af
 from kdkernels.teachers.live import LiveTeacher
 from kdkernels.teachers.local import LocalModel
 from kdkernels.teachers.text import Request
-from kdkernels.trainer.collator import Collator, view_of
-from kdkernels.trainer.data import load_examples
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
 KEY = "sk-very-secret-0123456789"

@@ -289,7 +289,7 @@ def test_every_term_is_logged(make: Make) -> None:
 
 
 def _view(batch: dict[str, Any], prefix: str) -> Any:
-    from kdkernels.trainer.collator import view_of
+    from kdkernels.data.collator import view_of
 
     return view_of(batch, prefix)
 

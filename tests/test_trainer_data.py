@@ -13,9 +13,9 @@ from training import TEMPLATE, WORDS, make_rows, make_tokenizer
 pytest.importorskip("transformers")
 from tokenizers import pre_tokenizers
 
-from kdkernels.trainer.collator import Collator, pack
-from kdkernels.trainer.data import DataError, check_templates, check_tokenizers, load_examples
-from kdkernels.trainer.example import Example
+from kdkernels.data.collator import Collator, pack
+from kdkernels.data.example import Example
+from kdkernels.data.tokenization import DataError, check_templates, check_tokenizers, load_examples
 
 
 @pytest.fixture(scope="module")

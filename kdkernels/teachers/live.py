@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..data.collator import View
 from ..sides import Ensemble, LMHead, Side
-from ..trainer.head import HeadTap, Tapped
-from ..trainer.patching import unwrap
-from .source import View
+from ..tap.head import HeadTap, Tapped
+from ..tap.patching import unwrap
 
 __all__ = ["LiveTeacher"]
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .collator import Item
-from .example import Example
+from ..data.collator import Item
+from ..data.example import Example
 
 __all__ = ["chosen", "rollouts"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.example import Example
+from ..tap.head import HeadTap, Tapped
+from ..tap.patching import measuring, unwrap
 from ..teachers.live import LiveTeacher, vocabulary
 from .arguments import DistillationArguments
-from .example import Example
-from .head import HeadTap, Tapped
-from .patching import measuring, unwrap
 
 __all__ = ["check_kept", "check_packing", "longest", "place", "teacher_source"]
 

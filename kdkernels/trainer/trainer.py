@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..data.collator import Collator, pack
+from ..data.example import Example
+from ..data.tokenization import load_examples
+from ..tap.head import HeadTap
+from ..tap.patching import unwrap
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .arguments import DistillationArguments, parse_divergence
-from .collator import Collator, pack
-from .data import load_examples
-from .example import Example
 from .features import PROJECTORS, FeatureTap
-from .head import HeadTap
 from .objective import TERMS, Objective
-from .patching import unwrap
 from .rollouts import chosen, rollouts
 from .setup import check_kept, check_packing, longest, place, teacher_source
 

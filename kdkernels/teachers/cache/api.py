@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from ...data.example import Example
 from ...sides import TopK
-from ...trainer.example import Example
 from ..files import digest
 from ..http import HTTPModel, HTTPModelError, Job
 from .manifest import CacheError, Identity, Manifest

@@ -37,7 +37,7 @@ def run(settings: Settings, console: Console) -> int:
     Raises:
         TrainError: what can't be trained with, before anything is written.
     """
-    from .trainer import DistillationTrainer
+    from ..trainer.trainer import DistillationTrainer
 
     args = settings.args
     args._n_gpu = min(args.n_gpu, 1)  # several are for torchrun: one process each

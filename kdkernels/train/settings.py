@@ -85,7 +85,7 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     """
     from transformers import HfArgumentParser
 
-    from .arguments import DistillationArguments
+    from ..trainer.arguments import DistillationArguments
 
     class Parser(HfArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:

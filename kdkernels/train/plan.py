@@ -13,14 +13,14 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import losses
+from ..data.collator import pack
+from ..data.example import Example
+from ..data.tokenization import load_examples
 from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
-from .arguments import parse_divergence
-from .collator import pack
-from .data import load_examples
-from .example import Example
+from ..trainer.arguments import parse_divergence
+from ..trainer.setup import longest
 from .loading import cache_of, load, tokenizer_of
 from .settings import Settings
-from .setup import longest
 
 __all__ = ["plan"]
 

@@ -11,14 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..teachers.source import View
 from .example import Example
 
-__all__ = ["Collator", "Item", "pack", "view_of"]
+__all__ = ["IGNORED", "Collator", "Item", "View", "pack", "view_of"]
 
 IGNORED = -100
 Item = tuple[Example, ...]
 """What a row of a batch is made of: one example, or several that are packed."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A batch as one of the two models sees it. Both views score the same tokens in the same order.
+
+    Rows may be packed: ``position_ids`` then start anew with each example.
+    """
+
+    input_ids: Tensor  # [B, L]
+    attention_mask: Tensor | None  # [B, L], 1 for a token; None where rows are packed without padding
+    position_ids: Tensor | None  # [B, L], given where rows are packed
+    scored: Tensor  # [n] int64: positions in the flattened [B * L] whose next token is scored
+    keys: tuple[str, ...] = ()
+    """Of each example, in order of ``scored``: what a cache finds it by."""
+    counts: tuple[int, ...] = ()
+    """Of each example, how many of ``scored`` are its own; they add up to n."""
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[Item]:
