@@ -26,9 +26,9 @@ import kdkernels as kd
 from kdkernels import cli
 from kdkernels.data.collator import Collator, view_of
 from kdkernels.data.tokenization import load_examples
+from kdkernels.files import FileError
 from kdkernels.teachers.cache import CacheError, open_cache
 from kdkernels.teachers.cache.api import TokenIds, from_replies, score
-from kdkernels.teachers.files import FileError
 from kdkernels.teachers.generate import asked_of, messages_of, requests_of, with_reply
 from kdkernels.teachers.http import HTTPModel, HTTPModelError, Refused, retry_after
 from kdkernels.teachers.live import LiveTeacher
@@ -273,7 +273,7 @@ def test_a_log_that_is_damaged_of_other_requests_or_in_use_is_refused(server: Se
     with pytest.raises(FileError, match="no log of replies"):
         server.model().complete(requests(["a", "b"]), log)
     log.write_bytes(whole)
-    holder = "import sys, time; from kdkernels.teachers.files import Lines\nfrom pathlib import Path\n"
+    holder = "import sys, time; from kdkernels.files import Lines\nfrom pathlib import Path\n"
     holder += "with Lines(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", holder, str(log)], stdout=subprocess.PIPE)
     assert process.stdout is not None

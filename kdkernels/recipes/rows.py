@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.rows import Row as Fields
 from ..data.rows import read_rows
-from ..teachers.files import Lines, digest, write_whole
+from ..files import Lines, digest, write_whole
 from ..teachers.text import Reply, Request, TextModel
 
 __all__ = [
