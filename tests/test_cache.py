@@ -21,12 +21,11 @@ import torch
 from typer.testing import CliRunner
 
 import kdkernels as kd
-from kdkernels import cli
+from kdkernels import cli, files
 from kdkernels.data.collator import Collator, View, pack, view_of
 from kdkernels.data.example import Example
 from kdkernels.data.tokenization import load_examples
 from kdkernels.sides import LMHead, Sampled, TopK
-from kdkernels.teachers import files
 from kdkernels.teachers.cache import CacheError, Identity, Manifest, open_cache, read_text, write_cache
 from kdkernels.teachers.cache.manifest import template_hash, tokenizer_hash
 from kdkernels.teachers.cache.measure import measure

@@ -540,3 +540,6 @@ def test_examples_are_taken_as_they_are(make: Make, tokenizer: Any) -> None:
     examples = load_examples(make_rows(3), tokenizer)
     assert make(rows=examples).train_dataset == [(e,) for e in examples]
     assert math.isfinite(make(rows=examples).train().training_loss)
+    longest = max(map(len, examples))
+    with pytest.raises(ValueError, match=f"an example has {longest} tokens, more than max_length={longest - 1}"):
+        make(rows=examples, max_length=longest - 1)

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
-import signal
-from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from transformers import TrainerCallback
 
+from ..files import write_whole
+from ..trainer.trainer import DistillationTrainer
+from .callbacks import Bar, Interrupt
 from .loading import cache_of, model_of, tokenizer_of
 from .settings import Settings, TrainError
+from .summary import figure_of, finite, show, training_log
 
-__all__ = ["last_checkpoint", "run"]
+__all__ = ["run"]
 
-RECORD, SUMMARY, FIGURE = "run.json", "summary.json", "training.png"
-SHOWN = {
-    "eval_loss": "loss", "eval_divergence": "divergence", "eval_cross_entropy": "cross-entropy", "eval_feature_loss": "feature loss",
-    "eval_top1_agreement": "same top token",
-}  # fmt: skip
+RECORD, SUMMARY = "run.json", "summary.json"
 
 
 def run(settings: Settings, console: Console) -> int:
@@ -37,8 +29,6 @@ def run(settings: Settings, console: Console) -> int:
     Raises:
         TrainError: what can't be trained with, before anything is written.
     """
-    from ..trainer.trainer import DistillationTrainer
-
     args = settings.args
     args._n_gpu = min(args.n_gpu, 1)  # several are for torchrun: one process each
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
@@ -47,13 +37,16 @@ def run(settings: Settings, console: Console) -> int:
     transformers.logging.disable_progress_bar()
     out = Path(args.output_dir)
     record = _record(out, settings)
-    checkpoint = last_checkpoint(out, args.world_size)
+    checkpoint = _last_checkpoint(out, args.world_size)
     if record is not None and (out / SUMMARY).is_file():
         summary = json.loads((out / SUMMARY).read_text())
         if summary["asked"] == _asked(args):
             console.print("This run is finished; its summary again. Give a larger --max-steps to train on, or another --output-dir.")
-            _show(summary, console)
+            show(summary, console)
             return 0
+    if args.process_index == 0:
+        for half_written in takewhile(lambda path: not _whole(path, args.world_size), _checkpoints(out)):  # by a killed process
+            shutil.rmtree(half_written)
     tokenizer = tokenizer_of(settings)
     teacher = cache_of(settings, tokenizer) if settings.cache else None
     # Autocast wants float32 to update, whatever the checkpoint was saved in.
@@ -61,8 +54,7 @@ def run(settings: Settings, console: Console) -> int:
     student = model_of(settings.student, "student", dtype)
     if settings.teacher:
         teacher = [model_of(path, "teacher", settings.teacher_dtype) for path in settings.teacher]
-    progress = Bar(console)
-    interrupt = Interrupt()
+    progress, interrupt = Bar(console), Interrupt()
     trainer = DistillationTrainer(
         model=student, teacher=teacher, args=args, train_dataset=settings.data, eval_dataset=settings.eval_data, processing_class=tokenizer,
         callbacks=[progress, interrupt],
@@ -71,7 +63,7 @@ def run(settings: Settings, console: Console) -> int:
         trainer.remove_callback(callback)
     if record is None:
         before = trainer.evaluate() if settings.eval_data else None
-        record = {"settings": settings.identity(), "before": before and _finite(before)}
+        record = {"settings": settings.identity(), "before": before and finite(before)}
         _write(out / RECORD, record, args)
     elif checkpoint is not None:
         console.print(f"Resuming at {checkpoint.name} of {out}")
@@ -80,24 +72,23 @@ def run(settings: Settings, console: Console) -> int:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     else:
-        with interrupt:
+        with interrupt, progress:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    progress.stop()
-    if interrupt.caught:
+    if interrupt.stopped:
         step = trainer.state.global_step
         console.print(f"Interrupted at step {step}; {out / f'checkpoint-{step}'} is whole. The same command goes on from there.")
         return 130
     after = trainer.evaluate() if settings.eval_data else None
     trainer.save_model()
-    last = last_checkpoint(out, args.world_size)
+    last = _last_checkpoint(out, args.world_size)
     summary = {
-        "asked": _asked(args), "steps": trainer.state.global_step, "before": record["before"], "after": after and _finite(after),
+        "asked": _asked(args), "steps": trainer.state.global_step, "before": record["before"], "after": after and finite(after),
         "model": str(out), "checkpoint": None if last is None else str(last),
-        "figure": _figure(out, trainer.state.log_history, record["before"], after) if args.process_index == 0 else None,
-        "log": _training_log(trainer.state.log_history),
+        "figure": figure_of(out, trainer.state.log_history, record["before"], after) if args.process_index == 0 else None,
+        "log": training_log(trainer.state.log_history),
     }  # fmt: skip
     _write(out / SUMMARY, summary, args)
-    _show(summary, console)
+    show(summary, console)
     return 0
 
 
@@ -124,17 +115,14 @@ def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
     return record
 
 
-def last_checkpoint(out: Path, ranks: int = 1) -> Path | None:
-    """The newest whole checkpoint; those that a killed process left half-written are removed."""
-    found = sorted(
-        (p for p in out.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()), key=lambda p: int(p.name.rpartition("-")[2])
-    )
-    for path in reversed(found):
-        if _whole(path, ranks):
-            return path
-        if int(os.environ.get("RANK", 0)) == 0:
-            shutil.rmtree(path)
-    return None
+def _checkpoints(out: Path) -> list[Path]:
+    """Newest first."""
+    found = {int(step): path for path in out.glob("checkpoint-*") if (step := path.name.rpartition("-")[2]).isdigit()}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def _last_checkpoint(out: Path, ranks: int) -> Path | None:
+    return next((path for path in _checkpoints(out) if _whole(path, ranks)), None)
 
 
 def _whole(path: Path, ranks: int) -> bool:
@@ -161,117 +149,4 @@ def _write(path: Path, value: dict[str, Any], args: Any) -> None:
     """Whole or not at all, by the first process."""
     if args.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-
-
-def _finite(metrics: dict[str, float]) -> dict[str, Any]:
-    """JSON has no infinities."""
-    return {
-        name: value if math.isfinite(value) else str(value) for name, value in metrics.items() if name in SHOWN or name == "eval_tokens"
-    }
-
-
-def _training_log(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    logs = [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry]
-    return {"first": logs[0], "last": logs[-1]} if logs else None
-
-
-def _show(summary: dict[str, Any], console: Console) -> None:
-    before, after, log = summary["before"], summary["after"], summary["log"]
-    console.print(f"Trained {summary['steps']:,} steps.")
-    if before is not None and after is not None:
-        table = Table("held-out data", "before", "after", box=None)
-        for name, label in SHOWN.items():
-            if name in before and name in after:
-                table.add_row(label, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in (before[name], after[name])))
-        console.print(table)
-        console.print(f"Per token, over {after['eval_tokens']:,.0f} held-out tokens.")
-    else:
-        ends = [] if log is None else [f"{log[which]['loss']:.4f} at step {log[which]['step']}" for which in ("first", "last")]
-        console.print("No held-out loss: no --eval-data was given." + (f" Training loss {', '.join(ends)}." if ends else ""))
-    for name in ("model", "checkpoint", "figure"):
-        if summary[name]:
-            console.print(f"{name}: {summary[name]}", soft_wrap=True)
-
-
-def _figure(out: Path, history: Sequence[dict[str, Any]], before: Any, after: Any) -> str | None:
-    """Losses over steps, if matplotlib is there."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    training = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    if before is not None and isinstance(before.get("eval_loss"), float):
-        held_out = {0: before["eval_loss"], **held_out}
-    if training:
-        axes.plot(*zip(*training, strict=True), label="training")
-    if held_out:
-        axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", label="held-out")
-    axes.set(xlabel="step", ylabel="loss per token")
-    axes.grid(alpha=0.3)
-    if training or held_out:
-        axes.legend()
-    figure.savefig(out / FIGURE, dpi=120)
-    return str(out / FIGURE)
-
-
-class Interrupt(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C or SIGTERM once: the step ends, a checkpoint is saved, and the training with it. Twice: at once."""
-
-    def __init__(self) -> None:
-        self.caught = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.caught:
-            raise KeyboardInterrupt
-        self.caught = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        # Of several ranks any may have been told.
-        if args.world_size > 1:
-            told = torch.tensor(float(self.caught), device=args.device)
-            torch.distributed.all_reduce(told)
-            self.caught = bool(told > 0)
-        if self.caught:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-class Bar(TrainerCallback):  # type: ignore[misc]
-    """A progress bar on a terminal, and nothing elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal, transient=True,
-        )  # fmt: skip
-        self._task: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.start()
-        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, loss="")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.update(self._task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._task is not None and logs and "loss" in logs:
-            self._progress.update(self._task, loss=f"loss {logs['loss']:.4f}")
-
-    def stop(self) -> None:
-        self._progress.stop()
+        write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))

@@ -6,7 +6,6 @@ which is no part of the student that is saved.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,9 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..files import write_whole
 from ..losses import mean_denominator
 from ..tap.layers import LayerRecorder, decoder_layers
-from ..tap.patching import unwrap
+from ..tap.patching import text_config, unwrap
 from ..tap.weights import gathered, sharded_like, whole
 
 __all__ = ["FeatureLoss", "FeatureTap", "LayerPair", "parse_layers"]
@@ -138,7 +138,7 @@ class FeatureTap:
             token_weights: ``[n]``, multiplies each token's distance.
 
         Raises:
-            ValueError: rows of unlike count, features of no or of another shape.
+            ValueError: rows of unlike count, a layer that was not recorded, features of unlike width.
         """
         if student_rows.shape != teacher_rows.shape:
             raise ValueError(
@@ -172,9 +172,7 @@ class FeatureTap:
         if write:
             path = Path(directory) / FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file(state, temporary, metadata={"kind": self.kind})
-            os.replace(temporary, path)
+            write_whole(path, lambda temporary: save_file(state, temporary, metadata={"kind": self.kind}))
 
     def load(self, directory: str | Path) -> None:
         """Reads what :meth:`save` has written.
@@ -203,8 +201,7 @@ def _name(pair: LayerPair) -> str:
 
 
 def _width(base: nn.Module) -> int:
-    config: Any = base.config
-    width = getattr(config.get_text_config(), "hidden_size", None)
+    width = getattr(text_config(base), "hidden_size", None)
     if width is None:
         raise ValueError(f"{type(base).__name__} has no one hidden size: its features can't be tapped, set feature_weight=0")
     return int(width)
@@ -215,10 +212,6 @@ def _rows(features: dict[int, Tensor], layer: int, rows: Tensor, whose: str) -> 
     feature = features.get(layer)
     if feature is None:
         raise ValueError(f"layer {layer} of the {whose} was not recorded: run its forward pass inside recording()")
-    if feature.dim() != 3:
-        raise ValueError(
-            f"layer {layer} of the {whose} returns {list(feature.shape)} and not [batch, length, width]: its features can't be used"
-        )
     return feature.flatten(0, 1).index_select(0, rows)
 
 
