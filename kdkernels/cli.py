@@ -23,7 +23,7 @@ from .demo.settings import DemoError, Settings
 from .divergences import REGISTRY
 from .recipes import command as recipes
 from .teachers import command as teachers
-from .trainer import command as training
+from .train import command as training
 
 __all__ = ["app", "environment", "main"]
 

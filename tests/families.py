@@ -22,8 +22,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import kdkernels as kd
-from kdkernels.trainer.features import LayerRecorder, decoder_layers
-from kdkernels.trainer.head import HeadTap
+from kdkernels.tap.head import HeadTap
+from kdkernels.tap.layers import LayerRecorder, decoder_layers
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -46,7 +46,7 @@ def error_of(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 def replicated(rank: int, options: dict[str, Any]) -> float:
     from families import build
 
-    from kdkernels.trainer.head import HeadTap
+    from kdkernels.tap.head import HeadTap
 
     model = build("llama")
     wanted = expected(model)
@@ -66,7 +66,7 @@ def sharded(rank: int, tied: bool, reshard: bool) -> float:
     from families import build
     from torch.distributed.fsdp import fully_shard
 
-    from kdkernels.trainer.head import HeadTap
+    from kdkernels.tap.head import HeadTap
 
     model = build("llama", tie_word_embeddings=tied)
     wanted = expected(model)
@@ -95,7 +95,7 @@ def made_whole(rank: int) -> float:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from kdkernels.trainer.weights import sharded_like, whole
+    from kdkernels.tap.weights import sharded_like, whole
 
     full = torch.arange(24.0).view(6, 4)
     parameter = nn.Parameter(distribute_tensor(full, init_device_mesh("cpu", (2,)), [Shard(0)]))

@@ -18,8 +18,9 @@ pytest.importorskip("peft")
 
 from families import build  # noqa: E402
 
-from kdkernels.trainer.features import FeatureTap, LayerRecorder, decoder_layers, parse_layers  # noqa: E402
-from kdkernels.trainer.head import HeadTap  # noqa: E402
+from kdkernels.tap.head import HeadTap  # noqa: E402
+from kdkernels.tap.layers import LayerRecorder, decoder_layers  # noqa: E402
+from kdkernels.trainer.features import FeatureTap, parse_layers  # noqa: E402
 
 IDS = torch.randint(4, 96, (2, 8), generator=torch.Generator().manual_seed(1))
 LONGER = torch.cat([torch.full((2, 3), 7), IDS], dim=1)  # the teacher's view: demonstrations first

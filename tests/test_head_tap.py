@@ -1,4 +1,4 @@
-"""The head tap: wrappers, adapters, precision, auxiliary losses, memory, and what it leaves behind."""
+"""The head tap: the transform it measures, fallbacks, wrappers, precision, auxiliary losses, memory, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -20,50 +20,12 @@ from torch.utils._pytree import tree_iter
 import kdkernels as kd
 
 transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 from families import build  # noqa: E402
+from tapped import IDS, ROWS, VOCAB, assert_is_the_model, assert_same_gradients, gradients, loss_of  # noqa: E402
 
-from kdkernels.trainer.head import HeadTap, Tapped  # noqa: E402
-from kdkernels.trainer.probe import Transform, UnknownTransform, fit, ramp  # noqa: E402
-
-VOCAB = 96
-IDS = torch.randint(4, VOCAB, (2, 8), generator=torch.Generator().manual_seed(1))
-ROWS = torch.tensor([1, 4, 5, 12, 14])
-TEACHER = 3 * torch.randn(len(ROWS), VOCAB, generator=torch.Generator().manual_seed(2))
-
-
-def loss_of(side: Any, teacher: Tensor = TEACHER) -> Tensor:
-    return kd.distillation_loss(side, teacher, temperature=2.0, backend="torch")
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert found.keys() == expected.keys()
-    largest = max(g.abs().max().item() for g in expected.values())
-    for name, gradient in expected.items():
-        error = (found[name] - gradient).abs().max().item() / largest
-        assert error <= tolerance, f"{name}: {error:.2e}"
-
-
-def assert_is_the_model(model: nn.Module, **inputs: Any) -> HeadTap:
-    """The same loss and gradients as from its logits, without a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        tap = HeadTap(model)
-        loss = tap(model, lambda tapped: loss_of(tapped.side(ROWS)), input_ids=IDS, **inputs)
-    found = gradients(model, loss)
-    dense = loss_of(model(input_ids=IDS, use_cache=False, **inputs).logits.flatten(0, 1)[ROWS])
-    assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
-    assert_same_gradients(found, gradients(model, dense))
-    assert tap.fallback_reason is None
-    return tap
-
+from kdkernels.tap.head import HeadTap, Tapped  # noqa: E402
+from kdkernels.tap.probe import Transform, UnknownTransform, fit, ramp  # noqa: E402
 
 # What lies between head and logits
 
@@ -269,116 +231,6 @@ def test_inputs_that_the_tap_cannot_use() -> None:
         HeadTap(model)(build("llama"), input_ids=IDS)
     with pytest.raises(TypeError, match="DataParallel"):
         HeadTap(nn.DataParallel(model))
-
-
-# Parameters of the head
-
-
-def test_tied_head_is_the_embeddings_parameter() -> None:
-    model = build("gemma")
-    side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
-    assert side.weight is model.model.embed_tokens.weight
-    assert_is_the_model(model)
-
-
-def test_bias() -> None:
-    model = build("phi")
-    assert HeadTap(model)(model, input_ids=IDS).side(ROWS).bias is model.lm_head.bias
-    assert_is_the_model(model)
-
-
-def lora(model: nn.Module, targets: list[str], **options: Any) -> Any:
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, **{"lora_dropout": 0.0, **options}))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    return adapted
-
-
-def test_lora_on_the_body() -> None:
-    model = lora(build("llama"), ["q_proj", "v_proj"])
-    tap = assert_is_the_model(model)
-    assert not tap(model, input_ids=IDS).side(ROWS).weight.requires_grad
-
-
-@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"], ids=["plain", "bias", "soft cap"])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
-def test_lora_on_the_head_is_exact(family: str, options: dict[str, Any]) -> None:
-    model = lora(build(family, tie_word_embeddings=False), ["q_proj", "lm_head"], **options)
-    assert_is_the_model(model)
-    assert any("lm_head" in name and p.grad.abs().max() > 0 for name, p in model.named_parameters() if p.grad is not None)
-
-
-def test_two_adapters_on_the_head() -> None:
-    model = lora(build("llama"), ["lm_head"])
-    model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=2, target_modules=["lm_head"], init_lora_weights=False))
-    model.base_model.set_adapter(["default", "second"])
-    assert_is_the_model(model)
-
-
-def test_dropout_of_an_adapter_on_the_head() -> None:
-    model = lora(build("llama"), ["lm_head"], lora_dropout=0.5).train()
-    tap = HeadTap(model)
-    tap(model, input_ids=IDS)
-    torch.manual_seed(3)
-    loss = tap(model, lambda tapped: loss_of(tapped.side().hidden.flatten(0, 1)[ROWS] @ tapped.side().weight.T), input_ids=IDS)
-    torch.manual_seed(3)
-    side = tap(model, input_ids=IDS).side()
-    torch.manual_seed(3)
-    logits = model(input_ids=IDS).logits  # one mask for all of [B, L], drawn at the same place
-    torch.testing.assert_close(side.hidden @ side.weight.T, logits)
-    assert loss.isfinite()
-
-
-def test_switched_off_and_merged_adapters() -> None:
-    model = lora(build("llama"), ["lm_head"])
-    tap = HeadTap(model)
-    tap(model, input_ids=IDS)
-    with model.disable_adapter():
-        side = tap(model, input_ids=IDS).side()
-        torch.testing.assert_close(side.hidden @ side.weight.T, model(input_ids=IDS).logits)
-    expected = model(input_ids=IDS).logits
-    model.merge_adapter()
-    side = tap(model, input_ids=IDS).side()
-    torch.testing.assert_close(side.hidden @ side.weight.T, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_dora_on_the_head_falls_back() -> None:
-    model = lora(build("llama"), ["lm_head"], use_dora=True)
-    with pytest.warns(UserWarning, match="adapter 'default' of its head is DoraLinearVariant and not plain LoRA"):
-        side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
-    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
-
-
-def test_other_adapter_on_the_head_falls_back() -> None:
-    model = peft.get_peft_model(build("llama"), peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
-    with pytest.warns(UserWarning, match="and not LoRA"):
-        HeadTap(model)(model, input_ids=IDS)
-
-
-def test_adapter_that_comes_later_falls_back_where_it_must() -> None:
-    base = build("llama")
-    tap = HeadTap(base)
-    tap(base, input_ids=IDS)
-    model = lora(base, ["lm_head"], use_dora=True)
-    with pytest.warns(UserWarning, match="not plain LoRA"):
-        side = tap(model, input_ids=IDS).side(ROWS)
-    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
-
-
-def test_modules_to_save() -> None:
-    model = lora(build("llama"), ["q_proj"], modules_to_save=["lm_head"])
-    with torch.no_grad():
-        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
-    assert_is_the_model(model)
-    assert HeadTap(model)(model, input_ids=IDS).side(ROWS).weight.requires_grad
-
-
-def test_prompt_tuning_is_an_error() -> None:
-    model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="PromptTuningConfig prepends virtual tokens"):
-        HeadTap(model)
 
 
 # Mixtures of experts

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from kdkernels import cli
-from kdkernels.trainer.settings import read_settings
+from kdkernels.train.settings import read_settings
 
 ROOT = Path(__file__).parent.parent
 LINES = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()

@@ -15,11 +15,11 @@ from scripted import Killed, Scripted, last
 from typer.testing import CliRunner
 
 from kdkernels import cli
+from kdkernels.data.rows import DataError
 from kdkernels.recipes import command, in_context, near
 from kdkernels.recipes.rows import Item, RecipeError, Sampling, ask, once, read_items, read_jsonl, student_row, write_jsonl
 from kdkernels.recipes.sequence import sequence_level
 from kdkernels.teachers.text import Reply, Request
-from kdkernels.trainer.rows import DataError
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
 

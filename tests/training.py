@@ -1,11 +1,20 @@
-"""Tiny models, a tokenizer and rows for the trainer's tests."""
+"""Tiny models, a tokenizer, rows and trainers for the trainer's tests, and the dense formula that they are held against."""
 
 from __future__ import annotations
 
+import itertools
 import random
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kdkernels.trainer import DistillationTrainer
+
+Make = Callable[..., "DistillationTrainer"]
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -76,3 +85,76 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
         return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
 
     return [{"prompt": words(2, 6) + " ", "response": words(1, 9)} for _ in range(count)]
+
+
+def trainers(folder: Path, tokenizer: Any) -> Make:
+    """Makes a trainer of a small student in float64, on 12 rows, that takes one SGD step over 8 of them; its output is in ``folder``."""
+    from kdkernels.trainer import DistillationArguments, DistillationTrainer
+
+    numbers = itertools.count()
+
+    def build(
+        student: Any = None,
+        teacher: Any = "live",
+        rows: Any = None,
+        eval_rows: Any = None,
+        dtype: torch.dtype = torch.float64,
+        **options: Any,
+    ) -> DistillationTrainer:
+        defaults = {
+            "output_dir": str(folder / str(next(numbers))), "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 1.0,
+            "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True, "disable_tqdm": True,
+            "save_strategy": "no", "logging_steps": 1,
+            "dataloader_pin_memory": False,
+        }  # fmt: skip
+        student = make_model(16, seed=1, dtype=dtype) if student is None else student
+        teacher = make_model(24, seed=2, dtype=dtype, initializer_range=0.3) if isinstance(teacher, str) else teacher
+        rows = make_rows(12) if rows is None else rows
+        args = DistillationArguments(**{**defaults, **options})
+        return DistillationTrainer(student, teacher, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer)
+
+    return build
+
+
+def gradients(trainer: DistillationTrainer) -> dict[str, Tensor]:
+    """Of the first step, as the optimizer gets them."""
+    from transformers import TrainerCallback
+
+    found: dict[str, Tensor] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    trainer.add_callback(Look())
+    trainer.train()
+    return found
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-10) -> None:
+    assert one.keys() == other.keys()
+    assert max(g.abs().max() for g in one.values()) > 1e-4
+    for name in one:
+        scale = other[name].abs().max().item()
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=rtol * scale + 1e-15, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def dense(trainer: DistillationTrainer, batch: dict[str, Any]) -> Tensor:
+    """The loss summed over tokens as the papers write it, from whole logits."""
+    from kdkernels.trainer.arguments import parse_divergence
+
+    args, student = trainer.args, trainer.model
+    z = [
+        model(input_ids=batch[f"{p}input_ids"], attention_mask=batch[f"{p}attention_mask"]).logits.flatten(0, 1)[
+            batch[f"{p}scored"], : trainer.vocab_size
+        ]
+        for model, p in ((student, ""), (trainer.teacher.models[0], "teacher_"))
+    ]
+    log_q, log_p = (torch.log_softmax(x / args.temperature, -1) for x in z)
+    divergence = parse_divergence(args.divergence).reference(log_q, log_p.detach()).sum(-1)
+    labels = batch["input_ids"].flatten()[batch["scored"] + 1]
+    ce = torch.nn.functional.cross_entropy(z[0], labels, reduction="none")
+    if "response" in batch:
+        ce = ce * batch["response"]
+    total = args.kd_weight * args.temperature**2 * divergence + args.ce_weight * ce
+    return (total * batch["token_weights"]).sum()

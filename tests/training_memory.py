@@ -11,8 +11,8 @@ from training import make_model, make_tokenizer
 
 
 def main(rows: int, length: int, vocabulary: int) -> None:
+    from kdkernels.data.example import Example
     from kdkernels.trainer import DistillationArguments, DistillationTrainer
-    from kdkernels.trainer.example import Example
 
     models = [make_model(16, layers=1, vocab_size=vocabulary, max_position_embeddings=length + 1, seed=seed) for seed in (0, 1)]
     generator = torch.Generator().manual_seed(0)

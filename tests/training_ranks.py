@@ -47,10 +47,10 @@ def sharded(tied: bool, reshard: bool, rank: int) -> dict[str, torch.Tensor]:
     """Gradients of the same step under FSDP2, as the trainer computes its loss."""
     from torch.distributed.fsdp import fully_shard
 
+    from kdkernels.data.collator import Collator
+    from kdkernels.data.tokenization import load_examples
+    from kdkernels.tap.head import HeadTap
     from kdkernels.teachers.live import LiveTeacher
-    from kdkernels.trainer.collator import Collator
-    from kdkernels.trainer.data import load_examples
-    from kdkernels.trainer.head import HeadTap
     from kdkernels.trainer.objective import Objective
 
     model = make_model(16, seed=1, dtype=torch.float64, tie_word_embeddings=tied)

@@ -510,7 +510,7 @@ def _errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         _fail(" ".join(str(error).split()))
     except RuntimeError as error:
-        from ..teachers.files import FileError
+        from ..files import FileError
         from ..teachers.http import HTTPModelError
 
         if not isinstance(error, (FileError, HTTPModelError)):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..teachers.files import Lines, digest, write_whole
+from ..data.rows import Row as Fields
+from ..data.rows import read_rows
+from ..files import Lines, digest, write_whole
 from ..teachers.text import Reply, Request, TextModel
-from ..trainer.rows import Row as Fields
-from ..trainer.rows import read_rows
 
 __all__ = [
     "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "once", "read_items", "read_jsonl", "student_row",

@@ -174,8 +174,8 @@ def _failing() -> Iterator[Console]:
     """A console; what a user can put right ends the command with one line instead of a traceback."""
     from rich.console import Console
 
+    from ..files import FileError
     from .cache.manifest import CacheError
-    from .files import FileError
     from .http import HTTPModelError
 
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import digest, write_whole
+from ..files import digest, write_whole
 from .text import Reply, Request, TextModel
 
 __all__ = ["asked_of", "generate_rows", "messages_of", "requests_of", "write_rows"]

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..trainer.collator import Collator
-from ..trainer.data import load_examples
-from ..trainer.example import Example
-from ..trainer.rows import read_rows
+from ..data.collator import Collator
+from ..data.example import Example
+from ..data.rows import read_rows
+from ..data.tokenization import load_examples
 from .cache.api import from_replies, score, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, template_hash, tokenizer_hash
 from .cache.text import ROWS_PER_SHARD, write_text_cache

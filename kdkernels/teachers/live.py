@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..data.collator import View
 from ..sides import Ensemble, LMHead, Side
-from ..trainer.head import HeadTap, Tapped
-from ..trainer.patching import unwrap
-from .source import View
+from ..tap.head import HeadTap, Tapped
+from ..tap.weights import logit_columns
 
 __all__ = ["LiveTeacher"]
 
@@ -49,7 +49,7 @@ class LiveTeacher:
         self.mode, self.weights = mode if len(self.models) > 1 else None, weights
         for model in self.models:
             model.eval().requires_grad_(False)
-        columns = [vocabulary(model) for model in self.models]
+        columns = [logit_columns(model) for model in self.models]
         if vocab_size is None and len(set(columns)) > 1:
             raise ValueError(f"the teachers have {', '.join(map(str, columns))} columns of logits: give the real vocab_size")
         self.vocab_size: int = vocab_size or columns[0]
@@ -67,6 +67,12 @@ class LiveTeacher:
         for tap, model in zip(self.taps, self.models, strict=True):
             if tap.columns is None:
                 tap.prepare(model, input_ids.to(next(model.parameters()).device))
+
+    def place(self, device: torch.device) -> None:
+        """Moves models that were left on the CPU; who has put them elsewhere, or quantised them, has decided."""
+        for model in self.models:
+            if device.type != "cpu" and not hasattr(model, "hf_device_map") and {p.device.type for p in model.parameters()} == {"cpu"}:
+                model.to(device)
 
     def _forward(self, number: int, view: View) -> Tapped:
         model = self.models[number]
@@ -88,13 +94,3 @@ class LiveTeacher:
             self._heads[key] = side.weight.to(scored.device), None if side.bias is None else side.bias.to(scored.device)
         weight, bias = self._heads[key]
         return dataclasses.replace(side, hidden=side.hidden.to(scored.device), weight=weight, bias=bias)
-
-
-def vocabulary(model: nn.Module) -> int:
-    """Columns of a model's logits, padding included."""
-    base = unwrap(model)
-    head = getattr(base, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
-    if weight is not None:
-        return int(getattr(weight, "ds_shape", weight.shape)[0])
-    return int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.collator import left_padded, pad_id
 from .replies import ReplyLog, check_requests, fingerprint, reply_of
 from .text import Reply, Request
 
@@ -149,15 +150,11 @@ def generate(
 
     device = next(model.parameters()).device
     ends = _ends(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    width = max(1, *(len(prompt) for prompt in prompts))
-    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} of the batch has no tokens")
-        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    pad = pad_id(tokenizer)
+    ids, mask = left_padded(prompts, pad)
     picks = _Picks(seeds, temperature, logprobs)
     config = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=pad,
@@ -174,7 +171,7 @@ def generate(
         model.train(was_training)
     return [
         _cut(tokenizer, row, list(new), ends, stop, max_tokens, len(prompts[row]), picks)
-        for row, new in enumerate(output[:, width:].tolist())
+        for row, new in enumerate(output[:, ids.shape[1] :].tolist())
     ]
 
 

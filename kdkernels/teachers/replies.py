@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .files import FileError, Lines, digest
+from ..files import FileError, Lines, digest
 from .text import Reply, Request
 
 __all__ = ["ReplyLog", "check_requests"]

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
+from ..data.collator import View
 from ..sides import Teacher
 
-__all__ = ["TeacherSource", "View"]
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """A batch as one of the two models sees it. Both views score the same tokens in the same order.
-
-    Rows may be packed: ``position_ids`` then start anew with each example.
-    """
-
-    input_ids: Tensor  # [B, L]
-    attention_mask: Tensor | None  # [B, L], 1 for a token; None where rows are packed without padding
-    position_ids: Tensor | None  # [B, L], given where rows are packed
-    scored: Tensor  # [n] int64: positions in the flattened [B * L] whose next token is scored
-    keys: tuple[str, ...] = ()
-    """Of each example, in order of ``scored``: what a cache finds it by."""
-    counts: tuple[int, ...] = ()
-    """Of each example, how many of ``scored`` are its own; they add up to n."""
+__all__ = ["TeacherSource"]
 
 
 class TeacherSource(Protocol):

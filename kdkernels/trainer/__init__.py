@@ -5,11 +5,11 @@ from typing import Any
 
 __all__ = ["DistillationArguments", "DistillationTrainer", "load_examples"]
 
-_WHERE = {"DistillationArguments": "arguments", "DistillationTrainer": "trainer", "load_examples": "data"}
+_WHERE = {"DistillationArguments": ".arguments", "DistillationTrainer": ".trainer", "load_examples": "..data.tokenization"}
 
 
 def __getattr__(name: str) -> Any:
     """On demand, because what needs no transformers should not wait for it."""
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    return getattr(import_module(_WHERE[name], __name__), name)

@@ -18,6 +18,7 @@ from .features import FeatureLoss
 __all__ = ["DistillationArguments", "parse_divergence"]
 
 Overlong = Literal["error", "drop", "truncate"]
+EnsembleMode = Literal["probs", "logits"]
 
 
 def parse_divergence(value: Any) -> Divergence:
@@ -95,7 +96,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         default="all",
         metadata={"help": "Which layers learn from which: student:teacher pairs such as 2:4,5:11, counted from 0; all; or last."},
     )
-    feature_loss: Literal["mse", "cosine", "normalized_mse"] = field(default="mse", metadata={"help": "What compares the mapped layers."})
+    feature_loss: FeatureLoss = field(default="mse", metadata={"help": "What compares the mapped layers."})
     on_policy_fraction: float = field(
         default=0.0, metadata={"help": "Share of the batches whose responses the student writes itself (GKD's lambda)."}
     )
@@ -104,7 +105,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of prompt and response, in either view. Default: what both models can take."}
     )
-    overlong: Literal["error", "drop", "truncate"] = field(
+    overlong: Overlong = field(
         default="error", metadata={"help": "Rows over max_length: refuse the data, leave them out, or cut the end of the response off."}
     )
     packing: bool = field(default=False, metadata={"help": "Several examples in a row of max_length; none attends to another."})
@@ -114,7 +115,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     )
     kd_on_prompt: bool = field(default=False, metadata={"help": "The divergence scores prompts too; the cross-entropy never does."})
     memory_budget: int | None = field(default=None, metadata={"help": "Bytes for the loss's chunk buffers. Default: 1 GiB."})
-    ensemble_mode: Literal["probs", "logits"] = field(
+    ensemble_mode: EnsembleMode = field(
         default="probs", metadata={"help": "Of several teachers: the average of probabilities, or of logits."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it: the collator makes what the models need."})
@@ -153,11 +154,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        for name, valid in (
-            ("overlong", get_args(Overlong)),
-            ("ensemble_mode", ("probs", "logits")),
-            ("feature_loss", get_args(FeatureLoss)),
-        ):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
+        for name, valid in (("overlong", Overlong), ("ensemble_mode", EnsembleMode), ("feature_loss", FeatureLoss)):
+            if getattr(self, name) not in get_args(valid):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(valid))}, got {getattr(self, name)!r}")
         check_choices(memory_budget=self.memory_budget)

@@ -1,60 +1,30 @@
-"""The feature tap: hidden states of chosen decoder layers, student against teacher.
+"""Feature distillation: hidden states of mapped decoder layers, student against teacher.
 
-Forward hooks keep the outputs of the mapped layers only (``output_hidden_states=True`` would keep all of them). Where widths differ, the
-student's features pass a learned linear projector first (Romero et al. 2015, FitNets; Jiao et al. 2020, TinyBERT), which is no part of
-the student that is saved.
+Where widths differ, the student's features pass a learned linear projector first (Romero et al. 2015, FitNets; Jiao et al. 2020, TinyBERT),
+which is no part of the student that is saved.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..files import write_whole
 from ..losses import mean_denominator
-from .patching import is_measuring, unwrap
-from .weights import gathered, sharded_like, whole
+from ..tap.layers import LayerRecorder, decoder_layers
+from ..tap.patching import text_config, unwrap
+from ..tap.weights import gathered, sharded_like, whole
 
-__all__ = ["FeatureLoss", "FeatureTap", "LayerPair", "LayerRecorder", "decoder_layers", "parse_layers"]
+__all__ = ["FeatureLoss", "FeatureTap", "LayerPair", "parse_layers"]
 
 FeatureLoss = Literal["mse", "cosine", "normalized_mse"]
 LayerPair = tuple[int, int]
 PROJECTORS = "kd_projectors"
 FILE = "projector.safetensors"
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model: the longest list of modules that is in no other list (experts are in one).
-
-    Towers for images and sound are passed over.
-
-    Raises:
-        ValueError: there is none, or there are several that together make up a layer (XLM).
-    """
-    base = unwrap(model)
-    lists = _outermost_lists(base)
-    longest = max((len(found) for _, found in lists), default=0)
-    candidates = [(parent, found) for parent, found in lists if len(found) == longest]
-    if len({id(parent) for parent, _ in candidates}) < len(candidates) or not longest:
-        raise ValueError(f"{type(base).__name__} has no list of decoder layers: its features can't be tapped, set feature_weight=0")
-    return max(candidates, key=lambda candidate: sum(p.numel() for p in candidate[1].parameters()))[1]
-
-
-def _outermost_lists(module: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """With their parents."""
-    found: list[tuple[nn.Module, nn.ModuleList]] = []
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            found.append((module, child))
-        elif getattr(child, "main_input_name", "input_ids") == "input_ids" and "text" in getattr(child, "input_modalities", "text"):
-            found += _outermost_lists(child)
-    return found
 
 
 def parse_layers(layers: str | Sequence[LayerPair], student_layers: int, teacher_layers: int) -> list[LayerPair]:
@@ -88,51 +58,6 @@ def _index(index: int, count: int, whose: str) -> int:
     if not -count <= index < count:
         raise ValueError(f"feature_layers names layer {index} of the {whose}, which has {count}: use {-count}..{count - 1}")
     return index % count
-
-
-class LayerRecorder:
-    """Keeps what some decoder layers return, for the calls in ``with recorder.recording(input_ids) as features``."""
-
-    def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
-        layers = decoder_layers(model)
-        self.layers = {i: layers[i] for i in sorted(set(indices))}
-
-    @contextmanager
-    def recording(self, input_ids: Tensor) -> Iterator[dict[int, Tensor]]:
-        """Yields a dict that a forward pass of this thread on ``input_ids`` ``[B, L]`` fills: layer -> ``[B, L, D]``.
-
-        Raises:
-            ValueError: in the forward pass, for layers whose output has another shape.
-            RuntimeError: in the forward pass, for layers under reentrant gradient checkpointing, where features have no gradient.
-        """
-        features: dict[int, Tensor] = {}
-        thread, grad, shape = threading.get_ident(), torch.is_grad_enabled(), input_ids.shape
-
-        def keep(index: int, output: Any) -> None:
-            if threading.get_ident() != thread or is_measuring():
-                return
-            feature = output[0] if isinstance(output, tuple | list) else output
-            if feature.dim() != 3 or feature.shape[:2] != shape:
-                raise ValueError(
-                    f"layer {index} returns {list(feature.shape)} for input_ids of {list(shape)}, and not [batch, length, width]: "
-                    "the features of this model can't be tapped, set feature_weight=0"
-                )
-            if grad and not torch.is_grad_enabled():
-                raise RuntimeError(
-                    "features of a layer under reentrant gradient checkpointing have no gradient: "
-                    'set gradient_checkpointing_kwargs={"use_reentrant": False}'
-                )
-            features[index] = feature
-
-        def hook(index: int) -> Callable[[nn.Module, Any, Any], None]:
-            return lambda _module, _inputs, output: keep(index, output)
-
-        handles = [layer.register_forward_hook(hook(index)) for index, layer in self.layers.items()]
-        try:
-            yield features
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class FeatureTap:
@@ -213,7 +138,7 @@ class FeatureTap:
             token_weights: ``[n]``, multiplies each token's distance.
 
         Raises:
-            ValueError: rows of unlike count, features of no or of another shape.
+            ValueError: rows of unlike count, a layer that was not recorded, features of unlike width.
         """
         if student_rows.shape != teacher_rows.shape:
             raise ValueError(
@@ -247,9 +172,7 @@ class FeatureTap:
         if write:
             path = Path(directory) / FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file(state, temporary, metadata={"kind": self.kind})
-            os.replace(temporary, path)
+            write_whole(path, lambda temporary: save_file(state, temporary, metadata={"kind": self.kind}))
 
     def load(self, directory: str | Path) -> None:
         """Reads what :meth:`save` has written.
@@ -278,8 +201,7 @@ def _name(pair: LayerPair) -> str:
 
 
 def _width(base: nn.Module) -> int:
-    config: Any = base.config
-    width = getattr(config.get_text_config(), "hidden_size", None)
+    width = getattr(text_config(base), "hidden_size", None)
     if width is None:
         raise ValueError(f"{type(base).__name__} has no one hidden size: its features can't be tapped, set feature_weight=0")
     return int(width)
@@ -290,10 +212,6 @@ def _rows(features: dict[int, Tensor], layer: int, rows: Tensor, whose: str) -> 
     feature = features.get(layer)
     if feature is None:
         raise ValueError(f"layer {layer} of the {whose} was not recorded: run its forward pass inside recording()")
-    if feature.dim() != 3:
-        raise ValueError(
-            f"layer {layer} of the {whose} returns {list(feature.shape)} and not [batch, length, width]: its features can't be used"
-        )
     return feature.flatten(0, 1).index_select(0, rows)
 
 

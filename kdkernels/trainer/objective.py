@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses, primitives
+from ..data.collator import IGNORED, view_of
 from ..divergences import Divergence
 from ..sides import Side
+from ..tap.head import HeadTap, Tapped
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
-from .collator import IGNORED, view_of
 from .features import FeatureTap
-from .head import HeadTap, Tapped
 
 __all__ = ["TERMS", "Objective"]
 
@@ -45,7 +45,7 @@ class Objective:
         """
         Args:
             model: the student, or the wrapper that has to see its forward pass.
-            batch: of a :class:`~kdkernels.trainer.collator.Collator`, on the student's device.
+            batch: of a :class:`~kdkernels.data.collator.Collator`, on the student's device.
             each: keep the items of the batch apart.
 
         Returns:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .collator import Item
-from .example import Example
+from ..data.collator import Item, left_padded, pad_id
+from ..data.example import Example
+from ..tap.patching import text_config
 
 __all__ = ["chosen", "rollouts"]
 
@@ -44,13 +45,7 @@ def rollouts(
     if room < 1:
         return list(items)  # a prompt that fills the row leaves no room for another response than the data's
     device = next(model.parameters()).device
-    length = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    ids = torch.full((len(prompts), length), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
+    ids, mask = left_padded(prompts, pad_id(tokenizer))
     seed = int.from_bytes(hashlib.sha256("/".join(map(str, place)).encode()).digest()[:8], "little") >> 1
     training = model.training
     model.eval()
@@ -60,24 +55,24 @@ def rollouts(
             written = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                generation_config=_sampling(model, tokenizer, pad, temperature, room, vocab_size),
+                generation_config=_sampling(model, tokenizer, temperature, room, vocab_size),
             )
     finally:
         model.train(training)
     ends = _ends(model, tokenizer)
-    fresh = iter([_answered(e, _until(row, ends)) for e, row in zip(examples, written[:, length:].tolist(), strict=True)])
+    fresh = iter([_answered(e, _until(row, ends)) for e, row in zip(examples, written[:, ids.shape[1] :].tolist(), strict=True)])
     return [tuple(next(fresh) for _ in item) for item in items]
 
 
-def _sampling(model: nn.Module, tokenizer: Any, pad: int, temperature: float, room: int, vocab_size: int | None) -> Any:
+def _sampling(model: nn.Module, tokenizer: Any, temperature: float, room: int, vocab_size: int | None) -> Any:
     """Plain sampling from softmax(z / temperature), whatever the model's own generation config prefers."""
     from transformers import GenerationConfig
 
-    columns = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    columns = int(text_config(model).vocab_size)
     return GenerationConfig(
         max_new_tokens=room, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
         num_beams=1, repetition_penalty=1.0,
-        pad_token_id=pad, eos_token_id=sorted(_ends(model, tokenizer)) or None, use_cache=True,
+        pad_token_id=pad_id(tokenizer), eos_token_id=sorted(_ends(model, tokenizer)) or None, use_cache=True,
         suppress_tokens=list(range(vocab_size, columns)) if vocab_size is not None and vocab_size < columns else None,
     )  # fmt: skip
 

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..data.collator import Collator, pack, pad_id
+from ..data.example import Example
+from ..data.tokenization import load_examples
+from ..tap.head import HeadTap
+from ..tap.packing import check_packing
+from ..tap.patching import unwrap
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .arguments import DistillationArguments, parse_divergence
-from .collator import Collator, pack
-from .data import load_examples
-from .example import Example
 from .features import PROJECTORS, FeatureTap
-from .head import HeadTap
 from .objective import TERMS, Objective
-from .patching import unwrap
 from .rollouts import chosen, rollouts
-from .setup import check_kept, check_packing, longest, place, teacher_source
+from .setup import check_kept, longest, teacher_source
 
 __all__ = ["DistillationTrainer"]
 
@@ -69,10 +70,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse_divergence(args.divergence),
             args.temperature, args.t_squared, args.kd_weight, args.ce_weight, args.memory_budget,
         )  # fmt: skip
-        pad = processing_class.pad_token_id
         attention = str(getattr(unwrap(model).config, "_attn_implementation", ""))
         collator = Collator(
-            pad_id=pad if pad is not None else processing_class.eos_token_id or 0,
+            pad_id=pad_id(processing_class),
             packed=args.packing,
             flat=args.packing and "flash" in attention,
             kd_on_prompt=args.kd_on_prompt,
@@ -93,7 +93,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._logged_at: float | None = None
         self._checked = not args.packing
         if isinstance(self.teacher, LiveTeacher):
-            place(self.teacher, args.device)
+            self.teacher.place(args.device)
 
     def items(self, source: Any) -> Any:
         """What a batch is made of, from anything that holds rows."""
@@ -101,8 +101,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             return source
         if isinstance(source, Mapping):
             return {name: self.items(part) for name, part in source.items()}
-        given = isinstance(source, list) and source and isinstance(source[0], Example)
-        examples = source if given else load_examples(source, self.tokenizer, max_length=self.max_length, overlong=self._overlong)
+        if isinstance(source, list) and source and isinstance(source[0], Example):
+            examples = source
+            if self.max_length is not None and (most := max(map(len, examples))) > self.max_length:
+                raise ValueError(f"an example has {most} tokens, more than max_length={self.max_length}: leave it out or shorten it")
+        else:
+            examples = load_examples(source, self.tokenizer, max_length=self.max_length, overlong=self._overlong)
         check_kept(self.teacher, examples)
         if self._packing:
             assert self.max_length is not None

@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from ...data.example import Example
+from ...files import digest
 from ...sides import TopK
-from ...trainer.example import Example
-from ..files import digest
 from ..http import HTTPModel, HTTPModelError, Job
 from .manifest import CacheError, Identity, Manifest
 from .shards import Array, write_parquet

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..files import digest, digest_file, write_whole
+from ...files import digest, digest_file, write_whole
 
 __all__ = ["CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "template_hash", "tokenizer_hash"]
 

@@ -34,7 +34,7 @@ def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int =
     """
     import torch
 
-    from ..source import View
+    from ...data.collator import View
 
     vocab, count = 151_936, -(-tokens // length)
     dtype = {"topk": "float16", "hidden": "bfloat16"}[kind]

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.collator import View
 from ...sides import LMHead, Sampled, Tail, TopK
-from ..source import View
 from .manifest import CacheError, Head, Manifest, Shard, template_hash, tokenizer_hash
 from .shards import KEY_BYTES, Array, HiddenShard, ParquetShard, columns_of, read_text_shard
 

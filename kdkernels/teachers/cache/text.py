@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import canonical
+from ...files import canonical
 from ..generate import asked_of, with_reply
 from ..local import generate, prompt_ids
 from ..text import Reply

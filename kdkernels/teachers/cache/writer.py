@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ... import primitives
+from ...data.collator import Collator, view_of
+from ...data.example import Example
+from ...files import FileError, Lock, digest, drop_temporaries, write_whole
 from ...sides import LMHead, Side, TopK
-from ...trainer.collator import Collator, view_of
-from ...trainer.example import Example
-from ..files import FileError, Lock, digest, drop_temporaries, write_whole
 from ..source import TeacherSource
 from . import shards
 from .manifest import MANIFEST, CacheError, Head, Identity, Manifest, Shard

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .data import check_templates, check_tokenizers
+from ..data.agreement import check_templates, check_tokenizers
 from .settings import Settings, TrainError
 
 __all__ = ["cache_of", "load", "model_of", "tokenizer_of"]

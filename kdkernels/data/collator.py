@@ -11,14 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..teachers.source import View
 from .example import Example
 
-__all__ = ["Collator", "Item", "pack", "view_of"]
+__all__ = ["IGNORED", "Collator", "Item", "View", "left_padded", "pack", "pad_id", "view_of"]
 
 IGNORED = -100
 Item = tuple[Example, ...]
 """What a row of a batch is made of: one example, or several that are packed."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A batch as one of the two models sees it. Both views score the same tokens in the same order.
+
+    Rows may be packed: ``position_ids`` then start anew with each example.
+    """
+
+    input_ids: Tensor  # [B, L]
+    attention_mask: Tensor | None  # [B, L], 1 for a token; None where rows are packed without padding
+    position_ids: Tensor | None  # [B, L], given where rows are packed
+    scored: Tensor  # [n] int64: positions in the flattened [B * L] whose next token is scored
+    keys: tuple[str, ...] = ()
+    """Of each example, in order of ``scored``: what a cache finds it by."""
+    counts: tuple[int, ...] = ()
+    """Of each example, how many of ``scored`` are its own; they add up to n."""
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[Item]:
@@ -26,7 +42,7 @@ def pack(examples: Sequence[Example], max_length: int) -> list[Item]:
     rows: list[tuple[list[Example], int]] = []
     open_rows: list[int] = []  # a few only, so that a large data set takes linear time
     for example in examples:
-        size = max(len(example.student_ids), len(example.teacher_ids))
+        size = len(example)
         fitting = [i for i in open_rows if rows[i][1] + size <= max_length]
         if fitting:
             best = max(fitting, key=lambda i: rows[i][1])
@@ -124,6 +140,22 @@ def view_of(batch: Mapping[str, Any], prefix: str = "") -> View:
         batch[f"{prefix}input_ids"], get(f"{prefix}attention_mask"), get(f"{prefix}position_ids"), batch[f"{prefix}scored"],
         tuple(get("keys", ())), tuple(batch["counts"]),
     )  # fmt: skip
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What fills positions without a token; which id it is makes no difference."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask ``[B, L]`` int64 of prompts to be continued: each ends in the last column."""
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
 
 
 def with_prompt(example: Example) -> Example:

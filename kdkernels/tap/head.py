@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..sides import LMHead, Side
 from .patching import compiled_parts, is_sharded, measuring, replaced, unwrap
 from .probe import Transform, UnknownTransform, fit, ramp
-from .weights import HeadWeights, UnsupportedHead, gathered, read_head
+from .weights import HeadWeights, UnsupportedHead, gathered, output_head, read_head
 
 __all__ = ["HeadTap", "Tapped"]
 
@@ -112,21 +112,22 @@ class HeadTap:
         """Columns of the logits in use; known from the first call on."""
         self.aux_coefficient: float | None = None
         self._ready = self._sharded = False
-        parameters = inspect.signature(type(self.base).forward).parameters
-        any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         # A cache switches off the mask between packed rows, and would be held for nothing.
-        self.fixed = {k: v for k, v in (("use_cache", False), ("return_dict", True)) if k in parameters or any_keyword}
+        self.fixed = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if self.takes(name)}
 
     @property
     def head(self) -> nn.Module | None:
         """The module whose ``forward`` is replaced."""
-        find = getattr(self.base, "get_output_embeddings", None)
-        found = None if find is None else find()
-        return found if isinstance(found, nn.Module) else None
+        return output_head(self.base)
 
     @property
     def family(self) -> str:
         return str(getattr(getattr(self.base, "config", None), "model_type", type(self.base).__name__))
+
+    def takes(self, name: str) -> bool:
+        """Whether the model's forward pass has an argument of this name."""
+        parameters = inspect.signature(type(self.base).forward).parameters
+        return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     @overload
     def __call__(self, model: nn.Module, finish: None = None, **inputs: Any) -> Tapped: ...

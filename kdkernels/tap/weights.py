@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .patching import Replacement
+from .patching import Replacement, text_config, unwrap
 
-__all__ = ["HeadWeights", "UnsupportedHead", "gathered", "read_head", "sharded_like", "whole"]
+__all__ = ["HeadWeights", "UnsupportedHead", "gathered", "logit_columns", "output_head", "read_head", "sharded_like", "whole"]
 
 
 class UnsupportedHead(ValueError):
@@ -40,8 +40,7 @@ class HeadWeights:
     @property
     def rows(self) -> int:
         """V, padding included."""
-        weight: Any = self.linear.weight
-        return int(getattr(weight, "ds_shape", weight.shape)[0])
+        return _rows(self.linear.weight)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -68,6 +67,23 @@ class HeadWeights:
         if extra:
             hidden = torch.cat([hidden, *(e.to(hidden.dtype) for e in extra)], dim=-1)
         return hidden, *self._whole
+
+
+def _rows(weight: Any) -> int:
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # ds_shape: of all partitions of ZeRO-3
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that a causal language model names as its output embeddings; None if it names none."""
+    find = getattr(unwrap(model), "get_output_embeddings", None)
+    found = None if find is None else find()
+    return found if isinstance(found, nn.Module) else None
+
+
+def logit_columns(model: nn.Module) -> int:
+    """Columns of a model's logits, padding included."""
+    weight = getattr(output_head(model), "weight", None)
+    return int(text_config(model).vocab_size) if weight is None else _rows(weight)
 
 
 def read_head(head: nn.Module) -> HeadWeights:

@@ -13,14 +13,15 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import losses
+from ..data.collator import pack
+from ..data.example import Example
+from ..data.tokenization import load_examples
 from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
-from .arguments import parse_divergence
-from .collator import pack
-from .data import load_examples
-from .example import Example
+from ..tap.weights import logit_columns
+from ..trainer.arguments import parse_divergence
+from ..trainer.setup import longest
 from .loading import cache_of, load, tokenizer_of
 from .settings import Settings
-from .setup import longest
 
 __all__ = ["plan"]
 
@@ -51,7 +52,9 @@ def plan(settings: Settings, console: Console) -> None:
         )
         kept = kept.removeprefix("torch.")
         size = count * getattr(torch, kept).itemsize / 2**30
-        console.print(f"{role}: {path}, {count / 1e6:,.1f} M parameters, {size:,.2f} GiB in {kept}, {_columns(model):,} columns of logits")
+        console.print(
+            f"{role}: {path}, {count / 1e6:,.1f} M parameters, {size:,.2f} GiB in {kept}, {logit_columns(model):,} columns of logits"
+        )
     if cache is not None:
         console.print(f"teacher: cache {settings.cache} ({cache.kind}), {cache.vocab_size:,} tokens in the vocabulary")
     for warning in said:
@@ -63,7 +66,7 @@ def plan(settings: Settings, console: Console) -> None:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(an_epoch * args.num_train_epochs)
     console.print(
         f"data: {len(examples):,} examples in {len(rows):,} rows; {tokens:,} tokens, {scored:,} of them scored; "
-        f"the longest example has {max(map(_length, examples)):,}"
+        f"the longest example has {max(map(len, examples)):,}"
     )
     console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs")
     _plan_memory(args, skeletons, cache, rows, console)
@@ -75,21 +78,13 @@ def _skeleton(path: str, role: str) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _length(example: Example) -> int:
-    return max(len(example.student_ids), len(example.teacher_ids))
-
-
-def _columns(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
-
-
 def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence[tuple[Example, ...]], console: Console) -> None:
     student, *teachers = skeletons
     largest = sorted((sum(len(e.student_scored) for e in row) for row in rows), reverse=True)[: args.per_device_train_batch_size]
-    vocab = min([_columns(model) for model in skeletons] + ([] if cache is None else [cache.vocab_size]))
+    vocab = min([logit_columns(model) for model in skeletons] + ([] if cache is None else [cache.vocab_size]))
 
     def side(model: Any, grad: bool) -> LMHead:
-        weight = torch.empty(_columns(model), model.get_output_embeddings().weight.shape[1], device="meta", requires_grad=grad)
+        weight = torch.empty(logit_columns(model), model.get_output_embeddings().weight.shape[1], device="meta", requires_grad=grad)
         return LMHead(torch.empty(sum(largest), weight.shape[1], device="meta", requires_grad=grad), weight, vocab_size=vocab)
 
     ours = side(student, True)

@@ -44,6 +44,10 @@ class Example:
                     f"token {self.teacher_ids[u + 1]}: the response must be the same token ids in both views"
                 )
 
+    def __len__(self) -> int:
+        """Tokens of the longer view."""
+        return max(len(self.student_ids), len(self.teacher_ids))
+
     def key(self, salt: str = "") -> str:
         """sha256 of both views and ``salt`` (a cache's manifest hash): the same wherever and whenever the example turns up."""
         digest = hashlib.sha256(salt.encode())

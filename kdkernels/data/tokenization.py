@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .example import Example
 from .rows import DataError, Row, RowSource, read_rows
 
-__all__ = ["DataError", "check_templates", "check_tokenizers", "load_examples", "read_rows"]
-
-PROBE = 'The quick brown fox: 3.14 ± "déjà vu"\n\tdef f(x): return x ** 2  # 東京 🙂'
+__all__ = ["first_difference", "load_examples", "render"]
 
 
 def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None = None, overlong: str = "error") -> list[Example]:
@@ -39,7 +37,7 @@ def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None =
     found, dropped, longest = [], 0, 0
     for row in read_rows(source):
         example = _example(row, tokenizer)
-        length = max(len(example.student_ids), len(example.teacher_ids))
+        length = len(example)
         if max_length is not None and length > max_length:
             if overlong == "drop":
                 dropped, longest = dropped + 1, max(longest, length)
@@ -80,6 +78,8 @@ def _example(row: Row, tokenizer: Any) -> Example:
     elif "prompt" in row:
         student, teacher, response = _prompted(row, tokenizer)
     elif "text" in row:
+        if given := [name for name in ("teacher_messages", "teacher_prompt", "demonstrations") if name in row]:
+            raise row.error(given[0], "a row of 'text' is one text for both models: give 'prompt' and 'response' instead")
         ids = _ended(_encode(tokenizer, row.text("text"), special=True), tokenizer)
         student, teacher, response = ids[:1], ids[:1], ids[1:]
     else:
@@ -114,23 +114,18 @@ def _prompted(row: Row, tokenizer: Any) -> tuple[list[int], list[int], list[int]
     student = teacher = _encode(tokenizer, prompt, special=True)
     response = _ended(_encode(tokenizer, row.text(name), special=False), tokenizer)
     if "teacher_messages" in row:
-        teacher = _encode(tokenizer, _render(tokenizer, row.messages("teacher_messages"), row, "teacher_messages"), special=False)
+        teacher = _encode(tokenizer, render(tokenizer, _shown_to_teacher(row, []), row, "teacher_messages"), special=False)
     elif "teacher_prompt" in row or "demonstrations" in row:
         asked = row.text("teacher_prompt") if "teacher_prompt" in row else prompt
-        teacher = _encode(tokenizer, "".join(text + "\n\n" for text in _demonstrations(row)) + asked, special=True)
+        teacher = _encode(tokenizer, "".join("".join(demo) + "\n\n" for demo in _demonstrations(row)) + asked, special=True)
     return student, teacher, response
 
 
-def _demonstrations(row: Row) -> Iterator[str]:
-    for turn in _demonstrated(row):
-        yield turn if isinstance(turn, str) else turn[0] + turn[1]
-
-
-def _demonstrated(row: Row) -> list[str | tuple[str, str]]:
+def _demonstrations(row: Row) -> list[str | tuple[str, str]]:
     """Each demonstration: text as it is, or a question and its answer."""
     value = row.fields.get("demonstrations", [])
     found: list[str | tuple[str, str]] = []
-    for demo in [value] if isinstance(value, str) else value:
+    for demo in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
         fields = Row(demo, row.where) if isinstance(demo, Mapping) else None
         if fields is None and not isinstance(demo, str):
             raise row.error("demonstrations", "text, or objects with 'prompt' and 'response', are needed")
@@ -142,7 +137,9 @@ def _chat(row: Row, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     name = "messages" if "messages" in row else "prompt"
     messages = row.messages(name)
     if isinstance(row.fields.get("completion"), list):
-        (answer,) = row.messages("completion")
+        answer, *more = row.messages("completion")
+        if more:
+            raise row.error("completion", f"one turn is needed, the assistant's, and there are {1 + len(more)}")
     elif "response" in row or "completion" in row:
         answer = {"role": "assistant", "content": row.text("response" if "response" in row else "completion")}
     elif messages[-1]["role"] == "assistant":
@@ -152,26 +149,34 @@ def _chat(row: Row, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     prefix, response = _split(tokenizer, messages, answer, row, name)
     student = _encode(tokenizer, prefix, special=False)
     ids = _cut(_encode(tokenizer, response, special=False), tokenizer)
-    shown, their_name = messages, name
-    if "teacher_messages" in row:
-        shown, their_name = row.messages("teacher_messages"), "teacher_messages"
-        shown = shown[:-1] if shown[-1]["role"] == "assistant" else shown
-    elif "teacher_prompt" in row:
-        shown = [*messages[:-1], {"role": "user", "content": row.text("teacher_prompt")}]
-    if "demonstrations" in row:
-        shown = [*shown[:-1], *_turns(row), shown[-1]]
+    shown, their_name = _shown_to_teacher(row, messages), "teacher_messages" if "teacher_messages" in row else name
     if shown is messages:
         return student, student, ids
     their_prefix, their_response = _split(tokenizer, shown, answer, row, their_name)
     if their_response != response:
-        difference = _first_difference(tokenizer, response, their_response)
+        difference = first_difference(tokenizer, response, their_response)
         raise row.error(their_name, f"the chat template writes the response differently in the two views: {difference}")
     return student, _encode(tokenizer, their_prefix, special=False), ids
 
 
+def _shown_to_teacher(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the teacher reads before the response: ``messages``, which the student reads, unless the row says otherwise."""
+    if "teacher_messages" in row:
+        messages = row.messages("teacher_messages")
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise row.error("teacher_messages", "there is no turn before the response")
+    elif "teacher_prompt" in row:
+        messages = [*messages[:-1], {"role": "user", "content": row.text("teacher_prompt")}]
+    if "demonstrations" in row:
+        messages = [*messages[:-1], *_turns(row), messages[-1]]
+    return messages
+
+
 def _turns(row: Row) -> list[dict[str, Any]]:
     turns = []
-    for demo in _demonstrated(row):
+    for demo in _demonstrations(row):
         if isinstance(demo, str):
             raise row.error("demonstrations", "beside chat messages, objects with 'prompt' and 'response' are needed")
         turns += [{"role": "user", "content": demo[0]}, {"role": "assistant", "content": demo[1]}]
@@ -184,7 +189,12 @@ def _cut(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], row: Row, name: str, prompt: bool = True) -> str:
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], row: Row, name: str, prompt: bool = True) -> str:
+    """The conversation as the tokenizer's chat template writes it; with ``prompt`` up to where the assistant's turn begins.
+
+    Raises:
+        DataError: of the row's field ``name``: there is no template, or it refuses.
+    """
     if tokenizer.chat_template is None:
         raise row.error(name, "the tokenizer has no chat template: set tokenizer.chat_template, or give rows with 'prompt' and 'response'")
     try:
@@ -198,15 +208,16 @@ def _split(tokenizer: Any, messages: list[dict[str, Any]], answer: Mapping[str, 
     """The text that a model is given, and what it should write: the template with the answer, less the template that asks for it."""
     if not messages:
         raise row.error(name, "there is no turn before the response")
-    prefix = _render(tokenizer, messages, row, name)
-    whole = _render(tokenizer, [*messages, answer], row, name, prompt=False)
+    prefix = render(tokenizer, messages, row, name)
+    whole = render(tokenizer, [*messages, answer], row, name, prompt=False)
     if not whole.startswith(prefix):
-        difference = _first_difference(tokenizer, prefix, whole)
+        difference = first_difference(tokenizer, prefix, whole)
         raise row.error(name, f"the chat template does not put the response after the generation prompt: {difference}")
     return prefix, whole[len(prefix) :]
 
 
-def _first_difference(tokenizer: Any, one: str, other: str, other_tokenizer: Any = None) -> str:
+def first_difference(tokenizer: Any, one: str, other: str, other_tokenizer: Any = None) -> str:
+    """In words: the first token in which two texts differ."""
     a, b = (t(text, add_special_tokens=False)["input_ids"] for t, text in ((tokenizer, one), (other_tokenizer or tokenizer, other)))
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     shown = [
@@ -214,47 +225,3 @@ def _first_difference(tokenizer: Any, one: str, other: str, other_tokenizer: Any
         for t, ids in ((tokenizer, a), (other_tokenizer or tokenizer, b))
     ]
     return f"token {at} is {shown[0]} in one and {shown[1]} in the other"
-
-
-def check_tokenizers(student: Any, teacher: Any) -> None:
-    """
-    Raises:
-        DataError: the two give different ids, with how many of them differ.
-    """
-    if student is teacher:
-        return
-    added = set(student.get_added_vocab()) ^ set(teacher.get_added_vocab())  # one more special token does no harm
-    one, other = ({t: i for t, i in tokenizer.get_vocab().items() if t not in added} for tokenizer in (student, teacher))
-    differing = {i for t, i in one.items() if other.get(t) != i} | {i for t, i in other.items() if one.get(t) != i}
-    probe = student.decode(range(0, len(student), max(1, len(student) // 256)), skip_special_tokens=True) + PROBE
-    if differing or student(probe)["input_ids"] != teacher(probe)["input_ids"]:
-        what = (
-            f"{len(differing):,} of {max(len(student), len(teacher)):,} ids stand for different tokens"
-            if differing
-            else "the ids are the same, but texts are split differently"
-        )
-        raise DataError(
-            f"the tokenizers of teacher and student differ: {what}. Distributions over different vocabularies can't be compared column by "
-            "column; "
-            "distillation across tokenizers is not supported: take a teacher and a student of one family, or train on the teacher's text"
-        )
-
-
-def check_templates(student: Any, teacher: Any, source: RowSource) -> None:
-    """
-    Raises:
-        DataError: the chat templates of the two write the first conversation of the data differently, with the first token that differs.
-    """
-    if student is teacher or student.chat_template == teacher.chat_template or None in (student.chat_template, teacher.chat_template):
-        return
-    row = next((row for row in read_rows(source) if "messages" in row), None)
-    if row is None:
-        return
-    messages = row.messages("messages")
-    one, other = (_render(t, messages, row, "messages", messages[-1]["role"] != "assistant") for t in (student, teacher))
-    if one != other:
-        raise row.error(
-            "messages",
-            f"the chat templates of student and teacher differ: {_first_difference(student, one, other, teacher)}. "
-            "Both views are written with the student's: give both tokenizers one template",
-        )

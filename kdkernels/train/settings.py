@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+
+from ..files import digest, digest_file
 
 __all__ = ["Settings", "TrainError", "read_config", "read_settings"]
 
@@ -83,25 +84,9 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     Raises:
         TrainError: an unknown name (with the nearest valid one), a value that can't be read, or something that is missing.
     """
-    from transformers import HfArgumentParser
+    from ..trainer.arguments import DistillationArguments
 
-    from .arguments import DistillationArguments
-
-    class Parser(HfArgumentParser):  # type: ignore[misc]
-        def error(self, message: str) -> NoReturn:
-            raise TrainError(message.replace("argument ", "", 1))
-
-    parser = Parser(DistillationArguments, allow_abbrev=False)
-    fields = [f.name for f in dataclasses.fields(DistillationArguments) if f.init]
-    options = [option for action in parser._actions for option in action.option_strings]
-    for name in config:
-        if name not in MINE and name not in fields:
-            raise TrainError(f"unknown option {name!r} in the config{_nearest(name, [*MINE, *fields])}")
-    for word in rest:
-        option = word.partition("=")[0]
-        if word.startswith("--") and option not in options:
-            known = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
-            raise TrainError(f"unknown option {option}{_nearest(option, known)}")
+    fields = _fields(DistillationArguments, config, rest)
     own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
     own["teacher"] = [own["teacher"]] if isinstance(own["teacher"], str) else list(own["teacher"] or [])
     for name in ("student", "data"):
@@ -111,21 +96,16 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
         own[name] = own[name] or "auto"
         if own[name] not in DTYPES:
             raise TrainError(f"--{name.replace('_', '-')} {own[name]!r}: choose one of {', '.join(DTYPES)}")
-    defaults = {name: value for name, value in config.items() if name in fields}
-    parser.set_defaults(**{**{name: _plain(value) for name, value in defaults.items()}, **_quiet(defaults)})
-    namespace, strays = parser.parse_known_args(list(rest))
-    if strays:
-        raise TrainError(f"{strays[0]!r} belongs to no option; write --option value")
-    if not namespace.output_dir:
+    if not fields["output_dir"]:
         raise TrainError("--output-dir is missing: the folder of checkpoints and of the trained model")
     try:
-        args = DistillationArguments(**vars(namespace))
+        settings = Settings(**own, args=DistillationArguments(**fields))
     except (ValueError, TypeError, ImportError) as error:
         raise TrainError(" ".join(str(error).split())) from error
-    for role, path in (("student", own["student"]), *(("teacher", path) for path in own["teacher"])):
+    args = settings.args
+    for role, path in (("student", settings.student), *(("teacher", path) for path in settings.teacher)):
         if Path(path).exists() and Path(path).resolve() == Path(args.output_dir).resolve():
             raise TrainError(f"--output-dir {args.output_dir} is the --{role}, which would be overwritten: choose another folder")
-    settings = Settings(**{name: own[name] for name in MINE if own[name] is not None}, args=args)
     if settings.cache and settings.teacher:
         raise TrainError("--cache and --teacher: the cache is the teacher; give one of them")
     if not settings.cache and not settings.teacher and (args.kd_weight > 0 or args.feature_weight > 0):
@@ -133,15 +113,30 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     return settings
 
 
-def _plain(value: Any) -> Any:
-    """A value of a config as the parser takes defaults: text where it converts text."""
-    if isinstance(value, Mapping) and "name" in value:
-        return f"{value['name']}({', '.join(f'{k}={v!r}' for k, v in value.items() if k != 'name')})"
-    return value
+def _fields(arguments: type, config: Mapping[str, Any], rest: Sequence[str]) -> dict[str, Any]:
+    """Of the dataclass ``arguments``, by the config and by ``rest`` over it."""
+    from transformers import HfArgumentParser
 
+    class Parser(HfArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise TrainError(message.replace("argument ", "", 1))
 
-def _quiet(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {} if "disable_tqdm" in given else {"disable_tqdm": True}
+    parser = Parser(arguments, allow_abbrev=False)
+    fields = [f.name for f in dataclasses.fields(arguments) if f.init]
+    options = [option for action in parser._actions for option in action.option_strings]
+    for name in config:
+        if name not in MINE and name not in fields:
+            raise TrainError(f"unknown option {name!r} in the config{_nearest(name, [*MINE, *fields])}")
+    for word in rest:
+        option = word.partition("=")[0]
+        if word.startswith("--") and option not in options:
+            known = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
+            raise TrainError(f"unknown option {option}{_nearest(option, known)}")
+    parser.set_defaults(**{"disable_tqdm": True, **{name: value for name, value in config.items() if name in fields}})
+    namespace, strays = parser.parse_known_args(list(rest))
+    if strays:
+        raise TrainError(f"{strays[0]!r} belongs to no option; write --option value")
+    return dict(vars(namespace))
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:
@@ -150,10 +145,5 @@ def _nearest(name: str, valid: Sequence[str]) -> str:
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file, or of a folder's files."""
-    found = hashlib.sha256()
-    for file in sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]:
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
+    """sha256 of a file, or of a folder's files and their names."""
+    return digest({f.name: digest_file(f) for f in path.iterdir() if f.is_file()}) if path.is_dir() else digest_file(path)

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["compiled_parts", "is_measuring", "is_sharded", "measuring", "replaced", "unwrap"]
+__all__ = ["compiled_parts", "is_measuring", "is_sharded", "measuring", "replaced", "text_config", "unwrap"]
 
 _lock = threading.Lock()
 
@@ -114,6 +114,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the part that reads text: the whole config, where there are no images or sound."""
+    base: Any = unwrap(model)
+    return base.config.get_text_config()
 
 
 def compiled_parts(model: nn.Module) -> tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,9 @@ def digest_file(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in ``folder`` outlast a power cut."""
+    """Makes renames in ``folder`` outlast a power cut. Windows opens no folder, and has no need to."""
+    if sys.platform == "win32":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -52,11 +55,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` fills a temporary file beside ``path``, which then takes its place in one step, on disk and not only in memory."""
     temporary = path.with_name(path.name + TEMPORARY)
     write(temporary)
-    handle = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
 

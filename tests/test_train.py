@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from kdkernels.cli import app
+from kdkernels.train.command import EPILOG
 from kdkernels.trainer import DistillationArguments
-from kdkernels.trainer.command import EPILOG
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,7 +190,7 @@ def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "run.json").write_text(json.dumps(config))
-    from kdkernels.trainer.settings import read_config, read_settings
+    from kdkernels.train.settings import read_config, read_settings
 
     for name in ("run.yaml", "run.json"):
         settings = read_settings(
@@ -317,7 +317,7 @@ def test_models_that_do_not_fit(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_config_of_the_documentation_is_read(tmp_path: Path) -> None:
-    from kdkernels.trainer.settings import read_config, read_settings
+    from kdkernels.train.settings import read_config, read_settings
 
     page = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
     (tmp_path / "run.yaml").write_text(page.partition("```yaml\n# run.yaml\n")[2].partition("```")[0])

@@ -13,9 +13,11 @@ from training import TEMPLATE, WORDS, make_rows, make_tokenizer
 pytest.importorskip("transformers")
 from tokenizers import pre_tokenizers
 
-from kdkernels.trainer.collator import Collator, pack
-from kdkernels.trainer.data import DataError, check_templates, check_tokenizers, load_examples
-from kdkernels.trainer.example import Example
+from kdkernels.data.agreement import check_templates, check_tokenizers
+from kdkernels.data.collator import Collator, pack
+from kdkernels.data.example import Example
+from kdkernels.data.rows import DataError
+from kdkernels.data.tokenization import load_examples
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,7 @@ def texts(tokenizer: Any, example: Example) -> tuple[str, str, str]:
 
 
 CHAT = [{"role": "system", "content": "red"}, {"role": "user", "content": "one plus one"}]
+ANSWER = {"role": "assistant", "content": "two"}
 ASKED = "<|system|>red<|end|><|user|>one plus one<|end|><|assistant|>"
 
 
@@ -46,7 +49,12 @@ ASKED = "<|system|>red<|end|><|user|>one plus one<|end|><|assistant|>"
             {"prompt": "a", "response": " b", "demonstrations": [{"prompt": "c", "response": " d"}, "e f"]},
             ("a", "c d\n\ne f\n\na", " b<|end|>"),
         ),
+        ({"prompt": "a", "response": " b", "demonstrations": {"prompt": "c", "response": " d"}}, ("a", "c d\n\na", " b<|end|>")),
         ({"prompt": "a", "response": "b", "teacher_messages": CHAT}, ("a", ASKED, "b<|end|>")),
+        (
+            {"prompt": "a", "response": "b", "teacher_messages": [CHAT[1], ANSWER], "demonstrations": [{"prompt": "c", "response": "d"}]},
+            ("a", "<|user|>c<|end|><|assistant|>d<|end|>" + ASKED[20:], "b<|end|>"),
+        ),
         ({"messages": CHAT, "response": "two"}, (ASKED, ASKED, "two<|end|>")),
         ({"messages": [*CHAT, {"role": "assistant", "content": "two"}]}, (ASKED, ASKED, "two<|end|>")),
         ({"prompt": CHAT, "completion": [{"role": "assistant", "content": "two"}]}, (ASKED, ASKED, "two<|end|>")),
@@ -99,6 +107,16 @@ def test_demonstrations_that_are_turns_of_nothing(tokenizer: Any) -> None:
         ({"messages": [{"role": "assistant", "content": "b"}]}, "row 2, field 'messages': there is no turn before the response"),
         ({"prompt": "a", "response": "b", "weight": -1}, "row 2, field 'weight': a number >= 0 is needed, and it is -1"),
         ({"prompt": "a", "response": "b", "task": 3}, "row 2, field 'task'"),
+        ({"prompt": "a", "response": "b", "demonstrations": 3}, "row 2, field 'demonstrations': text, or objects"),
+        (
+            {"prompt": CHAT, "completion": [ANSWER, ANSWER]},
+            "row 2, field 'completion': one turn is needed",
+        ),
+        (
+            {"messages": CHAT, "response": "b", "teacher_messages": [ANSWER], "demonstrations": []},
+            "row 2, field 'teacher_messages': there is no turn before the response",
+        ),
+        ({"text": "a b", "teacher_prompt": "c"}, "row 2, field 'teacher_prompt': a row of 'text' is one text for both models"),
         (["a"], "row 2: an object is needed"),
     ],
 )

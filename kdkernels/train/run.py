@@ -1,0 +1,152 @@
+"""``kdkernels train``, step by step: models and data, a plan, the training (begun or resumed), and a summary."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+
+from ..files import write_whole
+from ..trainer.trainer import DistillationTrainer
+from .callbacks import Bar, Interrupt
+from .loading import cache_of, model_of, tokenizer_of
+from .settings import Settings, TrainError
+from .summary import figure_of, finite, show, training_log
+
+__all__ = ["run"]
+
+RECORD, SUMMARY = "run.json", "summary.json"
+
+
+def run(settings: Settings, console: Console) -> int:
+    """Trains, or goes on where an interrupted run of the same settings stopped. Returns the exit status: 0, or 130 when interrupted.
+
+    Raises:
+        TrainError: what can't be trained with, before anything is written.
+    """
+    args = settings.args
+    args._n_gpu = min(args.n_gpu, 1)  # several are for torchrun: one process each
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+    console = console if args.process_index == 0 else Console(quiet=True)
+    transformers.logging.set_verbosity(transformers.logging.ERROR if args.log_level == "passive" else args.get_process_log_level())
+    transformers.logging.disable_progress_bar()
+    out = Path(args.output_dir)
+    record = _record(out, settings)
+    checkpoint = _last_checkpoint(out, args.world_size)
+    if record is not None and (out / SUMMARY).is_file():
+        summary = json.loads((out / SUMMARY).read_text())
+        if summary["asked"] == _asked(args):
+            console.print("This run is finished; its summary again. Give a larger --max-steps to train on, or another --output-dir.")
+            show(summary, console)
+            return 0
+    if args.process_index == 0:
+        for half_written in takewhile(lambda path: not _whole(path, args.world_size), _checkpoints(out)):  # by a killed process
+            shutil.rmtree(half_written)
+    tokenizer = tokenizer_of(settings)
+    teacher = cache_of(settings, tokenizer) if settings.cache else None
+    # Autocast wants float32 to update, whatever the checkpoint was saved in.
+    dtype = "float32" if settings.student_dtype == "auto" and (args.bf16 or args.fp16) else settings.student_dtype
+    student = model_of(settings.student, "student", dtype)
+    if settings.teacher:
+        teacher = [model_of(path, "teacher", settings.teacher_dtype) for path in settings.teacher]
+    progress, interrupt = Bar(console), Interrupt()
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=settings.data, eval_dataset=settings.eval_data, processing_class=tokenizer,
+        callbacks=[progress, interrupt],
+    )  # fmt: skip
+    for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if args.disable_tqdm else [])):
+        trainer.remove_callback(callback)
+    if record is None:
+        before = trainer.evaluate() if settings.eval_data else None
+        record = {"settings": settings.identity(), "before": before and finite(before)}
+        _write(out / RECORD, record, args)
+    elif checkpoint is not None:
+        console.print(f"Resuming at {checkpoint.name} of {out}")
+    transformers.set_seed(args.seed)  # the first evaluation has drawn
+    if checkpoint is not None and _is_last(checkpoint, args):  # transformers would train one step more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        with interrupt, progress:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if interrupt.stopped:
+        step = trainer.state.global_step
+        console.print(f"Interrupted at step {step}; {out / f'checkpoint-{step}'} is whole. The same command goes on from there.")
+        return 130
+    after = trainer.evaluate() if settings.eval_data else None
+    trainer.save_model()
+    last = _last_checkpoint(out, args.world_size)
+    summary = {
+        "asked": _asked(args), "steps": trainer.state.global_step, "before": record["before"], "after": after and finite(after),
+        "model": str(out), "checkpoint": None if last is None else str(last),
+        "figure": figure_of(out, trainer.state.log_history, record["before"], after) if args.process_index == 0 else None,
+        "log": training_log(trainer.state.log_history),
+    }  # fmt: skip
+    _write(out / SUMMARY, summary, args)
+    show(summary, console)
+    return 0
+
+
+def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
+    """The record of the run in ``out``, once it is known to be this run; None for a fresh folder.
+
+    Raises:
+        TrainError: the folder holds another run, or checkpoints of unknown origin.
+    """
+    if not (out / RECORD).is_file():
+        if out.is_dir() and any(out.glob("checkpoint-*")):
+            raise TrainError(f"--output-dir {out} holds checkpoints but no {RECORD}: they are of another program; choose another folder")
+        return None
+    record: dict[str, Any] = json.loads((out / RECORD).read_text())
+    now = settings.identity()
+    differing = [name for name in now if record["settings"].get(name) != now[name]]
+    if differing:
+        name = differing[0]
+        values = "its content changed" if name == "data" else f"{record['settings'].get(name)!r} then, {now[name]!r} now"
+        raise TrainError(
+            f"--output-dir {out} holds a run with another --{name.replace('_', '-')} ({values}): "
+            "go on with the same, or choose another folder"
+        )
+    return record
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """Newest first."""
+    found = {int(step): path for path in out.glob("checkpoint-*") if (step := path.name.rpartition("-")[2]).isdigit()}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def _last_checkpoint(out: Path, ranks: int) -> Path | None:
+    return next((path for path in _checkpoints(out) if _whole(path, ranks)), None)
+
+
+def _whole(path: Path, ranks: int) -> bool:
+    """trainer_state.json is what is written last; the random states of other ranks may come later."""
+    try:
+        state = json.loads((path / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return state.get("global_step") == int(path.name.rpartition("-")[2]) and len(list(path.glob("rng_state*.pth"))) >= ranks
+
+
+def _is_last(checkpoint: Path, args: Any) -> bool:
+    """Whether nothing is left to train after it."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    steps = args.max_steps if args.max_steps > 0 else state["max_steps"] * args.num_train_epochs / state["num_train_epochs"]
+    return bool(state["global_step"] >= steps)
+
+
+def _asked(args: Any) -> dict[str, Any]:
+    return {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+
+
+def _write(path: Path, value: dict[str, Any], args: Any) -> None:
+    """Whole or not at all, by the first process."""
+    if args.process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))

@@ -1,0 +1,155 @@
+"""Log-probabilities that an API tells, by text or by name, to the cache that the live teacher would have made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from serving import KEY, Server
+from typer.testing import CliRunner
+
+import kdkernels as kd
+from kdkernels import cli
+from kdkernels.data.collator import Collator, view_of
+from kdkernels.data.tokenization import load_examples
+from kdkernels.teachers.cache import CacheError, open_cache
+from kdkernels.teachers.cache.api import TokenIds, from_replies, score
+from kdkernels.teachers.generate import requests_of, with_reply
+from kdkernels.teachers.live import LiveTeacher
+from kdkernels.teachers.local import LocalModel
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with Server.started(tmp_path) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> LocalModel:
+    return LocalModel(folder)
+
+
+def without_ids(tokens: Sequence[Any], **kept: bool) -> list[dict[str, Any]]:
+    """As a server tells them: by text (or by name), never by id."""
+
+    def token(t: Any) -> dict[str, Any]:
+        return {"token": f"token_id:{t['id']}" if kept.get("named") else t["token"], "logprob": t["logprob"]}
+
+    return [{**token(t), "top_logprobs": [token(a) for a in t["top_logprobs"]]} for t in tokens]
+
+
+@pytest.fixture(scope="module")
+def speaker() -> LocalModel:
+    """A model that says words with a space before them and hardly anything else, so that its text is cut into its own tokens again."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None  # a completions server takes the prompt as it is
+    model = tiny.model(len(tokenizer))
+    said = tokenizer([f" {word}" for word in tiny.WORDS], add_special_tokens=False)["input_ids"]
+    assert all(len(ids) == 1 for ids in said)
+    with torch.no_grad():
+        words = model.lm_head.weight[[ids[0] for ids in said]] * 3
+        model.lm_head.weight.mul_(0.1)
+        model.lm_head.weight[[ids[0] for ids in said]] = words
+    return LocalModel(model, tokenizer)
+
+
+def answered(speaker: LocalModel, log: Path, **how: bool) -> list[dict[str, Any]]:
+    rows = [{"prompt": f"{word} "} for word in tiny.WORDS]
+    replies = speaker.complete(requests_of(rows, max_tokens=8, temperature=0.0, logprobs=8), log)
+    return [
+        {**with_reply(row, reply), "teacher_logprobs": without_ids(reply.logprobs, **how)} for row, reply in zip(rows, replies, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_api_logprobs_become_the_cache_of_the_live_teacher(speaker: LocalModel, folder: Path, tmp_path: Path, named: bool) -> None:
+    rows = answered(speaker, tmp_path / "log", named=named)
+    data, out = tiny.write(tmp_path / "answers.jsonl", rows), tmp_path / "cache"
+    command = ["cache", "--from-replies", "--tokenizer", folder, "--data", data, "--out", out, "--precision", "float32"]
+    result = runner.invoke(cli.app, [str(a) for a in command])
+    assert result.exit_code == 0, result.output
+    cache, examples = open_cache(out, tiny.tokenizer()), load_examples(data, speaker.tokenizer)
+    live = LiveTeacher(speaker.model)
+    for row, example in zip(rows, examples, strict=True):
+        view = view_of(Collator(salt=cache.salt)([(example,)]), "teacher_")
+        found, truth = cache.targets(view), kd.topk_logprobs(live.targets(view), 8)
+        assert found.tail == "bucket"
+        told = len(row["teacher_logprobs"])
+        assert len(example.teacher_scored) == told + 1, "the end, of which the server says nothing"
+        assert (found.ids[told:] == -1).all()
+        # Half a character has no text: such an entry is in the tail.
+        texts = [[t["token"] for t in token["top_logprobs"]] for token in row["teacher_logprobs"]]
+        unknown = torch.tensor([[text == "\ufffd" for text in some] for some in texts]) & (not named)
+        for t in range(told):
+            kept = truth.ids[t][~unknown[t]]
+            assert found.ids[t][found.ids[t] >= 0].tolist() == kept.tolist()
+            torch.testing.assert_close(found.logprobs[t, : len(kept)], truth.logprobs[t][~unknown[t]], atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_are_found_by_text_bytes_and_name(local: LocalModel) -> None:
+    tokenizer = local.tokenizer
+    ids_of = TokenIds(tokenizer)
+    word = tokenizer(" quick", add_special_tokens=False)["input_ids"]
+    assert len(word) == 1, "the tokenizer of the tests knows its words"
+    assert ids_of({"token": " quick"}) == word[0]
+    assert ids_of({"token": "Ġquick"}) == word[0]
+    assert ids_of({"token": f"token_id:{word[0]}"}) == word[0]
+    assert ids_of({"token": "?", "bytes": list(b" quick")}) == word[0]
+    part = "é".encode()[:1]  # half a character has no text
+    assert tokenizer.convert_ids_to_tokens(ids_of({"token": "\ufffd", "bytes": list(part)})) == "Ã"
+    assert ids_of({"token": "\ufffd"}) is None
+    assert ids_of({"token": "not one token"}) is None
+    assert ids_of({"token": "</s>"}) == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_is_not_the_teachers_is_refused(speaker: LocalModel, tmp_path: Path) -> None:
+    rows = answered(speaker, tmp_path / "log")
+    other = tiny.tokenizer()
+    foreign = [{**row, "teacher_logprobs": [{**t, "token": t["token"] + "~"} for t in row["teacher_logprobs"]]} for row in rows]
+    with pytest.raises(CacheError, match="can't be mapped to ids"):
+        from_replies(foreign, load_examples(rows, other), other)
+    with pytest.raises(CacheError, match="row 1 has no teacher_logprobs"):
+        from_replies([{"prompt": "a", "response": "b"}], load_examples([{"prompt": "a", "response": "b"}], other), other)
+
+
+def test_prompt_logprobs_land_on_the_position_before(server: Server, tmp_path: Path, local: LocalModel, folder: Path) -> None:
+    rows = tiny.rows(8)
+    examples = load_examples(rows, local.tokenizer)
+    tops = score(server.model(api="completions"), examples, 4, tmp_path / "log")
+    for example, (ids, logprobs) in zip(examples, tops, strict=True):
+        assert ids.shape == logprobs.shape == (len(example.teacher_scored), 5)
+        # The server has the token itself as the likeliest, and then 0, 1, 2, 3.
+        scored = np.array([example.teacher_ids[u + 1] for u in example.teacher_scored])
+        assert (ids[:, 0] == scored).all()
+        assert np.allclose(logprobs[:, 0], -1.0)
+        assert [id for id in ids[0, 1:].tolist() if id >= 0] == [j for j in range(4) if j != scored[0]]
+        assert [p for id, p in zip(ids[0], logprobs[0], strict=True) if id >= 0][1:] == [-2.0 - j for j in range(4) if j != scored[0]]
+    data, out = tiny.write(tmp_path / "data.jsonl", rows), tmp_path / "cache"
+    command = ["cache", "--teacher", "m", "--base-url", server.url, "--tokenizer", folder, "--data", data, "-k", 4, "--out", out]
+    result = runner.invoke(cli.app, [str(a) for a in command])
+    assert result.exit_code == 0, result.output
+    cache = open_cache(out, local.tokenizer, teacher="m")
+    found = cache.targets(view_of(Collator(salt=cache.salt)([(e,) for e in examples]), "teacher_"))
+    assert (found.ids.numpy() == np.concatenate([ids for ids, _ in tops])).all()
+    assert KEY not in (tmp_path / "cache.log").read_text() + result.output
+    result = runner.invoke(cli.app, [str(a) for a in [*command[:-1], tmp_path / "small", "--vocab-size", 3]])
+    assert (result.exit_code, "is not one of 3 tokens" in result.output) == (2, True)

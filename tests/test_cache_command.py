@@ -1,0 +1,107 @@
+"""``kdkernels cache``: what it writes is what a trainer reads, and what it can't do it says in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from caches import bytes_of, view
+from typer.testing import CliRunner
+
+from kdkernels import cli
+from kdkernels.data.tokenization import load_examples
+from kdkernels.sides import LMHead
+from kdkernels.teachers.cache import CacheError, open_cache, read_text
+from kdkernels.teachers.cache.measure import measure
+from kdkernels.teachers.live import LiveTeacher
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+@pytest.fixture(scope="module")
+def text() -> Any:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("teacher") / "tiny-teacher")
+
+
+def run(*arguments: object) -> str:
+    result = runner.invoke(cli.app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled", "hidden"])
+def test_the_command_writes_what_a_trainer_reads(tmp_path: Path, folder: Path, text: Any, kind: str) -> None:
+    data, out = tiny.write(tmp_path / "data.jsonl", tiny.rows(9)), tmp_path / "out"
+    command = ["cache", "--teacher", folder, "--data", data, "--kind", kind, "-k", 5, "--out", out, "--batch-size", 3]
+    said = run(*command)
+    tokens = sum(len(e.teacher_scored) for e in load_examples(data, text))
+    each = {"topk": 5 * 6 + 4, "sampled": 5 * 6, "hidden": 32 * 4}[kind]
+    assert f"{kind}: 9 examples, {tokens} tokens of {each} bytes" in said
+    before = bytes_of(out)
+    run(*command)
+    assert bytes_of(out) == before
+    assert str(tmp_path) not in (out / "manifest.json").read_text(), "a cache can be handed on"
+    cache = open_cache(out, text, teacher="tiny-teacher")
+    found = cache.targets(view(load_examples(data, text), cache.salt))
+    if isinstance(found, LMHead):
+        truth = LiveTeacher(tiny.model(len(text))).targets(view(load_examples(data, text)[:3]))
+        assert torch.equal(found.hidden[: len(truth.hidden)], truth.hidden)
+        assert torch.equal(found.weight, truth.weight)
+    else:
+        assert found.ids.shape == (tokens, 5)
+
+
+def test_text_is_the_teachers_and_can_be_trained_on(tmp_path: Path, folder: Path, text: Any) -> None:
+    from kdkernels.teachers.local import LocalModel
+    from kdkernels.teachers.text import Request
+
+    rows = tiny.rows(5)
+    data, out = tiny.write(tmp_path / "data.jsonl", rows), tmp_path / "out"
+    said = run("cache", "--teacher", folder, "--data", data, "--kind", "text", "--max-new-tokens", 6, "--batch-size", 2, "--out", out)
+    assert "text: 5 rows" in said
+    made = read_text(out, text)
+    asked = [Request(str(i), row.get("messages") or [{"role": "user", "content": row["prompt"]}], 6) for i, row in enumerate(rows)]
+    replies = LocalModel(folder, batch_size=2).complete(asked, tmp_path / "log")
+    assert [row["response"] for row in made] == [reply.text for reply in replies]
+    assert [row.get("prompt") for row in made] == [row.get("prompt") for row in rows]
+    assert len(load_examples(out, text)) == 5, "the folder is data for training as it is"
+    with pytest.raises(CacheError, match="holds text"):
+        open_cache(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-k", 0], "-k"),
+        (["-k", 100000], "the vocabulary has"),
+        (["--temperature", 0], "--temperature 0"),
+        (["--kind", "hidden", "--temperature", 2], "means nothing for kind=hidden"),
+        (["--dtype", "int8"], "--dtype int8"),
+        (["--precision", "bfloat16"], "--precision bfloat16"),
+        (["--max-length", 3], "max_length=3"),
+        (["--vocab-size", 5000], "--vocab-size 5000"),
+    ],
+)
+def test_the_command_refuses_in_one_line(tmp_path: Path, folder: Path, arguments: list[object], message: str) -> None:
+    data = tiny.write(tmp_path / "data.jsonl", tiny.rows(3))
+    command = ["cache", "--teacher", folder, "--data", data, "--out", tmp_path / "out", *arguments]
+    result = runner.invoke(cli.app, [str(a) for a in command])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["topk", "hidden"])
+def test_the_measurement_runs(tmp_path: Path, kind: Any) -> None:
+    found = measure(tmp_path, tokens=1000, kind=kind, k=4, length=50)
+    assert found["raw bytes"] == 1000 * (28 if kind == "topk" else 128)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,124 @@
+"""Parameters of the head: tied, biased, adapted by PEFT, and each exact or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from families import build  # noqa: E402
+from tapped import IDS, ROWS, assert_is_the_model, loss_of  # noqa: E402
+
+from kdkernels.tap.head import HeadTap  # noqa: E402
+
+
+def test_tied_head_is_the_embeddings_parameter() -> None:
+    model = build("gemma")
+    side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
+    assert side.weight is model.model.embed_tokens.weight
+    assert_is_the_model(model)
+
+
+def test_bias() -> None:
+    model = build("phi")
+    assert HeadTap(model)(model, input_ids=IDS).side(ROWS).bias is model.lm_head.bias
+    assert_is_the_model(model)
+
+
+def lora(model: nn.Module, targets: list[str], **options: Any) -> Any:
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, **{"lora_dropout": 0.0, **options}))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return adapted
+
+
+def test_lora_on_the_body() -> None:
+    model = lora(build("llama"), ["q_proj", "v_proj"])
+    tap = assert_is_the_model(model)
+    assert not tap(model, input_ids=IDS).side(ROWS).weight.requires_grad
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"], ids=["plain", "bias", "soft cap"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
+def test_lora_on_the_head_is_exact(family: str, options: dict[str, Any]) -> None:
+    model = lora(build(family, tie_word_embeddings=False), ["q_proj", "lm_head"], **options)
+    assert_is_the_model(model)
+    assert any("lm_head" in name and p.grad.abs().max() > 0 for name, p in model.named_parameters() if p.grad is not None)
+
+
+def test_two_adapters_on_the_head() -> None:
+    model = lora(build("llama"), ["lm_head"])
+    model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=2, target_modules=["lm_head"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    assert_is_the_model(model)
+
+
+def test_dropout_of_an_adapter_on_the_head() -> None:
+    model = lora(build("llama"), ["lm_head"], lora_dropout=0.5).train()
+    tap = HeadTap(model)
+    tap(model, input_ids=IDS)
+    torch.manual_seed(3)
+    loss = tap(model, lambda tapped: loss_of(tapped.side().hidden.flatten(0, 1)[ROWS] @ tapped.side().weight.T), input_ids=IDS)
+    torch.manual_seed(3)
+    side = tap(model, input_ids=IDS).side()
+    torch.manual_seed(3)
+    logits = model(input_ids=IDS).logits  # one mask for all of [B, L], drawn at the same place
+    torch.testing.assert_close(side.hidden @ side.weight.T, logits)
+    assert loss.isfinite()
+
+
+def test_switched_off_and_merged_adapters() -> None:
+    model = lora(build("llama"), ["lm_head"])
+    tap = HeadTap(model)
+    tap(model, input_ids=IDS)
+    with model.disable_adapter():
+        side = tap(model, input_ids=IDS).side()
+        torch.testing.assert_close(side.hidden @ side.weight.T, model(input_ids=IDS).logits)
+    expected = model(input_ids=IDS).logits
+    model.merge_adapter()
+    side = tap(model, input_ids=IDS).side()
+    torch.testing.assert_close(side.hidden @ side.weight.T, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_on_the_head_falls_back() -> None:
+    model = lora(build("llama"), ["lm_head"], use_dora=True)
+    with pytest.warns(UserWarning, match="adapter 'default' of its head is DoraLinearVariant and not plain LoRA"):
+        side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
+    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
+
+
+def test_other_adapter_on_the_head_falls_back() -> None:
+    model = peft.get_peft_model(build("llama"), peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
+    with pytest.warns(UserWarning, match="and not LoRA"):
+        HeadTap(model)(model, input_ids=IDS)
+
+
+def test_adapter_that_comes_later_falls_back_where_it_must() -> None:
+    base = build("llama")
+    tap = HeadTap(base)
+    tap(base, input_ids=IDS)
+    model = lora(base, ["lm_head"], use_dora=True)
+    with pytest.warns(UserWarning, match="not plain LoRA"):
+        side = tap(model, input_ids=IDS).side(ROWS)
+    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
+
+
+def test_modules_to_save() -> None:
+    model = lora(build("llama"), ["q_proj"], modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    assert_is_the_model(model)
+    assert HeadTap(model)(model, input_ids=IDS).side(ROWS).weight.requires_grad
+
+
+def test_prompt_tuning_is_an_error() -> None:
+    model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="PromptTuningConfig prepends virtual tokens"):
+        HeadTap(model)

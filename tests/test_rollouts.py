@@ -1,0 +1,113 @@
+"""What the student writes itself: its prompts, its ends, its draws, and the steps that learn from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import Make, dense, make_rows, make_tokenizer, trainers
+
+pytest.importorskip("transformers")
+
+from kdkernels.trainer import DistillationTrainer
+from kdkernels.trainer.rollouts import rollouts
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def make(tokenizer: Any, tmp_path: Path) -> Make:
+    return trainers(tmp_path, tokenizer)
+
+
+def _rollouts(trainer: DistillationTrainer, count: int = 4, **options: Any) -> Any:
+    defaults = {"temperature": 1.0, "max_new_tokens": 6, "max_length": None, "vocab_size": None, "place": (0, 0, 0, 0)}
+    return rollouts(trainer.model, trainer.train_dataset[:count], trainer.tokenizer, **{**defaults, **options})
+
+
+def test_rollouts_keep_prompts_and_end_at_the_end_token(make: Make) -> None:
+    rows = make_rows(12)
+    rows[1]["teacher_prompt"] = "the cat sees"
+    trainer = make(rows=rows)
+    trainer.model.lm_head.weight.data[0] = 0.3 * trainer.model.lm_head.weight.data[1:].sum(0)  # some rollouts end
+    state = torch.get_rng_state()
+    trainer.model.train()
+    first = _rollouts(trainer, 12, max_new_tokens=30)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.model.training
+    lengths = set()
+    for (given,), (own,) in zip(trainer.train_dataset, first, strict=True):
+        cut, their = given.student_scored[0] + 1, given.teacher_scored[0] + 1
+        assert list(own.student_ids[:cut]) == list(given.student_ids[:cut])
+        assert list(own.teacher_ids[:their]) == list(given.teacher_ids[:their])
+        response = list(own.student_ids[cut:])
+        assert list(own.teacher_ids[their:]) == response
+        assert list(own.student_scored) == list(range(cut - 1, cut - 1 + len(response)))
+        assert 0 not in response[:-1]
+        assert response[-1] == 0 or len(response) == 30
+        lengths.add(len(response))
+    assert len(lengths) > 1
+    assert _rollouts(trainer, 12, max_new_tokens=30) == first
+    assert _rollouts(trainer, 12, max_new_tokens=30, place=(0, 1, 0, 0)) != first
+    assert max(len(e.student_ids) for (e,) in _rollouts(trainer, max_length=13, max_new_tokens=9)) <= 13
+    assert all(t < 30 for (e,) in _rollouts(trainer, vocab_size=30) for t in e.student_ids[e.student_scored[0] + 1 :])
+
+
+def test_left_padding_does_not_change_a_rollout(make: Make) -> None:
+    trainer = make()
+    together = _rollouts(trainer, temperature=0.0)
+    assert len({e.student_scored[0] for (e,) in together}) > 1
+    for number in range(4):
+        alone = rollouts(
+            trainer.model,
+            trainer.train_dataset[number : number + 1],
+            trainer.tokenizer,
+            temperature=0.0,
+            max_new_tokens=6,
+            max_length=None,
+            vocab_size=None,
+            place=(0,),
+        )
+        assert alone[0] == together[number]
+
+
+def test_on_policy_steps_count_and_score_rollouts(make: Make) -> None:
+    trainer = make(
+        on_policy_fraction=1.0,
+        max_new_tokens=5,
+        divergence="reverse_kl",
+        ce_weight=0.5,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+    )
+    seen: list[Any] = []
+    compute = trainer.compute_loss
+
+    def recorded(model: Any, inputs: Any, **keywords: Any) -> Any:
+        loss = compute(model, inputs, **keywords)
+        with torch.no_grad():
+            batch = {**inputs, "response": torch.zeros(inputs["scored"].numel())}  # no cross-entropy of its own words
+            seen.append((keywords["num_items_in_batch"], inputs["scored"].numel(), loss.detach(), dense(trainer, batch)))
+        return loss
+
+    trainer.compute_loss = recorded  # type: ignore[method-assign]
+    trainer.train()
+    total = sum(count for _, count, _, _ in seen)
+    assert len(seen) == 2
+    for items, _, loss, expected in seen:
+        assert items == total
+        torch.testing.assert_close(loss, expected / total, rtol=1e-10, atol=0)
+
+
+def test_the_mixture_follows_the_fraction(make: Make) -> None:
+    trainer = make(on_policy_fraction=0.5, max_new_tokens=2, max_steps=30, per_device_train_batch_size=1, dtype=torch.float32)
+    own: list[bool] = []
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, **k: (own.append(bool(inputs.get("on_policy"))), compute(model, inputs, **k))[1]  # type: ignore[method-assign]
+    trainer.train()
+    assert 8 <= sum(own) <= 22  # 30 fair coins: outside once in 500 seeds

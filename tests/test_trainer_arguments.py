@@ -1,0 +1,122 @@
+"""Arguments, teachers and examples that do not fit, each refused by name; arguments that survive JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import Make, make_model, make_rows, make_tokenizer, trainers
+
+pytest.importorskip("transformers")
+
+import kdkernels as kd
+from kdkernels.teachers.live import LiveTeacher
+from kdkernels.trainer import DistillationArguments, DistillationTrainer, load_examples
+from kdkernels.trainer.arguments import parse_divergence
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def make(tokenizer: Any, tmp_path: Path) -> Make:
+    return trainers(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "kl"}, "divergence 'kl' is unknown; valid names: forward_kl"),
+        ({"divergence": "jsd(gamma=1)"}, "divergence 'jsd' has no parameter 'gamma'; it has: beta"),
+        ({"divergence": "jsd(0.3)"}, "can't be read: write a name, or a name with parameters such as"),
+        ({"divergence": "jsd(beta=1)"}, "in the open interval"),
+        ({"temperature": 0}, "temperature must be finite and > 0, got 0"),
+        ({"ce_weight": -1}, "ce_weight must be finite and >= 0, got -1"),
+        ({"kd_weight": 0}, "are all 0"),
+        ({"on_policy_fraction": 1.5}, "on_policy_fraction is a share, from 0 to 1, got 1.5"),
+        ({"on_policy_fraction": 0.5, "kd_weight": 0, "ce_weight": 1}, "learns from the divergence only"),
+        ({"max_length": 0}, "max_length must be an integer >= 1, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 1, got 2.5"),
+        ({"overlong": "cut"}, "overlong must be one of error, drop, truncate, got 'cut'"),
+        ({"ensemble_mode": "mean"}, "ensemble_mode must be one of probs, logits, got 'mean'"),
+        ({"memory_budget": -1}, "memory_budget must be a positive int"),
+        ({"remove_unused_columns": True}, "would remove the teacher's view"),
+        ({"label_smoothing_factor": 0.1}, "no label smoothing"),
+        ({"max_length": 1000}, r"max_length=1000, but a model takes 128 tokens \(its max_position_embeddings\)"),
+        ({"feature_layers": [0, 1]}, r"feature_layers=\[0, 1\]: give \(student, teacher\) pairs"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length' is not supported"),
+        ({"feature_weight": 1.0, "feature_layers": {0: 7}}, "names layer 7 of the teacher, which has 2"),
+    ],
+)
+def test_arguments_that_make_no_sense(make: Make, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_arguments_survive_json(tmp_path: Path) -> None:
+    for given, kept in (
+        (kd.JSD(beta=0.3), "jsd(beta=0.3)"), ("jsd(beta=0.5)", "jsd"),
+        ({"name": "logit_mse", "centered": True}, "logit_mse(centered=True)"),
+        (kd.ABDivergence(0.5, 0.25), "ab_divergence(alpha=0.5, beta=0.25)"), ("reverse_kl", "reverse_kl"),
+    ):  # fmt: skip
+        args = DistillationArguments(output_dir=str(tmp_path), divergence=given, use_cpu=True)
+        assert json.loads(args.to_json_string())["divergence"] == kept
+        assert parse_divergence(args.divergence) == parse_divergence(given)
+
+
+def test_teachers_that_can_not_serve(make: Make) -> None:
+    class Cache:
+        vocab_size = 192
+        salt = "s"
+
+        def targets(self, view: Any) -> None:
+            raise KeyError(view.keys[0])
+
+    with pytest.raises(TypeError, match="teacher must be a model, a list of models or a teacher source"):
+        make(teacher=3)
+    for options, message in (
+        ({"on_policy_fraction": 0.5}, "on_policy_fraction=0.5 needs a teacher that runs"),
+        ({"feature_weight": 0.5}, "feature_weight=0.5 needs a teacher that runs"),
+        ({"kd_on_prompt": True}, "a cache holds targets of responses only"),
+        ({"vocab_size": 100}, "the teacher's targets are over 192 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(teacher=Cache(), **options)
+    trainer = make(teacher=Cache())
+    with pytest.raises(KeyError) as error:
+        trainer.train()
+    assert error.value.args[0] in [e.key("s") for (e,) in trainer.train_dataset]
+    student = make_model(16)
+    with pytest.raises(ValueError, match="teacher is the student itself"):
+        make(student=student, teacher=student)
+    two = [make_model(24, seed=s, dtype=torch.float64) for s in (2, 3)]
+    with pytest.raises(ValueError, match="needs one teacher"):
+        make(teacher=two, feature_weight=1.0)
+    with pytest.raises(ValueError, match="several teachers need mode='probs'"):
+        LiveTeacher(two)
+
+
+def test_the_trainer_asks_for_what_it_needs(tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    with pytest.raises(TypeError, match="args must be DistillationArguments, got TrainingArguments"):
+        DistillationTrainer(model=make_model(), args=TrainingArguments(str(tmp_path)), processing_class=tokenizer)
+    with pytest.raises(TypeError, match=r"train_dataset is a mapping \(train, test\)"):
+        DistillationTrainer(make_model(), None, DistillationArguments(str(tmp_path)), {"train": [], "test": []}, processing_class=tokenizer)
+    with pytest.raises(TypeError, match="processing_class is missing"):
+        DistillationTrainer(model=make_model(), args=DistillationArguments(str(tmp_path)))
+
+
+def test_examples_are_taken_as_they_are(make: Make, tokenizer: Any) -> None:
+    examples = load_examples(make_rows(3), tokenizer)
+    assert make(rows=examples).train_dataset == [(e,) for e in examples]
+    assert math.isfinite(make(rows=examples).train().training_loss)
+    longest = max(map(len, examples))
+    with pytest.raises(ValueError, match=f"an example has {longest} tokens, more than max_length={longest - 1}"):
+        make(rows=examples, max_length=longest - 1)
