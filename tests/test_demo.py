@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from kdkernels import cli
+from kdkernels import cli, memory
 from kdkernels.demo import compare, corpus, figures, report, run, train
 from kdkernels.demo.settings import DemoError, LossShape, ModelSize, Settings
 
@@ -290,7 +290,7 @@ def test_samples_are_summed_up_by_their_medians() -> None:
 
 def test_peak_memory_rises_with_what_is_held() -> None:
     script = (
-        "import torch; from kdkernels.demo.compare import peak_bytes; d = torch.device('cpu')\n"
+        "import torch; from kdkernels.memory import peak_bytes; d = torch.device('cpu')\n"
         "before = peak_bytes(d); x = torch.ones(64 * 2**20, dtype=torch.uint8); del x; print(peak_bytes(d) - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -300,10 +300,10 @@ def test_peak_memory_rises_with_what_is_held() -> None:
 @pytest.mark.parametrize(("platform", "unit"), [("freebsd", 1024), ("darwin", 1), ("win32", None)])
 def test_peak_memory_of_other_systems(monkeypatch: pytest.MonkeyPatch, platform: str, unit: int | None) -> None:
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(compare, "Path", lambda name: SimpleNamespace(exists=lambda: False))
-    monkeypatch.setattr(compare.sys, "platform", platform)
+    monkeypatch.setattr(memory, "Path", lambda name: SimpleNamespace(exists=lambda: False))
+    monkeypatch.setattr(memory.sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7))
-    assert compare.peak_bytes(torch.device("cpu")) == (None if unit is None else 7 * unit)
+    assert memory.peak_bytes(torch.device("cpu")) == (None if unit is None else 7 * unit)
 
 
 # All of it

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..memory import peak_bytes
 from . import variants
 from .cases import Case, Inputs, build
 from .peers import PEERS
@@ -318,13 +319,11 @@ def _reset_peak(device: str) -> None:
 
 
 def _peak_bytes(device: str) -> int:
-    """Peak memory of this process: resident on the CPU, allocated by torch on CUDA."""
     if device != "cpu":
         torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated())
-    # Not ru_maxrss: a forked process begins with its parent's.
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
+    peak = peak_bytes(torch.device(device))
+    assert peak is not None, "a system that can reset its peak can say it"
+    return peak
 
 
 def _peak_of(make: Callable[[], Step], inputs: Inputs, device: str) -> int | None:

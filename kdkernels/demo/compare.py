@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import LMHead, distillation_loss, plan
+from ..memory import peak_bytes
 from .settings import LossShape, Settings
 
 __all__ = ["LOSSES", "Measurement", "measure"]
@@ -105,23 +105,6 @@ def _summary(outcomes: list[Sample | str]) -> Measurement:
     peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
     peak = int(statistics.median(peaks)) if peaks else None
     return Measurement(samples[0].backend, samples[0].value, seconds, statistics.median(seconds), peak)
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """Peak memory of this process so far: resident on the CPU, allocated by torch on CUDA. None: the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: a process that was forked begins with its parent's.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def run(job: Job) -> Sample:

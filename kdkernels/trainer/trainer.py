@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import Trainer
 from ..data.collator import Collator, pack, pad_id
 from ..data.example import Example
 from ..data.tokenization import load_examples
+from ..memory import peak_bytes
 from ..tap.head import HeadTap
 from ..tap.packing import check_packing
 from ..tap.patching import unwrap
@@ -155,12 +155,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _check_packing(self, model: nn.Module) -> None:
-        if not self._checked:
-            check_packing(self.objective.tap, model, self.args.device)
-            if isinstance(self.teacher, LiveTeacher):
-                for tap, teacher in zip(self.teacher.taps, self.teacher.models, strict=True):
-                    check_packing(tap, teacher, next(teacher.parameters()).device)
-            self._checked = True
+        if self._checked:
+            return
+        check_packing(self.objective.tap, model, self.args.device)
+        if isinstance(self.teacher, LiveTeacher):
+            for tap, teacher in zip(self.teacher.taps, self.teacher.models, strict=True):
+                check_packing(tap, teacher, next(teacher.parameters()).device)
+        self._checked = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms of the loss, averaged over the scored tokens of all ranks since the last log, and speed and memory."""
@@ -171,7 +172,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             logs.pop("objective")  # the loss of the base class says it, averaged over steps
             logs["valid_tokens"] = tokens = logs.pop("tokens")
             logs["tokens_per_second"] = tokens / max(now - self._logged_at, 1e-9)
-            logs["peak_memory_mib"] = _peak_memory(self.args.device) / 2**20
+            if (peak := peak_bytes(self.args.device)) is not None:
+                logs["peak_memory_mib"] = peak / 2**20
             self._sums.zero_()
             self._logged_at = now
         super().log(logs, start_time)
@@ -244,14 +246,3 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super()._load_best_model()
         if self.objective.features is not None:
             self.objective.features.load(self.state.best_model_checkpoint)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator, or on a CPU of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
