@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from kdkernels.cli import app
+from kdkernels.train.callbacks import Interrupt
 from kdkernels.train.command import EPILOG
+from kdkernels.train.run import last_checkpoint
 from kdkernels.trainer import DistillationArguments
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +181,32 @@ def test_an_interrupted_run_saves_a_checkpoint(home: Path, tmp_path: Path) -> No
     AutoModelForCausalLM.from_pretrained(out / f"checkpoint-{step}")
     assert json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())["global_step"] == step
     assert not (out / "summary.json").exists()
+
+
+def test_ctrl_c_stops_after_a_step_and_a_second_one_at_once() -> None:
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupt.stopped, "after the last step nothing is interrupted"
+        interrupt.on_step_end(SimpleNamespace(world_size=1), None, control)
+        assert interrupt.stopped
+        assert control.should_save
+        assert control.should_training_stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_that_another_process_still_writes_is_not_the_last_and_stays(tmp_path: Path) -> None:
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for rank in range(2 if step == 5 else 1):
+            (folder / f"rng_state_{rank}.pth").touch()
+    assert last_checkpoint(tmp_path, 2) == tmp_path / "checkpoint-5"
+    assert last_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-10"
+    assert last_checkpoint(tmp_path / "fresh", 1) is None
 
 
 def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:

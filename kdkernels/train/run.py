@@ -18,7 +18,7 @@ from .loading import cache_of, model_of, tokenizer_of
 from .settings import Settings, TrainError
 from .summary import figure_of, finite, show, training_log
 
-__all__ = ["run"]
+__all__ = ["last_checkpoint", "run"]
 
 RECORD, SUMMARY = "run.json", "summary.json"
 
@@ -37,7 +37,7 @@ def run(settings: Settings, console: Console) -> int:
     transformers.logging.disable_progress_bar()
     out = Path(args.output_dir)
     record = _record(out, settings)
-    checkpoint = _last_checkpoint(out, args.world_size)
+    checkpoint = last_checkpoint(out, args.world_size)
     if record is not None and (out / SUMMARY).is_file():
         summary = json.loads((out / SUMMARY).read_text())
         if summary["asked"] == _asked(args):
@@ -80,7 +80,7 @@ def run(settings: Settings, console: Console) -> int:
         return 130
     after = trainer.evaluate() if settings.eval_data else None
     trainer.save_model()
-    last = _last_checkpoint(out, args.world_size)
+    last = last_checkpoint(out, args.world_size)
     summary = {
         "asked": _asked(args), "steps": trainer.state.global_step, "before": record["before"], "after": after and finite(after),
         "model": str(out), "checkpoint": None if last is None else str(last),
@@ -121,7 +121,8 @@ def _checkpoints(out: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
-def _last_checkpoint(out: Path, ranks: int) -> Path | None:
+def last_checkpoint(out: Path, ranks: int) -> Path | None:
+    """The newest that every one of ``ranks`` processes has written whole."""
     return next((path for path in _checkpoints(out) if _whole(path, ranks)), None)
 
 
