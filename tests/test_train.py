@@ -27,7 +27,7 @@ from kdkernels.cli import app
 from kdkernels.train.callbacks import Interrupt
 from kdkernels.train.command import EPILOG
 from kdkernels.train.run import last_checkpoint
-from kdkernels.trainer import DistillationArguments
+from kdkernels.trainer import DistillationArguments, load_examples
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,7 +78,6 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def held_out_loss(home: Path, model: Path) -> float:
     """The dense formula over the held-out rows, each alone."""
     import kdkernels as kd
-    from kdkernels.trainer import load_examples
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(path).double() for path in (model, home / "teacher"))
     total, tokens = 0.0, 0
@@ -228,6 +227,8 @@ def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
         assert settings.teacher == [str(home / "teacher")]
         assert (settings.args.max_steps, settings.args.learning_rate, settings.args.divergence) == (2, 1e-3, "jsd(beta=0.3)")
         assert (settings.args.t_squared, settings.args.packing, settings.args.disable_tqdm) == (False, True, True)
+    mixed = read_settings(read_config(tmp_path / "run.yaml"), {}, ["--bf16", "--use-cpu"])
+    assert [dtype for _, _, dtype in mixed.models] == ["float32", "auto", "auto"]
     result = train("train", "--config", str(tmp_path / "run.yaml"), "--teacher", str(home / "teacher"), "--max-steps", "2")
     assert result.exit_code == 0, result.output
     assert "No held-out loss: no --eval-data was given. Training loss" in result.output
@@ -242,6 +243,10 @@ def test_a_plan_trains_and_writes_nothing(home: Path, tmp_path: Path) -> None:
     assert "steps: 30 of 8 rows each, 3.75 epochs" in result.output
     assert str(home / "teacher") in result.output
     assert "MiB of buffers, where dense logits take" in result.output
+    every = train(*options(home, out, "--plan", "--kd-on-prompt", "--student-dtype", "bfloat16"))
+    rows = load_examples(home / "train.jsonl", make_tokenizer())
+    assert f"{sum(len(e.student_ids) - 1 for e in rows):,} of them scored" in every.output
+    assert "GiB in bfloat16, 192 columns" in every.output
 
 
 @pytest.mark.parametrize(

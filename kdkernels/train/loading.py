@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data.agreement import check_templates, check_tokenizers
 from .settings import Settings, TrainError
+
+if TYPE_CHECKING:
+    from ..teachers.cache import CachedTeacher
 
 __all__ = ["cache_of", "load", "model_of", "tokenizer_of"]
 
@@ -18,21 +21,23 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 def tokenizer_of(settings: Settings) -> Any:
     """The student's, once it is known that the teachers' agree with it; a folder that holds none is taken to have the others'."""
-    paths = [("student", settings.student), *(("teacher", path) for path in settings.teacher)]
     having = [
-        (role, path) for role, path in paths if not Path(path).is_dir() or any(Path(path, name).is_file() for name in TOKENIZER_FILES)
+        (role, path)
+        for role, path, _ in settings.models
+        if not Path(path).is_dir() or any(Path(path, name).is_file() for name in TOKENIZER_FILES)
     ]
     if not having:
         raise TrainError(f"--student {settings.student}: the folder holds no tokenizer: save it there with tokenizer.save_pretrained")
-    tokenizer = load(AutoTokenizer, having[0][1], having[0][0])
+    tokenizer = load(AutoTokenizer, *having[0])
     for role, path in having[1:]:
-        other = load(AutoTokenizer, path, role)
+        other = load(AutoTokenizer, role, path)
         check_tokenizers(tokenizer, other)
         check_templates(tokenizer, other, settings.data)
     return tokenizer
 
 
-def cache_of(settings: Settings, tokenizer: Any) -> Any:
+def cache_of(settings: Settings, tokenizer: Any) -> CachedTeacher:
+    """The cache in the teacher's place, once it is known to be whole and made with this tokenizer."""
     from ..teachers.cache import CacheError, open_cache
 
     try:
@@ -41,11 +46,17 @@ def cache_of(settings: Settings, tokenizer: Any) -> Any:
         raise TrainError(f"--cache {settings.cache}: {error}") from error
 
 
-def model_of(path: str, role: str, dtype: str) -> Any:
-    return load(AutoModelForCausalLM, path, role, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+def model_of(role: str, path: str, dtype: str) -> Any:
+    """A model with its weights, in its own dtype with "auto"."""
+    return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
 
 
-def load(cls: Any, path: str, role: str, **options: Any) -> Any:
+def load(cls: Any, role: str, path: str, **options: Any) -> Any:
+    """What ``cls.from_pretrained`` makes of a folder or hub name.
+
+    Raises:
+        TrainError: naming the option, ``--role``.
+    """
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise TrainError(f"--{role} {path}: no such folder")
     try:

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import losses
-from ..data.collator import pack
+from ..data.collator import pack, with_prompt
 from ..data.example import Example
 from ..data.tokenization import load_examples
 from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
@@ -31,26 +31,17 @@ def plan(settings: Settings, console: Console) -> None:
     args = settings.args
     transformers.logging.set_verbosity_error()
     tokenizer = tokenizer_of(settings)
-    models = [
-        ("student", settings.student, settings.student_dtype),
-        *(("teacher", path, settings.teacher_dtype) for path in settings.teacher),
-    ]
-    skeletons = [_skeleton(path, role) for role, path, _ in models]
+    skeletons = [_skeleton(role, path) for role, path, _ in settings.models]
     cache = cache_of(settings, tokenizer) if settings.cache else None
     limit = longest(args.max_length, args.packing, skeletons)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong)
-    for (role, path, dtype), model in zip(models, skeletons, strict=True):
+    if args.kd_on_prompt:
+        examples = list(map(with_prompt, examples))
+    for (role, path, dtype), model in zip(settings.models, skeletons, strict=True):
         count = sum(p.numel() for p in model.parameters())
-        kept = (
-            dtype
-            if dtype != "auto"
-            else "float32"
-            if role == "student" and (args.bf16 or args.fp16)
-            else str(model.config.dtype or torch.float32)
-        )
-        kept = kept.removeprefix("torch.")
+        kept = str(model.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
         size = count * getattr(torch, kept).itemsize / 2**30
         console.print(
             f"{role}: {path}, {count / 1e6:,.1f} M parameters, {size:,.2f} GiB in {kept}, {logit_columns(model):,} columns of logits"
@@ -72,8 +63,8 @@ def plan(settings: Settings, console: Console) -> None:
     _plan_memory(args, skeletons, cache, rows, console)
 
 
-def _skeleton(path: str, role: str) -> Any:
-    config = load(AutoConfig, path, role)
+def _skeleton(role: str, path: str) -> Any:
+    config = load(AutoConfig, role, path)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -48,16 +48,12 @@ def run(settings: Settings, console: Console) -> int:
         for half_written in takewhile(lambda path: not _whole(path, args.world_size), _checkpoints(out)):  # by a killed process
             shutil.rmtree(half_written)
     tokenizer = tokenizer_of(settings)
-    teacher = cache_of(settings, tokenizer) if settings.cache else None
-    # Autocast wants float32 to update, whatever the checkpoint was saved in.
-    dtype = "float32" if settings.student_dtype == "auto" and (args.bf16 or args.fp16) else settings.student_dtype
-    student = model_of(settings.student, "student", dtype)
-    if settings.teacher:
-        teacher = [model_of(path, "teacher", settings.teacher_dtype) for path in settings.teacher]
+    cache = cache_of(settings, tokenizer) if settings.cache else None
+    student, *teachers = [model_of(*model) for model in settings.models]
     progress, interrupt = Bar(console), Interrupt()
     trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=args, train_dataset=settings.data, eval_dataset=settings.eval_data, processing_class=tokenizer,
-        callbacks=[progress, interrupt],
+        model=student, teacher=teachers or None if cache is None else cache, args=args, train_dataset=settings.data,
+        eval_dataset=settings.eval_data, processing_class=tokenizer, callbacks=[progress, interrupt],
     )  # fmt: skip
     for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if args.disable_tqdm else [])):
         trainer.remove_callback(callback)

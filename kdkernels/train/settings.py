@@ -42,6 +42,14 @@ class Settings:
     teacher_dtype: str = "auto"
     args: Any = None
 
+    @property
+    def models(self) -> list[tuple[str, str, str]]:
+        """Role, path and dtype: of the student, then of each teacher."""
+        # Autocast wants float32 to update, whatever the checkpoint was saved in.
+        autocast = self.student_dtype == "auto" and (self.args.bf16 or self.args.fp16)
+        student = "student", self.student, "float32" if autocast else self.student_dtype
+        return [student, *(("teacher", path, self.teacher_dtype) for path in self.teacher)]
+
     def identity(self) -> dict[str, Any]:
         """What the results depend on, data by its content."""
         fields = json.loads(self.args.to_json_string())
@@ -103,7 +111,7 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     except (ValueError, TypeError, ImportError) as error:
         raise TrainError(" ".join(str(error).split())) from error
     args = settings.args
-    for role, path in (("student", settings.student), *(("teacher", path) for path in settings.teacher)):
+    for role, path, _ in settings.models:
         if Path(path).exists() and Path(path).resolve() == Path(args.output_dir).resolve():
             raise TrainError(f"--output-dir {args.output_dir} is the --{role}, which would be overwritten: choose another folder")
     if settings.cache and settings.teacher:
