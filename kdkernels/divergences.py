@@ -15,10 +15,12 @@ gives mass to a column where the student has none makes ForwardKL infinite, as i
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +37,9 @@ __all__ = [
     "SkewReverseKL",
     "SymmetricKL",
     "TotalVariation",
+    "parse",
     "resolve",
+    "spelled",
 ]
 
 Normalizer = Literal["softmax", "mean", "none"]
@@ -422,3 +426,45 @@ def resolve(divergence: object) -> Divergence:
     if isinstance(divergence, type) and issubclass(divergence, Divergence):
         raise TypeError(f"divergence must be an instance: write {divergence.__name__}() instead of {divergence.__name__}")
     raise TypeError(f"divergence must be a name or a kdkernels divergence, got {type(divergence).__name__}")
+
+
+def parse(value: object) -> Divergence:
+    """A divergence from itself, a name, a name with parameters ``"jsd(beta=0.3)"``, or a mapping ``{"name": "jsd", "beta": 0.3}``.
+
+    Raises:
+        ValueError: no such name or parameter, or a parameter out of range; the message says what is valid.
+        TypeError: none of these.
+    """
+    if isinstance(value, Mapping):
+        parameters = dict(value)
+        name = parameters.pop("name", None)
+    elif isinstance(value, str) and "(" in value:
+        name, parameters = _call(value)
+    else:
+        return resolve(value)
+    cls = type(resolve(name))
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := [p for p in parameters if p not in known]:
+        raise ValueError(f"divergence {name!r} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+    return cls(**parameters)
+
+
+def _call(text: str) -> tuple[str, dict[str, Any]]:
+    """``"jsd(beta=0.3)"`` as ``("jsd", {"beta": 0.3})``."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args and all(k.arg for k in call.keywords)):
+            raise ValueError
+        return call.func.id, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f"divergence {text!r} can't be read: write a name, or a name with parameters such as 'jsd(beta=0.3)'; "
+            f"names: {', '.join(REGISTRY)}"
+        ) from None
+
+
+def spelled(divergence: Divergence) -> str:
+    """The inverse of ``parse``: a string, so that arguments can be kept as JSON."""
+    values = dataclasses.asdict(divergence)
+    changed = {k: v for k, v in values.items() if v != getattr(type(divergence)(), k)}
+    return divergence.name + (f"({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else "")

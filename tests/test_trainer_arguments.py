@@ -14,9 +14,9 @@ from training import Make, make_model, make_rows, make_tokenizer, trainers
 pytest.importorskip("transformers")
 
 import kdkernels as kd
+from kdkernels.divergences import parse
 from kdkernels.teachers.live import LiveTeacher
 from kdkernels.trainer import DistillationArguments, DistillationTrainer, load_examples
-from kdkernels.trainer.arguments import parse_divergence
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_arguments_survive_json(tmp_path: Path) -> None:
     ):  # fmt: skip
         args = DistillationArguments(output_dir=str(tmp_path), divergence=given, use_cpu=True)
         assert json.loads(args.to_json_string())["divergence"] == kept
-        assert parse_divergence(args.divergence) == parse_divergence(given)
+        assert parse(args.divergence) == parse(given)
 
 
 def test_teachers_that_can_not_serve(make: Make) -> None:

@@ -141,7 +141,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 
 
 def dense(trainer: DistillationTrainer, batch: dict[str, Any]) -> Tensor:
     """The loss summed over tokens as the papers write it, from whole logits."""
-    from kdkernels.trainer.arguments import parse_divergence
+    from kdkernels.divergences import parse
 
     args, student = trainer.args, trainer.model
     z = [
@@ -151,7 +151,7 @@ def dense(trainer: DistillationTrainer, batch: dict[str, Any]) -> Tensor:
         for model, p in ((student, ""), (trainer.teacher.models[0], "teacher_"))
     ]
     log_q, log_p = (torch.log_softmax(x / args.temperature, -1) for x in z)
-    divergence = parse_divergence(args.divergence).reference(log_q, log_p.detach()).sum(-1)
+    divergence = parse(args.divergence).reference(log_q, log_p.detach()).sum(-1)
     labels = batch["input_ids"].flatten()[batch["scored"] + 1]
     ce = torch.nn.functional.cross_entropy(z[0], labels, reduction="none")
     if "response" in batch:

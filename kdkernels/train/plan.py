@@ -16,9 +16,9 @@ from .. import losses
 from ..data.collator import pack, with_prompt
 from ..data.example import Example
 from ..data.tokenization import load_examples
+from ..divergences import parse
 from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
 from ..tap.weights import logit_columns
-from ..trainer.arguments import parse_divergence
 from ..trainer.setup import longest
 from .loading import cache_of, load, tokenizer_of
 from .settings import Settings
@@ -85,7 +85,7 @@ def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence
     if cache is not None and cache.kind != "hidden":
         ids = torch.empty(sum(largest), cache.manifest.identity.k, dtype=torch.int64, device="meta")
         theirs = TopK(ids, ids.float(), temperature=args.temperature) if cache.kind == "topk" else Sampled(ids, ids)
-    found = losses.plan(ours, theirs, divergence=parse_divergence(args.divergence), memory_budget=args.memory_budget, return_stats=True)
+    found = losses.plan(ours, theirs, divergence=parse(args.divergence), memory_budget=args.memory_budget, return_stats=True)
     trainable = sum(p.numel() for p in student.parameters())
     console.print(
         f"loss: at most {sum(largest):,} scored tokens in a batch, in {found.num_chunks} chunk{'s' if found.num_chunks != 1 else ''}: "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,56 +9,14 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
-from ..divergences import REGISTRY, Divergence, resolve
+from ..divergences import REGISTRY, parse, spelled
 from ..validation import check_choices
 from .features import FeatureLoss
 
-__all__ = ["DistillationArguments", "parse_divergence"]
+__all__ = ["DistillationArguments"]
 
 Overlong = Literal["error", "drop", "truncate"]
 EnsembleMode = Literal["probs", "logits"]
-
-
-def parse_divergence(value: Any) -> Divergence:
-    """A divergence from itself, a name, a name with parameters ``"jsd(beta=0.3)"``, or a mapping ``{"name": "jsd", "beta": 0.3}``.
-
-    Raises:
-        ValueError: no such name or parameter, or a parameter out of range; the message says what is valid.
-        TypeError: none of these.
-    """
-    if isinstance(value, Mapping):
-        parameters = dict(value)
-        name = parameters.pop("name", None)
-    elif isinstance(value, str) and "(" in value:
-        name, parameters = _call(value)
-    else:
-        return resolve(value)
-    cls = type(resolve(name))
-    known = [f.name for f in dataclasses.fields(cls)]
-    if unknown := [p for p in parameters if p not in known]:
-        raise ValueError(f"divergence {name!r} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
-    return cls(**parameters)
-
-
-def _call(text: str) -> tuple[str, dict[str, Any]]:
-    """``"jsd(beta=0.3)"`` as ``("jsd", {"beta": 0.3})``."""
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args and all(k.arg for k in call.keywords)):
-            raise ValueError
-        return call.func.id, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError):
-        raise ValueError(
-            f"divergence {text!r} can't be read: write a name, or a name with parameters such as 'jsd(beta=0.3)'; "
-            f"names: {', '.join(REGISTRY)}"
-        ) from None
-
-
-def _text(divergence: Divergence) -> str:
-    """The inverse of ``parse_divergence``: a string, so that arguments can be kept as JSON."""
-    values = dataclasses.asdict(divergence)
-    changed = {k: v for k, v in values.items() if v != getattr(type(divergence)(), k)}
-    return divergence.name + (f"({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else "")
 
 
 def _pairs(layers: Any) -> str:
@@ -122,7 +78,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
 
     def __post_init__(self) -> None:
-        self.divergence = _text(parse_divergence(self.divergence))
+        self.divergence = spelled(parse(self.divergence))
         self._check_numbers()
         if getattr(self, "data_seed", None) is None:  # else the order of the data would follow whatever seed torch was given last
             self.data_seed = self.seed

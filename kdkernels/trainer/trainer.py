@@ -13,13 +13,14 @@ from transformers import Trainer
 from ..data.collator import Collator, pack, pad_id
 from ..data.example import Example
 from ..data.tokenization import load_examples
+from ..divergences import parse
 from ..memory import peak_bytes
 from ..tap.head import HeadTap
 from ..tap.packing import check_packing
 from ..tap.patching import unwrap
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
-from .arguments import DistillationArguments, parse_divergence
+from .arguments import DistillationArguments
 from .features import PROJECTORS, FeatureTap
 from .objective import TERMS, Objective
 from .rollouts import chosen, rollouts
@@ -67,7 +68,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.max_length = longest(args.max_length, args.packing, [model, *live])
         features = FeatureTap(model, live[0], args.feature_layers, args.feature_loss) if args.feature_weight > 0 else None
         self.objective = Objective(
-            HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse_divergence(args.divergence),
+            HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse(args.divergence),
             args.temperature, args.t_squared, args.kd_weight, args.ce_weight, args.memory_budget,
         )  # fmt: skip
         attention = str(getattr(unwrap(model).config, "_attn_implementation", ""))
