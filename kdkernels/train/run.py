@@ -76,6 +76,7 @@ def run(settings: Settings, console: Console) -> int:
         return 130
     after = trainer.evaluate() if settings.eval_data else None
     trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # each process adds its random state to the last checkpoint
     last = last_checkpoint(out, args.world_size)
     summary = {
         "asked": _asked(args), "steps": trainer.state.global_step, "before": record["before"], "after": after and finite(after),
