@@ -23,8 +23,8 @@ template <class Real> KD_INLINE Mixture<Real> mixture(Real weight_q, Real weight
     const Real ratio = log_q - log_p;
     const bool q_larger = ratio >= Real(0);
     const Real share = q_larger ? weight_p : weight_q, rest = q_larger ? weight_q : weight_p;  // of the smaller, of the larger
-    const Real lost = share * expm1(-magnitude(ratio));                                      // m / larger - 1
-    const Real direct = rest + share * exp(-magnitude(ratio));                               // m / larger
+    const Exponential<Real> smaller = exponential<Sign::negative>(-magnitude(ratio));        // over the larger
+    const Real lost = share * smaller.less_one, direct = rest + share * smaller.whole;       // m / larger - 1, m / larger
     const Real log_m = log1p_or_log(lost, direct);
     return {q_larger ? -log_m : ratio - log_m, q_larger ? -ratio - log_m : -log_m};
 }
@@ -101,19 +101,23 @@ struct TotalVariation : SlopeSumUnknown {
     }
 };
 
+// APART of kdkernels/divergences.py.
+template <class Real> constexpr Real kApart = Real(-1);
+
 struct AlphaDivergence : SlopeSumUnknown {
     static constexpr int id = 7;
     static constexpr const char* name = "alpha_divergence";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
-        const Real ratio = log_q - log_p;
+        const Real ratio = log_q - log_p, size = -magnitude(ratio), per_value = Real(-1) / (a * rest), per_slope = Real(-1) / a;
         const bool q_larger = ratio >= Real(0);
-        const Real larger = q_larger ? q : p;
-        const Real size = q_larger ? -ratio : ratio;
+        const Real larger = q > p ? q : p;
         const Real power = q_larger ? a : rest;
-        const Real grown = expm1(power * size), shrunk = expm1(size);
+        const Exponential<Real> grown = exponential(power * size);
+        const Real shrunk = exponential<Sign::negative>(size).less_one;
+        const Real close = (grown.less_one - (q_larger ? Real(0) : shrunk)) * larger;
+        const Real slope = (ratio < kApart<Real> ? larger * grown.whole - q : close) * per_slope;
+        const Real value = (grown.less_one - power * shrunk) * larger * per_value;
         const bool empty = larger == Real(0);
-        const Real value = (grown - power * shrunk) * larger / (-a * rest);
-        const Real slope = (q_larger ? grown : grown - shrunk) * larger / -a;
         return {empty ? Real(0) : value, empty ? Real(0) : slope};
     }
 };
@@ -122,16 +126,16 @@ struct ABDivergence : SlopeSumUnknown {
     static constexpr int id = 8;
     static constexpr const char* name = "ab_divergence";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real b) {
-        const Real total = a + b;
-        const Real ratio = log_q - log_p;
+        const Real total = a + b, share_p = a / total, share_q = b / total, per_value = Real(-1) / (a * b), per_slope = Real(-1) / a;
+        const Real ratio = log_q - log_p, size = total * -magnitude(ratio);
         const bool q_larger = ratio >= Real(0);
-        const Real larger = exp(total * (q_larger ? log_q : log_p));
-        const Real size = q_larger ? -ratio : ratio;
-        const Real power = q_larger ? a : b;
-        const Real grown = expm1(power * size), shrunk = expm1(total * size);
+        const Real larger = exp(total * (log_q > log_p ? log_q : log_p));  // its power
+        const Real power = q_larger ? share_p : share_q;
+        const Exponential<Real> grown = exponential(power * size), shrunk = exponential(size);
+        const Real close = grown.less_one - (q_larger ? Real(0) : shrunk.less_one);
+        const Real slope = (ratio < kApart<Real> ? grown.whole - shrunk.whole : close) * larger * per_slope;
+        const Real value = (grown.less_one - power * shrunk.less_one) * larger * per_value;
         const bool empty = q == Real(0) && p == Real(0);
-        const Real value = (grown - power / total * shrunk) * larger / (-a * b);
-        const Real slope = (q_larger ? -grown : shrunk - grown) * larger / a;
         return {empty ? Real(0) : value, empty ? Real(0) : slope};
     }
 };

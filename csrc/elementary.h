@@ -102,6 +102,20 @@ template <class Real> KD_INLINE Real expm1(Real x) {
     return x > F::high ? kInfinity<Real> : y;
 }
 
+// Both at once: exp(x) and expm1(x), of a negative x with fewer instructions.
+enum class Sign { any, negative };
+template <class Real> struct Exponential { Real whole, less_one; };
+template <Sign sign = Sign::any, class Real> KD_INLINE Exponential<Real> exponential(Real x) {
+    if constexpr (kSpecial<Real>) return {exp(x), expm1(x)};
+    using F = Format<Real>;
+    const Real raised = x < F::low ? F::low : x, clamped = sign == Sign::any && x > F::high ? F::high : raised;
+    Real half_power;
+    const Real m = split_exp(clamped, half_power) * half_power;
+    const Real whole = x < F::low ? Real(0) : (half_power + m) * Real(2), less_one = (m + (half_power - Real(0.5))) * Real(2);
+    if constexpr (sign == Sign::negative) return {whole, less_one};
+    return {x > F::high ? kInfinity<Real> : whole, x > F::high ? kInfinity<Real> : less_one};
+}
+
 // 2 atanh(s) - 2 s over s^3, |s| <= 0.1716 (arguments in [sqrt 1/2, sqrt 2]).
 KD_INLINE float log_tail(float z) {
     return 6.6666667e-1f + z * (4.0000000e-1f + z * (2.8571430e-1f + z * (2.2222222e-1f + z * 1.8181819e-1f)));

@@ -291,6 +291,11 @@ class TotalVariation(Divergence):
         return difference.abs_().mul_(0.5), slope
 
 
+APART = -1.0
+"""log(q / p) below which the slope of a power divergence is the difference of its two parts as they are: where q is that much smaller,
+nothing cancels in it, and the differences of both from p, which serve near p = q, would leave nothing of it but their rounding."""
+
+
 @dataclass(frozen=True)
 class AlphaDivergence(Divergence):
     """``(sum p^a q^(1-a) - 1) / (a (a - 1))``, a other than 0 and 1 (Amari 1985). Its limits there are ReverseKL and ForwardKL."""
@@ -317,15 +322,16 @@ class AlphaDivergence(Divergence):
         a = self.alpha
         ratio = log_q - log_p
         q_larger = ratio >= 0
-        larger = torch.where(q_larger, q, p)
-        size = ratio.neg().where(q_larger, ratio)  # log(smaller / larger) <= 0
-        power = _choose(q_larger, a, 1 - a, ratio)  # of the smaller one in p^a q^(1-a)
-        grown = torch.expm1(power * size)  # p^a q^(1-a) / larger - 1
+        larger = torch.maximum(q, p)
+        size = ratio.abs().neg_()  # log(smaller / larger)
+        weight = _choose(q_larger, a, 1 - a, ratio)  # of the smaller one in p^a q^(1-a)
+        power = weight * size
+        grown, shrunk = torch.expm1(power), torch.expm1(size)
         empty = larger == 0
-        shrunk = torch.expm1(size)  # smaller / larger - 1
-        value = _zero_where(empty, (grown - power * shrunk).mul_(larger)).div_(a * (a - 1))
-        slope = torch.where(q_larger, grown, grown - shrunk)  # (p^a q^(1-a) - q) / larger
-        return value, _zero_where(empty, slope.mul_(larger)).div_(-a)
+        value = _zero_where(empty, (grown - weight * shrunk).mul_(larger)).div_(a * (a - 1))
+        # p^a q^(1-a) - q
+        slope = torch.where(ratio < APART, power.exp_().mul_(larger) - q, torch.where(q_larger, grown, grown - shrunk).mul_(larger))
+        return value, _zero_where(empty, slope).div_(-a)
 
 
 @dataclass(frozen=True)
@@ -362,15 +368,16 @@ class ABDivergence(Divergence):
         s = a + b
         ratio = log_q - log_p
         q_larger = ratio >= 0
-        larger = torch.exp(s * torch.where(q_larger, log_q, log_p))  # larger^(a+b)
-        size = ratio.neg().where(q_larger, ratio)
-        power = _choose(q_larger, a, b, ratio)  # of the smaller one in p^a q^b
-        grown = torch.expm1(power * size)  # p^a q^b / larger^(a+b) - 1
-        shrunk = torch.expm1(s * size)  # smaller^(a+b) / larger^(a+b) - 1
+        larger = torch.exp(s * torch.maximum(log_q, log_p))  # larger^(a+b)
+        size = ratio.abs().mul_(-s)  # log of smaller^(a+b) over that
+        weight = _choose(q_larger, a / s, b / s, ratio)  # of the smaller one in p^a q^b
+        power = weight * size
+        grown, shrunk = torch.expm1(power), torch.expm1(size)
         empty = (q == 0) & (p == 0)
-        value = _zero_where(empty, (grown - power / s * shrunk).mul_(larger)).div_(-a * b)
-        slope = torch.where(q_larger, -grown, shrunk - grown)  # (q^(a+b) - p^a q^b) / larger^(a+b)
-        return value, _zero_where(empty, slope.mul_(larger)).div_(a)
+        value = _zero_where(empty, (grown - weight * shrunk).mul_(larger)).div_(-a * b)
+        # (p^a q^b - q^(a+b)) / larger^(a+b)
+        slope = torch.where(ratio < APART, power.exp_() - size.exp_(), torch.where(q_larger, grown, grown - shrunk))
+        return value, _zero_where(empty, slope.mul_(larger)).div_(-a)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import math
 
 import pytest
@@ -119,6 +120,48 @@ def test_unequal_mixtures_keep_their_digits(d: Divergence) -> None:
     for column, truth in zip(got, true, strict=True):
         excess = (column.double() - truth).abs() - 2e-6 * truth.abs() - 2 * torch.finfo(torch.float32).eps * cancelled
         assert float(excess.max()) <= 0.0
+
+
+POWERS = [d for d in DIVERGENCES if isinstance(d, (kd.AlphaDivergence, kd.ABDivergence))]
+POWERS += [kd.AlphaDivergence(0.99), kd.ABDivergence(0.7, 0.2), kd.ABDivergence(1.0, -0.4)]
+RATIOS = [sign * ratio for ratio in (1e-3, 0.1, 0.7, 1.5, 2.5, 5.0, 11.0, 20.0, 40.0, 69.0) for sign in (1, -1)]
+"""log(q / p): from 1e-30 to 1e30."""
+
+
+def exact_terms(d: Divergence, log_q: float, log_p: float) -> tuple[float, float]:
+    """Value and slope of a column of a power divergence as the papers write them, in 60 digits."""
+    with decimal.localcontext(prec=60):
+        a, b = (decimal.Decimal(x) for x in (d.parameters if isinstance(d, kd.ABDivergence) else (d.alpha, 1.0 - d.alpha)))
+        lq, lp, s = decimal.Decimal(log_q), decimal.Decimal(log_p), a + b
+        mean, q, p = (a * lp + b * lq).exp(), (s * lq).exp(), (s * lp).exp()
+        return float(-(mean - a / s * p - b / s * q) / (a * b)), float((q - mean) / a)
+
+
+@pytest.mark.parametrize("implementation", ["float32", "float64", "compiled"])
+@pytest.mark.parametrize("d", POWERS, ids=name_of)
+def test_power_columns_keep_their_digits(d: Divergence, implementation: str) -> None:
+    """Whatever p / q is: each slope to a few ulp of itself, not of the larger probability."""
+    wide = implementation != "float32"
+    dtype = torch.float64 if wide else torch.float32
+    for ratio in RATIOS:
+        larger = -0.5
+        log_q, log_p = torch.tensor([larger + min(ratio, 0.0), larger - max(ratio, 0.0)], dtype=dtype)
+        q, p = log_q.exp(), log_p.exp()
+        true_value, true_slope = exact_terms(d, log_q.item(), log_p.item())
+        if not wide and max(abs(true_value), abs(true_slope)) > 1e38:
+            continue
+        if implementation == "compiled":
+            compiled = pytest.importorskip("kdkernels._C")
+            got = compiled.divergence_terms(d.id, log_q.item(), log_p.item(), q.item(), p.item(), *d.kernel_parameters)
+        else:
+            got = [term.item() for term in d.terms(log_q[None].clone(), log_p[None].clone(), q[None], p[None])]
+        # An argument of exp is known to half an ulp of itself: so much of what it is exp of.
+        exponents = max(1.0, *(abs(x) for x in (*d.parameters, d.kernel_parameters[1], sum(d.kernel_parameters))))
+        # And q^s (1 - (p / q)^a), the slope, is a small part of q^s where a is small.
+        digits = torch.finfo(dtype).eps * (8 + 2 * abs(ratio) * exponents) * max(1.0, 1 / abs(d.alpha))
+        assert got[1] == pytest.approx(true_slope, rel=digits, abs=1e-44), (ratio, "slope")
+        if abs(ratio) >= 0.7:  # nearer to p = q a value is a difference, see above; and a weight near 0 or 1 makes it one
+            assert got[0] == pytest.approx(true_value, rel=512 * digits, abs=1e-44), (ratio, "value")
 
 
 @every

@@ -76,9 +76,6 @@ template <class D> Truth truth_of(const Rows& a, const std::vector<double>& zs, 
         const Terms<double> t = D::template terms<double>(lq, lp, q[v], p, a.a, a.b);
         value += t.value, slope[v] = t.slope, r.slope_sum += t.slope;
         formed[v] = softmax ? q[v] : largest;
-        // The power families take the larger of p and q out first.
-        if (D::id == AlphaDivergence::id) formed[v] = std::max(q[v], p) / std::abs(a.a);
-        if (D::id == ABDivergence::id) formed[v] = std::pow(std::max(q[v], p), a.a + a.b) / std::abs(a.a);
         r.size += std::abs(t.value) + (softmax ? q[v] + p : 2 * largest * (std::abs(t.slope) + largest * 1e-6));
     }
     if (D::knows_slope_sum) r.slope_sum = D::slope_sum;

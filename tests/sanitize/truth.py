@@ -120,12 +120,12 @@ def _terms(r: Rows, x: Array, u: Array, lq: Array, lp: Array) -> tuple[Array, Ar
     if r.divergence == ALPHA:
         mixed = np.where(np.isneginf(lp) & np.isneginf(lq), 0.0, np.exp(a * lp + (1 - a) * lq))
         size = (mixed + q + p) / abs(a * (a - 1))
-        return (mixed - a * p - (1 - a) * q) / (a * (a - 1)), size, -mixed / a, (mixed + q + p) / abs(a)
+        return (mixed - a * p - (1 - a) * q) / (a * (a - 1)), size, (q - mixed) / a, (mixed + q) / abs(a)
     if r.divergence == AB:
         cross = np.where(np.isneginf(lp) & np.isneginf(lq), 0.0, np.exp(a * lp + b * lq))
         pp, qq = np.exp((a + b) * lp), np.exp((a + b) * lq)
         value = -(cross - a / (a + b) * pp - b / (a + b) * qq) / (a * b)
-        return value, (cross + pp + qq) / abs(a * b), (qq - cross) / a, (cross + qq + pp) / abs(a)
+        return value, (cross + pp + qq) / abs(a * b), (qq - cross) / a, (cross + qq) / abs(a)
     both_empty = np.isneginf(x) & np.isneginf(u)
     if r.a:  # centred
         kept = np.maximum(_total(~both_empty), 1)

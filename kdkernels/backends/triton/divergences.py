@@ -12,6 +12,8 @@ import triton.language as tl
 
 from ... import divergences as d
 
+APART = tl.constexpr(d.APART)
+
 
 @triton.jit
 def expm1(x):
@@ -104,14 +106,15 @@ def alpha_divergence(log_q, log_p, a, b):
     q, p = tl.exp(log_q), tl.exp(log_p)
     ratio = log_q - log_p
     q_larger = ratio >= 0.0
-    larger = tl.where(q_larger, q, p)
-    size = tl.where(q_larger, -ratio, ratio)
-    power = tl.where(q_larger, a, b)
-    grown, shrunk = expm1(power * size), expm1(size)
+    larger = tl.maximum(q, p)
+    size = -tl.abs(ratio)
+    weight = tl.where(q_larger, a, b)
+    power = weight * size
+    grown, shrunk = expm1(power), expm1(size)
     empty = larger == 0.0
-    value = tl.where(empty, 0.0, (grown - power * shrunk) * larger) / (-a * b)
-    slope = tl.where(empty, 0.0, tl.where(q_larger, grown, grown - shrunk) * larger) / -a
-    return q, value, slope
+    value = tl.where(empty, 0.0, (grown - weight * shrunk) * larger) / (-a * b)
+    slope = tl.where(ratio < APART, tl.exp(power) * larger - q, tl.where(q_larger, grown, grown - shrunk) * larger)
+    return q, value, tl.where(empty, 0.0, slope) / -a
 
 
 @triton.jit
@@ -120,14 +123,15 @@ def ab_divergence(log_q, log_p, a, b):
     total = a + b
     ratio = log_q - log_p
     q_larger = ratio >= 0.0
-    larger = tl.exp(total * tl.where(q_larger, log_q, log_p))
-    size = tl.where(q_larger, -ratio, ratio)
-    power = tl.where(q_larger, a, b)
-    grown, shrunk = expm1(power * size), expm1(total * size)
+    larger = tl.exp(total * tl.maximum(log_q, log_p))
+    size = -total * tl.abs(ratio)
+    weight = tl.where(q_larger, a / total, b / total)
+    power = weight * size
+    grown, shrunk = expm1(power), expm1(size)
     empty = (q == 0.0) & (p == 0.0)
-    value = tl.where(empty, 0.0, (grown - power / total * shrunk) * larger) / (-a * b)
-    slope = tl.where(empty, 0.0, tl.where(q_larger, -grown, shrunk - grown) * larger) / a
-    return q, value, slope
+    value = tl.where(empty, 0.0, (grown - weight * shrunk) * larger) / (-a * b)
+    slope = tl.where(ratio < APART, tl.exp(power) - tl.exp(size), tl.where(q_larger, grown, grown - shrunk)) * larger
+    return q, value, tl.where(empty, 0.0, slope) / -a
 
 
 @triton.jit
