@@ -7,7 +7,8 @@ Where the gradients come from:
   head recomputes the chunks in backward, with the upstream gradients folded in (``recompute``).
 - dense student, dense teacher: ``recompute``, from the saved row state. It takes the same number of exponentials and bytes as
   writing the gradient in forward and scaling it later, but no ``[N, V]`` is held in between.
-- dense student, teacher head: the logit gradient in the forward pass, scaled in backward; the teacher is multiplied once only.
+- dense student, teacher head: the logit gradient in the forward pass, scaled in backward; the teacher is multiplied once only. In
+  float16, which may not hold it before it is scaled, ``recompute`` again.
 
 A quantity of one side alone (``Problem.quantity``) goes the same way, without a teacher. Log-probabilities of several ids a row
 are not linear in one upstream number: of their hidden gradient ``sum_k g_k f_k W[id_k] - (sum_k g_k) m``, f the slope from the
@@ -56,7 +57,7 @@ def recomputes(problem: Problem, student_is_head: bool, teacher_is_head: bool) -
     """Whether backward goes over the rows again instead of scaling what forward left."""
     if student_is_head:
         return problem.per_token and (problem.wants_weight or problem.wants_bias)
-    return problem.wants_input and not teacher_is_head
+    return problem.wants_input and (not teacher_is_head or problem.student_dtype == torch.float16)
 
 
 def forward(problem: Problem, inputs: Inputs) -> Outputs:

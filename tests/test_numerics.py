@@ -307,6 +307,27 @@ def test_a_common_offset_costs_no_digits(d: Divergence, kind: str, offset: float
             assert got <= 2 * yardstick + floor, f"{name}: error {got:.3e}, same-dtype torch {yardstick:.3e}, floor {floor:.1e}"
 
 
+@pytest.mark.parametrize(
+    "d",
+    [kd.AlphaDivergence(0.5), kd.AlphaDivergence(0.2), kd.AlphaDivergence(0.8), kd.AlphaDivergence(2.0), kd.ABDivergence()],
+    ids=name_of,
+)
+def test_power_gradients_keep_their_digits_in_every_column(d: Divergence, backend: str, device: str) -> None:
+    """From q = 1e-30 p to q = 1e30 p in one row: every column's gradient to 1e-4 of its own two parts, slope and ``q * sum(slopes)``."""
+    x = torch.linspace(-34.5, 34.5, 139, device=device)[None]
+    u = -x
+    got = run(kd.distillation_loss, x, u, {"divergence": d, "reduction": "none", "backend": backend})["d_logits"].double()
+    log_q, log_p = (torch.log_softmax(t.double(), -1) for t in (x, u))
+    q = log_q.exp()
+    _, slope = d.terms(log_q.clone(), log_p.clone(), q, log_p.exp())  # in float64, held against 60 digits in test_divergences.py
+    center = q * slope.sum(-1, keepdim=True)
+    parts = slope.abs() + center.abs()
+    representable = parts > 1e-35
+    assert representable.sum() > 100
+    worst = ((got - (slope - center)).abs() / parts)[representable].max()
+    assert worst <= 1e-4
+
+
 finite = st.floats(-80, 80, width=32)
 
 
@@ -368,6 +389,29 @@ def test_weights_and_scales_do_not_overflow_float16(
     result = check(engine_backend, student, teacher, more, upstream=upstream)
     if not isinstance(d, kd.LogitMSE):  # whose gradient itself may be beyond float16, in eager torch too
         assert all(torch.isfinite(value).all() for value in result.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "upstream"),
+    [
+        ({"kd_weight": 1e6, "num_items": 100_000}, 1.0),
+        ({"token_weights": 1e6, "reduction": "none"}, 1e-5),
+        ({"temperature": 300.0, "kd_weight": 300.0, "num_items": 1000}, 1.0),
+        ({"reduction": "sum"}, 2.0**14),  # a gradient scaler's
+        ({"reduction": "none", "token_weights": 1e-4}, 2.0**14),
+    ],
+)
+def test_dense_float16_students_beside_a_teacher_head(options: dict[str, Any], upstream: float, backend: str, device: str) -> None:
+    """Their gradient fits into float16 when everything has been multiplied, and not before."""
+    require(backend, device, torch.float16)
+    student = make_side((4,), 3000, None, seed=1, device=device, dtype=torch.float16)
+    teacher = make_side((4,), 3000, 12, seed=2, device=device, dtype=torch.float16)
+    options = dict(options)
+    if "token_weights" in options:
+        options["token_weights"] = torch.full((4,), options["token_weights"], device=device)
+    result = check(backend, student, teacher, options, upstream=upstream)
+    assert torch.isfinite(result["d_logits"]).all()
+    assert (result["d_logits"] != 0).float().mean() > 0.9
 
 
 def test_softcap_at_saturation(any_backend: str, device: str) -> None:
