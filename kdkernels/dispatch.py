@@ -33,12 +33,12 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def unavailable(name: str, device_type: str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str | None:
+def unavailable(name: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str | None:
     """Why ``name`` cannot run on such tensors, or None.
 
     Args:
         name: one of ``NAMES``.
-        device_type: ``"cpu"``, ``"cuda"``, ...
+        device: the tensors'; ``"cuda"`` is the current GPU.
         dtypes: storage dtypes of the logits of both sides.
         kernels: ``"rows"`` (two sides), ``"head_rows"`` (one side) or ``"softmax_rows"``, as in backends/__init__.py.
     """
@@ -48,39 +48,50 @@ def unavailable(name: str, device_type: str, dtypes: tuple[torch.dtype, ...], ke
         module = load(name)
     except ImportError as error:
         return f"cannot be imported: {error}"
-    reason: str | None = module.unavailable(device_type, dtypes)
+    reason: str | None = module.unavailable(_exactly(device), dtypes)
     return reason if reason is not None or hasattr(module, kernels) else "it has kernels for the distillation loss only"
 
 
+def _exactly(device: torch.device | str) -> torch.device:
+    """With the number of the GPU, which may be another by the next call where it is the current one."""
+    device = torch.device(device)
+    if str(device) == "cuda" and torch.cuda.is_available():  # and not "cuda:0"
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 @lru_cache(maxsize=256)
-def _select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], kernels: str) -> str:
+def _select(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], kernels: str) -> str:
     if backend == "auto":
-        order = AUTO_ORDER.get(device_type, ("torch",))
-        return next(name for name in order if unavailable(name, device_type, dtypes, kernels) is None)
+        order = AUTO_ORDER.get(device.type, ("torch",))
+        return next(name for name in order if unavailable(name, device, dtypes, kernels) is None)
     if backend not in NAMES:
         raise ValueError(f"backend {backend!r} is unknown; valid names: auto, {', '.join(NAMES)}")
-    if (reason := unavailable(backend, device_type, dtypes, kernels)) is not None:
+    if (reason := unavailable(backend, device, dtypes, kernels)) is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run here: {reason}")
     return backend
 
 
 @torch.compiler.assume_constant_result
-def select(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str:
+def select(backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str:
     """The backend to run: the one that was asked for, or the best that can.
 
     Raises:
         ValueError: unknown name; the message lists the valid ones.
         BackendUnavailable: an explicit choice cannot run; only "auto" falls back.
     """
-    return _select(backend, device_type, dtypes, kernels)
+    return _select(backend, _exactly(device), dtypes, kernels)
 
 
-def not_chosen(chosen: str, backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> dict[str, str]:
+def not_chosen(
+    chosen: str, backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows"
+) -> dict[str, str]:
     """For every backend other than the chosen one, the reason."""
+    device_type = torch.device(device).type
     order = AUTO_ORDER.get(device_type, ("torch",))
 
     def reason(name: str) -> str:
-        if (why := unavailable(name, device_type, dtypes, kernels)) is not None:
+        if (why := unavailable(name, device, dtypes, kernels)) is not None:
             return why
         if backend != "auto":
             return f"backend={backend!r} was asked for"

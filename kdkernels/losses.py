@@ -15,7 +15,7 @@ from . import autograd, dispatch, divergences, engine, reference
 from .divergences import Divergence
 from .problem import STATS
 from .sides import Sampled, Side, Teacher, TopK
-from .validation import check_choices, check_numbers, device_type_of, prepare, storages
+from .validation import check_choices, check_numbers, device_of, prepare, storages
 
 __all__ = ["DistillationLoss", "Plan", "TokenStats", "distillation_loss", "plan"]
 
@@ -221,10 +221,10 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
     else:
         _, num_rows = engine.check_and_select(problem, inputs)
     one_sided, is_head = isinstance(teacher, (TopK, Sampled)), (inputs.student_weight is not None, inputs.teacher_weight is not None)
-    device_type = device_type_of(inputs.student)
+    device = device_of(inputs.student)
     dtypes = storages(problem, *is_head)
     kernels = "head_rows" if one_sided else "rows"
-    not_chosen = dispatch.not_chosen(problem.backend, options.get("backend", "auto"), device_type, dtypes, kernels)
+    not_chosen = dispatch.not_chosen(problem.backend, options.get("backend", "auto"), device, dtypes, kernels)
     sizes = [d.itemsize for d, head in zip((problem.student_dtype, problem.teacher_dtype), is_head, strict=True) if head]
     sizes += [member.dtype.itemsize for member in problem.members if member.has_weight]
     gradient = problem.student_dtype.itemsize if problem.wants_grad and is_head[0] else 0
@@ -232,7 +232,7 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
     if problem.backend == "reference":
         return Plan("reference", num_rows, 1 if num_rows else 0, dense, dense, 0, not_chosen)
     bytes_per_row = engine.row_bytes(problem, inputs)
-    chunks = engine.plan(problem, num_rows, bytes_per_row, device_type)
+    chunks = engine.plan(problem, num_rows, bytes_per_row, device.type)
     held = min(chunks.rows, num_rows) * bytes_per_row
     return Plan(problem.backend, chunks.rows, chunks.count, held, dense, max(0, dense - held), not_chosen)
 

@@ -22,7 +22,7 @@ from .losses import mean_denominator
 from .problem import Problem, Quantity
 from .sides import Sampled, Side, TopK
 from .sources import Inputs
-from .validation import check_choices, check_count, check_generator, check_numbers, check_softmax, device_type_of, prepare, prepare_head
+from .validation import check_choices, check_count, check_generator, check_numbers, check_softmax, device_of, prepare, prepare_head
 
 __all__ = ["cross_entropy", "entropy", "log_softmax", "logsumexp", "sample", "softmax", "token_logprobs", "topk_logprobs"]
 
@@ -235,7 +235,7 @@ def _softmax(
     check_numbers(temperature=temperature)
     check_choices(memory_budget=memory_budget, chunk_rows=chunk_rows)
     check_softmax(logits, out)
-    chosen = dispatch.select(backend, device_type_of(logits), (logits.dtype, logits.dtype), "softmax_rows")
+    chosen = dispatch.select(backend, device_of(logits), (logits.dtype, logits.dtype), "softmax_rows")
     if chosen != "reference":
         return autograd.softmax(logits, out, temperature, logarithm, memory_budget, chunk_rows, chosen)
     result = reference.softmax(logits, temperature, logarithm)

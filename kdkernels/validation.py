@@ -125,7 +125,7 @@ def prepare(
         chunk_rows=chunk_rows,
     )
     dtypes = storages(problem, student_side.is_head, student_side.is_head if not teachers else single is not None and single.is_head)
-    chosen = dispatch.select(backend, device_type_of(student_side.input), dtypes, "rows" if teachers else "head_rows")
+    chosen = dispatch.select(backend, device_of(student_side.input), dtypes, "rows" if teachers else "head_rows")
     teacher_input, teacher_weight, teacher_bias = (None, None, None) if single is None else single.tensors
     inputs = Inputs(
         student=student_side.input,
@@ -237,7 +237,7 @@ def prepare_head(
         chunk_rows=chunk_rows,
     )
     dtypes = storages(problem, checked.is_head, checked.is_head)
-    chosen = dispatch.select(backend, device_type_of(checked.input), dtypes, "head_rows")
+    chosen = dispatch.select(backend, device_of(checked.input), dtypes, "head_rows")
     ids = None if ids is None else ids.detach().to(torch.int64)  # -1 is no uint8, and a vocabulary no int8
     inputs = Inputs(checked.input, checked.weight, checked.bias, None, None, None, ids, None)
     return replace(problem, backend=chosen), inputs
@@ -435,5 +435,6 @@ def storages(problem: Problem, student_is_head: bool, teacher_is_head: bool) -> 
     )
 
 
-def device_type_of(tensor: Tensor) -> str:
-    return "cpu" if tensor.device.type == "meta" else tensor.device.type
+def device_of(tensor: Tensor) -> torch.device:
+    """Where it would be computed: ``meta`` plans as ``cpu``."""
+    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device

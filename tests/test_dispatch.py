@@ -48,7 +48,7 @@ def test_explicit_choice_is_honoured_or_raises(name: str, device: str) -> None:
 
 
 def test_unavailable_is_never_silent(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
-    monkeypatch.setattr(dispatch.load("torch"), "unavailable", lambda device_type, dtypes: "it is Sunday")
+    monkeypatch.setattr(dispatch.load("torch"), "unavailable", lambda device, dtypes: "it is Sunday")
     student, teacher = heads(4)
     with pytest.raises(kd.BackendUnavailable, match="'torch' cannot run here: it is Sunday"):
         kd.distillation_loss(student, teacher, backend="torch")
@@ -163,20 +163,24 @@ def test_plan_matches_the_run(calls: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_every_visible_gpu_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors need not be on the current one. A mixed pair: an older card beside a newer one."""
+def test_the_gpu_of_the_tensors_is_asked(name: str, monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
+    """A mixed pair, an older card beside a newer one: what the older one cannot run, the newer one can. "cuda" is the current one."""
     module = pytest.importorskip(f"kdkernels.backends.{name}")
-    capabilities = [(9, 0), (9, 0)]
+    capabilities, current = [(9, 0), (7, 5)], [0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
     monkeypatch.setattr(torch.version, "hip", None)
     if name == "cuda":
         monkeypatch.setattr(module.native, "missing", lambda: None)
         monkeypatch.setattr(module.native, "contents", lambda: {"cuda targets": ["80", "90a"]})
     else:
         monkeypatch.setattr(module, "_INTERPRETED", False)
-    assert module.unavailable("cuda", F32) is None
-    capabilities[1] = (7, 5)
-    assert "GPU 1 has" in module.unavailable("cuda", F32)
-    assert "CUDA_VISIBLE_DEVICES" in module.unavailable("cuda", F32)
+    for device in (torch.device("cuda:0"), "cuda:0", "cuda"):
+        assert dispatch.select(name, device, F32) == name
+    for device in (torch.device("cuda:1"), "cuda:1"):
+        with pytest.raises(kd.BackendUnavailable, match=r"cuda:1 has .*7\.5"):
+            dispatch.select(name, device, F32)
+    current[0] = 1
+    with pytest.raises(kd.BackendUnavailable, match=r"cuda:1 has .*7\.5"):
+        dispatch.select(name, "cuda", F32)

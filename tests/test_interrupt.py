@@ -35,7 +35,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.skipif(native.unavailable("cpu", ()) is not None, reason="the compiled kernels are not there")
+@pytest.mark.skipif(native.missing() is not None, reason="the compiled kernels are not there")
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("begins_with", [1, 4097], ids=["forward", "backward"])
 def test_an_interrupt_ends_the_call_at_the_next_chunk(begins_with: int) -> None:

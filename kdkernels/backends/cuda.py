@@ -11,33 +11,28 @@ from . import native
 from . import torch as torch_rows
 
 
-def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why it cannot run there, or None."""
     if (reason := native.missing()) is not None:
         return reason
     targets = native.contents()["cuda targets"]
     if not targets:
         return "the extension was built without CUDA: reinstall where nvcc is found, with KDKERNELS_CUDA=1"
-    if device_type != "cuda":
-        return f"it needs a GPU, and the tensors are on {device_type}"
+    if device.type != "cuda":
+        return f"it needs a GPU, and the tensors are on {device.type}"
     if torch.float64 in dtypes:
         return "float64 is for the torch backend: the CUDA kernels compute in float32"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
-    for index, capability in gpus():
-        if not covers(targets, capability):
-            return (
-                f"the extension was built for {', '.join(targets)}, and GPU {index} has capability {'.'.join(map(str, capability))}: "
-                "reinstall with KDKERNELS_CUDA_ARCHS naming it, or leave it out with CUDA_VISIBLE_DEVICES if the tensors are not on it"
-            )
+    capability = torch.cuda.get_device_capability(device)
+    if not covers(targets, capability):
+        return (
+            f"the extension was built for {', '.join(targets)}, and {device} has capability {'.'.join(map(str, capability))}: "
+            "reinstall with KDKERNELS_CUDA_ARCHS naming it"
+        )
     return None
-
-
-def gpus() -> list[tuple[int, tuple[int, int]]]:
-    """Number and compute capability of every visible GPU: which of them the tensors are on is not known where a backend is chosen."""
-    return [(index, torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count())]
 
 
 def covers(targets: Sequence[str], capability: tuple[int, int]) -> bool:

@@ -22,10 +22,10 @@ _Arguments = TypeVar("_Arguments")
 _NORMALIZERS = {"softmax": 0, "mean": 1, "none": 2}
 
 
-def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why it cannot run there, or None."""
-    if device_type != "cpu":
-        return f"it runs on the CPU, and the tensors are on {device_type}"
+    if device.type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {device.type}"
     return _MISSING
 
 

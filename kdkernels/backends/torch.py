@@ -18,7 +18,7 @@ _TILE = {"cpu": 1 << 18}
 _TILE_DEFAULT = 1 << 22
 
 
-def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """None: torch runs wherever the tensors are."""
     return None
 

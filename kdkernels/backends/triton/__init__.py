@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...problem import HeadBatch, Problem, RowBatch
 from .. import torch as torch_rows
-from ..cuda import gpus
 from .divergences import FUNCTIONS
 from .heads import head_rows_kernel, sample_rows_kernel, softmax_gradient_rows_kernel, softmax_rows_kernel
 from .kernel import kd_rows_kernel
@@ -19,25 +18,20 @@ _NORMALIZERS = {"softmax": 0, "mean": 1, "none": 2}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as it was when the kernels were decorated
 
 
-def unavailable(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why it cannot run there, or None."""
     if torch.float64 in dtypes:
         return "float64 is for the torch backend: Triton passes scalars in float32"
     if _INTERPRETED:
         return None
-    if device_type != "cuda":
-        return f"it needs a GPU, and the tensors are on {device_type}"
+    if device.type != "cuda":
+        return f"it needs a GPU, and the tensors are on {device.type}"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if torch.version.hip is not None:
         return "only NVIDIA GPUs have been tried"
-    for index, capability in gpus():
-        if capability < (8, 0):
-            return (
-                f"it needs compute capability 8.0, and GPU {index} has {'.'.join(map(str, capability))}: "
-                "leave that one out with CUDA_VISIBLE_DEVICES if the tensors are not on it"
-            )
-    return None
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"it needs compute capability 8.0, and {device} has {'.'.join(map(str, capability))}"
 
 
 def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
