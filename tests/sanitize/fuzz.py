@@ -13,121 +13,40 @@ EXTENSION is a built ``_C``; torch and kdkernels are not imported. Two kinds of 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import importlib.machinery
 import importlib.util
-import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
+import fuzz_heads
 import numpy as np
 import truth
+from calls import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    SPECIAL,
+    STORED,
+    TALLY,
+    Call,
+    Guarded,
+    Heap,
+    compare,
+    gradient_rows,
+    read,
+    rounded,
+    shapes,
+    stored,
+)  # fmt: skip
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-F32, F64, BF16, F16 = range(4)  # csrc/params.h
-STORED = {F32: np.float32, F64: np.float64, BF16: np.uint16, F16: np.float16}
-EXACT = {F32: 2.0**-24, F64: 2.0**-53, BF16: 2.0**-8, F16: 2.0**-11}  # half a unit in the last place of what is stored
-LEAST = {F32: 1e-44, F64: 1e-320, BF16: 1e-40, F16: 6e-8}
 STATE_ROWS = 7
-LARGEST = {F32: 3.4e38, F64: 1.7e308, BF16: 3.38e38, F16: 65000.0}
-
-
-class Heap:
-    """A malloc of exactly the bytes; AddressSanitizer surrounds it."""
-
-    def __init__(self) -> None:
-        self.c = ctypes.CDLL(None)
-        self.c.malloc.restype, self.c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-        self.c.free.argtypes = [ctypes.c_void_p]
-        self.poison, self.unpoison = (getattr(self.c, f"__asan_{what}_memory_region") for what in ("poison", "unpoison"))
-        self.poison.argtypes = self.unpoison.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-
-    def take(self, size: int, at_end: bool) -> int:
-        return self.c.malloc(size)
-
-    def forbid(self, address: int, size: int) -> None:
-        self.poison(address, size)
-
-    def allow(self, address: int, size: int) -> None:
-        self.unpoison(address, size)
-
-    def give(self, address: int) -> None:
-        self.c.free(address)
-
-
-class Guarded:
-    """Pages of its own between two that cannot be touched; the bytes end at the second, or start at the first."""
-
-    def __init__(self) -> None:
-        self.c = ctypes.CDLL(None, use_errno=True)
-        self.c.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        self.maps: dict[int, tuple[mmap.mmap, int]] = {}
-
-    def take(self, size: int, at_end: bool) -> int:
-        page = mmap.PAGESIZE
-        inner = -(-size // page) * page
-        memory = mmap.mmap(-1, inner + 2 * page)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        for guard in (start, start + page + inner):
-            if self.c.mprotect(guard, page, 0):
-                raise OSError(ctypes.get_errno(), "mprotect")
-        address = start + page + (inner - size if at_end else 0)
-        self.maps[address] = (memory, start)
-        return address
-
-    def forbid(self, address: int, size: int) -> None: ...
-
-    def allow(self, address: int, size: int) -> None: ...
-
-    def give(self, address: int) -> None:
-        self.maps.pop(address)[0].close()
-
-
-class Tensor:
-    """``[rows, columns]`` with ``stride`` elements from row to row; the last row ends where the memory ends."""
-
-    def __init__(self, memory: Heap | Guarded, dtype: Any, rows: int, columns: int, stride: int | None = None, at_end: bool = True) -> None:
-        self.memory, self.rows, self.stride = memory, rows, columns if stride is None else stride
-        self.item = np.dtype(dtype).itemsize
-        self.row_bytes, self.step = columns * self.item, self.stride * self.item
-        self.size = ((rows - 1) * self.stride + columns) * self.item
-        self.address = memory.take(self.size, at_end)
-        whole = np.frombuffer((ctypes.c_char * self.size).from_address(self.address), dtype=dtype)
-        whole.view(np.uint8)[:] = 0xA5  # found again in the gaps when the call is over
-        self.whole = whole
-        self.array = np.lib.stride_tricks.as_strided(whole, (rows, columns), (self.step, self.item))
-
-    def gaps(self) -> list[tuple[int, int]]:
-        return [(r * self.step + self.row_bytes, (r + 1) * self.step) for r in range(self.rows - 1)] if self.step > self.row_bytes else []
-
-    def seal(self) -> None:
-        for start, stop in self.gaps():
-            self.memory.forbid(self.address + start, stop - start)
-
-    def open(self) -> None:
-        self.memory.allow(self.address, self.size)
-        bytes_ = self.whole.view(np.uint8)
-        assert all((bytes_[start:stop] == 0xA5).all() for start, stop in self.gaps()), "written between two rows"
-
-    def free(self) -> None:
-        del self.array, self.whole
-        self.memory.give(self.address)
-
-
-def stored(values: np.ndarray, dtype: int) -> np.ndarray:
-    """float64 in the storage type; bfloat16 as its bits."""
-    if dtype != BF16:
-        return values.astype(STORED[dtype])
-    bits = values.astype(np.float32).view(np.uint32)
-    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-
-
-def read(array: np.ndarray, dtype: int, wide: Any) -> np.ndarray:
-    return (array.astype(np.uint32) << 16).view(np.float32).astype(wide) if dtype == BF16 else array.astype(wide)
 
 
 @dataclass(frozen=True)
@@ -161,10 +80,6 @@ class Case:
     numbers: int
 
 
-# The width of vector registers, of blocks of sums, and of scratch rows, give or take one, are where columns get lost.
-EDGES = sorted(
-    {n + d for n in (16, 32, 64, 128, 256, 1024, 2048, 4096) for d in (-1, 0, 1)} | {1, 2, 3, 5, 7, 8, 50, 127, 1000, 3001, 5000}
-)
 # A divergence with one parameter is given 1 minus it as the second.
 DIVERGENCES = [
     (truth.FORWARD_KL, 0.0, 0.0), (truth.REVERSE_KL, 0.0, 0.0), (truth.SYMMETRIC_KL, 0.5, 0.5), (truth.SYMMETRIC_KL, 0.9, 1 - 0.9),
@@ -172,13 +87,11 @@ DIVERGENCES = [
     (truth.TOTAL_VARIATION, 0.0, 0.0), (truth.ALPHA, 0.5, 0.5), (truth.ALPHA, 2.0, -1.0), (truth.ALPHA, -0.5, 1.5),
     (truth.AB, 0.2, 0.7), (truth.AB, 1.0, 1.0), (truth.AB, 0.8, -0.3), (truth.LOGIT_MSE, 0.0, 0.0), (truth.LOGIT_MSE, 1.0, 0.0),
 ]  # fmt: skip
-SPECIAL = [-np.inf, np.inf, np.nan, 0.0, -0.0, 6e4, -6e4, 3e38, -3e38, 1e-40, 88.0, -104.0]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    vocab = draw(st.sampled_from(EDGES) | st.integers(1, 80) | st.integers(1, 5000))
-    rows = draw(st.integers(1, max(1, min(400, 40_000 // vocab))))
+    rows, vocab = draw(shapes())
     pair, kind = st.tuples(st.booleans(), st.booleans()), st.sampled_from([F32, F32, BF16, F16, F64])
     special = st.tuples(st.integers(0, 2), st.integers(0, rows - 1), st.integers(0, vocab - 1), st.sampled_from(SPECIAL))
     softcap, scale = st.sampled_from([0.0, 0.0, 30.0, 5.0]), st.sampled_from([1.0, 1.0, 0.0625, 2.5])
@@ -195,7 +108,7 @@ def cases(draw: st.DrawFn) -> Case:
     )  # fmt: skip
 
 
-def run(kernels: ModuleType, memory: Heap | Guarded, case: Case) -> None:
+def run_rows(kernels: ModuleType, memory: Heap | Guarded, case: Case) -> None:
     """Builds the tensors, calls the kernel, looks for damage, and compares."""
     rng = np.random.default_rng(case.numbers)
     shape = (case.rows, case.vocab)
@@ -206,15 +119,8 @@ def run(kernels: ModuleType, memory: Heap | Guarded, case: Case) -> None:
     for side, row, column, value in case.specials:
         for which in (0, 1) if side == 2 else (side,):
             logits[which][row, column] = value
-    tensors: list[Tensor] = []
-
-    def tensor(dtype: Any, values: np.ndarray | None, rows: int, columns: int, stride: int | None = None) -> Tensor:
-        t = Tensor(memory, dtype, rows, columns, stride, case.at_end)
-        if values is not None:
-            t.array[:] = values
-        tensors.append(t)
-        return t
-
+    call = Call(memory, case.at_end)
+    tensor = call.tensor
     arguments = kernels.RowArguments()
     sides, exact = [], []
     in_place = case.gradient.endswith("in place")
@@ -256,16 +162,14 @@ def run(kernels: ModuleType, memory: Heap | Guarded, case: Case) -> None:
         dz = sides[0][1] if in_place else tensor(STORED[dz_dtype], None, *shape, case.vocab + case.padding[1])
     isas = kernels.cpu_isas()
 
-    for t in tensors:
-        t.seal()
+    call.seal()
     passes = [True, False] if case.gradient.startswith("again") else [True]
     for statistics in passes:
         writes = dz is not None and statistics == (len(passes) == 1)
         arguments.statistics = statistics
         arguments.dz, arguments.dz_stride = (dz.address, dz.stride * ratio) if writes and dz else (0, 0)
         kernels.cpu_rows(arguments, case.threads, isas[case.isa % len(isas)])
-    for t in tensors:
-        t.open()
+    call.open()
 
     expected = truth.rows(
         truth.Rows(
@@ -278,28 +182,23 @@ def run(kernels: ModuleType, memory: Heap | Guarded, case: Case) -> None:
     if stats:
         results += [(f"stats[{i}]", stats.array[i].astype(wide), answer) for i, answer in enumerate(expected.stats)]
     if dz:
-        in_rows = np.lib.stride_tricks.as_strided(dz.whole.view(STORED[dz_dtype]), shape, (dz.step, np.dtype(STORED[dz_dtype]).itemsize))
-        size = np.where(np.isfinite(expected.dz.value), np.abs(expected.dz.value), 0.0)
-        bound = expected.dz.bound + EXACT[dz_dtype] * (size + expected.dz.bound) * 1.01 + LEAST[dz_dtype]
-        bound = np.where(size + expected.dz.bound > LARGEST[dz_dtype], np.inf, bound)
-        results.append(("dz", read(in_rows, dz_dtype, wide), truth.Answer(expected.dz.value, bound)))
-    for name, got, answer in results:
-        bad = truth.wrong(got, answer)
-        if bad.any():
-            where = tuple(int(i[0]) for i in np.nonzero(bad))
-            raise AssertionError(
-                f"{name}{list(where)}: {got[where]!r}, expected {answer.value[where]!r} within {answer.bound[where]:.1e}; "
-                f"{int(bad.sum())} such entries, in {isas[case.isa % len(isas)]}"
-            )
+        results.append(("dz", read(gradient_rows(dz, dz_dtype, shape), dz_dtype, wide), rounded(expected.dz, dz_dtype)))
+    compare(results, isas[case.isa % len(isas)])
     TALLY["rows"] += case.rows
     TALLY["calls"] += 1
     TALLY["losses compared"] += int(np.isfinite(expected.loss.bound).sum())
     TALLY["gradients compared"] += int(np.isfinite(expected.dz.bound).all(-1).sum()) if dz else 0
-    for t in tensors:
-        t.free()
+    call.free()
 
 
-TALLY = dict.fromkeys(("rows", "calls", "losses compared", "gradients compared"), 0)
+def fuzz(strategy: st.SearchStrategy[Any], run: Callable[[Any], None], examples: int, number: int) -> None:
+    @seed(number)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def batch(case: Any) -> None:
+        run(case)
+
+    batch()
 
 
 def main() -> None:
@@ -317,14 +216,13 @@ def main() -> None:
     loader.exec_module(kernels)
     memory = Heap() if options.memory == "asan" else Guarded()
 
-    @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(cases())
-    def fuzz(case: Case) -> None:
-        run(kernels, memory, case)
-
+    kinds: list[tuple[st.SearchStrategy[Any], Callable[..., None], int]] = [
+        (cases(), run_rows, 100), (fuzz_heads.heads(), fuzz_heads.run_heads, 60), (fuzz_heads.softmaxes(), fuzz_heads.run_softmax, 30),
+    ]  # fmt: skip
     batch = 0
     while TALLY["rows"] < options.rows:
-        seed(options.seed + batch)(fuzz)()
+        for strategy, run, examples in kinds:
+            fuzz(strategy, partial(run, kernels, memory), examples, options.seed + batch)
         batch += 1
     print(f"{options.memory}: " + ", ".join(f"{count} {name}" for name, count in TALLY.items()))
 

@@ -31,7 +31,7 @@ class Mutant:
     run: str = "asan"
 
 
-ROWS, COLUMNS, DISPATCH = "cpu/rows.cpp", "cpu/columns.h", "cpu/dispatch.cpp"
+ROWS, HEADS, COLUMNS, DISPATCH = "cpu/rows.cpp", "cpu/heads.cpp", "cpu/columns.h", "cpu/dispatch.cpp"
 READ_ROW, READ_MORE = (f"v {less} vocab; ++v) z[v] = Real(widen(source[v]));" for less in ("<", "<="))
 WRITE_ROW, WRITE_MORE = (f"v {less} vocab; ++v) to[v] = narrow<T>(f(v));" for less in ("<", "<="))
 BLOCKS = (
@@ -48,6 +48,13 @@ MUTANTS = [
     Mutant("the label is off by one", ROWS, "-at_one(s.z[label], 1)", "-at_one(s.z[label + 1], 1)", "AssertionError"),
     Mutant("sums leave out a column per block", COLUMNS, BLOCKS.format(""), BLOCKS.format(" + 1"), "AssertionError"),
     Mutant("scratch rows are too short", "cpu/rows.h", "(vocab + 15) / 16 * 16", "vocab / 16 * 16", "AddressSanitizer|AssertionError"),
+    Mutant("log-probabilities go one too far", HEADS, "num_ids + k] = ids", "num_ids + k + 1] = ids", "AddressSanitizer"),
+    Mutant("the largest are looked for one block short", HEADS, "/ kTopBlock, k = heap", "/ kTopBlock - 1, k = heap", "Assertion"),
+    Mutant("among equals the last is the largest", HEADS, "} else if (v > value[0]) {", "} else if (v >= value[0]) {", "Assertion"),
+    Mutant("draws go one too far", HEADS, "d < a.num_draws; ++d)", "d <= a.num_draws; ++d)", "AddressSanitizer"),
+    Mutant("a gradient at an id is not added", HEADS, "g[ids[k]] += d_logprobs[k]", "g[ids[k]] = d_logprobs[k]", "AssertionError"),
+    Mutant("a head's scratch is too short", "cpu/rows.h", "/ 32 + 1 + a.num_top", "/ 32 + a.num_top", "AddressSanitizer"),
+    Mutant("softmax's gradient is of the logarithm", HEADS, "x[v] * (d[v] - mean)", "(d[v] - mean)", "AssertionError"),
     Mutant("one row too many is handed out", DISPATCH, ") < rows;)", ") <= rows;)", "AddressSanitizer"),
     Mutant("signed numbers overflow", COLUMNS, "uint32_t(x.bits) << 16", "int32_t(x.bits) * 65536", "signed integer overflow"),
     Mutant("threads share their scratch", DISPATCH, "scratch[i].get()", "scratch[0].get()", "data race", "tsan"),
@@ -65,9 +72,8 @@ def fault(mutant: Mutant, folder: Path) -> str | None:
         return f"{mutant.file} has no {mutant.old!r} any more: correct the mutant"
     source.write_text(text.replace(mutant.old, mutant.new))
     # Objects that are the same without it, newer than every source. Of the row kernels, one instruction set is changed.
-    changed = {DISPATCH: {"dispatch.o"}, ROWS: {"rows_baseline.o"}, COLUMNS: {"rows_baseline.o", "heads_baseline.o"}}.get(
-        mutant.file, {"dispatch.o", "rows_baseline.o", "heads_baseline.o"}
-    )
+    rows, heads = {"rows_baseline.o"}, {"heads_baseline.o"}
+    changed = {DISPATCH: {"dispatch.o"}, ROWS: rows, HEADS: heads, COLUMNS: rows | heads}.get(mutant.file, {"dispatch.o"} | rows | heads)
     same = ("rows_*.o", "heads_*.o", "dispatch.o") if mutant.run == "guard" else ("*.o",)  # the released bindings may want CUDA kernels
     build.mkdir(parents=True)
     for found in (path for pattern in same for where in BUILT[mutant.run] for path in where.glob(pattern)):

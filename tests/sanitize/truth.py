@@ -234,6 +234,129 @@ def _rows(r: Rows) -> Truth:
     return Truth(Answer(loss[:, 0], loss_bound[:, 0]), Answer(dz, dz_bound), stats)
 
 
+@dataclass(frozen=True)
+class HeadRows:
+    """A call of the kernel of one side in exact numbers; what is None was not given."""
+
+    side: Side
+    temperature: float
+    ids: Array | None  # [C, K]
+    d_lse: Array | None  # [C, 1]
+    d_entropy: Array | None  # [C, 1]
+    d_logprobs: Array | None  # [C, K]
+    dz_scale: float
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class HeadTruth:
+    top: Answer  # [C, 1]
+    log_sum: Answer  # [C, 1]
+    entropy: Answer  # [C, 1]
+    logprobs: Answer  # [C, K]
+    dz: Answer  # [C, V], before it is rounded to its storage type
+    z: Array  # [C, V]
+    log_q: Answer  # [C, V]
+    unsure: Array  # [C, 1]: of z, in the kernel's type
+
+    def largest(self, ids: Array) -> tuple[Answer, Answer]:
+        """For ids ``[C, k]``: 0 where one may stand, and NaN where it may not; and its log-probability."""
+        z = np.where(np.isnan(self.z), -np.inf, self.z)
+        order = np.argsort(-z, axis=-1, kind="stable")[:, : ids.shape[1]]
+        inside = (ids >= 0) & (ids < z.shape[1])
+        safe = np.where(inside, ids, 0)
+        got, want = np.take_along_axis(z, safe, -1), np.take_along_axis(z, order, -1)
+        with np.errstate(invalid="ignore"):
+            close = (got == want) | (np.abs(got - want) <= self.unsure)
+        exact = (self.unsure > 0) | (ids == order)  # among equals the first
+        once = np.array([len(set(row)) == len(row) for row in ids])[:, None]
+        allowed = inside & close & exact & once
+        answer = Answer(np.where(allowed, ids, -7).astype(np.float64), np.zeros(ids.shape))
+        return answer, Answer(*(np.take_along_axis(a, safe, -1) for a in (self.log_q.value, self.log_q.bound)))
+
+    def possible(self, ids: Array) -> Answer:
+        """For draws ``[C, S]``: themselves where they may be, else something else."""
+        inside = (ids >= 0) & (ids < self.z.shape[1])
+        possible = inside & ~np.isneginf(np.take_along_axis(self.z, np.where(inside, ids, 0), -1))
+        lost = ~np.isfinite(self.log_q.bound[:, :1])
+        return Answer(np.where(possible | (lost & (ids == -1)), ids, -7).astype(np.float64), np.zeros(ids.shape))
+
+
+def head_rows(r: HeadRows) -> HeadTruth:
+    """The answers of a call. Rows with NaN, +inf or no finite logit have infinite bounds."""
+    with np.errstate(all="ignore"):
+        return _head_rows(r)
+
+
+def _head_rows(r: HeadRows) -> HeadTruth:
+    t, eps = r.temperature, r.epsilon
+    z, reach = _transformed(r.side, t)
+    x = z / t
+    log_q, lse = _log_softmax(x)
+    q = np.exp(log_q)
+    top = x.max(-1, keepdims=True)
+    ulps = eps * (64 + 8 * (reach + np.log(z.shape[-1])))
+    lost = ~np.isfinite(lse) | (ulps > 1e-2)
+
+    def answer(value: Array, bound: Array) -> Answer:
+        return Answer(value, np.where(lost, np.inf, bound))
+
+    size_of_log = np.where(np.isfinite(log_q), np.abs(log_q), 0.0)
+    log_answer = answer(log_q, ulps * (1 + eps * size_of_log) + 4 * eps * size_of_log)
+    terms = _times(q, log_q)
+    entropy = -_total(terms)
+    ids = np.full((len(z), 0), -1) if r.ids is None else r.ids
+    none, safe = ids < 0, np.where(ids < 0, 0, ids)
+    logprobs = Answer(*(np.where(none, 0.0, np.take_along_axis(a, safe, -1)) for a in (log_answer.value, log_answer.bound)))
+
+    zero = np.zeros_like(top)
+    d_lse, d_entropy = (zero if d is None else d for d in (r.d_lse, r.d_entropy))
+    d_ids = np.zeros(ids.shape) if r.d_logprobs is None else np.where(none, 0.0, r.d_logprobs)
+    at_ids, at_ids_size = np.zeros_like(z), np.zeros_like(z)
+    rows = np.broadcast_to(np.arange(len(z))[:, None], ids.shape)
+    np.add.at(at_ids, (rows, safe), d_ids)
+    np.add.at(at_ids_size, (rows, safe), np.abs(d_ids))
+    gradient = q * (d_lse - _total(d_ids) - d_entropy * entropy) - d_entropy * terms + at_ids
+    size = q * (np.abs(d_lse) + _total(np.abs(d_ids)) + np.abs(d_entropy) * (entropy + 1)) + np.abs(d_entropy * terms) + at_ids_size
+    tiny = (1e-34 if eps > 1e-10 else 1e-290) * (1 + reach) * z.shape[-1]
+    bound = ulps * size + tiny * (1 + np.abs(d_lse) + _total(np.abs(d_ids)) + np.abs(d_entropy))
+    if r.side.softcap:
+        bend = 1 - (z / r.side.softcap) ** 2
+        bound = bound * np.abs(bend) + 64 * eps * (np.abs(gradient) + bound)
+        gradient = gradient * bend
+    outer = r.side.scale / t * r.dz_scale
+    dz = outer * gradient
+    plain = r.side.bias is None and r.side.scale == 1 and not r.side.softcap
+    return HeadTruth(
+        answer(top, 4 * eps * (np.abs(top) + reach)), answer(lse - top, ulps), answer(entropy, ulps * (1 + _total(np.abs(terms))) + 1e-30),
+        logprobs, answer(dz, abs(outer) * (bound + 8 * eps * np.abs(gradient))), z, log_answer,
+        zero if plain else 8 * eps * t * (reach + 1) * np.ones_like(top),
+    )  # fmt: skip
+
+
+def softmax(x: Array, temperature: float, logarithm: bool, epsilon: float) -> Answer:
+    """``softmax(x / T)`` or its logarithm, ``[C, V]``; infinite bounds as in ``head_rows``."""
+    with np.errstate(all="ignore"):
+        r = _head_rows(HeadRows(Side(x, None, 1.0, 0.0), temperature, None, None, None, None, 1.0, epsilon))
+        if logarithm:
+            return r.log_q
+        q = np.exp(r.log_q.value)
+        bound = 2 * q * r.log_q.bound + (1e-37 if epsilon > 1e-10 else 1e-300)
+        return Answer(q, np.where(np.isposinf(r.log_q.bound), np.inf, bound))
+
+
+def softmax_gradient(y: Array, dy: Array, temperature: float, logarithm: bool, epsilon: float) -> Answer:
+    """By the logits, from the result y and the gradient by it, ``[C, V]``; infinite bounds in rows that are not finite."""
+    with np.errstate(all="ignore"):
+        p = np.exp(y) if logarithm else y
+        through = dy if logarithm else p * dy
+        value = ((dy if logarithm else p * dy) - p * _total(through)) / temperature
+        size = (np.abs(dy if logarithm else p * dy) + np.abs(p) * _total(np.abs(through))) / temperature
+        relative = epsilon * (64 + 8 * np.log(y.shape[-1]) + (4 * np.where(np.isfinite(y), np.abs(y), 0.0) if logarithm else 0.0))
+        lost = np.isnan(y).any(-1, keepdims=True) | np.isposinf(y).any(-1, keepdims=True)
+        return Answer(value, np.where(lost, np.inf, relative * size + (1e-34 if epsilon > 1e-10 else 1e-290)))
+
+
 def wrong(got: Array, answer: Answer) -> Array:
     """Where ``got`` is not the answer. Infinities and NaN have to be met exactly."""
     with np.errstate(all="ignore"):
