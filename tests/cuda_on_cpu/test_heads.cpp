@@ -1,8 +1,5 @@
-// The CUDA kernels of one side, as test_rows.cpp does it for those of two: test_heads test [SEEDS] | mutate [SEEDS]
-#include <cstdio>
-#include <memory>
+// The CUDA kernels of one side, as test_rows.cpp does it for those of two.
 #include <random>
-#include <string>
 #include <vector>
 
 #include "buffers.h"
@@ -10,6 +7,7 @@
 #include "cuda/head.h"
 #include "cuda/softmax.h"
 #include "cuda/top.h"
+#include "harness.h"
 
 namespace {
 
@@ -19,8 +17,9 @@ constexpr bool kAll = false;
 constexpr bool kAll = true;
 #endif
 
-enum Kernel { kHead, kTop, kDraw, kSoftmax, kSoftmaxGradient, kKernels };
-const char* const kNames[] = {"head", "top", "draw", "softmax", "softmax gradient"};
+// kSparse: the calls of a loss against a sparse teacher (kdkernels/sparse.py), one after the other.
+enum Kernel { kHead, kTop, kDraw, kSoftmax, kSoftmaxGradient, kSparse, kKernels };
+const char* const kNames[] = {"head", "top", "draw", "softmax", "softmax gradient", "sparse"};
 
 struct Shape { int rows, vocab, cluster, warps; };
 struct Features {
@@ -230,11 +229,24 @@ template <class Logit> double run(Kernel kernel, const Shape& s, const Features&
     std::vector<float> logprobs(s.rows * n, NAN), d_logprobs(s.rows * n);
     for (float& d : d_logprobs) d = normal(random);
     for (int i = 0; i < s.rows * n; ++i) ids[i] = random() % 5 == 0 ? -1 : random() % 4 == 0 && i % n ? ids[i - 1] : int64_t(random() % vocab);
-    const bool with_lse = n == 0 || seed % 3 == 0;
+    const bool sparse = kernel == kSparse, with_lse = n == 0 || sparse || seed % 3 == 0;
     for (int r = 0; r < s.rows; ++r) d_lse[r] = normal(random), d_entropy[r] = normal(random);
     if (n) a.ids = ids.data(), a.num_ids = n, a.logprobs = logprobs.data(), a.d_logprobs = d_logprobs.data();
     if (f.entropy) a.entropy = entropy.data(), a.d_entropy = d_entropy.data();
     if (with_lse) a.d_lse = d_lse.data();
+    if (sparse) {  // statistics first, with the largest for the token statistics; then a gradient that is a multiple of q
+        a.d_lse = a.d_entropy = a.d_logprobs = nullptr;
+        std::fill(d_entropy.begin(), d_entropy.end(), 0.f), std::fill(d_logprobs.begin(), d_logprobs.end(), 0.f);
+    }
+    std::vector<int32_t> best(s.rows, -7);
+    std::vector<float> best_logprob(s.rows, NAN);
+    if (sparse && f.entropy) {
+        a.num_top = 1, a.top_ids = best.data(), a.top_logprobs = best_logprob.data(), a.top_capacity = top_capacity(1);
+        emu::Launch first = launch;
+        first.cluster_size = 1, first.shared_bytes = one_read_shared_bytes(s.warps, 0, 1) + top_shared_bytes(a.top_capacity);
+        emu::launch(first, [&] { top_rows<Logit>(a); });
+        std::fill(top.begin(), top.end(), NAN), std::fill(log_sum.begin(), log_sum.end(), NAN);
+    }
     Buffer apart(s.rows * rows.stride * sizeof(Logit));
     unsigned char* const dz = f.in_place ? rows.data.data : apart.data;
     a.dz_dtype = dz_dtype, a.dz_stride = rows.stride * int64_t(sizeof(Logit)) / size_of(dz_dtype), a.dz_scale = dz_dtype == Dtype::f16 ? 4.f : 1.f;
@@ -247,12 +259,18 @@ template <class Logit> double run(Kernel kernel, const Shape& s, const Features&
         emu::Launch second = launch;
         second.cluster_size = 1, second.shared_bytes = one_read_shared_bytes(s.warps, 0, 1);
         a.statistics = false, a.dz = dz;
-        std::fill(logprobs.begin(), logprobs.end(), NAN);
+        if (sparse) a.ids = nullptr, a.num_ids = 0, a.logprobs = nullptr, a.entropy = nullptr, a.d_lse = d_lse.data();
+        else std::fill(logprobs.begin(), logprobs.end(), NAN);
         emu::launch(second, [&] { head_rows<Logit>(a); });
     }
     judge_statistics();
     for (int r = 0; r < s.rows; ++r) {
         const Softened& t = soft[r];
+        if (a.num_top) {
+            int want = 0;
+            for (int c = 1; c < vocab; ++c) if (rows.near[r][c] > rows.near[r][want] || std::isnan(rows.near[r][want])) want = c;
+            judge(best[r], want, .5), judge(best_logprob[r], t.log_q[want], unit_of(t.log_q[want]));
+        }
         if (f.entropy) judge(entropy[r], t.entropy, 4 * unit_of(t.entropy) + off * t.entropy);
         double sum = 0, sums = 0;
         for (int i = 0; i < n; ++i) {
@@ -298,6 +316,7 @@ Features draw(unsigned seed, int salt, Kernel kernel, const Shape& s) {
     if (kernel == kTop) f.ties = coin(2), f.k = coin(3) ? 1 : coin(2) ? 100 : s.vocab;
     if (kernel == kTop && f.ties) f.odd_rows = false, f.bias = false, f.softcap = false;
     if (kernel == kDraw) f.k = 1 + random() % 4;
+    if (kernel == kSparse) f.gradient_apart = true, f.num_ids = coin(3) ? 1 : coin(2) ? 5 : 65;
     return f;
 }
 
@@ -305,27 +324,23 @@ Features draw(unsigned seed, int salt, Kernel kernel, const Shape& s) {
 const Shape kShapes[] = {{2, 1, 1, 1}, {3, 7, 2, 1}, {3, 127, 1, 1}, {4, 1000, 2, 2}, {3, 1031, 4, 1}, {3, 4099, 1, 2}, {2, 5021, 8, 1}};
 
 int test(int seeds) {
-    int failed = 0, runs = 0;
+    Tests tests;
     for (int kernel = 0; kernel < kKernels; ++kernel)
         for (Shape s : kShapes)
-            for (int seed = 0; seed <= seeds; ++seed) {
+            for (unsigned seed = 0; seed <= unsigned(seeds); ++seed) {
                 if (kernel == kTop) s.cluster = 1;
-                const int dtype = (seed + kernel) % 3;
+                const int dtype = int(seed + kernel) % 3;
                 const Features f = draw(seed, kernel + s.vocab, Kernel(kernel), s);
-                ++runs;
-                std::string what;
-                try {
-                    if (const double worst = run(dtype, Kernel(kernel), s, f, seed); worst > 1) what = std::to_string(worst) + " of tolerance";
-                } catch (const emu::Fault& fault) { what = fault.what(); }
-                if (what.empty()) continue;
-                ++failed;
-                std::printf("FAIL %s dtype %d rows %d vocab %d, %d CTAs of %d warps, seed %d:%s%s%s%s%s%s%s%s%s%s%s%s%s%s ids %d k %d T %g offset %g: %s\n", kNames[kernel], dtype, s.rows, s.vocab, s.cluster,
-                            s.warps, seed, f.bias ? " bias" : "", f.softcap ? " softcap" : "", f.scale ? " scale" : "", f.entropy ? " entropy" : "", f.narrow ? " narrow" : "", f.kept ? " kept" : "",
-                            f.unaligned ? " unaligned" : "", f.dz ? "" : " no-dz", f.gradient_apart ? " gradient-apart" : "", f.ties ? " ties" : "", f.odd_rows ? " odd-rows" : "", f.logarithm ? " log" : "",
-                            f.in_place ? " in-place" : "", f.unsure ? " unsure" : "", f.num_ids, f.k, f.temperature, f.offset, what.c_str());
+                tests([&] { return run(dtype, Kernel(kernel), s, f, seed); }, [&] {
+                    return text("%s dtype %d rows %d vocab %d, %d CTAs of %d warps, seed %u:%s%s%s%s%s%s%s%s%s%s%s%s%s%s ids %d k %d T %g offset %g",
+                                kNames[kernel], dtype, s.rows, s.vocab, s.cluster, s.warps, seed, f.bias ? " bias" : "", f.softcap ? " softcap" : "",
+                                f.scale ? " scale" : "", f.entropy ? " entropy" : "", f.narrow ? " narrow" : "", f.kept ? " kept" : "",
+                                f.unaligned ? " unaligned" : "", f.dz ? "" : " no-dz", f.gradient_apart ? " gradient-apart" : "", f.ties ? " ties" : "",
+                                f.odd_rows ? " odd-rows" : "", f.logarithm ? " log" : "", f.in_place ? " in-place" : "", f.unsure ? " unsure" : "", f.num_ids,
+                                f.k, double(f.temperature), double(f.offset));
+                });
             }
-    std::printf("%d runs, %d failed\n", runs, failed);
-    return failed != 0;
+    return tests.status();
 }
 
 // Each kernel in the forms that need its synchronisation: in a cluster, in one CTA; with dz that overtakes what is read; with ties.
@@ -333,35 +348,16 @@ int mutate(int seeds) {
     struct Form { Kernel kernel; Shape shape; int dtype; };
     const Form forms[] = {{kHead, {3, 5021, 4, 2}, 1}, {kHead, {3, 5021, 1, 4}, 1}, {kTop, {3, 5021, 1, 4}, 1}, {kDraw, {3, 5021, 2, 2}, 0}, {kDraw, {3, 5021, 1, 4}, 1},
                           {kSoftmax, {3, 2053, 2, 2}, 0}, {kSoftmax, {3, 2053, 1, 4}, 1}, {kSoftmaxGradient, {3, 2053, 2, 2}, 0}, {kSoftmaxGradient, {3, 2053, 1, 4}, 1}};
-    int unnoticed = 0, calls = 0;
+    Mutations mutations{seeds};
     for (const Form& form : forms) {
         Features f;
         f.temperature = 2.f, f.num_ids = 70, f.narrow = true, f.kept = form.shape.cluster > 1, f.k = form.kernel == kTop ? 300 : 3;
         f.ties = form.kernel == kTop;
-        std::set<emu::Site> sites;
-        emu::Launch recording;
-        recording.seen = &sites;
-        if (run(form.dtype, form.kernel, form.shape, f, 0, recording) > 1) return std::printf("wrong before any mutation\n"), 1;
-        for (const emu::Site& site : sites) {
-            std::string noticed;
-            for (int seed = 0; seed <= seeds && noticed.empty(); ++seed) {
-                emu::Launch launch;
-                launch.removed = site;
-                try {
-                    if (run(form.dtype, form.kernel, form.shape, f, seed, launch) > 1) noticed = "wrong result, seed " + std::to_string(seed);
-                } catch (const emu::Fault& fault) { noticed = fault.what(); }
-            }
-            ++calls, unnoticed += noticed.empty();
-            std::printf("%s %s, %d CTAs: %s line %d: %.90s\n", noticed.empty() ? "UNNOTICED" : "noticed  ", kNames[form.kernel], form.shape.cluster, site.call, site.line, noticed.c_str());
-        }
+        mutations(text("%s, %d CTAs", kNames[form.kernel], form.shape.cluster),
+                  [&](const emu::Launch& launch, unsigned seed) { return run(form.dtype, form.kernel, form.shape, f, seed, launch); });
     }
-    std::printf("%d synchronisation calls, %d removed without notice\n", calls, unnoticed);
-    return unnoticed != 0;
+    return mutations.status();
 }
 }  // namespace
 
-int main(int argc, char** argv) {
-    const bool mutation = argc > 1 && std::string(argv[1]) == "mutate";
-    const int seeds = argc > 2 ? std::atoi(argv[2]) : mutation ? 40 : 23;
-    return mutation ? mutate(seeds) : test(seeds);
-}
+int main(int argc, char** argv) { return run_main(argc, argv, test, 23, mutate); }

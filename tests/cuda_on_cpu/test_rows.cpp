@@ -1,16 +1,13 @@
 // Runs the CUDA row kernels' own source on CPU fibers against a float64 definition; with "mutate", removes every synchronisation
-// call in turn and asks that some run notices. Exit status 0: all as it should be.
-//   test_rows test [SEEDS] | mutate [SEEDS]
+// call in turn and asks that some run notices.
 #include <algorithm>
-#include <cstdio>
-#include <map>
-#include <memory>
 #include <random>
 #include <vector>
 
 #include "buffers.h"
 #include "cuda/one_read.h"
 #include "cuda/two_read.h"
+#include "harness.h"
 
 namespace {
 using namespace kd;
@@ -255,60 +252,37 @@ Features draw(unsigned seed, int salt, bool one_read) {
 const Shape kShapes[] = {{3, 7, 1, 1, 1, 1}, {3, 127, 1, 2, 1, 1}, {4, 1000, 2, 2, 2, 1}, {2, 512, 1, 1, 1, 2}, {3, 1031, 1, 4, 1, 2}, {5, 2053, 2, 2, 2, 2}, {2, 4099, 1, 8, 1, 1}};
 
 int test(int seeds) {
-    int failed = 0, runs = 0;
+    Tests tests;
     for (const Shape& s : kShapes)
         for (const bool one_read : {true, false})
             for (int divergence = 0; divergence < (one_read ? 9 : 10); ++divergence)
-                for (int seed = 0; seed <= seeds; ++seed) {
-                    const int dtype = (seed + divergence) % 3;
+                for (unsigned seed = 0; seed <= unsigned(seeds); ++seed) {
+                    const int dtype = int(seed + divergence) % 3;
                     const Features f = draw(seed, divergence + s.vocab, one_read);
-                    ++runs;
-                    std::string what;
-                    try {
-                        if (const double worst = run(dtype, divergence, one_read, s, f, seed); worst > 1) what = std::to_string(worst) + " of tolerance";
-                    } catch (const emu::Fault& fault) { what = fault.what(); }
-                    if (what.empty()) continue;
-                    ++failed;
-                    std::printf("FAIL %s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %d:%s%s%s%s%s%s%s%s%s%s%s T %g offset %g: %s\n", one_read ? "one-read" : "two-read", divergence, dtype,
-                                s.rows, s.vocab, s.clusters, s.cluster_size, s.warps, seed, f.bias ? " bias" : "", f.softcap ? " softcap" : "", f.scale ? " scale" : "", f.labels ? " labels" : "",
-                                f.stats ? " stats" : "", f.weight ? " weight" : "", f.dz ? "" : " no-dz", f.narrow ? " narrow" : "", f.statistics ? "" : " gradient-only", f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", f.temperature, f.offset, what.c_str());
+                    tests([&] { return run(dtype, divergence, one_read, s, f, seed); }, [&] {
+                        return text("%s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %u:%s%s%s%s%s%s%s%s%s%s%s T %g offset %g",
+                                    one_read ? "one-read" : "two-read", divergence, dtype, s.rows, s.vocab, s.clusters, s.cluster_size, s.warps, seed,
+                                    f.bias ? " bias" : "", f.softcap ? " softcap" : "", f.scale ? " scale" : "", f.labels ? " labels" : "", f.stats ? " stats" : "",
+                                    f.weight ? " weight" : "", f.dz ? "" : " no-dz", f.narrow ? " narrow" : "", f.statistics ? "" : " gradient-only",
+                                    f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", double(f.temperature), double(f.offset));
+                    });
                 }
-    std::printf("%d runs, %d failed\n", runs, failed);
-    return failed != 0;
+    return tests.status();
 }
 
-// A synchronisation call is known by its name and line; the two kernels are gone through one after the other.
+// The two kernels, one after the other.
 int mutate(int seeds) {
     Features f;
     f.labels = f.stats = f.narrow = true, f.temperature = 2.f;
-    int unnoticed = 0, calls = 0;
+    Mutations mutations{seeds};
     for (const bool one_read : {true, false}) {
         const Shape s = one_read ? Shape{7, 5021, 1, 2, 2, 1} : Shape{3, 5021, 1, 1, 4, 0};
-        std::set<emu::Site> sites;
-        emu::Launch recording;
-        recording.seen = &sites;
-        for (int dtype : {0, 1}) run(dtype, JSD::id, one_read, s, f, 0, recording);
-        for (const emu::Site& site : sites) {
-            std::string noticed;
-            for (int seed = 0; seed <= seeds && noticed.empty(); ++seed) {
-                emu::Launch launch;
-                launch.removed = site;
-                try {
-                    for (int dtype : {0, 1})
-                        if (run(dtype, JSD::id, one_read, s, f, seed, launch) > 1) noticed = "wrong result, seed " + std::to_string(seed);
-                } catch (const emu::Fault& fault) { noticed = fault.what(); }
-            }
-            ++calls, unnoticed += noticed.empty();
-            std::printf("%s %s: %s line %d: %.90s\n", noticed.empty() ? "UNNOTICED" : "noticed  ", one_read ? "one-read" : "two-read", site.call, site.line, noticed.c_str());
-        }
+        mutations(one_read ? "one-read" : "two-read", [&](const emu::Launch& launch, unsigned seed) {
+            return std::max(run(0, JSD::id, one_read, s, f, seed, launch), run(1, JSD::id, one_read, s, f, seed, launch));
+        });
     }
-    std::printf("%d synchronisation calls, %d removed without notice\n", calls, unnoticed);
-    return unnoticed != 0;
+    return mutations.status();
 }
 }  // namespace
 
-int main(int argc, char** argv) {
-    const bool mutation = argc > 1 && std::string(argv[1]) == "mutate";
-    const int seeds = argc > 2 ? std::atoi(argv[2]) : mutation ? 40 : 11;
-    return mutation ? mutate(seeds) : test(seeds);
-}
+int main(int argc, char** argv) { return run_main(argc, argv, test, 11, mutate); }
