@@ -217,7 +217,7 @@ def main() -> None:
     memory = Heap() if options.memory == "asan" else Guarded()
 
     kinds: list[tuple[st.SearchStrategy[Any], Callable[..., None], int]] = [
-        (cases(), run_rows, 100), (fuzz_heads.heads(), fuzz_heads.run_heads, 60), (fuzz_heads.softmaxes(), fuzz_heads.run_softmax, 30),
+        (cases(), run_rows, 100), (fuzz_heads.heads(), fuzz_heads.run_heads, 100), (fuzz_heads.softmaxes(), fuzz_heads.run_softmax, 30),
     ]  # fmt: skip
     batch = 0
     while TALLY["rows"] < options.rows:

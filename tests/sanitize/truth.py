@@ -246,6 +246,7 @@ class HeadRows:
     d_logprobs: Array | None  # [C, K]
     dz_scale: float
     epsilon: float
+    ties: bool = False  # logits are small whole numbers, which a scale does not round
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ def _head_rows(r: HeadRows) -> HeadTruth:
         gradient = gradient * bend
     outer = r.side.scale / t * r.dz_scale
     dz = outer * gradient
-    plain = r.side.bias is None and r.side.scale == 1 and not r.side.softcap
+    plain = r.side.bias is None and (r.side.scale == 1 or r.ties) and not r.side.softcap
     return HeadTruth(
         answer(top, 4 * eps * (np.abs(top) + reach)), answer(lse - top, ulps), answer(entropy, ulps * (1 + _total(np.abs(terms))) + 1e-30),
         logprobs, answer(dz, abs(outer) * (bound + 8 * eps * np.abs(gradient))), z, log_answer,
