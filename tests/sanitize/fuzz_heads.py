@@ -69,7 +69,8 @@ def heads(draw: st.DrawFn) -> Head:
     return Head(
         rows=rows, vocab=vocab, dtype=draw(KIND), padding=draw(st.tuples(st.integers(0, 9), st.integers(0, 9))), at_end=draw(st.booleans()),
         temperature=draw(st.sampled_from([1.0, 2.0, 0.7])), scale=draw(st.sampled_from([1.0, 1.0, 0.0625, 2.5])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 0.0, 30.0, 5.0])), bias=draw(st.sampled_from([False, False, True])), entropy=draw(st.booleans()),
+        softcap=draw(st.sampled_from([0.0, 0.0, 0.0, 30.0, 5.0])), bias=draw(st.sampled_from([False, False, True])),
+        entropy=draw(st.booleans()),
         num_ids=draw(st.sampled_from([0, 1, 2, 17])), upstream=draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
         gradient=draw(st.sampled_from(["none", "own", "in place", "again", "again in place"])), dz_dtype=draw(KIND),
         dz_scale=draw(st.sampled_from([1.0, 256.0])), num_top=draw(st.sampled_from([0, 0, 1, 33, vocab - 1, vocab])) % (vocab + 1),

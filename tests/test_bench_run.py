@@ -1,0 +1,153 @@
+"""A run of the benchmarks: what it leaves, what interrupts it, and what resumes it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from benching import HEADS, LOGITS, QUIET, measure_small, small_jobs
+from rich.console import Console
+
+from kdkernels.bench import measure, page, run, table, variants
+from kdkernels.bench.measure import Job
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bench") / "out"
+    measure_small(out)
+    return out
+
+
+def test_a_run_leaves_results_plots_and_one_page(measured: Path) -> None:
+    record = run.load(measured)
+    assert record["status"] == "complete"
+    assert [run.job_of(saved) for saved in record["jobs"]] == small_jobs()
+    assert all(m["complete"] for m in record["cases"])
+    heads = record["cases"][0]
+    for r in heads["results"][:4]:
+        assert len(r["samples_ms"]) == 2
+        assert (r["gradient_error"] is None) == (r["variant"] == "floor")
+    assert heads["results"][4]["skipped"] == "ModuleNotFoundError: No module named 'trl'"
+    assert record["environment"]["torch"] == torch.__version__
+    names = {file.name for file in (measured / "plots").iterdir()}
+    wanted = {"loss-1", "loss-4", "tokens-ms", "tokens-mib", "gap-error", "row-kernels-bandwidth", "rows-per-chunk-ms"}
+    assert {f"{name}.{ext}" for name in wanted for ext in ("svg", "png")} <= names
+    text = (measured / "report.html").read_text()
+    assert "Cut short" not in text
+    assert "No module named &#x27;trl&#x27;" in text
+    assert text.count("<svg") == len(names) // 2
+
+
+def test_the_page_needs_nothing_else(measured: Path) -> None:
+    text = (measured / "report.html").read_text()
+    names = re.sub(r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", text, flags=re.DOTALL)  # names, not addresses
+    assert not re.search(r"https?://|<script|@import|<img", names)
+    assert not re.search(r'(?:src|href)="(?!#|data:)', names)
+    assert "#2563eb" not in text.partition("</style>")[2], "figures take the page's colours"
+
+
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The clock of the CPU raises Ctrl-C at its nth use."""
+    timer, count = measure._time_cpu, iter(range(10**6))
+
+    def time_cpu(s: variants.Step) -> float:
+        if next(count) == step:
+            raise KeyboardInterrupt
+        return timer(s)
+
+    monkeypatch.setattr(measure, "_time_cpu", time_cpu)
+
+
+def test_an_interrupted_run_keeps_its_samples_and_is_finished(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "rates", lambda *_: {"copy_gb_s": 10.0, "matrix": {}})
+    jobs = [Job(HEADS, ("floor", "eager"), 3, memory=False), Job(LOGITS, ("floor", "eager", "torch"), 3, memory=False)]
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 2 * 4 + 3 * 2 + 1)  # in the second case, after its first sample
+        record = run.run(run.begin(jobs, "cpu", {"suite": "smoke"}, tmp_path), tmp_path, QUIET)
+    assert record["status"] == "interrupted"
+    kept = run.load(tmp_path)
+    assert [m["complete"] for m in kept["cases"]] == [True, False]
+    assert sorted(len(r["samples_ms"]) for r in kept["cases"][1]["results"]) == [1, 1, 2]
+    text = (tmp_path / "report.html").read_text()
+    assert "Cut short" in text
+    assert "1 of 2 cases" in text
+    with pytest.raises(run.BenchError, match="--resume finishes it"):
+        run.begin(jobs, "cpu", {}, tmp_path)
+    finished = run.run(run.resume(tmp_path), tmp_path, QUIET)
+    assert finished["status"] == "complete"
+    assert finished["cases"][0] == kept["cases"][0]
+    assert [len(r["samples_ms"]) for r in finished["cases"][1]["results"]] == [3, 3, 3]
+    assert "Cut short" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_budget_of_time_ends_a_run_between_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "rates", lambda *_: {"copy_gb_s": 10.0, "matrix": {}})
+    jobs = [Job(HEADS, ("floor",), 1, memory=False)] * 2
+    record = run.run(run.begin(jobs, "cpu", {"suite": "smoke"}, tmp_path), tmp_path, QUIET, budget_minutes=1e-9)
+    assert (record["status"], record["cases"]) == ("out of time", [])
+    assert run.run(run.resume(tmp_path), tmp_path, QUIET)["status"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("signal_", "status"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "interrupted"), (signal.SIGKILL, "running")]
+)
+def test_a_process_that_is_ended_leaves_a_record(tmp_path: Path, signal_: signal.Signals, status: str) -> None:
+    command = [sys.executable, "-m", "kdkernels.cli", "bench", "--suite", "smoke", "--shape", "64,512,8,16", "--backends", "torch"]
+    process = subprocess.Popen(
+        [*command, "--peers", "none", "--device", "cpu", "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    file = tmp_path / "out" / run.FILE
+    until = time.monotonic() + 120
+    while not (file.exists() and "rates" in json.loads(file.read_text())):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal_)
+    output, _ = process.communicate(timeout=120)
+    record = run.load(tmp_path / "out")
+    assert record["status"] == status
+    if signal_ == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130, output
+        assert "--resume" in output
+        assert "Cut short" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_resume_refuses_what_would_not_compare(tmp_path: Path) -> None:
+    with pytest.raises(run.BenchError, match=r"holds no results\.json"):
+        run.resume(tmp_path)
+    record = run.begin([Job(HEADS, ("floor",), 1)], "cpu", {}, tmp_path)
+    record["environment"]["commit"] = "0123456789"
+    run.save(tmp_path, record)
+    with pytest.raises(run.BenchError, match="measured with commit 0123456789"):
+        run.resume(tmp_path)
+    for text, word in (("{", "no record"), ("[]", "no record"), ('{"schema": 99}', "schema 99")):
+        (tmp_path / run.FILE).write_text(text)
+        with pytest.raises(run.BenchError, match=word):
+            run.load(tmp_path)
+
+
+def test_without_matplotlib_the_page_says_so(measured: Path) -> None:
+    text = page.page(run.load(measured), [])
+    assert "Plots need matplotlib" in text
+    assert "<svg" not in text
+
+
+def test_what_looks_like_markup_is_shown_as_it_is() -> None:
+    results = [{"variant": "floor", "samples_ms": [1.0, 2.0]}, {"variant": "eager", "skipped": "OSError: [Errno 12] no [bold]memory"}]
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(table.rich_table({"case": vars(LOGITS), "flop": 0, "floor_bytes": 1, "results": results}, None))
+    text = console.export_text()
+    assert "ms p50 [p20, p80]" in text
+    assert "[Errno 12] no [bold]memory" in text

@@ -1,0 +1,61 @@
+"""The script that runs everything that needs a GPU, where there is none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_gpu.sh"
+
+
+def run_gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_gpu_script_says_what_it_would_run(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "trl-1.0-py3-none-any.whl").touch()
+    done = run_gpu("--dry-run", "--wheels", str(tmp_path / "wheels"), "--out", str(tmp_path / "out"), "--minutes", "20")
+    assert (done.returncode, done.stderr) == (0, "")
+    steps = [line.partition(" (")[0] for line in done.stdout.splitlines()]
+    assert steps == ["install-trl", "build", "environment", "tests", "bench"]
+    assert "--suite standard --device cuda" in done.stdout
+    assert done.stdout.rstrip().endswith("--budget-minutes 19")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--speed"], "unknown option --speed"),
+        (["--out"], "--out needs a value"),
+        (["--wheels", "no/such"], "no such folder"),
+        (["--minutes", "x"], "whole"),
+    ],
+)
+def test_the_gpu_script_refuses_what_it_does_not_know(arguments: list[str], word: str) -> None:
+    done = run_gpu("--dry-run", *arguments)
+    assert done.returncode == 2
+    assert word in done.stderr
+
+
+def test_the_gpu_script_needs_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")  # a Python that has everything
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": os.defpath, "PYTHON": str(python)},
+    )
+    assert done.returncode == 1
+    assert "--cpu tries the same steps without one" in done.stdout
+    assert "no GPU" in (tmp_path / "out" / "summary.txt").read_text()
