@@ -81,6 +81,13 @@ def test_all_rows() -> None:
     torch.testing.assert_close(side.hidden @ side.weight.T, model(input_ids=IDS).logits)
 
 
+def test_a_float64_model_whose_logits_are_float32() -> None:
+    """Mamba narrows what its head gives: that is no other head."""
+    model = build("mamba").double()
+    assert model(input_ids=IDS).logits.dtype == torch.float32
+    assert_is_the_model(model)
+
+
 def test_padding_and_positions_reach_the_model() -> None:
     model = build("llama")
     mask = torch.ones_like(IDS)
