@@ -72,7 +72,7 @@ def _(
     sizes: list[int],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = decode(spec)
+    problem = decode(spec, sizes=sizes)  # the chunks decide on a dtype
     inputs = Inputs(
         student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids, members
     )

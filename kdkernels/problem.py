@@ -207,11 +207,15 @@ def _decode_structure(spec: str) -> Problem:
 
 
 def decode(spec: str, numbers: Sequence[float] | None = None, sizes: Sequence[int] = ()) -> Problem:
-    """The inverse of ``Problem.encode``, ``numbers`` and ``sizes``; without those two, what can be said of shapes and dtypes."""
+    """The inverse of ``Problem.encode``, ``numbers`` and ``sizes``; without numbers, what can be said of shapes and dtypes."""
     problem = _decode_structure(spec)
+    if sizes:
+        vocab, ignore_index, memory_budget, chunk_rows = sizes
+        problem = replace(
+            problem, vocab=vocab, ignore_index=ignore_index, memory_budget=memory_budget or None, chunk_rows=chunk_rows or None
+        )
     if numbers is None:
         return problem
-    vocab, ignore_index, memory_budget, chunk_rows = sizes
     temperature, kd_weight, ce_weight, s_scale, s_cap, t_scale, t_cap, *others = numbers
     of_members, parameters = others[: 3 * len(problem.members)], others[3 * len(problem.members) :]
     members = (
@@ -220,10 +224,6 @@ def decode(spec: str, numbers: Sequence[float] | None = None, sizes: Sequence[in
     )
     return replace(
         problem,
-        vocab=vocab,
-        ignore_index=ignore_index,
-        memory_budget=memory_budget or None,
-        chunk_rows=chunk_rows or None,
         divergence=type(problem.divergence)(*parameters, **problem.divergence.flags),
         temperature=temperature,
         kd_weight=kd_weight,

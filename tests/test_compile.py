@@ -157,6 +157,7 @@ OP_CASES: dict[str, dict[str, Any]] = {
     "head, sum": {"reduction": "sum"},
     "head, none": {"reduction": "none"},
     "head, bfloat16": {"reduction": "none", "dtype": torch.bfloat16},
+    "head, bfloat16, in chunks": {"reduction": "sum", "dtype": torch.bfloat16, "logits_dtype": torch.bfloat16, "chunk_rows": 4},
     "head, frozen": {"frozen": True, "reduction": "none"},
     "head, statistics": {"return_stats": True},
     "head / dense": {"dims": (8, None), "reduction": "none"},
@@ -185,7 +186,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> tuple[tup
     trained = [student] if isinstance(student, Tensor) else [student.hidden, *([] if case["frozen"] else [student.weight, student.bias])]
     for t in trained:
         t.requires_grad_()
-    options = {k: case[k] for k in ("reduction", "ce_weight", "return_stats", "divergence") if k in case}
+    options = {k: case[k] for k in ("reduction", "ce_weight", "return_stats", "divergence", "logits_dtype", "chunk_rows") if k in case}
     if case["token_weights"]:
         options["token_weights"] = torch.rand(2, 3)
     labels = make_labels((2, 3), 21, masked=False)

@@ -147,6 +147,10 @@ def test_arguments_that_no_kernel_takes() -> None:
     softmax.rows, softmax.vocab, softmax.out_dtype = 1, 5, 2
     with pytest.raises(ValueError, match="must have one dtype"):
         _C.cuda_softmax_rows(softmax, 0)
+    rows = _C.RowArguments()
+    rows.rows, rows.vocab = 2**31, 5
+    with pytest.raises(ValueError, match=r"2\^31 rows or more"):
+        _C.cuda_rows(rows, 0)
 
 
 def test_a_seed_is_read_on_its_device() -> None:

@@ -21,6 +21,7 @@ Rows rows_of(const RowArguments& r) {
     if (r.dz && r.dz_dtype != r.student.dtype && r.student.dtype != Dtype::f32)
         throw std::invalid_argument("dz must have the dtype of 16-bit logits");
     if (r.vocab >= int64_t(1) << 30) throw std::invalid_argument("a vocabulary of 2^30 or more");
+    if (r.rows >= int64_t(1) << 31) throw std::invalid_argument("2^31 rows or more");
     Rows a{};
     a.student = side_of(r.student), a.teacher = side_of(r.teacher);
     a.dz = r.dz, a.labels = r.labels, a.weight = static_cast<const float*>(r.weight);

@@ -96,7 +96,9 @@ def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
         )  # fmt: skip
         if batch.draws is not None:
             launch = choose_sample(vocab)
-            exact = torch.tensor([1.0 / problem.temperature, t.scale, t.softcap or 0.0], dtype=torch.float64).to(batch.logits.device)
+            exact = batch.logits.new_empty(3, dtype=torch.float64)
+            for slot, number in zip(exact, (1.0 / problem.temperature, t.scale, t.softcap or 0.0), strict=True):
+                slot.fill_(number)  # on the device: a copy from the host would wait, and no CUDA graph could record it
             sample_rows_kernel[(count * batch.draws.shape[1],)](
                 batch.logits, absent if batch.bias is None else batch.bias, batch.log_sum, batch.seed, exact, batch.draws,
                 batch.logits.stride(0), vocab, batch.draws.shape[1], batch.first_row,
