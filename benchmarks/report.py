@@ -126,8 +126,10 @@ def summary(records: Records, figures_at: str) -> str:
                 "" if others[1] is None else f"{others[1] / mid:.2f}",
                 *("" if x is None or x.get("peak_extra_bytes") is None else f"{mib(x['peak_extra_bytes'])} MiB" for x in (eager, r)),
             ))  # fmt: skip
-    samples = max(len(r["samples_ms"]) for m in single(record) for r in m["results"] if "samples_ms" in r)
-    caption = f"Medians of {samples} samples, forward and backward, T = {record['settings']['temperature']:g}. {machine_line(record)}."
+    timed = [r for m in single(record) for r in m["results"] if "samples_ms" in r]
+    samples, processes = max(len(r["samples_ms"]) for r in timed), max(len(set(r.get("visit", [1]))) for r in timed)
+    taken = f"{samples} samples" + (f" of {processes} processes" if processes > 1 else "")
+    caption = f"Medians of {taken}, forward and backward, T = {record['settings']['temperature']:g}. {machine_line(record)}."
     return markdown(header, lines) + "\n\n" + caption
 
 

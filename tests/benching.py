@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="the figures need the extra [bench]")
 
 from rich.console import Console
 
-from kdkernels.bench import measure, run
+from kdkernels.bench import measure, processes, run, visits
 from kdkernels.bench.cases import Case
 from kdkernels.bench.measure import Job
 
@@ -32,14 +32,15 @@ def small_jobs() -> list[Job]:
 
 def made_up_peak(variant: str, case: Case, *_: Any) -> int:
     if variant == "trl":
-        raise measure.OutOfProcessError("ModuleNotFoundError: No module named 'trl'")
+        raise processes.OutOfProcessError("ModuleNotFoundError: No module named 'trl'")
     return ((3 if variant == "eager" else 1) << 20) + 4 * case.n * case.v
 
 
 def measure_small(out: Path) -> None:
-    """Results of a real run; only peak memory is made up, as every one would take a process."""
+    """Results of a real run; only peak memory is made up, and all in this process, as every one would take another."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "peak_extra_bytes", made_up_peak)
+        patch.setattr(processes, "ask", processes.answer)
+        patch.setattr(visits, "peak_extra_bytes", made_up_peak)
         patch.setattr(
             measure, "rates", lambda device, dtypes: {"copy_gb_s": 10.0, "matrix": {d: {"size": 8, "tflop_s": 1.0} for d in dtypes}}
         )

@@ -16,8 +16,14 @@ import torch
 from benching import HEADS, LOGITS, QUIET, measure_small, small_jobs
 from rich.console import Console
 
-from kdkernels.bench import measure, page, run, table, variants
+from kdkernels.bench import measure, page, processes, run, table, variants
 from kdkernels.bench.measure import Job
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visits in this process, where there is something to patch; test_bench_processes.py has those that are not."""
+    monkeypatch.setattr(processes, "ask", processes.answer)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_results_plots_and_one_page(measured: Path) -> None:
     record = run.load(measured)
     assert record["status"] == "complete"
-    assert [run.job_of(saved) for saved in record["jobs"]] == small_jobs()
+    assert [Job.load(saved) for saved in record["jobs"]] == small_jobs()
     assert all(m["complete"] for m in record["cases"])
     heads = record["cases"][0]
     for r in heads["results"][:4]:
@@ -71,12 +77,12 @@ def test_an_interrupted_run_keeps_its_samples_and_is_finished(measured: Path, tm
     monkeypatch.setattr(measure, "rates", lambda *_: {"copy_gb_s": 10.0, "matrix": {}})
     jobs = [Job(HEADS, ("floor", "eager"), 3, memory=False), Job(LOGITS, ("floor", "eager", "torch"), 3, memory=False)]
     with monkeypatch.context() as patch:
-        interrupted_at(patch, 2 * 4 + 3 * 2 + 1)  # in the second case, after its first sample
+        interrupted_at(patch, 2 * 4 + 3 * 2 + 1)  # in the second case, after its first round
         record = run.run(run.begin(jobs, "cpu", {"suite": "smoke"}, tmp_path), tmp_path, QUIET)
     assert record["status"] == "interrupted"
     kept = run.load(tmp_path)
     assert [m["complete"] for m in kept["cases"]] == [True, False]
-    assert sorted(len(r["samples_ms"]) for r in kept["cases"][1]["results"]) == [1, 1, 2]
+    assert sorted(len(r["samples_ms"]) for r in kept["cases"][1]["results"]) == [1, 1, 1]
     text = (tmp_path / "report.html").read_text()
     assert "Cut short" in text
     assert "1 of 2 cases" in text
@@ -87,6 +93,40 @@ def test_an_interrupted_run_keeps_its_samples_and_is_finished(measured: Path, tm
     assert finished["cases"][0] == kept["cases"][0]
     assert [len(r["samples_ms"]) for r in finished["cases"][1]["results"]] == [3, 3, 3]
     assert "Cut short" not in (tmp_path / "report.html").read_text()
+
+
+def test_every_case_is_visited_before_any_is_again_and_what_is_cut_short_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "rates", lambda *_: {"copy_gb_s": 10.0, "matrix": {}})
+    jobs = [Job(HEADS, ("floor", "torch"), 5, False, "", 3), Job(LOGITS, ("floor", "torch"), 2, False, "", 2), Job(LOGITS, ("floor",), 1)]
+    told: list[tuple[int, int]] = []
+    answer = processes.answer
+
+    def ask(request: processes.Request, tell: measure.Tell) -> None:
+        told.append((request["number"], [run.dataclasses.asdict(job) for job in jobs].index(request["job"])))
+        answer(request, tell)
+
+    monkeypatch.setattr(processes, "ask", ask)
+    with monkeypatch.context() as patch:
+        # Visits of 3, 2 and 2 rounds of two, then of one, then the second visit of the first, in its second timed round.
+        interrupted_at(patch, 2 * 3 + 2 * 2 + 2 + 2 * 2 + 1)
+        record = run.run(run.begin(jobs, "cpu", {"suite": "smoke"}, tmp_path), tmp_path, QUIET)
+    assert told == [(1, 0), (1, 1), (1, 2), (2, 0)]
+    kept = run.load(tmp_path)["cases"]
+    assert [(m["visits_done"], m["complete"]) for m in kept] == [(1, False), (1, False), (1, True)]
+    assert {tuple(r["visit"]) for r in kept[0]["results"]} == {(1, 1, 2)}
+    assert "cut short after 1 of 3 processes" in (tmp_path / "report.html").read_text()
+    told.clear()
+    record = run.run(run.resume(tmp_path), tmp_path, QUIET)
+    assert told == [(2, 0), (2, 1), (3, 0)]
+    assert (record["status"], [m["complete"] for m in record["cases"]]) == ("complete", [True] * 3)
+    for before, m, rounds in zip(kept, record["cases"], ([1, 1, 2, 2, 3], [1, 2], [1]), strict=True):
+        for old, row in zip(before["results"], m["results"], strict=True):
+            assert row["visit"] == rounds
+            assert len(row["samples_ms"]) == len(rounds)
+            first = [ms for ms, visit in zip(old["samples_ms"], old["visit"], strict=True) if visit == 1]
+            assert row["samples_ms"][: len(first)] == first
 
 
 def test_a_budget_of_time_ends_a_run_between_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

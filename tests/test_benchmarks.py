@@ -10,11 +10,25 @@ import pytest
 import torch
 from benching import HEADS, LOGITS
 
-from kdkernels.bench import measure, plots, suites, table, variants
+from kdkernels.bench import measure, plots, processes, suites, table, variants, visits
 from kdkernels.bench.cases import Case, Inputs, build
 from kdkernels.bench.measure import Job
 from kdkernels.bench.peers import PEERS, Peer
 from kdkernels.divergences import REGISTRY
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visits in this process, where there is something to patch."""
+    monkeypatch.setattr(processes, "ask", processes.answer)
+
+
+def measure_here(job: Job) -> visits.Measured:
+    measured = visits.new(job)
+    for number in range(1, job.visits + 1):
+        visits.visit(measured, job, number, "cpu")
+    assert measured["complete"]
+    return measured
 
 
 def test_quantile_interpolates() -> None:
@@ -172,13 +186,13 @@ def test_every_round_runs_every_variant_with_clear_gradients() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux")
 def test_peak_memory_of_a_known_allocation() -> None:
     """The floor of given logits writes one [N, V] buffer, here of 64 MiB."""
-    peak = measure.peak_extra_bytes("floor", Case(1024, 16384))
+    peak = visits.peak_extra_bytes("floor", Case(1024, 16384))
     assert abs(peak - (64 << 20)) < 2 << 20  # the kernel counts pages in batches
 
 
 def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(measure.OutOfProcessError, match="variant 'fast' is unknown"):
-        measure.peak_extra_bytes("fast", HEADS)
+    with pytest.raises(processes.OutOfProcessError, match="variant 'fast' is unknown"):
+        visits.peak_extra_bytes("fast", HEADS)
 
 
 def test_a_deadline_ends_the_rounds_but_leaves_a_sample() -> None:
@@ -218,48 +232,53 @@ def test_every_peer_says_why_it_cannot() -> None:
     assert no_such.absent("cpu") == "no-such is not installed"
 
 
+@pytest.mark.usefixtures("here")
 def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, lambda case, inputs: lambda: 2 * variants._true_distillation(case, inputs))
-    measured = measure.measure(Job(HEADS, ("eager", "other"), samples=1, memory=False), "cpu")
+    measured = measure_here(Job(HEADS, ("eager", "other"), samples=1, memory=False))
     eager, other = measured["results"]
     assert len(eager["samples_ms"]) == 1
     assert "samples_ms" not in other
     assert "the loss differs from the float64 reference by 1.0e+00" in other["skipped"]
 
 
+@pytest.mark.usefixtures("here")
 def test_a_peer_that_fails_gets_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(case: Case, inputs: Inputs) -> Callable[[], torch.Tensor]:
         raise ImportError("libother.so.1 is missing\nand more")
 
     fake(monkeypatch, broken, note="it rounds")
-    measured = measure.measure(Job(HEADS, ("floor", "other"), samples=1, memory=False), "cpu")
+    measured = measure_here(Job(HEADS, ("floor", "other"), samples=1, memory=False))
     assert measured["results"][1]["skipped"] == "ImportError: libother.so.1 is missing"
     cells = list(table.rows(measured, None))[1]
     assert cells[1] == "did not run: ImportError: libother.so.1 is missing"
     assert table.notes(measured) == []
 
 
+@pytest.mark.usefixtures("here")
 def test_a_bound_is_checked_against_what_it_computes_and_is_no_rival(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, lambda case, inputs: lambda: variants._true_cross_entropy(case, inputs), operation="cross_entropy", note="a bound")
-    measured = measure.measure(Job(HEADS, ("floor", "other"), samples=1, memory=False), "cpu")
+    measured = measure_here(Job(HEADS, ("floor", "other"), samples=1, memory=False))
     assert measured["results"][1]["gradient_error"] < 1e-5
     assert table.best_peer(measured) is None
     assert table.notes(measured) == ["other: a bound."]
 
 
+@pytest.mark.usefixtures("here")
 def test_a_process_that_is_killed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any, **__: Any) -> int:
-        raise measure.OutOfProcessError("its process was killed by signal 9, memory being short")
+        raise processes.OutOfProcessError("its process was killed by signal 9, memory being short")
 
-    monkeypatch.setattr(measure, "peak_extra_bytes", killed)
-    measured = measure.measure(Job(HEADS, ("floor", "eager"), samples=1), "cpu")
+    monkeypatch.setattr(visits, "peak_extra_bytes", killed)
+    measured = measure_here(Job(HEADS, ("floor", "eager"), samples=1))
     assert "killed by signal 9" in measured["results"][1]["skipped"]
     assert len(measured["results"][0]["samples_ms"]) == 1
 
 
+@pytest.mark.usefixtures("here")
 def test_what_would_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_available_bytes", lambda: 1000)
-    measured = measure.measure(Job(HEADS, ("floor", "eager", "torch"), samples=1, memory=False), "cpu")
+    monkeypatch.setattr(visits, "_available_bytes", lambda: 1000)
+    measured = measure_here(Job(HEADS, ("floor", "eager", "torch"), samples=1, memory=False))
     assert ["skipped" in r for r in measured["results"]] == [True, True, False]
     assert "are free" in measured["results"][0]["skipped"]
 

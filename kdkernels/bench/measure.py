@@ -1,19 +1,16 @@
-"""How a case is measured: time of interleaved variants in one process, peak memory of each variant in a process of its own.
+"""What one process measures: the time of interleaved variants, the peak memory of one, the rates of the machine.
 
-``python -m kdkernels.bench.measure '{"variant": ..., "case": ...}'`` is that process.
+Which processes there are, and what becomes of what they tell, is said in visits.py.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,20 @@ import torch
 from ..memory import peak_bytes
 from . import variants
 from .cases import Case, Inputs, build
-from .peers import PEERS
 from .variants import Step, Variant
 
-Progress = Callable[[str, int], None]
-"""What goes on now, and how many steps of the job are done with it."""
+WARMUP = 1
+
+Event = dict[str, Any]
+"""What a process tells while it measures: plain data, since it may come out of another process.
+
+``{"variant", "doing"}``    what begins now; if the process dies of it, that is what this variant does
+``{"variant", "row"}``      what the variant's row gains; in ``skipped`` the reason why it goes no further
+``{"samples"}``             after every round: milliseconds of this visit so far, by variant
+``{"peak_extra_bytes"}``    what was asked for
+"""
+
+Tell = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Job:
         samples: timed rounds; 0 measures errors only, on the case itself and not on a small relative.
         memory: whether peak memory is measured.
         curve: the curve that the case is a point of, by name; "" if it stands for itself.
+        visits: processes that the rounds are spread over, one after another.
     """
 
     case: Case
@@ -45,24 +52,21 @@ class Job:
     samples: int = 5
     memory: bool = True
     curve: str = ""
+    visits: int = 1
 
-    @property
-    def steps(self) -> int:
-        """That progress counts."""
-        return len(self.variants) * (2 + (self.samples + WARMUP if self.samples else 0))
+    @classmethod
+    def load(cls, saved: Mapping[str, Any]) -> Job:
+        """From what ``dataclasses.asdict`` made of it."""
+        return cls(**{**saved, "case": Case(**saved["case"]), "variants": tuple(saved["variants"])})
 
+    def samples_of(self, visit: int) -> int:
+        """Timed rounds of a visit, counted from 1: as even as can be."""
+        return len(range(visit - 1, self.samples, self.visits))
 
-WARMUP = 1
-
-NO_MEMORY = {
-    "floor": "it is no loss",
-    "compile": "the compiler's own memory cannot be told from the loss's",
-    "rows": "row kernels alone are no loss",
-}
-"""Variants whose peak memory would mislead, with the reason."""
-
-DENSE_BYTES_PER_LOGIT = {"floor": 2, "eager": 7, "compile": 7, "liger_kl": 4}
-"""How many [N, V] tensors (eager: of 4 bytes) these hold at once: enough to decide what not to try."""
+    def steps_of(self, visit: int) -> int:
+        """That progress counts: memory at first, then each time a check and the rounds."""
+        rounds = WARMUP + self.samples_of(visit) if self.samples else 0
+        return len(self.variants) * ((visit == 1) + 1 + rounds)
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
@@ -79,29 +83,32 @@ def time_interleaved(
     inputs: Inputs,
     samples: int,
     warmup: int = WARMUP,
-    progress: Progress = lambda doing, done: None,
+    begins: Callable[[str], None] = lambda variant: None,
     after_round: Callable[[dict[str, list[float]]], None] = lambda taken: None,
     deadline: float = math.inf,
+    seed: int = 0,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Each round runs every variant once, in an order of its own: what drifts drifts for all alike.
 
     Args:
+        begins: gets the variant whose turn it is.
         after_round: gets the milliseconds so far.
         deadline: of ``time.monotonic``; past it no further round begins once there is a sample.
+        seed: of the orders.
 
     Returns:
         Milliseconds of every sample, by variant; and of those that failed, as for want of memory, why.
     """
     taken: dict[str, list[float]] = {variant: [] for variant in steps}
     failed: dict[str, str] = {}
-    order = random.Random(0)
+    order = random.Random(seed)
     device = inputs.device
     for round_ in range(warmup + samples):
         if round_ > warmup and time.monotonic() > deadline:
             break
         gc.collect()
         for variant in order.sample(list(taken), len(taken)):
-            progress(f"timing {variant}", 1)
+            begins(variant)
             inputs.clear_gradients()
             try:
                 ms = _time_cuda(steps[variant], device) if device.type == "cuda" else _time_cpu(steps[variant])
@@ -168,146 +175,70 @@ def rates(device: str, dtypes: Sequence[str], samples: int = 7) -> dict[str, Any
     return found
 
 
-# --- one job
-
-
-def measure(
-    job: Job,
-    device: str,
-    progress: Progress = lambda doing, done: None,
-    save: Callable[[dict[str, Any]], None] = lambda measured: None,
-    deadline: float = math.inf,
-) -> dict[str, Any]:
-    """Everything about one case. A variant that cannot run keeps its row, with the reason.
-
-    On a GPU another library runs each kind of case in a process of its own first: one that dies there, or poisons its CUDA context, takes
-    nothing with it. On a CPU that process measures its memory, too, as it does for everyone.
+def visit(job: Job, names: Sequence[str], number: int, device: str, tell: Tell, seconds_left: float = math.inf) -> None:
+    """Checks variants, then times them in turn, the first rounds to warm up.
 
     Args:
-        save: gets what there is after every round, with ``"complete": False``.
+        names: variants that there still is something to measure of.
+        number: of the visit, from 1.
+        tell: gets an ``Event`` whenever there is something to tell.
+        seconds_left: after them no further round begins once there is a sample.
     """
-    case = job.case
-    rows: dict[str, dict[str, Any]] = {name: {"variant": name} for name in job.variants}
-    sizes = {"flop": case.flop, "floor_bytes": case.floor_bytes, "input_bytes": case.input_bytes}
-    measured: dict[str, Any] = {"case": asdict(case), "curve": job.curve, **sizes, "complete": False, "results": list(rows.values())}
-    for name, row in rows.items():
-        if (reason := _too_large(name, case, device)) is not None:
-            row["skipped"] = reason
-        elif name in PEERS and (note := PEERS[name].note):
-            row["note"] = note
-    for name, row in rows.items():
-        progress(f"memory of {name}", 1)
-        if "skipped" not in row and (job.memory and _has_memory(name) if device == "cpu" else _is_news(name, case)):
-            _measure_alone(name, job, device, row)
-    inputs = build(case, device)
+    case, deadline = job.case, time.monotonic() + seconds_left
+    try:
+        inputs = build(case, device)
+    except Exception as error:  # too large for any variant
+        for name in names:
+            tell({"variant": name, "row": {"skipped": first_line(error)}})
+        del error
+        release(torch.device(device))
+        return
     steps: dict[str, Step] = {}
-    for name, row in rows.items():
-        progress(f"checking {name}", 1)
-        if "skipped" in row:
-            progress(f"checking {name}", job.steps // len(rows) - 2)
-            continue
+    for name in names:
+        tell({"variant": name, "doing": "checking"})
         try:
-            if job.samples:
-                row["gradient_error"] = variants.check(name, case, device)
-            else:
-                row |= {k.replace(" ", "_") + "_error": v for k, v in variants.errors(name, case, device).items()}
-            steps[name] = variants.build(name, case, inputs)
+            row = _checked(name, job, device)
+            step = variants.build(name, case, inputs)
             if Variant.parse(name).is_ours and not name.startswith("rows:") and case.operation == "distillation":
                 row["plan"] = variants.held(name, case, inputs)
-            if device != "cpu" and job.memory and "peak_extra_bytes" not in row and _has_memory(name):
-                row["peak_extra_bytes"] = _peak_of(lambda step=steps[name]: step, inputs, device)  # type: ignore[misc]
+            if device != "cpu" and job.memory and has_memory(name):
+                row["peak_extra_bytes"] = _peak_of(lambda step=step: step, inputs, device)  # type: ignore[misc]
+            steps[name] = step
         except Exception as error:  # whatever a compiler, a driver or a peer comes up with is this row's result
-            steps.pop(name, None)
-            row["skipped"] = first_line(error)
-            progress(f"checking {name}", job.steps // len(rows) - 2)
+            row = {"skipped": first_line(error)}
             del error
             release(inputs.device)
-    if job.samples:
-
-        def keep(taken: dict[str, list[float]]) -> None:
-            for name, samples in taken.items():
-                if samples:
-                    rows[name]["samples_ms"] = samples
-            save(measured)
-
-        _, failed = time_interleaved(steps, inputs, job.samples, WARMUP, progress, keep, deadline)
-        for name, reason in failed.items():
-            rows[name]["skipped"] = reason
-            rows[name].pop("samples_ms", None)
+        tell({"variant": name, "row": row})
+    if not job.samples:
+        return
+    _, failed = time_interleaved(
+        steps, inputs, job.samples_of(number), WARMUP, lambda name: tell({"variant": name, "doing": "timing"}),
+        lambda taken: tell({"samples": {name: ms for name, ms in taken.items() if ms}}), deadline, number,
+    )  # fmt: skip
+    for name, reason in failed.items():
+        tell({"variant": name, "row": {"skipped": reason}})
     steps.clear()
     del inputs
     release(torch.device(device))
-    measured["complete"] = True
-    return measured
 
 
-def _has_memory(variant: str) -> bool:
+def _checked(variant: str, job: Job, device: str) -> dict[str, Any]:
+    """The errors of a variant. Raises: it does not compute the case."""
+    if job.samples:
+        return {"gradient_error": variants.check(variant, job.case, device)}
+    return {f"{what.replace(' ', '_')}_error": error for what, error in variants.errors(variant, job.case, device).items()}
+
+
+NO_MEMORY = {
+    "floor": "it is no loss",
+    "compile": "the compiler's own memory cannot be told from the loss's",
+    "rows": "row kernels alone are no loss",
+}
+"""Variants whose peak memory would mislead, with the reason."""
+
+
+def has_memory(variant: str) -> bool:
     return variant.partition(":")[0] not in NO_MEMORY
-
-
-def _too_large(variant: str, case: Case, device: str) -> str | None:
-    """On a CPU, where what does not fit is not refused but kills the process: whether not to try."""
-    if device != "cpu" or variant not in DENSE_BYTES_PER_LOGIT:
-        return None
-    itemsize = case.torch_dtype.itemsize if variant == "floor" else 4
-    needed = DENSE_BYTES_PER_LOGIT[variant] * itemsize * case.valid * case.v
-    free = _available_bytes()
-    if needed < 0.8 * free:
-        return None
-    return f"it needs about {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free"
-
-
-def _available_bytes() -> float:
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return math.inf
-    return 1024 * int(next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable:")).split()[1])
-
-
-_survived: set[tuple[str, str, str, bool]] = set()
-
-
-def _is_news(variant: str, case: Case) -> bool:
-    """Whether another library has not yet been through a case of this kind."""
-    return variant in PEERS and (variant, case.divergence, case.dtype, case.masked > 0) not in _survived
-
-
-def _measure_alone(variant: str, job: Job, device: str, row: dict[str, Any]) -> None:
-    """Peak memory in a fresh process. If even the process dies, the variant is not tried in this one."""
-    try:
-        row["peak_extra_bytes"] = peak_extra_bytes(variant, job.case, device)
-        _survived.add((variant, job.case.divergence, job.case.dtype, job.case.masked > 0))
-    except OutOfProcessError as error:
-        row["skipped"] = str(error)
-    if not job.memory:
-        row.pop("peak_extra_bytes", None)
-
-
-class OutOfProcessError(RuntimeError):
-    """The measuring process failed; the message is its last line."""
-
-
-def peak_extra_bytes(variant: str, case: Case, device: str = "cpu") -> int | None:
-    """How far one forward and backward pass raises the peak memory of a fresh process above what held the inputs.
-
-    The gradients of the student's tensors count: they are part of what a loss leaves. So do, for the floor, the buffers that it
-    writes to. Code that loads on first use does not: a tiny case of the same variant has run before. None where the system does not
-    tell: on a CPU, Linux does.
-
-    Raises:
-        OutOfProcessError: it failed, or was killed, as happens when memory runs out.
-    """
-    request = {"variant": variant, "case": asdict(case), "device": device, "threads": torch.get_num_threads()}
-    command = [sys.executable, "-m", "kdkernels.bench.measure", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    if done.returncode < 0:
-        raise OutOfProcessError(
-            f"its process was killed by signal {-done.returncode}" + (", memory being short" if done.returncode == -9 else "")
-        )
-    if done.returncode:
-        raise OutOfProcessError((done.stderr.strip().splitlines() or ["no message"])[-1][:300])
-    peak: int | None = json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"]
-    return peak
 
 
 def _reset_peak(device: str) -> None:
@@ -339,16 +270,16 @@ def _peak_of(make: Callable[[], Step], inputs: Inputs, device: str) -> int | Non
     return _peak_bytes(device) - before
 
 
-def _measure_here(variant: str, case: Case, device: str, threads: int) -> dict[str, int | None]:
-    torch.set_num_threads(threads)
+def peak_extra_bytes(variant: str, case: Case, device: str) -> int | None:
+    """How far one forward and backward pass raises the peak memory of this process, a fresh one, above what held the inputs.
+
+    The gradients of the student's tensors count: they are part of what a loss leaves. So do, for the floor, the buffers that it
+    writes to. Code that loads on first use does not: a tiny case of the same variant runs before. None where the system does not
+    tell: on a CPU, Linux does.
+    """
     tiny = replace(case, n=32, v=256)
     tiny_inputs = build(tiny, device)
     variants.build(variant, tiny, tiny_inputs)()
     del tiny_inputs
     inputs = build(case, device)
-    return {"peak_extra_bytes": _peak_of(lambda: variants.build(variant, case, inputs), inputs, device)}
-
-
-if __name__ == "__main__":
-    request = json.loads(sys.argv[1])
-    print(json.dumps(_measure_here(**{**request, "case": Case(**request["case"])})))
+    return _peak_of(lambda: variants.build(variant, case, inputs), inputs, device)

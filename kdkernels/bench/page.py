@@ -45,7 +45,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
 """
 
 _COLUMNS = {
-    "ms p50 [p20, p80]": "milliseconds, median and spread of the samples",
+    "ms p50 [p20, p80]": "milliseconds, median and spread of the samples of all processes",
     "x of floor": "time over that of the floor: the matrix products alone, or one pass over the logits",
     "x of best peer": "time over that of the fastest other library",
     "eager / it": "how many times as fast as the dense formula in plain PyTorch",
@@ -145,7 +145,9 @@ def _table(measured: dict[str, Any], rates: dict[str, Any] | None) -> str:
             shown = "".join(f"<td>{_text(cell)}</td>" for cell in (table.name_of(cells[0]), *cells[1:]))
         lines.append(f"<tr{mark}>{shown}</tr>")
     below = "".join(f'<p class="soft">{_text(note)}</p>' for note in table.notes(measured))
-    below += "" if measured["complete"] else '<p class="soft">This case was cut short: what it has of samples is shown.</p>'
+    if not measured["complete"]:
+        done = f" after {measured['visits_done']} of {measured['visits']} processes" if measured["visits"] > 1 else ""
+        below += f'<p class="soft">This case was cut short{done}: what it has of samples is shown.</p>'
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>{below}'
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from .cases import Case
 from .figures import number
-from .table import Measured, is_ours, largest_error, median, name_of, title
+from .table import is_ours, largest_error, median, name_of, title
 from .variants import Variant
+from .visits import Measured
 
 
 @dataclass(frozen=True)

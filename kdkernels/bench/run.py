@@ -1,4 +1,8 @@
-"""Goes through the jobs of a suite and keeps ``results.json`` as good as the last sample, so that whatever ends a run costs one round."""
+"""Goes through the jobs of a suite and keeps ``results.json`` as good as the last sample, so that whatever ends a run costs little.
+
+Every case is visited once, in order of worth, then every one again: so a case's samples are spread over the run, and what drifts over
+minutes is in their spread.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from . import environment, measure, page, table
-from .cases import Case
+from . import environment, measure, page, table, visits
 from .measure import Job
 from .peers import PEERS
 
@@ -72,23 +75,24 @@ def resume(out: Path) -> Record:
                 f"--resume: {out} was measured with {what} {record['environment'][what]}, and here it is {now[what]}: figures would not "
                 "compare. Give another --out for a new run"
             )
-    record["cases"] = [measured for measured in record["cases"] if measured["complete"]]
+    record["cases"] = [kept for measured in record["cases"] if (kept := visits.without_unfinished(measured)) is not None]
     return record
 
 
-def load(out: Path) -> Record:
-    """A record, whole or cut short.
+def load(at: Path) -> Record:
+    """The record, whole or cut short, that a file or a run's folder holds.
 
     Raises:
         BenchError: what is there is none.
     """
+    file = at if at.is_file() else at / FILE
     try:
-        record: Record = json.loads((out / FILE).read_text(encoding="utf-8"))
+        record: Record = json.loads(file.read_text(encoding="utf-8"))
         schema = record["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchError(f"{out / FILE} is no record of a benchmark: {type(error).__name__}") from None
+        raise BenchError(f"{file} is no record of a benchmark: {type(error).__name__}") from None
     if schema != SCHEMA:
-        raise BenchError(f"{out / FILE} is of schema {schema}, and this version writes {SCHEMA}: give another --out")
+        raise BenchError(f"{file} is of schema {schema}, and this version writes {SCHEMA}: give another --out")
     return record
 
 
@@ -106,10 +110,6 @@ def save(out: Path, record: Record) -> None:
         raise BenchError(f"--out {out}: cannot be written to ({error.strerror})") from None
 
 
-def job_of(saved: dict[str, Any]) -> Job:
-    return Job(**{**saved, "case": Case(**saved["case"]), "variants": tuple(saved["variants"])})
-
-
 def run(record: Record, out: Path, console: Console, budget_minutes: float | None = None) -> Record:
     """Measures what the record still lacks; shows each case as it is done; writes the report in the end, however it comes.
 
@@ -118,7 +118,12 @@ def run(record: Record, out: Path, console: Console, budget_minutes: float | Non
     """
     device, began, before = record["settings"]["device"], time.monotonic(), record["seconds"]
     deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
-    jobs = [job_of(saved) for saved in record["jobs"]]
+    jobs = [Job.load(saved) for saved in record["jobs"]]
+    # A record's cases stand in the order of its jobs: all have had their first visit when the second ones begin.
+    left = [
+        (visit, at) for visit in range(1, 1 + max((job.visits for job in jobs), default=0)) for at, job in enumerate(jobs)
+        if job.visits >= visit and not (at < len(record["cases"]) and record["cases"][at]["visits_done"] >= visit)
+    ]  # fmt: skip
     record["status"] = "running"
 
     def keep() -> None:
@@ -129,25 +134,28 @@ def run(record: Record, out: Path, console: Console, budget_minutes: float | Non
     console.print(f"{e['machine']}: torch {e['torch']}, {e['threads']} threads, load average {e['load_average']}", highlight=False)
     try:
         with _terminable(), _bars(console) as progress:
-            total = progress.add_task(
-                "", total=sum(job.steps for job in jobs), completed=sum(j.steps for j in jobs[: len(record["cases"])])
-            )
+            steps = sum(job.steps_of(visit) for job in jobs for visit in range(1, 1 + job.visits))
+            total = progress.add_task("", total=steps, completed=steps - sum(jobs[at].steps_of(visit) for visit, at in left))
             if "rates" not in record:
                 progress.update(total, description="copy bandwidth and matrix rate")
                 dtypes = sorted({job.case.dtype for job in jobs})
                 record["rates"] = measure.rates(device, dtypes)
                 keep()
-            for job in jobs[len(record["cases"]) :]:
+            for visit, at in left:
                 if time.monotonic() > deadline:
                     record["status"] = "out of time"
                     break
-                _one(job, device, record, keep, progress, total, deadline)
-                console.print(table.rich_table(record["cases"][-1], record["rates"]))
+                _one(jobs[at], at, visit, record, keep, progress, total, deadline - time.monotonic())
+                if record["cases"][at]["complete"]:
+                    console.print(table.rich_table(record["cases"][at], record["rates"]))
             else:
                 record["status"] = "complete"
     except KeyboardInterrupt:
         record["status"] = "interrupted"
     keep()
+    for measured in record["cases"]:
+        if not measured["complete"] and any("samples_ms" in row for row in measured["results"]):
+            console.print(table.rich_table(measured, record["rates"]))
     page.write(out, record)
     console.print(f"[bold]{out / 'report.html'}[/bold] and {out / FILE}; plots in {out / 'plots'}", highlight=False)
     if record["status"] != "complete":
@@ -158,28 +166,27 @@ def run(record: Record, out: Path, console: Console, budget_minutes: float | Non
     return record
 
 
-def _one(job: Job, device: str, record: Record, keep: Any, progress: Progress, total: Any, deadline: float) -> None:
-    """Measures a job into the record, and keeps what there is of it after every round."""
+def _one(job: Job, at: int, visit: int, record: Record, keep: Callable[[], None], progress: Progress, total: Any, seconds: float) -> None:
+    """A visit to a job, into the record, and what there is of it kept after every round."""
     start = progress.tasks[0].completed
-    at = len(record["cases"])
+    measured = record["cases"][at] if at < len(record["cases"]) else visits.new(job)
+    which = f"[{at + 1}/{len(record['jobs'])}" + (f", {visit} of {job.visits}" if job.visits > 1 else "") + f"] {table.title(measured)}"
 
-    def advance(doing: str, steps: int) -> None:
-        progress.update(
-            total, advance=steps, description=f"[{at + 1}/{len(record['jobs'])}] {table.title({'case': vars(job.case)})}: {doing}"
-        )
+    def advance(doing: str) -> None:
+        progress.update(total, advance=1, description=f"{which}: {doing}")
 
-    def partly(measured: dict[str, Any]) -> None:
-        record["cases"][at:] = [measured]
+    def save() -> None:
+        record["cases"][at:] = [measured, *record["cases"][at + 1 :]]
         keep()
 
-    partly(measure.measure(job, device, advance, partly, deadline))
-    progress.update(total, completed=start + job.steps)
+    visits.visit(measured, job, visit, record["settings"]["device"], advance, save, seconds)
+    progress.update(total, completed=start + job.steps_of(visit))
 
 
 @contextmanager
 def _bars(console: Console) -> Iterator[Progress]:
     columns = (BarColumn(24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
         yield progress
 
 

@@ -27,7 +27,9 @@ SHAPES = [
 
 ROW_VOCABULARIES = (32000, 128256, 151936, 256000)
 FEW = ("forward_kl", "jsd")
-SAMPLES = {"smoke": 5, "standard": 7, "full": 11}
+SAMPLES = {"smoke": 6, "standard": 9, "full": 12}
+VISITS = {"cpu": 3, "cuda": 1}
+"""Processes that they are spread over."""
 
 
 def jobs(
@@ -80,7 +82,8 @@ class _Cases:
     ) -> Job:
         case = replace(case, temperature=self.temperature)
         names = variants.default_variants(case, self.device, self.backends, self.peers) if only is None else only
-        return Job(case, tuple(names), self.samples if samples is None else samples, memory, curve)
+        samples = self.samples if samples is None else samples
+        return Job(case, tuple(names), samples, memory, curve, VISITS[self.device] if samples else 1)
 
     @property
     def ours(self) -> list[str]:
@@ -138,7 +141,7 @@ class _Cases:
     # --- curves: each of a few variants at points that differ in one thing
 
     def _curve(self, name: str, cases: Sequence[Case], only: Sequence[str], memory: bool = True) -> list[Job]:
-        return [self.job(case, samples=min(self.samples, 5), memory=memory, curve=name, only=only) for case in cases]
+        return [self.job(case, samples=min(self.samples, 6), memory=memory, curve=name, only=only) for case in cases]
 
     def tokens(self, counts: Sequence[int]) -> list[Job]:
         """Narrow on a CPU, which has to get through: memory does not care."""

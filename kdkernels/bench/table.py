@@ -13,9 +13,7 @@ from .figures import number
 from .measure import quantile
 from .peers import PEERS
 from .variants import BACKENDS, Variant, operation_of
-
-Measured = dict[str, Any]
-"""What ``measure.measure`` returns."""
+from .visits import Measured
 
 NAMES = {"floor": "floor", "eager": "PyTorch eager", "compile": "torch.compile"}
 DIVERGENCE_NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}

@@ -1,0 +1,91 @@
+"""Whether two runs agree within the spreads that they print: ``python -m benchmarks.agree A/results.json B/results.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kdkernels.bench import run, table
+from kdkernels.bench.figures import number
+from kdkernels.bench.measure import quantile
+from kdkernels.bench.plots import machine_line
+
+Spread = tuple[float, float, float]
+"""Milliseconds: 20th percentile, median, 80th percentile."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One variant of one case, in both runs."""
+
+    case: str
+    variant: str
+    first: Spread
+    second: Spread
+
+    @property
+    def overlaps(self) -> bool:
+        return self.first[0] <= self.second[2] and self.second[0] <= self.first[2]
+
+
+def spreads(record: run.Record) -> Iterator[tuple[tuple[str, str], Spread]]:
+    """By title of the case, with its curve, and variant."""
+    for measured in record["cases"]:
+        title = table.title(measured) + (f" ({measured['curve']})" if measured["curve"] else "")
+        for row in measured["results"]:
+            if "samples_ms" in row:
+                low, mid, high = (quantile(row["samples_ms"], q) for q in (0.2, 0.5, 0.8))
+                yield (title, row["variant"]), (low, mid, high)
+
+
+def compare(first: run.Record, second: run.Record) -> tuple[list[Pair], int]:
+    """What both runs timed, in the order of the first, and how much only one of them did."""
+    a, b = dict(spreads(first)), dict(spreads(second))
+    return [Pair(*key, a[key], b[key]) for key in a if key in b], len(a.keys() ^ b.keys())
+
+
+def _cell(spread: Spread) -> str:
+    low, mid, high = map(number, spread)
+    return f"{mid} [{low}, {high}]"
+
+
+def main(
+    first: Annotated[Path, typer.Argument(help="results.json of a run, or its folder.")],
+    second: Annotated[Path, typer.Argument(help="That of the other.")],
+) -> None:
+    """Compares what two runs timed, row by row; exits with 1 where spreads do not overlap, or there is nothing to compare."""
+    try:
+        records: list[dict[str, Any]] = [run.load(path) for path in (first, second)]
+    except run.BenchError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    pairs, alone = compare(*records)
+    console = Console(width=None if Console().is_terminal else 160)
+    for path, record in zip((first, second), records, strict=True):
+        console.print(f"{path}: {machine_line(record)}, commit {record['environment']['commit']}", highlight=False, soft_wrap=True)
+    shown = Table("case", "variant")
+    for column in ("first: ms p50 [p20, p80]", "second", "second / first", "overlap"):
+        shown.add_column(Text(column), justify="right", no_wrap=True)
+    case = ""
+    for pair in pairs:
+        ratio = pair.second[1] / pair.first[1]
+        cells = (_cell(pair.first), _cell(pair.second), f"{ratio:.2f}", "yes" if pair.overlaps else "NO")
+        shown.add_row(*map(Text, ("" if pair.case == case else pair.case, pair.variant, *cells)))
+        case = pair.case
+    console.print(shown)
+    agreeing = sum(pair.overlaps for pair in pairs)
+    rest = f"; {alone} are in one run only" if alone else ""
+    console.print(f"{agreeing} of {len(pairs)} rows overlap{rest}.", highlight=False)
+    if not pairs or agreeing < len(pairs):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,176 @@
+"""The record of a case, and how it fills: memory first, then visit by visit, on a CPU each in a process of its own.
+
+Times that hang on fresh memory from the system, or on where it lies, differ from process to process and over minutes, not from round to
+round: a spread over the rounds of one process would be too narrow for another run to fall into it. On a GPU, whose memory torch keeps, one
+visit in the process of the run itself does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import processes
+from .cases import Case
+from .measure import Event, Job, has_memory
+from .peers import PEERS
+
+Measured = dict[str, Any]
+"""What is kept of a case: ``case``, ``curve``, sizes, ``visits`` planned and ``visits_done``, ``complete``, and in ``results`` a row per
+variant: ``samples_ms`` with the ``visit`` that each was taken in, ``gradient_error``, ``peak_extra_bytes``, ``skipped`` with the reason.
+"""
+
+Progress = Callable[[str], None]
+"""Gets what begins now, one step of the job."""
+
+
+def new(job: Job) -> Measured:
+    """Of a case that nothing has been measured of."""
+    case = job.case
+    return {
+        "case": asdict(case), "curve": job.curve, "flop": case.flop, "floor_bytes": case.floor_bytes, "input_bytes": case.input_bytes,
+        "visits": job.visits, "visits_done": 0, "complete": False, "results": [{"variant": name} for name in job.variants],
+    }  # fmt: skip
+
+
+def without_unfinished(measured: Measured) -> Measured | None:
+    """What a run that was cut short can go on from: a visit's samples are taken by one process, or not at all. None: from nothing."""
+    if measured["complete"]:
+        return measured
+    done = measured["visits_done"]
+    for row in measured["results"]:
+        _keep_samples(row, done)
+    return measured if done else None
+
+
+def _keep_samples(row: dict[str, Any], visits: int) -> None:
+    """Those of the first visits."""
+    kept = [(ms, visit) for ms, visit in zip(row.pop("samples_ms", []), row.pop("visit", []), strict=True) if visit <= visits]
+    if kept:
+        row["samples_ms"], row["visit"] = map(list, zip(*kept, strict=True))
+
+
+def visit(
+    measured: Measured,
+    job: Job,
+    number: int,
+    device: str,
+    progress: Progress = lambda doing: None,
+    save: Callable[[], None] = lambda: None,
+    seconds_left: float = math.inf,
+) -> None:
+    """A case's next visit, which goes into its record. A variant that cannot run keeps its row, with the reason.
+
+    Args:
+        number: from 1; the first one measures memory before.
+        save: called after every round.
+        seconds_left: after them no further round begins once there is a sample.
+    """
+    rows: dict[str, dict[str, Any]] = {row["variant"]: row for row in measured["results"]}
+    if number == 1:
+        _first_look(rows, job, device, progress)
+    turn = ""
+
+    def tell(event: Event) -> None:
+        nonlocal turn
+        if "doing" in event:
+            turn = event["variant"]
+            progress(f"{event['doing']} {turn}")
+        if "row" in event:
+            rows[event["variant"]].update(event["row"])
+        for name, samples in event.get("samples", {}).items():
+            _keep_samples(rows[name], number - 1)
+            rows[name]["samples_ms"] = rows[name].get("samples_ms", []) + samples
+            rows[name]["visit"] = rows[name].get("visit", []) + [number] * len(samples)
+        if "samples" in event:
+            save()
+
+    ask = processes.ask if device == "cpu" else processes.answer
+    request = {"task": "visit", "job": asdict(job), "number": number, "device": device, "seconds_left": seconds_left}
+    while names := [name for name, row in rows.items() if "skipped" not in row]:
+        turn = ""
+        try:
+            ask({**request, "names": names}, tell)
+            break
+        except processes.OutOfProcessError as error:  # the others try again without the one whose turn it was
+            for name in [turn] if turn else names:
+                rows[name]["skipped"] = str(error)
+            for row in rows.values():
+                _keep_samples(row, number - 1)
+    for row in rows.values():
+        if "skipped" in row:
+            _keep_samples(row, 0)
+    measured["visits_done"] = number
+    measured["complete"] = number == job.visits
+    save()
+
+
+def _first_look(rows: dict[str, dict[str, Any]], job: Job, device: str, progress: Progress) -> None:
+    """What need not be tried, what does not survive it, and, on a CPU, how much memory the others take."""
+    for name, row in rows.items():
+        if (reason := _too_large(name, job.case, device)) is not None:
+            row["skipped"] = reason
+        elif name in PEERS and (note := PEERS[name].note):
+            row["note"] = note
+    for name, row in rows.items():
+        progress(f"memory of {name}")
+        if "skipped" in row or not (job.memory and has_memory(name) if device == "cpu" else _is_news(name, job.case)):
+            continue
+        try:
+            peak = peak_extra_bytes(name, job.case, device)
+            _survived.add(_kind(name, job.case))
+            if job.memory:
+                row["peak_extra_bytes"] = peak
+        except processes.OutOfProcessError as error:
+            row["skipped"] = str(error)
+
+
+_survived: set[tuple[str, str, str, bool]] = set()
+
+
+def _kind(variant: str, case: Case) -> tuple[str, str, str, bool]:
+    return variant, case.divergence, case.dtype, case.masked > 0
+
+
+def _is_news(variant: str, case: Case) -> bool:
+    """Whether another library has not yet been through a case of this kind. On a GPU it does so in a process of its own first: one that
+    dies there, or poisons its CUDA context, takes nothing with it."""
+    return variant in PEERS and _kind(variant, case) not in _survived
+
+
+def peak_extra_bytes(variant: str, case: Case, device: str = "cpu") -> int | None:
+    """``measure.peak_extra_bytes`` of a fresh process.
+
+    Raises:
+        OutOfProcessError: it failed, or was killed, as happens when memory runs out.
+    """
+    told: Event = {}
+    processes.ask({"task": "memory", "variant": variant, "case": asdict(case), "device": device}, told.update)
+    peak: int | None = told["peak_extra_bytes"]
+    return peak
+
+
+DENSE_BYTES_PER_LOGIT = {"floor": 2, "eager": 7, "compile": 7, "liger_kl": 4}
+"""How many [N, V] tensors (eager: of 4 bytes) these hold at once: enough to decide what not to try."""
+
+
+def _too_large(variant: str, case: Case, device: str) -> str | None:
+    """On a CPU, where what does not fit is not refused but kills the process: whether not to try."""
+    if device != "cpu" or variant not in DENSE_BYTES_PER_LOGIT:
+        return None
+    itemsize = case.torch_dtype.itemsize if variant == "floor" else 4
+    needed = DENSE_BYTES_PER_LOGIT[variant] * itemsize * case.valid * case.v
+    free = _available_bytes()
+    if needed < 0.8 * free:
+        return None
+    return f"it needs about {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free"
+
+
+def _available_bytes() -> float:
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return math.inf
+    return 1024 * int(next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable:")).split()[1])
