@@ -108,7 +108,7 @@ def _body(record: dict[str, Any], drawn: list[Plot]) -> Iterator[str]:
         yield '<p class="soft">Plots need matplotlib: pip install "kdkernels[bench]".</p>'
     yield "<h2>What the columns mean</h2>" + _pairs(_COLUMNS)
     yield "<h2>How it was measured</h2>" + _pairs({**_environment(record), **{k: v for k, v in settings.items() if v is not None}})
-    yield "<h2>Other libraries</h2>" + _pairs(record["peers"])
+    yield "<h2>Other libraries</h2>" + _pairs({table.name_of(name): state for name, state in record["peers"].items()})
 
 
 def _gist(record: dict[str, Any]) -> str:
@@ -144,7 +144,7 @@ def _table(measured: dict[str, Any], rates: dict[str, Any] | None) -> str:
         else:
             shown = "".join(f"<td>{_text(cell)}</td>" for cell in (table.name_of(cells[0]), *cells[1:]))
         lines.append(f"<tr{mark}>{shown}</tr>")
-    below = "".join(f'<p class="soft">{_text(note)}</p>' for note in table.notes(measured))
+    below = "".join(f'<p class="soft">{_text(note)}</p>' for note in table.notes(measured, table.name_of))
     if not measured["complete"]:
         done = f" after {measured['visits_done']} of {measured['visits']} processes" if measured["visits"] > 1 else ""
         below += f'<p class="soft">This case was cut short{done}: what it has of samples is shown.</p>'

@@ -170,7 +170,8 @@ def _one(job: Job, at: int, visit: int, record: Record, keep: Callable[[], None]
     """A visit to a job, into the record, and what there is of it kept after every round."""
     start = progress.tasks[0].completed
     measured = record["cases"][at] if at < len(record["cases"]) else visits.new(job)
-    which = f"[{at + 1}/{len(record['jobs'])}" + (f", {visit} of {job.visits}" if job.visits > 1 else "") + f"] {table.title(measured)}"
+    of_visits = f", process {visit} of {job.visits}" if job.visits > 1 else ""
+    which = f"[{at + 1}/{len(record['jobs'])}{of_visits}] {table.title(measured)}"
 
     def advance(doing: str) -> None:
         progress.update(total, advance=1, description=f"{which}: {doing}")

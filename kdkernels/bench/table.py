@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.table import Table
@@ -108,9 +108,9 @@ def rate(measured: Measured, ms: float, rates: dict[str, Any] | None) -> str:
     return f"{measured['floor_bytes'] / ms / 1e6 / rates['copy_gb_s']:.0%}" if rates else ""
 
 
-def notes(measured: Measured) -> list[str]:
-    """Where a variant does something else than the case asks."""
-    return [f"{r['variant']}: {r['note']}." for r in measured["results"] if "note" in r and "samples_ms" in r]
+def notes(measured: Measured, name: Callable[[str], str] = str) -> list[str]:
+    """Where a variant, by the name that its row bears, does something else than the case asks."""
+    return [f"{name(r['variant'])}: {r['note']}." for r in measured["results"] if "note" in r and "samples_ms" in r]
 
 
 def rich_table(measured: Measured, rates: dict[str, Any] | None) -> Table:
