@@ -83,7 +83,7 @@ def sharded(rank: int, tied: bool, reshard: bool) -> float:
         loss.backward()
         errors.append(error_of({name: p.grad.full_tensor() for name, p in model.named_parameters()}, wanted))
     assert tap.fallback_reason is None
-    with pytest.raises(ValueError, match="sharded by FSDP: give the head tap a finish"):
+    with pytest.raises(ValueError, match=r"is sharded .*give the head tap a finish"):
         tap(model, input_ids=ids)
     with torch.no_grad():  # a teacher
         errors.append(abs(loss_of(tap(model, input_ids=ids).side(ROWS[rank]), teacher).item() / loss.item() - 1))

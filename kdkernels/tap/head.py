@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
@@ -67,16 +67,27 @@ class Tapped:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Where :meth:`side` and the loss belong: under the autocast that the head would have run under, a ZeRO-3 head gathered.
+        """Where :meth:`side` and a loss after the pass belong: under the autocast that the head would have had, a ZeRO-3 head whole.
 
-        A ``finish`` given to the tap runs in it already. Without autocast and ZeRO-3 it does nothing.
+        A ``finish`` given to the tap needs none. Without autocast and ZeRO-3 it does nothing.
         """
-        with ExitStack() as stack:
-            if self._autocast is not None:
-                stack.enter_context(torch.autocast(*self._autocast))
-            if self._head is not None:
-                stack.enter_context(gathered(self._head.parameters))
+        with self._autocasting(), nullcontext() if self._head is None else gathered(self._head.parameters):
             yield
+
+    def _autocasting(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._autocast is None else torch.autocast(*self._autocast)
+
+    def _finished(self, finish: Callable[[Tapped], T]) -> T:
+        """What ``finish`` gives, still inside the pass."""
+
+        def run(hidden: Tensor) -> T:
+            self.hidden = hidden
+            with self._autocasting():
+                return finish(self)
+
+        if self.hidden is None or self._head is None:
+            return finish(self)
+        return self._head.inside(self.hidden, run)
 
 
 class HeadTap:
@@ -138,9 +149,9 @@ class HeadTap:
 
         Args:
             model: the model itself, or the wrapper that has to see its forward pass.
-            finish: called with the :class:`Tapped` inside that forward pass, where FSDP's parameters are whole. What it returns (a tensor,
+            finish: called with the :class:`Tapped` inside that forward pass, where sharded parameters are whole. What it returns (a tensor,
                 or a dict of them) is what the model, the wrapper and the tap return, so DDP finds every parameter the loss depends on.
-                Needed under FSDP, where gradients are wanted.
+                Needed under FSDP and ZeRO-3, where gradients are wanted.
             inputs: ``input_ids`` [B, L] and whatever else the model takes, but no labels.
         """
         if isinstance(model, nn.DataParallel):
@@ -155,7 +166,7 @@ class HeadTap:
             self.prepare(model, inputs["input_ids"])
         if finish is None and self._sharded and torch.is_grad_enabled():
             raise ValueError(
-                "the model is sharded by FSDP: give the head tap a finish, so that the loss is computed inside the forward pass"
+                "the model is sharded (FSDP, ZeRO-3): give the head tap a finish, so that the loss is computed inside the forward pass"
             )
         model, compiled = compiled_parts(model)
         kept: list[Tapped] = []
@@ -165,8 +176,7 @@ class HeadTap:
             if finish is None:
                 kept.append(tapped)
                 return tapped.output
-            with tapped.computing():
-                return finish(tapped)
+            return tapped._finished(finish)
 
         with replaced(self.base, inner):
             returned = model(**{**inputs, **self.fixed})

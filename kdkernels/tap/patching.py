@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["compiled_parts", "is_measuring", "is_sharded", "measuring", "replaced", "text_config", "unwrap"]
+__all__ = ["compiled_parts", "is_measuring", "is_partitioned", "is_sharded", "measuring", "replaced", "text_config", "unwrap"]
 
 _lock = threading.Lock()
 
@@ -129,7 +129,14 @@ def compiled_parts(model: nn.Module) -> tuple[nn.Module, Callable[[Callable[...,
     return (inner, context) if isinstance(inner, nn.Module) and context is not None else (model, lambda function: function)
 
 
+def is_partitioned(parameter: Any) -> bool:
+    """DeepSpeed ZeRO-3 has it, empty outside of the forward passes that use it."""
+    return hasattr(parameter, "ds_id")
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Some of it is wrapped by FSDP, whose parameters are whole only inside the forward pass."""
+    """FSDP or DeepSpeed ZeRO-3 hold some of it in shards, which are put together only inside the forward pass."""
+    if any(is_partitioned(p) for p in model.parameters()):
+        return True
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(m, fsdp.FSDPModule | fsdp.FullyShardedDataParallel) for m in model.modules())

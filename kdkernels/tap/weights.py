@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .patching import Replacement, text_config, unwrap
+from .patching import Replacement, is_partitioned, replaced, text_config, unwrap
 
 __all__ = ["HeadWeights", "UnsupportedHead", "gathered", "logit_columns", "output_head", "read_head", "sharded_like", "whole"]
+
+
+T = TypeVar("T")
 
 
 class UnsupportedHead(ValueError):
@@ -40,11 +44,27 @@ class HeadWeights:
     @property
     def rows(self) -> int:
         """V, padding included."""
-        return _rows(self.linear.weight)
+        return _rows(_own(self.linear, "weight"))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What holds the parameters."""
+        return [self.linear, *(m for a in self.adapters for m in (a.a, a.b))]
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [p for module in (self.linear, *(m for a in self.adapters for m in (a.a, a.b))) for p in module.parameters(recurse=False)]
+        return [p for module in self.modules for p in module.parameters(recurse=False)]
+
+    def inside(self, hidden: Tensor, function: Callable[[Tensor], T]) -> T:
+        """``function(hidden)``; where ZeRO-3 has partitioned the parameters, as the forward pass of each module that holds some.
+
+        DeepSpeed makes a module's parameters whole for its forward pass, and again before their gradients, which it finds by what the
+        module takes and returns. So ``hidden`` has to come from here, and the loss has to be what ``function`` returns.
+        """
+        for module in self.modules:
+            if any(is_partitioned(p) for p in module.parameters(recurse=False)):
+                function = partial(_as_forward, module, function)
+        return function(hidden)
 
     def apply_to(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states, weight and bias whose product is the head's output, with gradients to every part.
@@ -67,6 +87,17 @@ class HeadWeights:
         if extra:
             hidden = torch.cat([hidden, *(e.to(hidden.dtype) for e in extra)], dim=-1)
         return hidden, *self._whole
+
+
+def _as_forward(module: nn.Module, function: Callable[[Tensor], T], hidden: Tensor) -> T:
+    with replaced(module, lambda _, x: function(x)):
+        result: T = module(hidden)
+    return result
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """A parameter, or None. By ``getattr`` ZeRO-3 would gather it for good, as one that the module whose forward pass runs needs too."""
+    return module._parameters.get(name) if name in module._parameters else getattr(module, name, None)
 
 
 def _rows(weight: Any) -> int:
@@ -99,7 +130,8 @@ def read_head(head: nn.Module) -> HeadWeights:
             return read_head(head.modules_to_save[active[0]] if active else head.original_module)
         if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
             return _with_adapters(head, peft)
-    for parameter in (getattr(head, "weight", None), getattr(head, "bias", None)):
+    weight = _own(head, "weight")
+    for parameter in (weight, _own(head, "bias")):
         if isinstance(parameter, Tensor) and (parameter.is_meta or not parameter.is_floating_point()):
             raise UnsupportedHead(f"its head is {'offloaded' if parameter.is_meta else f'quantised ({parameter.dtype})'}")
     # An instance's own forward is a tap's, or that of a library which moves or converts the weights around the call.
@@ -107,8 +139,8 @@ def read_head(head: nn.Module) -> HeadWeights:
     forward = forward.original if isinstance(forward, Replacement) else forward
     if type(head).forward is not nn.Linear.forward or not (forward is None or getattr(forward, "__func__", None) is nn.Linear.forward):
         raise UnsupportedHead(f"its head is a {type(head).__name__} and not a plain linear layer")
-    if not _is_plain(head.weight):
-        raise UnsupportedHead(f"its head's weight is a {type(head.weight).__name__} and not a plain tensor")
+    if not _is_plain(weight):
+        raise UnsupportedHead(f"its head's weight is a {type(weight).__name__} and not a plain tensor")
     return HeadWeights(head)
 
 
@@ -133,7 +165,7 @@ def _with_adapters(head: Any, peft: Any) -> HeadWeights:
 
 
 def _is_plain(weight: Any) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) or _is_sharded(weight) or hasattr(weight, "ds_id")
+    return type(weight) in (Tensor, nn.Parameter) or _is_sharded(weight) or is_partitioned(weight)
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -162,14 +194,12 @@ def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def gathered(parameters: Sequence[Tensor], modified: bool = False) -> AbstractContextManager[Any]:
-    """In the block the parameters are whole on every rank, where DeepSpeed ZeRO-3 has partitioned them.
-
-    A loss makes its gradients in its forward pass, so the block need only hold the loss: backward reads no weight.
+    """In the block, which is outside of any forward pass, the parameters are whole on every rank where ZeRO-3 has partitioned them.
 
     Args:
         modified: the block changes them; rank 0's values are kept.
     """
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    partitioned = [p for p in parameters if is_partitioned(p)]
     if not partitioned:
         return nullcontext()
     import deepspeed
