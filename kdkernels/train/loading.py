@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import deepspeed as zero
 
 from ..data.agreement import check_templates, check_tokenizers
 from .settings import Settings, TrainError
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cache_of", "load", "model_of", "tokenizer_of"]
 
+FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate sets it, transformers reads it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -48,7 +53,27 @@ def cache_of(settings: Settings, tokenizer: Any) -> CachedTeacher:
 
 def model_of(role: str, path: str, dtype: str) -> Any:
     """A model with its weights, in its own dtype with "auto"."""
-    return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    with _whole() if role == "teacher" else nullcontext():
+        return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Models that are loaded in the block have all their weights on each rank.
+
+    Under ZeRO-3 and FSDP a model is loaded in parts, or on one rank, and put together when it is wrapped. Nothing wraps a teacher.
+    """
+    of_rank_0, partitioned = os.environ.get(FSDP_LOADING), zero._hf_deepspeed_config_weak_ref
+    os.environ[FSDP_LOADING] = "false"
+    zero.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        zero._hf_deepspeed_config_weak_ref = partitioned
+        if of_rank_0 is None:
+            del os.environ[FSDP_LOADING]
+        else:
+            os.environ[FSDP_LOADING] = of_rank_0
 
 
 def load(cls: Any, role: str, path: str, **options: Any) -> Any:

@@ -37,7 +37,7 @@ def run(settings: Settings, console: Console) -> int:
     transformers.logging.disable_progress_bar()
     out = Path(args.output_dir)
     record = _record(out, settings)
-    checkpoint = last_checkpoint(out, args.world_size)
+    checkpoint = next((path for path in _checkpoints(out) if _whole(path, args.world_size) and _can_go_on(path, args)), None)
     if record is not None and (out / SUMMARY).is_file():
         summary = json.loads((out / SUMMARY).read_text())
         if summary["asked"] == _asked(args):
@@ -49,7 +49,10 @@ def run(settings: Settings, console: Console) -> int:
             shutil.rmtree(half_written)
     tokenizer = tokenizer_of(settings)
     cache = cache_of(settings, tokenizer) if settings.cache else None
-    student, *teachers = [model_of(*model) for model in settings.models]
+    trained = checkpoint is not None and _is_last(checkpoint, args)  # transformers would train one step more
+    (role, path, dtype), *of_teachers = settings.models
+    student = model_of(role, str(checkpoint) if trained else path, dtype)
+    teachers = [model_of(*model) for model in of_teachers]
     progress, interrupt = Bar(console), Interrupt()
     trainer = DistillationTrainer(
         model=student, teacher=teachers or None if cache is None else cache, args=args, train_dataset=settings.data,
@@ -64,9 +67,10 @@ def run(settings: Settings, console: Console) -> int:
     elif checkpoint is not None:
         console.print(f"Resuming at {checkpoint.name} of {out}")
     transformers.set_seed(args.seed)  # the first evaluation has drawn
-    if checkpoint is not None and _is_last(checkpoint, args):  # transformers would train one step more
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if trained:
+        if trainer.objective.features is not None:
+            trainer.objective.features.load(str(checkpoint))
+        trainer.state = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
     else:
         with interrupt, progress:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -104,11 +108,9 @@ def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
     differing = [name for name in now if record["settings"].get(name) != now[name]]
     if differing:
         name = differing[0]
+        what = "number of processes" if name == "ranks" else f"--{name.replace('_', '-')}"
         values = "its content changed" if name == "data" else f"{record['settings'].get(name)!r} then, {now[name]!r} now"
-        raise TrainError(
-            f"--output-dir {out} holds a run with another --{name.replace('_', '-')} ({values}): "
-            "go on with the same, or choose another folder"
-        )
+        raise TrainError(f"--output-dir {out} holds a run with another {what} ({values}): go on with the same, or choose another folder")
     return record
 
 
@@ -137,6 +139,11 @@ def _is_last(checkpoint: Path, args: Any) -> bool:
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     steps = args.max_steps if args.max_steps > 0 else state["max_steps"] * args.num_train_epochs / state["num_train_epochs"]
     return bool(state["global_step"] >= steps)
+
+
+def _can_go_on(checkpoint: Path, args: Any) -> bool:
+    """A finished student is loaded like any model, which FSDP's sharded state has none of: the training's end is repeated."""
+    return not _is_last(checkpoint, args) or (checkpoint / "config.json").is_file()
 
 
 def _asked(args: Any) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Settings:
         """What the results depend on, data by its content."""
         fields = json.loads(self.args.to_json_string())
         own = {name: getattr(self, name) for name in ("student", "teacher", "cache", "student_dtype", "teacher_dtype")}
+        own["ranks"] = self.args.world_size  # a step's batch, and what a checkpoint holds of each
         return {**own, "data": _digest(Path(self.data)), **{name: fields[name] for name in FIXED if name in fields}}
 
 

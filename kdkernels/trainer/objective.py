@@ -41,12 +41,16 @@ class Objective:
     ce_weight: float = 0.0
     memory_budget: int | None = None
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any], each: bool = False) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Any], each: bool = False, num_items: Tensor | int = 1, ranks: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
             model: the student, or the wrapper that has to see its forward pass.
             batch: of a :class:`~kdkernels.data.collator.Collator`, on the student's device.
             each: keep the items of the batch apart.
+            num_items: what the loss is divided by, 0-dim, of all ``ranks``, over which a wrapper will average its gradient. Done
+                here, since FSDP's mixed precision rounds what comes out of a forward pass, and the gradient that goes in.
 
         Returns:
             The loss, 0-dim, and ``TERMS`` as float64, detached: their sums ``[len(TERMS)]``, or ``[items, len(TERMS)]`` with ``each``.
@@ -65,13 +69,19 @@ class Objective:
             ):
                 targets = self.teacher.targets(view_of(batch, "teacher_"))
         with nullcontext() if self.features is None else self.features.student.recording(view.input_ids) as ours:
+            kept: list[tuple[Tensor, Tensor]] = []
 
-            def finish(tapped: Tapped) -> dict[str, Tensor]:
+            def finish(tapped: Tapped) -> Tensor:
                 loss, sums = self._terms(tapped, targets, batch, ours, theirs, each)
-                return {"loss": loss, "sums": sums}
+                loss = loss / num_items * ranks
+                kept.append((loss.detach(), sums))
+                return loss
 
-            out = self.tap(model, finish, **{name: t for name, t in given.items() if t is not None})
-        return out["loss"], out["sums"]
+            loss = self.tap(model, finish, **{name: t for name, t in given.items() if t is not None})
+        exact, sums = kept[-1]
+        if loss.dtype != exact.dtype:
+            loss = loss + (exact - loss).detach()
+        return loss, sums
 
     def _terms(self, tapped: Tapped, targets: Any, batch: Mapping[str, Any], ours: Any, theirs: Any, each: bool) -> tuple[Tensor, Tensor]:
         scored, weights = batch["scored"], batch["token_weights"]

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..data.collator import Item, left_padded, pad_id
 from ..data.example import Example
-from ..tap.patching import text_config
+from ..tap.patching import is_sharded, text_config
 
 __all__ = ["chosen", "rollouts"]
 
@@ -35,15 +35,19 @@ def rollouts(
     """The items with responses that ``model`` samples: up to and with the first end-of-text token, in both views.
 
     Prompts are padded on the left. The draws depend on ``place`` (seed, step, micro-batch, rank) alone; the global random state stays as
-    it was.
+    it was. Where the model is in shards, every rank has to call this, whatever its prompts.
     """
     examples = [example for item in items for example in item]
     prompts = [example.student_ids[: example.student_scored[0] + 1] for example in examples]
     room = max_new_tokens
     if max_length is not None:
         room = min(room, max_length - max(max(e.student_scored[0], e.teacher_scored[0]) + 1 for e in examples))
-    if room < 1:
-        return list(items)  # a prompt that fills the row leaves no room for another response than the data's
+    full = room < 1  # a prompt that fills the row leaves no room for another response than the data's
+    sharded = is_sharded(model)
+    if full and not sharded:
+        return list(items)
+    if full:  # the other ranks can't do without this one's shards
+        prompts, room = [prompt[-1:] for prompt in prompts], 1
     device = next(model.parameters()).device
     ids, mask = left_padded(prompts, pad_id(tokenizer))
     seed = int.from_bytes(hashlib.sha256("/".join(map(str, place)).encode()).digest()[:8], "little") >> 1
@@ -56,9 +60,12 @@ def rollouts(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=_sampling(model, tokenizer, temperature, room, vocab_size),
+                synced_gpus=sharded and torch.distributed.is_initialized(),  # forward passes on, until every rank has finished
             )
     finally:
         model.train(training)
+    if full:
+        return list(items)
     ends = _ends(model, tokenizer)
     fresh = iter([_answered(e, _until(row, ends)) for e, row in zip(examples, written[:, ids.shape[1] :].tolist(), strict=True)])
     return [tuple(next(fresh) for _ in item) for item in items]

@@ -47,6 +47,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         TypeError, ValueError: arguments, models or data that do not fit together; the message names what, and the way out.
     """
 
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
+    deepspeed: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -118,11 +123,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class."""
-        # An evaluation before the training marks the model as prepared; DDP would then not be put around it, and gradients differ by rank.
-        if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        self._forget_evaluation()
+        return super().train(*args, **kwargs)
+
+    def _forget_evaluation(self) -> None:
+        """Undoes what an evaluation before the training leaves behind, which would keep it from being wrapped for one."""
+        if self.is_deepspeed_enabled and self.deepspeed is not None and self.optimizer is None:  # an engine for inference
+            self.deepspeed.destroy()
+            self.accelerator._models.remove(self.deepspeed)
+            self.accelerator.deepspeed_engine_wrapped = self.deepspeed = None
+            self.model_wrapped = self.model
+        elif self.model_wrapped is self.model and not self.is_fsdp_enabled:  # marked as prepared: DDP would not be put around it
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
-        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step; those that the student writes itself are written here, before tokens are counted."""
@@ -139,6 +152,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 wrote = True
         return batches, self._get_num_items_in_batch(batches, device) if wrote else num_items
 
+    def _prepare_input(self, data: Any) -> Any:
+        """On this device, but in its own dtype under DeepSpeed too: the only floats are weights of tokens."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
@@ -146,13 +163,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._check_packing(model)
         if self._logged_at is None:
             self._logged_at = time.perf_counter()
-        loss, sums = self.objective(model, inputs)
-        self._sums += sums
         items = num_items_in_batch if num_items_in_batch is not None else inputs["scored"].numel()
-        loss = loss / torch.as_tensor(items, device=loss.device).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The wrapper averages gradients over the ranks, and the items are those of all of them.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        of_all = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        loss, sums = self.objective(
+            model, inputs, num_items=torch.as_tensor(items, device=inputs["scored"].device).clamp(min=1),
+            ranks=self.accelerator.num_processes // self.get_tp_size() if of_all else 1,
+        )  # fmt: skip
+        self._sums += sums
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _check_packing(self, model: nn.Module) -> None:
@@ -207,7 +224,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._eval_sums.zero_()
+        if self.accelerator.is_fsdp2 and not self.accelerator._models:  # before the training: accelerate shards a model with its optimizer
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+        config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config if self.is_deepspeed_enabled else {}
+        kept = {name: part for name, part in config.items() if name == "optimizer"}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        config.update(kept)  # transformers drops it for an engine that only evaluates
         means = self._means(self._eval_sums)
         means.pop("aux_loss", None)  # it is a mean over a batch, not over tokens
         means["loss"] = means.pop("objective")
@@ -230,6 +254,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student as ``from_pretrained`` reads it, and beside it ``projector.safetensors`` where features were distilled."""
         super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and not _internal_call and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))  # the base class leaves it at shards
         if self.objective.features is not None:
             self.objective.features.save(output_dir or self.args.output_dir, write=self.args.should_save)
 
