@@ -36,6 +36,19 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 
+def assert_falls_back(model: nn.Module, reason: str) -> None:
+    """Loss and gradients are those of its logits, which are used, after a warning that matches ``reason``."""
+    tap = HeadTap(model)
+    with pytest.warns(UserWarning, match=f"dense logits are used.*{reason}"):
+        loss = tap(model, lambda tapped: loss_of(tapped.side(ROWS)), input_ids=IDS)
+    found = gradients(model, loss)
+    dense = loss_of(model(input_ids=IDS, use_cache=False).logits.flatten(0, 1)[ROWS])
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
+    expected = gradients(model, dense)
+    assert expected
+    assert_same_gradients(found, expected)
+
+
 def assert_is_the_model(model: nn.Module, **inputs: Any) -> HeadTap:
     """The same loss and gradients as from its logits, without a warning."""
     with warnings.catch_warnings():

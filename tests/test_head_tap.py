@@ -152,16 +152,6 @@ def test_head_that_cannot_be_taken_apart(spoil: Callable[[Any], None], reason: s
     torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS, :90])
 
 
-def test_quantised_head_falls_back() -> None:
-    model = build("llama")
-    head = model.lm_head
-    head.weight = nn.Parameter((head.weight * 16).round().to(torch.int8), requires_grad=False)
-    head.forward = lambda x: nn.functional.linear(x, head.weight / 16)  # as a library dequantises
-    with pytest.warns(UserWarning, match=r"llama: dense logits are used.*its head is quantised \(torch.int8\)"):
-        side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
-    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
-
-
 # What it leaves behind
 
 

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from families import build  # noqa: E402
-from tapped import IDS, ROWS, assert_is_the_model, loss_of  # noqa: E402
+from tapped import IDS, ROWS, assert_falls_back, assert_is_the_model, loss_of  # noqa: E402
 
 from kdkernels.tap.head import HeadTap  # noqa: E402
 
@@ -88,16 +88,89 @@ def test_switched_off_and_merged_adapters() -> None:
 
 
 def test_dora_on_the_head_falls_back() -> None:
-    model = lora(build("llama"), ["lm_head"], use_dora=True)
-    with pytest.warns(UserWarning, match="adapter 'default' of its head is DoraLinearVariant and not plain LoRA"):
-        side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
-    torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
+    model = lora(build("llama"), ["q_proj", "lm_head"], use_dora=True)
+    assert_falls_back(model, "adapter 'default' of its head is DoraLinearVariant and not plain LoRA")
+    assert any("lora_magnitude_vector" in name and p.grad.abs().max() > 0 for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_other_adapter_on_the_head_falls_back() -> None:
-    model = peft.get_peft_model(build("llama"), peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
-    with pytest.warns(UserWarning, match="and not LoRA"):
-        HeadTap(model)(model, input_ids=IDS)
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "and not LoRA"),
+        (peft.LoHaConfig(r=3, target_modules=["lm_head"], init_weights=False), "and not LoRA"),
+        (peft.LoraConfig(trainable_token_indices={"lm_head": [3, 7]}), "its head is a TrainableTokensWrapper"),
+    ],
+    ids=["ia3", "loha", "trainable tokens"],
+)
+def test_other_adapters_on_the_head_fall_back(config: Any, reason: str) -> None:
+    assert_falls_back(peft.get_peft_model(build("llama"), config), reason)
+
+
+def test_parametrized_head_is_exact() -> None:
+    model = build("llama")
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+    assert_is_the_model(model)
+
+
+# Quantised heads
+
+
+class Quantised(nn.Linear):
+    """Weights in eight bits, a scale for each row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        weight = linear.weight.detach()
+        self.scale = nn.Parameter(weight.abs().amax(dim=1, keepdim=True) / 127)
+        self.weight = nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+def test_quantised_head_falls_back() -> None:
+    model = build("llama")
+    model.lm_head = Quantised(model.lm_head)
+    assert_falls_back(model, r"its head is quantised \(torch.int8\)")
+
+
+def test_head_whose_forward_dequantises_falls_back() -> None:
+    model = build("llama")
+    head = model.lm_head
+    head.weight = nn.Parameter((head.weight * 16).round().to(torch.int8), requires_grad=False)
+    head.forward = lambda x: nn.functional.linear(x, head.weight / 16)
+    assert_falls_back(model, r"its head is quantised \(torch.int8\)")
+
+
+class Packed(torch.Tensor):
+    """A weight that looks like any other and is computed with in another way, as torchao's."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(args[0], args[1] * 0.5)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weight_of_another_kind_falls_back() -> None:
+    model = build("llama")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Packed), requires_grad=False)
+    assert_falls_back(model, "its head's weight is a Packed and not a plain tensor")
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_4_bit_head_falls_back(storage: torch.dtype) -> None:
+    """Not part of the test environment: no other test needs a library of 60 MB for it."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = build("llama", hidden_size=64)
+    linear = bnb.nn.Linear4bit(64, 96, bias=False, quant_type="nf4", compute_dtype=torch.float32, quant_storage=storage)
+    linear.weight = bnb.nn.Params4bit(model.lm_head.weight.detach(), requires_grad=False, quant_type="nf4", quant_storage=storage)
+    model.lm_head = linear.to("cpu")
+    model.train()  # in eval mode it has no gradients
+    reason = r"its head is quantised \(torch.uint8\)" if storage == torch.uint8 else "its head is a Linear4bit"
+    assert_falls_back(model, reason)
+    assert_falls_back(lora(model, ["q_proj", "lm_head"]), reason)
 
 
 def test_adapter_that_comes_later_falls_back_where_it_must() -> None:
@@ -118,7 +191,8 @@ def test_modules_to_save() -> None:
     assert HeadTap(model)(model, input_ids=IDS).side(ROWS).weight.requires_grad
 
 
-def test_prompt_tuning_is_an_error() -> None:
-    model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="PromptTuningConfig prepends virtual tokens"):
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_prompt_tuning_is_an_error(kind: str) -> None:
+    model = peft.get_peft_model(build("llama"), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match=f"{kind} prepends virtual tokens"):
         HeadTap(model)

@@ -74,7 +74,8 @@ def is_measuring() -> bool:
 def measuring(model: nn.Module) -> Iterator[None]:
     """In the block no gradients and no dropout; afterwards the random state and the training flags are what they were."""
     me = threading.get_ident()
-    training = [m for m in model.modules() if m.training]
+    # bitsandbytes packs its weights in the first pass in eval mode on some CPUs, and gives no gradients from then on.
+    training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes.")]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     for module in training:
         module.training = False
