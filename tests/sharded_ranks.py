@@ -118,8 +118,15 @@ def rounded(folder: Path) -> float:
 
 def rollouts(kind: str, folder: Path) -> int:
     """Steps whose rollouts end at another length on each rank, where none may be kept waiting for the other's shards."""
-    trainer = make(kind, folder, args={"on_policy_fraction": 1.0, "max_new_tokens": 9, "max_length": 10, "overlong": "drop"})
+    from kdkernels.trainer.rollouts import rollouts as write
+
+    trainer = make(kind, folder, args={"on_policy_fraction": 1.0, "max_new_tokens": 2 + 5 * int(os.environ["RANK"])})
     trainer.train()
+    items, rank = trainer.train_dataset[:2], int(os.environ["RANK"])
+    longest = max(example.student_scored[0] + 1 for item in items for example in item)
+    common = {"temperature": 1.0, "max_new_tokens": 3, "vocab_size": None, "place": (0,)}
+    written = write(trainer.model, items, trainer.tokenizer, max_length=longest + 3 * rank, **common)
+    assert (written == items) is (rank == 0)  # no room for a token there
     return int(trainer.state.global_step)
 
 

@@ -43,8 +43,7 @@ def rollouts(
     if max_length is not None:
         room = min(room, max_length - max(max(e.student_scored[0], e.teacher_scored[0]) + 1 for e in examples))
     full = room < 1  # a prompt that fills the row leaves no room for another response than the data's
-    sharded = is_sharded(model)
-    if full and not sharded:
+    if full and not is_sharded(model):
         return list(items)
     if full:  # the other ranks can't do without this one's shards
         prompts, room = [prompt[-1:] for prompt in prompts], 1
@@ -60,7 +59,6 @@ def rollouts(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=_sampling(model, tokenizer, temperature, room, vocab_size),
-                synced_gpus=sharded and torch.distributed.is_initialized(),  # forward passes on, until every rank has finished
             )
     finally:
         model.train(training)
