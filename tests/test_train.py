@@ -297,6 +297,12 @@ def test_another_run_in_the_same_folder_is_refused(home: Path, finished: tuple[P
     data = tmp_path / "train.jsonl"
     data.write_text((home / "train.jsonl").read_text() + json.dumps(make_rows(1)[0]))
     assert "another --data (its content changed)" in train(*options(home, out, "--data", str(data))).output
+    record = json.loads((out / "run.json").read_text())
+    record["settings"]["ranks"] = 2
+    begun = shutil.copytree(out / "checkpoint-8", tmp_path / "begun" / "checkpoint-8").parent
+    (begun / "run.json").write_text(json.dumps(record))
+    assert "another number of processes (2 then, 1 now)" in " ".join(train(*options(home, begun)).output.split())
+    assert (begun / "checkpoint-8" / "model.safetensors").is_file()
     (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
     assert "holds checkpoints but no run.json" in train(*options(home, tmp_path / "other")).output
     assert "is the --student, which would be overwritten" in train(*options(home, home / "student")).output
@@ -366,3 +372,23 @@ def test_every_own_field_is_in_the_help() -> None:
     named = {word.strip("`,;:").removeprefix("--").replace("-", "_") for word in EPILOG.split() if word.startswith("`--")}
     assert own <= named
     assert "Every field of DistillationArguments" in train("train", "--help").output
+
+
+def test_a_teacher_is_loaded_whole_where_a_student_would_be_in_parts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP loads by rank 0, ZeRO-3 in partitions."""
+    from transformers.integrations import deepspeed as zero
+
+    from kdkernels.train import loading
+
+    seen: dict[str, Any] = {}
+
+    def load(cls: Any, role: str, path: str, **options: Any) -> None:
+        seen[role] = os.environ.get(loading.FSDP_LOADING), zero._hf_deepspeed_config_weak_ref
+
+    config = object()
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(zero, "_hf_deepspeed_config_weak_ref", config)
+    monkeypatch.setenv(loading.FSDP_LOADING, "true")
+    for role in ("teacher", "student"):
+        loading.model_of(role, str(home / role), "auto")
+    assert seen == {"teacher": ("false", None), "student": ("true", config)}
