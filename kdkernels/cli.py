@@ -11,7 +11,7 @@ import sys
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -23,6 +23,7 @@ from .demo.settings import DemoError, Settings
 from .divergences import REGISTRY
 from .recipes import command as recipes
 from .teachers import command as teachers
+from .terminal import fail
 from .train import command as training
 
 __all__ = ["app", "environment", "main"]
@@ -217,7 +218,7 @@ def demo(
     try:
         run.run(settings, data, out, environment(), Console())
     except DemoError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         typer.echo("\nInterrupted.", err=True)
         raise typer.Exit(130) from None
@@ -285,22 +286,22 @@ def bench(
     def chosen(option: str, text: str, valid: tuple[str, ...]) -> list[str] | None:
         names = [] if text == "none" else text.split(",")
         if unknown := [name for name in names if name not in valid]:
-            _fail(f"--{option} {text}: unknown {', '.join(unknown)}; valid names: auto, {', '.join(valid)}")
+            fail(f"--{option} {text}: unknown {', '.join(unknown)}; valid names: auto, {', '.join(valid)}")
         return names
 
     where = device.value if device is not Device.auto else "cuda" if torch.cuda.is_available() else "cpu"
     if where == "cuda" and not torch.cuda.is_available():
-        _fail("--device cuda: torch sees no CUDA device here. Take --device cpu")
+        fail("--device cuda: torch sees no CUDA device here. Take --device cpu")
     for name in divergence or []:
         if name not in REGISTRY:
-            _fail(f"--divergence {name!r} is unknown; valid names: {', '.join(REGISTRY)}")
+            fail(f"--divergence {name!r} is unknown; valid names: {', '.join(REGISTRY)}")
     for name in dtype or []:
         if name not in DTYPE_CHOICES:
-            _fail(f"--dtype {name!r} is unknown; valid names: {', '.join(DTYPE_CHOICES)}")
+            fail(f"--dtype {name!r} is unknown; valid names: {', '.join(DTYPE_CHOICES)}")
     if not (0 < temperature < math.inf):
-        _fail(f"--temperature {temperature}: it must be finite and > 0, such as 2")
+        fail(f"--temperature {temperature}: it must be finite and > 0, such as 2")
     if budget_minutes is not None and not budget_minutes > 0:
-        _fail(f"--budget-minutes {budget_minutes}: it must be > 0")
+        fail(f"--budget-minutes {budget_minutes}: it must be > 0")
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         if resume:
@@ -317,7 +318,7 @@ def bench(
             record = run.begin(jobs, where, settings, out)
         record = run.run(record, out, console, budget_minutes)
     except (run.BenchError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
     if record["status"] == "interrupted":
         raise typer.Exit(130)
 
@@ -325,11 +326,6 @@ def bench(
 teachers.register(app)
 app.add_typer(recipes.app)
 app.command(epilog=training.EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(training.train)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(2)
 
 
 def main() -> None:

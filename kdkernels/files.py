@@ -11,13 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .errors import UserError
+
 __all__ = ["FileError", "Lines", "Lock", "canonical", "digest", "digest_file", "drop_temporaries", "write_whole"]
 
 TEMPORARY = ".tmp"
 _BLOCK = 1 << 20
 
 
-class FileError(RuntimeError):
+class FileError(UserError):
     """A folder or file that another process holds, or whose content is damaged."""
 
 

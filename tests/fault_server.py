@@ -1,15 +1,17 @@
 """A server of the OpenAI-compatible API that fails in every way that servers do, for tests: ``python fault_server.py PORT_FILE``.
 
-Its text is a function of the prompt. A prompt that names a fault gets it on its first tries: ``fault=cut*2`` is cut off twice, then
-answered. ``GET /stats`` tells how often each prompt was answered in full, how often it failed, and how many requests were in flight
-at most.
+Its text is a function of the prompt, and of the request's seed where a draw is asked for. A prompt that names a fault gets it on its
+first tries: ``fault=cut*2`` is cut off twice, then answered. ``GET /stats`` tells how often each prompt was answered in full, how often it
+failed, and how many requests were in flight at most.
 """
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import hashlib
 import json
+import random
 import re
 import sys
 import time
@@ -23,9 +25,22 @@ not_before: dict[str, float] = {}
 in_flight = most = 0
 
 
+WORDS = [f"{a}{b}" for a in ("mil", "tor", "ban", "sel", "quin", "dra") for b in ("ka", "no", "rest", "dy", "lum", "vex")]
+
+
+def written(body: dict, prompt: str) -> str:
+    """An echo; or, where a referee or generator of instructions is asked, what such a one says."""
+    if "Rate how" in prompt:
+        first, second = hashlib.sha256(prompt.encode()).digest()[:2]
+        return f"{1 + first % 10} {1 + second % 10}"
+    if "Write one new" in prompt:
+        return " ".join(random.Random(body["seed"]).sample(WORDS, 6))
+    return f"draw {body['seed']} of {prompt}" if body.get("temperature") else f"echo {prompt}"
+
+
 def reply(body: dict, prompt: str) -> bytes:
     chat = "messages" in body
-    text = f"echo {prompt}"
+    text = written(body, prompt)
     tokens = [*text[:3]]
     choice: dict = {"index": 0, "finish_reason": "stop"}
     if chat:

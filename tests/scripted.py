@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from kdkernels.teachers.text import Reply, Request
+from kdkernels.teachers.text import Reply, Request, Usage
 
 __all__ = ["Killed", "Scripted"]
 
@@ -21,6 +21,8 @@ class Scripted:
     def __init__(self, answer: Callable[[Request], str | Reply], die_after: int | None = None) -> None:
         self.answer, self.die_after = answer, die_after
         self.asked: list[Request] = []
+        self.usage = Usage()
+        self.report: Callable[[Usage], object] | None = None
 
     def complete(self, requests: Sequence[Request], log: Path) -> list[Reply]:
         keys = [request.key for request in requests]
@@ -34,6 +36,7 @@ class Scripted:
         with log.open("a") as file:
             for request in requests:
                 if request.key in known:
+                    self.count(from_log=True)
                     continue
                 if self.die_after is not None and len(self.asked) >= self.die_after:
                     raise Killed
@@ -43,7 +46,13 @@ class Scripted:
                 known[request.key] = reply
                 file.write(json.dumps({"key": request.key, "text": reply.text, "finish_reason": reply.finish_reason}) + "\n")
                 file.flush()
+                self.count(from_log=False)
         return [known[key] for key in keys]
+
+    def count(self, from_log: bool) -> None:
+        self.usage.add({}, from_log)
+        if self.report is not None:
+            self.report(self.usage)
 
 
 def last(request: Request) -> str:

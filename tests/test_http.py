@@ -149,7 +149,32 @@ def test_refused_requests_are_named_and_do_not_stop_the_others(server: Server, t
     result = runner.invoke(cli.app, [str(a) for a in [*command, "--skip-refused"]])
     assert result.exit_code == 0, result.output
     assert "2 rows, 1 refused" in result.output
+    tokens = len("good") + len("good too")
+    assert f"2 replies (2 from the log), 0 retries, 1 refused, {tokens} prompt tokens, 6 completion tokens" in result.output
     assert KEY not in result.output + (tmp_path / "out.jsonl").read_text()
+
+
+def test_samples_of_one_prompt_are_drawn_apart_and_again_the_same(server: Server, tmp_path: Path) -> None:
+    """With one seed for all, a server that honours it would say the same in each sample."""
+    asked = requests(["x"] * 8, temperature=1.0)
+    texts = [[reply.text for reply in server.model(seed=seed).complete(asked, tmp_path / f"{n}")] for n, seed in enumerate((3, 3, 4))]
+    assert len(set(texts[0])) == 8
+    assert texts[0] == texts[1]
+    assert not set(texts[0]) & set(texts[2])
+
+
+def test_a_recipe_goes_on_without_what_the_server_refuses(server: Server, tmp_path: Path) -> None:
+    data = tiny.write(tmp_path / "data.jsonl", [{"prompt": prompt} for prompt in ("good", "fault=refused*99", "good too")])
+    command = ["recipe", "sequence", "--base-url", server.url, "--model", "m", "--data", data, "--out", tmp_path / "out", "--price", "1,2"]
+    result = runner.invoke(cli.app, [str(a) for a in command])
+    assert (result.exit_code, "the server refuses 1 of 3 requests" in result.output) == (2, True)
+    result = runner.invoke(cli.app, [str(a) for a in [*command, "--skip-refused"]])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in rows] == ["echo good", "echo good too"]
+    assert "2/3 replies in replies.jsonl" in result.output
+    assert "teacher: 2 replies (2 from the log), 0 retries, 1 refused, 12 prompt tokens, 6 completion tokens, cost 0.0000" in result.output
+    assert KEY not in result.output + (tmp_path / "out" / "replies.jsonl").read_text()
 
 
 def test_no_server_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

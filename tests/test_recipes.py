@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from kdkernels import cli
 from kdkernels.data.rows import DataError
-from kdkernels.recipes import command, in_context, near
+from kdkernels.recipes import in_context, near
+from kdkernels.recipes.command.shared import Teacher
 from kdkernels.recipes.rows import Item, RecipeError, Sampling, ask, once, read_items, read_jsonl, student_row, write_jsonl
 from kdkernels.recipes.sequence import sequence_level
 from kdkernels.teachers.text import Reply, Request
@@ -49,7 +50,9 @@ def test_rows_are_read_as_prompts_or_messages(tmp_path: Path) -> None:
     assert (first.prompt, first.response, first.where) == ("1 + 1?", "2", f"{path}, row 1")
     assert (second.messages, second.response, second.key) == ((system, user), "4", "mine")
     assert third.response == "four"
-    assert read_items(path)[0].key == first.key
+    # A key is of the row, not of its place: replies and draws stay the row's own wherever it moves to.
+    jsonl(path, {"prompt": "new", "response": "row"}, *([{"prompt": "1 + 1?", "response": 2}] * 2))
+    assert [i.key for i in read_items(path)][1:] == [first.key, f"{first.key}#2"]
 
 
 @pytest.mark.parametrize(
@@ -263,11 +266,6 @@ def test_the_teachers_own_answers_can_be_taken(tmp_path: Path) -> None:
     assert (tally.kept, tally.dropped) == (2, {"empty": 1})
 
 
-def test_the_hard_weight_falls_on_a_line() -> None:
-    assert [in_context.hard_weight(p) for p in (-1, 0, 0.25, 1, 2)] == [1, 1, 0.75, 0, 0]
-    assert in_context.hard_weight(0.5, 0.8, 0.4) == pytest.approx(0.6)
-
-
 # Near-duplicates
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=12)
@@ -327,7 +325,7 @@ def questions(tmp_path: Path) -> Path:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     model = Scripted(lambda request: f"reply to {last(request)}")
-    monkeypatch.setattr(command, "_text_model", lambda *_: model)
+    monkeypatch.setattr(Teacher, "_load", lambda *_: model)
     return model
 
 
@@ -365,7 +363,7 @@ def test_in_context_command(questions: Path, tmp_path: Path, scripted: Scripted)
         (["in-context", "-k", "0"], "-k 0"),
         (["in-context", "--lm-weight", "-1"], "--lm-weight -1.0"),
         (["chain-of-thought", "--teacher", "t"], "row 1: the answer 'answer 0' holds no choice"),
-        (["scott", "--teacher", "none"], "no wrong answer"),
+        (["scott", "--teacher", "none"], "row 1: the answer 'answer 0' holds no choice"),
         (["disco", "--labels", "good", "--teacher", "t"], "two different labels"),
         (["disco", "--labels", "good,bad", "--teacher", "t"], "field 'label': text is needed"),
         (["chain-of-thought", "--style", "mt-cot", "--rationale-weight", "1", "--teacher", "t"], "it is a share"),
@@ -404,7 +402,7 @@ def test_a_folder_is_asked_in_this_process(questions: Path, tmp_path: Path) -> N
 
 
 def test_nothing_kept_is_an_error(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_text_model", lambda *_: Scripted(lambda _: ""))
+    monkeypatch.setattr(Teacher, "_load", lambda *_: Scripted(lambda _: ""))
     result = runner.invoke(cli.app, ["recipe", "sequence", "--data", str(questions), "--out", str(tmp_path / "out"), "--teacher", "t"])
     assert result.exit_code == 2
     assert "nothing was kept of 6 candidates (empty: 6)" in result.output

@@ -13,7 +13,8 @@ from scripted import Killed, Scripted, last
 from typer.testing import CliRunner
 
 from kdkernels import cli
-from kdkernels.recipes import command, lion
+from kdkernels.recipes import lion
+from kdkernels.recipes.command.shared import Teacher
 from kdkernels.recipes.near import rouge_l
 from kdkernels.recipes.rows import RecipeError, Sampling, read_jsonl
 from kdkernels.teachers.text import Reply, Request
@@ -133,7 +134,12 @@ class Loop:
         self.data.write_text("".join(json.dumps({"prompt": s}) + "\n" for s in SEEDS))
         self.asked = 0
         self.budget: int | None = None
-        monkeypatch.setattr(command, "_text_model", lambda path, *_: Scripted(lambda request: self.answer(path, request)))
+        monkeypatch.setattr(Teacher, "_load", lambda _, path, *__: self.model(path))
+
+    def model(self, path: str) -> Scripted:
+        if path == "missing":
+            raise RecipeError("no folder of a transformers model")
+        return Scripted(lambda request: self.answer(path, request))
 
     def answer(self, path: str, request: Request) -> str:
         if self.budget is not None and self.asked >= self.budget:
@@ -230,3 +236,31 @@ def test_a_round_killed_between_stages_goes_on_with_imitation(tmp_path: Path, mo
     assert loop("--student", "s").exit_code == 0
     assert {name: data for name, data in loop.files().items() if name != "round-1/imitate.jsonl"} == expected
     assert lion.stage(loop.out) == (1, "student")
+
+
+def test_a_student_that_is_not_there_does_not_become_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(tmp_path, monkeypatch)
+    assert loop().exit_code == 0
+    result = loop("--student", "missing")
+    assert (result.exit_code, "no folder of a transformers model" in result.output) == (2, True)
+    assert loop("--student", "s").exit_code == 0
+
+
+@pytest.mark.parametrize("option", [("--count", "0"), ("--rouge", "1"), ("--rouge", "0")])
+def test_options_that_make_no_sense_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, str]) -> None:
+    loop = Loop(tmp_path, monkeypatch)
+    result = loop(*option)
+    assert (result.exit_code, option[0] in result.output, loop.asked) == (2, True, 0)
+    assert not loop.out.exists()
+
+
+def test_each_model_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(tmp_path, monkeypatch)
+    output = " ".join(loop().output.split())
+    assert "6/6 replies in teacher.jsonl" in output
+    assert "teacher: 6 replies (0 from the log), 0 retries" in output
+    output = " ".join(loop("--student", "s").output.split())
+    for bar in ("6/6 replies in student.jsonl", "12/12 replies in referee.jsonl", "4/4 replies in generator.jsonl"):
+        assert bar in output
+    assert "student: 6 replies (0 from the log)" in output
+    assert "referee:" not in output, "the teacher is referee and generator, and is named once"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +60,10 @@ def item(n: int, answer: str, prompt: str | None = None, **fields: Any) -> Item:
         ("He went there. Answer: The Eiffel Tower.", "text", "eiffel tower"),
         ("No marker at all", "text", None),
         ("Answer: .", "text", None),
+        ("**Answer**: 4", "number", "4"),
+        ("**Answer:** Paris", "text", "paris"),
+        ("Answer: \u22123", "number", "-3"),
+        ("Answer: .5", "number", "1/2"),
     ],
 )
 def test_the_final_answer_is_found(text: str, kind: answers.Kind, found: str | None) -> None:
@@ -149,22 +154,26 @@ def test_worked_examples_come_before_the_question(tmp_path: Path) -> None:
         cot.rationales([item(3, "none")], model, tmp_path / "log", Sampling(), kind="number")
 
 
+ANSWERED = [item(0, "4"), item(1, "9"), item(2, "7")]
+
+
 def found_rationales() -> list[cot.Rationale]:
-    zero, one = item(0, "4"), item(1, "9")
+    zero, one, _ = ANSWERED
     return [cot.Rationale(zero, "first"), cot.Rationale(zero, "second, longer"), cot.Rationale(one, "third")]
 
 
 def test_multi_task_rows() -> None:
-    rows = cot.multi_task(found_rationales(), style="step-by-step")
+    rows = cot.multi_task(ANSWERED, found_rationales(), style="step-by-step")
     assert [(r["key"], r["task"], r["response"]) for r in rows] == [
-        ("k0/label", "label", "4"), ("k0/rationale/0", "rationale", "first"), ("k0/rationale/1", "rationale", "second, longer"),
-        ("k1/label", "label", "9"), ("k1/rationale/0", "rationale", "third"),
+        ("k0/label", "label", "4"), ("k1/label", "label", "9"), ("k2/label", "label", "7"),  # k2 has no rationale, but a label
+        ("k0/rationale/0", "rationale", "first"), ("k0/rationale/1", "rationale", "second, longer"),
+        ("k1/rationale/0", "rationale", "third"),
     ]  # fmt: skip
     assert rows[0]["messages"] == [{"role": "user", "content": "[label] question 0"}]
-    assert rows[1]["messages"] == [{"role": "user", "content": "[rationale] question 0"}]
-    mt = cot.multi_task(found_rationales(), style="mt-cot", prefixes={"label": "A ", "rationale": "B "}, chat=False)
-    assert mt[1]["response"] == "first\nAnswer: 4"
-    assert mt[1]["prompt"] == "B question 0"
+    assert rows[3]["messages"] == [{"role": "user", "content": "[rationale] question 0"}]
+    mt = cot.multi_task(ANSWERED, found_rationales(), style="mt-cot", prefixes={"label": "A ", "rationale": "B "}, chat=False)
+    assert mt[3]["response"] == "first\nAnswer: 4"
+    assert mt[3]["prompt"] == "B question 0"
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 30)), min_size=2, max_size=20), st.floats(0.01, 10), st.floats(0.01, 10))
@@ -194,7 +203,7 @@ def test_weights_give_each_task_its_own_mean(lengths: list[tuple[str, int]], wei
 )
 def test_task_weights_are_checked(weights: dict[str, float], says: str) -> None:
     with pytest.raises(RecipeError, match=says):
-        cot.balance(cot.multi_task(found_rationales(), style="mt-cot"), weights, [1] * 5)
+        cot.balance(cot.multi_task(ANSWERED, found_rationales(), style="mt-cot"), weights, [1] * 6)
 
 
 # SCOTT
@@ -251,9 +260,10 @@ def test_contrastive_decoding_is_what_the_formula_says(
         return ids
 
     monkeypatch.setattr(model, "generate", recorded)
-    found = scott.contrastive_rationales(
-        items, given, other, model, tokenizer, tmp_path / "log", strength=strength, max_tokens=15, batch=4
-    )  # fmt: skip
+    told: list[int] = []
+    explainer = scott.Explainer(model, tokenizer, strength=strength, max_tokens=15, batch=4)
+    found = explainer(items, given, other, tmp_path / "log", told.append)
+    assert told == [0, 4, 3]
     for i, a, b, ids, text in zip(items, given, other, decoded, found, strict=True):
         wanted = by_definition(model, tokenizer, scott.explain_prompt(i.prompt, a), scott.explain_prompt(i.prompt, b), strength, 15)
         assert ids[: len(wanted)] == wanted
@@ -302,8 +312,9 @@ def test_where_the_teacher_stops_it_stops_and_what_it_rules_out_stays_out(teache
 def test_rationales_of_a_killed_run_are_not_made_again(teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = teacher
     items = [item(n, str(n), f"{n}?") for n in range(4)]
-    arguments = (items, ["1"] * 4, [""] * 4, model, tokenizer)
-    expected = scott.contrastive_rationales(*arguments, tmp_path / "whole", max_tokens=4, batch=2)
+    arguments = (items, ["1"] * 4, [""] * 4)
+    explainer = scott.Explainer(model, tokenizer, max_tokens=4, batch=2, name="one")
+    expected = explainer(*arguments, tmp_path / "whole")
     generate, calls = model.generate, []
 
     def dying(**kwargs: Any) -> Any:
@@ -314,12 +325,14 @@ def test_rationales_of_a_killed_run_are_not_made_again(teacher: Any, tmp_path: P
 
     monkeypatch.setattr(model, "generate", dying)
     with pytest.raises(Killed):
-        scott.contrastive_rationales(*arguments, tmp_path / "log", max_tokens=4, batch=2)
-    assert scott.contrastive_rationales(*arguments, tmp_path / "log", max_tokens=4, batch=2) == expected
+        explainer(*arguments, tmp_path / "log")
+    assert explainer(*arguments, tmp_path / "log") == expected
     assert calls == [2, 2, 2]
     assert (tmp_path / "log").read_bytes() == (tmp_path / "whole").read_bytes()
+    scott.Explainer(model, tokenizer, max_tokens=4, batch=4, name="another")(*arguments, tmp_path / "log")
+    assert calls == [2, 2, 2, 4], "a rationale of one teacher is not another's"
     with pytest.raises(RecipeError, match="strength -1"):
-        scott.contrastive_rationales(*arguments, tmp_path / "log", strength=-1)
+        scott.Explainer(model, tokenizer, strength=-1)
 
 
 def test_factual_and_counterfactual_rows() -> None:
@@ -347,6 +360,8 @@ def test_wrong_answers_are_wrong() -> None:
     assert len({scott.wrong_answers([item(0, "1", choices=list("1234"))], "number", s)[0] for s in range(20)}) == 3
     with pytest.raises(RecipeError, match="line 0: no wrong answer"):
         scott.wrong_answers([item(0, "4"), item(1, "4.0")], "number", 0)
+    with pytest.raises(RecipeError, match="line 0: the answer 'four' holds no number"):
+        scott.wrong_answers([item(0, "four"), item(1, "4")], "number", 0)
     with pytest.raises(RecipeError, match="line 0, field 'choices'"):
         scott.wrong_answers([item(0, "4", choices="45")], "number", 0)
 
@@ -388,6 +403,13 @@ def test_decompositions_end_in_the_right_answer(tmp_path: Path) -> None:
     assert len({row["key"] for row in (first, second)}) == 2
 
 
+def test_rows_that_no_reply_can_match_cost_nothing(tmp_path: Path) -> None:
+    model = Scripted(lambda _: "Q: x?\nA: 1")
+    with pytest.raises(RecipeError, match="line 1: the answer 'none' holds no number"):
+        socratic.decompose([item(0, "4"), item(1, "none")], model, tmp_path / "log", Sampling(), kind="number")
+    assert not model.asked
+
+
 def test_the_two_students_solve_together(tmp_path: Path) -> None:
     questioner = Scripted(lambda r: "one?\n\ntwo?" if "question 0" in last(r) else "only?")
     solver = Scripted(lambda r: f"{last(r).count('Q:')} asked")
@@ -408,10 +430,21 @@ def test_a_span_is_blanked() -> None:
     assert len({disco.blanked(text, str(s)) for s in range(50)}) > 10
     with pytest.raises(RecipeError, match="no span"):
         disco.blanked("word", "0")
+    with pytest.raises(RecipeError, match="holds a blank"):
+        disco.blanked(f"the {disco.BLANK} was good", "0")
 
 
 @pytest.mark.parametrize(
-    ("reply", "label"), [("bad", "bad"), ("It is Good.", "good"), ("not good", "not good"), ("good, not bad", "good"), ("ugly", None)]
+    ("reply", "label"),
+    [
+        ("bad", "bad"),
+        ("It is Good.", "good"),
+        ("not good", "not good"),
+        ("good, not bad", "good"),
+        ("ugly", None),
+        ("badly put, but good", "good"),
+        ("goodness", None),
+    ],
 )
 def test_votes_name_a_label(reply: str, label: str | None) -> None:
     assert disco.vote(reply, ["good", "bad", "not good"]) == label
@@ -450,6 +483,32 @@ def test_counterfactuals_must_move_the_label(tmp_path: Path) -> None:
         items, labels, Scripted(fill, 0), Scripted(judge, 0), tmp_path, filling=Sampling(temperature=1.0, samples=6), judging=judging
     )
     assert again == found
+
+
+def test_two_rows_are_never_judged_as_one(tmp_path: Path) -> None:
+    """Keys and texts that are the same when written one after the other."""
+    rows = {"a": "b/x y z", "a/b": "x y z"}
+    items = [Item(key, ({"role": "user", "content": ""},), None, {"text": t, "label": "good", "context": key}) for key, t in rows.items()]
+    judge = Scripted(lambda request: "bad" if "About: a/b" in last(request) else "good")
+    disco.counterfactuals(
+        items, ["good", "bad"], Scripted(lambda _: "so"), judge, tmp_path, filling=Sampling(), judging=Sampling()
+    )  # fmt: skip
+    originals = [last(request) for request in judge.asked if any(f"Text: {text}\n" in last(request) for text in rows.values())]
+    assert len(originals) == 2
+
+
+def test_texts_keep_their_keys_wherever_they_move(tmp_path: Path) -> None:
+    rows = [{"text": "a b", "label": "x"}, {"text": "c d", "label": "x"}, {"text": "a b", "label": "x"}]
+
+    def keys(some: Any) -> list[str]:
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        return [i.key for i in disco.read_texts(tmp_path / "d.jsonl")]
+
+    first, second, third = keys(rows)
+    assert keys(rows[1::-1]) == [second, first]
+    assert third == f"{first}#2"
+    with pytest.raises(RecipeError, match="row 2: key '1' is that of "):
+        keys([{**rows[0], "key": 1}, {**rows[1], "key": "1"}])
 
 
 def test_a_blank_filled_as_before_changes_nothing(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from training import make_model, make_rows, make_tokenizer
 from transformers import TrainerCallback
 
 from kdkernels.recipes import chain_of_thought as cot
-from kdkernels.recipes import command, disco, in_context, scott, socratic
+from kdkernels.recipes import disco, in_context, scott, socratic
+from kdkernels.recipes.command import shared
 from kdkernels.recipes.rows import Item
-from kdkernels.recipes.schedule import HardWeight
 from kdkernels.trainer import DistillationArguments, DistillationTrainer, load_examples
 
 TOKENIZER = make_tokenizer()
@@ -40,12 +40,10 @@ def trainer_of(rows: Any, out: Path, teacher: bool, **options: Any) -> Distillat
 @pytest.mark.parametrize("style", ["step-by-step", "mt-cot"])
 def test_the_trainers_loss_is_the_sum_of_the_tasks_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: Any) -> None:
     found = [cot.Rationale(item, "two plus " * (n + 1) + "is one") for n, item in enumerate(ITEMS)]
-    rows = cot.multi_task(found, style=style)
+    rows = cot.multi_task(ITEMS, found, style=style)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: TOKENIZER)
     weights = {"label": 0.75, "rationale": 2.5}
-    trainer = trainer_of(
-        cot.balance(rows, weights, command._lengths(rows, tmp_path)), tmp_path, teacher=False, kd_weight=0.0, ce_weight=1.0
-    )
+    trainer = trainer_of(cot.balance(rows, weights, shared.lengths(rows, tmp_path)), tmp_path, teacher=False, kd_weight=0.0, ce_weight=1.0)
     batch = trainer.data_collator(trainer.train_dataset)
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["labels"].ne(-100).sum())
     losses: dict[str, list[torch.Tensor]] = {"label": [], "rationale": []}
@@ -59,32 +57,42 @@ def test_the_trainers_loss_is_the_sum_of_the_tasks_means(tmp_path: Path, monkeyp
 
 
 def test_the_hard_weight_falls_while_training(tmp_path: Path) -> None:
-    trainer = trainer_of(make_rows(6), tmp_path, teacher=True, max_steps=5, per_device_train_batch_size=6, kd_weight=0.7, ce_weight=1.0)
+    trainer = trainer_of(
+        make_rows(6), tmp_path, teacher=True, max_steps=5, per_device_train_batch_size=6, kd_weight=0.7, ce_weight=2.0, ce_weight_last=0.5
+    )  # fmt: skip
     seen: list[float] = []
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            seen.append(trainer.objective.ce_weight)
+            seen.append(trainer.objective_now().ce_weight)
 
     trainer.add_callback(Look())
-    trainer.add_callback(HardWeight(trainer, first=2.0, last=0.0))
     batch = trainer.data_collator(trainer.train_dataset)
     tokens = batch["labels"].ne(-100).sum()
 
-    def loss() -> float:
+    def loss(step: int) -> float:
+        trainer.state.global_step, trainer.state.max_steps = step, 5
         return float(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens).detach())
 
+    def evaluated() -> float:
+        return float(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+
+    hard = evaluated()
     trainer.train()
-    assert seen == [2.0, 1.5, 1.0, 0.5, 0.0]
-    soft = loss()
-    HardWeight(trainer, first=2.0, last=0.0).on_step_begin(None, trainer.state.__class__(global_step=2, max_steps=5), None)
-    assert loss() > soft
-    trainer.objective = trainer.objective.__class__(**{**vars(trainer.objective), "kd_weight": 0.0})
-    hard = loss()
-    HardWeight(trainer, first=1.0, last=1.0).on_step_begin(None, trainer.state.__class__(global_step=0, max_steps=5), None)
-    assert loss() == pytest.approx(hard, rel=1e-12)
-    with pytest.raises(ValueError, match="first=-1"):
-        HardWeight(trainer, first=-1)
+    assert seen == [2.0, 1.625, 1.25, 0.875, 0.5]
+    first, middle, last = (loss(step) for step in (0, 2, 4))
+    assert first > middle > last
+    assert middle == pytest.approx((first + last) / 2, rel=1e-12)
+    assert evaluated() == pytest.approx(first, rel=1e-6), "evaluations take the first weight, whenever they are"
+    assert hard > first
+    assert loss(9) == last
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_last_weight_that_makes_no_sense(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="ce_weight_last must be finite and >= 0"):
+        DistillationArguments(output_dir=str(tmp_path), ce_weight_last=value)
+    assert DistillationArguments(output_dir=str(tmp_path), kd_weight=0.0, ce_weight_last=1.0).ce_weight == 0.0
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -114,8 +122,8 @@ def test_every_recipes_rows_are_read(chat: bool) -> None:
     new = [disco.Counterfactual(reviews[0], "a blue cat", "two", 1.0, 0)]
     rows = [
         *cot.fine_tune_cot(found, chat=chat),
-        *cot.multi_task(found, style="step-by-step", chat=chat),
-        *cot.multi_task(found, style="mt-cot", chat=chat),
+        *cot.multi_task(ITEMS, found, style="step-by-step", chat=chat),
+        *cot.multi_task(ITEMS, found, style="mt-cot", chat=chat),
         *scott.factual_rows(ITEMS, ["one"] * 4, chat=chat),
         *scott.counterfactual_rows(ITEMS, ["5"] * 4, ["one"] * 4, chat=chat),
         *socratic.questioner_rows(steps, chat=chat),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-__all__ = ["Kind", "extract", "normalise", "same", "split"]
+from .rows import Item, RecipeError
+
+__all__ = ["Kind", "check", "extract", "normalise", "same", "split"]
 
 Kind = Literal["number", "choice", "text"]
 
-_MARKER = re.compile(r"\banswer(?:(?:[ \t]+\w+){0,4}?[ \t]+is\b|[ \t]*(?=[:=]))[ \t]*[:=]?[ \t]*", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w])")
+_MARKER = re.compile(r"\banswer(?:(?:[ \t]+\w+){0,4}?[ \t]+is\b|[ \t*]*(?=[:=]))[ \t]*[:=]?[ \t]*", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?(?![\w])")
+_MINUS = str.maketrans({"\u2212": "-", "\u2013": "-"})
+"""What models write for a minus: U+2212, and an en dash."""
 _CHOICE = re.compile(r"(?<![A-Za-z])\(?([A-Za-z])\)|(?<![A-Za-z'])([A-H])(?![A-Za-z'])")
 
 
@@ -53,7 +58,7 @@ def normalise(answer: str, kind: Kind, first: bool = False) -> str | None:
         bare = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
         letters = [bare[1]] if bare else [a or b for a, b in _CHOICE.findall(answer)]
         return (letters[0] if first else letters[-1]).upper() if letters else None
-    numbers = _NUMBER.findall(answer)
+    numbers = _NUMBER.findall(answer.translate(_MINUS))
     if not numbers:
         return None
     try:
@@ -68,3 +73,14 @@ def same(reply: str, answer: str, kind: Kind) -> bool:
     """Whether the reply's final answer is ``answer``; a reply without one is wrong."""
     found = extract(reply, kind)
     return found is not None and found == normalise(answer, kind)
+
+
+def check(items: Sequence[Item], kind: Kind) -> None:
+    """Before a teacher is asked, and paid: an answer that no reply can match is of no use.
+
+    Raises:
+        RecipeError: a row whose answer is not of this ``kind``.
+    """
+    for item in items:
+        if normalise(item.response or "", kind) is None:
+            raise RecipeError(f"{item.where}: the answer {item.response!r} holds no {kind}: choose another answer kind, or mend the row")

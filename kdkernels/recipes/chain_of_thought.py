@@ -10,7 +10,8 @@
   ``L = (1 - w) * L_answer + w * L_explain``.
 
 Each task's loss is a mean over its own tokens. ``balance`` says this with row weights, whatever the rows' lengths and however they are
-batched. Left out: Fine-tune-CoT's answer cleansing by data set; the prompt files of the papers (the wording here is ours).
+batched. Rationales are filtered by their final answer in all three, as in Fine-tune-CoT. Left out: its answer cleansing by data set; the
+prompt files of the papers (the wording here is ours).
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def rationales(
     Raises:
         RecipeError: a row whose answer is not of this ``kind``, or an example without a rationale.
     """
-    for item in items:
-        if answers.normalise(item.response or "", kind) is None:
-            raise RecipeError(f"{item.where}: the answer {item.response!r} holds no {kind}: choose another answer kind, or mend the row")
+    answers.check(items, kind)
+    if most is not None and most < 1:
+        raise RecipeError(f"most {most}: at least one rationale must be kept for each row")
     shown: list[Message] = []
     for example in examples:
         shown += [
@@ -112,21 +113,23 @@ def fine_tune_cot(found: Sequence[Rationale], *, chat: bool = True) -> list[Row]
 
 
 def multi_task(
+    items: Sequence[Item],
     found: Sequence[Rationale],
     *,
     style: Literal["step-by-step", "mt-cot"],
     prefixes: Mapping[str, str] = PREFIXES,
     chat: bool = True,
 ) -> list[Row]:
-    """A ``label`` row for each item and a ``rationale`` row for each rationale: without the answer in ``step-by-step``, with it in
-    ``mt-cot``.
+    """A ``label`` row for each item, whatever became of its rationales, and a ``rationale`` row for each rationale: without the answer in
+    ``step-by-step``, with it in ``mt-cot``.
 
     The rows have no weights yet: see ``balance``.
     """
-    rows = []
+    rows = [
+        student_row(item, item.response or "", prompt=prefixes["label"] + item.prompt, suffix="/label", chat=chat, task="label")
+        for item in items
+    ]
     for n, r in _numbered(found):
-        if n == 0:
-            rows.append(student_row(r.item, r.answer, prompt=prefixes["label"] + r.item.prompt, suffix="/label", chat=chat, task="label"))
         text = r.text if style == "step-by-step" else worked(r.text, r.answer)
         prompt = prefixes["rationale"] + r.item.prompt
         rows.append(student_row(r.item, text, prompt=prompt, suffix=f"/rationale/{n}", chat=chat, task="rationale"))

@@ -13,14 +13,15 @@ of the paper's completion model.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..teachers.text import TextModel
-from .rows import Item, RecipeError, Row, Sampling, Tally, ask, student_row
+from .rows import Item, RecipeError, Row, Sampling, Tally, ask, fingerprint, keyed, read_jsonl, student_row
 
-__all__ = ["BLANK", "Counterfactual", "blanked", "counterfactuals", "fill_prompt", "judge_prompt", "rows", "vote"]
+__all__ = ["BLANK", "Counterfactual", "blanked", "counterfactuals", "fill_prompt", "judge_prompt", "read_texts", "rows", "vote"]
 
 BLANK = "____"
 
@@ -36,13 +37,25 @@ class Counterfactual:
     number: int
 
 
-def blanked(text: str, seed: str) -> tuple[str, str]:
-    """The text with one span of its words blanked, and the span; a text of fewer than two words has none.
+def read_texts(path: Path) -> list[Item]:
+    """Items of a JSONL file with ``text``, ``label`` and perhaps ``context``; their conversation is made by the prompts here.
 
     Raises:
-        RecipeError: fewer than two words.
+        RecipeError: two rows with one key.
+        DataError: see ``read_jsonl``.
+    """
+    return [Item(key, (_user(""),), None, row, where) for key, where, row in keyed(read_jsonl(path))]
+
+
+def blanked(text: str, seed: str) -> tuple[str, str]:
+    """The text with one span of its words blanked, and the span.
+
+    Raises:
+        RecipeError: fewer than two words, or a blank of its own.
     """
     words = text.split()
+    if BLANK in text:
+        raise RecipeError(f"the text {text!r} holds a blank ({BLANK}) already")
     if len(words) < 2:
         raise RecipeError(f"the text {text!r} has no span to perturb: two words at least are needed")
     generator = random.Random(seed)
@@ -62,9 +75,12 @@ def judge_prompt(text: str, context: str | None, labels: Sequence[str]) -> str:
 
 
 def vote(reply: str, labels: Sequence[str]) -> str | None:
-    """The one label that the reply names first; None if it names none. Of labels that begin alike the longest counts."""
-    text = reply.lower()
-    found = [(text.find(label.lower()), -len(label), label) for label in labels if label.lower() in text]
+    """The one label that the reply names first, as words of its own; None if it names none.
+
+    Of labels that begin alike the longest counts.
+    """
+    places = [(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", reply, re.IGNORECASE), label) for label in labels]
+    found = [(place.start(), -len(label), label) for place, label in places if place]
     return min(found)[2] if found else None
 
 
@@ -83,7 +99,7 @@ def counterfactuals(
     """For each item and each other label, distinct perturbations whose shift is above ``threshold``; logs in ``folder``.
 
     Raises:
-        RecipeError: a label that is not one of ``labels``, or a text too short.
+        RecipeError: a label that is not one of ``labels``, or a text that has no span to blank.
     """
     tally, asked = Tally(rows=len(items)), []
     for item in items:
@@ -118,10 +134,12 @@ def counterfactuals(
         candidates += [(item, label, text) for text in texts]
 
     def shares(texts: Sequence[tuple[Item, str]]) -> list[list[str | None]]:
-        distinct = {f"{item.key}/{text}": (item, text) for item, text in texts}
-        questions = [(key, [_user(judge_prompt(text, context(item), labels))]) for key, (item, text) in distinct.items()]
+        distinct = {(item.key, text): item for item, text in texts}
+        questions = [
+            (f"{key}/{fingerprint(text)}", [_user(judge_prompt(text, context(item), labels))]) for (key, text), item in distinct.items()
+        ]
         replies = dict(zip(distinct, ask(judge, folder / "judge.jsonl", questions, judging), strict=True))
-        return [[vote(reply.text, labels) for reply in replies[f"{item.key}/{text}"]] for item, text in texts]
+        return [[vote(reply.text, labels) for reply in replies[item.key, text]] for item, text in texts]
 
     before = shares([(item, item.text("text")) for item, _, _ in candidates])
     after = shares([(item, text) for item, _, text in candidates])

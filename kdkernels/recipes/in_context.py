@@ -12,8 +12,9 @@ to use them, by the teacher's soft labels, the hard label, and language modellin
 
     L = KL(p(y | C, x), q(y | C, x)) + a(t) * CE(y | C, x) + L_lm
 
-``a`` falls while training; that it falls linearly is our choice (``schedule.HardWeight``). Left out: training over many tasks with held-out
-tasks (Meta-ICT): give rows of many tasks, each with its ``task``, and demonstrations are drawn within it.
+``a`` falls while training (``ce_weight`` to ``ce_weight_last`` of the trainer); that it falls on a line is our choice. The rows of L_lm are
+trained as the others are: the soft labels at their weight, the hard ones at their weight times ``a``. Left out: training over many tasks
+with held-out tasks (Meta-ICT): give rows of many tasks, each with its ``task``, and demonstrations are drawn within it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from ..teachers.text import TextModel
 from .rows import Item, Message, RecipeError, Row, Sampling, Tally, ask, student_row
 
-__all__ = ["answered", "context_distillation", "demonstrations", "hard_weight", "in_context_tuning", "language_modelling"]
+__all__ = ["answered", "context_distillation", "demonstrations", "in_context_tuning", "language_modelling"]
 
 
 def demonstrations(items: Sequence[Item], k: int, seed: int, pool: Sequence[Item] | None = None) -> list[list[Item]]:
@@ -116,11 +117,6 @@ def answered(
             kept_shown.append(list(demos))
     tally.kept = len(kept)
     return kept, kept_shown, tally
-
-
-def hard_weight(progress: float, first: float = 1.0, last: float = 0.0) -> float:
-    """The hard label's weight at ``progress`` in [0, 1] of the training: a line from ``first`` to ``last``."""
-    return first + (last - first) * min(max(progress, 0.0), 1.0)
 
 
 def with_demonstrations(item: Item, demos: Sequence[Item]) -> tuple[Message, ...]:

@@ -15,8 +15,8 @@ from ..files import Lines, digest, write_whole
 from ..teachers.text import Reply, Request, TextModel
 
 __all__ = [
-    "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "once", "read_items", "read_jsonl", "student_row",
-    "write_jsonl",
+    "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "fingerprint", "keyed", "once", "read_items",
+    "read_jsonl", "student_row", "write_jsonl",
 ]  # fmt: skip
 
 Message = Mapping[str, str]
@@ -103,28 +103,42 @@ def read_jsonl(path: Path) -> list[tuple[str, Row]]:
 def read_items(path: Path, prompt: str = "prompt", response: str = "response", needs_response: bool = True) -> list[Item]:
     """Items of a JSONL file: ``messages``, or a prompt field; and a response field.
 
-    ``messages`` that end with the assistant's turn hold their own response. A row's ``key`` is kept; without one it is made of the
-    line's number and content.
+    ``messages`` that end with the assistant's turn hold their own response. A row's ``key`` is kept; see ``keyed`` for one without.
 
     Raises:
         RecipeError: a row without its prompt or response, or two rows with one key.
         DataError: see ``read_jsonl``.
     """
     items: list[Item] = []
-    seen: dict[str, str] = {}
-    for number, (where, row) in enumerate(read_jsonl(path)):
+    for key, where, row in keyed(read_jsonl(path)):
         if "messages" in row:
             messages, known = _messages(row, where)
         else:
             messages, known = ({"role": "user", "content": _text(row, prompt, where)},), None
         if response in row or (needs_response and known is None):
             known = _text(row, response, where)
-        key = str(row["key"]) if "key" in row else f"{number}-{fingerprint(row)}"
+        items.append(Item(key, messages, known, row, where))
+    return items
+
+
+def keyed(rows: Iterable[tuple[str, Row]]) -> list[tuple[str, str, Row]]:
+    """``(key, where, row)``: the row's own ``key``, else one of its content, so that a row keeps its replies and its draws wherever it
+    moves to; equal rows are numbered.
+
+    Raises:
+        RecipeError: two rows with one key.
+    """
+    found, seen, equal = [], dict[str, str](), Counter[str]()
+    for where, row in rows:
+        key = str(row["key"]) if row.get("key") is not None else fingerprint(row)
+        if row.get("key") is None:
+            equal[key] += 1
+            key += f"#{equal[key]}" if equal[key] > 1 else ""
         if key in seen:
             raise RecipeError(f"{where}: key {key!r} is that of {seen[key]} already; keys must differ")
         seen[key] = where
-        items.append(Item(key, messages, known, row, where))
-    return items
+        found.append((key, where, row))
+    return found
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -181,20 +195,28 @@ def ask(model: TextModel, log: Path, prompts: Sequence[tuple[str, Sequence[Messa
     return [list(replies[i : i + sampling.samples]) for i in range(0, len(replies), sampling.samples)]
 
 
-def once(log: Path, keys: Sequence[str], make: Callable[[list[str]], list[str]], batch: int = 1) -> list[str]:
+def once(
+    log: Path,
+    keys: Sequence[str],
+    make: Callable[[list[str]], list[str]],
+    batch: int = 1,
+    report: Callable[[int], object] = lambda count: None,
+) -> list[str]:
     """A text for each key: ``make(keys)`` gives those of at most ``batch`` keys, which ``log`` (JSONL) then holds and which are not made
-    again.
+    again. ``report`` is told how many are there, as they come.
 
     A last line cut short by a kill is made again.
     """
     with Lines(log) as lines:
-        known = {line["key"]: str(line["text"]) for line in lines}
+        known = {str(line.get("key")): str(line.get("text", "")) for line in lines}
         missing = [key for key in keys if key not in known]
+        report(len(keys) - len(missing))
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
             for key, text in zip(some, make(some), strict=True):
                 known[key] = text
                 lines.append({"key": key, "text": text})
+            report(len(some))
     return [known[key] for key in keys]
 
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..teachers.cache.manifest import identity_of_model
 from . import answers
 from .chain_of_thought import worked
 from .rows import Item, RecipeError, Row, extended, fingerprint, once, student_row
 
-__all__ = ["Contrast", "contrastive_rationales", "counterfactual_rows", "explain_prompt", "factual_rows", "wrong_answers"]
+__all__ = ["Contrast", "Explainer", "counterfactual_rows", "explain_prompt", "factual_rows", "wrong_answers"]
 
 PREFIXES = {"factual": "[factual] ", "counterfactual": "[counterfactual] "}
 
@@ -86,8 +88,9 @@ def wrong_answers(items: Sequence[Item], kind: answers.Kind, seed: int) -> list[
     """A wrong answer for each item: one of its ``choices``, or the answer of another row; the same for the same seed.
 
     Raises:
-        RecipeError: an item to which there is none, or ``choices`` that are no list of text.
+        RecipeError: an item to which there is none, whose own answer is not of this ``kind``, or ``choices`` that are no list of text.
     """
+    answers.check(items, kind)
     everyone = list(dict.fromkeys(i.response or "" for i in items))
     drawn = []
     for item in items:
@@ -104,60 +107,83 @@ def wrong_answers(items: Sequence[Item], kind: answers.Kind, seed: int) -> list[
     return drawn
 
 
-@torch.no_grad()
-def contrastive_rationales(
-    items: Sequence[Item],
-    given: Sequence[str],
-    contrasted: Sequence[str],
-    model: Any,
-    tokenizer: Any,
-    log: Path,
-    *,
-    strength: float = 0.5,
-    max_tokens: int = 128,
-    batch: int = 8,
-) -> list[str]:
-    """A rationale for each item that supports the answer ``given`` rather than the ``contrasted`` one ("" for none), greedily; "" if it
-    is not done within ``max_tokens``.
-
-    ``model`` and ``tokenizer`` (with a chat template) are of transformers. What ``log`` holds is not made again.
+@dataclass(frozen=True)
+class Explainer:
+    """A teacher that explains answers by contrastive decoding, greedily.
 
     Raises:
-        RecipeError: ``strength`` below 0, or a tokenizer without an end-of-text token.
+        RecipeError: ``strength`` below 0, or a tokenizer without a chat template or an end-of-text token.
     """
-    if not 0 <= strength < float("inf"):
-        raise RecipeError(f"strength {strength}: it must be finite and >= 0, such as 0.5")
-    if tokenizer.eos_token_id is None:
-        raise RecipeError("the teacher's tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json")
-    views = {
-        f"{item.key}/{fingerprint([list(map(dict, item.messages)), a, b, strength, max_tokens])}": (item, a, b)
-        for item, a, b in zip(items, given, contrasted, strict=True)
-    }
 
-    def encoded(some: list[tuple[Item, str]]) -> dict[str, Tensor]:
-        texts = []
-        for item, answer in some:
-            messages = list(map(dict, extended(item.messages, explain_prompt(item.prompt, answer))))
-            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        found = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        return {name: found[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    model: Any
+    tokenizer: Any
+    strength: float = 0.5
+    max_tokens: int = 128
+    batch: int = 8
+    """Prompts decoded at once."""
+    name: str = ""
+    """In the log, so that another teacher's rationales are not taken for this one's."""
 
-    def make(some: list[str]) -> list[str]:
-        own = encoded([(item, a) for item, a, _ in map(views.__getitem__, some)])
-        other = encoded([(item, b) for item, _, b in map(views.__getitem__, some)])
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < float("inf"):
+            raise RecipeError(f"strength {self.strength}: it must be finite and >= 0, such as 0.5")
+        if self.tokenizer.eos_token_id is None:
+            raise RecipeError("the teacher's tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json")
+        if not self.tokenizer.chat_template:
+            raise RecipeError("the teacher's tokenizer has no chat template")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @classmethod
+    def load(cls, folder: Path, device: str, **settings: Any) -> Explainer:
+        """Of a folder of a transformers model, known in the log by its weights."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+        return cls(model, AutoTokenizer.from_pretrained(folder), name="@".join(identity_of_model(str(folder), None)), **settings)
+
+    def __call__(
+        self,
+        items: Sequence[Item],
+        given: Sequence[str],
+        contrasted: Sequence[str],
+        log: Path,
+        report: Callable[[int], object] = lambda count: None,
+    ) -> list[str]:
+        """A rationale for each item that supports the answer ``given`` rather than the ``contrasted`` one ("" for none); "" if it is not
+        done within ``max_tokens``.
+
+        What ``log`` holds is not made again; ``report`` is told how many there are, as they come.
+        """
+        settings = [self.strength, self.max_tokens, self.name]
+        views = {
+            f"{item.key}/{fingerprint([list(map(dict, item.messages)), a, b, *settings])}": (item, a, b)
+            for item, a, b in zip(items, given, contrasted, strict=True)
+        }
+        return once(log, list(views), lambda some: self._explain([views[key] for key in some]), self.batch, report)
+
+    @torch.no_grad()
+    def _explain(self, views: Sequence[tuple[Item, str, str]]) -> list[str]:
+        tokenizer = self.tokenizer
+        own = self._encoded([(item, a) for item, a, _ in views])
+        other = self._encoded([(item, b) for item, _, b in views])
         length = own["input_ids"].shape[1]
-        contrast = Contrast(model, other["input_ids"], other["attention_mask"], length, strength, [tokenizer.eos_token_id])
-        ids: Tensor = model.generate(
-            **own, do_sample=False, num_beams=1, max_new_tokens=max_tokens, use_cache=True,
+        contrast = Contrast(self.model, other["input_ids"], other["attention_mask"], length, self.strength, [tokenizer.eos_token_id])
+        ids: Tensor = self.model.generate(
+            **own, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens, use_cache=True,
             logits_processor=LogitsProcessorList([contrast]), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         new = ids[:, length:]
         whole = (new == tokenizer.eos_token_id).any(-1).tolist()
         return [text.strip() if w else "" for text, w in zip(tokenizer.batch_decode(new, skip_special_tokens=True), whole, strict=True)]
 
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return once(log, list(views), make, batch)
+    def _encoded(self, asked: Sequence[tuple[Item, str]]) -> dict[str, Tensor]:
+        texts = []
+        for item, answer in asked:
+            messages = list(map(dict, extended(item.messages, explain_prompt(item.prompt, answer))))
+            texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        found = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        return {name: found[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
 
 def factual_rows(items: Sequence[Item], rationales: Sequence[str], *, chat: bool = True) -> list[Row]:

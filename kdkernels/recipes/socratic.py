@@ -49,7 +49,12 @@ def parse(text: str) -> tuple[tuple[str, str], ...] | None:
 def decompose(
     items: Sequence[Item], teacher: TextModel, log: Path, sampling: Sampling, *, kind: answers.Kind, instruction: str = INSTRUCTION
 ) -> tuple[list[Decomposition], Tally]:
-    """The first decomposition of each item, of ``sampling.samples``, whose last sub-answer is the item's answer."""
+    """The first decomposition of each item, of ``sampling.samples``, whose last sub-answer is the item's answer.
+
+    Raises:
+        RecipeError: a row whose answer is not of this ``kind``.
+    """
+    answers.check(items, kind)
     prompts = [(i.key, extended(i.messages, f"{i.prompt}\n{instruction}")) for i in items]
     tally, kept = Tally(rows=len(items)), []
     for item, replies in zip(items, ask(teacher, log, prompts, sampling), strict=True):
@@ -62,7 +67,7 @@ def decompose(
                 tally.drop("cut off at max_tokens")
             elif steps is None:
                 tally.drop("no alternating questions and answers")
-            elif right is None or answers.normalise(steps[-1][1], kind) != right:
+            elif answers.normalise(steps[-1][1], kind) != right:
                 tally.drop("wrong final answer")
             elif found is not None:
                 tally.drop("not the first right one")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from ..options import grouped
+from ..terminal import console, failing
+from .options import Asking, Server
 
 __all__ = ["cache", "generate", "register"]
 
@@ -63,11 +61,12 @@ The same command again asks for nothing that the log, the output's name with `.l
 
 def register(app: typer.Typer) -> None:
     """Adds both commands to ``app``."""
-    app.command(epilog=CACHE_EXAMPLES)(cache)
-    app.command(epilog=GENERATE_EXAMPLES)(generate)
+    app.command(epilog=CACHE_EXAMPLES)(grouped(cache))
+    app.command(epilog=GENERATE_EXAMPLES)(grouped(generate))
 
 
 def cache(
+    server: Server,
     data: Annotated[Path, typer.Option(help="Rows: a JSONL or Parquet file, or a folder of them.")],
     out: Annotated[Path, typer.Option(help="Folder of the cache: new, or of this command cut short.")],
     teacher: Annotated[str, typer.Option(help="Model: a folder or hub id; with --base-url the server's name of it.")] = "",
@@ -91,9 +90,6 @@ def cache(
     seed: Annotated[int, typer.Option(help="Of draws and sampled text.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Of text, at most.")] = 256,
     shard_mib: Annotated[int, typer.Option(help="Size of a shard before compression: what a kill costs, at most.")] = 128,
-    concurrency: Annotated[int, typer.Option(help="With --base-url: requests in flight, at most.")] = 64,
-    timeout: Annotated[float, typer.Option(help="With --base-url: seconds for one whole answer.")] = 60.0,
-    key_variable: Annotated[str, typer.Option(help="With --base-url: environment variable that holds the API key.")] = "OPENAI_API_KEY",
 ) -> None:
     """Run a teacher over the data once, and keep what it says for any number of trainings.
 
@@ -102,7 +98,7 @@ def cache(
     """
     from . import jobs
 
-    with _failing() as console:
+    with failing():
         options = jobs.CacheOptions(
             data=data, out=out, teacher=teacher, kind=kind.value, k=k, temperature=temperature, tokenizer=tokenizer or teacher,
             max_length=max_length, overlong=overlong, batch_size=batch_size, dtype=dtype, precision=precision,
@@ -111,32 +107,25 @@ def cache(
         if base_url or from_replies:
             if kind is not CacheKind.topk or temperature not in (None, 1.0):
                 raise ValueError("--base-url and --from-replies give topk at temperature 1: leave --kind and --temperature")
-            model = _http(base_url, teacher, key_variable, concurrency, timeout, "completions") if base_url else None
-            jobs.cache_of_server(options, model, console)
+            model = server.http(base_url, teacher, api="completions") if base_url else None
+            jobs.cache_of_server(options, model, console())
         else:
-            jobs.cache_of_model(options, console)
+            jobs.cache_of_model(options, console())
 
 
 def generate(
+    asking: Asking,
     model: Annotated[str, typer.Option(help="The server's name of it; without --base-url a folder or hub id, run in this process.")],
     data: Annotated[Path, typer.Option(help="Rows with prompt or messages: a JSONL or Parquet file, or a folder of them.")],
     out: Annotated[Path, typer.Option(help="JSONL of training rows; written when all are answered.")],
     base_url: Annotated[str, typer.Option(help="Of an OpenAI-compatible server, as http://localhost:8000/v1.")] = "",
     api: Annotated[Api, typer.Option(help="chat, or completions, which gets the prompt as it is.")] = Api.chat,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight, at most.")] = 64,
-    timeout: Annotated[float, typer.Option(help="Seconds for one whole answer.")] = 60.0,
-    retries: Annotated[int, typer.Option(help="After a full or failing server, a time-out, a cut connection or half an answer.")] = 8,
     logprobs: Annotated[int, typer.Option(help="Alternatives a token to keep, 0 for none.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Of a response, at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response. May be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of draws.")] = None,
     extra_body: Annotated[str, typer.Option(help="JSON of further fields for the server.")] = "{}",
-    price: Annotated[str, typer.Option(help="Of a million prompt and completion tokens, as 0.5,1.5: adds up the cost.")] = "0,0",
-    key_variable: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "OPENAI_API_KEY",
-    skip_refused: Annotated[bool, typer.Option("--skip-refused", help="Leave out rows that the server refuses, and say how many.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Without a server: rows at a time.")] = 8,
-    device: Annotated[str, typer.Option(help="Without a server: auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Have a teacher write the responses, over an OpenAI-compatible server or in this process.
 
@@ -145,44 +134,13 @@ def generate(
     """
     from . import jobs
 
-    with _failing() as console:
+    with failing():
+        teacher: Any
         if base_url:
-            prices = tuple(float(p) for p in price.split(","))
             extra = json.loads(extra_body)
-            if len(prices) != 2 or not isinstance(extra, dict):
-                raise ValueError("--price takes two numbers, as 0.5,1.5; --extra-body a JSON object")
-            teacher: Any = _http(
-                base_url, model, key_variable, concurrency, timeout, api.value, retries=retries, seed=seed, extra_body=extra, prices=prices
-            )
+            if not isinstance(extra, dict):
+                raise ValueError(f"--extra-body {extra_body}: a JSON object is needed")
+            teacher = asking.http(base_url, model, api=api.value, seed=seed, extra_body=extra)
         else:
-            from .local import LocalModel
-
-            teacher = LocalModel(model, device=jobs.device_of(device), batch_size=batch_size, seed=seed or 0)
-        jobs.generate(teacher, data, out, console, max_tokens, temperature, tuple(stop or ()), logprobs, skip_refused)
-
-
-def _http(base_url: str, model: str, key_variable: str, concurrency: int, timeout: float, api: Any, **options: Any) -> Any:
-    from .http import HTTPModel
-
-    if not model:
-        raise ValueError("give the server's name of the model")
-    return HTTPModel(base_url, model, api=api, key_variable=key_variable, concurrency=concurrency, timeout=timeout, **options)
-
-
-@contextmanager
-def _failing() -> Iterator[Console]:
-    """A console; what a user can put right ends the command with one line instead of a traceback."""
-    from rich.console import Console
-
-    from ..files import FileError
-    from .cache.manifest import CacheError
-    from .http import HTTPModelError
-
-    try:
-        yield Console(width=None if sys.stdout.isatty() else 140)
-    except (CacheError, FileError, HTTPModelError, ValueError, OSError) as error:  # DataError is a ValueError
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("\nInterrupted. The same command goes on from here.", err=True)
-        raise typer.Exit(130) from None
+            teacher = asking.local(model, seed or 0)
+        jobs.generate(teacher, data, out, console(), max_tokens, temperature, tuple(stop or ()), logprobs)

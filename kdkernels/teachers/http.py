@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from .replies import ReplyLog, check_requests, fingerprint, reply_of
-from .text import Reply, Request
+from ..errors import UserError
+from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
+from .text import REFUSED, Reply, Request, Usage
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-__all__ = ["HTTPModel", "HTTPModelError", "Refused", "Usage"]
+__all__ = ["HTTPModel", "HTTPModelError", "Refused"]
 
 T = TypeVar("T")
 API = Literal["chat", "completions"]
@@ -41,7 +42,7 @@ HOPELESS = (401, 403, 404)
 """Statuses that every other request would get too."""
 
 
-class HTTPModelError(RuntimeError):
+class HTTPModelError(UserError):
     """The server can't be used, or does not get better. What it has answered is in the log: the same call goes on from there."""
 
 
@@ -64,20 +65,6 @@ class _Again(Exception):
 
 class _No(Exception):
     """The server refuses this request; it may take others."""
-
-
-@dataclass
-class Usage:
-    """What a model has been asked for, over all calls. Tokens and cost are those that the server reports for the replies it gave."""
-
-    replies: int = 0
-    from_log: int = 0
-    """Of ``replies``, those that were there already: not asked, not paid."""
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
-    """In the currency of ``prices``, replies from the log included."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +96,11 @@ class HTTPModel:
         retries: how often a request is tried again after 408, 409, 425, 429, 5xx, a time-out, a cut connection or an answer that is not
             whole. Each wait is twice as long as the last and then cut at random by up to a half; never shorter than the server asks for.
         backoff: seconds of the first wait.
-        seed: sent along, for servers that take one.
+        seed: of draws. Each request sends a seed of its own, made of this one and its key: with one and the same, several samples of a
+            prompt would be one text. For servers that take a seed.
         extra_body: further fields of every request, such as ``{"return_tokens_as_token_ids": True}`` for vLLM.
         prices: cost of a million prompt tokens and of a million completion tokens.
+        skip_refused: requests that the server refuses get an empty reply whose ``finish_reason`` is ``REFUSED``, and are in no log.
         report: called after each reply.
 
     Raises:
@@ -132,6 +121,7 @@ class HTTPModel:
         seed: int | None = None,
         extra_body: Mapping[str, Any] | None = None,
         prices: tuple[float, float] = (0.0, 0.0),
+        skip_refused: bool = False,
         report: Callable[[Usage], object] | None = None,
     ) -> None:
         url = urlsplit(base_url)
@@ -145,10 +135,12 @@ class HTTPModel:
             raise ValueError(f"concurrency={concurrency} must be >= 1, retries={retries} and backoff={backoff} >= 0, timeout={timeout} > 0")
         if api not in ("chat", "completions"):
             raise ValueError(f"api must be 'chat' or 'completions', got {api!r}")
+        if not model:
+            raise ValueError("give the server's name of the model")
         self.base_url, self.model, self.api = base_url, model, api
         self.key_variable, self.concurrency, self.timeout, self.retries, self.backoff = key_variable, concurrency, timeout, retries, backoff
         self.settings: dict[str, Any] = {"model": model, "api": api, "seed": seed, "extra_body": dict(extra_body or {})}
-        self.prices, self.report = prices, report
+        self.prices, self.skip_refused, self.report = prices, skip_refused, report
         self.usage = Usage()
         self._not_before = 0.0  # on the clock of the loop: a server that is full is left alone by all
 
@@ -157,7 +149,7 @@ class HTTPModel:
 
         Raises:
             ValueError: two requests with one key, or one that makes no sense.
-            Refused: requests that the server refuses; the others are answered.
+            Refused: requests that the server refuses, without ``skip_refused``; the others are answered.
             HTTPModelError: a server that can't be reached, or rejects the key; that gives no log-probabilities where they are asked for.
             FileError: the log is in use, damaged, or holds another request's reply under one of the keys.
         """
@@ -178,22 +170,24 @@ class HTTPModel:
                 self._count(value, from_log=False)
 
             if todo:
-                _run_async(lambda: self._ask_all(todo, keep))
+                try:
+                    _run_async(lambda: self._ask_all(todo, keep))
+                except Refused as error:
+                    if not self.skip_refused:
+                        raise
+                    done |= {key: {"text": "", "finish_reason": REFUSED} for key in error.reasons}
+                    self.usage.refused += len(error.reasons)
             return [{"key": job.key, **done[job.key]} for job in jobs]
 
     def _count(self, entry: Mapping[str, Any], from_log: bool) -> None:
-        usage = self.usage
-        usage.replies += 1
-        usage.from_log += from_log
-        prompt, completion = entry.get("prompt_tokens", 0), entry.get("completion_tokens", 0)
-        usage.prompt_tokens += prompt
-        usage.completion_tokens += completion
-        usage.cost += (prompt * self.prices[0] + completion * self.prices[1]) / 1e6
+        self.usage.add(entry, from_log, self.prices)
         if self.report is not None:
-            self.report(usage)
+            self.report(self.usage)
 
     def _job(self, request: Request) -> Job:
         body: dict[str, Any] = {"max_tokens": request.max_tokens, "temperature": request.temperature}
+        if self.settings["seed"] is not None:
+            body["seed"] = seed_of(self.settings["seed"], request.key) >> 33  # 31 bits: more than some servers take
         if request.stop:
             body["stop"] = list(request.stop)
         if self.api == "chat":
@@ -304,8 +298,6 @@ class HTTPModel:
     async def _post(self, client: AsyncOpenAI, body: Mapping[str, Any]) -> bytes:
         fields: dict[str, Any] = {**body, "model": self.model}
         extra = {**self.settings["extra_body"], **fields.pop("extra_body", {})}
-        if self.settings["seed"] is not None:
-            fields["seed"] = self.settings["seed"]
         endpoint: Any = client.chat.completions if "messages" in fields else client.completions
         raw = await endpoint.with_raw_response.create(**fields, extra_body=extra or None)
         content: bytes = raw.http_response.content

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..data.collator import Collator
 from ..data.example import Example
 from ..data.rows import read_rows
 from ..data.tokenization import load_examples
+from ..terminal import progress
 from .cache.api import from_replies, score, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, template_hash, tokenizer_hash
 from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, write_cache
 from .generate import requests_of, with_reply, write_rows
 from .http import HTTPModel, Refused
-from .text import Request, TextModel
+from .progress import Watched, print_usage
+from .text import REFUSED, Counted
 
 __all__ = ["CacheOptions", "cache_of_model", "cache_of_server", "device_of", "generate"]
 
@@ -101,7 +101,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
     )  # fmt: skip
     if o.kind == "text":
         rows = [row.fields for row in read_rows(o.data)]
-        with _progress(console, "rows") as (start, advance):
+        with progress(console, "rows") as (start, advance):
 
             def announce(plan: Plan) -> None:
                 console.print(f"text: {len(plan.source):,} rows of at most {o.max_new_tokens} tokens, about 4 bytes each")
@@ -120,7 +120,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
             )
     else:
         head = columns * hidden_size * model.dtype.itemsize if o.kind == "hidden" else 0
-        with _progress(console, "tokens") as (start, advance):
+        with progress(console, "tokens") as (start, advance):
             write_cache(
                 LiveTeacher(model, vocab_size=vocab_size), examples, o.out, identity, hidden_size=hidden_size, batch_size=o.batch_size,
                 shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit), device=model.device,
@@ -138,11 +138,11 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
     examples = _examples(o, tokenizer, o.max_length)
     if model is not None:
-        with _progress(console, "examples") as (start, advance):
+        with progress(console, "examples") as (start, advance):
             start(len(examples))
             model.report = lambda usage: advance(1)
             tops = score(model, examples, o.k, o.out.with_name(o.out.name + ".log"))
-        _print_usage(console, model)
+        print_usage(console, model.usage)
     else:
         rows = [row.fields for row in read_rows(o.data)]
         if len(rows) != len(examples):
@@ -157,7 +157,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
         chat_template=template_hash(tokenizer), vocab_size=o.vocab_size or len(tokenizer), padded_vocab_size=o.vocab_size or len(tokenizer),
         kind="topk", k=max(top[0].shape[1] for top in tops), temperature=1.0, dtype=o.precision,
     )  # fmt: skip
-    with _progress(console, "tokens") as (start, advance):
+    with progress(console, "tokens") as (start, advance):
         write_topk(
             examples, tops, o.out, identity, shard_bytes=o.shard_bytes, report=advance,
             started=_announcing(console, o.out, identity, start),
@@ -189,8 +189,7 @@ def _announcing(
         free = shutil.disk_usage(out).free
         console.print(
             f"{identity.kind}: {len(plan.source):,} examples, {plan.tokens:,} tokens of {each:,} bytes: {_size(plan.tokens * each)} before "
-            f"compression, in {count:,} shard{'s' * (count > 1)}{f', and a head of {_size(head)}' if head else ''}; {_size(free)} are free",
-            highlight=False,
+            f"compression, in {count:,} shard{'s' * (count > 1)}{f', and a head of {_size(head)}' if head else ''}; {_size(free)} are free"
         )
         if plan.tokens * each + head > free:
             console.print("That may not fit on the disk.", style="bold")
@@ -207,26 +206,8 @@ def _size(count: float) -> str:
     return f"{count:,.1f} TiB"
 
 
-@contextmanager
-def _progress(console: Console, unit: str) -> Iterator[Any]:
-    """``start(total)`` and ``advance(count)`` of a bar that appears when it starts."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console)
-    task = progress.add_task("", start=False, total=None)
-
-    def start(total: int) -> None:
-        progress.update(task, total=total)
-        progress.start_task(task)
-        progress.start()
-
-    try:
-        yield start, lambda count: progress.advance(task, count)
-    finally:
-        progress.stop()
-
-
 def generate(
-    model: TextModel,
+    model: Counted,
     data: Path,
     out: Path,
     console: Console,
@@ -234,51 +215,28 @@ def generate(
     temperature: float,
     stop: tuple[str, ...],
     logprobs: int,
-    skip_refused: bool,
 ) -> None:
     """Training rows of ``data`` with the responses of ``model``, to ``out``; its log is beside it.
 
     Raises:
         ValueError: an ``out`` that is the data, or a file of something else.
-        Refused: rows that the server refuses, without ``skip_refused``.
+        Refused: rows that the server refuses, unless ``model`` skips them.
     """
     log = out.with_name(out.name + ".log")
     if out.exists() and not log.exists():
         raise ValueError(f"--out {out}: the file is there, and it is not of this command, which keeps {log.name} beside it: give another")
     rows = [row.fields for row in read_rows(data)]
     requests = requests_of(rows, max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs)
-    skipped: set[str] = set()
-    with _progress(console, "rows") as (start, advance):
-        start(len(rows))
-        if isinstance(model, HTTPModel):
-            model.report = lambda usage: advance(1)
-        else:
-            model.report = advance  # type: ignore[attr-defined]
-        try:
-            replies = model.complete(requests, log)
-        except Refused as error:
-            if not skip_refused:
-                raise Refused(f"{error}. Take those rows out, or give --skip-refused", error.reasons) from None
-            skipped = set(error.reasons)
-            model.report = None  # type: ignore[attr-defined]
-            replies = model.complete([request for request in requests if request.key not in skipped], log)
-    said = {reply.key: reply for reply in replies}
-    kept: list[tuple[dict[str, Any], Request]] = [(row, q) for row, q in zip(rows, requests, strict=True) if q.key not in skipped]
-    write_rows(out, [with_reply(row, said[request.key]) for row, request in kept])
-    console.print(f"{out}: {len(kept):,} rows" + (f", {len(skipped):,} refused and left out" if skipped else ""), highlight=False)
+    try:
+        replies = Watched(model, console, "rows").complete(requests, log)
+    except Refused as error:
+        raise Refused(f"{error}. Take those rows out, or give --skip-refused", error.reasons) from None
+    kept = [(row, reply) for row, reply in zip(rows, replies, strict=True) if reply.finish_reason != REFUSED]
+    write_rows(out, [with_reply(row, reply) for row, reply in kept])
+    refused = len(rows) - len(kept)
+    console.print(f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out" if refused else ""))
     if cut := sum(reply.finish_reason == "length" for reply in replies):
-        console.print(f"{cut:,} responses were cut at {max_tokens} tokens; their finish_reason is length", highlight=False)
-    if empty := sum(not reply.text for reply in replies):
-        console.print(f"{empty:,} responses are empty: leave them out of a training", highlight=False)
-    if isinstance(model, HTTPModel):
-        _print_usage(console, model)
-
-
-def _print_usage(console: Console, model: HTTPModel) -> None:
-    u = model.usage
-    cost = f", cost {u.cost:,.4f}" if any(model.prices) else ""
-    console.print(
-        f"{u.replies:,} replies ({u.from_log:,} from the log), {u.retries:,} retries, {u.prompt_tokens:,} prompt tokens, "
-        f"{u.completion_tokens:,} completion tokens{cost}",
-        highlight=False,
-    )
+        console.print(f"{cut:,} responses were cut at {max_tokens} tokens; their finish_reason is length")
+    if empty := sum(not reply.text for _, reply in kept):
+        console.print(f"{empty:,} responses are empty: leave them out of a training")
+    print_usage(console, model.usage)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.collator import left_padded, pad_id
-from .replies import ReplyLog, check_requests, fingerprint, reply_of
-from .text import Reply, Request
+from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
+from .text import Reply, Request, Usage
 
 __all__ = ["LocalModel", "generate", "prompt_ids"]
 
@@ -32,8 +31,9 @@ class LocalModel:
         device, dtype: where the model is to run; dtype only of one that is loaded here.
         batch_size: requests at a time.
         seed: of draws.
-        name: in the log, so that another model's replies are not taken for this one's.
-        report: told the replies done, as they are done (those in the log at once).
+        name: in the log, so that another model's replies are not taken for this one's. Default: the folder's name and a hash of its
+            weights, or the hub id and its commit.
+        report: called after each reply.
     """
 
     def __init__(
@@ -46,22 +46,25 @@ class LocalModel:
         batch_size: int = 8,
         seed: int = 0,
         name: str = "",
-        report: Callable[[int], object] | None = None,
+        report: Callable[[Usage], object] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be >= 1")
         if isinstance(model, (str, Path)):
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
+            from .cache.manifest import identity_of_model
+
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-            name = name or Path(model).name
             loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+            name = name or "@".join(identity_of_model(str(model), getattr(loaded.config, "_commit_hash", None)))
         else:
             loaded = model
         if tokenizer is None:
             raise ValueError("tokenizer is missing: a model that is given as a module needs it")
         self.model = loaded if device is None else loaded.to(device)
         self.tokenizer, self.batch_size, self.seed, self.report = tokenizer, batch_size, seed, report
+        self.usage = Usage()
         self.name = name or str(getattr(getattr(loaded, "config", None), "_name_or_path", ""))
 
     def complete(self, requests: Sequence[Request], log: Path) -> list[Reply]:
@@ -76,8 +79,8 @@ class LocalModel:
             hashes = {r.key: fingerprint(r, model=self.name, seed=self.seed) for r in requests}
             found = {r.key: entry for r in requests if (entry := replies.find(r.key, hashes[r.key])) is not None}
             todo = [r for r in requests if r.key not in found]
-            if found and self.report is not None:
-                self.report(len(found))
+            for entry in found.values():
+                self._count(entry, from_log=True)
             for batch in self._batches(todo):
                 for request, reply in zip(batch, self._generate(batch), strict=True):
                     value = {
@@ -86,9 +89,13 @@ class LocalModel:
                     }  # fmt: skip
                     replies.append(request.key, hashes[request.key], value)
                     found[request.key] = value
-                if self.report is not None:
-                    self.report(len(batch))
+                    self._count(value, from_log=False)
             return [reply_of({**found[r.key], "key": r.key}) for r in requests]
+
+    def _count(self, entry: Mapping[str, Any], from_log: bool) -> None:
+        self.usage.add(entry, from_log)
+        if self.report is not None:
+            self.report(self.usage)
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Consecutive requests of the same settings."""
@@ -103,7 +110,7 @@ class LocalModel:
             self.model,
             self.tokenizer,
             [prompt_ids(self.tokenizer, request.messages) for request in batch],
-            [f"{self.seed}:{request.key}" for request in batch],
+            [seed_of(self.seed, request.key) for request in batch],
             max_tokens=first.max_tokens,
             temperature=first.temperature,
             stop=first.stop,
@@ -134,7 +141,7 @@ def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    seeds: Sequence[str],
+    seeds: Sequence[int],
     *,
     max_tokens: int,
     temperature: float = 0.0,
@@ -144,7 +151,7 @@ def generate(
     """Continues one batch of prompts, padded on the left.
 
     Args:
-        seeds: of each row, any text.
+        seeds: of each row, 64 bits.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -205,10 +212,9 @@ class _Picks:
     Gumbel, E. J. (1954). The noise of a row comes from a generator of its own.
     """
 
-    def __init__(self, seeds: Sequence[str], temperature: float, logprobs: int) -> None:
+    def __init__(self, seeds: Sequence[int], temperature: float, logprobs: int) -> None:
         self._temperature, self._k = temperature, logprobs
-        digests = [hashlib.sha256(seed.encode()).digest() for seed in seeds] if temperature > 0 else []
-        self._generators = [torch.Generator().manual_seed(int.from_bytes(d[:8], "little") >> 1) for d in digests]
+        self._generators = [torch.Generator().manual_seed(seed >> 1) for seed in seeds] if temperature > 0 else []
         self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B, L], [B, V]

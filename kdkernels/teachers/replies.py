@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from ..files import FileError, Lines, digest
 from .text import Reply, Request
 
-__all__ = ["ReplyLog", "check_requests"]
+__all__ = ["ReplyLog", "check_requests", "fingerprint", "reply_of", "seed_of"]
 
 SYNC_SECONDS = 1.0
 """A killed process loses no reply; a power cut at most those of this long."""
@@ -102,3 +103,8 @@ def fingerprint(request: Request, **settings: Any) -> str:
 def reply_of(entry: dict[str, Any]) -> Reply:
     """The reply in an entry of the log."""
     return Reply(**{field.name: entry[field.name] for field in dataclasses.fields(Reply) if field.name in entry})
+
+
+def seed_of(seed: int, key: str) -> int:
+    """64 random bits for the draws of one request."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "little")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Reply", "Request", "TextModel"]
+__all__ = ["REFUSED", "Counted", "Reply", "Request", "TextModel", "Usage"]
+
+REFUSED = "refused"
+"""The ``finish_reason`` of an empty reply that stands for a request which the server refuses."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,36 @@ class TextModel(Protocol):
             ValueError: two requests with one key.
         """
         ...
+
+
+@dataclass
+class Usage:
+    """What a model has been asked for, over all calls. Tokens and cost are those that the server reports for the replies it gave."""
+
+    replies: int = 0
+    from_log: int = 0
+    """Of ``replies``, those that were there already: not asked, not paid."""
+    refused: int = 0
+    """Not among ``replies``."""
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    """In the currency of the prices, replies from the log included."""
+
+    def add(self, entry: Mapping[str, Any], from_log: bool, prices: tuple[float, float] = (0.0, 0.0)) -> None:
+        """Counts one reply, an entry of the log. ``prices``: of a million prompt tokens and of a million completion tokens."""
+        self.replies += 1
+        self.from_log += from_log
+        prompt, completion = entry.get("prompt_tokens", 0), entry.get("completion_tokens", 0)
+        self.prompt_tokens += prompt
+        self.completion_tokens += completion
+        self.cost += (prompt * prices[0] + completion * prices[1]) / 1e6
+
+
+class Counted(TextModel, Protocol):
+    """A ``TextModel`` that says how far it is."""
+
+    usage: Usage
+    report: Callable[[Usage], object] | None
+    """Called after each reply, those in the log included."""

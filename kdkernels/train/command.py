@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
+from ..options import Dtype
+from ..terminal import fail, failing
+
 __all__ = ["EPILOG", "train"]
 
 EPILOG = """
 Every field of DistillationArguments and of transformers' TrainingArguments is an option too, such as `--learning-rate 1e-4` or `--packing`:
 
-- the loss: `--divergence` (a name, or `"jsd(beta=0.3)"`), `--temperature`, `--t-squared`, `--kd-weight`, `--ce-weight`, `--feature-weight`,
-  `--feature-layers`, `--feature-loss`, `--ensemble-mode`, `--kd-on-prompt`, `--vocab-size`, `--memory-budget`
+- the loss: `--divergence` (a name, or `"jsd(beta=0.3)"`), `--temperature`, `--t-squared`, `--kd-weight`, `--ce-weight`, `--ce-weight-last`,
+  `--feature-weight`, `--feature-layers`, `--feature-loss`, `--ensemble-mode`, `--kd-on-prompt`, `--vocab-size`, `--memory-budget`
 
 - the data: `--max-length`, `--overlong`, `--packing`
 
@@ -45,8 +48,8 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: those of --num-train-epochs.")] = None,
     save_steps: Annotated[float | None, typer.Option(help="Steps between checkpoints.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of options; those given here win.")] = None,
-    student_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    teacher_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    student_dtype: Dtype = None,
+    teacher_dtype: Dtype = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show models, tokens, steps and memory, and train nothing.")] = False,
 ) -> None:
     """Distil a teacher (or several, or a cache of one) into a student, two causal language models with one tokenizer.
@@ -55,7 +58,7 @@ def train(
     """
     missing = [name for name in ("transformers", "accelerate", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
-        _fail(f"{', '.join(missing)} not installed: pip install 'kdkernels[train]'")
+        fail(f"{', '.join(missing)} not installed: pip install 'kdkernels[train]'")
     from rich.console import Console
 
     from .settings import read_config, read_settings
@@ -73,7 +76,7 @@ def train(
     for name, value in (("--output-dir", output_dir), ("--max-steps", max_steps), ("--save-steps", save_steps)):
         rest += [] if value is None else [name, f"{value:g}" if isinstance(value, float) else str(value)]
     console = Console(highlight=False, soft_wrap=True)
-    try:
+    with failing():
         settings = read_settings({} if config is None else read_config(config), given, rest)
         if plan:
             from .plan import plan as show
@@ -83,15 +86,5 @@ def train(
         from .run import run
 
         status = run(settings, console)
-    except KeyboardInterrupt:
-        typer.echo("\nInterrupted.", err=True)
-        raise typer.Exit(130) from None
-    except ValueError as error:
-        _fail(" ".join(str(error).split()))
     if status:
         raise typer.Exit(status)
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(2)

@@ -17,10 +17,11 @@ __all__ = ["Settings", "TrainError", "read_config", "read_settings"]
 MINE = ("teacher", "student", "data", "eval_data", "cache", "student_dtype", "teacher_dtype")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FIXED = (
-    "divergence", "temperature", "t_squared", "kd_weight", "ce_weight", "feature_weight", "feature_layers", "feature_loss",
-    "on_policy_fraction", "sample_temperature", "max_new_tokens", "max_length", "overlong", "packing", "vocab_size", "kd_on_prompt",
-    "ensemble_mode", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "bf16", "fp16",
+    "divergence", "temperature", "t_squared", "kd_weight", "ce_weight", "ce_weight_last", "feature_weight", "feature_layers",
+    "feature_loss", "on_policy_fraction", "sample_temperature", "max_new_tokens", "max_length", "overlong", "packing", "vocab_size",
+    "kd_on_prompt", "ensemble_mode", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
+    "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "bf16",
+    "fp16",
 )  # fmt: skip
 """Fields that an interrupted run is finished with as it was begun: another value would be ignored, or spoil it."""
 

@@ -33,7 +33,9 @@ def _pairs(layers: Any) -> str:
 class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     """``transformers.TrainingArguments`` and, per scored token, the loss
 
-    ``kd_weight * T^2 * D(teacher, student; T) + ce_weight * CE(labels) + feature_weight * (feature loss)``.
+    ``kd_weight * T^2 * D(teacher, student; T) + ce_weight * CE(labels) + feature_weight * (feature loss)``,
+
+    in which ``ce_weight`` moves on a line to ``ce_weight_last`` at the last step, where that is given.
 
     Raises:
         ValueError: a value that makes no sense; the message names the argument, the value and the way out.
@@ -47,6 +49,10 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     t_squared: bool = field(default=True, metadata={"help": "Multiply the divergence and its gradient by T^2 (Hinton et al. 2015)."})
     kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy of the data's own tokens, at T = 1."})
+    ce_weight_last: float | None = field(
+        default=None,
+        metadata={"help": "ce_weight moves on a line to this at the last step. Default: it stays. Evaluations take ce_weight."},
+    )
     feature_weight: float = field(default=0.0, metadata={"help": "Weight of the feature loss between mapped layers."})
     feature_layers: str = field(
         default="all",
@@ -94,10 +100,11 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     def _check_numbers(self) -> None:
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and > 0, got {self.temperature}")
-        for name in ("kd_weight", "ce_weight", "feature_weight", "sample_temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
-        if self.kd_weight == self.ce_weight == self.feature_weight == 0:
+        for name in ("kd_weight", "ce_weight", "ce_weight_last", "feature_weight", "sample_temperature"):
+            value = getattr(self, name)
+            if not (0 <= value < math.inf if value is not None else name == "ce_weight_last"):
+                raise ValueError(f"{name} must be finite and >= 0, got {value}")
+        if self.kd_weight == self.ce_weight == self.feature_weight == 0 and not self.ce_weight_last:
             raise ValueError("kd_weight, ce_weight and feature_weight are all 0: there is nothing to learn from; give one a weight")
         if not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction is a share, from 0 to 1, got {self.on_policy_fraction}")

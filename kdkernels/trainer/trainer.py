@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -165,12 +166,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self._logged_at = time.perf_counter()
         items = num_items_in_batch if num_items_in_batch is not None else inputs["scored"].numel()
         of_all = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        loss, sums = self.objective(
+        loss, sums = self.objective_now()(
             model, inputs, num_items=torch.as_tensor(items, device=inputs["scored"].device).clamp(min=1),
             ranks=self.accelerator.num_processes // self.get_tp_size() if of_all else 1,
         )  # fmt: skip
         self._sums += sums
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def objective_now(self) -> Objective:
+        """The objective of this step: with the ``ce_weight`` that the line to ``ce_weight_last`` has here. Evaluations take the first, so
+        that they can be compared."""
+        first, last = self.args.ce_weight, self.args.ce_weight_last
+        if last is None:
+            return self.objective
+        done = min(self.state.global_step / max(1, self.state.max_steps - 1), 1.0)
+        return dataclasses.replace(self.objective, ce_weight=first + (last - first) * done)
 
     def _check_packing(self, model: nn.Module) -> None:
         if self._checked:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ...errors import UserError
 from ...files import digest, digest_file, write_whole
 
 __all__ = ["CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "template_hash", "tokenizer_hash"]
@@ -29,7 +30,7 @@ NAMES = {
 HASHES = ("revision", "tokenizer", "chat_template", "examples")
 
 
-class CacheError(RuntimeError):
+class CacheError(UserError):
     """A cache that is damaged, unfinished, in use, or made from something else; the message names what differs and the way out."""
 
 

@@ -53,7 +53,7 @@ def write_text_cache(
             chosen = range(first, min(first + batch_size, stop))
             indices = [plan.source[i] for i in chosen]
             texts = generate(
-                model, tokenizer, [prompts[i] for i in indices], [plan.keys[i].hex() for i in chosen],
+                model, tokenizer, [prompts[i] for i in indices], [int.from_bytes(plan.keys[i][:8], "little") for i in chosen],
                 max_tokens=identity.max_new_tokens or 1, temperature=identity.temperature or 0.0,
             )  # fmt: skip
             for i, text in zip(indices, texts, strict=True):

@@ -1,0 +1,50 @@
+"""Options that several commands have, each defined once, and groups of them.
+
+A command takes a group as one argument, a dataclass whose fields are options; ``grouped`` shows typer the fields in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+__all__ = ["Dtype", "grouped"]
+
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` as typer can read it: every parameter that is a dataclass becomes an option for each of its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    shown: dict[str, inspect.Parameter] = {}
+    groups: dict[str, tuple[type, list[str]]] = {}
+
+    def show(name: str, hint: Any, default: Any) -> None:
+        if name in shown:
+            raise TypeError(f"{command.__name__} has the option {name} twice")
+        shown[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+            show(parameter.name, hint, parameter.default)
+            continue
+        types = get_type_hints(hint, include_extras=True)
+        fields = dataclasses.fields(hint)
+        for field in fields:
+            show(field.name, types[field.name], inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default)
+        groups[parameter.name] = hint, [field.name for field in fields]
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> None:
+        made = {name: cls(**{field: given.pop(field) for field in fields}) for name, (cls, fields) in groups.items()}
+        command(**made, **given)
+
+    flat.__signature__ = inspect.Signature(list(shown.values()))  # type: ignore[attr-defined]
+    flat.__annotations__ = {name: parameter.annotation for name, parameter in shown.items()}
+    return flat

@@ -1,0 +1,17 @@
+"""``kdkernels recipe``: each recipe as a command, a file each. What a recipe needs is imported when it runs."""
+
+import typer
+
+from . import chain_of_thought, disco, in_context, lion, scott, sequence, socratic
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="recipe",
+    help="Training rows from a teacher's text: in-context learning, chain of thought, instruction following, sequence-level distillation.",
+    epilog="Then `kdkernels train --data OUT/rows.jsonl ...`. Papers, formulas and runnable examples: docs/recipes.md and docs/methods.md.",
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+)
+for recipe in (sequence, in_context, chain_of_thought, scott, socratic, disco, lion):
+    recipe.register(app)

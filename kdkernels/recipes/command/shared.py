@@ -1,0 +1,177 @@
+"""What the commands of the recipes share: their options, the models they ask, and what they say at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...teachers.options import Asking
+from ...terminal import console
+
+if TYPE_CHECKING:
+    from ...teachers.progress import Watched
+    from ...teachers.text import Counted
+    from ..rows import Row, Sampling, Tally
+
+__all__ = [
+    "AnswerKind", "Kind", "MaxTokens", "Plain", "Prompt", "Rows", "Samples", "Seed", "Student", "Teacher", "Temperature", "finish",
+    "folder", "lengths", "reasons", "report", "report_usage", "sampling",
+]  # fmt: skip
+
+
+class Kind(str, Enum):
+    """Of final answers."""
+
+    number = "number"
+    choice = "choice"
+    text = "text"
+
+
+Prompt = Annotated[str, typer.Option(help="Field of the question, in rows without `messages`.")]
+Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Write `prompt` instead of `messages`, for students without a chat template.")]
+Out = Annotated[Path, typer.Option(help="Folder: rows.jsonl to train on, and the log of replies that a second run continues from.")]
+Samples = Annotated[int, typer.Option(help="Replies to each prompt; more than 1 needs a temperature.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+MaxTokens = Annotated[int, typer.Option(help="Of a reply; a reply cut off there is dropped.")]
+Student = Annotated[Path | None, typer.Option(help="Its tokenizer counts the tokens of each task. Without it, bytes stand for tokens.")]
+AnswerKind = Annotated[Kind, typer.Option(help="What the final answers are.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Data in, rows out."""
+
+    data: Annotated[Path, typer.Option(help="JSONL: `prompt` (or `messages`) and the field of --response in each row.")]
+    out: Out
+    prompt: Prompt = "prompt"
+    response: Annotated[str, typer.Option(help="Field of the response or final answer.")] = "response"
+    seed: Seed = 0
+    plain: Plain = False
+
+    @property
+    def log(self) -> Path:
+        return self.out / "replies.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher(Asking):
+    """The model that a recipe asks."""
+
+    teacher: Annotated[str | None, typer.Option(help="Folder of a transformers model to ask in this process.")] = None
+    base_url: Annotated[str | None, typer.Option(help="Server to ask instead, such as http://localhost:8000/v1 (OpenAI-compatible).")] = (
+        None
+    )
+    model: Annotated[str | None, typer.Option(help="The model's name at --base-url.")] = None
+
+    @property
+    def given(self) -> bool:
+        return self.teacher is not None or self.base_url is not None
+
+    def text_model(self, seed: int) -> Watched:
+        """The teacher, with a bar while it is asked.
+
+        Raises:
+            RecipeError: neither a folder nor a server, or both.
+        """
+        return self._watched(self.teacher, self.base_url, self.model, seed, "teacher")
+
+    def other(self, role: str, path: str | None, url: str | None, model: str | None, seed: int, default: Watched) -> Watched:
+        """The model of another role, asked as the teacher is; ``default`` where none is named."""
+        return default if path is None and url is None else self._watched(path, url, model, seed, role)
+
+    def _watched(self, path: str | None, url: str | None, model: str | None, seed: int, role: str) -> Watched:
+        from ...teachers.progress import Watched
+        from ..rows import RecipeError
+
+        url_option, model_option = ("--base-url", "--model") if role == "teacher" else (f"--{role}-url", f"--{role}-model")
+        if (path is None) == (url is None):
+            raise RecipeError(f"give one of --{role} (a folder) and {url_option} (a server){'' if path is None else ', not both'}")
+        if path is None and model is None:
+            raise RecipeError(f"{url_option} {url}: {model_option} is missing, the model's name there")
+        return Watched(self._load(path, url, model, seed, role), console())
+
+    def _load(self, path: str | None, url: str | None, model: str | None, seed: int, role: str) -> Counted:
+        if path is not None:
+            return self.local(str(folder(path, role)), seed)
+        return self.http(str(url), str(model), seed=seed)
+
+
+def folder(path: str | Path, role: str) -> Path:
+    """``path``, once it is known to hold a model.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    from ..rows import RecipeError
+
+    if not (Path(path) / "config.json").is_file():
+        raise RecipeError(f"--{role} {path}: no folder of a transformers model (it has no config.json)")
+    return Path(path)
+
+
+def sampling(max_tokens: int, temperature: float = 0.0, samples: int = 1) -> Sampling:
+    from ..rows import Sampling
+
+    return Sampling(max_tokens, temperature, samples)
+
+
+def lengths(rows: Sequence[Row], student: Path | None) -> list[int]:
+    """Of each row's response: the tokens that the trainer will score, or bytes in their place."""
+    if student is None:
+        typer.echo("No --student: the tasks are balanced by bytes instead of its tokens.")
+        return [len(row["response"].encode()) + 1 for row in rows]
+    from transformers import AutoTokenizer
+
+    from ...data.tokenization import load_examples
+
+    return [len(example.student_scored) for example in load_examples(rows, AutoTokenizer.from_pretrained(student))]
+
+
+def finish(rows: Sequence[Row], tally: Tally, out: Path, **asked: Watched) -> None:
+    """Writes the rows to ``out/rows.jsonl``, and says what became of the data and what each model was asked for.
+
+    Raises:
+        RecipeError: no rows.
+    """
+    from ..rows import RecipeError, write_jsonl
+
+    path = out / "rows.jsonl"
+    if not rows or not tally.kept:
+        report_usage(**asked)
+        raise RecipeError(f"nothing was kept of {tally.candidates} candidates ({reasons(tally)}): {path} is not written")
+    write_jsonl(path, rows)
+    report(tally, f"{len(rows)} rows in {path}")
+    report_usage(**asked)
+
+
+def reasons(tally: Tally) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in tally.dropped.most_common()) or "none was made"
+
+
+def report(tally: Tally, title: str) -> None:
+    from rich.table import Table
+
+    table = Table("what", "number")
+    counts: Mapping[str, int] = {"rows read": tally.rows, "candidates": tally.candidates, "kept": tally.kept}
+    for what, number in {**counts, **{f"dropped: {reason}": n for reason, n in tally.dropped.most_common()}}.items():
+        table.add_row(what, f"{number:,}")
+    where = console()
+    where.print(title, soft_wrap=True)
+    where.print(table)
+
+
+def report_usage(**asked: Watched) -> None:
+    """What each model was asked for; one in two roles is named once."""
+    from ...teachers.progress import print_usage
+
+    said: list[Watched] = []
+    for role, model in asked.items():
+        if not any(model is other for other in said):
+            said.append(model)
+            print_usage(console(), model.usage, role)
