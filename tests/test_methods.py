@@ -1,15 +1,22 @@
-"""docs/methods.md is true: each method names a command that parses and a test that exists."""
+"""docs/methods.md is true: each method names commands that run, and a test that exists. So do the examples of docs/recipes.md."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+import torch
 import typer
+from typer.testing import CliRunner
 
 from kdkernels import cli
 from kdkernels.train.settings import read_settings
@@ -19,7 +26,16 @@ LINES = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
 HEADER = ["method", "formula", "needs of the teacher", "command", "test"]
 TABLES = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES if line.startswith("|")]
 METHODS = [row for row in TABLES if row != HEADER and not set("".join(row)) <= {"-", " "}]
-COMMANDS = re.findall(r"^kdkernels .*$", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
+RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+EXAMPLES = {
+    name: commands
+    for name, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", RECIPES, re.MULTILINE | re.DOTALL)
+    if (commands := re.findall(r"^kdkernels .*$", text, re.MULTILINE))
+}
+"""The commands of each section: later ones read what earlier ones write."""
+RUNS = {re.sub(r"\[|\].*", "", row[0]): re.findall(r"`(kdkernels [^`]*)`", row[3]) for row in METHODS}
+SECONDS = 180
+"""Of processor time, for each method."""
 
 WANTED = (
     "Hinton", "Ba and Caruana", "features", "MiniLLM", "GKD", "context distillation", "in-context learning distillation", "MT-CoT",
@@ -29,6 +45,8 @@ WANTED = (
 
 def test_every_method_is_there() -> None:
     assert all(len(row) == len(HEADER) and all(row) for row in METHODS)
+    assert len(RUNS) == len(METHODS)
+    assert all(RUNS.values())
     assert [name for name in WANTED if not any(name in row[0] for row in METHODS)] == []
 
 
@@ -40,7 +58,7 @@ def test_the_named_test_exists(row: list[str]) -> None:
     assert name.startswith("test_")
 
 
-@pytest.mark.parametrize("command", [*(row[3].strip("`") for row in METHODS), *COMMANDS])
+@pytest.mark.parametrize("command", [command for commands in (*RUNS.values(), *EXAMPLES.values()) for command in commands])
 def test_the_command_parses(command: str) -> None:
     program, *arguments = shlex.split(command)
     assert program == "kdkernels"
@@ -54,3 +72,38 @@ def test_the_command_parses(command: str) -> None:
         given = {name: context.params[name] for name in ("teacher", "student", "data")}
         steps = ["--output-dir", str(context.params["output_dir"]), "--max-steps", str(context.params["max_steps"])]
         read_settings({}, given, [*context.args, *steps])
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working folder, with the models and data of docs/examples/make_tiny.py, made once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "methods"
+    try:
+        shared.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + 600
+        while not (shared / "done").exists():
+            assert time.monotonic() < end, "tiny models are not made"
+            time.sleep(0.2)
+    else:
+        script = ROOT / "docs" / "examples" / "make_tiny.py"
+        subprocess.run([sys.executable, str(script), "tiny", "--rows", "24"], cwd=shared, check=True)
+        (shared / "done").touch()
+    (tmp_path / "tiny").symlink_to(shared / "tiny")
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second core, and wait for it where it is busy
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("commands", [*RUNS.values(), *EXAMPLES.values()], ids=[*RUNS, *(f"recipes.md, {name}" for name in EXAMPLES)])
+def test_the_commands_run(commands: list[str], tiny_folder: Path) -> None:
+    started = time.process_time()
+    for command in commands:
+        result = CliRunner().invoke(cli.app, shlex.split(command)[1:], catch_exceptions=False)
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+    assert time.process_time() - started < SECONDS
+    assert len(list(tiny_folder.iterdir())) > 1, "nothing was written"
