@@ -121,7 +121,8 @@ def instruction(draw: random.Random, kind: str = "") -> tuple[str, str]:
     words = draw.sample(WORDS, 3)
     if (kind or draw.choice(("hard", "easy"))) == "hard":
         return f"Say {words[0]} then {words[1]} then {words[2]}", " ".join(words)
-    return f"Write {words[0]} and {words[1]} the other way round", f"{words[1]} {words[0]}"
+    # Few words, so that two of them can differ enough to be no near-duplicates.
+    return f"Turn {words[0]} and {words[1]} round", f"{words[1]} {words[0]}"
 
 
 def followed(draw: random.Random) -> Turns:
