@@ -147,8 +147,8 @@ def invented(draw: random.Random) -> Turns:
 
 
 TASKS: tuple[Callable[[random.Random], Turns], ...] = (
-    plain, thought, thought, explained, explained, explained, split, styled, styled, judged, filled, followed, followed, followed,
-    rated, rated, invented,
+    plain, thought, thought, explained, explained, explained, split, styled, styled, judged, judged, filled, filled, followed, followed,
+    followed, rated, rated, invented,
 )  # fmt: skip
 
 
