@@ -39,6 +39,7 @@ TINY_SOURCES = {
     "params.h": "#pragma once",
     "cpu/rows.cpp": "namespace KD_ISA { int rows() { return 0; } }",
     "cpu/heads.cpp": "namespace KD_ISA { int heads() { return 0; } }",
+    "cpu/product.cpp": "int product() { return 0; }",
     "cpu/dispatch.cpp": "int dispatch() { return 0; }",
     "cuda/one.cu": '#include "row.h"\nint one() { return row; }',
     "cuda/two.cu": "int two() { return 2; }",
@@ -132,7 +133,7 @@ spec = importlib.util.spec_from_file_location("_C", glob.glob("kdkernels/_C.*so"
 m = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(m)
 """
-CPU_OBJECTS = {"dispatch.o", "bindings.o", "_C.so"}
+CPU_OBJECTS = {"product.o", "dispatch.o", "bindings.o", "_C.so"}
 
 
 def cpu_objects(names: set[str]) -> set[str]:
