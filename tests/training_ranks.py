@@ -87,7 +87,10 @@ def main(folder: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "gradients.safetensors")
         (folder / "metrics.json").write_text(json.dumps(metrics))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    # Not a return: gloo's own thread may still hold the last collective's tensors, and giving them up while the interpreter
+    # shuts down aborts the process (torch 2.13 keeps the thread beyond destroy_process_group).
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,11 @@ def train(
 
             show(settings, console)
             return
+        from accelerate import PartialState
+
         from .run import run
 
         status = run(settings, console)
+        PartialState().destroy_process_group()
     if status:
         raise typer.Exit(status)
