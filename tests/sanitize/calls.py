@@ -176,4 +176,4 @@ def shapes(draw: st.DrawFn) -> tuple[int, int]:
     return draw(st.integers(1, max(1, min(400, 40_000 // vocab)))), vocab
 
 
-TALLY = dict.fromkeys(("rows", "calls", "losses compared", "gradients compared"), 0)
+TALLY = dict.fromkeys(("rows", "calls", "losses compared", "gradients compared", "products"), 0)

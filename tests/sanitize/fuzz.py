@@ -1,4 +1,4 @@
-"""Random calls of the CPU row kernels, on memory that ends where the tensors end, held against float64 and float128.
+"""Random calls of the CPU kernels, on memory that ends where the tensors end, held against float64 and float128.
 
     python fuzz.py EXTENSION --memory asan|guard [--rows 100000] [--seed 0]
 
@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import fuzz_heads
+import fuzz_product
 import numpy as np
 import truth
 from calls import (
@@ -219,6 +220,8 @@ def main() -> None:
     kinds: list[tuple[st.SearchStrategy[Any], Callable[..., None], int]] = [
         (cases(), run_rows, 100), (fuzz_heads.heads(), fuzz_heads.run_heads, 100), (fuzz_heads.softmaxes(), fuzz_heads.run_softmax, 30),
     ]  # fmt: skip
+    if kernels.cpu_has_product():
+        kinds.append((fuzz_product.products(), fuzz_product.run_product, 30))
     batch = 0
     while TALLY["rows"] < options.rows:
         for strategy, run, examples in kinds:

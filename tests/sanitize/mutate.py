@@ -31,7 +31,7 @@ class Mutant:
     run: str = "asan"
 
 
-ROWS, HEADS, COLUMNS, DISPATCH = "cpu/rows.cpp", "cpu/heads.cpp", "cpu/columns.h", "cpu/dispatch.cpp"
+ROWS, HEADS, COLUMNS, PRODUCT, THREADS = "cpu/rows.cpp", "cpu/heads.cpp", "cpu/columns.h", "cpu/product.cpp", "cpu/threads.h"
 READ_ROW, READ_MORE = (f"v {less} vocab; ++v) z[v] = Real(widen(source[v]));" for less in ("<", "<="))
 WRITE_ROW, WRITE_MORE = (f"v {less} vocab; ++v) to[v] = narrow<T>(f(v));" for less in ("<", "<="))
 BLOCKS = (
@@ -55,10 +55,13 @@ MUTANTS = [
     Mutant("a gradient at an id is not added", HEADS, "g[ids[k]] += d_logprobs[k]", "g[ids[k]] = d_logprobs[k]", "AssertionError"),
     Mutant("a head's scratch is too short", "cpu/rows.h", "/ 32 + 1 + a.num_top", "/ 32 + a.num_top", "AddressSanitizer"),
     Mutant("softmax's gradient is of the logarithm", HEADS, "x[v] * (d[v] - mean)", "(d[v] - mean)", "AssertionError"),
-    Mutant("one row too many is handed out", DISPATCH, ") < rows;)", ") <= rows;)", "AddressSanitizer"),
+    Mutant("a product is written too far", PRODUCT, "(columns - j * kLanes, 0", "(columns + 1 - j * kLanes, 0", "written between"),
+    Mutant("a product reads one row too far", PRODUCT, "(j + i, columns - 1)", "(j + i, columns)", "AddressSanitizer"),
+    Mutant("a deep product keeps its last part", PRODUCT, "kColumns, from > 0)", "kColumns, false)", "AssertionError"),
+    Mutant("one row too many is handed out", THREADS, ") < items;)", ") <= items;)", "AddressSanitizer"),
     Mutant("signed numbers overflow", COLUMNS, "uint32_t(x.bits) << 16", "int32_t(x.bits) * 65536", "signed integer overflow"),
-    Mutant("threads share their scratch", DISPATCH, "scratch[i].get()", "scratch[0].get()", "data race", "tsan"),
-    Mutant("rows are counted without an atomic", DISPATCH, "std::atomic<int64_t> next{0};", PLAIN_COUNTER, "data race", "tsan"),
+    Mutant("threads share their scratch", THREADS, "scratch[i].get()", "scratch[0].get()", "data race", "tsan"),
+    Mutant("rows are counted without an atomic", THREADS, "std::atomic<int64_t> next{0};", PLAIN_COUNTER, "data race", "tsan"),
 ]
 
 
@@ -73,8 +76,11 @@ def fault(mutant: Mutant, folder: Path) -> str | None:
     source.write_text(text.replace(mutant.old, mutant.new))
     # Objects that are the same without it, newer than every source. Of the row kernels, one instruction set is changed.
     rows, heads = {"rows_baseline.o"}, {"heads_baseline.o"}
-    changed = {DISPATCH: {"dispatch.o"}, ROWS: rows, HEADS: heads, COLUMNS: rows | heads}.get(mutant.file, {"dispatch.o"} | rows | heads)
-    same = ("rows_*.o", "heads_*.o", "dispatch.o") if mutant.run == "guard" else ("*.o",)  # the released bindings may want CUDA kernels
+    threads = {"dispatch.o", "product.o"}
+    of = {THREADS: threads, PRODUCT: {"product.o"}, ROWS: rows, HEADS: heads, COLUMNS: rows | heads}
+    changed = of.get(mutant.file, threads | rows | heads)
+    # The released bindings may want CUDA kernels.
+    same = ("rows_*.o", "heads_*.o", "product.o", "dispatch.o") if mutant.run == "guard" else ("*.o",)
     build.mkdir(parents=True)
     for found in (path for pattern in same for where in BUILT[mutant.run] for path in where.glob(pattern)):
         if found.name not in changed:

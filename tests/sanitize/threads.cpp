@@ -1,10 +1,11 @@
-// cpu_rows on many threads, and from several callers at once, under ThreadSanitizer: no race, and the bits of one thread.
+// cpu_rows and cpu_product on many threads, and from several callers at once, under ThreadSanitizer: no race, and the bits of one thread.
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "cpu/product.h"
 #include "cpu/rows.h"
 
 namespace {
@@ -50,6 +51,23 @@ bool check(int64_t rows, int divergence, int threads, uint32_t seed) {
     return false;
 }
 
+bool check_product(int64_t rows, int64_t columns, int threads) {
+    constexpr int64_t kDepth = 2100;  // more than one panel
+    std::mt19937 random(7);
+    std::vector<uint16_t> a(rows * kDepth), b(columns * kDepth);
+    for (std::vector<uint16_t>* operand : {&a, &b})
+        for (uint16_t& x : *operand) x = uint16_t(0x3f00 + random() % 0x100);  // from 0.5 to 2
+    std::vector<float> alone(rows * columns), shared(rows * columns);
+    const auto into = [&](std::vector<float>& out) {
+        return kd::ProductArguments{a.data(), b.data(), out.data(), rows, columns, kDepth, kDepth, kDepth, columns};
+    };
+    kd::cpu_product(into(alone), 1);
+    kd::cpu_product(into(shared), threads);
+    if (alone == shared) return true;
+    std::fprintf(stderr, "product, %d threads: other bits than on one thread\n", threads);
+    return false;
+}
+
 }  // namespace
 
 int main() {
@@ -62,6 +80,10 @@ int main() {
     kd::cpu_isas(), right = check(131, 4, 4, 6);
     other.join();
     good &= left && right;
-    std::puts(good ? "tsan: 32 calls on 2 to 5 threads" : "tsan: FAILED");
+    int products = 0;
+    if (kd::cpu_has_product())
+        for (int threads : {2, 5}) good &= check_product(19, 700, threads), ++products;
+    if (good) std::printf("tsan: %d calls on 2 to 5 threads\n", 32 + products);
+    else std::puts("tsan: FAILED");
     return good ? 0 : 1;
 }

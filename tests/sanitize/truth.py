@@ -328,8 +328,10 @@ def _head_rows(r: HeadRows) -> HeadTruth:
     outer = r.side.scale / t * r.dz_scale
     dz = outer * gradient
     plain = r.side.bias is None and (r.side.scale == 1 or r.ties) and not r.side.softcap
+    least = 1e-44 if eps > 1e-10 else 1e-323  # that can be stored
     return HeadTruth(
-        answer(top, 4 * eps * (np.abs(top) + reach)), answer(lse - top, ulps), answer(entropy, ulps * (1 + _total(np.abs(terms))) + 1e-30),
+        answer(top, 4 * eps * (np.abs(top) + reach) + least), answer(lse - top, ulps),
+        answer(entropy, ulps * (1 + _total(np.abs(terms))) + 1e-30),
         logprobs, answer(dz, abs(outer) * (bound + 8 * eps * np.abs(gradient))), z, log_answer,
         zero if plain else 8 * eps * t * (reach + 1) * np.ones_like(top),
     )  # fmt: skip
