@@ -85,7 +85,7 @@ def fault(mutant: Mutant, folder: Path) -> str | None:
     for found in (path for pattern in same for where in BUILT[mutant.run] for path in where.glob(pattern)):
         if found.name not in changed:
             shutil.copy(found, build)
-    command = ["make", "-s", mutant.run, f"CSRC={csrc}", f"BUILD={build.parent}", f"PYTHON={sys.executable}", "ROWS=20000"]
+    command = ["make", "-s", mutant.run, f"CSRC={csrc}", f"BUILD={build.parent}", f"PYTHON={sys.executable}"]
     if mutant.run == "guard":
         command.append(f"EXTENSION={build / '_C.so'}")
     result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=600)
