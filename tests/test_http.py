@@ -370,8 +370,9 @@ def test_messages_of_a_row() -> None:
     teacher = {"prompt": "a", "teacher_prompt": "b"}
     assert (messages_of(teacher), asked_of(teacher)) == ([user], [{"role": "user", "content": "b"}])
     assert asked_of({"messages": [user], "teacher_messages": [assistant, user]}) == [assistant, user]
-    with pytest.raises(ValueError, match="demonstrations"):
-        asked_of({"prompt": "a", "demonstrations": ["b"]})
+    for name in ("demonstrations", "tools"):
+        with pytest.raises(ValueError, match=name):
+            asked_of({"prompt": "a", name: ["b"]})
     with pytest.raises(ValueError, match="row 2"):
         requests_of([{"prompt": "a"}, {}], max_tokens=1, temperature=0)
     keys = [

@@ -238,7 +238,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 def _messages(row: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], str | None]:
     """The conversation up to the user's last turn, and the assistant's turn after it, if there is one."""
     turns = Fields(row, where).messages("messages")
-    known = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
+    known = turns.pop().get("content") if turns[-1]["role"] == "assistant" else None
     if not turns or turns[-1]["role"] != "user":
         raise RecipeError(f"{where}, field 'messages': the last turn, but for the assistant's, must be the user's")
     return tuple(turns), known

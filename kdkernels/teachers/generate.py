@@ -27,10 +27,11 @@ def asked_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """What the teacher is asked: a row's ``teacher_messages`` or ``teacher_prompt``, where it has one; else what the student is.
 
     Raises:
-        ValueError: a row that asks nothing, or with ``demonstrations``, of which only the trainer knows how to write them.
+        ValueError: a row that asks nothing, or with ``demonstrations`` or ``tools``, of which only the trainer knows how to write them.
     """
-    if row.get("demonstrations"):
-        raise ValueError("it has demonstrations, which a server can't be given: write them into teacher_messages")
+    for name in ("demonstrations", "tools"):
+        if row.get(name):
+            raise ValueError(f"it has {name}, which the teacher would not be given: write them into teacher_messages")
     own = row.get("teacher_messages") or row.get("teacher_prompt")
     return _messages(row, "teacher_messages", "teacher_prompt") if own else messages_of(row)
 

@@ -236,7 +236,7 @@ def generate(
     refused = len(rows) - len(kept)
     console.print(f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out" if refused else ""))
     if cut := sum(reply.finish_reason == "length" for reply in replies):
-        console.print(f"{cut:,} responses were cut at {max_tokens} tokens; their finish_reason is length")
+        console.print(f"{cut:,} responses were cut at {max_tokens} tokens; their finish_reason is length: no end is learnt after them")
     if empty := sum(not reply.text for _, reply in kept):
         console.print(f"{empty:,} responses are empty: leave them out of a training")
     print_usage(console, model.usage)
