@@ -87,6 +87,7 @@ def test_text_is_the_teachers_and_can_be_trained_on(tmp_path: Path, folder: Path
         (["--dtype", "int8"], "--dtype int8"),
         (["--precision", "bfloat16"], "--precision bfloat16"),
         (["--max-length", 3], "max_length=3"),
+        (["--max-length", 5000], "a model takes 256 tokens"),
         (["--vocab-size", 5000], "--vocab-size 5000"),
     ],
 )

@@ -18,8 +18,8 @@ from ..data.example import Example
 from ..data.tokenization import load_examples
 from ..divergences import parse
 from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
+from ..tap.patching import longest, text_config
 from ..tap.weights import logit_columns
-from ..trainer.setup import longest
 from .loading import cache_of, load, tokenizer_of
 from .settings import Settings
 
@@ -33,7 +33,7 @@ def plan(settings: Settings, console: Console) -> None:
     tokenizer = tokenizer_of(settings)
     skeletons = [_skeleton(role, path) for role, path, _ in settings.models]
     cache = cache_of(settings, tokenizer) if settings.cache else None
-    limit = longest(args.max_length, args.packing, skeletons)
+    limit = longest(args.max_length, map(text_config, skeletons), args.packing)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong)

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from ..data.example import Example
-from ..tap.patching import text_config, unwrap
+from ..tap.patching import unwrap
 from ..tap.weights import logit_columns
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .arguments import DistillationArguments
 
-__all__ = ["check_kept", "longest", "teacher_source"]
+__all__ = ["check_kept", "teacher_source"]
 
 
 def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments, tokenizer: Any) -> tuple[TeacherSource | None, int]:
@@ -93,21 +93,6 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
         f"student and teacher pad their vocabulary differently ({student} and {theirs} columns): cut to the real {size}", stacklevel=4
     )
     return size
-
-
-def longest(max_length: int | None, packing: bool, models: Sequence[nn.Module]) -> int | None:
-    """Tokens of a row: what was asked for, or what every model can take.
-
-    Raises:
-        ValueError: more than a model can take, or packing into rows of no given length.
-    """
-    limits = [getattr(text_config(model), "max_position_embeddings", None) for model in models]
-    limit = min((int(n) for n in limits if isinstance(n, int) and n > 0), default=None)
-    if max_length is not None and limit is not None and max_length > limit:
-        raise ValueError(f"max_length={max_length}, but a model takes {limit} tokens (its max_position_embeddings): give that or less")
-    if packing and max_length is None and limit is None:
-        raise ValueError("packing=True needs max_length, since no model names a limit of its own")
-    return max_length or limit
 
 
 def check_kept(teacher: Any, examples: Sequence[Example]) -> None:
