@@ -142,11 +142,20 @@ def _fields(arguments: type, config: Mapping[str, Any], rest: Sequence[str]) -> 
         if word.startswith("--") and option not in options:
             known = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
             raise TrainError(f"unknown option {option}{_nearest(option, known)}")
-    parser.set_defaults(**{"disable_tqdm": True, **{name: value for name, value in config.items() if name in fields}})
+    read = {action.dest: action.type for action in parser._actions}
+    values = {name: _as_typed(name, value, read[name]) for name, value in config.items() if name in fields and value is not None}
+    parser.set_defaults(**{"disable_tqdm": True, **values})
     namespace, strays = parser.parse_known_args(list(rest))
     if strays:
         raise TrainError(f"{strays[0]!r} belongs to no option; write --option value")
     return dict(vars(namespace))
+
+
+def _as_typed(name: str, value: Any, read: Any) -> Any:
+    """A number or switch of a file as it is typed on the command line, which then reads it; what only a file can hold stays."""
+    if value is False and name.endswith("_strategy"):  # YAML takes a plain no for false
+        return "no"
+    return str(value) if read in (int, float) or getattr(read, "__name__", "") == "string_to_bool" else value
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:

@@ -62,7 +62,7 @@ class Objective:
             if isinstance(self.teacher, LiveTeacher):
                 self.teacher.prepare(batch["teacher_input_ids"])
         theirs = targets = None
-        if self.teacher is not None:
+        if self.teacher is not None and (self.kd_weight > 0 or self.features is not None):
             with (
                 torch.no_grad(),
                 nullcontext() if self.features is None else self.features.teacher.recording(batch["teacher_input_ids"]) as theirs,

@@ -27,6 +27,7 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
         TypeError: a teacher that is none.
         ValueError: no teacher where one is needed; vocabularies that can't be cut to one size; options that this teacher can't serve.
     """
+    _check_causal("model", student)
     if teacher is None:
         if args.kd_weight > 0 or args.feature_weight > 0:
             raise ValueError(f"teacher is missing: it is needed with kd_weight={args.kd_weight}, feature_weight={args.feature_weight}")
@@ -49,7 +50,15 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
     return teacher, size
 
 
+def _check_causal(role: str, model: nn.Module) -> None:
+    base: Any = unwrap(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False) or not getattr(base, "can_generate", lambda: True)():
+        raise TypeError(f"{role} is a {type(base).__name__} and no causal language model: load one with AutoModelForCausalLM")
+
+
 def _check_models(models: Sequence[nn.Module], student: nn.Module, args: DistillationArguments) -> None:
+    for model in models:
+        _check_causal("teacher", model)
     if any(unwrap(model) is unwrap(student) for model in models):
         raise ValueError("teacher is the student itself, which would be frozen: give a copy of it")
     if len(models) > 1 and args.feature_weight > 0:
@@ -84,6 +93,11 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
         return student
     size = teachers[0] if fixed else len(tokenizer)
     theirs = ", ".join(map(str, teachers))
+    if fixed and len(tokenizer) <= narrowest < size:
+        raise ValueError(
+            f"the teacher's targets are over {size} columns, the student has {student} of logits, the tokenizer {len(tokenizer)} tokens: "
+            f"make the targets again without the padding of the teacher's head (kdkernels cache --vocab-size {len(tokenizer)})"
+        )
     if size > narrowest:
         raise ValueError(
             f"the student has {student} columns of logits, the teacher {theirs}, and the real vocabulary is {size}: a model lacks tokens "
