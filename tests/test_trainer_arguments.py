@@ -121,6 +121,9 @@ def test_the_trainer_asks_for_what_it_needs(tokenizer: Any, tmp_path: Path) -> N
         DistillationTrainer(model=make_model(), args=TrainingArguments(str(tmp_path)), processing_class=tokenizer)
     with pytest.raises(TypeError, match=r"train_dataset is a mapping \(train, test\)"):
         DistillationTrainer(make_model(), None, DistillationArguments(str(tmp_path)), {"train": [], "test": []}, processing_class=tokenizer)
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        with pytest.raises(TypeError, match=f"{name} would never be called"):
+            DistillationTrainer(make_model(), None, DistillationArguments(str(tmp_path)), processing_class=tokenizer, **{name: print})
     with pytest.raises(TypeError, match="processing_class is missing"):
         DistillationTrainer(model=make_model(), args=DistillationArguments(str(tmp_path)))
 

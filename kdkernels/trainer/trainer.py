@@ -67,6 +67,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise TypeError(f"args must be DistillationArguments, got {type(args).__name__}")
         if processing_class is None:
             raise TypeError("processing_class is missing: give the tokenizer of student and teacher")
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise TypeError(f"{name} would never be called: no logits are kept, and the loss is that of the arguments")
         if isinstance(train_dataset, Mapping):
             raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): give one of its data sets")
         self.teacher, self.vocab_size = teacher_source(model, teacher, args, processing_class)
