@@ -11,12 +11,12 @@ from typing import Any
 
 from ..data.rows import Row as Fields
 from ..data.rows import read_rows
-from ..files import Lines, digest, write_whole
+from ..files import Lines, digest
 from ..teachers.text import Reply, Request, TextModel
 
 __all__ = [
     "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "fingerprint", "keyed", "once", "read_items",
-    "read_jsonl", "student_row", "write_jsonl",
+    "read_jsonl", "student_row",
 ]  # fmt: skip
 
 Message = Mapping[str, str]
@@ -139,17 +139,6 @@ def keyed(rows: Iterable[tuple[str, Row]]) -> list[tuple[str, str, Row]]:
         seen[key] = where
         found.append((key, where, row))
     return found
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes all rows or nothing: a file that is there is whole, whenever the process was killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    write_whole(path, write)
 
 
 def student_row(item: Item, response: str, *, prompt: str | None = None, suffix: str = "", chat: bool = True, **fields: Any) -> Row:

@@ -15,6 +15,7 @@ from ..data.collator import Collator
 from ..data.example import Example
 from ..data.rows import read_rows
 from ..data.tokenization import load_examples
+from ..files import write_jsonl
 from ..tap.patching import longest
 from ..tap.weights import logit_columns
 from ..terminal import progress
@@ -22,7 +23,7 @@ from .cache.api import from_replies, score, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, template_hash, tokenizer_hash
 from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, write_cache
-from .generate import requests_of, with_reply, write_rows
+from .generate import requests_of, with_reply
 from .http import HTTPModel, Refused
 from .progress import Watched, print_usage
 from .text import REFUSED, Counted
@@ -224,7 +225,7 @@ def generate(
     except Refused as error:
         raise Refused(f"{error}. Take those rows out, or give --skip-refused", error.reasons) from None
     kept = [(row, reply) for row, reply in zip(rows, replies, strict=True) if reply.finish_reason != REFUSED]
-    write_rows(out, [with_reply(row, reply) for row, reply in kept])
+    write_jsonl(out, [with_reply(row, reply) for row, reply in kept])
     refused = len(rows) - len(kept)
     console.print(f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out" if refused else ""))
     if cut := sum(reply.finish_reason == "length" for reply in replies):

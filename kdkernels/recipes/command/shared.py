@@ -151,7 +151,8 @@ def finish(rows: Sequence[Row], tally: Tally, out: Path, **asked: Watched) -> No
     Raises:
         RecipeError: no rows.
     """
-    from ..rows import RecipeError, write_jsonl
+    from ...files import write_jsonl
+    from ..rows import RecipeError
 
     path = out / "rows.jsonl"
     if not rows or not tally.kept:
