@@ -98,7 +98,12 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
 
     fields = _fields(DistillationArguments, config, rest)
     own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
-    own["teacher"] = [own["teacher"]] if isinstance(own["teacher"], str) else list(own["teacher"] or [])
+    several = own["teacher"] or []
+    own["teacher"] = several if isinstance(several, list) else [several]
+    for name, value in own.items():
+        if not all(isinstance(part, str) for part in (own["teacher"] if name == "teacher" else [value or ""])):
+            what = "; files of rows belong in one folder" if name.endswith("data") else ""
+            raise TrainError(f"--{name.replace('_', '-')} {value!r}: a path or name is needed, as text{what}")
     for name in ("student", "data"):
         if not own[name]:
             raise TrainError(f"--{name} is missing")
