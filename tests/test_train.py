@@ -236,9 +236,23 @@ def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
     assert (args.save_strategy, args.eval_strategy, args.learning_rate, args.seed, args.packing) == ("no", "no", 5e-5, 3, False)
     mixed = read_settings(read_config(tmp_path / "run.yaml"), {}, ["--bf16", "--use-cpu"])
     assert [dtype for _, _, dtype in mixed.models] == ["float32", "auto", "auto"]
+    narrow = read_settings(read_config(tmp_path / "run.yaml"), {"student_dtype": "bfloat16"}, [])
+    assert [dtype for _, _, dtype in narrow.models] == ["bfloat16", "auto", "auto"]
     result = train("train", "--config", str(tmp_path / "run.yaml"), "--teacher", str(home / "teacher"), "--max-steps", "2")
     assert result.exit_code == 0, result.output
     assert "No held-out loss: no --eval-data was given. Training loss" in result.output
+
+
+def test_a_student_saved_in_bfloat16_learns_in_float32(home: Path, tmp_path: Path) -> None:
+    given = AutoModelForCausalLM.from_pretrained(home / "student", dtype=torch.bfloat16)
+    for part in (given, make_tokenizer()):
+        part.save_pretrained(tmp_path / "student")
+    more = ["--student", str(tmp_path / "student"), "--learning-rate", "1e-5"]
+    result = train(*options(home, tmp_path / "out", *more, steps=2))
+    assert result.exit_code == 0, result.output
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    moved = sum((p != q.float()).sum().item() for p, q in zip(trained.parameters(), given.parameters(), strict=True))
+    assert moved > 0.5 * given.num_parameters()
 
 
 def test_a_plan_trains_and_writes_nothing(home: Path, tmp_path: Path) -> None:

@@ -46,9 +46,8 @@ class Settings:
     @property
     def models(self) -> list[tuple[str, str, str]]:
         """Role, path and dtype: of the student, then of each teacher."""
-        # Autocast wants float32 to update, whatever the checkpoint was saved in.
-        autocast = self.student_dtype == "auto" and (self.args.bf16 or self.args.fp16)
-        student = "student", self.student, "float32" if autocast else self.student_dtype
+        # Most updates are too small for the digits of bfloat16, in which most models are saved.
+        student = "student", self.student, "float32" if self.student_dtype == "auto" else self.student_dtype
         return [student, *(("teacher", path, self.teacher_dtype) for path in self.teacher)]
 
     def identity(self) -> dict[str, Any]:
