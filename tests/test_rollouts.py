@@ -67,6 +67,16 @@ def test_rollouts_are_plain_samples_whatever_the_student_was_saved_with(make: Ma
     assert trainer.model.generation_config is own
 
 
+def test_rows_of_rollouts_are_packed_anew(make: Make) -> None:
+    options = {"packing": True, "max_length": 32, "on_policy_fraction": 1.0, "max_new_tokens": 20, "per_device_train_batch_size": 2}
+    trainer = make(**options)
+    (batch,), count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    assert sum(batch["sizes"]) > 2
+    assert max(batch["input_ids"].shape[1], batch["teacher_input_ids"].shape[1]) <= 32
+    assert count == len(batch["scored"]) == sum(batch["counts"])
+    trainer.train()
+
+
 def test_left_padding_does_not_change_a_rollout(make: Make) -> None:
     trainer = make()
     together = _rollouts(trainer, temperature=0.0)

@@ -152,6 +152,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                     self.model, batch["items"], self.tokenizer, temperature=args.sample_temperature, max_new_tokens=args.max_new_tokens,
                     max_length=self.max_length, vocab_size=self.vocab_size, place=(*place, args.process_index),
                 )  # fmt: skip
+                if self._packing and self.max_length:  # what is written is not as long as what was there
+                    written = pack([example for item in written for example in item], self.max_length)
                 batches[micro] = {**self._prepare_inputs(self.data_collator(written)), "on_policy": True}
                 wrote = True
         return batches, self._get_num_items_in_batch(batches, device) if wrote else num_items
