@@ -105,6 +105,8 @@ def test_teachers_that_can_not_serve(make: Make) -> None:
             with pytest.raises(TypeError, match=f"is a {type(other).__name__} and no causal language model"):
                 make(**given)
     student = make_model(16)
+    with pytest.raises(ValueError, match="every parameter of the student is frozen"):
+        make(student=make_model(16).requires_grad_(False)).train()
     with pytest.raises(ValueError, match="teacher is the student itself"):
         make(student=student, teacher=student)
     two = [make_model(24, seed=s, dtype=torch.float64) for s in (2, 3)]

@@ -126,7 +126,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     # Training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class."""
+        """As in the base class.
+
+        Raises:
+            ValueError: a student of which nothing is trained.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("every parameter of the student is frozen: unfreeze some, or load its adapter with is_trainable=True")
         self._forget_evaluation()
         return super().train(*args, **kwargs)
 
