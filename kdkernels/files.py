@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .errors import UserError
 
-__all__ = ["FileError", "Lines", "Lock", "canonical", "digest", "digest_file", "drop_temporaries", "write_whole"]
+__all__ = ["FileError", "Lines", "Lock", "canonical", "digest", "digest_file", "drop_temporaries", "write_jsonl", "write_whole"]
 
 TEMPORARY = ".tmp"
 _BLOCK = 1 << 20
@@ -24,8 +24,8 @@ class FileError(UserError):
 
 
 def canonical(value: Any) -> bytes:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    """The one JSON text of a value: sorted keys, no spaces, ASCII. What JSON does not have (dates, bytes) becomes text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
 
 
 def digest(value: Any) -> str:
@@ -56,11 +56,26 @@ def sync_folder(folder: Path) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` fills a temporary file beside ``path``, which then takes its place in one step, on disk and not only in memory."""
     temporary = path.with_name(path.name + TEMPORARY)
-    write(temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """All rows or nothing: a file that is there is whole, whenever the process was killed. What JSON does not have becomes text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+    write_whole(path, write)
 
 
 def drop_temporaries(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Options that several commands have, each defined once, and groups of them.
+"""Groups of options that several commands have.
 
 A command takes a group as one argument, a dataclass whose fields are options; ``grouped`` shows typer the fields in its place.
 """
@@ -9,13 +9,9 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import Any, get_type_hints
 
-import typer
-
-__all__ = ["Dtype", "grouped"]
-
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+__all__ = ["grouped"]
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,7 @@
 
 Its text is a function of the prompt, and of the request's seed where a draw is asked for. A prompt that names a fault gets it on its
 first tries: ``fault=cut*2`` is cut off twice, then answered. ``GET /stats`` tells how often each prompt was answered in full, how often it
-failed, and how many requests were in flight at most.
+failed, how many requests were in flight at most, and which keys came.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 answered: Counter[str] = Counter()
+keys: Counter[str] = Counter()
 failed: Counter[str] = Counter()
 early: Counter[str] = Counter()
 not_before: dict[str, float] = {}
@@ -130,9 +131,11 @@ async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
             length = re.search(r"content-length: (\d+)", head, re.IGNORECASE)
             content = await reader.readexactly(int(length[1]) if length else 0)
             if head.startswith("GET"):
-                await send(writer, "200 OK", json.dumps({"answered": answered, "failed": failed, "early": early, "most": most}).encode())
+                stats = {"answered": answered, "failed": failed, "early": early, "most": most, "keys": keys}
+                await send(writer, "200 OK", json.dumps(stats).encode())
                 continue
             authorization = re.search(r"authorization: (.*)\r", head, re.IGNORECASE)
+            keys[authorization[1] if authorization else ""] += 1
             in_flight += 1
             most = max(most, in_flight)
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,16 @@ def test_text_is_the_teachers_and_can_be_trained_on(tmp_path: Path, folder: Path
         open_cache(out)
 
 
+def test_columns_that_json_does_not_have_go_along_as_text(tmp_path: Path, folder: Path) -> None:
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    data, when = tmp_path / "data.parquet", datetime.datetime(2020, 1, 2)
+    parquet.write_table(pyarrow.table({"prompt": ["the", "a"], "response": ["fox", "dog"], "when": [when] * 2, "raw": [b"x"] * 2}), data)
+    run("generate", "--model", folder, "--data", data, "--out", tmp_path / "a.jsonl", "--max-tokens", 4)
+    assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["when"] == str(when)
+    run("cache", "--teacher", folder, "--data", data, "--kind", "text", "--max-new-tokens", 4, "--out", tmp_path / "text")
+    run("recipe", "in-context", "--data", data, "--out", tmp_path / "shown", "-k", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -87,6 +99,7 @@ def test_text_is_the_teachers_and_can_be_trained_on(tmp_path: Path, folder: Path
         (["--dtype", "int8"], "--dtype int8"),
         (["--precision", "bfloat16"], "--precision bfloat16"),
         (["--max-length", 3], "max_length=3"),
+        (["--max-length", 5000], "a model takes 256 tokens"),
         (["--vocab-size", 5000], "--vocab-size 5000"),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 from training import TEMPLATE, WORDS, make_rows, make_tokenizer
 
 pytest.importorskip("transformers")
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kdkernels.data.agreement import check_templates, check_tokenizers
 from kdkernels.data.collator import Collator, pack
@@ -180,6 +181,52 @@ def test_a_template_that_rewrites_the_response_is_refused() -> None:
         load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template=None))
     with pytest.raises(DataError, match=r"the chat template refuses it: .*odd"):
         load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template="{{ raise_exception('odd') }}"))
+
+
+def test_a_response_is_tokenised_where_it_stands() -> None:
+    """SentencePiece writes a space before a text: before the prompt, and not once more between it and the response."""
+    words = ["<|end|>", "<|unk|>", "▁", "\n", "<|user|>", "<|assistant|>", "▁one", "one", "▁two", "two", "▁is", "is"]
+    for scheme in ("first", "always"):
+        built = Tokenizer(models.WordLevel({t: i for i, t in enumerate(words)}, unk_token="<|unk|>"))
+        built.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True), pre_tokenizers.Split("\n", "isolated")]
+        )
+        built.add_special_tokens(["<|end|>"])
+        built.add_tokens(["<|user|>", "<|assistant|>"])
+        pieces = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<|end|>", unk_token="<|unk|>")
+        pieces.chat_template = TEMPLATE.replace("|>{{ m['content']", "|>\n{{ m['content']").replace("<|assistant|>{%", "<|assistant|>\n{%")
+        row = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}
+        chat, asked = load_examples([row, {"prompt": "one is", "response": " two"}], pieces)
+        text = pieces.apply_chat_template(row["messages"], tokenize=False)
+        assert list(chat.student_ids) == pieces(text, add_special_tokens=False)["input_ids"]
+        assert pieces.convert_ids_to_tokens(list(chat.student_ids[-2:])) == ["two", "<|end|>"]
+        assert len(chat.student_scored) == 2
+        assert pieces.convert_ids_to_tokens(list(asked.student_ids)) == ["▁one", "▁is", "▁two", "<|end|>"]
+        assert list(asked.student_scored) == [1, 2]
+
+
+def test_a_response_that_was_cut_off_is_learnt_without_an_end(tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "response": " b"}, {"messages": CHAT, "response": "two"}, {"messages": [*CHAT, ANSWER]}]
+    whole = load_examples([{**row, "finish_reason": "stop"} for row in rows], tokenizer)
+    cut = load_examples([{**row, "finish_reason": "length"} for row in rows], tokenizer)
+    for one, other in zip(whole, cut, strict=True):
+        assert texts(tokenizer, one)[2] == texts(tokenizer, other)[2] + "<|end|>"
+    # Also where what ends a turn is not the end-of-text token.
+    turns = make_tokenizer(template=TEMPLATE.replace("<|end|>{% endfor", " <|bos|>{% endfor"))
+    assert texts(turns, load_examples([{**rows[1], "finish_reason": "length"}], turns)[0])[2] == "two"
+
+
+def test_tools_are_written_by_the_template() -> None:
+    template = "{% for t in tools or [] %}<|system|>{{ t['name'] }}<|end|>{% endfor %}" + TEMPLATE.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{{ c['name'] }}{% endfor %}"
+    )
+    tools, tokenizer = [{"name": "red"}], make_tokenizer(template=template)
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "red"}]}
+    example = load_examples([{"messages": [CHAT[1], called], "tools": tools, "teacher_messages": CHAT}], tokenizer)[0]
+    asked = "<|user|>one plus one<|end|><|assistant|>"
+    assert texts(tokenizer, example) == ("<|system|>red<|end|>" + asked, "<|system|>red<|end|><|system|>red<|end|>" + asked, "red<|end|>")
+    with pytest.raises(DataError, match="field 'tools': a list of tools"):
+        load_examples([{"messages": CHAT, "response": "two", "tools": "red"}], tokenizer)
 
 
 def test_tokenizers_must_agree(tokenizer: Any) -> None:

@@ -15,6 +15,7 @@ from families import build  # noqa: E402
 from tapped import IDS, ROWS, assert_falls_back, assert_is_the_model, loss_of  # noqa: E402
 
 from kdkernels.tap.head import HeadTap  # noqa: E402
+from kdkernels.tap.weights import logit_columns  # noqa: E402
 
 
 def test_tied_head_is_the_embeddings_parameter() -> None:
@@ -171,6 +172,16 @@ def test_4_bit_head_falls_back(storage: torch.dtype) -> None:
     reason = r"its head is quantised \(torch.uint8\)" if storage == torch.uint8 else "its head is a Linear4bit"
     assert_falls_back(model, reason)
     assert_falls_back(lora(model, ["q_proj", "lm_head"]), reason)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_columns_are_those_of_the_logits_where_weights_are_packed(storage: torch.dtype) -> None:
+    model = build("llama")
+    columns = model(input_ids=IDS).logits.shape[-1]
+    assert logit_columns(model) == columns
+    model.lm_head.weight = nn.Parameter(torch.empty(columns * model.config.hidden_size // 2, 1, dtype=storage), requires_grad=False)
+    assert logit_columns(model) == columns
+    assert logit_columns(lora(model, ["q_proj"])) == columns
 
 
 def test_adapter_that_comes_later_falls_back_where_it_must() -> None:

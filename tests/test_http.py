@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -175,6 +176,31 @@ def test_a_recipe_goes_on_without_what_the_server_refuses(server: Server, tmp_pa
     assert "2/3 replies in replies.jsonl" in result.output
     assert "teacher: 2 replies (2 from the log), 0 retries, 1 refused, 12 prompt tokens, 6 completion tokens, cost 0.0000" in result.output
     assert KEY not in result.output + (tmp_path / "out" / "replies.jsonl").read_text()
+
+
+def test_a_key_goes_to_the_server_that_it_was_named_for(
+    server: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFEREES", "sk-of-the-referee")
+    data = tiny.write(tmp_path / "seeds.jsonl", [{"prompt": "sing of a lazy dog"}, {"prompt": "name two birds"}])
+
+    def lion(out: str, *more: object) -> None:
+        command = ["recipe", "lion", "--data", data, "--out", tmp_path / out, "--base-url", server.url, "--model", "m", "--count", 2, *more]
+        result = runner.invoke(cli.app, [str(a) for a in [*command, "--max-tokens", 8]])
+        assert result.exit_code == 0, result.output
+
+    lion("begun")
+    (tmp_path / "other").mkdir()
+    with Server.started(tmp_path / "other") as other:
+        judged = ["--student", folder, "--referee-url", other.url, "--referee-model", "r", "--generator-model", "g"]
+        for out, more, found in (
+            ("a", ["--generator-url", f"{server.url}/", "--referee-key-variable", "REFEREES"], ["Bearer sk-of-the-referee"]),
+            ("b", ["--generator-url", other.url], ["Bearer none", "Bearer sk-of-the-referee"]),
+        ):
+            shutil.copytree(tmp_path / "begun", tmp_path / out)
+            lion(out, *judged, *more)
+            assert sorted(other.stats()["keys"]) == found
+        assert list(server.stats()["keys"]) == [f"Bearer {KEY}"]
 
 
 def test_no_server_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,8 +396,9 @@ def test_messages_of_a_row() -> None:
     teacher = {"prompt": "a", "teacher_prompt": "b"}
     assert (messages_of(teacher), asked_of(teacher)) == ([user], [{"role": "user", "content": "b"}])
     assert asked_of({"messages": [user], "teacher_messages": [assistant, user]}) == [assistant, user]
-    with pytest.raises(ValueError, match="demonstrations"):
-        asked_of({"prompt": "a", "demonstrations": ["b"]})
+    for name in ("demonstrations", "tools"):
+        with pytest.raises(ValueError, match=name):
+            asked_of({"prompt": "a", name: ["b"]})
     with pytest.raises(ValueError, match="row 2"):
         requests_of([{"prompt": "a"}, {}], max_tokens=1, temperature=0)
     keys = [

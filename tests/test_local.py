@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -58,3 +59,29 @@ def test_local_stops_at_a_text(local: LocalModel, tmp_path: Path) -> None:
     cut = local.complete(requests(["a dog"], max_tokens=12, stop=(stop,)), tmp_path / "b")[0]
     assert cut.text == free[: free.find(stop)]
     assert cut.finish_reason == "stop"
+
+
+def test_local_is_plain_whatever_the_model_was_saved_with(folder: Path, local: LocalModel, tmp_path: Path) -> None:
+    asked = requests(["a dog", "the fox"], max_tokens=12, logprobs=2)
+    asked.append(dataclasses.replace(asked[0], key="drawn", temperature=1.0))
+    plain = local.complete(asked, tmp_path / "plain")
+    preferring = LocalModel(folder)
+    own = preferring.model.generation_config
+    own.update(repetition_penalty=3.0, no_repeat_ngram_size=1, min_p=0.5, min_new_tokens=12)
+    again = preferring.complete(asked, tmp_path / "again")
+    assert [(r.text, r.logprobs) for r in again] == [(r.text, r.logprobs) for r in plain]
+    assert preferring.model.generation_config is own
+
+
+def test_local_ends_at_the_end_of_the_model_and_of_the_tokenizer(folder: Path, local: LocalModel, tmp_path: Path) -> None:
+    asked = requests(["a dog"], max_tokens=12)
+    free = local.complete(requests(["a dog"], max_tokens=12, logprobs=1), tmp_path / "free")[0]
+    for of in ("generation_config", "tokenizer"):
+        ending = LocalModel(folder)
+        id = int(free.logprobs[3]["id"])
+        if of == "tokenizer":
+            ending.tokenizer.eos_token = ending.tokenizer.convert_ids_to_tokens(id)
+        else:
+            ending.model.generation_config.eos_token_id = [id]
+        reply = ending.complete(asked, tmp_path / of)[0]
+        assert (reply.finish_reason, reply.completion_tokens) == ("stop", [t["id"] for t in free.logprobs].index(id))

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from kdkernels import cli
 from kdkernels.data.rows import DataError
+from kdkernels.files import write_jsonl
 from kdkernels.recipes import in_context, near
 from kdkernels.recipes.command.shared import Teacher
-from kdkernels.recipes.rows import Item, RecipeError, Sampling, ask, once, read_items, read_jsonl, student_row, write_jsonl
+from kdkernels.recipes.rows import Item, RecipeError, Sampling, ask, once, read_items, read_jsonl, student_row
 from kdkernels.recipes.sequence import sequence_level
 from kdkernels.teachers.text import Reply, Request
 
@@ -99,6 +100,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         write_jsonl(tmp_path / "out.jsonl", rows())
     assert read_jsonl(tmp_path / "out.jsonl") == [(f"{tmp_path / 'out.jsonl'}, row 1", {"old": "\u2028é"})]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"], "nothing is left beside it"
 
 
 def test_plain_rows_are_of_one_turn() -> None:

@@ -62,6 +62,8 @@ def item(n: int, answer: str, prompt: str | None = None, **fields: Any) -> Item:
         ("Answer: .", "text", None),
         ("**Answer**: 4", "number", "4"),
         ("**Answer:** Paris", "text", "paris"),
+        ("He went there.\n**Answer:**\n\nThe Eiffel Tower.\n", "text", "eiffel tower"),
+        ("The question has no answer:", "text", None),
         ("Answer: \u22123", "number", "-3"),
         ("Answer: .5", "number", "1/2"),
     ],

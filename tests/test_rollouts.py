@@ -58,6 +58,25 @@ def test_rollouts_keep_prompts_and_end_at_the_end_token(make: Make) -> None:
     assert all(t < 30 for (e,) in _rollouts(trainer, vocab_size=30) for t in e.student_ids[e.student_scored[0] + 1 :])
 
 
+def test_rollouts_are_plain_samples_whatever_the_student_was_saved_with(make: Make) -> None:
+    trainer = make()
+    plain = _rollouts(trainer, max_new_tokens=12)
+    own = trainer.model.generation_config
+    own.update(min_p=0.9, no_repeat_ngram_size=1, typical_p=0.2, suppress_tokens=list(range(10, 90)))
+    assert _rollouts(trainer, max_new_tokens=12) == plain
+    assert trainer.model.generation_config is own
+
+
+def test_rows_of_rollouts_are_packed_anew(make: Make) -> None:
+    options = {"packing": True, "max_length": 32, "on_policy_fraction": 1.0, "max_new_tokens": 20, "per_device_train_batch_size": 2}
+    trainer = make(**options)
+    (batch,), count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    assert sum(batch["sizes"]) > 2
+    assert max(batch["input_ids"].shape[1], batch["teacher_input_ids"].shape[1]) <= 32
+    assert count == len(batch["scored"]) == sum(batch["counts"])
+    trainer.train()
+
+
 def test_left_padding_does_not_change_a_rollout(make: Make) -> None:
     trainer = make()
     together = _rollouts(trainer, temperature=0.0)

@@ -55,6 +55,10 @@ def options(home: Path, out: Path, *more: str, steps: int = 42) -> list[str]:
     ]  # fmt: skip
 
 
+def config_of(config: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("-", "_"): value for name, value in config.items()}
+
+
 def train(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
@@ -227,11 +231,28 @@ def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
         assert settings.teacher == [str(home / "teacher")]
         assert (settings.args.max_steps, settings.args.learning_rate, settings.args.divergence) == (2, 1e-3, "jsd(beta=0.3)")
         assert (settings.args.t_squared, settings.args.packing, settings.args.disable_tqdm) == (False, True, True)
+    (tmp_path / "no.yaml").write_text("save-strategy: no\neval-strategy: no\nlearning-rate: null\nseed: 3\npacking: no\n")
+    args = read_settings({**config_of(config), **read_config(tmp_path / "no.yaml")}, {}, []).args
+    assert (args.save_strategy, args.eval_strategy, args.learning_rate, args.seed, args.packing) == ("no", "no", 5e-5, 3, False)
     mixed = read_settings(read_config(tmp_path / "run.yaml"), {}, ["--bf16", "--use-cpu"])
     assert [dtype for _, _, dtype in mixed.models] == ["float32", "auto", "auto"]
+    narrow = read_settings(read_config(tmp_path / "run.yaml"), {"student_dtype": "bfloat16"}, [])
+    assert [dtype for _, _, dtype in narrow.models] == ["bfloat16", "auto", "auto"]
     result = train("train", "--config", str(tmp_path / "run.yaml"), "--teacher", str(home / "teacher"), "--max-steps", "2")
     assert result.exit_code == 0, result.output
     assert "No held-out loss: no --eval-data was given. Training loss" in result.output
+
+
+def test_a_student_saved_in_bfloat16_learns_in_float32(home: Path, tmp_path: Path) -> None:
+    given = AutoModelForCausalLM.from_pretrained(home / "student", dtype=torch.bfloat16)
+    for part in (given, make_tokenizer()):
+        part.save_pretrained(tmp_path / "student")
+    more = ["--student", str(tmp_path / "student"), "--learning-rate", "1e-5"]
+    result = train(*options(home, tmp_path / "out", *more, steps=2))
+    assert result.exit_code == 0, result.output
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    moved = sum((p != q.float()).sum().item() for p, q in zip(trained.parameters(), given.parameters(), strict=True))
+    assert moved > 0.5 * given.num_parameters()
 
 
 def test_a_plan_trains_and_writes_nothing(home: Path, tmp_path: Path) -> None:
@@ -282,6 +303,12 @@ def test_configs_that_can_not_be_read(tmp_path: Path) -> None:
         ("d.yaml", "studnt: x", "unknown option 'studnt' in the config; nearest: student"), ("e.yaml", "student: x", "--data is missing"),
         ("f.yaml", "{student: x, data: y, teacher: z}", "--output-dir is missing"),
         ("g.yaml", "{student: x, data: y, output_dir: o}", "--teacher is missing"),
+        ("k.yaml", "{student: x, data: [y, z]}", "a path or name is needed, as text; files of rows belong in one folder"),
+        ("l.yaml", "{student: 3, data: y}", "--student 3: a path or name is needed, as text"),
+        ("m.yaml", "{student: x, data: y, teacher: [z, 3]}", "--teacher ['z', 3]: a path or name is needed"),
+        ("h.yaml", "{student: x, data: y, max-steps: 10.5}", "max-steps: invalid int value: '10.5'"),
+        ("i.yaml", "{student: x, data: y, temperature: true}", "--temperature: invalid float value: 'True'"),
+        ("j.yaml", "{student: x, data: y, ce-weight: [1, 2]}", "ce-weight: invalid float value: '[1, 2]'"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
         result = train("train", "--config", str(tmp_path / name))
@@ -306,6 +333,10 @@ def test_another_run_in_the_same_folder_is_refused(home: Path, finished: tuple[P
     (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
     assert "holds checkpoints but no run.json" in train(*options(home, tmp_path / "other")).output
     assert "is the --student, which would be overwritten" in train(*options(home, home / "student")).output
+    shutil.rmtree(begun / "checkpoint-8")  # it never trained, so it may be begun anew
+    result = train(*options(home, begun, "--temperature", "3", steps=1))
+    assert result.exit_code == 0, result.output
+    assert json.loads((begun / "run.json").read_text())["settings"]["temperature"] == 3.0
 
 
 def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -335,8 +366,31 @@ def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, s
     for more in (["--plan"], []):
         result = train(*arguments, "--output-dir", str(tmp_path / "sparse"), "--cache", topk[0], "--divergence", "forward_kl", *more)
         assert result.exit_code == 0, result.output
+    warm = [*arguments, "--output-dir", str(tmp_path / "warm"), "--cache", topk[0], "--divergence", "forward_kl", "--plan"]
+    assert "temperature=2.0, but the teacher's log-probabilities were taken at 1.0" in train(*warm, "--temperature", "2").output
+    warm[warm.index(topk[0])] = str(tmp_path / "warmer")
+    made = ["--out", str(tmp_path / "warmer"), *topk[1:], "--temperature", "2"]
+    assert train("cache", "--teacher", str(home / "teacher"), "--data", str(both), *made).exit_code == 0
+    result = train(*warm, "--temperature", "2")
+    assert result.exit_code == 0, result.output
+    assert "MiB of buffers" in result.output
     sparse = json.loads((tmp_path / "sparse" / "summary.json").read_text())
     assert sparse["after"]["eval_loss"] < sparse["before"]["eval_loss"]
+
+
+def test_text_of_a_cache_that_is_not_whole_is_refused(home: Path, tmp_path: Path) -> None:
+    data, out = str(home / "held-out.jsonl"), tmp_path / "text"
+    made = train("cache", "--teacher", str(home / "teacher"), "--data", data, "--out", str(out), "--kind", "text", "--max-new-tokens", "4")
+    assert made.exit_code == 0, made.output
+    arguments = options(home, tmp_path / "out", "--data", str(out), "--plan")
+    assert train(*arguments).exit_code == 0
+    from kdkernels.teachers.cache import Manifest
+
+    dataclasses.replace(Manifest.read(out), complete=False).write(out)
+    for more in ([], ["--data", data, "--eval-data", str(out)]):
+        result = train(*arguments[:-1], *more)
+        assert result.exit_code == 2
+        assert f"{out} is unfinished: 13 of 13 examples" in " ".join(result.output.split())
 
 
 def test_models_that_do_not_fit(home: Path, tmp_path: Path) -> None:

@@ -178,6 +178,17 @@ def test_packing_is_refused_where_examples_would_see_each_other(make: Make) -> N
 # Evaluation and logs
 
 
+def test_the_cross_entropy_of_an_evaluation_is_that_of_the_tokens_whatever_the_weights(make: Make) -> None:
+    rows = [{**row, "weight": i % 3} for i, row in enumerate(make_rows(12))]
+    with_teacher = make(eval_rows=rows, ce_weight=1.0).evaluate()
+    without = make(eval_rows=rows, kd_weight=0.0, ce_weight=1.0)
+    found = without.evaluate()
+    assert found["eval_cross_entropy"] == pytest.approx(with_teacher["eval_cross_entropy"], rel=1e-6)
+    batch = without.data_collator(without.eval_dataset)
+    assert found["eval_loss"] == pytest.approx(dense(without, batch).item() / found["eval_tokens"], rel=1e-12)
+    assert found["eval_loss"] != pytest.approx(found["eval_cross_entropy"], rel=1e-3)
+
+
 def test_evaluation_weighs_tokens(make: Make) -> None:
     rows = make_rows(11, seed=5)
     trainer = make(eval_rows=rows, divergence="jsd", ce_weight=0.5)

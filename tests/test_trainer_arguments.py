@@ -12,6 +12,7 @@ import torch
 from training import Make, make_model, make_rows, make_tokenizer, trainers
 
 pytest.importorskip("transformers")
+from transformers import LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 import kdkernels as kd
 from kdkernels.divergences import parse
@@ -88,11 +89,24 @@ def test_teachers_that_can_not_serve(make: Make) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make(teacher=Cache(), **options)
+    Cache.vocab_size = 200
+    with pytest.raises(ValueError, match=r"over 200 columns, the student has 192 .*kdkernels cache --vocab-size \d+"):
+        make(teacher=Cache())
+    Cache.vocab_size = 192
+    assert make(teacher=Cache(), kd_weight=0.0, ce_weight=1.0).train().training_loss > 0, "a teacher that no weight asks is not asked"
     trainer = make(teacher=Cache())
     with pytest.raises(KeyError) as error:
         trainer.train()
     assert error.value.args[0] in [e.key("s") for (e,) in trainer.train_dataset]
+    causal = make_model(16)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=192, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    for other in (t5, causal.model, LlamaForSequenceClassification(causal.config)):
+        for given in ({"student": other}, {"teacher": other}):
+            with pytest.raises(TypeError, match=f"is a {type(other).__name__} and no causal language model"):
+                make(**given)
     student = make_model(16)
+    with pytest.raises(ValueError, match="every parameter of the student is frozen"):
+        make(student=make_model(16).requires_grad_(False)).train()
     with pytest.raises(ValueError, match="teacher is the student itself"):
         make(student=student, teacher=student)
     two = [make_model(24, seed=s, dtype=torch.float64) for s in (2, 3)]
@@ -109,6 +123,9 @@ def test_the_trainer_asks_for_what_it_needs(tokenizer: Any, tmp_path: Path) -> N
         DistillationTrainer(model=make_model(), args=TrainingArguments(str(tmp_path)), processing_class=tokenizer)
     with pytest.raises(TypeError, match=r"train_dataset is a mapping \(train, test\)"):
         DistillationTrainer(make_model(), None, DistillationArguments(str(tmp_path)), {"train": [], "test": []}, processing_class=tokenizer)
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        with pytest.raises(TypeError, match=f"{name} would never be called"):
+            DistillationTrainer(make_model(), None, DistillationArguments(str(tmp_path)), processing_class=tokenizer, **{name: print})
     with pytest.raises(TypeError, match="processing_class is missing"):
         DistillationTrainer(model=make_model(), args=DistillationArguments(str(tmp_path)))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training import make_model
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
@@ -36,15 +37,8 @@ def tokenizer() -> Any:
 
 def model(vocab_size: int, seed: int = 0, hidden: int = 32, spread: float = 0.3) -> Any:
     """A Llama of one layer. ``spread`` of the head's weights: how far its distributions are from uniform."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    made = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size, hidden_size=hidden, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-        )
-    )  # fmt: skip
+    sizes = {"intermediate_size": 64, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    made = make_model(hidden, 1, vocab_size, seed, **sizes)
     torch.nn.init.normal_(made.lm_head.weight, std=spread)
     return made.eval()
 

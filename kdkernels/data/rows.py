@@ -52,8 +52,9 @@ class Row:
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise self.error(name, 'a list of {"role": ..., "content": ...} is needed')
         for number, message in enumerate(value):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise self.error(name, f"message {number} needs a role and a content, both text")
+            said = isinstance(message, Mapping) and (isinstance(message.get("content"), str) or bool(message.get("tool_calls")))
+            if not said or not isinstance(message.get("role"), str):
+                raise self.error(name, f"message {number} needs a role and a content, both text (or tool_calls in place of the content)")
         return [{k: v for k, v in message.items() if v is not None} for message in value]
 
 

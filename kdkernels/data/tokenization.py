@@ -19,11 +19,12 @@ def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None =
     A row is one of
 
     - ``messages`` (the tokenizer's chat template) with a ``response``, or ending with the assistant's turn, which then is the response;
-    - ``prompt`` with ``response`` or ``completion``: prompt and response are tokenised apart, an end-of-text token follows;
+    - ``prompt`` with ``response`` or ``completion``: an end-of-text token follows. No token spans prompt and response;
     - ``text``: every token but the first is scored.
 
     The teacher reads the same, unless the row has ``teacher_messages``, ``teacher_prompt``, or ``demonstrations`` to read before the
-    prompt. ``weight`` multiplies the row's loss; ``task`` is kept; other fields mean nothing here.
+    prompt. ``tools`` go to the chat template. A response whose ``finish_reason`` is ``"length"`` is learnt without an end. ``weight``
+    multiplies the row's loss; ``task`` is kept; other fields mean nothing here.
 
     Args:
         source: a JSONL or Parquet file, a folder of them, a ``datasets.Dataset`` or a list of rows.
@@ -104,15 +105,31 @@ def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
     return ids[:-1] if special and len(ids) > 1 and ids[-1] == end else ids
 
 
+def _continued(tokenizer: Any, given: str, text: str, special: bool) -> tuple[list[int], list[int]]:
+    """Ids of ``given``, and of ``text`` where it stands after it.
+
+    SentencePiece begins a text with a space of its own, which ``text`` must not get. Where a token would span both, each is tokenised
+    apart, so that the response is what follows the ids that the model is asked with.
+    """
+    before, whole = _encode(tokenizer, given, special), _encode(tokenizer, given + text, special)
+    return before, whole[len(before) :] if whole[: len(before)] == before else _encode(tokenizer, text, special=False)
+
+
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     end = tokenizer.eos_token_id
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
+def _cut_short(row: Row) -> bool:
+    """The teacher was stopped in the middle of its response, after which no end may be learnt."""
+    return row.fields.get("finish_reason") == "length"
+
+
 def _prompted(row: Row, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     prompt, name = row.text("prompt"), "completion" if "completion" in row and "response" not in row else "response"
-    student = teacher = _encode(tokenizer, prompt, special=True)
-    response = _ended(_encode(tokenizer, row.text(name), special=False), tokenizer)
+    student, response = _continued(tokenizer, prompt, row.text(name), special=True)
+    response = response if _cut_short(row) else _ended(response, tokenizer)
+    teacher = student
     if "teacher_messages" in row:
         teacher = _encode(tokenizer, render(tokenizer, _shown_to_teacher(row, []), row, "teacher_messages"), special=False)
     elif "teacher_prompt" in row or "demonstrations" in row:
@@ -147,8 +164,10 @@ def _chat(row: Row, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     else:
         raise row.error("response", f"there is none, and {name!r} ends with the turn of the {messages[-1]['role']}, not the assistant")
     prefix, response = _split(tokenizer, messages, answer, row, name)
-    student = _encode(tokenizer, prefix, special=False)
-    ids = _cut(_encode(tokenizer, response, special=False), tokenizer)
+    content = str(answer.get("content", "")).strip()
+    told = response[: response.rfind(content) + len(content)] if _cut_short(row) and content in response else response
+    student, ids = _continued(tokenizer, prefix, told, special=False)
+    ids = _cut(ids, tokenizer)
     shown, their_name = _shown_to_teacher(row, messages), "teacher_messages" if "teacher_messages" in row else name
     if shown is messages:
         return student, student, ids
@@ -197,8 +216,11 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], row: Row, name
     """
     if tokenizer.chat_template is None:
         raise row.error(name, "the tokenizer has no chat template: set tokenizer.chat_template, or give rows with 'prompt' and 'response'")
+    tools = row.fields.get("tools")
+    if not isinstance(tools, list | None):
+        raise row.error("tools", "a list of tools is needed, each described as the chat template wants it")
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        text: str = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template may raise what it likes
         raise row.error(name, f"the chat template refuses it: {error}") from error
     return text

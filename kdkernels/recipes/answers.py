@@ -40,6 +40,8 @@ def extract(text: str, kind: Kind) -> str | None:
     free text has no answer.
     """
     answer = split(text)[1]
+    if kind == "text" and not answer.strip(" *") and (found := list(_MARKER.finditer(text))):  # on the line after "Answer:"
+        answer = next((line for line in text[found[-1].end() :].splitlines() if line.strip(" *")), "")
     if kind == "number" and "=" in answer:  # "Answer: 3 + 4 = 7"
         answer = answer.rpartition("=")[2]
     return normalise(answer or (text if kind != "text" else ""), kind, first=bool(answer))

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..files import write_jsonl
 from ..teachers.text import TextModel
 from .near import Pool
-from .rows import Item, RecipeError, Row, Sampling, Tally, ask, fingerprint, read_jsonl, write_jsonl
+from .rows import Item, RecipeError, Row, Sampling, Tally, ask, fingerprint, read_jsonl
 from .sequence import sequence_level
 
 __all__ = ["Judged", "discriminate", "generate", "generate_prompt", "imitate", "instructions", "ratings", "referee_prompt", "stage"]

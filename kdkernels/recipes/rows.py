@@ -11,12 +11,12 @@ from typing import Any
 
 from ..data.rows import Row as Fields
 from ..data.rows import read_rows
-from ..files import Lines, digest, write_whole
+from ..files import Lines, digest
 from ..teachers.text import Reply, Request, TextModel
 
 __all__ = [
     "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "fingerprint", "keyed", "once", "read_items",
-    "read_jsonl", "student_row", "write_jsonl",
+    "read_jsonl", "student_row",
 ]  # fmt: skip
 
 Message = Mapping[str, str]
@@ -141,17 +141,6 @@ def keyed(rows: Iterable[tuple[str, Row]]) -> list[tuple[str, str, Row]]:
     return found
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes all rows or nothing: a file that is there is whole, whenever the process was killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    write_whole(path, write)
-
-
 def student_row(item: Item, response: str, *, prompt: str | None = None, suffix: str = "", chat: bool = True, **fields: Any) -> Row:
     """A row for ``kdkernels train``: the student reads the item's conversation (its last turn replaced by ``prompt``) and learns
     ``response``.
@@ -238,7 +227,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 def _messages(row: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], str | None]:
     """The conversation up to the user's last turn, and the assistant's turn after it, if there is one."""
     turns = Fields(row, where).messages("messages")
-    known = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
+    known = turns.pop().get("content") if turns[-1]["role"] == "assistant" else None
     if not turns or turns[-1]["role"] != "user":
         raise RecipeError(f"{where}, field 'messages': the last turn, but for the assistant's, must be the user's")
     return tuple(turns), known

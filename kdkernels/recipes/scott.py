@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..teachers.cache.manifest import identity_of_model
+from ..teachers.local import ends, writing
 from . import answers
 from .chain_of_thought import worked
 from .rows import Item, RecipeError, Row, extended, fingerprint, once, student_row
@@ -168,13 +169,15 @@ class Explainer:
         own = self._encoded([(item, a) for item, a, _ in views])
         other = self._encoded([(item, b) for item, _, b in views])
         length = own["input_ids"].shape[1]
-        contrast = Contrast(self.model, other["input_ids"], other["attention_mask"], length, self.strength, [tokenizer.eos_token_id])
-        ids: Tensor = self.model.generate(
-            **own, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens, use_cache=True,
-            logits_processor=LogitsProcessorList([contrast]), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        stops = ends(self.model, tokenizer)
+        contrast = Contrast(self.model, other["input_ids"], other["attention_mask"], length, self.strength, stops)
+        with writing(self.model):
+            ids: Tensor = self.model.generate(
+                **own, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens, use_cache=True,
+                logits_processor=LogitsProcessorList([contrast]), eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
         new = ids[:, length:]
-        whole = (new == tokenizer.eos_token_id).any(-1).tolist()
+        whole = torch.isin(new, torch.tensor(stops, device=new.device)).any(-1).tolist()
         return [text.strip() if w else "" for text, w in zip(tokenizer.batch_decode(new, skip_special_tokens=True), whole, strict=True)]
 
     def _encoded(self, asked: Sequence[tuple[Item, str]]) -> dict[str, Tensor]:

@@ -113,8 +113,12 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def logit_columns(model: nn.Module) -> int:
     """Columns of a model's logits, padding included."""
-    weight = getattr(output_head(model), "weight", None)
-    return int(text_config(model).vocab_size) if weight is None else _rows(weight)
+    head: Any = output_head(model)
+    weight = getattr(head, "weight", None)
+    shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+    if len(shape) == 2 and shape[1] == getattr(head, "in_features", shape[1]):
+        return int(shape[0])
+    return int(getattr(head, "out_features", None) or text_config(model).vocab_size)  # a quantised head packs several weights into one
 
 
 def read_head(head: nn.Module) -> HeadWeights:

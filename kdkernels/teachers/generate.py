@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..files import digest, write_whole
-from .text import Reply, Request, TextModel
+from ..files import digest
+from .text import Reply, Request
 
-__all__ = ["asked_of", "generate_rows", "messages_of", "requests_of", "write_rows"]
+__all__ = ["asked_of", "messages_of", "requests_of", "with_reply"]
 
 
 def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -27,10 +25,11 @@ def asked_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """What the teacher is asked: a row's ``teacher_messages`` or ``teacher_prompt``, where it has one; else what the student is.
 
     Raises:
-        ValueError: a row that asks nothing, or with ``demonstrations``, of which only the trainer knows how to write them.
+        ValueError: a row that asks nothing, or with ``demonstrations`` or ``tools``, of which only the trainer knows how to write them.
     """
-    if row.get("demonstrations"):
-        raise ValueError("it has demonstrations, which a server can't be given: write them into teacher_messages")
+    for name in ("demonstrations", "tools"):
+        if row.get(name):
+            raise ValueError(f"it has {name}, which the teacher would not be given: write them into teacher_messages")
     own = row.get("teacher_messages") or row.get("teacher_prompt")
     return _messages(row, "teacher_messages", "teacher_prompt") if own else messages_of(row)
 
@@ -69,27 +68,11 @@ def requests_of(
     return requests
 
 
-def generate_rows(model: TextModel, rows: Sequence[Mapping[str, Any]], requests: Sequence[Request], log: Path) -> list[dict[str, Any]]:
-    """Training rows: each row with the teacher's ``response``, its ``finish_reason``, and ``teacher_logprobs`` if they were asked for."""
-    return [with_reply(row, reply) for row, reply in zip(rows, model.complete(requests, log), strict=True)]
-
-
 def with_reply(row: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
+    """A training row: ``row`` with the teacher's ``response``, its ``finish_reason``, and ``teacher_logprobs`` if they were asked for."""
     made = {**row, "response": reply.text, "finish_reason": reply.finish_reason}
     if row.get("messages"):
         made["messages"] = messages_of(row)
     if reply.logprobs:
         made["teacher_logprobs"] = list(reply.logprobs)
     return made
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSONL, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    write_whole(path, write)

@@ -90,7 +90,7 @@ class HTTPModel:
         base_url: as ``http://localhost:8000/v1``.
         model: the server's name of it.
         api: ``"chat"``, or ``"completions"``, whose prompt is the content of the one message of a request.
-        key_variable: environment variable that holds the API key. Not set: a server that asks for none.
+        key_variable: environment variable that holds the API key. "", or one that is not set: a server that asks for none.
         concurrency: requests in flight, at most.
         timeout: seconds for one whole answer, first byte to last.
         retries: how often a request is tried again after 408, 409, 425, 429, 5xx, a time-out, a cut connection or an answer that is not
@@ -309,6 +309,7 @@ class HTTPModel:
         reason = self._without_key(f"{status}: {error.message}")[:500]
         if status in HOPELESS or getattr(error, "code", None) == "insufficient_quota":
             hint = f" (the key is read from {self.key_variable}, which is {'' if os.environ.get(self.key_variable) else 'not '}set)"
+            hint = hint if self.key_variable else f" ({self.base_url} gets no key: name the variable of its own)"
             return HTTPModelError(reason + (hint if status in (401, 403) else ""))
         if status in AGAIN or status >= 500:
             return _Again(reason, retry_after(error.response.headers))

@@ -15,12 +15,15 @@ from ..data.collator import Collator
 from ..data.example import Example
 from ..data.rows import read_rows
 from ..data.tokenization import load_examples
+from ..files import write_jsonl
+from ..tap.patching import longest
+from ..tap.weights import logit_columns
 from ..terminal import progress
 from .cache.api import from_replies, score, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, template_hash, tokenizer_hash
 from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, write_cache
-from .generate import requests_of, with_reply, write_rows
+from .generate import requests_of, with_reply
 from .http import HTTPModel, Refused
 from .progress import Watched, print_usage
 from .text import REFUSED, Counted
@@ -74,17 +77,17 @@ def device_of(name: str) -> str:
 
 def cache_of_model(options: CacheOptions, console: Console) -> None:
     """A cache of a model that runs here."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from .live import LiveTeacher
 
     o = options
     tokenizer = AutoTokenizer.from_pretrained(o.tokenizer, revision=o.revision if o.tokenizer == o.teacher else None)
-    limit = _limit(o)
+    limit = longest(o.max_length, [AutoConfig.from_pretrained(o.teacher, revision=o.revision).get_text_config()])
     examples = _examples(o, tokenizer, limit) if o.kind != "text" else []  # first: bad data is found before a large model is loaded
     model = AutoModelForCausalLM.from_pretrained(o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
     name, revision = identity_of_model(o.teacher, getattr(model.config, "_commit_hash", None) or o.revision)
-    columns, hidden_size = model.get_output_embeddings().weight.shape
+    columns, hidden_size = logit_columns(model), int(model.get_output_embeddings().weight.shape[-1])
     if o.vocab_size is not None and o.vocab_size > columns:
         raise ValueError(f"--vocab-size {o.vocab_size}: the teacher's head has {columns} rows")
     vocab_size = o.vocab_size or columns
@@ -165,16 +168,6 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
     console.print(f"{o.out}: complete")
 
 
-def _limit(o: CacheOptions) -> int | None:
-    """Tokens of an example: as many as asked for, or as the teacher can take."""
-    from transformers import AutoConfig
-
-    able = getattr(AutoConfig.from_pretrained(o.teacher, revision=o.revision).get_text_config(), "max_position_embeddings", None)
-    if able and o.max_length and o.max_length > able:
-        raise ValueError(f"--max-length {o.max_length}: the teacher takes {able} tokens (its max_position_embeddings)")
-    return o.max_length or able
-
-
 def _examples(o: CacheOptions, tokenizer: Any, limit: int | None) -> list[Example]:
     return load_examples(o.data, tokenizer, max_length=limit, overlong=o.overlong)
 
@@ -232,11 +225,11 @@ def generate(
     except Refused as error:
         raise Refused(f"{error}. Take those rows out, or give --skip-refused", error.reasons) from None
     kept = [(row, reply) for row, reply in zip(rows, replies, strict=True) if reply.finish_reason != REFUSED]
-    write_rows(out, [with_reply(row, reply) for row, reply in kept])
+    write_jsonl(out, [with_reply(row, reply) for row, reply in kept])
     refused = len(rows) - len(kept)
     console.print(f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out" if refused else ""))
     if cut := sum(reply.finish_reason == "length" for reply in replies):
-        console.print(f"{cut:,} responses were cut at {max_tokens} tokens; their finish_reason is length")
+        console.print(f"{cut:,} responses were cut at {max_tokens} tokens; their finish_reason is length: no end is learnt after them")
     if empty := sum(not reply.text for _, reply in kept):
         console.print(f"{empty:,} responses are empty: leave them out of a training")
     print_usage(console, model.usage)

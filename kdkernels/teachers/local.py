@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..data.collator import left_padded, pad_id
 from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
 from .text import Reply, Request, Usage
 
-__all__ = ["LocalModel", "generate", "prompt_ids"]
+__all__ = ["LocalModel", "ends", "generate", "prompt_ids", "writing"]
 
 
 class LocalModel:
@@ -156,7 +157,7 @@ def generate(
     from transformers import GenerationConfig, LogitsProcessorList
 
     device = next(model.parameters()).device
-    ends = _ends(model, tokenizer)
+    stops = ends(model, tokenizer)
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} of the batch has no tokens")
@@ -164,28 +165,43 @@ def generate(
     ids, mask = left_padded(prompts, pad)
     picks = _Picks(seeds, temperature, logprobs)
     config = GenerationConfig(
-        max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=pad,
+        max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=stops or None, pad_token_id=pad,
         stop_strings=list(stop) or None, use_cache=True,
     )  # fmt: skip
-    was_training = model.training
-    model.eval()
-    try:
+    with writing(model):
         output = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
             logits_processor=LogitsProcessorList([picks]), tokenizer=tokenizer if stop else None,
         )  # fmt: skip
-    finally:
-        model.train(was_training)
     return [
-        _cut(tokenizer, row, list(new), ends, stop, max_tokens, len(prompts[row]), picks)
+        _cut(tokenizer, row, list(new), stops, stop, max_tokens, len(prompts[row]), picks)
         for row, new in enumerate(output[:, ids.shape[1] :].tolist())
     ]
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    found = getattr(model.generation_config, "eos_token_id", None)
-    found = tokenizer.eos_token_id if found is None else found
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+def ends(model: Any, tokenizer: Any) -> list[int]:
+    """What ends a text of the model: its own end tokens, and the tokenizer's."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return sorted({end for end in (*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id) if end is not None})
+
+
+@contextmanager
+def writing(model: nn.Module) -> Iterator[None]:
+    """In the block the model generates in eval mode, and from its plain distributions: without the penalties and cut-offs of its own
+    generation config, which transformers adds to whatever one it is given."""
+    from transformers import GenerationConfig
+
+    holders: list[Any] = [module for module in model.modules() if "generation_config" in module.__dict__]
+    kept, training = [holder.generation_config for holder in holders], model.training
+    model.eval()
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        model.train(training)
+        for holder, own in zip(holders, kept, strict=True):
+            holder.generation_config = own
 
 
 def _cut(

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ..options import Dtype
 from ..terminal import fail, failing
 
 __all__ = ["EPILOG", "train"]
@@ -48,8 +47,8 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: those of --num-train-epochs.")] = None,
     save_steps: Annotated[float | None, typer.Option(help="Steps between checkpoints.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of options; those given here win.")] = None,
-    student_dtype: Dtype = None,
-    teacher_dtype: Dtype = None,
+    student_dtype: Annotated[str | None, typer.Option(help="Of its weights: auto (float32), float32, bfloat16 or float16.")] = None,
+    teacher_dtype: Annotated[str | None, typer.Option(help="Of its weights: auto (as saved), float32, bfloat16 or float16.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show models, tokens, steps and memory, and train nothing.")] = False,
 ) -> None:
     """Distil a teacher (or several, or a cache of one) into a student, two causal language models with one tokenizer.

@@ -18,7 +18,7 @@ from .settings import Settings, TrainError
 if TYPE_CHECKING:
     from ..teachers.cache import CachedTeacher
 
-__all__ = ["cache_of", "load", "model_of", "tokenizer_of"]
+__all__ = ["cache_of", "check_data", "load", "model_of", "tokenizer_of"]
 
 FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate sets it, transformers reads it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -49,6 +49,19 @@ def cache_of(settings: Settings, tokenizer: Any) -> CachedTeacher:
         return open_cache(str(settings.cache), tokenizer)
     except CacheError as error:
         raise TrainError(f"--cache {settings.cache}: {error}") from error
+
+
+def check_data(settings: Settings) -> None:
+    """Where the data is a cache of text, it is whole."""
+    from ..teachers.cache import CacheError, read_text
+    from ..teachers.cache.manifest import MANIFEST
+
+    for name, path in (("data", settings.data), ("eval-data", settings.eval_data)):
+        if path is not None and (Path(path) / MANIFEST).is_file():
+            try:
+                read_text(path)
+            except CacheError as error:
+                raise TrainError(f"--{name} {path}: {error}") from error
 
 
 def model_of(role: str, path: str, dtype: str) -> Any:

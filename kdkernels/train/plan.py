@@ -18,9 +18,9 @@ from ..data.example import Example
 from ..data.tokenization import load_examples
 from ..divergences import parse
 from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
+from ..tap.patching import longest, text_config
 from ..tap.weights import logit_columns
-from ..trainer.setup import longest
-from .loading import cache_of, load, tokenizer_of
+from .loading import cache_of, check_data, load, tokenizer_of
 from .settings import Settings
 
 __all__ = ["plan"]
@@ -31,9 +31,10 @@ def plan(settings: Settings, console: Console) -> None:
     args = settings.args
     transformers.logging.set_verbosity_error()
     tokenizer = tokenizer_of(settings)
+    check_data(settings)
     skeletons = [_skeleton(role, path) for role, path, _ in settings.models]
     cache = cache_of(settings, tokenizer) if settings.cache else None
-    limit = longest(args.max_length, args.packing, skeletons)
+    limit = longest(args.max_length, map(text_config, skeletons), args.packing)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong)
@@ -84,8 +85,10 @@ def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence
         theirs = Ensemble([side(teacher, False) for teacher in teachers], mode=args.ensemble_mode)
     if cache is not None and cache.kind != "hidden":
         ids = torch.empty(sum(largest), cache.manifest.identity.k, dtype=torch.int64, device="meta")
-        theirs = TopK(ids, ids.float(), temperature=args.temperature) if cache.kind == "topk" else Sampled(ids, ids)
-    found = losses.plan(ours, theirs, divergence=parse(args.divergence), memory_budget=args.memory_budget, return_stats=True)
+        theirs = TopK(ids, ids.float(), temperature=cache.temperature or 1.0) if cache.kind == "topk" else Sampled(ids, ids)
+    found = losses.plan(
+        ours, theirs, divergence=parse(args.divergence), temperature=args.temperature, memory_budget=args.memory_budget, return_stats=True
+    )
     trainable = sum(p.numel() for p in student.parameters())
     console.print(
         f"loss: at most {sum(largest):,} scored tokens in a batch, in {found.num_chunks} chunk{'s' if found.num_chunks != 1 else ''}: "

@@ -14,7 +14,7 @@ from rich.console import Console
 from ..files import write_whole
 from ..trainer.trainer import DistillationTrainer
 from .callbacks import Bar, Interrupt
-from .loading import cache_of, model_of, tokenizer_of
+from .loading import cache_of, check_data, model_of, tokenizer_of
 from .settings import Settings, TrainError
 from .summary import figure_of, finite, show, training_log
 
@@ -48,6 +48,7 @@ def run(settings: Settings, console: Console) -> int:
         for half_written in takewhile(lambda path: not _whole(path, args.world_size), _checkpoints(out)):  # by a killed process
             shutil.rmtree(half_written)
     tokenizer = tokenizer_of(settings)
+    check_data(settings)
     cache = cache_of(settings, tokenizer) if settings.cache else None
     trained = checkpoint is not None and _is_last(checkpoint, args)  # transformers would train one step more
     (role, path, dtype), *of_teachers = settings.models
@@ -94,7 +95,7 @@ def run(settings: Settings, console: Console) -> int:
 
 
 def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
-    """The record of the run in ``out``, once it is known to be this run; None for a fresh folder.
+    """The record of the run in ``out``, once it is known to be this run; None for a fresh folder, or a run that never made a checkpoint.
 
     Raises:
         TrainError: the folder holds another run, or checkpoints of unknown origin.
@@ -106,6 +107,8 @@ def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
     record: dict[str, Any] = json.loads((out / RECORD).read_text())
     now = settings.identity()
     differing = [name for name in now if record["settings"].get(name) != now[name]]
+    if differing and not (out / SUMMARY).is_file() and not _checkpoints(out):
+        return None
     if differing:
         name = differing[0]
         what = "number of processes" if name == "ranks" else f"--{name.replace('_', '-')}"

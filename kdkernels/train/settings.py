@@ -46,9 +46,8 @@ class Settings:
     @property
     def models(self) -> list[tuple[str, str, str]]:
         """Role, path and dtype: of the student, then of each teacher."""
-        # Autocast wants float32 to update, whatever the checkpoint was saved in.
-        autocast = self.student_dtype == "auto" and (self.args.bf16 or self.args.fp16)
-        student = "student", self.student, "float32" if autocast else self.student_dtype
+        # Most updates are too small for the digits of bfloat16, in which most models are saved.
+        student = "student", self.student, "float32" if self.student_dtype == "auto" else self.student_dtype
         return [student, *(("teacher", path, self.teacher_dtype) for path in self.teacher)]
 
     def identity(self) -> dict[str, Any]:
@@ -98,7 +97,12 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
 
     fields = _fields(DistillationArguments, config, rest)
     own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
-    own["teacher"] = [own["teacher"]] if isinstance(own["teacher"], str) else list(own["teacher"] or [])
+    several = own["teacher"] or []
+    own["teacher"] = several if isinstance(several, list) else [several]
+    for name, value in own.items():
+        if not all(isinstance(part, str) for part in (own["teacher"] if name == "teacher" else [value or ""])):
+            what = "; files of rows belong in one folder" if name.endswith("data") else ""
+            raise TrainError(f"--{name.replace('_', '-')} {value!r}: a path or name is needed, as text{what}")
     for name in ("student", "data"):
         if not own[name]:
             raise TrainError(f"--{name} is missing")
@@ -142,11 +146,20 @@ def _fields(arguments: type, config: Mapping[str, Any], rest: Sequence[str]) -> 
         if word.startswith("--") and option not in options:
             known = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
             raise TrainError(f"unknown option {option}{_nearest(option, known)}")
-    parser.set_defaults(**{"disable_tqdm": True, **{name: value for name, value in config.items() if name in fields}})
+    read = {action.dest: action.type for action in parser._actions}
+    values = {name: _as_typed(name, value, read[name]) for name, value in config.items() if name in fields and value is not None}
+    parser.set_defaults(**{"disable_tqdm": True, **values})
     namespace, strays = parser.parse_known_args(list(rest))
     if strays:
         raise TrainError(f"{strays[0]!r} belongs to no option; write --option value")
     return dict(vars(namespace))
+
+
+def _as_typed(name: str, value: Any, read: Any) -> Any:
+    """A number or switch of a file as it is typed on the command line, which then reads it; what only a file can hold stays."""
+    if value is False and name.endswith("_strategy"):  # YAML takes a plain no for false
+        return "no"
+    return str(value) if read in (int, float) or getattr(read, "__name__", "") == "string_to_bool" else value
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:

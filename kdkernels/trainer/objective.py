@@ -62,7 +62,7 @@ class Objective:
             if isinstance(self.teacher, LiveTeacher):
                 self.teacher.prepare(batch["teacher_input_ids"])
         theirs = targets = None
-        if self.teacher is not None:
+        if self.teacher is not None and (self.kd_weight > 0 or self.features is not None):
             with (
                 torch.no_grad(),
                 nullcontext() if self.features is None else self.features.teacher.recording(batch["teacher_input_ids"]) as theirs,
@@ -125,8 +125,9 @@ class Objective:
         hard = labels.masked_fill(~batch["response"], IGNORED) if "response" in batch else labels
         ce_weight = 0.0 if batch.get("on_policy") else self.ce_weight
         if self.kd_weight == 0:
-            loss = primitives.cross_entropy(student, hard, **common)
-            return loss * ce_weight, {"cross_entropy": loss}
+            weights = common.pop("token_weights") if reduction == "none" else 1  # the metrics of an evaluation have none
+            found = primitives.cross_entropy(student, hard, **common)
+            return found * weights * ce_weight, {"cross_entropy": found}
         together = hard is labels
         loss, stats = losses.distillation_loss(
             student, targets, divergence=self.divergence, temperature=self.temperature, t_squared=self.t_squared, labels=labels,

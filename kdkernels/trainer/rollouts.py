@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+import sys
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,9 @@ from torch import nn
 
 from ..data.collator import Item, left_padded, pad_id
 from ..data.example import Example
-from ..tap.patching import is_sharded, text_config
+from ..tap.patching import is_sharded
+from ..tap.weights import logit_columns
+from ..teachers.local import ends, writing
 
 __all__ = ["chosen", "rollouts"]
 
@@ -50,46 +53,31 @@ def rollouts(
     device = next(model.parameters()).device
     ids, mask = left_padded(prompts, pad_id(tokenizer))
     seed = int.from_bytes(hashlib.sha256("/".join(map(str, place)).encode()).digest()[:8], "little") >> 1
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            written = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=_sampling(model, tokenizer, temperature, room, vocab_size),
-            )
-    finally:
-        model.train(training)
+    stops = ends(model, tokenizer)
+    config = _sampling(stops, pad_id(tokenizer), temperature, room, range(vocab_size or sys.maxsize, logit_columns(model)))
+    with torch.no_grad(), writing(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        written = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+        )
     if full:
         return list(items)
-    ends = _ends(model, tokenizer)
-    fresh = iter([_answered(e, _until(row, ends)) for e, row in zip(examples, written[:, ids.shape[1] :].tolist(), strict=True)])
+    fresh = iter([_answered(e, _until(row, stops)) for e, row in zip(examples, written[:, ids.shape[1] :].tolist(), strict=True)])
     return [tuple(next(fresh) for _ in item) for item in items]
 
 
-def _sampling(model: nn.Module, tokenizer: Any, temperature: float, room: int, vocab_size: int | None) -> Any:
-    """Plain sampling from softmax(z / temperature), whatever the model's own generation config prefers."""
+def _sampling(stops: list[int], pad: int, temperature: float, room: int, never: range) -> Any:
+    """Plain sampling from softmax(z / temperature), of all columns but those of padding."""
     from transformers import GenerationConfig
 
-    columns = int(text_config(model).vocab_size)
     return GenerationConfig(
-        max_new_tokens=room, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
-        num_beams=1, repetition_penalty=1.0,
-        pad_token_id=pad_id(tokenizer), eos_token_id=sorted(_ends(model, tokenizer)) or None, use_cache=True,
-        suppress_tokens=list(range(vocab_size, columns)) if vocab_size is not None and vocab_size < columns else None,
+        max_new_tokens=room, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, num_beams=1,
+        pad_token_id=pad, eos_token_id=stops or None, use_cache=True, suppress_tokens=list(never) or None,
     )  # fmt: skip
 
 
-def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
-    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [of_model] if isinstance(of_model, int) else list(of_model or [])
-    return {end for end in [*ends, tokenizer.eos_token_id] if end is not None}
-
-
-def _until(ids: list[int], ends: set[int]) -> list[int]:
-    at = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+def _until(ids: list[int], stops: list[int]) -> list[int]:
+    at = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return ids[: at + 1]
 
 

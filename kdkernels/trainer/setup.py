@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from ..data.example import Example
-from ..tap.patching import text_config, unwrap
+from ..tap.patching import unwrap
 from ..tap.weights import logit_columns
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .arguments import DistillationArguments
 
-__all__ = ["check_kept", "longest", "teacher_source"]
+__all__ = ["check_kept", "teacher_source"]
 
 
 def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments, tokenizer: Any) -> tuple[TeacherSource | None, int]:
@@ -27,6 +27,7 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
         TypeError: a teacher that is none.
         ValueError: no teacher where one is needed; vocabularies that can't be cut to one size; options that this teacher can't serve.
     """
+    _check_causal("model", student)
     if teacher is None:
         if args.kd_weight > 0 or args.feature_weight > 0:
             raise ValueError(f"teacher is missing: it is needed with kd_weight={args.kd_weight}, feature_weight={args.feature_weight}")
@@ -49,7 +50,15 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
     return teacher, size
 
 
+def _check_causal(role: str, model: nn.Module) -> None:
+    base: Any = unwrap(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False) or not getattr(base, "can_generate", lambda: True)():
+        raise TypeError(f"{role} is a {type(base).__name__} and no causal language model: load one with AutoModelForCausalLM")
+
+
 def _check_models(models: Sequence[nn.Module], student: nn.Module, args: DistillationArguments) -> None:
+    for model in models:
+        _check_causal("teacher", model)
     if any(unwrap(model) is unwrap(student) for model in models):
         raise ValueError("teacher is the student itself, which would be frozen: give a copy of it")
     if len(models) > 1 and args.feature_weight > 0:
@@ -84,6 +93,11 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
         return student
     size = teachers[0] if fixed else len(tokenizer)
     theirs = ", ".join(map(str, teachers))
+    if fixed and len(tokenizer) <= narrowest < size:
+        raise ValueError(
+            f"the teacher's targets are over {size} columns, the student has {student} of logits, the tokenizer {len(tokenizer)} tokens: "
+            f"make the targets again without the padding of the teacher's head (kdkernels cache --vocab-size {len(tokenizer)})"
+        )
     if size > narrowest:
         raise ValueError(
             f"the student has {student} columns of logits, the teacher {theirs}, and the real vocabulary is {size}: a model lacks tokens "
@@ -93,21 +107,6 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
         f"student and teacher pad their vocabulary differently ({student} and {theirs} columns): cut to the real {size}", stacklevel=4
     )
     return size
-
-
-def longest(max_length: int | None, packing: bool, models: Sequence[nn.Module]) -> int | None:
-    """Tokens of a row: what was asked for, or what every model can take.
-
-    Raises:
-        ValueError: more than a model can take, or packing into rows of no given length.
-    """
-    limits = [getattr(text_config(model), "max_position_embeddings", None) for model in models]
-    limit = min((int(n) for n in limits if isinstance(n, int) and n > 0), default=None)
-    if max_length is not None and limit is not None and max_length > limit:
-        raise ValueError(f"max_length={max_length}, but a model takes {limit} tokens (its max_position_embeddings): give that or less")
-    if packing and max_length is None and limit is None:
-        raise ValueError("packing=True needs max_length, since no model names a limit of its own")
-    return max_length or limit
 
 
 def check_kept(teacher: Any, examples: Sequence[Example]) -> None:

@@ -18,14 +18,14 @@ from ..divergences import parse
 from ..memory import peak_bytes
 from ..tap.head import HeadTap
 from ..tap.packing import check_packing
-from ..tap.patching import unwrap
+from ..tap.patching import longest, text_config, unwrap
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .arguments import DistillationArguments
 from .features import PROJECTORS, FeatureTap
 from .objective import TERMS, Objective
 from .rollouts import chosen, rollouts
-from .setup import check_kept, longest, teacher_source
+from .setup import check_kept, teacher_source
 
 __all__ = ["DistillationTrainer"]
 
@@ -67,11 +67,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise TypeError(f"args must be DistillationArguments, got {type(args).__name__}")
         if processing_class is None:
             raise TypeError("processing_class is missing: give the tokenizer of student and teacher")
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise TypeError(f"{name} would never be called: no logits are kept, and the loss is that of the arguments")
         if isinstance(train_dataset, Mapping):
             raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): give one of its data sets")
         self.teacher, self.vocab_size = teacher_source(model, teacher, args, processing_class)
         live = self.teacher.models if isinstance(self.teacher, LiveTeacher) else []
-        self.max_length = longest(args.max_length, args.packing, [model, *live])
+        self.max_length = longest(args.max_length, map(text_config, [model, *live]), args.packing)
         features = FeatureTap(model, live[0], args.feature_layers, args.feature_loss) if args.feature_weight > 0 else None
         self.objective = Objective(
             HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse(args.divergence),
@@ -123,7 +126,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     # Training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class."""
+        """As in the base class.
+
+        Raises:
+            ValueError: a student of which nothing is trained.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("every parameter of the student is frozen: unfreeze some, or load its adapter with is_trainable=True")
         self._forget_evaluation()
         return super().train(*args, **kwargs)
 
@@ -149,6 +158,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                     self.model, batch["items"], self.tokenizer, temperature=args.sample_temperature, max_new_tokens=args.max_new_tokens,
                     max_length=self.max_length, vocab_size=self.vocab_size, place=(*place, args.process_index),
                 )  # fmt: skip
+                if self._packing and self.max_length:  # what is written is not as long as what was there
+                    written = pack([example for item in written for example in item], self.max_length)
                 batches[micro] = {**self._prepare_inputs(self.data_collator(written)), "on_policy": True}
                 wrote = True
         return batches, self._get_num_items_in_batch(batches, device) if wrote else num_items

@@ -9,7 +9,7 @@ import typer
 
 from ...options import grouped
 from ...terminal import failing
-from .shared import MaxTokens, Out, Plain, Seed, Teacher, Temperature, finish, sampling
+from .shared import KeyVariable, MaxTokens, Out, Plain, Seed, Teacher, Temperature, finish, sampling
 
 __all__ = ["register"]
 
@@ -28,6 +28,7 @@ def disco(
     judge: Annotated[str | None, typer.Option(help="Folder of another model to judge; default: the teacher judges itself.")] = None,
     judge_url: Annotated[str | None, typer.Option(help="Server of the judge.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="Its name there.")] = None,
+    judge_key_variable: KeyVariable = None,
     samples: Annotated[int, typer.Option(help="Perturbations asked for, for each row and other label.")] = 4,
     temperature: Temperature = 0.8,
     votes: Annotated[int, typer.Option(help="Of the judge on each text; 1 is one greedy vote.")] = 1,
@@ -49,7 +50,7 @@ def disco(
         filling, judging = sampling(max_tokens, temperature, samples), sampling(max_tokens, 0.0 if votes == 1 else 1.0, votes)
         items = recipe.read_texts(data)
         asked = teacher.text_model(seed)
-        judges = teacher.other("judge", judge, judge_url, judge_model, seed, default=asked)
+        judges = teacher.other("judge", judge, judge_url, judge_model, seed, asked, judge_key_variable)
         found, tally = recipe.counterfactuals(
             items, names, asked, judges, out, seed=seed, threshold=threshold, filling=filling, judging=judging
         )  # fmt: skip

@@ -9,7 +9,7 @@ import typer
 
 from ...options import grouped
 from ...terminal import failing
-from .shared import MaxTokens, Plain, Prompt, Seed, Teacher, report, report_usage, sampling
+from .shared import KeyVariable, MaxTokens, Plain, Prompt, Seed, Teacher, report, report_usage, sampling
 
 __all__ = ["register"]
 
@@ -26,9 +26,11 @@ def lion(
     referee: Annotated[str | None, typer.Option(help="Folder of the referee; default: the teacher.")] = None,
     referee_url: Annotated[str | None, typer.Option(help="Server of the referee.")] = None,
     referee_model: Annotated[str | None, typer.Option(help="Its name there.")] = None,
+    referee_key_variable: KeyVariable = None,
     generator: Annotated[str | None, typer.Option(help="Folder of the generator; default: the teacher.")] = None,
     generator_url: Annotated[str | None, typer.Option(help="Server of the generator.")] = None,
     generator_model: Annotated[str | None, typer.Option(help="Its name there.")] = None,
+    generator_key_variable: KeyVariable = None,
     count: Annotated[int, typer.Option(help="New instructions of each round, half like hard ones, half like easy ones.")] = 100,
     threshold: Annotated[float, typer.Option(help="Hard is a mean difference of at least this.")] = 1.0,
     rouge: Annotated[float, typer.Option(help="A new instruction above this ROUGE-L to another is dropped.")] = 0.7,
@@ -64,9 +66,9 @@ def lion(
         asked = {}
         if judging:
             asked["teacher"] = model = teacher.text_model(seed)
-            asked["referee"] = teacher.other("referee", referee, referee_url, referee_model, seed, default=model)
-            asked["generator"] = teacher.other("generator", generator, generator_url, generator_model, seed, default=model)
-            asked["student"] = teacher.other("student", student, None, None, seed, default=model)
+            asked["referee"] = teacher.other("referee", referee, referee_url, referee_model, seed, model, referee_key_variable)
+            asked["generator"] = teacher.other("generator", generator, generator_url, generator_model, seed, model, generator_key_variable)
+            asked["student"] = teacher.other("student", student, None, None, seed, model)
             # Only once all models are there: a wrong path must not become the round's student.
             recipe.begin(recipe.folder_of(out, number), {"student": recipe.weights_of(str(student))})
             _, pool = recipe.instructions(seeds, out, number)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     from ..rows import Row, Sampling, Tally
 
 __all__ = [
-    "AnswerKind", "Kind", "MaxTokens", "Plain", "Prompt", "Rows", "Samples", "Seed", "Student", "Teacher", "Temperature", "finish",
-    "folder", "lengths", "reasons", "report", "report_usage", "sampling",
+    "AnswerKind", "KeyVariable", "Kind", "MaxTokens", "Plain", "Prompt", "Rows", "Samples", "Seed", "Student", "Teacher", "Temperature",
+    "finish", "folder", "lengths", "reasons", "report", "report_usage", "sampling",
 ]  # fmt: skip
 
 
@@ -40,6 +42,7 @@ Samples = Annotated[int, typer.Option(help="Replies to each prompt; more than 1 
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 MaxTokens = Annotated[int, typer.Option(help="Of a reply; a reply cut off there is dropped.")]
 Student = Annotated[Path | None, typer.Option(help="Its tokenizer counts the tokens of each task. Without it, bytes stand for tokens.")]
+KeyVariable = Annotated[str | None, typer.Option(help="Variable of its key. Without it, only the server of --base-url gets one.")]
 AnswerKind = Annotated[Kind, typer.Option(help="What the final answers are.")]
 
 
@@ -81,9 +84,18 @@ class Teacher(Asking):
         """
         return self._watched(self.teacher, self.base_url, self.model, seed, "teacher")
 
-    def other(self, role: str, path: str | None, url: str | None, model: str | None, seed: int, default: Watched) -> Watched:
-        """The model of another role, asked as the teacher is; ``default`` where none is named."""
-        return default if path is None and url is None else self._watched(path, url, model, seed, role)
+    def other(
+        self, role: str, path: str | None, url: str | None, model: str | None, seed: int, default: Watched, key_variable: str | None = None
+    ) -> Watched:
+        """The model of another role, asked as the teacher is; ``default`` where none is named.
+
+        A key goes to the server that it was named for: without a ``key_variable`` of its own, only the teacher's server gets the teacher's.
+        """
+        if path is None and url is None:
+            return default
+        known = url is not None and self.base_url is not None and urlsplit(url)[:2] == urlsplit(self.base_url)[:2]
+        key = key_variable or (self.key_variable if known else "")
+        return dataclasses.replace(self, key_variable=key)._watched(path, url, model, seed, role)
 
     def _watched(self, path: str | None, url: str | None, model: str | None, seed: int, role: str) -> Watched:
         from ...teachers.progress import Watched
@@ -139,7 +151,8 @@ def finish(rows: Sequence[Row], tally: Tally, out: Path, **asked: Watched) -> No
     Raises:
         RecipeError: no rows.
     """
-    from ..rows import RecipeError, write_jsonl
+    from ...files import write_jsonl
+    from ..rows import RecipeError
 
     path = out / "rows.jsonl"
     if not rows or not tally.kept:

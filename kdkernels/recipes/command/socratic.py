@@ -28,8 +28,9 @@ def socratic(
     Writes questioner.jsonl and solver.jsonl; rows.jsonl holds both, for one student that does both.
     """
     with failing():
+        from ...files import write_jsonl
         from .. import socratic as recipe
-        from ..rows import read_items, write_jsonl
+        from ..rows import read_items
 
         items = read_items(files.data, files.prompt, files.response)
         how = sampling(max_tokens, temperature, samples)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ...errors import UserError
 from ...files import digest, digest_file, write_whole
@@ -219,7 +219,3 @@ def identity_of_model(path: str, commit: str | None) -> tuple[str, str]:
     for file in sorted(f for f in folder.iterdir() if f.name in configs or f.suffix in weights):
         found.update(f"{file.name}\0{digest_file(file)}\0".encode())
     return folder.resolve().name, found.hexdigest()
-
-
-def kinds() -> tuple[str, ...]:
-    return get_args(Kind)
