@@ -147,7 +147,7 @@ class FeatureTap:
         total: Tensor | None = None
         for pair in self.pairs:
             s = _rows(student, pair[0], student_rows, "student")
-            t = _rows(teacher, pair[1], teacher_rows, "teacher").detach()
+            t = _rows(teacher, pair[1], teacher_rows, "teacher").detach().to(s.device)
             if self.projectors is not None:
                 projector: Any = self.projectors[_name(pair)]
                 s = projector(s.to(projector.weight.dtype))
@@ -212,7 +212,7 @@ def _rows(features: dict[int, Tensor], layer: int, rows: Tensor, whose: str) -> 
     feature = features.get(layer)
     if feature is None:
         raise ValueError(f"layer {layer} of the {whose} was not recorded: run its forward pass inside recording()")
-    return feature.flatten(0, 1).index_select(0, rows)
+    return feature.flatten(0, 1).index_select(0, rows.to(feature.device))
 
 
 def _distance(kind: FeatureLoss, s: Tensor, t: Tensor) -> Tensor:
