@@ -200,6 +200,8 @@ def test_infinite_divergence_with_weight_zero(d: Divergence, any_backend: str, d
     expected.backward()
     torch.testing.assert_close(got["loss"], expected.detach())
     torch.testing.assert_close(got["d_logits"], leaf.grad)
+    nothing = run(kd.distillation_loss, student, teacher, {"divergence": d, "kd_weight": 0.0, "backend": any_backend})
+    assert all((value == 0).all() for value in nothing.values())
 
 
 def test_statistics_with_empty_columns(any_backend: str, device: str) -> None:
