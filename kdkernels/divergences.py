@@ -350,7 +350,8 @@ class ABDivergence(Divergence):
     def __post_init__(self) -> None:
         _number("ABDivergence(alpha)", self.alpha)
         _number("ABDivergence(beta)", self.beta)
-        if 0 in (self.alpha, self.beta, self.alpha + self.beta):
+        # In float32, where kernels add them up, a sum this small is 0.
+        if 0 in (self.alpha, self.beta) or math.isclose(self.alpha, -self.beta, rel_tol=1e-6):
             raise ValueError(
                 f"ABDivergence needs alpha, beta and alpha + beta other than 0, got alpha={self.alpha!r}, beta={self.beta!r}; "
                 "its limits (1, 0) and (0, 1) are ForwardKL() and ReverseKL()"

@@ -382,6 +382,7 @@ def test_resolve() -> None:
         (lambda: kd.ABDivergence(0, 1), "alpha=0"),
         (lambda: kd.ABDivergence(1, 0.0), r"beta=0\.0"),
         (lambda: kd.ABDivergence(0.5, -0.5), r"alpha \+ beta.*0\.5"),
+        (lambda: kd.ABDivergence(0.1 + 0.2, -0.3), r"alpha \+ beta.*-0\.3"),  # 5.6e-17
         (lambda: kd.ABDivergence(math.nan, 1.0), r"ABDivergence\(alpha\).*nan"),
         (lambda: kd.ABDivergence(1.0, math.inf), r"ABDivergence\(beta\).*inf"),
         (lambda: kd.LogitMSE(1), r"LogitMSE\(centered\).*1"),
