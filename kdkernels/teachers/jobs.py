@@ -22,6 +22,7 @@ from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, write_cache
 from .generate import requests_of, with_reply, write_rows
 from .http import HTTPModel, Refused
+from .loading import load
 from .progress import Watched, print_usage
 from .text import REFUSED, Counted
 
@@ -79,10 +80,11 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
     from .live import LiveTeacher
 
     o = options
-    tokenizer = AutoTokenizer.from_pretrained(o.tokenizer, revision=o.revision if o.tokenizer == o.teacher else None)
+    of_teacher = o.tokenizer == o.teacher
+    tokenizer = load(AutoTokenizer, "teacher" if of_teacher else "tokenizer", o.tokenizer, revision=o.revision if of_teacher else None)
     limit = _limit(o)
     examples = _examples(o, tokenizer, limit) if o.kind != "text" else []  # first: bad data is found before a large model is loaded
-    model = AutoModelForCausalLM.from_pretrained(o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
+    model = load(AutoModelForCausalLM, "teacher", o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
     name, revision = identity_of_model(o.teacher, getattr(model.config, "_commit_hash", None) or o.revision)
     columns, hidden_size = model.get_output_embeddings().weight.shape
     if o.vocab_size is not None and o.vocab_size > columns:
@@ -135,7 +137,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
     from transformers import AutoTokenizer
 
     o = options
-    tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
+    tokenizer = load(AutoTokenizer, "tokenizer", o.tokenizer)
     examples = _examples(o, tokenizer, o.max_length)
     if model is not None:
         with progress(console, "examples") as (start, advance):
@@ -169,7 +171,7 @@ def _limit(o: CacheOptions) -> int | None:
     """Tokens of an example: as many as asked for, or as the teacher can take."""
     from transformers import AutoConfig
 
-    able = getattr(AutoConfig.from_pretrained(o.teacher, revision=o.revision).get_text_config(), "max_position_embeddings", None)
+    able = getattr(load(AutoConfig, "teacher", o.teacher, revision=o.revision).get_text_config(), "max_position_embeddings", None)
     if able and o.max_length and o.max_length > able:
         raise ValueError(f"--max-length {o.max_length}: the teacher takes {able} tokens (its max_position_embeddings)")
     return o.max_length or able
