@@ -125,17 +125,17 @@ struct AlphaDivergence : SlopeSumUnknown {
 struct ABDivergence : SlopeSumUnknown {
     static constexpr int id = 8;
     static constexpr const char* name = "ab_divergence";
-    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real b) {
+    template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real, Real, Real a, Real b) {
         const Real total = a + b, share_p = a / total, share_q = b / total, per_value = Real(-1) / (a * b), per_slope = Real(-1) / a;
-        const Real ratio = log_q - log_p, size = total * -magnitude(ratio);
+        const Real ratio = total * (log_q - log_p), size = -magnitude(ratio);  // of the powers
         const bool q_larger = ratio >= Real(0);
-        const Real larger = exp(total * (log_q > log_p ? log_q : log_p));  // its power
+        const Real larger = exp(total * (q_larger ? log_q : log_p));
         const Real power = q_larger ? share_p : share_q;
-        const Exponential<Real> grown = exponential(power * size), shrunk = exponential(size);
+        const Exponential<Real> grown = exponential(power * size), shrunk = exponential<Sign::negative>(size);
         const Real close = grown.less_one - (q_larger ? Real(0) : shrunk.less_one);
         const Real slope = (ratio < kApart<Real> ? grown.whole - shrunk.whole : close) * larger * per_slope;
         const Real value = (grown.less_one - power * shrunk.less_one) * larger * per_value;
-        const bool empty = q == Real(0) && p == Real(0);
+        const bool empty = log_q == -kInfinity<Real> && log_p == -kInfinity<Real>;
         return {empty ? Real(0) : value, empty ? Real(0) : slope};
     }
 };

@@ -60,13 +60,17 @@ def _exactly(device: torch.device | str) -> torch.device:
     return device
 
 
+def check_name(backend: str) -> None:
+    if backend != "auto" and backend not in NAMES:
+        raise ValueError(f"backend {backend!r} is unknown; valid names: auto, {', '.join(NAMES)}")
+
+
 @lru_cache(maxsize=256)
 def _select(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], kernels: str) -> str:
     if backend == "auto":
         order = AUTO_ORDER.get(device.type, ("torch",))
         return next(name for name in order if unavailable(name, device, dtypes, kernels) is None)
-    if backend not in NAMES:
-        raise ValueError(f"backend {backend!r} is unknown; valid names: auto, {', '.join(NAMES)}")
+    check_name(backend)
     if (reason := unavailable(backend, device, dtypes, kernels)) is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run here: {reason}")
     return backend

@@ -292,8 +292,9 @@ class TotalVariation(Divergence):
 
 
 APART = -1.0
-"""log(q / p) below which the slope of a power divergence is the difference of its two parts as they are: where q is that much smaller,
-nothing cancels in it, and the differences of both from p, which serve near p = q, would leave nothing of it but their rounding."""
+"""log(q / p), or of their powers, below which the slope of a power divergence is the difference of its two parts as they are: where q is
+that much smaller, nothing cancels in it, and the differences of both from p, which serve near p = q, would leave nothing of it but their
+rounding."""
 
 
 @dataclass(frozen=True)
@@ -349,7 +350,8 @@ class ABDivergence(Divergence):
     def __post_init__(self) -> None:
         _number("ABDivergence(alpha)", self.alpha)
         _number("ABDivergence(beta)", self.beta)
-        if 0 in (self.alpha, self.beta, self.alpha + self.beta):
+        # In float32, where kernels add them up, a sum this small is 0.
+        if 0 in (self.alpha, self.beta) or math.isclose(self.alpha, -self.beta, rel_tol=1e-6):
             raise ValueError(
                 f"ABDivergence needs alpha, beta and alpha + beta other than 0, got alpha={self.alpha!r}, beta={self.beta!r}; "
                 "its limits (1, 0) and (0, 1) are ForwardKL() and ReverseKL()"
@@ -358,24 +360,28 @@ class ABDivergence(Divergence):
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         a, b = self.alpha, self.beta
         s = a + b
-        skipped = (log_q == -math.inf) & (log_p == -math.inf)
-        lq, lp = (torch.where(skipped, torch.zeros_like(x), x) for x in (log_q, log_p))
+        no_q, no_p = log_q == -math.inf, log_p == -math.inf
+        # A negative power of 0 is infinite, and so is its column, of whose terms the largest is positive.
+        known = no_q | no_p if s < 0 else no_q & no_p
+        lq, lp = (torch.where(known, torch.zeros_like(x), x) for x in (log_q, log_p))
         column = ((a * lp + b * lq).exp() - a / s * (s * lp).exp() - b / s * (s * lq).exp()) / (-a * b)
-        return torch.where(skipped, torch.zeros_like(column), column)
+        return torch.where(known, _choose(no_q & no_p, 0.0, math.inf, column), column)
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.alpha, self.beta
         s = a + b
-        ratio = log_q - log_p
+        # Larger and smaller are the powers: with a + b < 0 that of the smaller probability is the larger one.
+        ratio = (log_q - log_p).mul_(s)
         q_larger = ratio >= 0
-        larger = torch.exp(s * torch.maximum(log_q, log_p))  # larger^(a+b)
-        size = ratio.abs().mul_(-s)  # log of smaller^(a+b) over that
+        larger = torch.exp(torch.maximum(s * log_q, s * log_p))
+        size = ratio.abs().neg_()  # log(smaller / larger)
         weight = _choose(q_larger, a / s, b / s, ratio)  # of the smaller one in p^a q^b
         power = weight * size
         grown, shrunk = torch.expm1(power), torch.expm1(size)
-        empty = (q == 0) & (p == 0)
+        # By the logarithms: small powers of a q and p that underflow still count.
+        empty = (log_q == -math.inf) & (log_p == -math.inf)
         value = _zero_where(empty, (grown - weight * shrunk).mul_(larger)).div_(-a * b)
-        # (p^a q^b - q^(a+b)) / larger^(a+b)
+        # (p^a q^b - q^(a+b)) / larger
         slope = torch.where(ratio < APART, power.exp_() - size.exp_(), torch.where(q_larger, grown, grown - shrunk))
         return value, _zero_where(empty, slope.mul_(larger)).div_(-a)
 

@@ -181,7 +181,9 @@ class DistillationLoss(nn.Module):
         if "divergence" in options:
             options["divergence"] = divergences.resolve(options["divergence"])
         check_numbers(**{k: v for k, v in options.items() if k in ("temperature", "kd_weight", "ce_weight")})
-        check_choices(**{k: v for k, v in options.items() if k in ("reduction", "memory_budget", "chunk_rows")})
+        choices = ("reduction", "memory_budget", "chunk_rows", "ignore_index", "t_squared", "return_stats")
+        check_choices(**{k: v for k, v in options.items() if k in choices})
+        dispatch.check_name(options.get("backend", "auto"))
         self.options = options
 
     def forward(
@@ -215,6 +217,8 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
     Raises:
         The errors of ``distillation_loss``.
     """
+    if unknown := set(options) - _DEFAULTS.keys():
+        raise TypeError(f"plan got {', '.join(sorted(unknown))}; it takes {', '.join(sorted(_DEFAULTS))}")
     problem, inputs = prepare(student, teacher, **{**_DEFAULTS, **options, "return_stats": return_stats})
     if inputs.student.device.type == "meta":
         num_rows = math.prod(inputs.student.shape[:-1])

@@ -43,7 +43,7 @@ def uniform(seed: Tensor, rows: Tensor, draw: int, vocab: int) -> Tensor:
     def halves(part: int) -> Tensor:
         words = philox(seed, (slots, low_row, torch.full_like(slots, draw), high_row * 2 + part))
         columns = torch.stack([w.view(len(rows), groups, lanes) for w in words], 2)  # [C, G, 4, lanes]
-        return columns.view(len(rows), -1)[:, :vocab].to(torch.float64)
+        return columns.flatten(1)[:, :vocab].to(torch.float64)
 
     return halves(0).mul_(2.0**-32).add_(halves(1).add_(0.5).mul_(2.0**-64))
 

@@ -119,7 +119,8 @@ def topk_logprobs(
 ) -> TopK:
     """The k most likely tokens, the first one first, and their ``log softmax(z / T)``, over the whole vocabulary. Detached.
 
-    Among equal logits the lower id comes first, on every backend; NaN counts as -inf, and -inf comes last.
+    Among equal logits the lower id comes first, on every backend. A NaN is ordered as -inf, which comes last; its row's log-probabilities
+    are all NaN.
 
     Args:
         k: in [1, V].

@@ -117,7 +117,8 @@ def distillation_rows(
         divergence = div.reference(normalize(x, u, div), normalize(u, x, div)).sum(-1)
         teacher_entropy = _entropy(torch.log_softmax(u, -1))
         agreement = zs.argmax(-1, keepdim=True) == zt.argmax(-1, keepdim=True)
-    loss = problem.value_scale * divergence if problem.kd_weight else torch.zeros_like(divergence)
+    # Without weight 0, with gradient 0: 0 times an infinite divergence has neither.
+    loss = problem.value_scale * divergence if problem.kd_weight else zs.masked_fill(torch.ones_like(zs, dtype=torch.bool), 0.0).sum(-1)
     ce = torch.full_like(divergence, math.nan)
     if labels is not None:
         target = labels.masked_fill(labels == problem.ignore_index, 0).unsqueeze(-1)

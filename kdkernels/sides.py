@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Ensemble", "LMHead", "Sampled", "Side", "Tail", "Teacher", "TopK"]
+__all__ = ["Ensemble", "LMHead", "Sampled", "Side", "Tail", "Teacher", "TopK", "check_number"]
 
 Tail = Literal["bucket", "renorm", "zero"]
 """What a loss takes the probability outside a ``TopK`` for: one more outcome, nothing (the rest renormalised), or left out."""
@@ -71,6 +71,7 @@ class TopK:
             raise TypeError(f"TopK.logprobs must be floating point, got {self.logprobs.dtype}")
         if self.tail not in get_args(Tail):
             raise ValueError(f"TopK.tail must be one of {', '.join(map(repr, get_args(Tail)))}, got {self.tail!r}")
+        check_number("TopK.temperature", self.temperature)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"TopK.temperature must be finite and > 0, got {self.temperature}")
 
@@ -142,6 +143,11 @@ class Ensemble:
 
 Teacher: TypeAlias = Side | TopK | Sampled | Ensemble
 """What a loss takes for a teacher."""
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__} (of a tensor take .item())")
 
 
 def _check_ids(name: str, ids: Tensor) -> None:

@@ -274,22 +274,28 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
     return (None if count == num_rows else index), count
 
 
+LARGEST_LOGPROB = 0.01
+"""Of a ``TopK`` that is taken as it stands: nobody rounds a log-probability to more."""
+
+
 def _bad_ids(problem: Problem, inputs: Inputs) -> Tensor:
     """``[...]``: rows of a sparse teacher with ids out of range, or (of the most likely tokens, which are a set) there twice, or with
-    negative counts."""
+    negative counts, or with positive log-probabilities that nothing normalises."""
     teacher_ids, values = inputs.teacher_ids, inputs.teacher
     assert teacher_ids is not None
     assert values is not None
-    ids, counts = (t.reshape(-1, t.shape[-1]) for t in (teacher_ids, values))
+    ids, values = (t.reshape(-1, t.shape[-1]) for t in (teacher_ids, values))
     bad = torch.empty(len(ids), dtype=torch.bool, device=ids.device)
     step = max(1, BLOCK_ELEMENTS // ids.shape[1])  # sorting takes more memory than what is sorted
     for start in range(0, len(ids), step):
         some = ids[start : start + step]
         wrong = (some < -1) | (some >= problem.vocab)
         if problem.tail == "sampled":
-            wrong |= (counts[start : start + step] < 0) & (some >= 0)
+            wrong |= (values[start : start + step] < 0) & (some >= 0)
         elif ids.shape[1] > 1:
             wrong[:, 1:] |= _repeated(some.sort(-1).values)
+        if problem.tail in ("bucket", "zero"):
+            wrong |= (values[start : start + step] > LARGEST_LOGPROB) & (some >= 0)
         bad[start : start + step] = wrong.any(-1)
     return bad.view(teacher_ids.shape[:-1])
 
@@ -309,10 +315,15 @@ def _what_is_wrong(problem: Problem, inputs: Inputs, bad: Tensor) -> str:
             f"teacher {name}.ids contain {int(outside[0])} ({outside.numel()} such entries), outside the vocabulary [0, {problem.vocab}) "
             "and not -1, which is padding: are they of the student's tokenizer?"
         )
+    values = inputs.teacher[bad][ids >= 0]
     if problem.tail == "sampled":
-        counts = inputs.teacher[bad]
-        wrong = counts[(counts < 0) & (ids >= 0)]
+        wrong = values[values < 0]
         return f"teacher Sampled.counts contain {wrong[0].item()} ({wrong.numel()} such entries): they must not be negative"
+    if problem.tail != "renorm" and (wrong := values[values > LARGEST_LOGPROB]).numel():
+        return (
+            f"teacher TopK.logprobs contain {wrong[0].item():g} ({wrong.numel()} such entries), and log-probabilities are at most 0: of "
+            "probabilities take .log(), of logits log_softmax over the vocabulary, or tail='renorm'"
+        )
     ordered = ids.sort(-1).values
     repeated = ordered[:, 1:][_repeated(ordered)][0]
     return f"teacher TopK.ids name token {int(repeated)} twice at one position: add the probabilities up and keep one, the other -1"

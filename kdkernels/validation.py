@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from . import dispatch, divergences
 from .divergences import Divergence
 from .problem import DTYPE_NAMES, Member, Problem, Quantity, Transform
-from .sides import Ensemble, LMHead, Sampled, Side, Teacher, TopK
+from .sides import Ensemble, LMHead, Sampled, Side, Teacher, TopK, check_number
 from .sources import Inputs
 
 
@@ -39,7 +41,7 @@ def prepare(
     """Checks every argument and turns it into what the engine takes. The cross-entropy of the student alone has no teacher."""
     resolved = divergences.resolve(divergence)
     check_numbers(temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
-    check_choices(reduction=reduction, memory_budget=memory_budget, chunk_rows=chunk_rows)
+    check_choices(reduction, memory_budget, chunk_rows, ignore_index, t_squared, return_stats)
     student_side = _check_side("student", student)
     leading, device = student_side.leading, student_side.input.device
     teachers: dict[str, _Checked] = {}  # those with logits
@@ -79,8 +81,8 @@ def prepare(
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be one number, got a tensor of shape {list(num_items.shape)}")
-    elif num_items is not None and num_items < 0:
-        raise ValueError(f"num_items must not be negative, got {num_items}")
+    elif num_items is not None:
+        _check_num_items(num_items)
     _check_logits_dtype(logits_dtype, student_side, *teachers.values())
     grad = torch.is_grad_enabled()
     of_teachers = [t for side in teachers.values() for t in side.tensors if t is not None]
@@ -103,10 +105,10 @@ def prepare(
         vocab=student_side.vocab,
         quantity=quantity,
         temperature=temperature,
-        t_squared=bool(t_squared),
+        t_squared=t_squared,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
-        ignore_index=int(ignore_index),
+        ignore_index=ignore_index,
         student=student_side.transform,
         teacher=Transform() if single is None else single.transform,
         student_dtype=student_side.dtype,
@@ -119,7 +121,7 @@ def prepare(
         wants_input=wants[0],
         wants_weight=wants[1],
         wants_bias=wants[2],
-        return_stats=bool(return_stats),
+        return_stats=return_stats,
         has_labels=labels is not None,
         memory_budget=memory_budget,
         chunk_rows=chunk_rows,
@@ -361,10 +363,13 @@ def _check_side(name: str, side: Side | None) -> _Checked:
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or not 0 < size <= vocab:
             raise ValueError(f"{name}.vocab_size must be an int in [1, {vocab}] (the head's rows), got {size!r}")
         vocab = size
+    check_number(f"{name}.scale", side.scale)
     if not -math.inf < side.scale < math.inf or side.scale == 0:
         raise ValueError(f"{name}.scale must be finite and not 0, got {side.scale!r}")
-    if side.softcap is not None and not 0 < side.softcap < math.inf:
-        raise ValueError(f"{name}.softcap must be finite and > 0, or None for no cap, got {side.softcap!r}")
+    if side.softcap is not None:
+        check_number(f"{name}.softcap", side.softcap)
+        if not 0 < side.softcap < math.inf:
+            raise ValueError(f"{name}.softcap must be finite and > 0, or None for no cap, got {side.softcap!r}")
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -398,8 +403,7 @@ def _check_per_token(name: str, tensor: Tensor | None, leading: torch.Size, devi
 
 def check_numbers(temperature: float = 1.0, kd_weight: float = 1.0, ce_weight: float = 0.0) -> None:
     for name, value in (("temperature", temperature), ("kd_weight", kd_weight), ("ce_weight", ce_weight)):
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-            raise TypeError(f"{name} must be a Python number, got {type(value).__name__} (of a tensor take .item())")
+        check_number(name, value)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}; for hard targets use labels and ce_weight")
     for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
@@ -407,12 +411,32 @@ def check_numbers(temperature: float = 1.0, kd_weight: float = 1.0, ce_weight: f
             raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
 
-def check_choices(reduction: str = "mean", memory_budget: int | None = None, chunk_rows: int | None = None) -> None:
+def check_choices(
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    chunk_rows: int | None = None,
+    ignore_index: int = -100,
+    t_squared: bool = True,
+    return_stats: bool = False,
+) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     for name, value, unit in (("memory_budget", memory_budget, "bytes"), ("chunk_rows", chunk_rows, "rows")):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
             raise ValueError(f"{name} must be a positive int ({unit}) or None, got {value!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}; without labels to ignore leave it at -100")
+    for name, flag in (("t_squared", t_squared), ("return_stats", return_stats)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def _check_num_items(value: Any) -> None:
+    is_number = isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+    if not is_number:
+        raise TypeError(f"num_items must be a number or a tensor of one, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"num_items must be finite and >= 0, got {value}")
 
 
 def _check_logits_dtype(logits_dtype: torch.dtype | None, *sides: _Checked) -> None:

@@ -42,6 +42,8 @@ DIVERGENCES: list[Divergence] = [
     kd.LogitMSE(),
     kd.LogitMSE(centered=True),
 ]
+NEGATIVE: list[Divergence] = [kd.ABDivergence(-0.5, -0.3), kd.ABDivergence(0.4, -1.0), kd.ABDivergence(-1.0, 0.4)]
+"""With alpha + beta < 0, so that the least likely tokens weigh most: apart, since what the definitions below say of 0 is inf - inf."""
 ONE_OF_EACH: list[Divergence] = [
     kd.ForwardKL(), kd.ReverseKL(), kd.SymmetricKL(0.3), kd.JSD(0.3), kd.SkewKL(0.2), kd.SkewReverseKL(0.2), kd.TotalVariation(),
     kd.AlphaDivergence(0.4), kd.ABDivergence(), kd.LogitMSE(), kd.LogitMSE(centered=True),

@@ -113,6 +113,29 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, folder: Path, arguments
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cache", "--teacher", "./nowhere"], "--teacher ./nowhere: no such folder"),
+        (["cache", "--teacher", "FOLDER", "--tokenizer", "./nowhere"], "--tokenizer ./nowhere: no such folder"),
+        (["cache", "--from-replies", "--tokenizer", "./nowhere"], "--tokenizer ./nowhere: no such folder"),
+        (["cache", "--teacher", "EMPTY"], "can't be loaded by AutoTokenizer"),
+        (["generate", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
+        (
+            ["generate", "--model", "m", "--base-url", "http://localhost:1/v1", "--extra-body", "{"],
+            "--extra-body {: a JSON object is needed",
+        ),
+    ],
+)
+def test_what_is_not_there_is_named_with_its_option(tmp_path: Path, folder: Path, arguments: list[str], message: str) -> None:
+    data, empty = tiny.write(tmp_path / "data.jsonl", tiny.rows(3)), tmp_path / "empty"
+    empty.mkdir()
+    given = [{"FOLDER": str(folder), "EMPTY": str(empty)}.get(a, a) for a in arguments]
+    result = runner.invoke(cli.app, [*given, "--data", str(data), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 @pytest.mark.parametrize("kind", ["topk", "hidden"])
 def test_the_measurement_runs(tmp_path: Path, kind: Any) -> None:
     found = measure(tmp_path, tokens=1000, kind=kind, k=4, length=50)

@@ -150,6 +150,11 @@ def test_plan_on_meta_tensors() -> None:
     assert plan.num_chunks * plan.rows_per_chunk >= 1 << 20
 
 
+def test_plan_names_an_unknown_argument() -> None:
+    with pytest.raises(TypeError, match=r"plan got temprature; it takes .*temperature"):
+        kd.plan(*heads(), temprature=2.0)  # type: ignore[call-overload]
+
+
 def test_plan_computes_nothing(calls: dict[str, int]) -> None:
     kd.plan(*heads(), labels=make_labels((N,), V), return_stats=True)
     assert not any(calls.values())

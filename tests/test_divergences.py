@@ -8,9 +8,10 @@ import math
 
 import pytest
 import torch
+from conftest import require
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import DIVERGENCES, ONE_OF_EACH, closed_form, divergence, name_of
+from oracle import DIVERGENCES, NEGATIVE, ONE_OF_EACH, closed_form, divergence, name_of, run, truth_of
 from torch import Tensor
 
 import kdkernels as kd
@@ -123,7 +124,7 @@ def test_unequal_mixtures_keep_their_digits(d: Divergence) -> None:
 
 
 POWERS = [d for d in DIVERGENCES if isinstance(d, (kd.AlphaDivergence, kd.ABDivergence))]
-POWERS += [kd.AlphaDivergence(0.99), kd.ABDivergence(0.7, 0.2), kd.ABDivergence(1.0, -0.4)]
+POWERS += [kd.AlphaDivergence(0.99), kd.ABDivergence(0.7, 0.2), kd.ABDivergence(1.0, -0.4), *NEGATIVE]
 RATIOS = [sign * ratio for ratio in (1e-3, 0.1, 0.7, 1.5, 2.5, 5.0, 11.0, 20.0, 40.0, 69.0) for sign in (1, -1)]
 """log(q / p): from 1e-30 to 1e30."""
 
@@ -306,6 +307,31 @@ def test_columns_that_one_excludes(d: Divergence, side: str) -> None:
     torch.testing.assert_close(d.reference(reference.normalize(x, u, d), reference.normalize(u, x, d)).sum(-1), truth)
 
 
+@pytest.mark.parametrize("d", NEGATIVE, ids=name_of)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_negative_powers_of_nothing_are_infinite(d: Divergence, side: str) -> None:
+    """alpha + beta < 0 gives an excluded column two or three infinite terms; the largest, which decides, is positive."""
+    x, u = pair(10)
+    truth = divergence(d, x, u)
+    torch.testing.assert_close(value_and_gradient(d, x, u)[0], truth)
+    (x if side == "student" else u)[3, 5] = -math.inf
+    truth[3] = math.inf
+    torch.testing.assert_close(value_and_gradient(d, x, u)[0], truth)
+    torch.testing.assert_close(d.reference(reference.normalize(x, u, d), reference.normalize(u, x, d)).sum(-1), truth)
+
+
+@pytest.mark.parametrize("d", [kd.ABDivergence(0.05, 0.05), kd.ABDivergence(0.02, -0.01), kd.ABDivergence(-0.02, 0.01)], ids=name_of)
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_small_powers_of_what_underflows_count(d: Divergence, backend: str) -> None:
+    """exp(-120) is 0 in float32, its twentieth power is not."""
+    require(backend, "cpu")
+    x, u = (35 * t.float() for t in pair(11))
+    options = {"divergence": d, "reduction": "sum"}
+    got, truth = run(kd.distillation_loss, x, u, {**options, "backend": backend}), truth_of(x, u, options)
+    for name, value in got.items():
+        torch.testing.assert_close(value.double(), truth[name], rtol=1e-5, atol=1e-6 * float(truth[name].abs().max()))
+
+
 # ---- names and parameters
 
 
@@ -356,6 +382,7 @@ def test_resolve() -> None:
         (lambda: kd.ABDivergence(0, 1), "alpha=0"),
         (lambda: kd.ABDivergence(1, 0.0), r"beta=0\.0"),
         (lambda: kd.ABDivergence(0.5, -0.5), r"alpha \+ beta.*0\.5"),
+        (lambda: kd.ABDivergence(0.1 + 0.2, -0.3), r"alpha \+ beta.*-0\.3"),  # 5.6e-17
         (lambda: kd.ABDivergence(math.nan, 1.0), r"ABDivergence\(alpha\).*nan"),
         (lambda: kd.ABDivergence(1.0, math.inf), r"ABDivergence\(beta\).*inf"),
         (lambda: kd.LogitMSE(1), r"LogitMSE\(centered\).*1"),

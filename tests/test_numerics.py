@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
     DIVERGENCES,
+    NEGATIVE,
     ONE_OF_EACH,
     assert_close_2x,
     check,
@@ -110,13 +111,13 @@ FINITE_WITHOUT_TEACHER = [  # p = 0 < q has a finite cost
     if isinstance(d, (kd.ForwardKL, kd.JSD, kd.SkewKL, kd.SkewReverseKL, kd.TotalVariation))
     or (isinstance(d, kd.AlphaDivergence) and d.alpha > 0) or (isinstance(d, kd.ABDivergence) and d.alpha > 0 and d.alpha + d.beta > 0)
 ]  # fmt: skip
-INFINITE_WITHOUT_TEACHER = [d for d in DIVERGENCES if d not in FINITE_WITHOUT_TEACHER and not isinstance(d, kd.LogitMSE)]
+INFINITE_WITHOUT_TEACHER = [d for d in (*DIVERGENCES, *NEGATIVE) if d not in FINITE_WITHOUT_TEACHER and not isinstance(d, kd.LogitMSE)]
 FINITE_WITHOUT_STUDENT = [  # q = 0 < p has a finite cost
     d for d in DIVERGENCES
     if isinstance(d, (kd.ReverseKL, kd.JSD, kd.SkewKL, kd.SkewReverseKL, kd.TotalVariation))
     or (isinstance(d, kd.AlphaDivergence) and d.alpha < 1) or (isinstance(d, kd.ABDivergence) and d.beta > 0 and d.alpha + d.beta > 0)
 ]  # fmt: skip
-INFINITE_WITHOUT_STUDENT = [d for d in DIVERGENCES if d not in FINITE_WITHOUT_STUDENT and not isinstance(d, kd.LogitMSE)]
+INFINITE_WITHOUT_STUDENT = [d for d in (*DIVERGENCES, *NEGATIVE) if d not in FINITE_WITHOUT_STUDENT and not isinstance(d, kd.LogitMSE)]
 
 
 @pytest.mark.parametrize("d", FINITE_WITHOUT_TEACHER, ids=name_of)
@@ -199,6 +200,8 @@ def test_infinite_divergence_with_weight_zero(d: Divergence, any_backend: str, d
     expected.backward()
     torch.testing.assert_close(got["loss"], expected.detach())
     torch.testing.assert_close(got["d_logits"], leaf.grad)
+    nothing = run(kd.distillation_loss, student, teacher, {"divergence": d, "kd_weight": 0.0, "backend": any_backend})
+    assert all((value == 0).all() for value in nothing.values())
 
 
 def test_statistics_with_empty_columns(any_backend: str, device: str) -> None:

@@ -152,6 +152,13 @@ def test_nothing_to_do(name: str, dim: int | None, why: str, any_backend: str, d
         assert (t.grad == 0).all()
 
 
+@pytest.mark.parametrize("dim", [8, None])
+def test_ids_of_no_rows(dim: int | None, any_backend: str, device: str) -> None:
+    side = make_side((2, 0), 23, dim, device=device)
+    assert kd.sample(side, 3, backend=any_backend).ids.shape == (2, 0, 3)
+    assert kd.topk_logprobs(side, 3, backend=any_backend).ids.shape == (2, 0, 3)
+
+
 def test_a_bad_row_stays_alone(any_backend: str, device: str) -> None:
     z = make_side((3,), 40, None, device=device)
     assert isinstance(z, Tensor)

@@ -292,6 +292,9 @@ def test_module_is_the_function(any_backend: str) -> None:
         ({"reduction": "batchmean"}, ValueError, "batchmean"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows"),
         ({"ce_weight": -1.0}, ValueError, "ce_weight"),
+        ({"backend": "jax"}, ValueError, "backend 'jax' is unknown"),
+        ({"ignore_index": None}, TypeError, "ignore_index"),
+        ({"t_squared": "no"}, TypeError, "t_squared"),
     ],
 )
 def test_module_checks_its_options_early(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -400,6 +400,11 @@ def test_bad_input() -> None:
         kd.distillation_loss(z, teacher(7, 1, 7))
     with pytest.raises(ValueError, match=r"Sampled.counts contain -2 \(1 such .* must not be negative"):
         kd.distillation_loss(z, kd.Sampled(torch.tensor([[1, -1], [2, 3]]), torch.tensor([[1, -5], [-2, 3]])))
+    for tail in ("bucket", "zero"):
+        probabilities = kd.TopK(torch.tensor([[1, -1], [2, 3]]), torch.tensor([[-0.1, 9.0], [0.7, 0.1]]), tail)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"TopK.logprobs contain 0.7 \(2 such .* at most 0.*\.log\(\).*tail='renorm'"):
+            kd.distillation_loss(z, probabilities)
+        assert torch.isfinite(kd.distillation_loss(z, dataclasses.replace(probabilities, tail="renorm")))
     with pytest.raises(ValueError, match="leading shape"):
         kd.distillation_loss(torch.randn(3, 10), teacher(1, 2, 3))
     for tail in ("bucket", "zero"):

@@ -200,6 +200,9 @@ def test_evaluation_weighs_tokens(make: Make) -> None:
         assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-10)
         assert metrics["eval_tokens"] == batch["scored"].numel()
     assert trainer.evaluate(rows[:3])["eval_tokens"] < metrics["eval_tokens"]
+    predictions, labels, metrics = trainer.predict(rows)
+    assert (predictions, labels) == (None, None)
+    assert metrics["test_loss"] == pytest.approx(expected, rel=1e-10)
     packed = make(packing=True, max_length=40, eval_rows={"one": rows, "two": rows}, divergence="jsd", ce_weight=0.5)
     metrics = packed.evaluate()
     assert metrics["eval_one_loss"] == pytest.approx(expected, rel=1e-10)

@@ -60,6 +60,21 @@ def test_arguments_that_make_no_sense(make: Make, options: dict[str, Any], messa
         make(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": "2"}, "temperature must be a Python number, got str"),
+        ({"ce_weight_last": "0"}, "ce_weight_last must be a Python number, got str"),
+        ({"on_policy_fraction": "all"}, "on_policy_fraction must be a Python number, got str"),
+        ({"t_squared": "no"}, "t_squared must be True or False, got 'no'"),
+        ({"packing": 1}, "packing must be True or False, got 1"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(make: Make, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make(**options)
+
+
 def test_arguments_survive_json(tmp_path: Path) -> None:
     for given, kept in (
         (kd.JSD(beta=0.3), "jsd(beta=0.3)"), ("jsd(beta=0.5)", "jsd"),

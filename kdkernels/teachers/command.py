@@ -137,10 +137,18 @@ def generate(
     with failing():
         teacher: Any
         if base_url:
-            extra = json.loads(extra_body)
+            try:
+                extra = json.loads(extra_body)
+            except json.JSONDecodeError:
+                extra = None
             if not isinstance(extra, dict):
                 raise ValueError(f"--extra-body {extra_body}: a JSON object is needed")
             teacher = asking.http(base_url, model, api=api.value, seed=seed, extra_body=extra)
         else:
+            from transformers import AutoConfig
+
+            from .loading import load
+
+            load(AutoConfig, "model", model)  # or an error that names the option
             teacher = asking.local(model, seed or 0)
         jobs.generate(teacher, data, out, console(), max_tokens, temperature, tuple(stop or ()), logprobs)

@@ -25,6 +25,7 @@ from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, write_cache
 from .generate import requests_of, with_reply
 from .http import HTTPModel, Refused
+from .loading import load
 from .progress import Watched, print_usage
 from .text import REFUSED, Counted
 
@@ -82,10 +83,11 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
     from .live import LiveTeacher
 
     o = options
-    tokenizer = AutoTokenizer.from_pretrained(o.tokenizer, revision=o.revision if o.tokenizer == o.teacher else None)
-    limit = longest(o.max_length, [AutoConfig.from_pretrained(o.teacher, revision=o.revision).get_text_config()])
+    of_teacher = o.tokenizer == o.teacher
+    tokenizer = load(AutoTokenizer, "teacher" if of_teacher else "tokenizer", o.tokenizer, revision=o.revision if of_teacher else None)
+    limit = longest(o.max_length, [load(AutoConfig, "teacher", o.teacher, revision=o.revision).get_text_config()])
     examples = _examples(o, tokenizer, limit) if o.kind != "text" else []  # first: bad data is found before a large model is loaded
-    model = AutoModelForCausalLM.from_pretrained(o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
+    model = load(AutoModelForCausalLM, "teacher", o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
     name, revision = identity_of_model(o.teacher, getattr(model.config, "_commit_hash", None) or o.revision)
     columns, hidden_size = logit_columns(model), int(model.get_output_embeddings().weight.shape[-1])
     if o.vocab_size is not None and o.vocab_size > columns:
@@ -138,7 +140,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
     from transformers import AutoTokenizer
 
     o = options
-    tokenizer = AutoTokenizer.from_pretrained(o.tokenizer)
+    tokenizer = load(AutoTokenizer, "tokenizer", o.tokenizer)
     examples = _examples(o, tokenizer, o.max_length)
     if model is not None:
         with progress(console, "examples") as (start, advance):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed as zero
 
 from ..data.agreement import check_templates, check_tokenizers
+from ..teachers.loading import load
 from .settings import Settings, TrainError
 
 if TYPE_CHECKING:
@@ -87,17 +88,3 @@ def _whole() -> Iterator[None]:
             del os.environ[FSDP_LOADING]
         else:
             os.environ[FSDP_LOADING] = of_rank_0
-
-
-def load(cls: Any, role: str, path: str, **options: Any) -> Any:
-    """What ``cls.from_pretrained`` makes of a folder or hub name.
-
-    Raises:
-        TrainError: naming the option, ``--role``.
-    """
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise TrainError(f"--{role} {path}: no such folder")
-    try:
-        return cls.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TrainError(f"--{role} {path}: can't be loaded by {cls.__name__}: {' '.join(str(error).split())[:300]}") from error

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 
 from ..divergences import REGISTRY, parse, spelled
+from ..sides import check_number
 from ..validation import check_choices
 from .features import FeatureLoss
 
@@ -98,14 +99,18 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         super().__post_init__()
 
     def _check_numbers(self) -> None:
+        check_number("temperature", self.temperature)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and > 0, got {self.temperature}")
         for name in ("kd_weight", "ce_weight", "ce_weight_last", "feature_weight", "sample_temperature"):
             value = getattr(self, name)
+            if value is not None:
+                check_number(name, value)
             if not (0 <= value < math.inf if value is not None else name == "ce_weight_last"):
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
         if self.kd_weight == self.ce_weight == self.feature_weight == 0 and not self.ce_weight_last:
             raise ValueError("kd_weight, ce_weight and feature_weight are all 0: there is nothing to learn from; give one a weight")
+        check_number("on_policy_fraction", self.on_policy_fraction)
         if not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction is a share, from 0 to 1, got {self.on_policy_fraction}")
         if self.on_policy_fraction > 0 and self.kd_weight == 0:
@@ -120,4 +125,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         for name, valid in (("overlong", Overlong), ("ensemble_mode", EnsembleMode), ("feature_loss", FeatureLoss)):
             if getattr(self, name) not in get_args(valid):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(valid))}, got {getattr(self, name)!r}")
+        for name in ("t_squared", "packing", "kd_on_prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         check_choices(memory_budget=self.memory_budget)

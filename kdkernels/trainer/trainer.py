@@ -243,6 +243,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         metrics: dict[str, float] = super().evaluate(eval_dataset if named else self.items(eval_dataset), ignore_keys, metric_key_prefix)
         return metrics
 
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """The metrics of ``evaluate``, for rows as well. Its predictions are None: no logits are made."""
+        return super().predict(self.items(test_dataset), ignore_keys, metric_key_prefix)
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._eval_sums.zero_()
         if self.accelerator.is_fsdp2 and not self.accelerator._models:  # before the training: accelerate shards a model with its optimizer

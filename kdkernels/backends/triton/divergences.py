@@ -119,16 +119,16 @@ def alpha_divergence(log_q, log_p, a, b):
 
 @triton.jit
 def ab_divergence(log_q, log_p, a, b):
-    q, p = tl.exp(log_q), tl.exp(log_p)
+    q = tl.exp(log_q)
     total = a + b
-    ratio = log_q - log_p
+    ratio = total * (log_q - log_p)
     q_larger = ratio >= 0.0
-    larger = tl.exp(total * tl.maximum(log_q, log_p))
-    size = -total * tl.abs(ratio)
+    larger = tl.exp(tl.maximum(total * log_q, total * log_p))
+    size = -tl.abs(ratio)
     weight = tl.where(q_larger, a / total, b / total)
     power = weight * size
     grown, shrunk = expm1(power), expm1(size)
-    empty = (q == 0.0) & (p == 0.0)
+    empty = (log_q == float("-inf")) & (log_p == float("-inf"))
     value = tl.where(empty, 0.0, (grown - weight * shrunk) * larger) / (-a * b)
     slope = tl.where(ratio < APART, tl.exp(power) - tl.exp(size), tl.where(q_larger, grown, grown - shrunk)) * larger
     return q, value, tl.where(empty, 0.0, slope) / -a
