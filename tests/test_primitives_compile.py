@@ -184,8 +184,8 @@ def test_opcheck_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(2, 3, 21, requires_grad=True)
     ops = torch.ops.kdkernels
     seen = captured(monkeypatch, ("softmax_op", "softmax_backward"), lambda: kd.softmax(z, 2.0, backend="torch").square())
+    args = tuple(a.detach() if isinstance(a, Tensor) else a for a in seen["softmax_backward"])  # before opcheck traces it, and is seen
     torch.library.opcheck(ops.softmax.default, seen["softmax_op"])
-    args = tuple(a.detach() if isinstance(a, Tensor) else a for a in seen["softmax_backward"])
     torch.library.opcheck(ops.softmax_backward.default, args, test_utils=GRADIENT_TESTS)
     _, *rest = seen["softmax_op"]
     for logits in (z.detach(), None):
