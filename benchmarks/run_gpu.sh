@@ -131,7 +131,14 @@ fi
 step build 900 "$python" setup.py build_ext --inplace
 [ -n "$dry" ] || find build -name '*.o.log' -exec cp {} "$out" \; 2>/dev/null || true
 step environment 120 "$python" -m kdkernels.cli env
-step tests $((60 * test_minutes)) "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+# Side by side where there is pytest-xdist: most of the time goes into what Triton compiles, and a process whose CUDA context is lost is
+# then replaced by another.
+parallel=()
+if "$python" -c "import xdist" 2>/dev/null; then
+    workers="$(nproc 2>/dev/null || echo 1)"
+    parallel=(-n "$((workers < 12 ? workers : 12))")
+fi
+step tests $((60 * test_minutes)) "$python" -m pytest -q -m gpu -p no:cacheprovider "${parallel[@]}" tests
 
 # A minute is kept for the plots and the report.
 remaining="$(left)"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import leave_lost_gpu
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_gpu.sh"
 
@@ -41,6 +42,18 @@ def test_the_gpu_script_refuses_what_it_does_not_know(arguments: list[str], word
     done = run_gpu("--dry-run", *arguments)
     assert done.returncode == 2
     assert word in done.stderr
+
+
+def test_nothing_is_tested_on_a_gpu_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else thousands of tests would fail for the one that made an illegal access."""
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    with pytest.raises(pytest.exit.Exception, match="illegal memory access"):
+        leave_lost_gpu()
 
 
 def test_the_gpu_script_needs_a_gpu(tmp_path: Path) -> None:
