@@ -131,7 +131,15 @@ fi
 step build 900 "$python" setup.py build_ext --inplace
 [ -n "$dry" ] || find build -name '*.o.log' -exec cp {} "$out" \; 2>/dev/null || true
 step environment 120 "$python" -m kdkernels.cli env
-step tests $((60 * test_minutes)) "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+# Side by side where there is pytest-xdist: most of the time goes into what Triton compiles, and a process whose CUDA context is lost is
+# then replaced by another.
+parallel=()
+if [ -z "$dry" ] && "$python" -c "import xdist" 2>/dev/null; then
+    workers="$(nproc 2>/dev/null || echo 1)"
+    parallel=(-n "$((workers < 12 ? workers : 12))")
+fi
+# What cannot be imported without some extra has no GPU tests: it must not keep the others from running.
+step tests $((60 * test_minutes)) "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors "${parallel[@]}" tests
 
 # A minute is kept for the plots and the report.
 remaining="$(left)"

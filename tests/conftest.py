@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -39,10 +39,22 @@ def interpreted(backend: str, device: str) -> bool:
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
-    return request.param
+    yield request.param
+    if request.param == "cuda":
+        leave_lost_gpu()
+
+
+def leave_lost_gpu() -> None:
+    """After an illegal access nothing that this process asks of the GPU succeeds any more: the test that made it is the last one here."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # another worker takes over, with a context of its own
+        pytest.exit(f"the CUDA context is lost: {error}", returncode=1)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("sklearn")  # brings the digits
+
 from benchmarks.learning import digits
 from benchmarks.learning.table import table
 

@@ -174,9 +174,9 @@ def test_opcheck(name: str, dim: int | None, frozen: bool, monkeypatch: pytest.M
         assert t is not None
         t.requires_grad_()
     seen = captured(monkeypatch, ("distill", "distill_backward"), lambda: FUNCTIONS[name](side))
+    args = tuple(a.detach() if isinstance(a, Tensor) else a for a in seen["distill_backward"])  # before opcheck traces it, and is seen
     torch.library.opcheck(torch.ops.kdkernels.distill.default, seen["distill"])
     with torch.no_grad():
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in seen["distill_backward"])
         torch.library.opcheck(torch.ops.kdkernels.distill_backward.default, args, test_utils=GRADIENT_TESTS)
 
 
@@ -184,8 +184,8 @@ def test_opcheck_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(2, 3, 21, requires_grad=True)
     ops = torch.ops.kdkernels
     seen = captured(monkeypatch, ("softmax_op", "softmax_backward"), lambda: kd.softmax(z, 2.0, backend="torch").square())
+    args = tuple(a.detach() if isinstance(a, Tensor) else a for a in seen["softmax_backward"])  # before opcheck traces it, and is seen
     torch.library.opcheck(ops.softmax.default, seen["softmax_op"])
-    args = tuple(a.detach() if isinstance(a, Tensor) else a for a in seen["softmax_backward"])
     torch.library.opcheck(ops.softmax_backward.default, args, test_utils=GRADIENT_TESTS)
     _, *rest = seen["softmax_op"]
     for logits in (z.detach(), None):

@@ -17,6 +17,9 @@ from typer.testing import CliRunner
 from kdkernels import cli
 from kdkernels.data.rows import DataError
 from kdkernels.files import write_jsonl
+
+pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
+
 from kdkernels.recipes import in_context, near
 from kdkernels.recipes.command.shared import Teacher
 from kdkernels.recipes.rows import Item, RecipeError, Sampling, ask, once, read_items, read_jsonl, student_row

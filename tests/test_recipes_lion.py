@@ -13,6 +13,9 @@ from scripted import Killed, Scripted, last
 from typer.testing import CliRunner
 
 from kdkernels import cli
+
+pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
+
 from kdkernels.recipes import lion
 from kdkernels.recipes.command.shared import Teacher
 from kdkernels.recipes.near import rouge_l

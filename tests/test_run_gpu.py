@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import leave_lost_gpu
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_gpu.sh"
 
@@ -41,6 +43,30 @@ def test_the_gpu_script_refuses_what_it_does_not_know(arguments: list[str], word
     done = run_gpu("--dry-run", *arguments)
     assert done.returncode == 2
     assert word in done.stderr
+
+
+@pytest.mark.slow
+def test_gpu_tests_are_found_where_some_extras_are_missing() -> None:
+    """A file that cannot be imported keeps all others from running. A machine with torch has transformers, but hardly these."""
+    extras = ["datasets", "fastapi", "openai", "peft", "rapidfuzz", "sklearn", "uvicorn"]
+    missing = "import sys, pytest; sys.modules.update(dict.fromkeys(sys.argv[1:])); raise SystemExit(pytest.main("
+    arguments = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{missing}{arguments}))", *extras], capture_output=True, text=True, check=False, cwd=SCRIPT.parent.parent
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_nothing_is_tested_on_a_gpu_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else thousands of tests would fail for the one that made an illegal access."""
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    with pytest.raises(pytest.exit.Exception, match="illegal memory access"):
+        leave_lost_gpu()
 
 
 def test_the_gpu_script_needs_a_gpu(tmp_path: Path) -> None:
