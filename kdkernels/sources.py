@@ -233,12 +233,12 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
     num_rows = inputs.student.numel() // inputs.student.shape[-1] if inputs.student.shape[-1] else 0
     capturing = inputs.student.is_cuda and torch.cuda.is_current_stream_capturing()
     labels, weights = inputs.labels, inputs.token_weights
-    bad_labels = bad_weights = bad_ids = index = None
+    bad_labels = bad_weights = bad_teacher = index = None
     valid = None if labels is None else labels != problem.ignore_index
     if inputs.teacher_ids is not None and check and not capturing:
-        bad_ids = _bad_ids(problem, inputs)
-        bad_ids = bad_ids if valid is None else bad_ids & valid
-        any_bad_id = bad_ids.any()
+        bad_teacher = _bad_rows(problem, inputs)
+        bad_teacher = bad_teacher if valid is None else bad_teacher & valid
+        any_bad_teacher = bad_teacher.any()
     if weights is not None and check and not capturing:
         bad_weights = ~(torch.isfinite(weights) & (weights >= 0))
         bad_weights = bad_weights if valid is None else bad_weights & valid
@@ -260,8 +260,8 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
             f"labels contain {int(wrong[0])} ({wrong.numel()} such entries), outside the vocabulary [0, {problem.vocab}) and not "
             f"ignore_index={problem.ignore_index}: mask those positions with ignore_index, or correct vocab_size"
         )
-    if bad_ids is not None and inputs.teacher_ids is not None and bool(any_bad_id):
-        raise ValueError(_what_is_wrong(problem, inputs, bad_ids))
+    if bad_teacher is not None and inputs.teacher_ids is not None and bool(any_bad_teacher):
+        raise ValueError(_what_is_wrong(problem, inputs, bad_teacher))
     if bad_weights is not None and weights is not None and bool(any_bad_weight):
         wrong = weights[bad_weights]
         raise ValueError(
@@ -278,7 +278,7 @@ LARGEST_LOGPROB = 0.01
 """Of a ``TopK`` that is taken as it stands: nobody rounds a log-probability to more."""
 
 
-def _bad_ids(problem: Problem, inputs: Inputs) -> Tensor:
+def _bad_rows(problem: Problem, inputs: Inputs) -> Tensor:
     """``[...]``: rows of a sparse teacher with ids out of range, or (of the most likely tokens, which are a set) there twice, or with
     negative counts, or with positive log-probabilities that nothing normalises."""
     teacher_ids, values = inputs.teacher_ids, inputs.teacher

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import leave
 from training import make_model, make_rows, make_tokenizer
 
 # Each with what it is compared with: the same in one process, with twice the rows in a batch.
@@ -153,9 +154,7 @@ def main(kind: str, folder: Path) -> None:
     if trainer.args.process_index == 0:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "weights.safetensors")
         (folder / "results.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads and the interpreter's end may wait for each other
+    leave()
 
 
 if __name__ == "__main__":

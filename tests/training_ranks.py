@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import leave
 from training import make_model, make_rows, make_tokenizer
 
 
@@ -86,11 +87,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "gradients.safetensors")
         (folder / "metrics.json").write_text(json.dumps(metrics))
-    torch.distributed.barrier()
-    # Not a return: gloo's own thread may still hold the last collective's tensors, and giving them up while the interpreter
-    # shuts down aborts the process (torch 2.13 keeps the thread beyond destroy_process_group).
-    sys.stdout.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

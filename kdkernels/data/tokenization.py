@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .example import Example
 from .rows import DataError, Row, RowSource, read_rows
 
-__all__ = ["first_difference", "load_examples", "render"]
+__all__ = ["first_difference", "length_limit", "load_examples", "render"]
 
 
 def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None = None, overlong: str = "error") -> list[Example]:
@@ -96,6 +96,24 @@ def _example(row: Row, tokenizer: Any) -> Example:
         array("i", teacher + response), range(len(teacher) - 1, len(teacher) + len(response) - 1),
         row.number("weight", 1.0), row.text("task") if "task" in row else None,
     )  # fmt: skip
+
+
+def length_limit(max_length: int | None, configs: Iterable[Any], packing: bool = False) -> int | None:
+    """Tokens of a row: what was asked for, or what every model can take.
+
+    Args:
+        configs: of each model, that of its text.
+
+    Raises:
+        ValueError: more than a model can take, or packing into rows of no given length.
+    """
+    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+    limit = min((int(n) for n in limits if isinstance(n, int) and n > 0), default=None)
+    if max_length is not None and limit is not None and max_length > limit:
+        raise ValueError(f"max_length={max_length}, but a model takes {limit} tokens (its max_position_embeddings): give that or less")
+    if packing and max_length is None and limit is None:
+        raise ValueError("packing=True needs max_length, since no model names a limit of its own")
+    return max_length or limit
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["compiled_parts", "is_measuring", "is_partitioned", "is_sharded", "longest", "measuring", "replaced", "text_config", "unwrap"]
+__all__ = ["compiled_parts", "is_measuring", "is_partitioned", "is_sharded", "measuring", "replaced", "text_config", "unwrap"]
 
 _lock = threading.Lock()
 
@@ -121,24 +121,6 @@ def text_config(model: nn.Module) -> Any:
     """The config of the part that reads text: the whole config, where there are no images or sound."""
     base: Any = unwrap(model)
     return base.config.get_text_config()
-
-
-def longest(max_length: int | None, configs: Iterable[Any], packing: bool = False) -> int | None:
-    """Tokens of a row: what was asked for, or what every model can take.
-
-    Args:
-        configs: the ``text_config`` of each.
-
-    Raises:
-        ValueError: more than a model can take, or packing into rows of no given length.
-    """
-    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
-    limit = min((int(n) for n in limits if isinstance(n, int) and n > 0), default=None)
-    if max_length is not None and limit is not None and max_length > limit:
-        raise ValueError(f"max_length={max_length}, but a model takes {limit} tokens (its max_position_embeddings): give that or less")
-    if packing and max_length is None and limit is None:
-        raise ValueError("packing=True needs max_length, since no model names a limit of its own")
-    return max_length or limit
 
 
 def compiled_parts(model: nn.Module) -> tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]:

@@ -14,9 +14,8 @@ from rich.console import Console
 from ..data.collator import Collator
 from ..data.example import Example
 from ..data.rows import read_rows
-from ..data.tokenization import load_examples
+from ..data.tokenization import length_limit, load_examples
 from ..files import write_jsonl
-from ..tap.patching import longest
 from ..tap.weights import logit_columns
 from ..terminal import progress
 from .cache.api import from_replies, score, write_topk
@@ -85,7 +84,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
     o = options
     of_teacher = o.tokenizer == o.teacher
     tokenizer = load(AutoTokenizer, "teacher" if of_teacher else "tokenizer", o.tokenizer, revision=o.revision if of_teacher else None)
-    limit = longest(o.max_length, [load(AutoConfig, "teacher", o.teacher, revision=o.revision).get_text_config()])
+    limit = length_limit(o.max_length, [load(AutoConfig, "teacher", o.teacher, revision=o.revision).get_text_config()])
     examples = _examples(o, tokenizer, limit) if o.kind != "text" else []  # first: bad data is found before a large model is loaded
     model = load(AutoModelForCausalLM, "teacher", o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
     name, revision = identity_of_model(o.teacher, getattr(model.config, "_commit_hash", None) or o.revision)

@@ -87,6 +87,6 @@ def train(
         from .run import run
 
         status = run(settings, console)
-        PartialState().destroy_process_group()
+        PartialState().destroy_process_group()  # torch warns of one that the interpreter's end has to take down
     if status:
         raise typer.Exit(status)

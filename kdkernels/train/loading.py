@@ -19,7 +19,7 @@ from .settings import Settings, TrainError
 if TYPE_CHECKING:
     from ..teachers.cache import CachedTeacher
 
-__all__ = ["cache_of", "check_data", "load", "model_of", "tokenizer_of"]
+__all__ = ["cache_of", "check_data", "model_of", "tokenizer_of"]
 
 FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate sets it, transformers reads it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .. import losses
 from ..data.collator import pack, with_prompt
 from ..data.example import Example
-from ..data.tokenization import load_examples
+from ..data.tokenization import length_limit, load_examples
 from ..divergences import parse
 from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
-from ..tap.patching import longest, text_config
+from ..tap.patching import text_config
 from ..tap.weights import logit_columns
-from .loading import cache_of, check_data, load, tokenizer_of
+from ..teachers.loading import load
+from .loading import cache_of, check_data, tokenizer_of
 from .settings import Settings
 
 __all__ = ["plan"]
@@ -34,7 +35,7 @@ def plan(settings: Settings, console: Console) -> None:
     check_data(settings)
     skeletons = [_skeleton(role, path) for role, path, _ in settings.models]
     cache = cache_of(settings, tokenizer) if settings.cache else None
-    limit = longest(args.max_length, map(text_config, skeletons), args.packing)
+    limit = length_limit(args.max_length, map(text_config, skeletons), args.packing)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong)

@@ -13,12 +13,12 @@ from transformers import Trainer
 
 from ..data.collator import Collator, pack, pad_id
 from ..data.example import Example
-from ..data.tokenization import load_examples
+from ..data.tokenization import length_limit, load_examples
 from ..divergences import parse
 from ..memory import peak_bytes
 from ..tap.head import HeadTap
 from ..tap.packing import check_packing
-from ..tap.patching import longest, text_config, unwrap
+from ..tap.patching import text_config, unwrap
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .arguments import DistillationArguments
@@ -74,7 +74,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): give one of its data sets")
         self.teacher, self.vocab_size = teacher_source(model, teacher, args, processing_class)
         live = self.teacher.models if isinstance(self.teacher, LiveTeacher) else []
-        self.max_length = longest(args.max_length, map(text_config, [model, *live]), args.packing)
+        self.max_length = length_limit(args.max_length, map(text_config, [model, *live]), args.packing)
         features = FeatureTap(model, live[0], args.feature_layers, args.feature_loss) if args.feature_weight > 0 else None
         self.objective = Objective(
             HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse(args.divergence),
