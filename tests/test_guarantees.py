@@ -1,0 +1,39 @@
+"""Every promise of docs/guarantees.md names a test that exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "guarantees.md"
+SECTIONS = ("Files", "Resumed runs", "Caches", "Secrets and security", "Numbers")
+NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="the documentation is not installed with the tests")
+
+
+def promises() -> list[tuple[str, str]]:
+    """Each promise of the page's tables, with the cell that names its tests."""
+    rows = [line.strip("|").rsplit(" | ", 1) for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [(row[0].strip(), row[1]) for row in rows if len(row) == 2 and row[0].strip() != "promise"]
+
+
+def names_in(file: Path) -> set[str]:
+    return {node.name for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_page_has_its_sections() -> None:
+    assert tuple(re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)) == SECTIONS
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    assert promises()
+    for promise, cell in promises():
+        named = NAMED.findall(cell)
+        assert named, f"no test is named for: {promise}"
+        for file, test in named:
+            assert test in names_in(ROOT / file), f"{file}::{test} does not exist; it is named for: {promise}"
