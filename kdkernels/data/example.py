@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Example"]
 
@@ -28,6 +28,10 @@ class Example:
     weight: float = 1.0
     task: str | None = None
     """Rows of one task share a denominator where a recipe asks for that."""
+    where: str = field(default="", compare=False)
+    """The row that it was made from, such as ``train.jsonl, row 3``; for errors."""
+    date: str | None = field(default=None, compare=False)
+    """The date that the chat template could write into it, such as ``2026-11-28``; None for a template without a date."""
 
     def __post_init__(self) -> None:
         if len(self.student_scored) != len(self.teacher_scored):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ class Row:
         # Columns that other rows fill come as None out of Parquet.
         self.fields = {str(name): value for name, value in fields.items() if value is not None}
         self.where = where
+        self.date: datetime.date | None = None
+        """What a chat template that writes the date writes; None for today."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields

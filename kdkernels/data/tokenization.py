@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import warnings
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +11,19 @@ from typing import Any
 
 from .example import Example
 from .rows import DataError, Row, RowSource, read_rows
+from .templates import chat_text, date_of
 
 __all__ = ["first_difference", "length_limit", "load_examples", "render"]
 
 
-def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None = None, overlong: str = "error") -> list[Example]:
+def load_examples(
+    source: RowSource,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    overlong: str = "error",
+    date: str | datetime.date | None = None,
+) -> list[Example]:
     """Every row as an :class:`Example`.
 
     A row is one of
@@ -31,12 +41,15 @@ def load_examples(source: RowSource, tokenizer: Any, *, max_length: int | None =
         max_length: tokens of the longer view, at most.
         overlong: what happens to rows beyond it: ``"error"``, ``"drop"`` (with a warning that counts them) or ``"truncate"`` (the end of
             the response is cut off).
+        date: what a chat template that writes the date writes into every row, such as ``"2026-11-28"``. Default: today.
 
     Raises:
         DataError: naming file, row and field.
     """
     found, dropped, longest = [], 0, 0
+    day = date_of(tokenizer, date)  # one for all rows, though midnight may pass
     for row in read_rows(source):
+        row.date = day
         example = _example(row, tokenizer)
         length = len(example)
         if max_length is not None and length > max_length:
@@ -66,11 +79,13 @@ def _shortened(example: Example, cut: int, row: Row) -> Example:
         raise DataError(
             f"{row.where}: the prompt alone fills max_length, so no response token would be left: raise max_length or drop the row"
         )
-    return Example(
-        example.student_ids[: len(example.student_ids) - cut], example.student_scored[:kept],
-        example.teacher_ids[: len(example.teacher_ids) - cut], example.teacher_scored[:kept],
-        example.weight, example.task,
-    )  # fmt: skip
+    return dataclasses.replace(
+        example,
+        student_ids=example.student_ids[: len(example.student_ids) - cut],
+        student_scored=example.student_scored[:kept],
+        teacher_ids=example.teacher_ids[: len(example.teacher_ids) - cut],
+        teacher_scored=example.teacher_scored[:kept],
+    )
 
 
 def _example(row: Row, tokenizer: Any) -> Example:
@@ -95,6 +110,7 @@ def _example(row: Row, tokenizer: Any) -> Example:
         array("i", student + response), range(len(student) - 1, len(student) + len(response) - 1),
         array("i", teacher + response), range(len(teacher) - 1, len(teacher) + len(response) - 1),
         row.number("weight", 1.0), row.text("task") if "task" in row else None,
+        where=row.where, date=None if row.date is None else row.date.isoformat(),
     )  # fmt: skip
 
 
@@ -238,10 +254,9 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], row: Row, name
     if not isinstance(tools, list | None):
         raise row.error("tools", "a list of tools is needed, each described as the chat template wants it")
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt)
+        return chat_text(tokenizer, messages, prompt=prompt, date=row.date, tools=tools)
     except Exception as error:  # a template may raise what it likes
         raise row.error(name, f"the chat template refuses it: {error}") from error
-    return text
 
 
 def _split(tokenizer: Any, messages: list[dict[str, Any]], answer: Mapping[str, Any], row: Row, name: str) -> tuple[str, str]:

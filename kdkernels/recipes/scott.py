@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..data.templates import chat_text
 from ..teachers.cache.manifest import identity_of_model
 from ..teachers.local import ends, writing
 from . import answers
@@ -184,7 +185,7 @@ class Explainer:
         texts = []
         for item, answer in asked:
             messages = list(map(dict, extended(item.messages, explain_prompt(item.prompt, answer))))
-            texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            texts.append(chat_text(self.tokenizer, messages))
         found = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         return {name: found[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.collator import left_padded, pad_id
+from ..data.templates import chat_text
 from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
 from .text import Reply, Request, Usage
 
@@ -119,10 +121,10 @@ class LocalModel:
         )
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
-    """Token ids of a prompt that asks for the assistant's answer."""
+def prompt_ids(tokenizer: Any, messages: Sequence[Any], date: datetime.date | None = None) -> list[int]:
+    """Token ids of a prompt that asks for the assistant's answer; a template that writes the date writes ``date``, by default today."""
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+        text = chat_text(tokenizer, [dict(m) for m in messages], date=date)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
 

@@ -37,6 +37,8 @@ def run(settings: Settings, console: Console) -> int:
     transformers.logging.disable_progress_bar()
     out = Path(args.output_dir)
     record = _record(out, settings)
+    if record is not None:
+        args.template_date = args.template_date or record.get("template_date")
     checkpoint = next((path for path in _checkpoints(out) if _whole(path, args.world_size) and _can_go_on(path, args)), None)
     if record is not None and (out / SUMMARY).is_file():
         summary = json.loads((out / SUMMARY).read_text())
@@ -63,7 +65,7 @@ def run(settings: Settings, console: Console) -> int:
         trainer.remove_callback(callback)
     if record is None:
         before = trainer.evaluate() if settings.eval_data else None
-        record = {"settings": settings.identity(), "before": before and finite(before)}
+        record = {"settings": settings.identity(), "template_date": args.template_date, "before": before and finite(before)}
         _write(out / RECORD, record, args)
     elif checkpoint is not None:
         console.print(f"Resuming at {checkpoint.name} of {out}")

@@ -76,6 +76,10 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={"help": "Real size of the vocabulary; columns beyond it are cut off. Default: the tokenizer's, where the models differ."},
     )
+    template_date: str | None = field(
+        default=None,
+        metadata={"help": "Date for chat templates that write it, such as 2026-11-28. Default: the cache's; else the day the run began."},
+    )
     kd_on_prompt: bool = field(default=False, metadata={"help": "The divergence scores prompts too; the cross-entropy never does."})
     memory_budget: int | None = field(default=None, metadata={"help": "Bytes for the loss's chunk buffers. Default: 1 GiB."})
     ensemble_mode: EnsembleMode = field(

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from ..data.collator import Collator, pack, pad_id
 from ..data.example import Example
+from ..data.templates import date_of
 from ..data.tokenization import length_limit, load_examples
 from ..divergences import parse
 from ..memory import peak_bytes
@@ -92,6 +93,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             limit=self.max_length,
         )
         self.tokenizer, self._overlong, self._packing = processing_class, args.overlong, args.packing
+        day = date_of(processing_class, args.template_date or getattr(self.teacher, "date", None))
+        self._date = args.template_date = (
+            None if day is None else day.isoformat()
+        )  # in the saved arguments: a resumed run writes the same prompts
         super().__init__(
             model=model, args=args, data_collator=collator, train_dataset=self.items(train_dataset),
             eval_dataset=self.items(eval_dataset), processing_class=processing_class, **kwargs,
@@ -116,7 +121,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if self.max_length is not None and (most := max(map(len, examples))) > self.max_length:
                 raise ValueError(f"an example has {most} tokens, more than max_length={self.max_length}: leave it out or shorten it")
         else:
-            examples = load_examples(source, self.tokenizer, max_length=self.max_length, overlong=self._overlong)
+            examples = load_examples(source, self.tokenizer, max_length=self.max_length, overlong=self._overlong, date=self._date)
         check_kept(self.teacher, examples)
         if self._packing:
             assert self.max_length is not None
