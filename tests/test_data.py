@@ -85,7 +85,7 @@ def test_sources_give_the_same_examples(tokenizer: Any, tmp_path: Path) -> None:
     dataset = datasets.Dataset.from_list([{"weight": None, **row} for row in rows])
     dataset.to_parquet(tmp_path / "rows.parquet")
     expected = load_examples(rows, tokenizer)
-    for source in (tmp_path / "a", str(tmp_path / "rows.parquet"), dataset):
+    for source in (tmp_path / "a", str(tmp_path / "rows.parquet"), dataset, [tmp_path / "a" / "1.jsonl", str(tmp_path / "a" / "2.jsonl")]):
         assert load_examples(source, tokenizer) == expected
 
 

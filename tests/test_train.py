@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from training import TEMPLATE, make_model, make_rows, make_tokenizer
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from kdkernels.cli import app
 from kdkernels.train.callbacks import Interrupt
 from kdkernels.train.command import EPILOG
 from kdkernels.train.run import last_checkpoint
+from kdkernels.train.settings import read_settings
 from kdkernels.trainer import DistillationArguments, load_examples
 
 ROOT = Path(__file__).parent.parent
@@ -271,6 +273,31 @@ def test_a_plan_trains_and_writes_nothing(home: Path, tmp_path: Path) -> None:
     assert "GiB in bfloat16, 192 columns" in every.output
 
 
+def test_data_given_several_times_is_all_of_it(home: Path, tmp_path: Path) -> None:
+    twice = "--data", str(home / "held-out.jsonl")
+    result = train(*options(home, tmp_path / "out", *twice, "--plan"))
+    assert "data: 73 examples in 73 rows" in result.output
+    lines = {"student": "x", "teacher": "y", "output_dir": str(tmp_path / "out")}
+    of_file = read_settings({**lines, "data": ["a.jsonl", "b.jsonl"], "eval_data": "c.jsonl"}, {}, [])
+    assert (of_file.data, of_file.eval_data) == (["a.jsonl", "b.jsonl"], ["c.jsonl"])
+    assert read_settings({**lines, "data": "a.jsonl"}, {"data": ["b.jsonl"]}, []).data == ["b.jsonl"]  # options win
+
+
+def test_a_run_is_another_where_one_of_its_files_is(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for number, file in enumerate(files):
+        tiny.write(file, tiny.rows(2, seed=number))
+    lines = {"student": "x", "teacher": "y", "output_dir": str(tmp_path / "out")}
+
+    def identity(*paths: Path) -> Any:
+        return read_settings({**lines, "data": list(map(str, paths))}, {}, []).identity()["data"]
+
+    both = identity(*files)
+    assert len({both, identity(files[0]), identity(files[1]), identity(*reversed(files))}) == 4
+    tiny.write(files[1], tiny.rows(3))
+    assert identity(*files) != both
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -304,7 +331,7 @@ def test_configs_that_can_not_be_read(tmp_path: Path) -> None:
         ("d.yaml", "studnt: x", "unknown option 'studnt' in the config; nearest: student"), ("e.yaml", "student: x", "--data is missing"),
         ("f.yaml", "{student: x, data: y, teacher: z}", "--output-dir is missing"),
         ("g.yaml", "{student: x, data: y, output_dir: o}", "--teacher is missing"),
-        ("k.yaml", "{student: x, data: [y, z]}", "a path or name is needed, as text; files of rows belong in one folder"),
+        ("k.yaml", "{student: x, data: [y, 3]}", "--data ['y', 3]: a path or name is needed, as text"),
         ("l.yaml", "{student: 3, data: y}", "--student 3: a path or name is needed, as text"),
         ("m.yaml", "{student: x, data: y, teacher: [z, 3]}", "--teacher ['z', 3]: a path or name is needed"),
         ("h.yaml", "{student: x, data: y, max-steps: 10.5}", "max-steps: invalid int value: '10.5'"),

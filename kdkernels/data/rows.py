@@ -61,8 +61,8 @@ class Row:
         return [{k: v for k, v in message.items() if v is not None} for message in value]
 
 
-RowSource = str | Path | Iterable[Mapping[str, Any]]
-"""A JSONL or Parquet file, a folder of them, a ``datasets.Dataset``, or rows as dictionaries."""
+RowSource = str | Path | Iterable[str | Path | Mapping[str, Any]]
+"""A JSONL or Parquet file, a folder of them, a list of either, a ``datasets.Dataset``, or rows as dictionaries."""
 
 
 def read_rows(source: RowSource) -> Iterator[Row]:
@@ -80,14 +80,19 @@ def read_rows(source: RowSource) -> Iterator[Row]:
 
 
 def _numbered(source: RowSource) -> Iterator[tuple[str, Any]]:
-    if not isinstance(source, (str, Path)):
-        if not hasattr(source, "__len__"):
-            raise DataError(
-                f"data of type {type(source).__name__} has no length: give a list, a datasets.Dataset or a file; streams are not supported"
-            )
-        yield from ((f"row {number}", row) for number, row in enumerate(source, 1))
-        return
-    path = Path(source)
+    parts = [source] if isinstance(source, (str, Path)) else source
+    if not hasattr(parts, "__len__"):
+        raise DataError(
+            f"data of type {type(source).__name__} has no length: give a list, a datasets.Dataset or a file; streams are not supported"
+        )
+    for number, part in enumerate(parts, 1):
+        if isinstance(part, (str, Path)):
+            yield from _of_path(Path(part))
+        else:
+            yield f"row {number}", part
+
+
+def _of_path(path: Path) -> Iterator[tuple[str, Any]]:
     files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise DataError(f"{path}: no such file" if not path.is_dir() else f"{path}: the folder holds no {', '.join(SUFFIXES)} file")

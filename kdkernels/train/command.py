@@ -39,9 +39,12 @@ def train(
     teacher: Annotated[list[str] | None, typer.Option(help="Folder or hub name of a causal language model. Several: an ensemble.")] = None,
     student: Annotated[str | None, typer.Option(help="Folder or hub name of the model to train; its tokenizer is used.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="JSONL or Parquet file, or a folder of them: prompt and response, messages, or text.")
+        list[str] | None,
+        typer.Option(
+            help="JSONL or Parquet file, or a folder of them: prompt and response, messages, or text. Several: all of their rows."
+        ),
     ] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Held-out rows, evaluated before and after.")] = None,
+    eval_data: Annotated[list[str] | None, typer.Option(help="Held-out rows, evaluated before and after. Several: all.")] = None,
     cache: Annotated[str | None, typer.Option(help="Folder of `kdkernels cache`, in place of a teacher.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="For checkpoints, the trained model and the summary.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: those of --num-train-epochs.")] = None,

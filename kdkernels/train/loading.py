@@ -57,8 +57,8 @@ def check_data(settings: Settings) -> None:
     from ..teachers.cache import CacheError, read_text
     from ..teachers.cache.manifest import MANIFEST
 
-    for name, path in (("data", settings.data), ("eval-data", settings.eval_data)):
-        if path is not None and (Path(path) / MANIFEST).is_file():
+    for name, path in (*(("data", path) for path in settings.data), *(("eval-data", path) for path in settings.eval_data)):
+        if (Path(path) / MANIFEST).is_file():
             try:
                 read_text(path)
             except CacheError as error:

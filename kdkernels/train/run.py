@@ -59,7 +59,7 @@ def run(settings: Settings, console: Console) -> int:
     progress, interrupt = Bar(console), Interrupt()
     trainer = DistillationTrainer(
         model=student, teacher=teachers or None if cache is None else cache, args=args, train_dataset=settings.data,
-        eval_dataset=settings.eval_data, processing_class=tokenizer, callbacks=[progress, interrupt],
+        eval_dataset=settings.eval_data or None, processing_class=tokenizer, callbacks=[progress, interrupt],
     )  # fmt: skip
     for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if args.disable_tqdm else [])):
         trainer.remove_callback(callback)

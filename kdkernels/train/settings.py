@@ -15,6 +15,8 @@ from ..files import digest, digest_file
 __all__ = ["Settings", "TrainError", "read_config", "read_settings"]
 
 MINE = ("teacher", "student", "data", "eval_data", "cache", "student_dtype", "teacher_dtype")
+SEVERAL = ("teacher", "data", "eval_data")
+"""Options that can be given several times."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FIXED = (
     "divergence", "temperature", "t_squared", "kd_weight", "ce_weight", "ce_weight_last", "feature_weight", "feature_layers",
@@ -35,9 +37,9 @@ class Settings:
     """Paths and models of a run; ``args`` are its DistillationArguments."""
 
     student: str
-    data: str
+    data: list[str]
     teacher: list[str] = field(default_factory=list)
-    eval_data: str | None = None
+    eval_data: list[str] = field(default_factory=list)
     cache: str | None = None
     student_dtype: str = "auto"
     teacher_dtype: str = "auto"
@@ -55,7 +57,7 @@ class Settings:
         fields = json.loads(self.args.to_json_string())
         own = {name: getattr(self, name) for name in ("student", "teacher", "cache", "student_dtype", "teacher_dtype")}
         own["ranks"] = self.args.world_size  # a step's batch, and what a checkpoint holds of each
-        return {**own, "data": _digest(Path(self.data)), **{name: fields[name] for name in FIXED if name in fields}}
+        return {**own, "data": _digest(self.data), **{name: fields[name] for name in FIXED if name in fields}}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -97,12 +99,13 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
 
     fields = _fields(DistillationArguments, config, rest)
     own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
-    several = own["teacher"] or []
-    own["teacher"] = several if isinstance(several, list) else [several]
+    for name in SEVERAL:
+        value = own[name] or []
+        own[name] = value if isinstance(value, list) else [value]
     for name, value in own.items():
-        if not all(isinstance(part, str) for part in (own["teacher"] if name == "teacher" else [value or ""])):
-            what = "; files of rows belong in one folder" if name.endswith("data") else ""
-            raise TrainError(f"--{name.replace('_', '-')} {value!r}: a path or name is needed, as text{what}")
+        if not all(isinstance(part, str) for part in (value if name in SEVERAL else [value or ""])):
+            shown = value[0] if name in SEVERAL and len(value) == 1 else value
+            raise TrainError(f"--{name.replace('_', '-')} {shown!r}: a path or name is needed, as text")
     for name in ("student", "data"):
         if not own[name]:
             raise TrainError(f"--{name} is missing")
@@ -167,6 +170,10 @@ def _nearest(name: str, valid: Sequence[str]) -> str:
     return f"; nearest: {near[0]}" if near else "; see `kdkernels train --help`"
 
 
-def _digest(path: Path) -> str:
-    """sha256 of a file, or of a folder's files and their names."""
-    return digest({f.name: digest_file(f) for f in path.iterdir() if f.is_file()}) if path.is_dir() else digest_file(path)
+def _digest(paths: Sequence[str]) -> str:
+    """sha256 of the files, in order; of a folder, over its files and their names."""
+    digests = [
+        digest({f.name: digest_file(f) for f in path.iterdir() if f.is_file()}) if path.is_dir() else digest_file(path)
+        for path in map(Path, paths)
+    ]
+    return digests[0] if len(digests) == 1 else digest(digests)
