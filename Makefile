@@ -12,7 +12,7 @@ export KDKERNELS_CUDA_ARCHS ?= 80;90a;100
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench results sanitize sanitize-gpu compute-sanitizer clean
+.PHONY: demo test lint bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
 
 demo: $(VENV)/.built
 	$(BIN)/kdkernels demo
@@ -34,6 +34,10 @@ bench: $(VENV)/.built
 results: $(VENV)/.built
 	$(BIN)/kdkernels bench --suite standard --out benchmarks/results/$$($(BIN)/python -m kdkernels.bench.environment)
 	$(BIN)/python -m benchmarks.report
+
+# What a GPU machine without a network lacks for benchmarks/run_gpu.sh, into gpu-kit/: about fifteen minutes on two cores.
+gpu-kit: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu_kit build gpu-kit
 
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and fuzzed (tests/sanitize): two minutes.
 sanitize: $(VENV)/.built

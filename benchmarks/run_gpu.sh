@@ -1,39 +1,35 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command, on a bare machine without network: builds the extension in place, runs the GPU tests, then
-# the benchmark suite (row kernels against copy bandwidth first), within a limit of time. Leaves one folder: logs, results.json, plots,
-# report.html and summary.txt. What fails is noted there, and the rest still runs; the exit status is 0 only if all of it went well.
+# Run everything that needs a GPU, in one or two commands, on a bare machine without a network: each kernel once against float64, the row
+# kernels, the headline shapes, the GPU tests, other libraries, and a profile, in the order of their worth. Each step has its own time
+# limit, reports one line as it ends, and is packed at once, so that whatever stops the run loses one step. Leaves two files in --out:
+# summary.txt and gpu-run.tar.gz. The exit status is 0 only if every step passed.
 #
-# The machine brings Python 3.10 or newer with torch (and triton), nvcc and a C++ compiler. What else is missing (pip wheels of typer, rich,
-# pybind11, ninja, pytest, hypothesis, matplotlib; other libraries to compare with) comes in a folder, and is installed into --out alone.
+# `make gpu-kit` builds what the machine lacks: the extension, the compiled Triton kernels, wheels. Without a kit the machine needs
+# Python 3.10 or newer with torch, triton, setuptools, pybind11, ninja, typer, rich, pytest, pytest-xdist and hypothesis, and nvcc.
 set -uo pipefail
 
 usage() {
     cat <<'USAGE'
 usage: benchmarks/run_gpu.sh [options]
-  --wheels DIR       install every wheel in it first, into OUT/packages, without dependencies
-  --out DIR          where everything goes (default: gpu-run)
-  --minutes M        limit for all of it (default: 28)
-  --test-minutes M   limit for the tests (default: 8)
-  --suite NAME       smoke, standard (default) or full
-  --peers LIST       as of kdkernels bench (default: auto)
-  --cpu              the same steps on a machine without a GPU, to try this script: CPU kernels, smoke suite
-  --dry-run          print the commands and run none
+  --kit DIR    what `make gpu-kit` has built: install it, and compile nothing
+  --no-build   use the extension that is there
+  --part PART  first (200 s: up to the headline shapes), rest (380 s), or all (default)
+  --out DIR    folder for summary.txt and gpu-run.tar.gz (default: gpu-run)
+  --cpu        the same steps on a machine without a GPU, to try this script: CPU kernels, small shapes
+  --dry-run    print the steps with their time limits and run none
 USAGE
 }
 
-wheels="" out="gpu-run" minutes=28 test_minutes=8 suite="" peers="auto" device="cuda" dry=""
+kit="" out="gpu-run" part="all" device="cuda" build="yes" dry=""
 while [ $# -gt 0 ]; do
     case "$1" in
-        --wheels | --out | --minutes | --test-minutes | --suite | --peers)
-            [ $# -ge 2 ] || { echo "run_gpu.sh: $1 needs a value" >&2; exit 2; } ;;
+        --kit | --part | --out) [ $# -ge 2 ] || { echo "run_gpu.sh: $1 needs a value" >&2; exit 2; } ;;
     esac
     case "$1" in
-        --wheels) wheels="$2"; shift ;;
+        --kit) kit="$2"; build=""; shift ;;
+        --part) part="$2"; shift ;;
         --out) out="$2"; shift ;;
-        --minutes) minutes="$2"; shift ;;
-        --test-minutes) test_minutes="$2"; shift ;;
-        --suite) suite="$2"; shift ;;
-        --peers) peers="$2"; shift ;;
+        --no-build) build="" ;;
         --cpu) device="cpu" ;;
         --dry-run) dry="yes" ;;
         -h | --help) usage; exit 0 ;;
@@ -41,47 +37,48 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-case "$minutes$test_minutes" in *[!0-9]*) echo "run_gpu.sh: minutes are whole numbers" >&2; exit 2 ;; esac
-[ -z "$wheels" ] || [ -d "$wheels" ] || { echo "run_gpu.sh: --wheels $wheels: no such folder" >&2; exit 2; }
-[ -n "$suite" ] || { [ "$device" = cpu ] && suite="smoke" || suite="standard"; }
+case "$part" in first | rest | all) ;; *) echo "run_gpu.sh: --part $part: it is first, rest or all" >&2; exit 2 ;; esac
+[ -z "$kit" ] || [ -d "$kit" ] || { echo "run_gpu.sh: --kit $kit: no such folder. Build it with make gpu-kit" >&2; exit 2; }
 
-[ -z "$wheels" ] || wheels="$(cd "$wheels" && pwd)"
+[ -z "$kit" ] || kit="$(cd "$kit" && pwd)"
 case "$out" in /*) ;; *) out="$PWD/$out" ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python="${PYTHON:-python3}"
-failed=()
+failed=() seconds_planned=0
+logs=""  # a folder for everything that is packed
 
 say() { printf '%s\n' "$*"; [ -n "$dry" ] || printf '%s\n' "$*" >>"$out/summary.txt"; }
 
-# step NAME SECONDS COMMAND...: runs it with its output in NAME.log, interrupted after that time (and killed a minute later).
+# Replaces the archive with all that there is by now, without what is large and can be made again.
+pack() {
+    tar -C "$logs" --exclude=packages --exclude=plots -czf "$out/gpu-run.tar.gz.part" . && mv "$out/gpu-run.tar.gz.part" "$out/gpu-run.tar.gz"
+}
+
+# step NAME SECONDS COMMAND...: run it with its output in NAME.log; interrupt it after that time, and kill it five seconds later.
 step() {
     local name="$1" seconds="$2" start status
     shift 2
+    seconds_planned=$((seconds_planned + seconds))
     if [ -n "$dry" ]; then
-        printf '%s (at most %s s):' "$name" "$seconds"
+        printf '%-14s %3s s  ' "$name" "$seconds"
         printf ' %q' "$@"
         printf '\n'
         return 0
     fi
-    if [ "$seconds" -le 0 ]; then
-        say "$name: no time left"
-        failed+=("$name")
-        return 1
-    fi
     start=$SECONDS
-    timeout --signal=INT --kill-after=60 "$seconds" "$@" >"$out/$name.log" 2>&1
+    [ "$device" = cuda ] || seconds=$((5 * seconds))  # the plan is one of a GPU
+    timeout --signal=INT --kill-after=5 "$seconds" "$@" >"$logs/$name.log" 2>&1
     status=$?
     if [ "$status" -eq 0 ]; then
-        say "$name: done in $((SECONDS - start)) s"
+        say "$name: passed in $((SECONDS - start)) s. $(tail -n 1 "$logs/$name.log" | cut -c 1-160)"
     else
+        [ "$status" -eq 124 ] && status="124 (time limit)"
         say "$name: exit status $status after $((SECONDS - start)) s; the end of $name.log:"
-        tail -n 15 "$out/$name.log" | sed 's/^/    /' | tee -a "$out/summary.txt"
+        tail -n 12 "$logs/$name.log" | cut -c 1-240 | sed 's/^/    /' | tee -a "$out/summary.txt"
         failed+=("$name")
     fi
-    return "$status"
+    pack
 }
-
-left() { echo $((60 * minutes - SECONDS)); }
 
 gpu_state() {
     nvidia-smi --query-gpu=name,driver_version,compute_cap,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu --format=csv
@@ -89,72 +86,119 @@ gpu_state() {
 
 if [ -z "$dry" ]; then
     mkdir -p "$out" || exit 1
+    logs="$(mktemp -d)" || exit 1
+    trap 'rm -rf "$logs"' EXIT
     : >"$out/summary.txt"
+    export PYTHONPATH="$logs/packages${PYTHONPATH:+:$PYTHONPATH}" PYTHONNOUSERSITE=1 PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$logs/packages/triton"
 fi
 
-# The build's and the run's packages: the machine's own, and before them what came as wheels.
-packages="$out/packages"
-export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}" PYTHONNOUSERSITE=1
-if [ -n "$wheels" ]; then
-    for wheel in "$wheels"/*.whl; do
-        # One by one: a wheel for another Python must not keep the others out.
-        name="$(basename "$wheel")"
-        step "install-${name%%-*}" 300 "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$packages" "$wheel" || true
-    done
+if [ "$device" = cuda ]; then
+    backends=(triton cuda)
+    if [ -z "$dry" ]; then
+        command -v nvidia-smi >/dev/null || { say "no nvidia-smi: no GPU here. --cpu tries the same steps without one"; exit 1; }
+        gpu_state >"$logs/gpu-before.csv" || { say "nvidia-smi lists no GPU"; exit 1; }
+    fi
+else
+    backends=(native torch)
 fi
 
+# --- what the machine needs
+
+if [ -n "$kit" ]; then
+    step unpack 10 "$python" -m benchmarks.gpu_kit install "$kit" --packages "${logs:-LOGS}/packages"
+fi
 if [ -z "$dry" ]; then
     missing="$("$python" - <<'PYTHON'
 from importlib.util import find_spec
 
-print(" ".join(name for name in ("torch", "setuptools", "pybind11", "ninja", "typer", "rich", "pytest", "hypothesis") if find_spec(name) is None))
+print(" ".join(name for name in ("torch", "typer", "rich", "pytest", "hypothesis") if find_spec(name) is None))
 PYTHON
     )" || { say "$python does not run"; exit 1; }
-    [ -z "$missing" ] || { say "missing Python packages: $missing. Put their wheels into a folder and give it with --wheels"; exit 1; }
+    [ -z "$missing" ] || { say "missing Python packages: $missing. make gpu-kit puts their wheels into the kit"; exit 1; }
 fi
-
-if [ "$device" = cuda ]; then
-    if [ -z "$dry" ]; then
-        command -v nvidia-smi >/dev/null || { say "no nvidia-smi: no GPU here. --cpu tries the same steps without one"; exit 1; }
-        gpu_state >"$out/gpu-before.csv" || { say "nvidia-smi lists no GPU"; exit 1; }
-        capability="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d '. ')"
-    else
+if [ -n "$build" ]; then
+    if [ "$device" = cuda ]; then
+        # Machine code for this GPU alone: a fraction of the time of a release build.
         capability=90
+        [ -n "$dry" ] || capability="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d '. ')"
+        [ "$capability" = 90 ] && capability="90a"
+        export KDKERNELS_CUDA=1 KDKERNELS_CUDA_ARCHS="${KDKERNELS_CUDA_ARCHS:-$capability}"
+    else
+        export KDKERNELS_CUDA=0
     fi
-    # Machine code for this GPU alone: a fraction of the time of a release build.
-    [ "$capability" = 90 ] && capability="90a"
-    export KDKERNELS_CUDA=1 KDKERNELS_CUDA_ARCHS="${KDKERNELS_CUDA_ARCHS:-$capability}"
-else
-    export KDKERNELS_CUDA=0
+    step build 180 "$python" setup.py build_ext --inplace
+    seconds_planned=0  # on top of the plan: with a kit there is nothing to build
 fi
 
-step build 900 "$python" setup.py build_ext --inplace
-[ -n "$dry" ] || find build -name '*.o.log' -exec cp {} "$out" \; 2>/dev/null || true
-step environment 120 "$python" -m kdkernels.cli env
-# Side by side where there is pytest-xdist: most of the time goes into what Triton compiles, and a process whose CUDA context is lost is
-# then replaced by another.
-parallel=()
-if [ -z "$dry" ] && "$python" -c "import xdist" 2>/dev/null; then
-    workers="$(nproc 2>/dev/null || echo 1)"
-    parallel=(-n "$((workers < 12 ? workers : 12))")
+bench=("$python" -m kdkernels.cli bench --device "$device")
+quick=() rows=(--suite rows)
+if [ "$device" = cpu ]; then
+    quick=(--vocab 777)
+    rows=(--shape 64,3001 --dtype bfloat16)
 fi
-# What cannot be imported without some extra has no GPU tests: it must not keep the others from running.
-step tests $((60 * test_minutes)) "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors "${parallel[@]}" tests
 
-# A minute is kept for the plots and the report.
-remaining="$(left)"
-budget=$((remaining > 120 ? remaining / 60 - 1 : 1))
-resume=()
-[ -f "$out/bench/results.json" ] && grep -q '"status": "\(running\|interrupted\|out of time\)"' "$out/bench/results.json" && resume=(--resume)
-step bench "$remaining" "$python" -m kdkernels.cli bench --suite "$suite" --device "$device" --peers "$peers" --out "$out/bench" \
-    --budget-minutes "$budget" "${resume[@]}"
+# --- the first part: does it run, is it right, how fast
 
-if [ -z "$dry" ]; then
-    [ "$device" = cuda ] && gpu_state >"$out/gpu-after.csv"
-    rm -rf "$packages"
-    if [ ${#failed[@]} -gt 0 ]; then
-        say "failed: ${failed[*]}"
-        exit 1
+if [ "$part" != rest ]; then
+    step environment 8 "$python" -m kdkernels.cli env
+    # Each backend in a process of its own: an illegal access in one must not take the other with it.
+    for backend in "${backends[@]}"; do
+        step "smoke-$backend" 20 "$python" -m benchmarks.gpu_smoke --backend "$backend" --device "$device" "${quick[@]}"
+    done
+    list="$(IFS=,; echo "${backends[*]}")"
+    step rows 58 "${bench[@]}" "${rows[@]}" --backends "$list" --peers none --budget-minutes 0.9 --out "${logs:-LOGS}/rows"
+    step headline 80 "${bench[@]}" --suite headline --backends "$list" --peers none --budget-minutes 1.25 --out "${logs:-LOGS}/headline"
+fi
+
+# --- the rest: the tests, other libraries, counters
+
+if [ "$part" != first ]; then
+    # The most telling files first; collected with 12 processes, so that what Triton compiles is spread over the cores.
+    files=()
+    for name in loss gradients numerics semantics primitives primitives_calls sparse draws ensemble chunking dispatch; do files+=("tests/test_$name.py"); done
+    parallel=()
+    if [ -z "$dry" ] && "$python" -c "import xdist" 2>/dev/null; then
+        workers="$(nproc 2>/dev/null || echo 1)"
+        parallel=(-n "$((workers < 12 ? workers : 12))" --dist load)
     fi
-    say "all steps went well, in $SECONDS s"
+    for backend in "${backends[@]}"; do
+        limit=140
+        [ "$backend" = "${backends[1]}" ] && limit=105
+        marker=gpu
+        [ "$device" = cpu ] && marker="not gpu and not slow" && files=(tests/test_chunking.py)
+        step "tests-$backend" "$limit" "$python" -m pytest -q -m "$marker" -k "$backend-$device" -p no:cacheprovider \
+            --continue-on-collection-errors "${parallel[@]}" "${files[@]}"
+    done
+    step peers 60 "${bench[@]}" --suite headline --backends "${backends[-1]}" --peers auto --budget-minutes 0.9 --out "${logs:-LOGS}/peers"
+    # Counters of the first launches of the loss at a size that fills the chip, and a search for races in shared memory.
+    profiled=("$python" -m benchmarks.gpu_smoke --device "$device" --only jsd --only forward_kl)
+    if [ -n "$dry" ] || [ "$device" = cuda ]; then
+        metrics=dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__inst_executed.avg.per_cycle_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active
+        for backend in "${backends[@]}"; do
+            if [ -n "$dry" ] || command -v ncu >/dev/null; then
+                step "ncu-$backend" 15 ncu --clock-control none --metrics "$metrics" --kernel-name 'regex:rows' --launch-count 4 \
+                    "${profiled[@]}" --backend "$backend" --tokens 2048 --vocab 128256
+            else
+                say "ncu-$backend: left out, no ncu here"
+            fi
+        done
+        if [ -n "$dry" ] || command -v compute-sanitizer >/dev/null; then
+            step racecheck 25 compute-sanitizer --tool racecheck --error-exitcode 1 "${profiled[@]}" --backend cuda --vocab 777
+        else
+            say "racecheck: left out, no compute-sanitizer here"
+        fi
+    fi
 fi
+
+if [ -n "$dry" ]; then
+    echo "in all $seconds_planned s at most${build:+, after the build}"
+    exit 0
+fi
+[ "$device" = cuda ] && gpu_state >"$logs/gpu-after.csv"
+cp "$out/summary.txt" "$logs/"
+pack
+if [ ${#failed[@]} -gt 0 ]; then
+    say "failed: ${failed[*]}"
+    exit 1
+fi
+say "every step passed, in $SECONDS s"

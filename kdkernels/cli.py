@@ -230,6 +230,8 @@ class Suite(str, Enum):
     smoke = "smoke"
     standard = "standard"
     full = "full"
+    headline = "headline"
+    rows = "rows"
 
 
 _BENCH_EXAMPLES = """
@@ -249,7 +251,10 @@ Examples:
 def bench(
     suite: Annotated[
         Suite,
-        typer.Option(help="smoke: a few small cases. standard: the usual ones. full: every divergence and all scaling curves, hours."),
+        typer.Option(
+            help="smoke: a few small cases. standard: the usual ones. full: every divergence and all scaling curves, hours. "
+            "headline: the loss at the README's sizes, without torch.compile. rows: the row kernels alone."
+        ),
     ] = Suite.standard,
     shape: Annotated[
         list[str] | None,

@@ -137,6 +137,28 @@ def test_row_kernels_allocate_nothing_and_refuse_what_they_cannot() -> None:
         variants.build("rows:torch", HEADS, build(HEADS))
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_row_kernels_write_a_16_bit_gradient_over_float32_logits(backend: str) -> None:
+    """The default of the loss with a bfloat16 head on a GPU; each pass begins with the logits that the last one overwrote."""
+    case = Case(16, 257, dtype="bfloat16")
+    name = f"rows:{backend}/float32"
+    inputs = build(case)
+    step = variants.build(name, case, inputs)
+    gradients = []
+    for _ in range(2):
+        variants.prepare(step)
+        step()
+        assert inputs.trained[0].grad is not None
+        gradients.append(inputs.trained[0].grad.clone())
+    assert gradients[0].dtype == torch.bfloat16
+    assert gradients[0].equal(gradients[1])
+    assert variants.check(name, case, "cpu") < 0.01
+    assert variants.Variant.parse(name).floor_bytes(case) == 16 * 257 * (4 + 4 + 2)
+    assert variants.Variant.parse(name).floor == "floor/float32"
+    with pytest.raises(ValueError, match="in place, the logits are wider"):
+        variants.build(f"rows:{backend}/bfloat16", case, inputs)
+
+
 @pytest.mark.parametrize("case", [HEADS, LOGITS], ids=["heads", "logits"])
 def test_a_variant_that_computes_something_else_is_found(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = variants._eager
@@ -301,6 +323,18 @@ def test_suites_grow_and_every_case_has_its_floor(device: str, monkeypatch: pyte
             assert job.curve in plots.CURVES
     rows = {(j.case.divergence, j.case.v) for j in jobs if j.curve == "row kernels"}
     assert rows == {(d, v) for d in REGISTRY for v in suites.ROW_VOCABULARIES}
+
+
+def test_the_parts_measure_every_compiled_backend_in_its_default_configuration() -> None:
+    ours = ["triton", "cuda", "torch"]
+    for job in suites.jobs("rows", "cuda", backends=ours):
+        assert set(job.variants) == {"floor", "floor/float32"} | {f"rows:{name}{wide}" for name in ours[:2] for wide in ("", "/float32")}
+    for job in suites.jobs("headline", "cuda", backends=ours, peers=[]):
+        assert {"triton@budget=1024", "triton@budget=4096", "cuda/bfloat16@budget=4096", "floor/float32", "eager"} <= set(job.variants)
+        assert not {"compile", *PEERS} & set(job.variants)
+    assert "cuda/bfloat16" in suites.jobs("smoke", "cuda", backends=ours, peers=[])[0].variants
+    for suite in suites.PARTS:
+        assert all("rows:native" in job.variants or "native@budget=16" in job.variants for job in suites.jobs(suite, "cpu"))
 
 
 def test_what_is_asked_for_replaces_the_suite() -> None:

@@ -1,15 +1,21 @@
-"""The script that runs everything that needs a GPU, where there is none."""
+"""The script that runs everything that needs a GPU, and the kit that it takes along, where there is none."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import leave_lost_gpu
+
+from benchmarks import gpu_kit, gpu_smoke
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_gpu.sh"
 
@@ -18,16 +24,33 @@ def run_gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
-def test_the_gpu_script_says_what_it_would_run(tmp_path: Path) -> None:
-    (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels" / "trl-1.0-py3-none-any.whl").touch()
-    done = run_gpu("--dry-run", "--wheels", str(tmp_path / "wheels"), "--out", str(tmp_path / "out"), "--minutes", "20")
+def plan(*arguments: str) -> dict[str, int]:
+    """The steps of a dry run with their time limits in seconds."""
+    done = run_gpu("--dry-run", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    steps = [line.partition(" (")[0] for line in done.stdout.splitlines()]
-    assert steps == ["install-trl", "build", "environment", "tests", "bench"]
-    assert "--suite standard --device cuda" in done.stdout
-    assert done.stdout.rstrip().endswith("--budget-minutes 19")
+    steps = dict(re.findall(r"^(\S+) +(\d+) s  ", done.stdout, re.MULTILINE))
+    total = int(re.findall(r"in all (\d+) s", done.stdout)[0])
+    assert total == sum(int(seconds) for name, seconds in steps.items() if name != "build")
+    return {name: int(seconds) for name, seconds in steps.items()}
+
+
+def test_the_two_parts_fit_their_calls(tmp_path: Path) -> None:
+    (tmp_path / "kit").mkdir()
+    kit = ("--kit", str(tmp_path / "kit"), "--out", str(tmp_path / "out"))
+    first, rest, both = (plan(*kit, "--part", part) for part in ("first", "rest", "all"))
+    assert list(first) == ["unpack", "environment", "smoke-triton", "smoke-cuda", "rows", "headline"]
+    assert list(rest) == ["unpack", "tests-triton", "tests-cuda", "peers", "ncu-triton", "ncu-cuda", "racecheck"]
+    assert sum(first.values()) <= 200
+    assert sum(rest.values()) <= 380
+    assert first["smoke-triton"] + first["smoke-cuda"] <= 45
+    assert both == {**first, **rest}
+    assert sum(both.values()) <= 600
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_kit_the_extension_is_built_unless_told_not_to() -> None:
+    assert next(iter(plan())) == "build"
+    assert "build" not in plan("--no-build")
 
 
 @pytest.mark.parametrize(
@@ -35,14 +58,72 @@ def test_the_gpu_script_says_what_it_would_run(tmp_path: Path) -> None:
     [
         (["--speed"], "unknown option --speed"),
         (["--out"], "--out needs a value"),
-        (["--wheels", "no/such"], "no such folder"),
-        (["--minutes", "x"], "whole"),
+        (["--kit", "no/such"], "make gpu-kit"),
+        (["--part", "last"], "first, rest or all"),
     ],
 )
 def test_the_gpu_script_refuses_what_it_does_not_know(arguments: list[str], word: str) -> None:
     done = run_gpu("--dry-run", *arguments)
     assert done.returncode == 2
     assert word in done.stderr
+
+
+@pytest.fixture
+def triton_key(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for an installed Triton, whose build its key tells."""
+    module = SimpleNamespace(triton_key=lambda: "3.6.0-one-build")
+    monkeypatch.setattr(gpu_kit, "cache_module", lambda: module)
+    return module
+
+
+def test_a_kits_kernels_are_found_by_another_build_of_triton(tmp_path: Path, triton_key: SimpleNamespace) -> None:
+    """Triton's cache names a folder by its own build, and its files of groups hold absolute paths."""
+    rests = ["source-a-options", "source-b-options"]
+    for rest in rests:
+        folder = tmp_path / "cache" / gpu_kit.folder_name(rest)
+        folder.mkdir(parents=True)
+        (folder / "rows.cubin").write_bytes(rest.encode())
+        (folder / "rows.json").write_text("{}")
+        (folder / "rows.ttir").write_text("large, and not needed")
+        (folder / "__grp__rows.json").write_text('{"child_paths": {"rows.cubin": "/elsewhere/rows.cubin"}}')
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    assert gpu_kit.pack(kit, tmp_path / "cache", {gpu_kit.folder_name(rest): rest for rest in rests}) == 2
+    with tarfile.open(kit / gpu_kit.KERNELS) as archive:
+        assert not [name for name in archive.getnames() if name.endswith(".ttir")]
+
+    before = {gpu_kit.folder_name(rest) for rest in rests}
+    triton_key.triton_key = lambda: "3.6.0-another-build"
+    assert gpu_kit.unpack(kit, tmp_path / "there") == 2
+    folders = sorted((tmp_path / "there").iterdir())
+    assert not before & {folder.name for folder in folders}
+    for rest in rests:
+        folder = tmp_path / "there" / gpu_kit.folder_name(rest)
+        children = json.loads((folder / "__grp__rows.json").read_text())["child_paths"]
+        assert Path(children["rows.cubin"]).read_bytes() == rest.encode()
+        assert sorted(children) == ["rows.cubin", "rows.json"]
+
+
+def test_a_kit_is_not_written_over_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(SystemExit, match="remove it, or name another folder"):
+        gpu_kit.build(tmp_path)
+    assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_the_smoke_run_passes_where_the_kernels_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_smoke, "DIVERGENCES", ("jsd",))
+    for name, run in gpu_smoke.checks("native", "cpu", (77,)):
+        passed, words = run()
+        assert passed, f"{name}: {words}"
+
+
+def test_the_smoke_run_fails_where_a_result_is_off() -> None:
+    def check(backend: str, double: bool) -> dict[str, torch.Tensor]:
+        return {"loss": torch.tensor(1.0 + 1e-3 * (backend == "cuda"), dtype=torch.float64 if double else torch.float32)}
+
+    assert gpu_smoke.verdict(check, "torch")[0]
+    assert not gpu_smoke.verdict(check, "cuda")[0]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch
 from ..memory import peak_bytes
 from . import variants
 from .cases import Case, Inputs, build
-from .variants import Step, Variant
+from .variants import Step, Variant, prepare
 
 WARMUP = 1
 
@@ -136,6 +137,7 @@ def first_line(error: Exception) -> str:
 
 
 def _time_cpu(step: Step) -> float:
+    prepare(step)
     start = time.perf_counter()
     step()
     return 1e3 * (time.perf_counter() - start)
@@ -144,6 +146,7 @@ def _time_cpu(step: Step) -> float:
 def _time_cuda(step: Step, device: torch.device) -> float:
     # Twice the L2, so that a step does not start with the last one's data at hand; and again and again, half a millisecond in all, so
     # that the GPU is still busy when the host has launched the step's first kernel: its time is not the host's.
+    prepare(step)
     flushed = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
     for _ in range(16):
         flushed.zero_()
@@ -241,7 +244,7 @@ NO_MEMORY = {
 
 
 def has_memory(variant: str) -> bool:
-    return variant.partition(":")[0] not in NO_MEMORY
+    return re.split("[:/@]", variant)[0] not in NO_MEMORY
 
 
 def _reset_peak(device: str) -> None:
@@ -263,13 +266,17 @@ def _peak_bytes(device: str) -> int:
 def _peak_of(make: Callable[[], Step], inputs: Inputs, device: str) -> int | None:
     """What building a step and running it once adds to the peak."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        make()()
+        step = make()
+        prepare(step)
+        step()
         return None
     inputs.clear_gradients()
     gc.collect()
     _reset_peak(device)
     before = _peak_bytes(device)
-    make()()
+    step = make()
+    prepare(step)
+    step()
     return _peak_bytes(device) - before
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .cases import Case
 from .figures import number
-from .table import is_ours, largest_error, median, name_of, title
+from .table import is_ours, largest_error, median, name_of, share_of_bandwidth, title
 from .variants import Variant
 from .visits import Measured
 
@@ -51,7 +51,7 @@ def bars(measured: Measured, machine: str) -> dict[str, Any] | None:
             "mib": None if r.get("peak_extra_bytes") is None else round(r["peak_extra_bytes"] / 2**20, 1),
         }
         for r in measured["results"]
-        if r["variant"] != "floor" and "samples_ms" in r and "skipped" not in r
+        if Variant.parse(r["variant"]).name != "floor" and "samples_ms" in r and "skipped" not in r
     ]
     if not found:
         return None
@@ -74,7 +74,7 @@ def _error(measured: Measured, row: dict[str, Any], rates: dict[str, Any]) -> fl
 
 def _bandwidth(measured: Measured, row: dict[str, Any], rates: dict[str, Any]) -> float | None:
     ms = _ms(measured, row, rates)
-    return None if ms is None else float(measured["floor_bytes"] / ms / 1e6 / rates["copy_gb_s"])
+    return None if ms is None else share_of_bandwidth(measured, row["variant"], ms, rates)
 
 
 Value = Callable[[Measured, dict[str, Any], dict[str, Any]], float | None]

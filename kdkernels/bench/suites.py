@@ -1,8 +1,8 @@
-"""Which cases a run goes through, in order of worth: whatever a budget of time cuts off is missed least."""
+"""Suites: the cases of a run, in order of worth, so that what a budget of time cuts off is missed least."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..divergences import REGISTRY
@@ -11,6 +11,11 @@ from .cases import Case
 from .measure import Job
 
 SUITES = ("smoke", "standard", "full")
+"""Each has more cases than the one before."""
+
+PARTS = ("headline", "rows")
+"""Suites for one question each: the whole loss at the sizes of the README, and the row kernels alone. A minute each on a GPU."""
+
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 """Of a case if nobody says otherwise, by device."""
 
@@ -27,7 +32,8 @@ SHAPES = [
 
 ROW_VOCABULARIES = (32000, 128256, 151936, 256000)
 FEW = ("forward_kl", "jsd")
-SAMPLES = {"smoke": 6, "standard": 9, "full": 12}
+ROWS_FEW = ("forward_kl", "reverse_kl", "jsd")
+SAMPLES = {"smoke": 6, "standard": 9, "full": 12, "headline": 7, "rows": 15}
 VISITS = {"cpu": 3, "cuda": 1}
 """Processes that they are spread over."""
 
@@ -60,7 +66,10 @@ def jobs(
             for dtype in dtypes or (DTYPES[device],)
             for divergence in divergences or FEW
         ]
-    found = {"smoke": of.smoke, "standard": of.standard, "full": of.full}[suite]()
+    of_suite: dict[str, Callable[[], list[Job]]] = {
+        "smoke": of.smoke, "standard": of.standard, "full": of.full, "headline": of.headline, "rows": lambda: of.rows(ROWS_FEW),
+    }  # fmt: skip
+    found = of_suite[suite]()
     seen: set[Job] = set()
     return [job for job in found if not (job in seen or seen.add(job))]  # type: ignore[func-returns-value]
 
@@ -103,6 +112,16 @@ class _Cases:
         n, v, ds, dt = (4096, 32000, 1024, 2048) if self.gpu else (512, 16000, 256, 512)
         heads = [best.job(Case(n, v, ds, dt, self.dtype, d), memory=d == FEW[0]) for d in FEW]
         return [*heads, best.job(Case(n, v, dtype=self.dtype))]
+
+    def headline(self) -> list[Job]:
+        """Our compiled backends at two budgets, without torch.compile, which takes longer to compile than all the rest to run."""
+        shapes = SHAPES[:2] if self.gpu else [(512, 16000, 256, 512)]
+        budgets = (1024, 4096) if self.gpu else (16, 64)
+        wide = ["floor/float32"] * (self.dtype != "float32")
+        narrow = [""] if self.dtype == "float32" else ["", f"/{self.dtype}"]
+        ours = [f"{b}{dtype}@budget={mib}" for b in variants.compiled(self.ours) for dtype in narrow for mib in budgets]
+        cases = [Case(*shape, self.dtype, d) for shape in shapes for d in FEW]
+        return [self.job(case, only=["floor", *wide, "eager", *self._peers(case), *ours]) for case in cases]
 
     def standard(self) -> list[Job]:
         return self._standard_gpu() if self.gpu else self._standard_cpu()
@@ -181,14 +200,19 @@ class _Cases:
             if variants.operation_of(name, case) == case.operation and (self.peers is None or name in self.peers)
         ]  # fmt: skip
 
-    def rows(self) -> list[Job]:
-        """The row kernels alone against one pass over the same memory, at every vocabulary."""
-        names = ["floor", *(f"rows:{name}" for name in self.ours if name != "torch")]
+    def rows(self, divergences: Sequence[str] = tuple(REGISTRY)) -> list[Job]:
+        """The row kernels alone against one pass over the same memory, at every vocabulary.
+
+        On a GPU with float32 logits, too, and the gradient in bfloat16 over them: the default of the loss with a bfloat16 head.
+        """
+        ours = [f"rows:{name}" for name in variants.compiled(self.ours) if name != "torch"]
+        wide = ["floor/float32", *(f"{name}/float32" for name in ours)] if self.gpu else []
         n = 4096 if self.gpu else 256
         return [
             self.job(
-                Case(n, v, dtype="bfloat16", divergence=d), samples=max(self.samples, 15), memory=False, curve="row kernels", only=names
+                Case(n, v, dtype="bfloat16", divergence=d), samples=max(self.samples, 15), memory=False, curve="row kernels",
+                only=["floor", *ours, *wide],
             )
-            for d in REGISTRY
+            for d in divergences
             for v in ROW_VOCABULARIES
-        ]
+        ]  # fmt: skip

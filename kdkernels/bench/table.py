@@ -26,7 +26,7 @@ def name_of(variant: str) -> str:
     v = Variant.parse(variant)
     rest = [f"{v.logits_dtype} logits"] * bool(v.logits_dtype) + [f"{v.chunk_rows} rows"] * bool(v.chunk_rows)
     rest += [f"budget {v.budget_mib} MiB"] * bool(v.budget_mib) + ["row kernels"] * v.rows_only
-    return NAMES.get(variant) or ", ".join([f"kdkernels {v.name}", *rest])
+    return ", ".join([NAMES.get(v.name, f"kdkernels {v.name}"), *rest])
 
 
 def is_ours(variant: str) -> bool:
@@ -74,7 +74,7 @@ def largest_error(row: dict[str, Any]) -> float | None:
 
 def rows(measured: Measured, rates: dict[str, Any] | None) -> Iterator[tuple[str, ...]]:
     """The cells, a variant a row, as text."""
-    floor, eager, peer, width = median(measured, "floor"), median(measured, "eager"), best_peer(measured), len(columns(measured))
+    eager, peer, width = median(measured, "eager"), best_peer(measured), len(columns(measured))
     for r in measured["results"]:
         name, error = r["variant"], largest_error(r)
         if "skipped" in r:
@@ -87,6 +87,7 @@ def rows(measured: Measured, rates: dict[str, Any] | None) -> Iterator[tuple[str
         if "samples_ms" not in r:
             yield (name, "not measured", *("" for _ in range(width - 2)))
             continue
+        floor = median(measured, Variant.parse(name).floor)
         low, mid, high = (quantile(r["samples_ms"], q) for q in (0.2, 0.5, 0.8))
         peak = r.get("peak_extra_bytes")
         yield (
@@ -95,17 +96,23 @@ def rows(measured: Measured, rates: dict[str, Any] | None) -> Iterator[tuple[str
             f"{mid / floor:.2f}" if floor else "",
             f"{mid / peer[1]:.2f}" if peer else "",
             f"{eager / mid:.2f}" if eager else "",
-            rate(measured, mid, rates),
+            rate(measured, name, mid, rates),
             f"{peak / 2**20:,.0f}" if peak is not None else "",
             shown,
         )
 
 
-def rate(measured: Measured, ms: float, rates: dict[str, Any] | None) -> str:
-    """Of the floor's operations or bytes in that time: what else a variant does counts for nothing."""
+def rate(measured: Measured, variant: str, ms: float, rates: dict[str, Any] | None) -> str:
+    """The floor's operations or bytes over that time: what else a variant does counts for nothing."""
     if measured["flop"]:
         return f"{measured['flop'] / ms / 1e9:.3g}"
-    return f"{measured['floor_bytes'] / ms / 1e6 / rates['copy_gb_s']:.0%}" if rates else ""
+    return f"{share_of_bandwidth(measured, variant, ms, rates):.0%}" if rates else ""
+
+
+def share_of_bandwidth(measured: Measured, variant: str, ms: float, rates: dict[str, Any]) -> float:
+    """The bytes that the variant has to move over that time, as a share of the copy bandwidth measured in the same run."""
+    moved = Variant.parse(variant).floor_bytes(Case(**measured["case"]))
+    return float(moved / ms / 1e6 / rates["copy_gb_s"])
 
 
 def notes(measured: Measured, name: Callable[[str], str] = str) -> list[str]:

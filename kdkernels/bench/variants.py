@@ -1,10 +1,12 @@
 """Who computes a case. A variant is a name; ``build`` turns it into a step: one forward and backward pass.
 
-floor           what no loss can do without, and nothing else: the matrix products of the heads, or one pass over given logits
+floor           what no loss can do without, and nothing else: the matrix products of the heads, or one pass over given logits;
+                ``floor/float32`` with float32 logits
 eager, compile  the dense formula
 native, ...     a backend of ours; ``native/bfloat16`` with that ``logits_dtype``, ``native@rows=512`` with that many rows per chunk,
                 ``native@budget=128`` with a memory budget in MiB
-rows:native     the backend's row kernels alone, on logits, into memory that is there already
+rows:native     the backend's row kernels alone, on logits, into memory that is there already; ``rows:native/float32`` on float32
+                logits with the gradient written over them in the case's dtype, as the loss does by default for a 16-bit head on a GPU
 trl, ...        another library: see peers.py
 """
 
@@ -21,14 +23,15 @@ from torch import Tensor
 
 import kdkernels as kd
 
-from .. import dispatch, divergences, reference
+from .. import chunking, dispatch, divergences, gemm, reference
 from ..problem import STATE, Problem, RowBatch
 from .cases import IGNORED, Case, Inputs, tensors
 from .cases import build as build_inputs
 from .peers import PEERS
 
 Step = Callable[[], Tensor | None]
-"""Leaves gradients in the inputs and returns the loss, 0-dim or one per token; the floor has neither."""
+"""Leaves gradients in the inputs and returns the loss, 0-dim or one per token; the floor has neither. A step that overwrites what it
+reads has a method ``prepare``, which restores it and is not timed."""
 
 BACKENDS = ("cuda", "triton", "native", "torch")
 
@@ -65,15 +68,33 @@ class Variant:
         return self.name in BACKENDS
 
     @property
+    def floor(self) -> str:
+        """The variant that bounds this one from below: the floor, for row kernels with the logits in the same dtype."""
+        return f"floor/{self.logits_dtype}" if self.rows_only and self.logits_dtype else "floor"
+
+    def floor_bytes(self, case: Case) -> int:
+        """Bytes that given logits have to move: ``case.floor_bytes``, with the sides read in this variant's dtype of the logits."""
+        if case.has_heads or self.logits_dtype is None:
+            return case.floor_bytes
+        sides = 2 if case.operation == "distillation" else 1
+        read = _dtype(self.logits_dtype).itemsize
+        return case.valid * case.v * (sides * read + case.torch_dtype.itemsize)
+
+    @property
     def options(self) -> dict[str, Any]:
         """Keywords for ``distillation_loss``."""
         found = {
             "backend": self.name,
-            "logits_dtype": getattr(torch, self.logits_dtype) if self.logits_dtype else None,
+            "logits_dtype": _dtype(self.logits_dtype) if self.logits_dtype else None,
             "chunk_rows": self.chunk_rows,
             "memory_budget": self.budget_mib << 20 if self.budget_mib else None,
         }
         return {k: v for k, v in found.items() if v is not None}
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def operation_of(variant: str, case: Case) -> str:
@@ -94,8 +115,10 @@ def build(variant: str, case: Case, inputs: Inputs) -> Step:
         if (reason := PEERS[variant].cannot(case, inputs.device.type)) is not None:
             raise ValueError(reason)
         return _trained(PEERS[variant].build(case, inputs))
+    if v.name == "floor":
+        return _floor(v, case, inputs)
     if variant not in _BUILDERS:
-        raise ValueError(f"variant {variant!r} is unknown; valid: {', '.join((*_BUILDERS, *BACKENDS, *PEERS))}")
+        raise ValueError(f"variant {variant!r} is unknown; valid: {', '.join(('floor', *_BUILDERS, *BACKENDS, *PEERS))}")
     return _BUILDERS[variant](case, inputs)
 
 
@@ -112,15 +135,25 @@ def backends_for(device: str, dtype: torch.dtype) -> list[str]:
     return [n for n in dispatch.AUTO_ORDER.get(device, ("torch",)) if dispatch.unavailable(n, device, (dtype, dtype)) is None]
 
 
+def compiled(backends: list[str]) -> list[str]:
+    """The backends with row kernels; the first of those given, where none has."""
+    return [name for name in backends if name != "torch"] or backends[:1]
+
+
 def default_variants(case: Case, device: str, backends: list[str] | None = None, peers: list[str] | None = None) -> list[str]:
     """What a run measures if nobody says otherwise: the floor, the dense formula, peers that are installed, and our backends.
 
-    Ours are those that "auto" may take; the best of them with a bfloat16 head's logits in bfloat16 too.
+    Ours are those that "auto" may take; the compiled ones with a bfloat16 head's logits in bfloat16 too.
     """
     ours = backends_for(device, case.torch_dtype) if backends is None else backends
-    narrow = [f"{name}/{case.dtype}" for name in ours[:1] if case.has_heads and case.dtype == "bfloat16"]
+    narrow = [f"{name}/{case.dtype}" for name in compiled(ours) if case.has_heads and case.dtype == "bfloat16"]
     others = [name for name in peers_for(case, device) if peers is None or name in peers]
     return ["floor", "eager", "compile", *others, *ours, *narrow]
+
+
+def prepare(step: Step) -> None:
+    """Restore what an earlier pass of a step has overwritten, where it has a method for it."""
+    getattr(step, "prepare", lambda: None)()
 
 
 # --- the truth
@@ -147,7 +180,9 @@ TOLERANCE = {8: 1e-10, 4: 1e-4, 2: 0.05}
 def errors(variant: str, case: Case, device: str) -> dict[str, float]:
     """Relative errors against float64, in the Frobenius norm: of the loss, and of the gradient by each trained tensor."""
     inputs = build_inputs(case, device)
-    loss = build(variant, case, inputs)()
+    step = build(variant, case, inputs)
+    prepare(step)
+    loss = step()
     if loss is None:
         return {}
     truth = inputs.double()
@@ -232,50 +267,81 @@ def _rows(v: Variant, case: Case, inputs: Inputs) -> Step:
     if case.has_heads or case.masked or case.operation != "distillation":
         raise ValueError("row kernels take logits of tokens that all count, in a distillation")
     z_s, z_t = (tensors(side)[0].detach() for side in (inputs.student, inputs.teacher))
+    if v.logits_dtype:
+        return _RowsInPlace(v, case, z_s, z_t, inputs.trained[0])
+    return _row_kernels(v, case, z_s, z_t, torch.empty_like(z_s), inputs.trained[0])
+
+
+def _row_kernels(v: Variant, case: Case, z_s: Tensor, z_t: Tensor, dz: Tensor, trained: Tensor) -> Callable[[], Tensor]:
+    """One launch of the backend's ``rows``, which leaves ``dz`` as the gradient of ``trained``."""
     problem = Problem(
-        divergences.resolve(case.divergence), case.v, temperature=case.temperature, student_dtype=z_s.dtype, teacher_dtype=z_t.dtype,
+        divergences.resolve(case.divergence), case.v, temperature=case.temperature, student_dtype=dz.dtype, teacher_dtype=dz.dtype,
         wants_input=True, backend=dispatch.select(v.name, z_s.device.type, (z_s.dtype, z_t.dtype)),
     )  # fmt: skip
     loss = torch.empty(case.n, dtype=problem.compute_dtype, device=z_s.device)
     state = torch.empty(len(STATE), case.n, dtype=problem.compute_dtype, device=z_s.device)
-    dz = torch.empty_like(z_s)
     # dz_scale makes it the gradient of the mean.
     batch = RowBatch(z_s, z_t, None, None, None, None, state, loss=loss, dz=dz, dz_scale=1 / case.n)
     kernel = dispatch.load(problem.backend)
 
     def step() -> Tensor:
         kernel.rows(problem, batch, True)
-        inputs.trained[0].grad = dz
+        trained.grad = dz
         return loss
 
     return step
 
 
+class _RowsInPlace:
+    """Row kernels on logits of a wider dtype than the case's, the gradient over them, each row's first bytes over its logits'."""
+
+    def __init__(self, v: Variant, case: Case, z_s: Tensor, z_t: Tensor, trained: Tensor) -> None:
+        wide = _dtype(str(v.logits_dtype))
+        if wide.itemsize <= z_s.dtype.itemsize:
+            raise ValueError(f"variant {v.name}/{v.logits_dtype}: in place, the logits are wider than the case's {case.dtype}")
+        width = chunking.padded_vocab(case.v, wide.itemsize)
+        rows = [torch.empty(case.n, width, dtype=wide, device=z.device) for z in (z_s, z_t)]
+        self._logits, self._source = rows[0][:, : case.v], z_s
+        rows[1][:, : case.v].copy_(z_t)
+        dz = rows[0].view(z_s.dtype)[:, : case.v]
+        self._step = _row_kernels(v, case, self._logits, rows[1][:, : case.v], dz, trained)
+
+    def prepare(self) -> None:
+        """Write the student's logits again: the last pass left its gradient in their place."""
+        self._logits.copy_(self._source)
+
+    def __call__(self) -> Tensor:
+        return self._step()
+
+
 # --- the floor and the dense formula
 
 
-def _floor(case: Case, inputs: Inputs) -> Step:
+def _floor(v: Variant, case: Case, inputs: Inputs) -> Step:
     """Everything over all valid rows at once, into memory that is there already."""
     n, sides = case.valid, [inputs.student] + [inputs.teacher] * (case.operation == "distillation")
     rows = [[t.detach() for t in tensors(side)] for side in sides]
+    dtype = _dtype(v.logits_dtype or case.dtype)
     sources = [r[0][:n] for r in rows]
     if not case.has_heads:
         dz = torch.empty_like(sources[0])
+        sources = [z.to(dtype) for z in sources]
 
         def read_all_and_write() -> None:
             torch.add(sources[0], sources[1], out=dz) if len(sources) == 2 else torch.mul(sources[0], 2, out=dz)
 
         return read_all_and_write
     weights = [r[1] for r in rows]
-    logits = [torch.empty(n, case.v, dtype=h.dtype, device=h.device) for h in sources]
+    logits = [torch.empty(n, case.v, dtype=dtype, device=h.device) for h in sources]
+    dz = logits[0].view(case.torch_dtype)[:, : case.v]  # the products of backward are in the heads' dtype
     d_hidden, d_weight = torch.empty_like(sources[0]), torch.empty_like(weights[0])
 
     def multiply() -> None:
         for h, w, z in zip(sources, weights, logits, strict=True):
-            torch.mm(h, w.t(), out=z)
-        torch.mm(logits[0], weights[0], out=d_hidden)
+            gemm.logits(h, w, z)
+        torch.mm(dz, weights[0], out=d_hidden)
         if not case.frozen_head:
-            torch.mm(logits[0].t(), sources[0], out=d_weight)
+            torch.mm(dz.t(), sources[0], out=d_weight)
 
     return multiply
 
@@ -344,4 +410,4 @@ def _compile(case: Case, inputs: Inputs) -> Step:
     return _eager(case, inputs, lambda f: torch.compile(f, dynamic=False))
 
 
-_BUILDERS: dict[str, Callable[[Case, Inputs], Step]] = {"floor": _floor, "eager": _eager, "compile": _compile}
+_BUILDERS: dict[str, Callable[[Case, Inputs], Step]] = {"eager": _eager, "compile": _compile}

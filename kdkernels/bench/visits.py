@@ -159,10 +159,11 @@ DENSE_BYTES_PER_LOGIT = {"floor": 2, "eager": 7, "compile": 7, "liger_kl": 4}
 
 def _too_large(variant: str, case: Case, device: str) -> str | None:
     """On a CPU, where what does not fit is not refused but kills the process: whether not to try."""
-    if device != "cpu" or variant not in DENSE_BYTES_PER_LOGIT:
+    kind = variant.partition("/")[0]
+    if device != "cpu" or kind not in DENSE_BYTES_PER_LOGIT:
         return None
     itemsize = case.torch_dtype.itemsize if variant == "floor" else 4
-    needed = DENSE_BYTES_PER_LOGIT[variant] * itemsize * case.valid * case.v
+    needed = DENSE_BYTES_PER_LOGIT[kind] * itemsize * case.valid * case.v
     free = _available_bytes()
     if needed < 0.8 * free:
         return None

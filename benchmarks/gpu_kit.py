@@ -1,0 +1,194 @@
+"""Build here what a GPU machine without a network lacks, and install it there.
+
+    python -m benchmarks.gpu_kit build gpu-kit          # or make gpu-kit
+    python -m benchmarks.gpu_kit install gpu-kit --packages DIR
+
+A kit holds ``_C``, compiled for one Python and one GPU; the Triton kernels that ``benchmarks/run_gpu.sh`` launches, compiled; and wheels.
+Triton names a compiled kernel by a hash over its own files, the kernel's source and the launch: ``install`` computes the names anew from
+the parts of the hash, so that the kernels are found by another build of the same Triton version, too. Build a kit from the very commit
+that is sent: the sources of the kernels are part of their names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 64 << 20
+"""Bytes of a kit, at most: what fits beside a checkout where a tree of that size is sent."""
+
+WHEELS = (
+    "typer", "shellingham", "rich", "markdown-it-py", "mdurl", "pygments", "pytest", "pluggy", "iniconfig", "packaging", "hypothesis",
+    "sortedcontainers", "pytest-xdist", "execnet", "liger-kernel", "trl", "datasets", "dill", "multiprocess", "xxhash",
+)  # fmt: skip
+"""Pure or small: what the tests need, and the libraries that the benchmark compares with."""
+
+TESTS = ("loss", "gradients", "numerics", "semantics", "primitives", "primitives_calls", "sparse", "draws", "ensemble", "chunking")
+KERNELS, INDEX, GROUP = "triton.tar.xz", "triton.json", "__grp__"
+
+VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _said(*command: str) -> str:
+    """Output of a command."""
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+
+
+def _run(*command: str | Path, **environment: str) -> None:
+    subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env={**os.environ, **environment})
+
+
+@app.command()
+def build(
+    kit: Annotated[Path, typer.Argument(help="Folder for the kit. It must not exist.")],
+    python: Annotated[str, typer.Option(help="A Python of the version that the GPU machine has, with its headers.")] = "python3.12",
+    arch: Annotated[str, typer.Option(help="The GPU, as for KDKERNELS_CUDA_ARCHS.")] = "90a",
+    triton: Annotated[str, typer.Option(help="The version of Triton that the GPU machine has.")] = "3.6.0",
+    tests: Annotated[
+        bool, typer.Option(help="Compile the kernels of the GPU tests too, minutes, not only those of the benchmarks.")
+    ] = True,
+) -> None:
+    """Build a kit: the extension, the Triton kernels, and wheels."""
+    if kit.exists():
+        raise SystemExit(f"{kit} exists: remove it, or name another folder")
+    about = {"commit": _said("git", "rev-parse", "HEAD"), "python": _said(python, "-c", VERSION), "arch": arch, "triton": triton}
+    with tempfile.TemporaryDirectory() as work:
+        made = Path(work) / "kit"
+        (made / "wheels").mkdir(parents=True)
+        _extension(made, Path(work), python, arch)
+        _wheels(made / "wheels", about["python"])
+        _kernels(made, Path(work), triton, arch.rstrip("a"), tests)
+        (made / "kit.json").write_text(json.dumps(about, indent=1))
+        size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+        if size > LIMIT:
+            raise SystemExit(f"the kit has {size >> 20} MiB, and {LIMIT >> 20} MiB is the limit: leave out wheels (WHEELS)")
+        shutil.copytree(made, kit)
+    print(f"{kit}: {size / 2**20:.1f} MiB. On the GPU machine: benchmarks/run_gpu.sh --kit {kit}")
+
+
+def _extension(made: Path, work: Path, python: str, arch: str) -> None:
+    """``_C`` for that Python and GPU."""
+    venv = work / "venv"
+    _run(python, "-m", "venv", venv)
+    pip = (venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", "constraints.txt")
+    _run(*pip, "setuptools", "pybind11", "ninja")
+    _run(
+        venv / "bin" / "python", "setup.py", "--quiet", "build_ext", "--build-lib", work / "lib", "--build-temp", work / "temp",
+        KDKERNELS_CUDA="1", KDKERNELS_CUDA_ARCHS=arch,
+    )  # fmt: skip
+    (extension,) = (work / "lib").rglob("_C.*.so")
+    shutil.copy(extension, made)
+
+
+def _wheels(folder: Path, version: str) -> None:
+    platforms = [word for glibc in ("2_17", "2_28", "2_34") for word in ("--platform", f"manylinux_{glibc}_x86_64")]
+    _run(
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
+        "--python-version", version, *platforms, "--platform", "manylinux2014_x86_64", "--dest", folder, *WHEELS,
+    )  # fmt: skip
+
+
+def _kernels(made: Path, work: Path, version: str, arch: str, tests: bool) -> None:
+    """Compile every launch of the benchmarks and tests with that Triton, and pack the machine code with the parts of its names."""
+    of_version = work / "triton"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
+    _run(*pip, "--target", of_version, f"triton=={version}")
+    cache = work / "cache"
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(of_version), str(ROOT), str(ROOT / "tests")]), "TRITON_CACHE_DIR": str(cache),
+        "TRITON_STORE_BINARY_ONLY": "1", "TRITON_INTERPRET": "0", "KDKERNELS_RECORD": str(work / "names"), "KDKERNELS_RECORD_ARCH": arch,
+    }  # fmt: skip
+    _run(sys.executable, "-m", "benchmarks.record_launches", **environment)
+    if tests:
+        files = [f"tests/test_{name}.py" for name in TESTS]
+        subprocess.run(  # the tests' own verdict does not matter: their results are those of another backend
+            [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "benchmarks.record_launches", "-p", "no:cacheprovider",
+             "-k", "triton-cpu", *files], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    names: dict[str, str] = {}
+    for path in (work / "names").iterdir():
+        names.update(json.loads(path.read_text()))
+    print(f"{pack(made, cache, names)} Triton kernels compiled for sm_{arch} with Triton {version}")
+
+
+def pack(kit: Path, cache: Path, names: dict[str, str]) -> int:
+    """Write the machine code of the kernels in ``cache`` into the kit, with the rest of each name's hash. Returns their number."""
+    index: list[dict[str, Any]] = []
+    with tarfile.open(kit / KERNELS, "w:xz") as archive:
+        for name, rest in sorted(names.items()):
+            files = [path for path in (cache / name).iterdir() if path.suffix in (".cubin", ".json") and not path.name.startswith(GROUP)]
+            folder = str(len(index))
+            for path in files:
+                archive.add(path, f"{folder}/{path.name}")
+            index.append({"folder": folder, "rest": rest, "files": sorted(path.name for path in files)})
+    (kit / INDEX).write_text(json.dumps(index))
+    return len(index)
+
+
+def unpack(kit: Path, cache: Path) -> int:
+    """Write the kit's kernels into ``cache`` under the names that the Triton here looks for. Returns their number."""
+    index = json.loads((kit / INDEX).read_text())
+    with tempfile.TemporaryDirectory() as work:
+        with tarfile.open(kit / KERNELS) as archive:
+            archive.extractall(work, filter="data")
+        for entry in index:
+            folder = cache / folder_name(entry["rest"])
+            shutil.copytree(Path(work) / entry["folder"], folder, dirs_exist_ok=True)
+            (metadata,) = (name for name in entry["files"] if name.endswith(".json"))
+            children = {name: str((folder / name).absolute()) for name in entry["files"]}
+            (folder / f"{GROUP}{metadata}").write_text(json.dumps({"child_paths": children}))
+    return len(index)
+
+
+def cache_module() -> Any:
+    """Triton's own module for its cache: imported where it is needed, since building a kit needs no Triton here."""
+    from triton.runtime import cache
+
+    return cache
+
+
+def folder_name(rest: str) -> str:
+    """The folder of a compiled kernel in Triton's cache, for the Triton that is installed here."""
+    digest = hashlib.sha256(f"{cache_module().triton_key()}-{rest}".encode()).digest()
+    return base64.b32encode(digest).decode().rstrip("=")
+
+
+@app.command()
+def install(
+    kit: Annotated[Path, typer.Argument(help="Folder of the kit.")],
+    packages: Annotated[Path, typer.Option(help="Folder for the wheels, to be put on PYTHONPATH, and in `triton` below it the kernels.")],
+) -> None:
+    """Install a kit: the extension into this checkout, wheels and kernels into a folder."""
+    import triton
+
+    about = json.loads((kit / "kit.json").read_text())
+    for extension in kit.glob("_C.*.so"):
+        shutil.copy(extension, ROOT / "kdkernels")
+    packages.mkdir(parents=True, exist_ok=True)
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(packages))
+    # One by one: a wheel that does not fit must not keep the others out.
+    wheels = sorted((kit / "wheels").glob("*.whl"))
+    refused = [wheel.name for wheel in wheels if subprocess.run([*pip, str(wheel)], check=False, capture_output=True).returncode]
+    if triton.__version__ != about["triton"]:
+        print(f"Triton is {triton.__version__} here and {about['triton']} in the kit: its kernels are compiled anew")
+        return
+    kernels = unpack(kit, packages / "triton")
+    print(f"installed {kernels} kernels and all but {len(refused)} wheels{': ' * bool(refused)}{', '.join(refused)}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,134 @@
+"""Compile what the Triton backend would launch on a GPU, on a machine without one; nothing is launched.
+
+As a program it makes the calls of ``benchmarks.gpu_smoke`` and of the suites ``rows`` and ``headline``; as a pytest plugin
+(``-p benchmarks.record_launches -k triton-cpu``) those of the tests. In both, results come from the torch backend. Writes one JSON per
+process into the folder ``$KDKERNELS_RECORD``: folder in Triton's cache -> the part of its name's hash that does not depend on the build
+of Triton. Needs TRITON_INTERPRET=0 when it is imported.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compiler
+from triton.runtime import driver
+from triton.runtime.cache import triton_key
+from triton.runtime.jit import JITFunction
+
+import kdkernels.backends.triton as backend
+from kdkernels.backends import torch as torch_rows
+from kdkernels.sources import SideRows
+
+NAMES: dict[str, str] = {}
+
+
+class _Driver:
+    """Stands in for the CUDA driver: says which GPU to compile for, and launches nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> ModuleType:
+        return torch.cuda
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return "int"
+
+
+def _recorded(get_cache_key: Callable[..., str]) -> Callable[..., str]:
+    def recorded(*arguments: Any, **keywords: Any) -> str:
+        key = get_cache_key(*arguments, **keywords)
+        folder = base64.b32encode(hashlib.sha256(key.encode()).digest()).decode().rstrip("=")
+        NAMES[folder] = key[len(triton_key()) + 1 :]
+        return key
+
+    return recorded
+
+
+def _both(ours: Callable[..., None], torchs: Callable[..., None]) -> Callable[..., None]:
+    def both(*arguments: Any, **keywords: Any) -> None:
+        ours(*arguments, **keywords)
+        torchs(*arguments, **keywords)
+
+    return both
+
+
+def start() -> None:
+    """From here on every launch is compiled and none is made."""
+    driver.set_active(_Driver(int(os.environ.get("KDKERNELS_RECORD_ARCH", "90"))))
+    compiler.get_cache_key = _recorded(compiler.get_cache_key)
+    run = JITFunction.run
+    JITFunction.run = lambda self, *arguments, grid, warmup, **keywords: run(self, *arguments, grid=grid, warmup=True, **keywords)
+    unavailable = "float64 is for the torch backend"
+    backend.unavailable = lambda device, dtypes: unavailable if torch.float64 in dtypes else None
+    for name in ("rows", "head_rows", "softmax_rows", "softmax_gradient_rows"):
+        setattr(backend, name, _both(getattr(backend, name), getattr(torch_rows, name)))
+    # As on a GPU: the gradient in the dtype of the products, over float32 logits.
+    SideRows.over_logits = lambda self, rows: self.buffer.view(self.dtype)[:rows, : self.vocab]  # type: ignore[method-assign]
+
+
+def save() -> None:
+    """Add this process' kernels to the folder."""
+    folder = Path(os.environ["KDKERNELS_RECORD"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{os.getpid()}.json").write_text(json.dumps(NAMES))
+
+
+def pytest_sessionstart() -> None:
+    import conftest
+
+    start()
+    conftest.interpreted = lambda backend, device: False  # the shapes of a GPU
+
+
+def pytest_sessionfinish() -> None:
+    save()
+
+
+def main() -> None:
+    """Compile the kernels of the benchmarks."""
+    from kdkernels.bench import suites, variants
+
+    from .gpu_smoke import VOCABULARIES, checks
+
+    start()
+    for _, check in checks("triton", "cpu", VOCABULARIES):
+        check()
+    for suite in ("rows", "headline"):
+        for job in suites.jobs(suite, "cuda", backends=["triton"], peers=[]):
+            # Sizes that the launches do not depend on are small; N stays a multiple of 16.
+            case = replace(job.case, n=16, ds=job.case.ds and 16, dt=job.case.dt and 16)
+            for name in job.variants:
+                if variants.Variant.parse(name).name == "triton":
+                    inputs = variants.build_inputs(case, "cpu")
+                    step = variants.build(name, case, inputs)
+                    variants.prepare(step)
+                    step()
+    save()
+    print(f"{len(NAMES)} kernels")
+
+
+if __name__ == "__main__":
+    main()
