@@ -383,7 +383,7 @@ def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, s
     assert cached["after"]["eval_loss"] == pytest.approx(live["after"]["eval_loss"], rel=1e-2)  # hidden states are kept in bfloat16
     result = train(*arguments, "--output-dir", str(tmp_path / "other"), "--cache", str(tmp_path / "part"))
     assert result.exit_code == 2
-    assert "13 of 13 examples are not in the cache" in result.output
+    assert "13 of 13 rows are not in the cache" in result.output
     result = train(*arguments, "--output-dir", str(tmp_path / "other"), "--cache", str(tmp_path / "nowhere"))
     assert result.exit_code == 2
     assert f"--cache {tmp_path / 'nowhere'}: " in result.output

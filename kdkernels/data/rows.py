@@ -9,9 +9,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DataError", "Row", "RowSource", "read_rows"]
+__all__ = ["DataError", "Row", "RowSource", "places", "read_rows"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+
+
+MOST_NAMED = 20
+
+
+def places(wheres: Iterable[str], most: int = MOST_NAMED) -> str:
+    """Rows by file and number, such as ``train.jsonl, rows 3, 17; held.jsonl, row 2``; the first ``most`` of them, then how many more."""
+    rows: dict[str, list[str]] = {}
+    every = list(wheres)
+    for where in every[:most]:
+        file, _, number = where.rpartition("row ")
+        rows.setdefault(file, []).append(number)
+    named = [f"{file}row{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}" for file, numbers in rows.items()]
+    return "; ".join(named) + (f"; and {len(every) - most:,} more" if len(every) > most else "")
 
 
 class DataError(ValueError):

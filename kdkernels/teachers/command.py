@@ -37,7 +37,8 @@ Examples:
 
 - `kdkernels cache --teacher big-model --data train.jsonl --kind topk -k 64 --temperature 2 --out big-top64`
 
-- `kdkernels cache --teacher big-model --data train.jsonl --kind hidden --out big-hidden` - exact for every divergence and temperature
+- `kdkernels cache --teacher big-model --data train.jsonl --data held-out.jsonl --kind hidden --out big-hidden` - exact for every divergence
+and temperature, for training and evaluation
 
 - `kdkernels cache --teacher served-name --base-url http://localhost:8000/v1 --tokenizer big-model --data train.jsonl -k 20 --out top20`
 
@@ -67,7 +68,7 @@ def register(app: typer.Typer) -> None:
 
 def cache(
     server: Server,
-    data: Annotated[Path, typer.Option(help="Rows: a JSONL or Parquet file, or a folder of them.")],
+    data: Annotated[list[Path], typer.Option(help="Rows: a JSONL or Parquet file, or a folder of them. Several: all of their rows.")],
     out: Annotated[Path, typer.Option(help="Folder of the cache: new, or of this command cut short.")],
     teacher: Annotated[str, typer.Option(help="Model: a folder or hub id; with --base-url the server's name of it.")] = "",
     kind: Annotated[

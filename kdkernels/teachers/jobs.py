@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..files import write_jsonl
 from ..tap.weights import logit_columns
 from ..terminal import progress
 from .cache.api import from_replies, score, write_topk
-from .cache.manifest import Identity, Kind, identity_of_model, template_hash, tokenizer_hash
+from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date
 from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, write_cache
 from .generate import requests_of, with_reply
@@ -35,7 +35,7 @@ __all__ = ["CacheOptions", "cache_of_model", "cache_of_server", "device_of", "ge
 class CacheOptions:
     """Of ``kdkernels cache``, whose help says what they mean."""
 
-    data: Path
+    data: Sequence[Path]
     out: Path
     teacher: str
     kind: Kind
@@ -96,8 +96,8 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
         raise ValueError(f"-k {o.k}: the vocabulary has {vocab_size} tokens")
     ran_in = str(model.dtype).removeprefix("torch.")
     identity = Identity(
-        teacher=name, revision=revision, teacher_dtype=ran_in, tokenizer=tokenizer_hash(tokenizer),
-        chat_template=template_hash(tokenizer), vocab_size=vocab_size, padded_vocab_size=columns, kind=o.kind,
+        teacher=name, revision=revision, teacher_dtype=ran_in, **identity_of_tokenizer(tokenizer),
+        vocab_size=vocab_size, padded_vocab_size=columns, kind=o.kind,
         k=o.k if o.kind in ("topk", "sampled") else None,
         temperature=None if o.kind == "hidden" else (0.0 if o.kind == "text" else 1.0) if o.temperature is None else o.temperature,
         dtype={"topk": o.precision, "hidden": ran_in}.get(o.kind), seed=o.seed if o.kind in ("sampled", "text") else None,
@@ -127,7 +127,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
         with progress(console, "tokens") as (start, advance):
             write_cache(
                 LiveTeacher(model, vocab_size=vocab_size), examples, o.out, identity, hidden_size=hidden_size, batch_size=o.batch_size,
-                shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit), device=model.device,
+                shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit), max_length=limit, device=model.device,
                 report=advance,
                 started=_announcing(console, o.out, identity, start, hidden_size, head),
             )  # fmt: skip
@@ -157,20 +157,20 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
                 f"{lost:,} of {len(examples):,} responses are cut into other tokens than the teacher's: the teacher says nothing of them"
             )
     identity = Identity(
-        teacher=o.teacher or "served", revision=o.revision or "", teacher_dtype="", tokenizer=tokenizer_hash(tokenizer),
-        chat_template=template_hash(tokenizer), vocab_size=o.vocab_size or len(tokenizer), padded_vocab_size=o.vocab_size or len(tokenizer),
+        teacher=o.teacher or "served", revision=o.revision or "", teacher_dtype="", **identity_of_tokenizer(tokenizer),
+        vocab_size=o.vocab_size or len(tokenizer), padded_vocab_size=o.vocab_size or len(tokenizer),
         kind="topk", k=max(top[0].shape[1] for top in tops), temperature=1.0, dtype=o.precision,
     )  # fmt: skip
     with progress(console, "tokens") as (start, advance):
         write_topk(
-            examples, tops, o.out, identity, shard_bytes=o.shard_bytes, report=advance,
+            examples, tops, o.out, identity, shard_bytes=o.shard_bytes, max_length=o.max_length, report=advance,
             started=_announcing(console, o.out, identity, start),
         )  # fmt: skip
     console.print(f"{o.out}: complete")
 
 
 def _examples(o: CacheOptions, tokenizer: Any, limit: int | None) -> list[Example]:
-    return load_examples(o.data, tokenizer, max_length=limit, overlong=o.overlong)
+    return load_examples(o.data, tokenizer, max_length=limit, overlong=o.overlong, date=kept_date(o.out))
 
 
 def _announcing(

@@ -74,11 +74,8 @@ def _check_source(source: Any, args: DistillationArguments) -> None:
             raise ValueError(f"{name}={getattr(args, name)} needs a teacher that runs, and this one is a {kind}: give a model")
     if args.kd_on_prompt and hasattr(source, "salt"):
         raise ValueError("kd_on_prompt=True: a cache holds targets of responses only; give a model as the teacher")
-    if getattr(source, "kind", None) == "sampled" and source.temperature != args.temperature:
-        raise ValueError(
-            f"temperature={args.temperature}, but the cache was drawn at {source.temperature}, and draws say nothing of another: "
-            f"train with temperature={source.temperature}, or draw again"
-        )
+    if hasattr(source, "check_loss") and args.kd_weight > 0:
+        source.check_loss(args.divergence, args.temperature)
 
 
 def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, tokenizer: Any, fixed: bool) -> int:
@@ -109,16 +106,10 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
     return size
 
 
-def check_kept(teacher: Any, examples: Sequence[Example]) -> None:
+def check_kept(teacher: Any, examples: Sequence[Example], max_length: int | None = None) -> None:
     """
     Raises:
-        ValueError: a cache that holds none or not all of the examples, with how many are missing.
+        ValueError: a cache that does not hold all of the examples, naming the rows.
     """
-    if not hasattr(teacher, "salt") or not hasattr(teacher, "__contains__"):
-        return
-    missing = sum(example.key(teacher.salt) not in teacher for example in examples)
-    if missing:
-        raise ValueError(
-            f"{missing:,} of {len(examples):,} examples are not in the cache: it was made from other data, or with another max_length or "
-            "overlong. Make it from the same data; held-out rows too (a cache can be made of a folder that holds both files)"
-        )
+    if hasattr(teacher, "require"):
+        teacher.require(examples, max_length)

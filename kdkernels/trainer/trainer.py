@@ -122,7 +122,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 raise ValueError(f"an example has {most} tokens, more than max_length={self.max_length}: leave it out or shorten it")
         else:
             examples = load_examples(source, self.tokenizer, max_length=self.max_length, overlong=self._overlong, date=self._date)
-        check_kept(self.teacher, examples)
+        check_kept(self.teacher, examples, self.max_length)
         if self._packing:
             assert self.max_length is not None
             return pack(examples, self.max_length)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,9 +19,10 @@ from ...data.example import Example
 from ...files import digest
 from ...sides import TopK
 from ..http import HTTPModel, HTTPModelError, Job
+from .checks import check_logprobs, place
 from .manifest import CacheError, Identity, Manifest
 from .shards import Array, write_parquet
-from .writer import DEFAULT_SHARD_BYTES, Plan, Report, bytes_per_token, topk_columns, write_shards
+from .writer import DEFAULT_SHARD_BYTES, Begun, Plan, Report, bytes_per_token, topk_columns, write_shards
 
 __all__ = ["TokenIds", "Top", "from_replies", "score", "write_topk"]
 
@@ -110,6 +112,7 @@ def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example],
             f"{f'(row {lost[0]} first) ' if lost else ''}and {unknown} of {known + unknown} alternatives have no token of their own. Give "
             "the teacher's own tokenizer, or a server that names ids (vLLM: return_tokens_as_token_ids)"
         )
+    check_tops(examples, tops)
     return tops, len(lost)
 
 
@@ -148,7 +151,25 @@ def score(model: HTTPModel, examples: Sequence[Example], k: int, log: Path) -> l
         for i, (ids, logprobs) in enumerate(zip(entry["ids"], entry["prompt_logprobs"], strict=True)):
             _fill(top, i, dict(zip(ids, logprobs, strict=True)))
         tops.append(top)
+    check_tops(examples, tops)
     return tops
+
+
+def check_tops(examples: Sequence[Example], tops: Sequence[Top]) -> None:
+    """
+    Raises:
+        CacheError: log-probabilities that are not those of a distribution, with the row.
+    """
+    for number, (example, (ids, logprobs)) in enumerate(zip(examples, tops, strict=True), 1):
+        name = example.where or f"example {number}"
+        if ids.shape != logprobs.shape or len(ids) != len(example.teacher_scored):
+            raise CacheError(
+                f"{name}: ids {ids.shape} and log-probabilities {logprobs.shape} for {len(example.teacher_scored)} scored tokens"
+            )
+        rising = np.sort(ids, axis=-1)
+        if ((rising[:, 1:] == rising[:, :-1]) & (rising[:, 1:] >= 0)).any():
+            raise CacheError(f"{name}: a token is named twice for one position")
+        check_logprobs(ids, logprobs, lambda row, name=name: f"{name}, token {row + 1} of the response")  # type: ignore[misc]
 
 
 def _empty(tokens: int, width: int) -> Top:
@@ -169,26 +190,34 @@ def write_topk(
     identity: Identity,
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_length: int | None = None,
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
 ) -> Manifest:
     """A ``topk`` cache of log-probabilities that are at hand; ``identity.k`` is their width.
 
     Raises:
-        CacheError: an id beyond the vocabulary; and see ``write_cache``.
+        CacheError: an id beyond the vocabulary; log-probabilities that are not those of a distribution, with the row; and see
+            ``write_cache``.
     """
     largest = max((int(top[0].max(initial=-1)) for top in tops), default=-1)
     if largest >= identity.vocab_size:
         raise CacheError(f"id {largest} of the server is not one of {identity.vocab_size} tokens: the tokenizer is not the teacher's")
+    check_tops(examples, tops)
+    begun = Begun.for_examples(out, identity, examples, shard_bytes, 1)
+    identity = begun.identity
     salt = identity.hash()
     keys = [bytes.fromhex(example.key(salt)) for example in examples]
-    plan = Plan.of(keys, [len(example.teacher_scored) for example in examples], bytes_per_token(identity), shard_bytes)
+    counts = [len(example.teacher_scored) for example in examples]
+    plan = Plan.of(keys, counts, bytes_per_token(identity), begun.shard_bytes)
 
     def produce(path: Path, start: int, stop: int) -> None:
         chosen = [tops[i] for i in plan.source[start:stop]]
         ids, logprobs = (torch.from_numpy(np.concatenate([top[part] for top in chosen])) for part in (0, 1))
-        write_parquet(path, plan.keys[start:stop], plan.counts[start:stop], topk_columns(TopK(ids, logprobs), str(identity.dtype)))
+        where = partial(place, [examples[i] for i in plan.source[start:stop]])
+        columns = topk_columns(TopK(ids, logprobs), str(identity.dtype), where)
+        write_parquet(path, plan.keys[start:stop], plan.counts[start:stop], columns)
         if report is not None:
             report(sum(plan.counts[start:stop]))
 
-    return write_shards(out, identity, plan, produce, 1, shard_bytes, started, report)
+    return write_shards(out, begun, plan, produce, started, report, max_length=max_length)

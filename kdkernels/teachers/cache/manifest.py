@@ -1,4 +1,8 @@
-"""The manifest of a cache: what was asked of which teacher, and which shards hold the answers. All of it is checked before any is used."""
+"""The manifest of a cache: the teacher, the tokenizer, what is kept, and the shards that hold it. All of it is checked before any is used.
+
+Version 2 added to the identity what decides tokens beside the tokenizer's definition (``special_tokens``, ``rules``), and to the manifest
+``date`` and ``max_length``. A manifest of version 1 is read with None in their place, and its keys are salted without them.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ...data.tokenization import RULES
 from ...errors import UserError
 from ...files import digest, digest_file, write_whole
 
-__all__ = ["CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "template_hash", "tokenizer_hash"]
+__all__ = [
+    "CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "identity_of_tokenizer", "kept_date",
+    "template_hash", "tokenizer_hash",
+]  # fmt: skip
 
-FORMAT, VERSION = "kdkernels-cache", 1
+FORMAT, VERSION, READABLE = "kdkernels-cache", 2, (1, 2)
 MANIFEST = "manifest.json"
 POSITION = "row t scores token t+1"
 Kind = Literal["topk", "sampled", "hidden", "text"]
@@ -24,10 +32,12 @@ FLOATS = ("float16", "float32", "bfloat16", "float64")
 NAMES = {
     "teacher_dtype": "the teacher's dtype", "revision": "the teacher's revision", "tokenizer": "the tokenizer",
     "chat_template": "the chat template", "vocab_size": "the vocabulary", "padded_vocab_size": "the padded vocabulary",
-    "position": "the position convention", "examples": "the data",
+    "position": "the position convention", "special_tokens": "the tokens that begin and end a text", "rules": "the rules of tokenisation",
 }  # fmt: skip
-"""Of fields, where their own does not say it."""
-HASHES = ("revision", "tokenizer", "chat_template", "examples")
+"""How a message names a field, where the field's own name is not clear."""
+HASHES = ("revision", "tokenizer", "chat_template")
+ADDED = ("special_tokens", "rules")
+"""Fields of the identity that version 1 lacks."""
 
 
 class CacheError(UserError):
@@ -63,10 +73,15 @@ class Identity:
     max_new_tokens: int | None = None
     """Of text."""
     position: str = POSITION
+    special_tokens: str | None = None
+    """The tokenizer's begin and end token as JSON text; None: not known."""
+    rules: int | None = None
+    """``RULES`` of ``kdkernels.data.tokenization`` that made rows into tokens; None: not known."""
 
     def hash(self) -> str:
-        """The salt of row keys."""
-        return digest(dataclasses.asdict(self))
+        """The salt of row keys. Fields that version 1 lacks count where they are known, so that a cache of version 1 keeps its keys."""
+        fields = dataclasses.asdict(self)
+        return digest({name: value for name, value in fields.items() if name not in ADDED or value is not None})
 
 
 @dataclass(frozen=True)
@@ -108,9 +123,17 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
     head: Head | None = None
     complete: bool = False
+    date: str | None = None
+    """The date that the chat template wrote into every prompt, such as 2026-11-28; None for a template without a date."""
+    max_length: int | None = None
+    """Tokens of an example, at most, where the writer was told."""
+    version: int = VERSION
 
     def write(self, folder: Path) -> None:
-        value = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        value = {"format": FORMAT, **dataclasses.asdict(self)}
+        if self.version == 1:
+            value["identity"] = {name: part for name, part in value["identity"].items() if name not in ADDED}
+            del value["date"], value["max_length"]
         value["checksum"] = digest(value)
         text = json.dumps(value, indent=1) + "\n"
         write_whole(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
@@ -129,9 +152,12 @@ class Manifest:
         value = _json(folder)
         checksum = value.pop("checksum", None)
         sound = checksum == digest(value)
-        found = value.pop("format", None), value.pop("version", None)
-        if found != (FORMAT, VERSION):
-            raise CacheError(f"{MANIFEST}: format and version are {found}, this release reads {(FORMAT, VERSION)}. Make the cache again")
+        form, version = value.pop("format", None), value.get("version")
+        if form != FORMAT or version not in READABLE:
+            raise CacheError(
+                f"{MANIFEST}: format {form!r} and version {version!r} are not {FORMAT!r} and {' or '.join(map(str, READABLE))}, which this "
+                "release reads. Make the cache again with `kdkernels cache`, in a new folder"
+            )
         try:
             head = value.pop("head")
             manifest = cls(
@@ -151,14 +177,19 @@ class Manifest:
         return manifest
 
     def _compare(self, expected: dict[str, Any]) -> None:
+        if expected.get("revision") and expected["revision"] == self.identity.revision:
+            expected.pop("teacher", None)  # the same weights, in a folder of another name
         differing = []
         for name, now in expected.items():
-            found = getattr(self if hasattr(self, name) else self.identity, name)
-            if now is not None and found != now:
+            kept = getattr(self if hasattr(self, name) else self.identity, name)
+            if now is not None and kept != now and not (kept is None and name in ADDED):
                 short = 12 if name in HASHES else None
-                differing.append(f"{NAMES.get(name, name)} ({name}: {str(found)[:short]} in the cache, {str(now)[:short]} now)")
+                differing.append(f"{NAMES.get(name, name)} ({name}: {str(kept)[:short]} in the cache, {str(now)[:short]} now)")
         if differing:
-            raise CacheError(f"the cache was made from something else; different is {', '.join(differing)}. Make it again in a new folder")
+            raise CacheError(
+                f"the cache was made from something else; different is {', '.join(differing)}. Give what it was made with, or make another "
+                "with `kdkernels cache`, in a new folder"
+            )
 
     @staticmethod
     def verify(folder: Path, shard: Shard | Head) -> None:
@@ -168,11 +199,11 @@ class Manifest:
         """
         path = folder / shard.file
         if not path.is_file():
-            raise CacheError(f"{shard.file} is missing from {folder}")
+            raise CacheError(f"{shard.file} is missing from {folder}. Run the `kdkernels cache` command that made the cache again")
         if digest_file(path) != shard.sha256:
             raise CacheError(
-                f"{shard.file} is damaged: its sha256 is not that of the manifest. Run the same `kdkernels cache` command again, which "
-                "makes this one anew"
+                f"{shard.file} is damaged: its sha256 is not that of the manifest. Run the `kdkernels cache` command that made the cache "
+                "again; it makes this file anew"
             )
 
 
@@ -180,12 +211,17 @@ def _json(folder: Path) -> dict[str, Any]:
     try:
         value = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
-        raise CacheError(f"{folder} holds no {MANIFEST}: it is no cache, or its writing has just begun") from None
+        raise CacheError(f"{folder} holds no {MANIFEST}: it is not a cache, or its writing has just begun") from None
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise CacheError(f"{MANIFEST} is no JSON object: it is damaged. Make the cache again")
+        raise CacheError(f"{MANIFEST} is not a JSON object: it is damaged. Make the cache again")
     return value
+
+
+def kept_date(folder: Path) -> str | None:
+    """The date that the chat template wrote into the prompts of the cache in ``folder``; None where there is no cache, or no date."""
+    return Manifest.read(folder).date if (folder / MANIFEST).is_file() else None
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -196,6 +232,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
         return digest([sorted(tokenizer.get_vocab().items()), {name: str(t) for name, t in tokenizer.special_tokens_map.items()}])
     definition = json.loads(backend.to_str())
     return digest({name: part for name, part in definition.items() if name not in ("padding", "truncation")})
+
+
+def identity_of_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """The fields of an ``Identity`` that decide the tokens of a row."""
+    special = {name: getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos")}
+    return {
+        "tokenizer": tokenizer_hash(tokenizer), "chat_template": template_hash(tokenizer), "special_tokens": json.dumps(special),
+        "rules": RULES,
+    }  # fmt: skip
 
 
 def template_hash(tokenizer: Any) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from . import shards
 from .manifest import Identity, Kind
 from .reader import open_cache
-from .writer import DEFAULT_SHARD_BYTES, Plan, bytes_per_token, write_shards
+from .writer import DEFAULT_SHARD_BYTES, Begun, Plan, bytes_per_token, write_shards
 
 __all__ = ["measure"]
 
@@ -48,6 +48,7 @@ def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int =
     # are small: the earlier a tokenizer merged a token, the more often it occurs.
     ids = (vocab ** rng.random((most, k))).astype("<i4")
     logprobs = -np.sort(rng.exponential(3.0, (most, k)), axis=1)
+    logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
     block = {"ids": ids, "logprobs": logprobs.astype("<f2"), "log_mass": np.zeros((most, 1), "<f4")}
     hidden = torch.randn(most if kind == "hidden" else 1, 16 * k, dtype=torch.bfloat16)
     seconds: dict[str, float] = {}
@@ -75,8 +76,9 @@ def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int =
 
     with tempfile.TemporaryDirectory(dir=folder) as name:
         out = Path(name) / "cache"
+        begun = Begun.of(out, identity, DEFAULT_SHARD_BYTES, batch)
         with timed("write"):
-            write_shards(out, identity, plan, produce, batch, DEFAULT_SHARD_BYTES, head=head if kind == "hidden" else None)  # type: ignore[arg-type]
+            write_shards(out, begun, plan, produce, head=head if kind == "hidden" else None)  # type: ignore[arg-type]
         size = sum(path.stat().st_size for path in out.iterdir())
         with timed("open, sha256 compared"):
             cache = open_cache(out)

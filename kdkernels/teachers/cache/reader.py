@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ import torch
 from torch import Tensor
 
 from ...data.collator import View
+from ...data.example import Example
+from ...data.rows import places
+from ...divergences import parse
 from ...sides import LMHead, Sampled, Tail, TopK
-from .manifest import CacheError, Head, Manifest, Shard, template_hash, tokenizer_hash
+from ...validation import DEFINED
+from .checks import check_logprobs
+from .manifest import CacheError, Head, Manifest, Shard, identity_of_tokenizer
 from .shards import KEY_BYTES, Array, HiddenShard, ParquetShard, columns_of, read_text_shard
 
 __all__ = ["CachedTeacher", "open_cache", "read_text"]
@@ -37,7 +43,7 @@ def open_cache(
 
     Args:
         tokenizer: of the training data; with its chat template it must be the one the cache was made with.
-        teacher: expected name; revision: expected revision. None: not compared.
+        teacher: expected name; revision: expected revision. None: not compared. Of the same revision, any name is the same teacher.
         tail: of the ``TopK`` that a ``topk`` cache gives.
         verify: compare the sha256 of every shard, which reads all of the cache once. Without it only sizes of files are looked at, as the
             shards' readers need them.
@@ -65,16 +71,13 @@ def read_text(path: str | Path, tokenizer: Any = None, *, verify: bool = True) -
 
 
 def _checked(folder: Path, tokenizer: Any, teacher: str | None, revision: str | None, verify: bool) -> Manifest:
-    manifest = Manifest.read(
-        folder,
-        teacher=teacher,
-        revision=revision,
-        tokenizer=None if tokenizer is None else tokenizer_hash(tokenizer),
-        chat_template=None if tokenizer is None else template_hash(tokenizer),
-    )
+    of_tokenizer = {} if tokenizer is None else identity_of_tokenizer(tokenizer)
+    manifest = Manifest.read(folder, teacher=teacher, revision=revision, **of_tokenizer)
     if not manifest.complete:
         done = sum(shard.rows for shard in manifest.shards)
-        raise CacheError(f"{folder} is unfinished: {done} of {manifest.rows} examples. Run the same command again to finish it")
+        raise CacheError(
+            f"{folder} is unfinished: {done} of {manifest.rows} examples. Run the `kdkernels cache` command that began it again"
+        )
     files: list[Shard | Head] = [*manifest.shards, *([] if manifest.head is None else [manifest.head])]
     if verify:
         with ThreadPoolExecutor(4) as pool:
@@ -92,6 +95,8 @@ class CachedTeacher:
         self.folder, self.manifest, self.tail = folder, manifest, tail
         identity = manifest.identity
         self.kind, self.vocab_size, self.temperature = identity.kind, identity.vocab_size, identity.temperature
+        self.date = manifest.date
+        """The date that the chat template wrote into every prompt; None for a template without a date."""
         self.salt = identity.hash()
         """What the keys of views are salted with: ``example.key(cache.salt)``."""
         self._columns = {} if self.kind == "hidden" else columns_of(self.kind, identity.k or 0, identity.dtype)
@@ -142,12 +147,65 @@ class CachedTeacher:
     def __contains__(self, key: str) -> bool:
         return self._find(key) is not None
 
+    def require(self, examples: Sequence[Example], max_length: int | None = None) -> None:
+        """Check that every example is in the cache.
+
+        Args:
+            max_length: that the examples were made with.
+
+        Raises:
+            ValueError: naming file and row of those that are not, and what differs.
+        """
+        missing = [example for example in examples if example.key(self.salt) not in self]
+        if missing:
+            named, reason = places(e.where for e in missing if e.where) or "of no file", self._reason(missing, max_length)
+            raise ValueError(
+                f"{len(missing):,} of {len(examples):,} rows are not in the cache {self.folder}: {named}. {reason}. "
+                "Make a cache of the data of this training: `kdkernels cache --data FILE`, with --data for each file, held-out rows too"
+            )
+
+    def check_loss(self, divergence: str, temperature: float) -> None:
+        """Check that the cache can serve a training's loss.
+
+        Raises:
+            ValueError: a temperature or divergence for which likeliest tokens or draws of this cache say nothing.
+        """
+        form = {"topk": str(self.tail), "sampled": "sampled"}.get(self.kind)
+        if form is None:
+            return
+        if form != "renorm" and self.temperature != temperature:
+            what = "drawn" if form == "sampled" else "made"
+            raise ValueError(
+                f"temperature={temperature}, but the cache was {what} at {self.temperature} and holds nothing for another: train with "
+                f"--temperature {self.temperature:g}, or make a cache with `kdkernels cache --temperature {temperature:g}`"
+            )
+        if not isinstance(parse(divergence), DEFINED[form]):
+            ways = ", ".join(sorted(known.name for known in DEFINED[form]))
+            raise ValueError(
+                f"divergence={divergence} is not defined against a cache of kind {self.kind}: train with --divergence {ways}, or make a "
+                "cache with `kdkernels cache --kind hidden`, which serves every divergence"
+            )
+
+    def _reason(self, missing: Sequence[Example], max_length: int | None) -> str:
+        """What differs between the missing examples and those of the cache, as far as the manifest says it."""
+        dates = {example.date for example in missing} - {None, self.date}
+        if dates:
+            then = f"{self.date} in the cache" if self.date else "not known of the cache, which an earlier version made"
+            return f"The chat template writes the date: it is {', '.join(sorted(map(str, dates)))} now, and {then}"
+        limit, longest = self.manifest.max_length, max(map(len, missing))
+        if limit is not None and max_length is not None and limit != max_length and longest >= min(limit, max_length):
+            return f"The cache was made with --max-length {limit}, this training has {max_length}, and some of these rows are that long"
+        if self.manifest.version == 1:
+            return "The cache is of an earlier version of kdkernels, in which rows could have other tokens; or it was made from other rows"
+        return "It was made from other rows, or other text in them"
+
     def targets(self, view: View) -> LMHead | TopK | Sampled:
         """What was kept for the scored positions of ``view``, leading shape ``[n]``. ``view.keys`` are salted with ``salt``.
 
         Raises:
             KeyError: an example that is not in the cache.
-            CacheError: an example with another number of tokens than was kept; a view without keys.
+            CacheError: an example with another number of tokens than was kept; a view without keys; kept log-probabilities that are not
+                those of a distribution.
         """
         if len(view.keys) != len(view.counts) or sum(view.counts) != view.scored.numel():
             raise CacheError(
@@ -161,8 +219,7 @@ class CachedTeacher:
             place = self._find(key)
             if place is None:
                 raise KeyError(
-                    f"example {key[:12]} is not in the cache {self.folder.name}, which holds {len(self)}: it was made from other data, or "
-                    "with other lengths, demonstrations or scored positions. Make it again from this data with the same settings"
+                    f"example {key[:12]} is not in the cache {self.folder.name}, which holds {len(self)}. `require(examples)` names the row"
                 )
             if place[0] != count:
                 raise CacheError(f"example {key[:12]} has {count} scored tokens, {place[0]} in the cache")
@@ -192,6 +249,9 @@ class CachedTeacher:
             reader = self._open(shard)
             assert isinstance(reader, ParquetShard)
             found = reader.group(group, self._columns)
+            if self.kind == "topk":
+                file = self.manifest.shards[shard].file
+                check_logprobs(found["ids"], found["logprobs"], lambda row: f"{self.folder / file}, row group {group}, token {row + 1}")
             self._decoded += _size(found)
             while self._groups and self._decoded > DECODED_BYTES:
                 self._decoded -= _size(self._groups.popitem(last=False)[1])

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data.templates import date_of
 from ...files import canonical
 from ..generate import asked_of, with_reply
 from ..local import generate, prompt_ids
 from ..text import Reply
 from . import shards
 from .manifest import Identity, Manifest
-from .writer import Plan, Report, write_shards
+from .writer import Begun, Plan, Report, write_shards
 
 __all__ = ["ROWS_PER_SHARD", "write_text_cache"]
 
@@ -41,11 +42,14 @@ def write_text_cache(
         ValueError: a row that asks nothing; a field whose values are of different types.
         CacheError: see ``write_cache``.
     """
+    date = date_of(tokenizer)
+    begun = Begun.of(out, identity, rows_per_shard, batch_size, None if date is None else date.isoformat())
+    identity, date = begun.identity, date_of(tokenizer, begun.date)
     salt = identity.hash()
     # Equal rows are one example: what they get is the same.
     keys = [hashlib.sha256(salt.encode() + canonical(dict(row))).digest() for row in rows]
-    prompts = [prompt_ids(tokenizer, asked_of(row)) for row in rows]
-    plan = Plan.of(keys, [1] * len(rows), 1, rows_per_shard, batch_size)
+    prompts = [prompt_ids(tokenizer, asked_of(row), date) for row in rows]
+    plan = Plan.of(keys, [1] * len(rows), 1, begun.shard_bytes, begun.batch_size)
 
     def produce(path: Path, start: int, stop: int) -> None:
         made = []
@@ -62,4 +66,4 @@ def write_text_cache(
                 report(len(texts))
         shards.write_text(path, made)
 
-    return write_shards(out, identity, plan, produce, batch_size, rows_per_shard, started, report)
+    return write_shards(out, begun, plan, produce, started, report)

@@ -1,12 +1,13 @@
-"""Writing a cache. What is done is on disk and never done again: shards are fixed sets of examples, each written whole, then listed.
+"""Writing a cache. A finished shard is on disk and never made again: shards are fixed sets of examples, each written whole, then listed.
 
-The bytes do not depend on where a run was cut: batches never cross a shard, draws are seeded by the example, and nothing in a file
-tells the time. (A GPU whose sums differ from run to run can differ in the last bit.)
+The bytes do not depend on where a run was cut: batches never cross a shard, draws are seeded by the example, and no file holds a time of
+day. (A GPU whose sums differ from run to run can differ in the last bit.)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,57 @@ from ...files import FileError, Lock, digest, drop_temporaries, write_whole
 from ...sides import LMHead, Side, TopK
 from ..source import TeacherSource
 from . import shards
-from .manifest import MANIFEST, CacheError, Head, Identity, Manifest, Shard
+from .checks import check_finite, check_logprobs, place
+from .manifest import MANIFEST, VERSION, CacheError, Head, Identity, Manifest, Shard
 from .shards import Array
 
-__all__ = ["DEFAULT_SHARD_BYTES", "Plan", "Report", "bytes_per_token", "write_cache", "write_shards"]
+__all__ = ["DEFAULT_SHARD_BYTES", "Begun", "Plan", "Report", "bytes_per_token", "write_cache", "write_shards"]
 
 DEFAULT_SHARD_BYTES = 128 << 20
+ROUNDING = 1e-6
+"""Of a log-sum in float32; what is above it a reader would refuse, or shift."""
 Report = Callable[[int], object]
-"""Told the tokens done, as they are done."""
+"""Called with the number of tokens done, as they are done."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """How the cache in a folder was begun, so that it goes on with the same keys and shards; for a new folder, as asked for."""
+
+    identity: Identity
+    shard_bytes: int
+    batch_size: int
+    date: str | None
+    version: int
+
+    @classmethod
+    def of(cls, out: Path, identity: Identity, shard_bytes: int, batch_size: int, date: str | None = None) -> Begun:
+        """
+        Raises:
+            CacheError: ``out`` holds a cache of another teacher, tokenizer or kind; the message names what differs.
+        """
+        if not (out / MANIFEST).is_file():
+            return cls(identity, shard_bytes, batch_size, date, VERSION)
+        kept = Manifest.read(out, **dataclasses.asdict(identity))
+        return cls(kept.identity, kept.shard_bytes, kept.batch_size, kept.date, kept.version)
+
+    @classmethod
+    def for_examples(cls, out: Path, identity: Identity, examples: Sequence[Example], shard_bytes: int, batch_size: int) -> Begun:
+        """As ``of``, with the date that the chat template wrote into the examples.
+
+        Raises:
+            CacheError: examples of several dates, or of another than the cache in ``out``.
+        """
+        dates = sorted({example.date for example in examples if example.date is not None})
+        if len(dates) > 1:
+            raise CacheError(f"the chat template writes the date, and the examples are for {', '.join(dates)}: load all with one date")
+        begun = cls.of(out, identity, shard_bytes, batch_size, *dates)
+        if dates and begun.date != dates[0]:
+            raise CacheError(
+                f"the chat template writes the date: {out} was begun for {begun.date}, these examples are for {dates[0]}. Load them with "
+                f"load_examples(..., date={begun.date!r})"
+            )
+        return begun
 
 
 @dataclass(frozen=True)
@@ -89,30 +133,40 @@ def write_cache(
     batch_size: int = 8,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     collator: Collator | None = None,
+    max_length: int | None = None,
     device: torch.device | str = "cpu",
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
 ) -> Manifest:
-    """Runs ``teacher`` over ``examples`` in their order and keeps what it gives in the folder ``out``. Goes on where it was cut short.
+    """Run ``teacher`` over ``examples`` in their order and keep its answers in the folder ``out``. Goes on where it was cut short.
 
     Args:
         teacher: gives an ``LMHead`` or logits; ``kind="hidden"`` needs an ``LMHead``.
         identity: what is kept, of which teacher.
         hidden_size: of ``kind="hidden"``.
-        batch_size: examples at a time.
+        batch_size: examples at a time. A cache that was cut short goes on with any; its shards stay as they were begun.
         collator: what makes a batch, where a training has other settings than padding to a multiple of 16.
-        shard_bytes: of a shard, before compression; what is done again after a kill, at most.
+        shard_bytes: of a new cache's shards, before compression; a kill costs one of them at most.
+        max_length: of the examples, where they were made with one; a training that has another is told so.
         device: where views are made.
-        started: told the plan before the first example.
+        started: called with the plan before the first example.
 
     Raises:
-        CacheError: ``out`` is in use, holds something else, or another cache; a teacher that gives NaN.
+        CacheError: ``out`` is in use, holds something else, or another cache; a teacher that gives NaN or more than a distribution, with
+            the row.
     """
+    begun = Begun.for_examples(out, identity, examples, shard_bytes, batch_size)
+    identity = begun.identity
     salt = identity.hash()
     keys = [bytes.fromhex(example.key(salt)) for example in examples]
     counts = [len(example.teacher_scored) for example in examples]
-    plan = Plan.of(keys, counts, bytes_per_token(identity, hidden_size), shard_bytes, batch_size)
+    plan = Plan.of(keys, counts, bytes_per_token(identity, hidden_size), begun.shard_bytes, begun.batch_size)
     collate = Collator(multiple=16) if collator is None else collator
+    if begun.batch_size != batch_size and not (identity.kind == "hidden" and torch.device(device).type == "cpu"):
+        warnings.warn(
+            f"the cache was begun with --batch-size {begun.batch_size}: what is made with {batch_size} can differ from it in the last bit",
+            stacklevel=2,
+        )
     kept: dict[str, LMHead] = {}
 
     def produce(path: Path, start: int, stop: int) -> None:
@@ -120,18 +174,22 @@ def write_cache(
         hidden: list[Tensor] = []
         for first in range(start, stop, batch_size):
             chosen = range(first, min(first + batch_size, stop))
-            side = _side(teacher, collate([(examples[plan.source[i]],) for i in chosen]), device)
+            batch = [examples[plan.source[i]] for i in chosen]
+            side = _side(teacher, collate([(example,) for example in batch]), device)
             if identity.kind == "hidden":
                 if not isinstance(side, LMHead):
-                    raise CacheError("kind=hidden needs a teacher whose head can be taken apart; this one gives logits: take kind=topk")
+                    raise CacheError("--kind hidden needs a teacher whose head can be taken apart; this one gives logits: take --kind topk")
                 kept.setdefault("head", side)
-                hidden.append(_finite(side.hidden.detach()).to("cpu", getattr(torch, identity.dtype or "bfloat16")))
+                states = side.hidden.detach()
+                wrong = (~states.isfinite().all(-1)).nonzero()
+                check_finite(not len(wrong), place(batch, int(wrong[0])) if len(wrong) else "")
+                hidden.append(states.to("cpu", getattr(torch, identity.dtype or "bfloat16")))
             elif identity.kind == "topk":
-                parts.append(_topk(side, identity))
+                parts.append(_topk(side, identity, lambda row, batch=batch: place(batch, row)))  # type: ignore[misc]
             else:
                 ends = np.cumsum([plan.counts[i] for i in chosen]).tolist()
                 bounds = zip([0, *ends], ends, chosen, strict=False)
-                parts += [_draws(_rows(side, a, b), identity, plan.keys[i]) for a, b, i in bounds]
+                parts += [_draws(_rows(side, a, b), identity, plan.keys[i], place(batch, a)) for a, b, i in bounds]
             if report is not None:
                 report(sum(plan.counts[i] for i in chosen))
         if identity.kind == "hidden":
@@ -145,22 +203,21 @@ def write_cache(
 
     with torch.inference_mode():
         return write_shards(
-            out, identity, plan, produce, batch_size, shard_bytes, started, report, head if identity.kind == "hidden" else None
-        )
+            out, begun, plan, produce, started, report, head if identity.kind == "hidden" else None, max_length=max_length
+        )  # fmt: skip
 
 
 def write_shards(
     out: Path,
-    identity: Identity,
+    begun: Begun,
     plan: Plan,
     produce: Callable[[Path, int, int], object],
-    batch_size: int,
-    shard_bytes: int,
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
     head: Callable[[Path], Head] | None = None,
+    max_length: int | None = None,
 ) -> Manifest:
-    """The part that all kinds share: the lock, the manifest, and which shards are still to be made.
+    """Write the shards that are still to be made, under the folder's lock, and list each in the manifest. All kinds share this.
 
     Args:
         produce: writes the shard of examples ``[start, stop)`` of the plan to a path.
@@ -170,8 +227,8 @@ def write_shards(
         raise CacheError("there is nothing to keep: no example has a scored token")
     out.mkdir(parents=True, exist_ok=True)
     fresh = Manifest(
-        identity=identity, rows=len(plan.source), tokens=plan.tokens, examples=digest([key.hex() for key in plan.keys]),
-        shard_bytes=shard_bytes, batch_size=batch_size,
+        identity=begun.identity, rows=len(plan.source), tokens=plan.tokens, examples=digest([key.hex() for key in plan.keys]),
+        shard_bytes=begun.shard_bytes, batch_size=begun.batch_size, date=begun.date, max_length=max_length, version=begun.version,
     )  # fmt: skip
     try:
         with Lock(out / ".lock", f"the cache {out}"):
@@ -187,7 +244,7 @@ def write_shards(
                     if report is not None:
                         report(sum(plan.counts[start:stop]))
                     continue
-                path = out / f"{number:06d}.{shards.suffix(identity.kind)}"
+                path = out / f"{number:06d}.{shards.suffix(begun.identity.kind)}"
                 write_whole(path, lambda temporary, a=start, b=stop: produce(temporary, a, b))  # type: ignore[misc]
                 made = Shard.of(path, stop - start, sum(plan.counts[start:stop]))
                 listed = (*manifest.shards[:number], made, *manifest.shards[number + 1 :])
@@ -208,8 +265,13 @@ def _resumed(out: Path, fresh: Manifest) -> Manifest:
             raise CacheError(f"{out} is not empty and holds no cache, but {others[0]}: give a new folder")
         fresh.write(out)
         return fresh
-    plan = {name: getattr(fresh, name) for name in ("examples", "rows", "tokens", "shard_bytes", "batch_size")}
-    return Manifest.read(out, **dataclasses.asdict(fresh.identity), **plan)
+    manifest = Manifest.read(out, **dataclasses.asdict(fresh.identity))
+    if manifest.examples != fresh.examples:
+        raise CacheError(
+            f"{out} holds a cache of other data: {manifest.rows:,} examples with {manifest.tokens:,} tokens, and this data has "
+            f"{fresh.rows:,} with {fresh.tokens:,}. Give --data, --max-length and --overlong as it was begun, or a new folder as --out"
+        )
+    return manifest
 
 
 def _intact(out: Path, shard: Shard | Head) -> bool:
@@ -233,36 +295,35 @@ def _rows(side: Side, start: int, stop: int) -> Side:
     return dataclasses.replace(side, hidden=side.hidden[start:stop]) if isinstance(side, LMHead) else side[start:stop]
 
 
-def _finite(values: Tensor) -> Tensor:
-    if not bool(values.isfinite().all()):
-        raise CacheError("the teacher gives values that are not finite: check its dtype (float16 overflows; try bfloat16 or float32)")
-    return values
-
-
-def _topk(side: Side, identity: Identity) -> dict[str, Array]:
+def _topk(side: Side, identity: Identity, where: Callable[[int], str]) -> dict[str, Array]:
     assert identity.k is not None
     assert identity.temperature is not None
-    return topk_columns(primitives.topk_logprobs(side, identity.k, identity.temperature), str(identity.dtype))
+    return topk_columns(primitives.topk_logprobs(side, identity.k, identity.temperature), str(identity.dtype), where)
 
 
-def topk_columns(top: TopK, dtype: str) -> dict[str, Array]:
-    """The columns of ``[n, k]`` log-probabilities."""
-    ids, found = top.ids.cpu(), top.logprobs.cpu()
-    _finite(found[:, 0][ids[:, 0] >= 0])
-    mass = found.masked_fill(ids < 0, -torch.inf).double().logsumexp(-1, keepdim=True).clamp(max=0)
-    values = {"ids": ids, "logprobs": found, "log_mass": mass}
+def topk_columns(top: TopK, dtype: str, where: Callable[[int], str]) -> dict[str, Array]:
+    """The columns of ``[n, k]`` log-probabilities, once they are known to be those of distributions.
+
+    A row whose sum is above 1 by rounding is shifted to 1.
+    """
+    ids, logprobs = top.ids.cpu(), top.logprobs.cpu()
+    lost = (ids[:, 0] >= 0) & ~logprobs[:, 0].isfinite()  # NaN comes first
+    check_finite(not bool(lost.any()), where(int(lost.int().argmax())) if len(lost) else "")
+    check_logprobs(ids.numpy(), logprobs.numpy(), where)
+    mass = logprobs.masked_fill(ids < 0, -torch.inf).double().logsumexp(-1, keepdim=True)
+    excess = torch.where(mass > ROUNDING, mass, 0.0)
+    values = {"ids": ids, "logprobs": (logprobs - excess).to(logprobs.dtype), "log_mass": mass.clamp(max=0)}
     return {name: values[name].numpy().astype(form) for name, (form, _) in shards.columns_of("topk", 1, dtype).items()}
 
 
-def _draws(side: Side, identity: Identity, key: bytes) -> dict[str, Array]:
+def _draws(side: Side, identity: Identity, key: bytes, where: str) -> dict[str, Array]:
     """Draws of one example, equal ones merged: ids in rising order with how often each came, padded with -1 and 0."""
     assert identity.k is not None
     assert identity.temperature is not None
     device = side.hidden.device if isinstance(side, LMHead) else side.device
     generator = torch.Generator(device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
     ids = primitives.sample(side, identity.k, identity.temperature, generator).ids.cpu().numpy()
-    if (ids < 0).any():
-        _finite(torch.tensor(torch.nan))
+    check_finite(bool((ids >= 0).all()), where)
     return merged(ids)
 
 
@@ -284,7 +345,8 @@ def _write_head(out: Path, side: LMHead) -> Head:
     tensors = {"weight": side.weight[: side.vocab_size]}
     if side.bias is not None:
         tensors["bias"] = side.bias[: side.vocab_size]
-    found = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    check_finite(all(bool(tensor.isfinite().all()) for tensor in tensors.values()), "the teacher's head")
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path = out / "head.safetensors"
-    write_whole(path, lambda temporary: save_file(found, temporary))
+    write_whole(path, lambda temporary: save_file(copies, temporary))
     return Head.of(path, side.scale, side.softcap)

@@ -1,0 +1,300 @@
+"""Caches on another day, of another version, with another batch size or folder name; errors that name rows and blame what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from caches import bytes_of, view
+from training import make_model, make_rows, make_tokenizer, trainers
+from typer.testing import CliRunner
+
+import kdkernels as kd
+from kdkernels import cli
+from kdkernels.data import templates
+from kdkernels.data.example import Example
+from kdkernels.data.rows import places
+from kdkernels.data.tokenization import load_examples
+from kdkernels.sides import LMHead, Sampled, TopK
+from kdkernels.teachers.cache import CacheError, Identity, Manifest, open_cache, read_text, write_cache
+from kdkernels.teachers.cache.manifest import identity_of_tokenizer
+from kdkernels.teachers.cache.text import write_text_cache
+from kdkernels.teachers.live import LiveTeacher
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+OLD = Path(__file__).parent / "data" / "cache-of-version-1"
+"""A cache of each kind in the format of version 1, and its rows. The teacher is ``make_model(8, 1, ..., 0, initializer_range=0.3)``."""
+DATED = "{{ 'Today ' + strftime_now('%Y-%m-%d') + '. ' }}" + tiny.TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def text() -> Any:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def live(text: Any) -> LiveTeacher:
+    return LiveTeacher(tiny.model(len(text)))
+
+
+@pytest.fixture(scope="module")
+def examples(text: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
+    return load_examples(tiny.write(tmp_path_factory.mktemp("data") / "train.jsonl", tiny.rows(24)), text)
+
+
+def identity_of(text: Any, kind: Any = "sampled", **changed: Any) -> Identity:
+    own: dict[str, dict[str, Any]] = {"sampled": {"k": 4, "temperature": 1.0, "seed": 0}, "hidden": {"dtype": "float32"}}
+    given = {"teacher": "big", "revision": "5" * 64, "teacher_dtype": "float32", "vocab_size": len(text), "padded_vocab_size": len(text)}
+    return Identity(kind=kind, **{**given, **identity_of_tokenizer(text), **own[kind], **changed})
+
+
+# The version before
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled", "hidden"])
+def test_a_cache_of_version_1_opens_and_holds_its_rows(kind: str) -> None:
+    words = make_tokenizer()
+    cache, examples = open_cache(OLD / kind, words), load_examples(OLD / "rows.jsonl", words)
+    assert all(example.key(cache.salt) in cache for example in examples)
+    cache.require(examples)
+    seen = view(examples, cache.salt)
+    found, truth = cache.targets(seen), LiveTeacher(make_model(8, 1, len(words), 0, initializer_range=0.3)).targets(seen)
+    assert isinstance(truth, LMHead)
+    if isinstance(found, LMHead):
+        torch.testing.assert_close(found.hidden, truth.hidden)
+    elif isinstance(found, TopK):
+        torch.testing.assert_close(found.logprobs, kd.topk_logprobs(truth, 4, 2.0).logprobs, atol=0.01, rtol=0)
+    else:
+        assert isinstance(found, Sampled)
+        assert (found.counts.sum(-1) == 4).all()
+
+
+def test_a_text_cache_of_version_1_opens() -> None:
+    rows = read_text(OLD / "text", make_tokenizer())
+    assert [row.get("prompt") for row in rows] == [json.loads(line).get("prompt") for line in (OLD / "rows.jsonl").open()]
+
+
+@pytest.mark.parametrize("kind", ["hidden", "sampled"])
+def test_a_cache_of_version_1_that_was_cut_short_is_finished_as_it_was_begun(tmp_path: Path, kind: str) -> None:
+    words, out = make_tokenizer(), tmp_path / "c"
+    shutil.copytree(OLD / kind, out)
+    whole = bytes_of(out)
+    dataclasses.replace(Manifest.read(out), shards=(), head=None, complete=False).write(out)
+    old = Manifest.read(out).identity
+    identity = dataclasses.replace(old, **identity_of_tokenizer(words))
+    teacher = LiveTeacher(make_model(8, 1, len(words), 0, initializer_range=0.3))
+    write_cache(teacher, load_examples(OLD / "rows.jsonl", words), out, identity, hidden_size=8)
+    assert bytes_of(out).keys() == whole.keys()
+    assert json.loads(bytes_of(out)["manifest.json"])["version"] == 1
+    assert Manifest.read(out).examples == json.loads(whole["manifest.json"])["examples"], "the keys are salted as they were"
+
+
+def test_rows_that_a_cache_of_version_1_lacks_are_named_with_its_version() -> None:
+    words = make_tokenizer()
+    with pytest.raises(ValueError, match=r"row 1.*of an earlier version"):
+        open_cache(OLD / "hidden", words).require(load_examples([{"prompt": "red ", "response": "two two"}], words))
+
+
+# What decides the tokens
+
+
+def test_another_end_or_other_rules_of_tokenisation_are_refused_by_name(
+    tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]
+) -> None:
+    write_cache(live, examples[:2], tmp_path / "c", identity_of(text))
+    open_cache(tmp_path / "c", text)
+    other = tiny.tokenizer()
+    other.pad_token = other.eos_token  # pads no token that is learnt
+    open_cache(tmp_path / "c", other)
+    other.eos_token = "<pad>"
+    with pytest.raises(CacheError, match="different is the tokens that begin and end a text") as error:
+        open_cache(tmp_path / "c", other)
+    assert "the tokenizer" not in str(error.value)
+    write_cache(live, examples[:2], tmp_path / "d", identity_of(text, rules=1))
+    with pytest.raises(CacheError, match=r"the rules of tokenisation \(rules: 1 in the cache, \d+ now\)"):
+        open_cache(tmp_path / "d", text)
+
+
+# Another day
+
+
+def test_a_cache_knows_the_date_and_a_training_on_another_day_finds_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = make_tokenizer(template="{{ strftime_now('%-d') }}" + make_tokenizer().chat_template)
+    rows = [{"messages": [{"role": "user", "content": "one"}], "response": response} for response in ("two", "three")]
+    teacher = LiveTeacher(make_model(8, 1, 192))
+    identity = dataclasses.replace(identity_of(words), vocab_size=192, padded_vocab_size=192)
+    write_cache(teacher, load_examples(rows, words, date="2026-03-01"), tmp_path / "c", identity)
+    cache = open_cache(tmp_path / "c", words)
+    assert cache.date == "2026-03-01"
+    trainer = trainers(tmp_path / "runs", words)(teacher=cache, rows=rows)
+    assert trainer.args.template_date == "2026-03-01"
+    trainer.train()
+    with pytest.raises(ValueError, match=r"rows 1, 2\. The chat template writes the date: it is 2026-03-02 now, and 2026-03-01 in the"):
+        trainers(tmp_path / "runs", words)(teacher=cache, rows=rows, template_date="2026-03-02")
+    with pytest.raises(CacheError, match=r"was begun for 2026-03-01, these examples are for 2026-03-02.*date='2026-03-01'"):
+        write_cache(teacher, load_examples(rows, words, date="2026-03-02"), tmp_path / "c", identity)
+    mixed = [*load_examples(rows, words, date="2026-03-01"), *load_examples(rows, words, date="2026-03-02")]
+    with pytest.raises(CacheError, match="the examples are for 2026-03-01, 2026-03-02"):
+        write_cache(teacher, mixed, tmp_path / "d", identity)
+
+
+class Tomorrow(templates.datetime.date):  # type: ignore[name-defined,misc]
+    @classmethod
+    def today(cls) -> Any:
+        return cls(2030, 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "text"])
+def test_the_command_goes_on_with_the_date_of_the_day_it_was_begun(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.save(tmp_path / "teacher")
+    dated = tiny.tokenizer()
+    dated.chat_template = DATED
+    dated.save_pretrained(folder)
+    data, out = tiny.write(tmp_path / "data.jsonl", tiny.rows(4)), tmp_path / "c"
+    command = ["cache", "--teacher", str(folder), "--data", str(data), "--kind", kind, "--out", str(out), "--max-new-tokens", "3"]
+    assert runner.invoke(cli.app, command).exit_code == 0
+    whole = bytes_of(out)
+    dataclasses.replace(Manifest.read(out), shards=(), head=None, complete=False).write(out)
+    monkeypatch.setattr(templates.datetime, "date", Tomorrow)
+    result = runner.invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    assert bytes_of(out) == whole
+
+
+def test_a_text_cache_of_another_date_holds_other_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def ids(tokenizer: Any, messages: Any, date: Any) -> list[int]:
+        asked.append(str(date))
+        return [3, 4]
+
+    monkeypatch.setattr("kdkernels.teachers.cache.text.prompt_ids", ids)
+    dated = tiny.tokenizer()
+    dated.chat_template = DATED
+    identity = dataclasses.replace(identity_of(dated), kind="text", k=None, temperature=0.0, max_new_tokens=2)
+    model, rows = tiny.model(len(dated)), [{"prompt": "the"}]
+    manifest = write_text_cache(model, dated, rows, tmp_path / "c", identity)
+    monkeypatch.setattr(templates.datetime, "date", Tomorrow)
+    write_text_cache(model, dated, rows, tmp_path / "c", identity)
+    assert asked == [manifest.date] * 2
+
+
+# In use
+
+
+@pytest.mark.parametrize(("kind", "says"), [("hidden", False), ("sampled", True)])
+def test_a_cache_goes_on_with_another_batch_size(
+    tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example], kind: str, says: bool
+) -> None:
+    """Hidden states on a CPU are the same bits whatever the batch; of the other kinds a warning says that bits may differ."""
+    out, identity = tmp_path / "c", identity_of(text, kind)
+    options: dict[str, Any] = {"hidden_size": 32, "shard_bytes": 1024}
+    write_cache(live, examples, out, identity, batch_size=4, **options)
+    whole = bytes_of(out)
+    assert len(Manifest.read(out).shards) > 2
+    dataclasses.replace(Manifest.read(out), shards=Manifest.read(out).shards[:1], complete=False).write(out)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        write_cache(live, examples, out, identity, batch_size=3, **{**options, "shard_bytes": 1 << 20})
+    assert any("begun with --batch-size 4" in str(warning.message) for warning in said) == says
+    assert bytes_of(out).keys() == whole.keys(), "the shards are those it was begun with"
+    if kind == "hidden":
+        assert bytes_of(out) == whole
+
+
+def test_the_same_weights_in_a_folder_of_another_name_are_the_same_teacher(tmp_path: Path) -> None:
+    first = tiny.save(tmp_path / "first")
+    data, out = tiny.write(tmp_path / "data.jsonl", tiny.rows(4)), tmp_path / "c"
+    command = ["cache", "--data", str(data), "--kind", "hidden", "--out", str(out), "--teacher"]
+    assert runner.invoke(cli.app, [*command, str(first)]).exit_code == 0
+    whole = bytes_of(out)
+    moved = shutil.copytree(first, tmp_path / "moved")
+    result = runner.invoke(cli.app, [*command, str(moved)])
+    assert result.exit_code == 0, result.output
+    assert bytes_of(out) == whole
+    open_cache(out, teacher="moved", revision=Manifest.read(out).identity.revision)
+    with pytest.raises(CacheError, match="teacher: first in the cache, moved now"):
+        open_cache(out, teacher="moved")
+    result = runner.invoke(cli.app, [*command, str(tiny.save(tmp_path / "first-again", seed=1))])
+    assert result.exit_code == 2
+    assert "the teacher's revision" in result.output
+
+
+def test_an_error_blames_what_differs_and_nothing_else(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
+    out = tmp_path / "c"
+    write_cache(live, examples, out, identity_of(text))
+    with pytest.raises(CacheError) as error:
+        write_cache(live, examples, out, identity_of(text, seed=1))
+    assert "different is seed (seed: 0 in the cache, 1 now). " in str(error.value)
+    with pytest.raises(CacheError, match=r"of other data: 24 examples with \d+ tokens, and this data has 23 with") as error:
+        write_cache(live, examples[1:], out, identity_of(text))
+    assert "different" not in str(error.value)
+
+
+def test_rows_that_a_cache_lacks_are_named(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
+    write_cache(live, examples[:20], tmp_path / "c", identity_of(text), max_length=64)
+    cache = open_cache(tmp_path / "c", text)
+    cache.require(examples[:20])
+    with pytest.raises(ValueError, match=r"4 of 24 rows .*train\.jsonl, rows 21, 22, 23, 24\. It was made from other rows"):
+        cache.require(examples)
+    with pytest.raises(ValueError, match=r"--max-length 64, this training has 4, and some of these rows are that long"):
+        cache.require(examples, max_length=4)
+    held_out = load_examples([{"prompt": "the ", "response": "a"}], text)
+    with pytest.raises(ValueError, match=r"train\.jsonl, row 22; row 1\. "):
+        cache.require([examples[21], *held_out])
+
+
+def test_of_many_rows_the_first_20_are_named() -> None:
+    assert places([f"a.jsonl, row {n}" for n in range(1, 31)]).endswith("rows " + ", ".join(map(str, range(1, 21))) + "; and 10 more")
+    assert places(["b.parquet, row 7", "row 2"]) == "b.parquet, row 7; row 2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "says"),
+    [
+        ("sampled", ["--temperature", "2"], "train with --temperature 1, or make a cache with `kdkernels cache --temperature 2`"),
+        ("topk", ["--temperature", "2"], "train with --temperature 1, or make a cache with `kdkernels cache --temperature 2`"),
+        ("topk", ["--divergence", "total_variation"], "train with --divergence forward_kl, jsd, reverse_kl, or make a cache with"),
+        ("sampled", ["--divergence", "jsd"], "train with --divergence forward_kl, or make a cache with `kdkernels cache --kind hidden`"),
+    ],
+)
+def test_what_a_cache_can_not_serve_is_said_in_the_commands_words(tmp_path: Path, kind: str, option: list[str], says: str) -> None:
+    folder, data = tiny.save(tmp_path / "model"), tiny.write(tmp_path / "data.jsonl", tiny.rows(3))
+    made = runner.invoke(
+        cli.app, ["cache", "--teacher", str(folder), "--data", str(data), "--kind", kind, "-k", "3", "--out", str(tmp_path / "c")]
+    )
+    assert made.exit_code == 0, made.output
+    command = [
+        "train",
+        "--student",
+        str(folder),
+        "--cache",
+        str(tmp_path / "c"),
+        "--data",
+        str(data),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    result = runner.invoke(cli.app, [*command, "--max-steps", "1", "--use-cpu", *option])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+    assert "tail" not in result.output
+
+
+def test_data_in_several_files_is_one_cache(tmp_path: Path) -> None:
+    folder, rows = tiny.save(tmp_path / "model"), make_rows(6)
+    files = [tiny.write(tmp_path / name, part) for name, part in (("train.jsonl", rows[:4]), ("held.jsonl", rows[4:]))]
+    command = ["cache", "--teacher", str(folder), "--kind", "hidden", "--out", str(tmp_path / "c")]
+    result = runner.invoke(cli.app, [*command, *(word for file in files for word in ("--data", str(file)))])
+    assert result.exit_code == 0, result.output
+    cache = open_cache(tmp_path / "c")
+    assert len(cache) == 6
+    for file in files:
+        cache.require(load_examples(file, tiny.tokenizer()))
