@@ -1,7 +1,21 @@
 """Errors that a user can put right."""
 
-__all__ = ["UserError"]
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["UserError", "listed"]
 
 
 class UserError(RuntimeError):
     """Of a file, a cache, or a server: a command ends with it in one line, without a traceback."""
+
+
+def listed(places: Sequence[str], most: int = 20) -> str:
+    """Places of rows in one line, such as ``train.jsonl, rows 3, 5, 6``: the first ``most``, and how many more there are."""
+    numbers: dict[str, list[str]] = {}
+    for place in places[:most]:
+        file, row, number = place.rpartition("row ")
+        numbers.setdefault(file if row else place, []).extend([number] if row else [])
+    parts = [f"{file}row{'s' * (len(rows) > 1)} {', '.join(rows)}" if rows else file for file, rows in numbers.items()]
+    return "; ".join(parts) + (f" and {len(places) - most:,} more" if len(places) > most else "")

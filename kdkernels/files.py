@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["FileError", "Lines", "Lock", "canonical", "digest", "digest_file", "drop_temporaries", "write_jsonl", "write_whole"]
+__all__ = ["FileError", "Lines", "Lock", "canonical", "digest", "digest_file", "drop_temporaries", "line_of", "write_jsonl", "write_whole"]
 
 TEMPORARY = ".tmp"
 _BLOCK = 1 << 20
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class FileError(UserError):
@@ -67,13 +69,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     sync_folder(path.parent)
 
 
+def line_of(row: Mapping[str, Any], **options: Any) -> str:
+    """The JSON of a row in one line of UTF-8; control characters, line separators and halves of surrogate pairs are escaped.
+
+    What JSON does not have (dates, bytes) becomes text. ``options`` are those of ``json.dumps``.
+    """
+    text = json.dumps(row, ensure_ascii=False, default=str, **options)
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """All rows or nothing: a file that is there is whole, whenever the process was killed. What JSON does not have becomes text."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            file.writelines(line_of(row) + "\n" for row in rows)
 
     write_whole(path, write)
 
@@ -176,7 +187,7 @@ class Lines:
                 yield value
 
     def append(self, value: dict[str, Any]) -> None:
-        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        line = line_of(value, separators=(",", ":")).encode() + b"\n"
         view = memoryview(line)
         while view:
             view = view[os.write(self._handle, view) :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import typer
 
@@ -14,7 +14,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "fail", "failing", "progress"]
+__all__ = ["Bar", "console", "fail", "failing", "progress", "shown"]
 
 
 def console() -> Console:
@@ -22,6 +22,11 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def shown(text: str) -> str:
+    """``text`` from data or a server as a terminal can show it: what does not print, and could move the cursor, is escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def fail(message: str) -> NoReturn:
@@ -46,21 +51,40 @@ def failing() -> Iterator[None]:
         fail(str(error))
 
 
+class Bar(NamedTuple):
+    """A bar of progress."""
+
+    start: Callable[[int], None]
+    """Shows the bar, of so many steps in all."""
+    advance: Callable[[int], None]
+    note: Callable[[str], None]
+    """Says what the bar waits for; "" when it goes on. Where there is no terminal, each note is a line, once."""
+
+
 @contextmanager
-def progress(where: Console, unit: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """``start(total)`` and ``advance(count)`` of a bar that appears when it starts."""
+def progress(where: Console, unit: str) -> Iterator[Bar]:
+    """A bar that appears when it starts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
+    waiting = TextColumn("{task.fields[waiting]}", style="bold", markup=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit, markup=False), TimeElapsedColumn(), TimeRemainingColumn(), waiting)
     bar = Progress(*columns, console=where)
-    task = bar.add_task("", start=False, total=None)
+    task = bar.add_task("", start=False, total=None, waiting="")
+    said = {""}
 
     def start(total: int) -> None:
         bar.update(task, total=total)
         bar.start_task(task)
         bar.start()
 
+    def note(text: str) -> None:
+        bar.update(task, waiting=text)
+        if not where.is_terminal and text not in said:
+            said.add(text)
+            where.print(text, markup=False)
+
     try:
-        yield start, lambda count: bar.advance(task, count)
+        yield Bar(start, lambda count: bar.advance(task, count), note)
     finally:
+        bar.update(task, waiting="")
         bar.stop()

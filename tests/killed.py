@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-import openai  # noqa: F401
+import httpx2  # noqa: F401
 import rapidfuzz  # noqa: F401
 import transformers  # noqa: F401
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401

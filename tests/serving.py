@@ -1,4 +1,4 @@
-"""The fault-injecting server, and requests to ask it."""
+"""The fault-injecting server, a server that is a function, and requests to ask them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx2
 
 from kdkernels.teachers.http import HTTPModel
 from kdkernels.teachers.text import Request
@@ -43,6 +45,39 @@ class Server:
 
     def model(self, **options: Any) -> HTTPModel:
         return HTTPModel(self.url, "m", **{"timeout": 4.0, "backoff": 0.02, **options})
+
+
+Answer = bytes | tuple[int, bytes] | tuple[int, bytes, dict[str, str]]
+"""Body, with status and headers where they are not those of a success."""
+
+
+class ScriptedModel(HTTPModel):
+    """An ``HTTPModel`` whose server is a function of the request's body, in this process; ``asked`` are the requests that it got."""
+
+    def __init__(self, answer: Callable[[dict[str, Any]], Answer], **options: Any) -> None:
+        super().__init__("http://teacher.test/v1", "m", **{"backoff": 0.0, "retries": 2, "concurrency": 1, **options})
+        self.answer = answer
+        self.asked: list[httpx2.Request] = []
+
+    def _client(self, transport: httpx2.AsyncBaseTransport | None = None) -> httpx2.AsyncClient:
+        def handle(request: httpx2.Request) -> httpx2.Response:
+            self.asked.append(request)
+            answer = self.answer(json.loads(request.content))
+            status, content, *headers = (200, answer) if isinstance(answer, bytes) else answer
+            return httpx2.Response(status, content=content, headers=headers[0] if headers else {})
+
+        return super()._client(httpx2.MockTransport(handle))
+
+
+def chat_reply(content: object = "yes", finish_reason: object = "stop", message: Mapping[str, Any] = {}, **choice: Any) -> bytes:
+    """The body of a chat reply, with further fields of its message and its choice."""
+    made = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish_reason, **choice}
+    return json.dumps({"choices": [made], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}).encode()
+
+
+def stream(*events: object, end: str = "data: [DONE]\n\n") -> bytes:
+    """The body of a stream of events."""
+    return ("".join(f"data: {json.dumps(event)}\n\n" for event in events) + end).encode()
 
 
 def wait_until(ready: Any, process: subprocess.Popen[Any], seconds: float = 60) -> None:

@@ -129,7 +129,7 @@ def test_the_smoke_run_fails_where_a_result_is_off() -> None:
 @pytest.mark.slow
 def test_gpu_tests_are_found_where_some_extras_are_missing() -> None:
     """A file that cannot be imported keeps all others from running. A machine with torch has transformers, but hardly these."""
-    extras = ["datasets", "fastapi", "openai", "peft", "rapidfuzz", "sklearn", "uvicorn"]
+    extras = ["datasets", "fastapi", "peft", "rapidfuzz", "sklearn", "uvicorn"]
     missing = "import sys, pytest; sys.modules.update(dict.fromkeys(sys.argv[1:])); raise SystemExit(pytest.main("
     arguments = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(

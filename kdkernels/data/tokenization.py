@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .ending import ended
 from .example import Example
 from .rows import DataError, Row, RowSource, read_rows
 from .templates import chat_text, date_of
@@ -36,8 +37,8 @@ def load_examples(
     - ``text``: every token but the first is scored.
 
     The teacher reads the same, unless the row has ``teacher_messages``, ``teacher_prompt``, or ``demonstrations`` to read before the
-    prompt. ``tools`` go to the chat template. A response whose ``finish_reason`` is ``"length"`` is learnt without an end. ``weight``
-    multiplies the row's loss; ``task`` is kept; other fields mean nothing here.
+    prompt. ``tools`` go to the chat template. A response whose ``finish_reason`` names a cut, such as
+    ``"length"``, is learnt without an end. ``weight`` multiplies the row's loss; ``task`` is kept; other fields mean nothing here.
 
     Args:
         source: a JSONL or Parquet file, a folder of them, a ``datasets.Dataset`` or a list of rows.
@@ -159,7 +160,7 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
 
 def _cut_short(row: Row) -> bool:
     """The teacher was stopped in the middle of its response, after which no end may be learnt."""
-    return row.fields.get("finish_reason") == "length"
+    return not ended(row.fields.get("finish_reason"))
 
 
 def _prompted(row: Row, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:

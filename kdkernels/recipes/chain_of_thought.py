@@ -24,7 +24,7 @@ from typing import Literal
 
 from ..teachers.text import TextModel
 from . import answers
-from .rows import Item, Message, RecipeError, Row, Sampling, Tally, ask, extended, student_row
+from .rows import Item, Message, RecipeError, Row, Sampling, Tally, ask, cut_short, extended, student_row
 
 __all__ = ["Rationale", "balance", "fine_tune_cot", "multi_task", "rationales"]
 
@@ -80,8 +80,8 @@ def rationales(
         for reply in replies:
             tally.candidates += 1
             text, _ = answers.split(reply.text)
-            if reply.finish_reason == "length":
-                tally.drop("cut off at max_tokens")
+            if reason := cut_short(reply):
+                tally.drop(reason)
             elif answers.extract(reply.text, kind) is None:
                 tally.drop("no final answer")
             elif not answers.same(reply.text, item.response or "", kind):

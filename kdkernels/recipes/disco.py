@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..teachers.text import TextModel
-from .rows import Item, RecipeError, Row, Sampling, Tally, ask, fingerprint, keyed, read_jsonl, student_row
+from .rows import Item, RecipeError, Row, Sampling, Tally, ask, cut_short, fingerprint, keyed, read_jsonl, student_row
 
 __all__ = ["BLANK", "Counterfactual", "blanked", "counterfactuals", "fill_prompt", "judge_prompt", "read_texts", "rows", "vote"]
 
@@ -121,8 +121,8 @@ def counterfactuals(
         for reply in replies:
             tally.candidates += 1
             filled = " ".join(reply.text.split())
-            if reply.finish_reason == "length":
-                tally.drop("cut off at max_tokens")
+            if reason := cut_short(reply):
+                tally.drop(reason)
             elif not filled or BLANK in filled:
                 tally.drop("blank left empty")
             elif filled.lower() == span.lower():

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..teachers.text import TextModel
-from .rows import Item, Message, RecipeError, Row, Sampling, Tally, ask, student_row
+from .rows import Item, Message, RecipeError, Row, Sampling, Tally, ask, cut_short, student_row
 
 __all__ = ["answered", "context_distillation", "demonstrations", "in_context_tuning", "language_modelling"]
 
@@ -108,8 +108,8 @@ def answered(
     for item, demos, replies in zip(items, shown, ask(teacher, log, prompts, sampling), strict=True):
         tally.candidates += 1
         text = replies[0].text.strip()
-        if replies[0].finish_reason == "length":
-            tally.drop("cut off at max_tokens")
+        if reason := cut_short(replies[0]):
+            tally.drop(reason)
         elif not text:
             tally.drop("empty")
         else:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from ..files import write_jsonl
 from ..teachers.text import TextModel
 from .near import Pool
-from .rows import Item, RecipeError, Row, Sampling, Tally, ask, fingerprint, read_jsonl
+from .rows import Item, RecipeError, Row, Sampling, Tally, ask, cut_short, fingerprint, read_jsonl
 from .sequence import sequence_level
 
 __all__ = ["Judged", "discriminate", "generate", "generate_prompt", "imitate", "instructions", "ratings", "referee_prompt", "stage"]
@@ -198,7 +198,7 @@ def generate(
                 text = replies[0].text.strip()
                 if made == number_wanted:
                     tally.drop("more than were wanted")
-                elif reason := _useless(text, replies[0].finish_reason):
+                elif reason := cut_short(replies[0]) or _useless(text):
                     tally.drop(reason)
                 elif not pool.add(text):
                     tally.drop(f"ROUGE-L above {threshold:g} to another instruction")
@@ -230,9 +230,7 @@ def ratings(reply: str) -> tuple[float, float] | None:
     return (found[0], found[1]) if len(found) == 2 and all(1 <= f <= 10 for f in found) else None
 
 
-def _useless(text: str, finish_reason: str) -> str | None:
-    if finish_reason == "length":
-        return "cut off at max_tokens"
+def _useless(text: str) -> str | None:
     if len(text.split()) <= 3:
         return "three words or fewer"
     if not text[0].isalnum():

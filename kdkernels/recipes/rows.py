@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.ending import ended
 from ..data.rows import Row as Fields
 from ..data.rows import read_rows
 from ..files import Lines, digest
-from ..teachers.text import Reply, Request, TextModel
+from ..teachers.text import REFUSED, Reply, Request, TextModel
 
 __all__ = [
-    "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "extended", "fingerprint", "keyed", "once", "read_items",
-    "read_jsonl", "student_row",
+    "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "cut_short", "extended", "fingerprint", "keyed", "once",
+    "read_items", "read_jsonl", "student_row",
 ]  # fmt: skip
 
 Message = Mapping[str, str]
@@ -182,6 +183,13 @@ def ask(model: TextModel, log: Path, prompts: Sequence[tuple[str, Sequence[Messa
     log.parent.mkdir(parents=True, exist_ok=True)
     replies = model.complete(requests, log)
     return [list(replies[i : i + sampling.samples]) for i in range(0, len(replies), sampling.samples)]
+
+
+def cut_short(reply: Reply) -> str | None:
+    """Why a reply is dropped that did not end by itself; None for one that did, or that stands for a refusal."""
+    if ended(reply.finish_reason) or reply.finish_reason == REFUSED:
+        return None
+    return "cut off at max_tokens" if reply.finish_reason == "length" else f"cut off (finish_reason {reply.finish_reason[:60]})"
 
 
 def once(

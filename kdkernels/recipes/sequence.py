@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..teachers.text import TextModel
 from .near import rouge_l
-from .rows import Item, RecipeError, Row, Sampling, Tally, ask, student_row
+from .rows import Item, RecipeError, Row, Sampling, Tally, ask, cut_short, student_row
 
 __all__ = ["sequence_level"]
 
@@ -40,8 +40,8 @@ def sequence_level(
         for reply in replies:
             tally.candidates += 1
             text = reply.text.strip()
-            if reply.finish_reason == "length":
-                tally.drop("cut off at max_tokens")
+            if reason := cut_short(reply):
+                tally.drop(reason)
             elif not text:
                 tally.drop("empty")
             elif text in texts:

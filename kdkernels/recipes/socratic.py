@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..teachers.text import TextModel
 from . import answers
-from .rows import Item, Row, Sampling, Tally, ask, extended, student_row
+from .rows import Item, Row, Sampling, Tally, ask, cut_short, extended, student_row
 
 __all__ = ["Decomposition", "decompose", "parse", "questioner_rows", "solve", "solver_rows"]
 
@@ -63,8 +63,8 @@ def decompose(
         for reply in replies:
             tally.candidates += 1
             steps = parse(reply.text)
-            if reply.finish_reason == "length":
-                tally.drop("cut off at max_tokens")
+            if reason := cut_short(reply):
+                tally.drop(reason)
             elif steps is None:
                 tally.drop("no alternating questions and answers")
             elif answers.normalise(steps[-1][1], kind) != right:

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..files import digest
+from .replies import check_text
 from .text import Reply, Request
 
 __all__ = ["asked_of", "messages_of", "requests_of", "with_reply"]
+
+OF_RESPONSE = ("response", "completion", "finish_reason", "reasoning", "teacher_logprobs")
+"""Fields of a row that belong to its response, and go when it gets another."""
 
 
 def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -35,42 +39,60 @@ def asked_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _messages(row: Mapping[str, Any], several: str, one: str) -> list[dict[str, str]]:
-    if row.get(several):
-        messages = [dict(message) for message in row[several]]
+    name = several if row.get(several) else one
+    value = row.get(name)
+    check_text(value, f"field {name!r}")
+    if name == several:
+        if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(message, Mapping) for message in value):
+            raise ValueError(f'field {name!r}: a list of {{"role": ..., "content": ...}} is needed')
+        messages = [dict(message) for message in value]
         if messages[-1].get("role") == "assistant":
             messages.pop()
     else:
-        messages = [{"role": "user", "content": row[one]}] if isinstance(row.get(one), str) else []
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else []
     if not messages:
         raise ValueError(f"a row needs prompt or messages (and more than the assistant's), got {', '.join(row) or 'nothing'}")
     return messages
 
 
 def requests_of(
-    rows: Sequence[Mapping[str, Any]], *, max_tokens: int, temperature: float, stop: Sequence[str] = (), logprobs: int = 0
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int,
+    temperature: float,
+    stop: Sequence[str] = (),
+    logprobs: int = 0,
+    places: Sequence[str] = (),
 ) -> list[Request]:
     """One request a row. Its key is the row's own, else a hash of its messages, so that it stays the same wherever the row moves to;
     equal rows are numbered, and each is asked.
+
+    Args:
+        places: of each row, such as ``data.jsonl, row 3``, for errors. Default: its number.
 
     Raises:
         ValueError: a row that asks nothing.
     """
     requests, seen = [], Counter[str]()
-    for number, row in enumerate(rows, 1):
+    for place, row in zip(places or [f"row {number}" for number in range(1, len(rows) + 1)], rows, strict=True):
         try:
             messages = asked_of(row)
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
+            raise ValueError(f"{place}: {error}") from None
         key = str(row["key"]) if row.get("key") is not None else digest(messages)[:32]
         seen[key] += 1
         unique = key if seen[key] == 1 else f"{key}#{seen[key]}"
-        requests.append(Request(unique, messages, max_tokens, temperature, tuple(stop), logprobs))
+        requests.append(Request(unique, messages, max_tokens, temperature, tuple(stop), logprobs, place if places else ""))
     return requests
 
 
 def with_reply(row: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
-    """A training row: ``row`` with the teacher's ``response``, its ``finish_reason``, and ``teacher_logprobs`` if they were asked for."""
-    made = {**row, "response": reply.text, "finish_reason": reply.finish_reason}
+    """A training row: ``row`` with the teacher's ``response`` in the place of any other, its ``finish_reason``, the thoughts before it as
+    ``reasoning`` if there are any, and ``teacher_logprobs`` if they were asked for."""
+    made = {name: value for name, value in row.items() if name not in OF_RESPONSE}
+    made |= {"response": reply.text, "finish_reason": reply.finish_reason}
+    if reply.reasoning:
+        made["reasoning"] = reply.reasoning
     if row.get("messages"):
         made["messages"] = messages_of(row)
     if reply.logprobs:

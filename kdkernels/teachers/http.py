@@ -1,14 +1,13 @@
-"""Teachers behind the OpenAI-compatible HTTP API: vLLM, SGLang, ``transformers serve``, or a vendor's.
+"""Teachers behind the OpenAI-compatible HTTP API: vLLM, SGLang, llama.cpp, ``transformers serve``, or a vendor's.
 
 Every reply is in the log when it is counted; what fails on the way (a full server, a cut connection, half an answer) is asked again
-after a while. The key comes from the environment, goes into one header, and is cut out of everything that is written or raised.
+after a while. The key comes from the environment, goes into one header to one server, and is cut out of all that comes back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import json
 import os
 import random
@@ -20,12 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from ..errors import UserError
+from ..errors import UserError, listed
+from ..terminal import shown
+from . import answers
 from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
+from .secret import Secret
+from .statuses import concerns_all, error_in, may_pass, message_of, retry_after, status_of
 from .text import REFUSED, Reply, Request, Usage
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from httpx2 import AsyncBaseTransport, AsyncClient
 
 __all__ = ["HTTPModel", "HTTPModelError", "Refused"]
 
@@ -34,12 +37,18 @@ API = Literal["chat", "completions"]
 LONGEST_WAIT = 600.0
 """Seconds that a server may ask to wait; beyond, the run ends and says so."""
 LONGEST_BACKOFF = 30.0
-SHORTEST_KEY = 8
-"""Shorter ones (EMPTY, none, x) are no secrets, and are words that a text may hold."""
-AGAIN = (408, 409, 425, 429)
-"""Statuses below 500 after which the same request may succeed."""
-HOPELESS = (401, 403, 404)
-"""Statuses that every other request would get too."""
+LARGEST_REPLY = 256 << 20
+"""Bytes of a reply that are read, after decompression."""
+LARGEST_ERROR = 1 << 16
+QUOTED = 300
+"""Characters of a reply that an error quotes."""
+NAMED = 20
+"""Refused requests that an error names, at most."""
+INTERRUPTED = (
+    "abort", "aborted", "canceled", "cancelled", "error", "insufficient_system_resource", "internal_error", "network_error", "overloaded",
+    "server_error", "timeout",
+)  # fmt: skip
+"""Finish reasons of replies that the server itself broke off: another try may get a whole one."""
 
 
 class HTTPModelError(UserError):
@@ -56,11 +65,11 @@ class Refused(HTTPModelError):
 
 
 class _Again(Exception):
-    """Worth another try, after at least ``wait`` seconds."""
+    """Worth another try, after at least ``wait`` seconds. ``entry``: a reply that was broken off."""
 
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, wait: float = 0.0, entry: dict[str, Any] | None = None) -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.entry = wait, entry
 
 
 class _No(Exception):
@@ -79,8 +88,10 @@ class Job:
     """From the server's JSON to the entry of the log.
 
     Raises:
-        KeyError, TypeError, ValueError, IndexError, AttributeError: the answer is not whole.
+        answers.Unreadable, or any error of Python about a value: the answer has another form.
     """
+    name: str = ""
+    """The request in errors."""
 
 
 class HTTPModel:
@@ -93,15 +104,16 @@ class HTTPModel:
         key_variable: environment variable that holds the API key. "", or one that is not set: a server that asks for none.
         concurrency: requests in flight, at most.
         timeout: seconds for one whole answer, first byte to last.
-        retries: how often a request is tried again after 408, 409, 425, 429, 5xx, a time-out, a cut connection or an answer that is not
-            whole. Each wait is twice as long as the last and then cut at random by up to a half; never shorter than the server asks for.
+        retries: how often a request is tried again after 408, 409, 425, 429, 5xx, a time-out, a cut connection, an answer that is not
+            whole, or a reply that the server broke off. Each wait is twice as long as the last and then cut at random by up to a half;
+            never shorter than the server asks for.
         backoff: seconds of the first wait.
         seed: of draws. Each request sends a seed of its own, made of this one and its key: with one and the same, several samples of a
             prompt would be one text. For servers that take a seed.
         extra_body: further fields of every request, such as ``{"return_tokens_as_token_ids": True}`` for vLLM.
         prices: cost of a million prompt tokens and of a million completion tokens.
         skip_refused: requests that the server refuses get an empty reply whose ``finish_reason`` is ``REFUSED``, and are in no log.
-        report: called after each reply.
+        report: called after each reply, and before a request is asked again.
 
     Raises:
         ValueError: an argument that makes no sense; a URL with a key in it.
@@ -124,24 +136,20 @@ class HTTPModel:
         skip_refused: bool = False,
         report: Callable[[Usage], object] | None = None,
     ) -> None:
-        url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError("base_url must be a URL such as http://localhost:8000/v1")
-        if url.username or url.password or url.query:
-            raise ValueError(
-                f"base_url holds a user name, password or query: give the key in the environment variable {key_variable} instead"
-            )
+        _check_url(base_url, key_variable)
         if concurrency < 1 or retries < 0 or not timeout > 0 or not backoff >= 0:
             raise ValueError(f"concurrency={concurrency} must be >= 1, retries={retries} and backoff={backoff} >= 0, timeout={timeout} > 0")
         if api not in ("chat", "completions"):
             raise ValueError(f"api must be 'chat' or 'completions', got {api!r}")
         if not model:
             raise ValueError("give the server's name of the model")
+        _check_extra_body(extra_body or {})
         self.base_url, self.model, self.api = base_url, model, api
         self.key_variable, self.concurrency, self.timeout, self.retries, self.backoff = key_variable, concurrency, timeout, retries, backoff
         self.settings: dict[str, Any] = {"model": model, "api": api, "seed": seed, "extra_body": dict(extra_body or {})}
         self.prices, self.skip_refused, self.report = prices, skip_refused, report
         self.usage = Usage()
+        self._secret = Secret("")
         self._not_before = 0.0  # on the clock of the loop: a server that is full is left alone by all
 
     def complete(self, requests: Sequence[Request], log: Path) -> list[Reply]:
@@ -177,10 +185,14 @@ class HTTPModel:
                         raise
                     done |= {key: {"text": "", "finish_reason": REFUSED} for key in error.reasons}
                     self.usage.refused += len(error.reasons)
+                    self.usage.reasons |= error.reasons
             return [{"key": job.key, **done[job.key]} for job in jobs]
 
     def _count(self, entry: Mapping[str, Any], from_log: bool) -> None:
         self.usage.add(entry, from_log, self.prices)
+        self._tell()
+
+    def _tell(self) -> None:
         if self.report is not None:
             self.report(self.usage)
 
@@ -196,23 +208,21 @@ class HTTPModel:
                 body |= {"logprobs": True, "top_logprobs": request.logprobs}
         else:
             if len(request.messages) != 1:
-                raise ValueError(f"request {request.key!r} has {len(request.messages)} messages, the completions API takes one prompt")
+                raise ValueError(f"{request.name} has {len(request.messages)} messages, the completions API takes one prompt")
             body["prompt"] = request.messages[0]["content"]
             if request.logprobs:
                 body["logprobs"] = request.logprobs
-        read = read_chat if self.api == "chat" else read_completion
-        return Job(request.key, fingerprint(request, **self.settings), body, lambda answer: read(answer, request.logprobs))
+        return Job(
+            request.key, fingerprint(request, **self.settings), body, lambda answer: answers.read_reply(answer, request.logprobs),
+            request.name,
+        )  # fmt: skip
 
     async def _ask_all(self, jobs: Sequence[Job], keep: Callable[[Job, dict[str, Any]], None]) -> None:
-        from openai import AsyncOpenAI
-
         queue: Iterator[Job] = iter(jobs)
         stop = asyncio.Event()
         refused: dict[str, str] = {}
         self._not_before = 0.0
-        # The package wants a key even where the server does not. Its own retries would be on top of ours.
-        key = os.environ.get(self.key_variable) or "none"
-        async with AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout) as client:
+        async with self._client() as client:
 
             async def worker() -> None:
                 for job in queue:
@@ -244,25 +254,53 @@ class HTTPModel:
                 if error is not None:
                     raise error
         if refused:
-            first, reason = next(iter(refused.items()))
-            raise Refused(f"the server refuses {len(refused)} of {len(jobs)} requests; {first!r}: {reason}", refused)
+            raise Refused(_refusal([job for job in jobs if job.key in refused], refused, len(jobs)), refused)
 
-    async def _ask(self, client: AsyncOpenAI, job: Job, stop: asyncio.Event) -> dict[str, Any] | None:
+    def _client(self, transport: AsyncBaseTransport | None = None) -> AsyncClient:
+        """A client that sends the key, nothing else of the environment, and to no other server: it follows no redirect.
+
+        Raises:
+            HTTPModelError: a key that can't be sent.
+        """
+        from httpx2 import AsyncClient, Limits
+
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise HTTPModelError(f"the key in {self.key_variable} holds a character that a header can't: set the variable to the key alone")
+        self._secret = Secret(key)
+        return AsyncClient(
+            # Some servers want a key even where they check none.
+            headers={"Authorization": f"Bearer {key or 'none'}", "User-Agent": "kdkernels", "Content-Type": "application/json"},
+            limits=Limits(max_connections=None, max_keepalive_connections=self.concurrency),
+            timeout=self.timeout,
+            follow_redirects=False,
+            transport=transport,
+        )
+
+    async def _ask(self, client: AsyncClient, job: Job, stop: asyncio.Event) -> dict[str, Any] | None:
         """The entry for ``job``; None if stopped while waiting to try again."""
+        broken: list[str] = []
         for attempt in range(self.retries + 1):
             if not await self._wait(self._not_before - time.monotonic(), stop):
                 return None
             try:
-                return await self._try(client, job)
+                entry = await self._try(client, job)
+                return {**entry, "interrupted": broken} if broken else entry
             except _Again as error:
                 if attempt == self.retries:
+                    if error.entry is not None and error.entry["text"]:
+                        return {**error.entry, "interrupted": broken}  # cut in the middle, as its finish reason says
                     raise HTTPModelError(
-                        f"gave up on request {job.key!r} after {attempt + 1} tries: {error}. What was answered is in the log: run the "
-                        "same again"
+                        f"gave up on {job.name} after {attempt + 1} tries: {error}. What was answered is in the log: run the same again"
                     ) from None
                 if error.wait > LONGEST_WAIT:
                     raise HTTPModelError(f"the server asks to wait {error.wait:.0f} s: run the same again after that") from None
+                if error.entry is not None:
+                    broken.append(error.entry["finish_reason"])
+                    self.usage.interrupted[error.entry["finish_reason"]] += 1
                 self.usage.retries += 1
+                self.usage.waiting = str(error)
+                self._tell()
                 self._not_before = max(self._not_before, time.monotonic() + error.wait) if error.wait else self._not_before
                 pause = min(self.backoff * 2**attempt, LONGEST_BACKOFF) * random.uniform(0.5, 1)
                 if not await self._wait(max(pause, error.wait), stop):
@@ -277,107 +315,119 @@ class HTTPModel:
                 await asyncio.wait_for(stop.wait(), seconds)
         return not stop.is_set()
 
-    async def _try(self, client: AsyncOpenAI, job: Job) -> dict[str, Any]:
-        import openai
+    async def _try(self, client: AsyncClient, job: Job) -> dict[str, Any]:
+        import httpx2
 
         try:
-            raw = await asyncio.wait_for(self._post(client, job.body), self.timeout)
-        except (asyncio.TimeoutError, TimeoutError, openai.APITimeoutError):
-            raise _Again(f"no whole answer within {self.timeout:g} s") from None
-        except openai.APIStatusError as error:
-            raise self._status(error) from None
-        except openai.APIConnectionError as error:
-            raise _Again(self._without_key(f"no connection, or one that was cut ({type(error.__cause__).__name__})")) from None
-        except openai.OpenAIError as error:
-            raise HTTPModelError(self._without_key(str(error))) from None
+            status, headers, body = await asyncio.wait_for(self._post(client, job.body), self.timeout)
+        except (asyncio.TimeoutError, TimeoutError, httpx2.TimeoutException):
+            raise _Again(f"no whole answer within {self.timeout:g} s from {self.base_url}") from None
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
+            raise HTTPModelError(f"{self.base_url} can't be asked: {self._shown(str(error))}") from None
+        except httpx2.RequestError as error:
+            raise _Again(f"no connection, or one that was cut ({type(error).__name__}), to {self.base_url}") from None
+        except answers.Unreadable as error:
+            raise self._unreadable(job, error, b"") from None
+        if not 200 <= status < 300:
+            raise self._failure(status, error_in(body), headers)
         try:
-            return job.read(json.loads(self._without_key(raw.decode())))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise _Again(f"an answer that is not whole ({type(error).__name__}: {self._without_key(str(error))[:200]})") from None
+            entry = self._secret.redact_entry(job.read(answers.parse(body)))
+        except answers.Incomplete as error:
+            raise _Again(f"an answer that is not whole: {self._shown(str(error))}") from None
+        except answers.ServerError as error:
+            raise self._failure(status_of(error.error), error.error, headers) from None
+        except answers.NoLogprobs as error:
+            raise HTTPModelError(self._shown(str(error))) from None
+        except (answers.Unreadable, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+            raise self._unreadable(job, error, body) from None
+        reason = str(entry.get("finish_reason"))
+        if reason.casefold() in INTERRUPTED:
+            raise _Again(f"the server broke the reply off: its finish_reason is {self._shown(reason)[:60]}", entry=entry)
+        return entry
 
-    async def _post(self, client: AsyncOpenAI, body: Mapping[str, Any]) -> bytes:
-        fields: dict[str, Any] = {**body, "model": self.model}
-        extra = {**self.settings["extra_body"], **fields.pop("extra_body", {})}
-        endpoint: Any = client.chat.completions if "messages" in fields else client.completions
-        raw = await endpoint.with_raw_response.create(**fields, extra_body=extra or None)
-        content: bytes = raw.http_response.content
-        return content
+    async def _post(self, client: AsyncClient, fields: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of the answer; of an error only the beginning of the body.
 
-    def _status(self, error: Any) -> Exception:
-        """What a status other than success means for the request, or for all of them."""
-        status = int(error.status_code)
-        reason = self._without_key(f"{status}: {error.message}")[:500]
-        if status in HOPELESS or getattr(error, "code", None) == "insufficient_quota":
+        Raises:
+            Unreadable: a reply larger than ``LARGEST_REPLY``.
+        """
+        sent = {"model": self.model, **fields, **self.settings["extra_body"]}
+        path = "chat/completions" if "messages" in fields else "completions"
+        body = bytearray()
+        async with client.stream("POST", f"{self.base_url.rstrip('/')}/{path}", content=json.dumps(sent, default=str)) as response:
+            async for piece in response.aiter_bytes():
+                body += piece
+                if not response.is_success and len(body) > LARGEST_ERROR:
+                    break
+                if len(body) > LARGEST_REPLY:
+                    raise answers.Unreadable(f"it is larger than {LARGEST_REPLY:,} bytes")
+        return response.status_code, response.headers, bytes(body)
+
+    def _failure(self, status: int, error: object, headers: Mapping[str, str]) -> Exception:
+        """What a status other than success means: for the request, or for all of them."""
+        reason = self._shown(f"{status}: {message_of(error)}")[:500]
+        if 300 <= status < 400:
+            target = self._shown(headers.get("location", "another address"))
+            return HTTPModelError(f"{reason} {self.base_url} redirects to {target}: ask there, if that is the server you mean")
+        if concerns_all(status, error):
             hint = f" (the key is read from {self.key_variable}, which is {'' if os.environ.get(self.key_variable) else 'not '}set)"
             hint = hint if self.key_variable else f" ({self.base_url} gets no key: name the variable of its own)"
             return HTTPModelError(reason + (hint if status in (401, 403) else ""))
-        if status in AGAIN or status >= 500:
-            return _Again(reason, retry_after(error.response.headers))
-        return _No(reason)
+        return _Again(reason, retry_after(headers)) if may_pass(status) else _No(reason)
 
-    def _without_key(self, text: str) -> str:
-        key = os.environ.get(self.key_variable, "")
-        return text.replace(key, "[key]") if len(key) >= SHORTEST_KEY else text
+    def _unreadable(self, job: Job, error: Exception, body: bytes) -> Exception:
+        """A reply that was paid for and can't be read. Others would be so too: only where some could be read, and rows may be left out,
+        it concerns its row alone."""
+        why = str(error) if isinstance(error, answers.Unreadable) else f"{type(error).__name__}: {error}"
+        quoted = self._shown(body[: 16 * QUOTED].decode(errors="replace"))[:QUOTED]
+        reason = f"the reply can't be read: {self._shown(why)[:QUOTED]}" + (f". The server sent: {quoted}" if quoted else "")
+        if self.skip_refused and self.usage.replies > self.usage.from_log:
+            return _No(reason)
+        return HTTPModelError(f"{job.name}: {reason}")
+
+    def _shown(self, text: str) -> str:
+        """Text of the server without the key, as a terminal can show it."""
+        return shown(self._secret.redact(text))
 
 
-def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait, in any of the three ways of saying it; 0 if it does not, or not so that it can be read."""
+def _refusal(jobs: Sequence[Job], reasons: Mapping[str, str], total: int) -> str:
+    """Which requests the server refuses, and why: those of one reason together."""
+    of_reason: dict[str, list[str]] = {}
+    for job in jobs[:NAMED]:
+        of_reason.setdefault(reasons[job.key], []).append(job.name.removeprefix("request "))
+    more = f"; and {len(jobs) - NAMED:,} more" if len(jobs) > NAMED else ""
+    each = "; ".join(f"{listed(names)}: {reason}" for reason, names in of_reason.items())
+    return f"the server refuses {len(jobs):,} of {total:,} requests; {each}{more}"
+
+
+def _check_url(base_url: str, key_variable: str) -> None:
+    """
+    Raises:
+        ValueError: an address that can't be asked, or that holds a secret.
+    """
     try:
-        if milliseconds := headers.get("retry-after-ms"):
-            return max(0.0, float(milliseconds) / 1000)
-        value = headers.get("retry-after", "")
-        if value.replace(".", "", 1).isdigit():
-            return float(value)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time()) if value else 0.0
-    except ValueError:
-        return 0.0
+        url = urlsplit(base_url)
+        port = url.port
+    except ValueError as error:
+        raise ValueError(f"base_url must be a URL such as http://localhost:8000/v1: {error}") from None
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
+        raise ValueError("base_url must be a URL such as http://localhost:8000/v1")
+    if url.username or url.password or url.query:
+        raise ValueError(f"base_url holds a user name, password or query: give the key in the environment variable {key_variable} instead")
 
 
-def _text(value: object) -> str:
-    """As UTF-8 can hold it: half of a surrogate pair becomes a question mark."""
-    if not isinstance(value, str):
-        raise TypeError(f"the text is {type(value).__name__}")
-    return value.encode("utf-8", "replace").decode()
-
-
-def _entry(answer: dict[str, Any], text: object, reason: object, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-    usage = answer.get("usage") or {}
-    counts = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-    return {"text": _text(text), "finish_reason": str(reason or "stop"), **counts, "logprobs": logprobs}
-
-
-def read_chat(answer: dict[str, Any], logprobs: int) -> dict[str, Any]:
-    """The entry of the log for an answer of the chat API."""
-    choice = answer["choices"][0]
-    found: list[dict[str, Any]] = []
-    if logprobs:
-        _need_logprobs(choice)
-        found = [{**_token(t), "top_logprobs": [_token(a) for a in t["top_logprobs"]]} for t in choice["logprobs"]["content"]]
-    content = choice["message"].get("content")
-    return _entry(answer, "" if content is None else content, choice.get("finish_reason"), found)
-
-
-def read_completion(answer: dict[str, Any], logprobs: int) -> dict[str, Any]:
-    """The entry of the log for an answer of the completions API."""
-    choice = answer["choices"][0]
-    found: list[dict[str, Any]] = []
-    if logprobs:
-        _need_logprobs(choice)
-        names = ("tokens", "token_logprobs", "top_logprobs")
-        for token, value, top in zip(*(choice["logprobs"][name] for name in names), strict=True):
-            alternatives = [_token({"token": a, "logprob": p}) for a, p in top.items()]
-            found.append({**_token({"token": token, "logprob": value}), "top_logprobs": alternatives})
-    return _entry(answer, choice["text"], choice.get("finish_reason"), found)
-
-
-def _token(found: Mapping[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {"token": _text(found["token"]), "logprob": float(found["logprob"])}
-    return kept if found.get("bytes") is None else {**kept, "bytes": found["bytes"]}
-
-
-def _need_logprobs(choice: Mapping[str, Any]) -> None:
-    if not choice.get("logprobs"):
-        raise HTTPModelError("the server gives no log-probabilities with its text: ask without --logprobs, or take another server")
+def _check_extra_body(extra_body: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: fields that are not JSON, or that ask for several replies at once.
+    """
+    try:
+        json.dumps(extra_body, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"extra_body can't be written as JSON: {error}") from None
+    for name in ("n", "best_of"):
+        if extra_body.get(name) not in (None, 1):
+            raise ValueError(f"extra_body has {name}={extra_body[name]!r}: one reply is read of each request, so ask for one")
 
 
 def _run_async(start: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from rich.console import Console
 
 from ..data.collator import Collator
+from ..data.ending import ended
 from ..data.example import Example
-from ..data.rows import read_rows
+from ..data.rows import DataError, Row, read_rows
 from ..data.tokenization import length_limit, load_examples
 from ..files import write_jsonl
 from ..tap.weights import logit_columns
-from ..terminal import progress
+from ..terminal import progress, shown
 from .cache.api import from_replies, score, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date
 from .cache.text import ROWS_PER_SHARD, write_text_cache
@@ -25,8 +27,8 @@ from .cache.writer import Plan, bytes_per_token, write_cache
 from .generate import requests_of, with_reply
 from .http import HTTPModel, Refused
 from .loading import load
-from .progress import Watched, print_usage
-from .text import REFUSED, Counted
+from .progress import Watched, print_usage, watching
+from .text import REFUSED, Counted, Reply
 
 __all__ = ["CacheOptions", "cache_of_model", "cache_of_server", "device_of", "generate"]
 
@@ -105,7 +107,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
     )  # fmt: skip
     if o.kind == "text":
         rows = [row.fields for row in read_rows(o.data)]
-        with progress(console, "rows") as (start, advance):
+        with progress(console, "rows") as (start, advance, _):
 
             def announce(plan: Plan) -> None:
                 console.print(f"text: {len(plan.source):,} rows of at most {o.max_new_tokens} tokens, about 4 bytes each")
@@ -124,7 +126,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
             )
     else:
         head = columns * hidden_size * model.dtype.itemsize if o.kind == "hidden" else 0
-        with progress(console, "tokens") as (start, advance):
+        with progress(console, "tokens") as (start, advance, _):
             write_cache(
                 LiveTeacher(model, vocab_size=vocab_size), examples, o.out, identity, hidden_size=hidden_size, batch_size=o.batch_size,
                 shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit), max_length=limit, device=model.device,
@@ -142,9 +144,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
     tokenizer = load(AutoTokenizer, "tokenizer", o.tokenizer)
     examples = _examples(o, tokenizer, o.max_length)
     if model is not None:
-        with progress(console, "examples") as (start, advance):
-            start(len(examples))
-            model.report = lambda usage: advance(1)
+        with watching(model, console, "examples", len(examples)):
             tops = score(model, examples, o.k, o.out.with_name(o.out.name + ".log"))
         print_usage(console, model.usage)
     else:
@@ -161,7 +161,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
         vocab_size=o.vocab_size or len(tokenizer), padded_vocab_size=o.vocab_size or len(tokenizer),
         kind="topk", k=max(top[0].shape[1] for top in tops), temperature=1.0, dtype=o.precision,
     )  # fmt: skip
-    with progress(console, "tokens") as (start, advance):
+    with progress(console, "tokens") as (start, advance, _):
         write_topk(
             examples, tops, o.out, identity, shard_bytes=o.shard_bytes, max_length=o.max_length, report=advance,
             started=_announcing(console, o.out, identity, start),
@@ -210,7 +210,7 @@ def generate(
     stop: tuple[str, ...],
     logprobs: int,
 ) -> None:
-    """Training rows of ``data`` with the responses of ``model``, to ``out``; its log is beside it.
+    """Write training rows of ``data`` with the responses of ``model`` to ``out``; its log, and a list of what was left out, are beside it.
 
     Raises:
         ValueError: an ``out`` that is the data, or a file of something else.
@@ -219,18 +219,64 @@ def generate(
     log = out.with_name(out.name + ".log")
     if out.exists() and not log.exists():
         raise ValueError(f"--out {out}: the file is there, and it is not of this command, which keeps {log.name} beside it: give another")
-    rows = [row.fields for row in read_rows(data)]
-    requests = requests_of(rows, max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs)
+    left_out = LeftOut(out.with_name(out.name + ".left-out.jsonl"))
+    rows = list(read_rows(data))
+    places = [row.where for row in rows]
+    requests = requests_of(
+        [row.fields for row in rows], max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs, places=places
+    )
+    where = {request.key: request.where for request in requests}
     try:
         replies = Watched(model, console, "rows").complete(requests, log)
     except Refused as error:
-        raise Refused(f"{error}. Take those rows out, or give --skip-refused", error.reasons) from None
-    kept = [(row, reply) for row, reply in zip(rows, replies, strict=True) if reply.finish_reason != REFUSED]
+        left_out.write(where, error.reasons)
+        raise Refused(f"{error}. {left_out.path} lists them: take them out of the data, or give --skip-refused", error.reasons) from None
+    kept = [(row.fields, reply) for row, reply in zip(rows, replies, strict=True) if reply.finish_reason != REFUSED]
+    left_out.write(where, model.usage.reasons)
     write_jsonl(out, [with_reply(row, reply) for row, reply in kept])
     refused = len(rows) - len(kept)
-    console.print(f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out" if refused else ""))
-    if cut := sum(reply.finish_reason == "length" for reply in replies):
-        console.print(f"{cut:,} responses were cut at {max_tokens} tokens; their finish_reason is length: no end is learnt after them")
-    if empty := sum(not reply.text for _, reply in kept):
-        console.print(f"{empty:,} responses are empty: leave them out of a training")
+    console.print(
+        f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out: see {left_out.path}" if refused else ""), markup=False
+    )
+    _say_what_was_cut(console, [reply for _, reply in kept], max_tokens)
     print_usage(console, model.usage)
+
+
+def _say_what_was_cut(console: Console, replies: Sequence[Reply], max_tokens: int) -> None:
+    cut = Counter(reply.finish_reason for reply in replies if not ended(reply.finish_reason))
+    if cut:
+        reasons = ", ".join(f"{shown(reason)[:60]}: {count:,}" for reason, count in cut.most_common())
+        limit = f"; length is --max-tokens {max_tokens}" if "length" in cut else ""
+        console.print(
+            f"{cut.total():,} responses did not end by themselves (finish_reason {reasons}{limit}): no end is learnt after them",
+            markup=False,
+        )
+    if empty := sum(not reply.text for reply in replies):
+        console.print(f"{empty:,} responses are empty: leave them out of a training")
+
+
+class LeftOut:
+    """The file that lists rows which were left out: ``where`` each is, its ``key``, and the ``reason``.
+
+    Raises:
+        ValueError: the file is there, and it is another's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists() and not all(set(row.fields) == {"where", "key", "reason"} for row in _rows_of(path)):
+            raise ValueError(f"{path}: the file is there, and it is not of this command: move it, or give another --out")
+
+    def write(self, where: Mapping[str, str], reasons: Mapping[str, str]) -> None:
+        """Lists the rows of ``reasons`` by key, or removes an older list where there are none."""
+        if reasons:
+            write_jsonl(self.path, [{"where": where[key], "key": key, "reason": reason} for key, reason in reasons.items()])
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def _rows_of(path: Path) -> list[Row]:
+    try:
+        return list(read_rows(path))
+    except DataError:
+        return [Row({}, str(path))]

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from ..data.collator import left_padded, pad_id
 from ..data.templates import chat_text
+from .reasoning import opens_thoughts, read_generated
 from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
 from .text import Reply, Request, Usage
 
 __all__ = ["LocalModel", "ends", "generate", "prompt_ids", "writing"]
+
+MARK_TOKENS = 16
+"""Last tokens of a prompt, in which the mark that opens thoughts is looked for."""
 
 
 class LocalModel:
@@ -89,6 +93,7 @@ class LocalModel:
                     value = {
                         "text": reply.text, "finish_reason": reply.finish_reason, "prompt_tokens": reply.prompt_tokens,
                         "completion_tokens": len(reply.ids), "logprobs": reply.logprobs,
+                        **({"reasoning": reply.reasoning} if reply.reasoning else {}),
                     }  # fmt: skip
                     replies.append(request.key, hashes[request.key], value)
                     found[request.key] = value
@@ -137,6 +142,8 @@ class Generated:
     finish_reason: str
     prompt_tokens: int
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    reasoning: str = ""
+    """The thoughts before ``text``."""
 
 
 @torch.inference_mode()
@@ -176,7 +183,7 @@ def generate(
             logits_processor=LogitsProcessorList([picks]), tokenizer=tokenizer if stop else None,
         )  # fmt: skip
     return [
-        _cut(tokenizer, row, list(new), stops, stop, max_tokens, len(prompts[row]), picks)
+        _cut(tokenizer, row, list(new), stops, stop, max_tokens, prompts[row], picks)
         for row, new in enumerate(output[:, ids.shape[1] :].tolist())
     ]
 
@@ -207,7 +214,14 @@ def writing(model: nn.Module) -> Iterator[None]:
 
 
 def _cut(
-    tokenizer: Any, row: int, ids: list[int], ends: list[int], stop: Sequence[str], max_tokens: int, prompt_tokens: int, picks: _Picks
+    tokenizer: Any,
+    row: int,
+    ids: list[int],
+    ends: list[int],
+    stop: Sequence[str],
+    max_tokens: int,
+    prompt: Sequence[int],
+    picks: _Picks,
 ) -> Generated:
     """One row up to where it ends: an end token, or a stop text."""
     end = next((i for i, token in enumerate(ids) if token in ends), None)
@@ -215,13 +229,17 @@ def _cut(
     ids = ids[:end]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     places = [place for s in stop if (place := text.find(s)) >= 0]
+    surplus = 0
     if places:
-        text, reason = text[: min(places)], "stop"
-        while ids and len(tokenizer.decode(ids[:-1], skip_special_tokens=True)) >= len(text):
+        reason = "stop"
+        while ids and len(tokenizer.decode(ids[:-1], skip_special_tokens=True)) >= min(places):
             ids = ids[:-1]
+        surplus = len(tokenizer.decode(ids, skip_special_tokens=True)) - min(places)
+    opened = opens_thoughts(tokenizer.decode(prompt[-MARK_TOKENS:], skip_special_tokens=False))
+    reasoning, answer = read_generated(tokenizer, ids, opened, surplus)
     # The end token's own row too, where it was reached: it says how likely it was to end there.
     kept = len(ids) + (end is not None and not places)
-    return Generated(ids, text, reason, prompt_tokens, picks.logprobs(tokenizer, row, kept))
+    return Generated(ids, answer, reason, len(prompt), picks.logprobs(tokenizer, row, kept), reasoning)
 
 
 class _Picks:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..files import FileError, Lines, digest
+from .reasoning import of_entry
 from .text import Reply, Request
 
-__all__ = ["ReplyLog", "check_requests", "fingerprint", "reply_of", "seed_of"]
+__all__ = ["ReplyLog", "check_requests", "check_text", "fingerprint", "reply_of", "seed_of"]
 
+HALF = re.compile("[\ud800-\udfff]")
 SYNC_SECONDS = 1.0
 """A killed process loses no reply; a power cut at most those of this long."""
 
@@ -74,9 +78,10 @@ class ReplyLog:
 
 
 def check_requests(requests: Sequence[Request]) -> None:
-    """
+    """Refuse requests that can't be asked, before any is.
+
     Raises:
-        ValueError: two requests with one key; a request that makes no sense.
+        ValueError: two requests with one key; a request that makes no sense, or with text that can't be sent.
     """
     seen: set[str] = set()
     for request in requests:
@@ -84,25 +89,44 @@ def check_requests(requests: Sequence[Request]) -> None:
             raise ValueError(f"two requests have the key {request.key!r}: each needs its own")
         seen.add(request.key)
         if not request.messages:
-            raise ValueError(f"request {request.key!r} has no messages")
+            raise ValueError(f"{request.name} has no messages")
+        check_text([*request.messages, request.stop], request.name)
         if request.max_tokens < 1 or not 0 <= request.temperature < float("inf") or request.logprobs < 0:
             raise ValueError(
-                f"request {request.key!r}: max_tokens={request.max_tokens} must be >= 1, temperature={request.temperature} and "
+                f"{request.name}: max_tokens={request.max_tokens} must be >= 1, temperature={request.temperature} and "
                 f"logprobs={request.logprobs} must be >= 0"
             )
 
 
+def check_text(value: Any, name: str) -> None:
+    """Refuse text that can't be sent or tokenised.
+
+    Raises:
+        ValueError: half of a surrogate pair in ``value``, which the message calls ``name``.
+    """
+    if half := HALF.search(json.dumps(value, ensure_ascii=False, default=str)):
+        raise ValueError(
+            f"{name}: the text holds \\u{ord(half[0]):04x}, half of a surrogate pair: a character was cut in two. Repair or remove it"
+        )
+
+
 def fingerprint(request: Request, **settings: Any) -> str:
-    """Hash of all that decides a reply: the request but for its key, and the model's own settings."""
-    asked = dataclasses.asdict(request)
-    del asked["key"]
-    asked["messages"] = [dict(message) for message in request.messages]
+    """Hash of all that decides a reply: fields of the request, named one by one, and the model's own settings.
+
+    A field of ``Request`` that is new must not change the hash of a request that does not use it: the replies in older logs are paid for.
+    """
+    asked = {
+        "messages": [dict(message) for message in request.messages], "max_tokens": request.max_tokens, "temperature": request.temperature,
+        "stop": request.stop, "logprobs": request.logprobs,
+    }  # fmt: skip
     return digest([asked, settings])
 
 
-def reply_of(entry: dict[str, Any]) -> Reply:
+def reply_of(entry: Mapping[str, Any]) -> Reply:
     """The reply in an entry of the log."""
-    return Reply(**{field.name: entry[field.name] for field in dataclasses.fields(Reply) if field.name in entry})
+    known = {field.name: entry[field.name] for field in dataclasses.fields(Reply) if field.name in entry}
+    reasoning, text = of_entry(entry)
+    return Reply(**{**known, "text": text, "reasoning": reasoning})
 
 
 def seed_of(seed: int, key: str) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from .reasoning import of_entry
 
 __all__ = ["REFUSED", "Counted", "Reply", "Request", "TextModel", "Usage"]
 
@@ -25,6 +28,13 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int = 0
     """How many alternatives per generated token; 0 for none."""
+    where: str = ""
+    """The row that asks, such as ``data.jsonl, row 3``, for errors. It decides nothing."""
+
+    @property
+    def name(self) -> str:
+        """The request as errors call it."""
+        return self.where or f"request {self.key!r}"
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,10 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     logprobs: Sequence[Mapping[str, Any]] = field(default=())
-    """Per generated token: ``token``, ``logprob`` and ``top_logprobs`` (a list of ``token``, ``logprob``)."""
+    """Per generated token: ``token``, ``logprob`` (None where the server gives no number) and ``top_logprobs`` (a list of ``token``,
+    ``logprob``); ``bytes`` and ``id`` where the server names them."""
+    reasoning: str = ""
+    """The model's thoughts before ``text``."""
 
 
 class TextModel(Protocol):
@@ -57,16 +70,26 @@ class Usage:
     """Of ``replies``, those that were there already: not asked, not paid."""
     refused: int = 0
     """Not among ``replies``."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Of each refused request, by its key."""
     retries: int = 0
+    interrupted: Counter[str] = field(default_factory=Counter)
+    """Of ``retries``, those of replies that the server broke off, by finish reason."""
+    waiting: str = ""
+    """Why the last request is asked again, until the next reply comes: a server that is away, say."""
+    reasoning: int = 0
+    """Of ``replies``, those with thoughts."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
     """In the currency of the prices, replies from the log included."""
 
     def add(self, entry: Mapping[str, Any], from_log: bool, prices: tuple[float, float] = (0.0, 0.0)) -> None:
-        """Counts one reply, an entry of the log. ``prices``: of a million prompt tokens and of a million completion tokens."""
+        """Count one reply, an entry of the log. ``prices``: of a million prompt tokens and of a million completion tokens."""
         self.replies += 1
         self.from_log += from_log
+        self.reasoning += bool(of_entry(entry)[0])
+        self.waiting = ""
         prompt, completion = entry.get("prompt_tokens", 0), entry.get("completion_tokens", 0)
         self.prompt_tokens += prompt
         self.completion_tokens += completion
@@ -78,4 +101,4 @@ class Counted(TextModel, Protocol):
 
     usage: Usage
     report: Callable[[Usage], object] | None
-    """Called after each reply, those in the log included."""
+    """Called after each reply, those in the log included, and before a request is asked again."""

@@ -58,7 +58,7 @@ def scott(
 
         def explained(given: Sequence[str], other: Sequence[str], name: str) -> list[str]:
             contrasted = other if against is Against.wrong else [""] * len(items)
-            with progress(console(), f"rationales in {name}") as (start, advance):
+            with progress(console(), f"rationales in {name}") as (start, advance, _):
                 start(len(items))
                 return asked(items, given, contrasted, files.out / name, report=advance)
 

@@ -125,7 +125,7 @@ def score(model: HTTPModel, examples: Sequence[Example], k: int, log: Path) -> l
     jobs = []
     for example in examples:
         ids, scored = list(example.teacher_ids), list(example.teacher_scored)
-        body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "extra_body": {"prompt_logprobs": k}}
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
         request = digest([ids, scored, k, model.settings])
 
         def read(answer: dict[str, Any], scored: list[int] = scored, length: int = len(ids)) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def write_text_cache(
                 max_tokens=identity.max_new_tokens or 1, temperature=identity.temperature or 0.0,
             )  # fmt: skip
             for i, text in zip(indices, texts, strict=True):
-                made.append(with_reply(rows[i], Reply("", text.text, text.finish_reason)))
+                made.append(with_reply(rows[i], Reply("", text.text, text.finish_reason, reasoning=text.reasoning)))
             if report is not None:
                 report(len(texts))
         shards.write_text(path, made)

@@ -1,0 +1,102 @@
+"""An API key, cut out of whatever a server sends back."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+__all__ = ["Secret"]
+
+SHORTEST = 8
+"""Shorter keys (EMPTY, none, x) are not secrets, and are words that a text may hold."""
+CUT = "[key]"
+GAP = r"(?:[\s\u00ad\u200b-\u200d\u2060\ufeff]|\\+[nrt]|\\+u(?:00[aA][dD]|200[b-dB-D]|2060|[fF]{2}[eE][fF])|%0[aAdD9]|%20)*"
+"""What can stand between two characters of a key that is still readable: line breaks, spaces, characters of no width, or their
+escapes."""
+_BASE64 = {"+": r"(?:[-+]|%2[Bb])", "-": r"(?:[-+]|%2[Bb])", "/": r"(?:[/_]|%2[Ff])", "_": r"(?:[/_]|%2[Ff])"}
+
+
+class Secret:
+    """``value``, found in any of the forms that a server may repeat it in.
+
+    Those are: as it is, escaped for JSON, URLs or HTML (any of its characters, once or several times), with spaces or line breaks inside,
+    in hexadecimal digits, and in base64, also as a part of a longer text.
+    """
+
+    def __init__(self, value: str) -> None:
+        secret = len(value) >= SHORTEST
+        self._pattern = re.compile("|".join((_escaped(value), _hexadecimal(value), *_base64(value)))) if secret else None
+
+    def redact(self, text: str) -> str:
+        """``text`` with ``[key]`` in the place of the secret."""
+        return text if self._pattern is None or len(text) < SHORTEST else self._pattern.sub(CUT, text)
+
+    def redact_entry(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """An entry of a log of replies, without the secret in its texts and in its tokens, one by one or joined."""
+        if self._pattern is None:
+            return dict(entry)
+        clean: dict[str, Any] = {name: self.redact(value) if isinstance(value, str) else value for name, value in entry.items()}
+        if clean.get("logprobs"):
+            clean["logprobs"] = self._tokens(clean["logprobs"])
+        return clean
+
+    def _tokens(self, tokens: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        spelled = (str(token["token"]) for token in tokens), (_bytes_of(token) for token in tokens)
+        hidden = {index for texts in spelled for index in self._inside(texts)}
+        return [
+            {"token": CUT, "logprob": token["logprob"], "top_logprobs": []}
+            if index in hidden
+            else {**token, "top_logprobs": [a for a in token["top_logprobs"] if not self._holds(a)]}
+            for index, token in enumerate(tokens)
+        ]
+
+    def _inside(self, texts: Iterable[str]) -> Iterable[int]:
+        """Indices of the texts that hold a part of the secret, once all are joined."""
+        parts = list(texts)
+        assert self._pattern is not None
+        spans = [match.span() for match in self._pattern.finditer("".join(parts))]
+        start = 0
+        for index, part in enumerate(parts):
+            if any(first < start + len(part) and start < last for first, last in spans):
+                yield index
+            start += len(part)
+
+    def _holds(self, token: Mapping[str, Any]) -> bool:
+        return any(self.redact(text) != text for text in (str(token["token"]), _bytes_of(token)))
+
+
+def _bytes_of(token: Mapping[str, Any]) -> str:
+    return bytes(token.get("bytes") or ()).decode("latin-1")
+
+
+def _escaped(value: str) -> str:
+    return GAP.join(_character(character) for character in value)
+
+
+def _character(character: str) -> str:
+    """Any way to write one character: as it is, after backslashes, as an escape of JSON, of URLs (also twice), or of HTML."""
+    code = ord(character)
+    digits = "".join(f"[{digit.lower()}{digit.upper()}]" if digit.isalpha() else digit for digit in f"{code:02x}")
+    ways = {
+        re.escape(character), rf"\\+{re.escape(character)}", rf"\\+(?:u00|x){digits}", f"%(?:25)*{digits}", f"&#[xX]0*{digits};",
+        f"&#0*{code};", re.escape(html.escape(character)), re.escape(quote(character, safe="")),
+    }  # fmt: skip
+    return f"(?:{'|'.join(sorted(ways))})"
+
+
+def _hexadecimal(value: str) -> str:
+    return "(?i:" + value.encode().hex() + ")"
+
+
+def _base64(value: str) -> Iterable[str]:
+    """Base64 of a text with ``value`` in it, for each of the three places where it can begin in a group of three bytes."""
+    data = value.encode()
+    for offset in range(3):
+        letters = base64.b64encode(bytes(offset) + data).decode().rstrip("=")
+        core = letters[(offset * 8 + 5) // 6 : (offset + len(data)) * 8 // 6]  # the letters that depend on the value alone
+        edge = "[A-Za-z0-9+/_-]?"
+        yield (edge if offset else "") + "".join(_BASE64.get(letter, letter) for letter in core) + edge + "=*"

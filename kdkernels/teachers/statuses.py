@@ -1,0 +1,81 @@
+"""HTTP statuses and errors of servers: whether they concern one request or all, and whether they may pass."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import re
+import time
+from collections.abc import Mapping
+
+__all__ = ["concerns_all", "error_in", "may_pass", "message_of", "retry_after", "status_of"]
+
+AGAIN = (408, 409, 425, 429)
+"""Statuses below 500 after which the same request may succeed."""
+HOPELESS = (401, 402, 403, 404, 405, 407, 410)
+"""Statuses that every other request would get too."""
+_ACCOUNT_CODE = re.compile(
+    r"insufficient.(quota|balance|credit|fund)|exceeded.current.quota|billing|payment|arrear|api.?key|authentication|unauthorized"
+    r"|(account|organization|user|subscription|service).*(deactivated|suspended|disabled|inactive|expired)",
+    re.IGNORECASE,
+)
+"""Codes and types of errors that concern the account, whatever the status: servers hide them in 400, 403 and 429."""
+_ACCOUNT_MESSAGE = re.compile(
+    r"insufficient (account )?(quota|balance|credit|fund)|credit balance is too low|billing hard limit|payment required"
+    r"|(invalid|incorrect|expired|missing) api key|api key (is )?(not valid|invalid|expired|missing)"
+    r"|account .{0,20}(deactivated|suspended|disabled|overdue)",
+    re.IGNORECASE,
+)
+_BEGINNING = 80
+"""Characters of a message that are searched: further on, servers quote the prompt."""
+
+
+def error_in(body: bytes) -> object:
+    """The error in a body, as servers write it: the field ``error`` of an object, another JSON value, or plain text."""
+    text = body.decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value["error"] if isinstance(value, dict) and value.get("error") else value
+
+
+def message_of(error: object) -> str:
+    """What an error says, in one line."""
+    said = next((error[name] for name in ("message", "detail", "msg") if error.get(name)), error) if isinstance(error, dict) else error
+    return " ".join((said if isinstance(said, str) else json.dumps(said, default=str)).split())
+
+
+def status_of(error: object) -> int:
+    """The status that an error in a successful answer names; 500 where it names none, since the next answer may be whole."""
+    for name in ("status", "status_code", "code"):
+        value = error.get(name) if isinstance(error, dict) else None
+        if isinstance(value, (int, str)) and re.fullmatch(r"[345]\d\d", str(value)):
+            return int(value)
+    return 500
+
+
+def concerns_all(status: int, error: object) -> bool:
+    """True if every other request would get the same: the key, the account, the address or the model is refused."""
+    if status in HOPELESS:
+        return True
+    named = " ".join(str(error[name]) for name in ("code", "type", "status") if error.get(name)) if isinstance(error, dict) else ""
+    return _ACCOUNT_CODE.search(named) is not None or (status < 500 and _ACCOUNT_MESSAGE.search(message_of(error)[:_BEGINNING]) is not None)
+
+
+def may_pass(status: int) -> bool:
+    """True if the same request may succeed later."""
+    return status in AGAIN or status >= 500
+
+
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that a server asks to wait, in any of the three ways of saying it; 0 if it does not, or not so that it can be read."""
+    try:
+        if milliseconds := headers.get("retry-after-ms"):
+            return max(0.0, float(milliseconds) / 1000)
+        value = headers.get("retry-after", "")
+        if value.replace(".", "", 1).isdigit():
+            return float(value)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time()) if value else 0.0
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
