@@ -12,13 +12,21 @@ export KDKERNELS_CUDA_ARCHS ?= 80;90a;100
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
+# Besides the installed Triton, the oldest that is still current: tests run what it compiles as well. Of more versions: make ptx TRITONS="3.6.0 3.9.0".
+TRITONS ?= 3.6.0
+OLDER_TRITONS := $(TRITONS:%=$(VENV)/triton-%)
+
+.PHONY: demo test ptx lint bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
 
 demo: $(VENV)/.built
 	$(BIN)/kdkernels demo
 
-test: $(VENV)/.built
+test: $(VENV)/.built $(OLDER_TRITONS)
 	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -n 2 --cov=kdkernels --cov-report=term-missing:skip-covered
+
+# Every case of tests/ptx for each version of Triton: an hour of one core.
+ptx: $(VENV)/.installed $(OLDER_TRITONS)
+	cd tests && ../$(BIN)/python -m ptx.report $(TRITONS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -60,6 +68,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) setuptools pybind11 ninja
 	$(PIP) --no-build-isolation --editable ".[train,bench,test]"
 	touch $@
+
+$(VENV)/triton-%: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ "triton==$*; platform_system == 'Linux' and platform_machine == 'x86_64'"
+	mkdir -p $@
 
 # Compiles what changed since; the folders are named too, for sources that were removed.
 $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc)

@@ -366,19 +366,22 @@ def error(got: Tensor, truth: Tensor) -> float:
 FLOOR = {torch.float64: 1e-12, torch.float32: 2.0**-17, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
+def errors(kernel: Tensor, same_dtype_torch: Tensor, truth: Tensor, scale: float | None = None) -> tuple[float, float, float]:
+    """Return ``err(kernel), err(same-dtype torch), floor`` against float64; ``scale`` as in ``assert_close_2x``."""
+    finite = truth[torch.isfinite(truth)].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    floor = FLOOR[kernel.dtype] * max(scale or 0.0, largest, 1e-30)
+    return error(kernel, truth), error(same_dtype_torch, truth), floor
+
+
 def assert_close_2x(name: str, kernel: Tensor, same_dtype_torch: Tensor, truth: Tensor, scale: float | None = None) -> None:
     """``err(kernel) <= 2 * err(same-dtype torch) + floor`` against float64, with both errors in the message.
 
     Args:
         scale: what the floor is relative to where that is more than the largest true value.
     """
-    finite = truth[torch.isfinite(truth)].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
-    floor = FLOOR[kernel.dtype] * max(scale or 0.0, largest, 1e-30)
-    ours, theirs = error(kernel, truth), error(same_dtype_torch, truth)
-    assert ours <= 2 * theirs + floor, (
-        f"{name} ({kernel.dtype}): error {ours:.3e}, same-dtype torch {theirs:.3e}, floor {floor:.1e}, largest value {largest:.3e}"
-    )
+    ours, theirs, floor = errors(kernel, same_dtype_torch, truth, scale)
+    assert ours <= 2 * theirs + floor, f"{name} ({kernel.dtype}): error {ours:.3e}, same-dtype torch {theirs:.3e}, floor {floor:.1e}"
 
 
 def check(
