@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Literal
 
+from .numbers import boxed, plain, read_numbers
 from .rows import Item, RecipeError
 
 __all__ = ["Kind", "check", "extract", "normalise", "same", "split"]
@@ -14,9 +14,6 @@ __all__ = ["Kind", "check", "extract", "normalise", "same", "split"]
 Kind = Literal["number", "choice", "text"]
 
 _MARKER = re.compile(r"\banswer(?:(?:[ \t]+\w+){0,4}?[ \t]+is\b|[ \t*]*(?=[:=]))[ \t]*[:=]?[ \t]*", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?(?![\w])")
-_MINUS = str.maketrans({"\u2212": "-", "\u2013": "-"})
-"""What models write for a minus: U+2212, and an en dash."""
 _CHOICE = re.compile(r"(?<![A-Za-z])\(?([A-Za-z])\)|(?<![A-Za-z'])([A-H])(?![A-Za-z'])")
 
 
@@ -34,16 +31,18 @@ def split(text: str) -> tuple[str, str]:
 
 
 def extract(text: str, kind: Kind) -> str | None:
-    """The normalised final answer of a reply, or None if it gives none.
+    r"""The normalised final answer of a reply, or None if it gives none.
 
-    After the last marker ("Answer: ...", "the answer is ...") if there is one; without it, a number or choice is the last in the text, and
-    free text has no answer.
+    It stands after the last marker ("Answer: ...", "the answer is ..."), or in a ``\boxed{...}`` that comes later. Without either, a number
+    or choice is the last in the text, and free text has no answer.
     """
+    markers = list(_MARKER.finditer(text))
+    inside = boxed(text[markers[-1].end() :] if markers else text)
+    if inside is not None:
+        return normalise(plain(inside) if kind != "number" else inside, kind)
     answer = split(text)[1]
-    if kind == "text" and not answer.strip(" *") and (found := list(_MARKER.finditer(text))):  # on the line after "Answer:"
-        answer = next((line for line in text[found[-1].end() :].splitlines() if line.strip(" *")), "")
-    if kind == "number" and "=" in answer:  # "Answer: 3 + 4 = 7"
-        answer = answer.rpartition("=")[2]
+    if kind == "text" and not answer.strip(" *") and markers:  # on the line after "Answer:"
+        answer = next((line for line in text[markers[-1].end() :].splitlines() if line.strip(" *")), "")
     return normalise(answer or (text if kind != "text" else ""), kind, first=bool(answer))
 
 
@@ -51,7 +50,8 @@ def normalise(answer: str, kind: Kind, first: bool = False) -> str | None:
     """One spelling for each answer: ``$1,250.50`` is ``2501/2``, ``(b)`` is ``B``, free text loses case, articles and punctuation at its
     ends.
 
-    Of several numbers or choices the last counts, or the ``first``. None if there is none.
+    Of several numbers or choices the last counts, or the ``first``. None if there is none, or if it is not a number that can be read
+    whole: of ``3:30``, ``2x`` or ``10 - 5`` no part is taken.
     """
     if kind == "text":
         words = answer.strip().strip(".!?\"'`*()[]").lower().split()
@@ -60,15 +60,9 @@ def normalise(answer: str, kind: Kind, first: bool = False) -> str | None:
         bare = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
         letters = [bare[1]] if bare else [a or b for a, b in _CHOICE.findall(answer)]
         return (letters[0] if first else letters[-1]).upper() if letters else None
-    numbers = _NUMBER.findall(answer.translate(_MINUS))
-    if not numbers:
-        return None
-    try:
-        text = (numbers[0] if first else numbers[-1]).replace(",", "").replace("$", "")
-        numerator, _, denominator = text.partition("/")
-        return str(Fraction(numerator) / Fraction(denominator or "1"))
-    except ZeroDivisionError:
-        return None
+    numbers = read_numbers(answer)
+    value = numbers[0 if first else -1] if numbers else None
+    return None if value is None else str(value)
 
 
 def same(reply: str, answer: str, kind: Kind) -> bool:
