@@ -1,4 +1,9 @@
-"""Files that survive a ``kill -9``: written whole or not at all, appended line by line, and held by one process at a time."""
+"""Files that survive a ``kill -9``, and the one place that decides which files and folders kdkernels may replace or delete.
+
+A marker file names what kdkernels made: ``.kdkernels`` in a folder, ``.NAME.kdkernels`` beside a file ``NAME``. Its first line has the
+kind of the contents. Each further line names one file or folder, and is written before that is created. Whatever no marker names belongs
+to the user.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +11,28 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any
 
 from .errors import UserError
 
-__all__ = ["FileError", "Lines", "Lock", "canonical", "digest", "digest_file", "drop_temporaries", "line_of", "write_jsonl", "write_whole"]
+__all__ = ["MARKER", "FileError", "Lines", "Lock", "Output", "canonical", "digest", "digest_file", "line_of", "write_jsonl", "write_whole"]
 
-TEMPORARY = ".tmp"
+MARKER = ".kdkernels"
 _BLOCK = 1 << 20
-_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that JSON allows as they are and that a terminal obeys, or that UTF-8 can't encode."""
 
 
 class FileError(UserError):
-    """A folder or file that another process holds, or whose content is damaged."""
+    """A folder or file that kdkernels did not make, that another process holds, or whose content is damaged."""
 
 
 def canonical(value: Any) -> bytes:
@@ -45,7 +55,7 @@ def digest_file(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in ``folder`` outlast a power cut. Windows opens no folder, and has no need to."""
+    """Make renames in ``folder`` outlast a power cut. Windows opens no folder, and has no need to."""
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -55,13 +65,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` fills a temporary file beside ``path``, which then takes its place in one step, on disk and not only in memory."""
-    temporary = path.with_name(path.name + TEMPORARY)
+def write_whole(path: Path, write: Callable[[Path], object], ready: Callable[[Path], object] = lambda temporary: None) -> None:
+    """Fill a new temporary file beside ``path`` with ``write``, then put it in the place of ``path`` in one step.
+
+    Args:
+        ready: called with the temporary file once it is on disk, before it takes the place of ``path``.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # never an existing file, never through a link
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        ready(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -79,58 +95,206 @@ def line_of(row: Mapping[str, Any], **options: Any) -> str:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """All rows or nothing: a file that is there is whole, whenever the process was killed. What JSON does not have becomes text."""
+    """Write all rows or none: an existing file is whole, whenever the process was killed. What JSON does not have becomes text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(line_of(row) + "\n" for row in rows)
-
-    write_whole(path, write)
+    write_whole(path, lambda temporary: fill_jsonl(temporary, rows))
 
 
-def drop_temporaries(folder: Path) -> None:
-    """Removes what a killed writer has left. Only while holding the folder's lock."""
-    for path in folder.glob("*" + TEMPORARY):
-        path.unlink()
+def fill_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(line_of(row) + "\n" for row in rows)
 
 
 class Lock:
-    """Holds ``path`` for this process, as a context. The system lets go of it however the process ends, so none is ever stale.
+    """Hold a file of kdkernels for this process, as a context. The system lets go of it however the process ends, so none is ever stale.
+
+    The file is created where it does not exist, and removed on exit where it is empty.
 
     Raises:
-        FileError: another process holds it; the message says which.
+        FileError: another process holds ``what``; the path is a symbolic link, a hard link or not a regular file.
     """
 
     def __init__(self, path: Path, what: str) -> None:
-        self._path, self._what, self._handle = path, what, -1
+        self.path, self._what, self.handle = path, what, -1
 
     def __enter__(self) -> Lock:
         import fcntl  # POSIX only: what does not write need not have it
 
         while True:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = _open_own(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
                 os.close(handle)
-                raise FileError(f"{self._what} is in use by process {holder}: wait for it to end, or take another place") from None
-            try:
-                current = os.stat(self._path).st_ino == os.fstat(handle).st_ino
-            except FileNotFoundError:
-                current = False
-            if current:
-                break
+                raise FileError(f"{self._what} is in use by another process: wait for it to end, or give another place") from None
+            if _is_at(self.path, handle):
+                self.handle = handle
+                return self
             os.close(handle)  # its holder removed it between our opening and our locking
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-        self._handle = handle
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.handle >= 0:
+            if not os.fstat(self.handle).st_size and _is_at(self.path, self.handle):
+                self.path.unlink()
+            os.close(self.handle)
+            self.handle = -1
+
+
+class Output:
+    """The files of one command in a folder, or one file: the marker, and a lock that ends with the process. A context.
+
+    Nothing remains of an output in which nothing was made: the marker, and folders that were created for it, are removed on exit.
+
+    Args:
+        path: the folder, or with ``beside`` the file.
+        kind: the command that makes the contents.
+        beside: ``path`` is a file; the marker is beside it, and names are those of files in the same folder.
+        adopt: called where there is no marker. Returns the names of files that an earlier version of kdkernels made there.
+
+    Raises:
+        FileError: another process holds the output; it is the output of another command; the marker's name is taken by another file.
+    """
+
+    def __init__(self, path: Path, kind: str, *, beside: bool = False, adopt: Callable[[], Iterable[str]] = tuple) -> None:
+        self.path, self.kind, self._adopt = path, kind, adopt
+        self.folder = path.parent if beside else path
+        self._lock = Lock(path.with_name(f".{path.name}{MARKER}") if beside else path / MARKER, str(path))
+        self._sound = False
+        self._created: list[Path] = []
+        self._made: dict[str, set[str]] = {}
+
+    def __enter__(self) -> Output:
+        self._created = _make_folders(self.folder)
+        try:
+            self._lock.__enter__()
+            self._read()
+            self._sound = True
+        except BaseException:
+            self._leave()
+            raise
+        for name in self._made:
+            self._drop_unfinished(name)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._path.unlink(missing_ok=True)
-        os.close(self._handle)
+        self._leave()
+
+    def _read(self) -> None:
+        """Read the marker's names, or write its first line."""
+        handle, marker = self._lock.handle, self._lock.path
+        content = b"".join(iter(lambda: os.read(handle, _BLOCK), b""))
+        whole, _, torn = content.rpartition(b"\n")
+        header = canonical({"kdkernels": 1, "kind": self.kind})
+        if not whole:
+            if not header.startswith(torn):
+                raise FileError(f"{marker} is not a marker of kdkernels: move it away, or give another place")
+            os.ftruncate(handle, 0)
+            adopted = [name for name in self._adopt() if os.path.lexists(self.folder / name)]
+            self._note(header)
+            for name in adopted:
+                self._name(name)
+            return
+        lines: list[Any] = []
+        with suppress(ValueError):
+            lines = [json.loads(line) for line in whole.split(b"\n")]
+        if not lines or not all(isinstance(line, dict) for line in lines) or lines[0].get("kdkernels") != 1:
+            raise FileError(f"{marker} is not a marker of kdkernels, or is damaged: move it away, or give another place")
+        if lines[0].get("kind") != self.kind:
+            raise FileError(f"{self.path} holds the output of `kdkernels {lines[0].get('kind')}`: give another place")
+        if torn:
+            os.ftruncate(handle, len(content) - len(torn))
+        for line in lines[1:]:
+            self._made.setdefault(str(line.get("made")), set()).update([line["sha256"]] if "sha256" in line else [])
+
+    def _note(self, line: bytes) -> None:
+        _write_all(self._lock.handle, line + b"\n")
+        os.fsync(self._lock.handle)
+
+    def _name(self, name: str, sha256: str = "") -> None:
+        """Write a name, and the sha256 of its coming content, to the marker, unless they are there already."""
+        known = self._made.get(name)
+        if known is None or (sha256 and sha256 not in known):
+            self._made.setdefault(name, set()).update([sha256] if sha256 else [])
+            self._note(canonical({"made": name, **({"sha256": sha256} if sha256 else {})}))
+
+    def _leave(self) -> None:
+        if self._sound and not self._made:
+            os.ftruncate(self._lock.handle, 0)
+        self._lock.__exit__(None, None, None)
+        for folder in reversed(self._created):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+    def _drop_unfinished(self, name: str) -> None:
+        """Remove temporary files that a killed writer of ``name`` left."""
+        path = self.folder / name
+        unfinished = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.unfinished")
+        if path.parent.is_dir() and not _links_below(self.folder, name):
+            for other in path.parent.iterdir():
+                if unfinished.fullmatch(other.name) and other.is_file() and not other.is_symlink():
+                    other.unlink()
+
+    def __contains__(self, name: str) -> bool:
+        """Report whether the marker names it and it is still the file or folder that was made."""
+        path = self.folder / name
+        if name not in self._made or _links_below(self.folder, name) or path.is_symlink() or not (path.is_file() or path.is_dir()):
+            return False
+        return not self._made[name] or (path.is_file() and digest_file(path) in self._made[name])
+
+    def check(self, names: Iterable[str], inputs: Mapping[str, str | Path | None] | None = None) -> None:
+        """Check that files of these names may be written.
+
+        Args:
+            inputs: what the command reads, by the option that names it.
+
+        Raises:
+            FileError: a name is taken by something that kdkernels did not make or that was changed since; an input is one of the names.
+        """
+        for name in names:
+            path = self.folder / name
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise FileError(f"{name} is not the name of a file in {self.folder}")
+            if (os.path.lexists(path) or _links_below(self.folder, name)) and name not in self:
+                changed = ", or was changed since" if self._made.get(name) else ""
+                raise FileError(f"{path} is not of this command{changed}: it would be overwritten. Move it away, or give another place")
+            for option, given in (inputs or {}).items():
+                if given is not None and _within(Path(given), path):
+                    raise FileError(f"{option} {given} is what this command writes ({path}): it would be overwritten. Give another place")
+
+    def claim(self, name: str) -> Path:
+        """The path of a file or folder that is about to be made, once the marker names it.
+
+        Raises:
+            FileError: see ``check``.
+        """
+        self.check([name])
+        self._name(name)
+        return self.folder / name
+
+    def write(self, name: str, write: Callable[[Path], object], *, keep_edits: bool = False) -> Path:
+        """Write a file as ``write_whole`` does.
+
+        Args:
+            keep_edits: note the sha256 of the content, so that a later call does not write over the user's changes to the file.
+        """
+        path = self.claim(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, write, (lambda temporary: self._name(name, digest_file(temporary))) if keep_edits else lambda temporary: None)
+        return path
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write rows as ``write_jsonl`` does; the user's changes to them are never written over."""
+        return self.write(name, lambda temporary: fill_jsonl(temporary, rows), keep_edits=True)
+
+    def remove(self, name: str) -> None:
+        """Delete a file or folder that kdkernels made here; leave anything else."""
+        path = self.folder / name
+        if name not in self:
+            return
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class Lines:
@@ -139,32 +303,55 @@ class Lines:
     A line is in the system's hands when ``append`` returns, so that a killed process loses none; it is on disk after ``sync``, which
     the caller asks for as often as a power cut is feared. A last line that was cut short is removed on opening.
 
+    Args:
+        recognize: reports whether the first line of a file without a marker shows that kdkernels wrote it.
+
     Raises:
-        FileError: another process holds the file, or a line before the last is no JSON object; the message names the line.
+        FileError: another process holds the file, kdkernels did not make it, or a line before the last is not a JSON object; the message
+            names the line.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, recognize: Callable[[Mapping[str, Any]], bool] = lambda line: False) -> None:
         self._path = path
-        self._lock = Lock(path.with_name(path.name + ".lock"), f"the log {path.name}")
+        self._recognize = recognize
+        self._output = Output(path, "log", beside=True, adopt=self.unmarked)
         self._handle = -1
         self._dirty = False
 
     def __enter__(self) -> Lines:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock.__enter__()
+        self._output.__enter__()
         try:
-            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._output.claim(self._path.name)
+            self._handle = _open_own(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             os.ftruncate(self._handle, self._whole())
             sync_folder(self._path.parent)
         except BaseException:
-            self._lock.__exit__(None, None, None)
+            self._close()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.sync()
-        os.close(self._handle)
-        self._lock.__exit__(kind, error, trace)
+        try:
+            self.sync()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+        self._output.__exit__(None, None, None)
+
+    def unmarked(self) -> list[str]:
+        """The file's name, if it has no marker and its first line is recognized."""
+        if self._path.is_symlink() or not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            try:
+                first = json.loads(file.readline())
+            except (ValueError, RecursionError):
+                return []
+        return [self._path.name] if isinstance(first, dict) and self._recognize(first) else []
 
     def _whole(self) -> int:
         """Bytes up to the end of the last whole line."""
@@ -180,20 +367,77 @@ class Lines:
             for number, line in enumerate(file, 1):
                 try:
                     value = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     value = None
                 if not isinstance(value, dict):
-                    raise FileError(f"{self._path.name}, line {number}, is no JSON object: the file is damaged. Remove the line to go on")
+                    raise FileError(
+                        f"{self._path.name}, line {number}, is not a JSON object: the file is damaged. Remove the line to go on"
+                    )
                 yield value
 
     def append(self, value: dict[str, Any]) -> None:
-        line = line_of(value, separators=(",", ":")).encode() + b"\n"
-        view = memoryview(line)
-        while view:
-            view = view[os.write(self._handle, view) :]
+        _write_all(self._handle, line_of(value, separators=(",", ":")).encode() + b"\n")
         self._dirty = True
 
     def sync(self) -> None:
         if self._dirty:
             os.fsync(self._handle)
             self._dirty = False
+
+
+def _write_all(handle: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """Open a regular file that has no other name, without following a link.
+
+    Raises:
+        FileError: it is a symbolic link, has a second name (a hard link), or is not a regular file.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if path.is_symlink() or path.is_dir():
+            raise FileError(f"{path} is not a regular file: move it away, or give another place") from None
+        raise error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        what = "has a second name (a hard link), which would be changed with it" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+        raise FileError(f"{path} {what}: move it away, or give another place")
+    return handle
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Create a folder and its parents. Returns those that did not exist, the outermost first."""
+    created = []
+    for part in [*reversed(folder.parents), folder]:
+        if part.is_dir():
+            continue
+        try:
+            part.mkdir()
+            created.append(part)
+        except FileExistsError:
+            if not part.is_dir():
+                raise NotADirectoryError(f"{part} is not a folder: give another place") from None
+    return created
+
+
+def _links_below(folder: Path, name: str) -> bool:
+    """Report whether a folder between ``folder`` and its file ``name`` is a symbolic link."""
+    return any((folder / part).is_symlink() for part in PurePath(name).parents if part.name)
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    place, given = outer.parent.resolve() / outer.name, inner.resolve()
+    return place == given or place in given.parents

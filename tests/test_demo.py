@@ -319,7 +319,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def test_quick_leaves_a_figure_and_a_json_and_nothing_else(quick: SimpleNamespace) -> None:
-    assert sorted(p.name for p in quick.out.iterdir()) == ["demo.json", "demo.png"]
+    assert sorted(p.name for p in quick.out.iterdir()) == [".kdkernels", "demo.json", "demo.png"]
     assert (quick.out / "demo.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert str(quick.out / "demo.png") in quick.output
 

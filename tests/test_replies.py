@@ -21,6 +21,7 @@ from serving import KEY, ScriptedModel, chat_reply, requests, stream
 from kdkernels.data.ending import ended
 from kdkernels.data.tokenization import load_examples
 from kdkernels.errors import listed
+from kdkernels.files import FileError
 from kdkernels.teachers import answers, http
 from kdkernels.teachers.generate import requests_of, with_reply
 from kdkernels.teachers.http import HTTPModel, HTTPModelError, Refused
@@ -550,7 +551,7 @@ def test_rows_that_are_left_out_are_named_and_listed(tmp_path: Path) -> None:
     run()
     assert not listing.exists(), "nothing is left out any more"
     listing.write_text('{"where": "of the user"}\n')
-    with pytest.raises(ValueError, match="is not of this command"):
+    with pytest.raises(FileError, match="is not of this command"):
         run()
     assert listing.read_text() == '{"where": "of the user"}\n'
 

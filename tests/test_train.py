@@ -139,6 +139,8 @@ def test_a_killed_run_goes_on_to_the_same_model(home: Path, finished: tuple[Path
     process.kill()
     process.communicate()
     assert not (out / "checkpoint-42" / "trainer_state.json").exists()
+    with (out / ".kdkernels").open("a") as marker:
+        marker.write('{"made":"checkpoint-99"}\n')
     (out / "checkpoint-99").mkdir()  # one that was being written
     (out / "checkpoint-99" / "trainer_state.json").write_text('{"global_st')
     result = train(*options(home, out))

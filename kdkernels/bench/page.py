@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from ..files import Output
 from . import figures, table
 from .plots import Plot, machine_line, plots
 
+REPORT = "report.html"
 STATUS = {
     "running": "It is not finished: it still runs, or it was killed. What it had measured is here.",
     "interrupted": "It was interrupted. What it had measured is here.",
@@ -55,15 +56,14 @@ _COLUMNS = {
 }
 
 
-def write(out: Path, record: dict[str, Any]) -> None:
+def write(output: Output, record: dict[str, Any]) -> None:
     """``report.html``, and ``plots/*.svg`` and ``*.png`` where matplotlib is installed."""
     drawn = [] if importlib.util.find_spec("matplotlib") is None or "rates" not in record else list(plots(record))
-    folder = out / "plots"
     for plot in drawn:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{plot.name}.svg").write_text(figures.draw(plot.kind, plot.data), encoding="utf-8")
-        (folder / f"{plot.name}.png").write_bytes(figures.png(plot.kind, plot.data))
-    (out / "report.html").write_text(page(record, drawn), encoding="utf-8")
+        svg, png = figures.draw(plot.kind, plot.data).encode(), figures.png(plot.kind, plot.data)
+        output.write(f"plots/{plot.name}.svg", lambda temporary, content=svg: temporary.write_bytes(content))  # type: ignore[misc]
+        output.write(f"plots/{plot.name}.png", lambda temporary, content=png: temporary.write_bytes(content))  # type: ignore[misc]
+    output.write(REPORT, lambda temporary: temporary.write_text(page(record, drawn), encoding="utf-8"))
 
 
 def page(record: dict[str, Any], drawn: list[Plot]) -> str:

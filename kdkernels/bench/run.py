@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
 import threading
@@ -22,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from ..files import Output, write_whole
 from . import environment, measure, page, table, visits
 from .measure import Job
 from .peers import PEERS
@@ -43,9 +43,33 @@ def begin(jobs: Sequence[Job], device: str, settings: dict[str, Any], out: Path)
     Raises:
         BenchError: ``out`` holds an unfinished run, or cannot be written to.
     """
-    if (out / FILE).exists() and load(out)["status"] != "complete":
-        raise BenchError(f"{out} holds a run that was cut short: --resume finishes it, or give another --out")
-    record: Record = {
+    with output_of(out) as output:
+        output.check([FILE, page.REPORT])
+        if (out / FILE).exists() and load(out)["status"] != "complete":
+            raise BenchError(f"{out} holds a run that was cut short: --resume finishes it, or give another --out")
+        record = _record(jobs, device, settings)
+        output.claim(FILE)
+        save(out, record)
+    return record
+
+
+def output_of(out: Path) -> Output:
+    """The folder of a run, to be entered as a context."""
+    return Output(out, "bench", adopt=lambda: _unmarked(out))
+
+
+def _unmarked(out: Path) -> list[str]:
+    """The files of a run without a marker, which is known by its record."""
+    try:
+        load(out)
+    except BenchError:
+        return []
+    drawn = [path for path in (out / "plots").glob("*") if path.suffix in (".svg", ".png")]
+    return [FILE, page.REPORT, *sorted(f"plots/{path.name}" for path in drawn)]
+
+
+def _record(jobs: Sequence[Job], device: str, settings: dict[str, Any]) -> Record:
+    return {
         "schema": SCHEMA,
         "status": "running",
         "environment": environment.environment(device),  # first: later the load is our own
@@ -55,8 +79,6 @@ def begin(jobs: Sequence[Job], device: str, settings: dict[str, Any], out: Path)
         "jobs": [dataclasses.asdict(job) for job in jobs],
         "cases": [],
     }
-    save(out, record)
-    return record
 
 
 def resume(out: Path) -> Record:
@@ -102,20 +124,28 @@ def save(out: Path, record: Record) -> None:
     # A list of numbers reads better on one line.
     text = re.sub(r"\[\s+([-\d.,\seE+]+?)\s+\]", lambda m: "[" + ", ".join(m[1].replace(",", " ").split()) + "]", text)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        unfinished = out / f".{FILE}.unfinished"
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, out / FILE)
+        write_whole(out / FILE, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
     except OSError as error:
         raise BenchError(f"--out {out}: cannot be written to ({error.strerror})") from None
 
 
 def run(record: Record, out: Path, console: Console, budget_minutes: float | None = None) -> Record:
-    """Measures what the record still lacks; shows each case as it is done; writes the report in the end, however it comes.
+    """Measure what the record still lacks; show each case as it is done; write the report in the end, however it comes.
 
     Returns:
         The record, whose ``status`` says whether it is complete.
+
+    Raises:
+        FileError: another process measures into the folder, or a file in it is not of this command.
     """
+    with output_of(out) as output:
+        output.check([FILE, page.REPORT])
+        output.claim(FILE)
+        return _run(record, output, console, budget_minutes)
+
+
+def _run(record: Record, output: Output, console: Console, budget_minutes: float | None) -> Record:
+    out = output.path
     device, began, before = record["settings"]["device"], time.monotonic(), record["seconds"]
     deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
     jobs = [Job.load(saved) for saved in record["jobs"]]
@@ -156,7 +186,7 @@ def run(record: Record, out: Path, console: Console, budget_minutes: float | Non
     for measured in record["cases"]:
         if not measured["complete"] and any("samples_ms" in row for row in measured["results"]):
             console.print(table.rich_table(measured, record["rates"]))
-    page.write(out, record)
+    page.write(output, record)
     console.print(f"[bold]{out / 'report.html'}[/bold] and {out / FILE}; plots in {out / 'plots'}", highlight=False)
     if record["status"] != "complete":
         done = sum(measured["complete"] for measured in record["cases"])

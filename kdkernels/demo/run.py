@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import dispatch, divergences
+from ..files import Output
 from . import corpus, report
 from .settings import DemoError, Settings
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "run", "train_models"]
 
+FILES = ("demo.json", "demo.png")
 LABELS = {"teacher": "Teacher", "student_ce": "Student, CE only", "student_kd": "Student, CE + KD"}
 _SEEDS, _STEPS = (0, 2**31 - 1), (1, 1_000_000)
 _VOCAB_SIZES = (300, 65536)  # a byte-level BPE begins with 257
@@ -77,12 +79,18 @@ def _option(name: str) -> Iterator[None]:
 
 
 def run(settings: Settings, data: Path | None, out: Path, environment: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Trains, measures, prints, and writes ``demo.json`` and ``demo.png`` into ``out``; returns what demo.json holds.
+    """Train, measure, print, and write ``demo.json`` and ``demo.png`` into ``out``; returns what demo.json holds.
 
     Raises:
         DemoError: bad input; nothing has been written.
     """
     check(settings, out)
+    with Output(out, "demo") as output:
+        output.check(FILES, {"--data": data})
+        return _run(settings, data, output, environment, console)
+
+
+def _run(settings: Settings, data: Path | None, output: Output, environment: dict[str, Any], console: Console) -> dict[str, Any]:
     with _progress(console) as progress:
         record = {"environment": environment, "settings": asdict(settings), **train_models(settings, data, progress)}
         record["loss_comparison"] = _compare_losses(settings, progress)
@@ -90,7 +98,10 @@ def run(settings: Settings, data: Path | None, out: Path, environment: dict[str,
     report.print_tables(record, console)
     from .figures import draw
 
-    files = {"demo.json": (json.dumps(record, indent=1, allow_nan=False) + "\n").encode(), "demo.png": draw(record)}
+    out = output.path
+    files = {FILES[0]: (json.dumps(record, indent=1, allow_nan=False) + "\n").encode(), FILES[1]: draw(record)}
+    for name in files:
+        output.claim(name)
     report.save(out, files)
     console.print(f"Wrote {' and '.join(str(out / name) for name in files)}", highlight=False, soft_wrap=True)
     return record

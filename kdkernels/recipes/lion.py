@@ -53,6 +53,13 @@ class Judged:
         return "hard" if self.teacher - self.student >= self.threshold else "easy"
 
 
+def files_of(out: Path) -> list[str]:
+    """Names, below ``out``, of the files that the rounds so far and the next one write whole."""
+    number, _ = stage(out)
+    files = ("settings.json", "imitate.jsonl", "judged.jsonl", "generated.jsonl")
+    return ["settings.json", *(f"{folder_of(Path(), n)}/{name}" for n in range(number + 2) for name in files)]
+
+
 def folder_of(out: Path, number: int) -> Path:
     return out / f"round-{number}"
 

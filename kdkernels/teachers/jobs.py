@@ -15,22 +15,26 @@ from rich.console import Console
 from ..data.collator import Collator
 from ..data.ending import ended
 from ..data.example import Example
-from ..data.rows import DataError, Row, read_rows
+from ..data.rows import read_rows
 from ..data.tokenization import length_limit, load_examples
-from ..files import write_jsonl
+from ..files import Output
 from ..tap.weights import logit_columns
 from ..terminal import progress, shown
 from .cache.api import from_replies, score, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date
 from .cache.text import ROWS_PER_SHARD, write_text_cache
-from .cache.writer import Plan, bytes_per_token, write_cache
+from .cache.writer import Plan, bytes_per_token, check_folder, write_cache
 from .generate import requests_of, with_reply
 from .http import HTTPModel, Refused
 from .loading import load
 from .progress import Watched, print_usage, watching
+from .replies import is_unmarked_log
 from .text import REFUSED, Counted, Reply
 
 __all__ = ["CacheOptions", "cache_of_model", "cache_of_server", "device_of", "generate"]
+
+LEFT_OUT = ".left-out.jsonl"
+"""Ends the name of the list of rows that were left out."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
     from .live import LiveTeacher
 
     o = options
+    check_folder(o.out)
     of_teacher = o.tokenizer == o.teacher
     tokenizer = load(AutoTokenizer, "teacher" if of_teacher else "tokenizer", o.tokenizer, revision=o.revision if of_teacher else None)
     limit = length_limit(o.max_length, [load(AutoConfig, "teacher", o.teacher, revision=o.revision).get_text_config()])
@@ -141,6 +146,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
     from transformers import AutoTokenizer
 
     o = options
+    check_folder(o.out)
     tokenizer = load(AutoTokenizer, "tokenizer", o.tokenizer)
     examples = _examples(o, tokenizer, o.max_length)
     if model is not None:
@@ -213,31 +219,53 @@ def generate(
     """Write training rows of ``data`` with the responses of ``model`` to ``out``; its log, and a list of what was left out, are beside it.
 
     Raises:
-        ValueError: an ``out`` that is the data, or a file of something else.
+        FileError: an ``out`` that is the data, that this command did not make, or that was changed since.
         Refused: rows that the server refuses, unless ``model`` skips them.
     """
     log = out.with_name(out.name + ".log")
-    if out.exists() and not log.exists():
-        raise ValueError(f"--out {out}: the file is there, and it is not of this command, which keeps {log.name} beside it: give another")
-    left_out = LeftOut(out.with_name(out.name + ".left-out.jsonl"))
+    with Output(out, "generate", beside=True, adopt=lambda: [out.name] if is_unmarked_log(log) else []) as output:
+        output.check([out.name, out.name + LEFT_OUT], {"--data": data})
+        _generate(model, data, output, log, console, max_tokens, temperature, stop, logprobs)
+
+
+def _generate(
+    model: Counted,
+    data: Path,
+    output: Output,
+    log: Path,
+    console: Console,
+    max_tokens: int,
+    temperature: float,
+    stop: tuple[str, ...],
+    logprobs: int,
+) -> None:
+    out = output.path
     rows = list(read_rows(data))
     places = [row.where for row in rows]
     requests = requests_of(
         [row.fields for row in rows], max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs, places=places
     )
     where = {request.key: request.where for request in requests}
+
+    def list_left_out(reasons: Mapping[str, str]) -> Path:
+        """List the rows that were left out, or remove an older list where there are none."""
+        name = out.name + LEFT_OUT
+        if reasons:
+            output.write_rows(name, [{"where": where[key], "key": key, "reason": reason} for key, reason in reasons.items()])
+        else:
+            output.remove(name)
+        return out.with_name(name)
+
     try:
         replies = Watched(model, console, "rows").complete(requests, log)
     except Refused as error:
-        left_out.write(where, error.reasons)
-        raise Refused(f"{error}. {left_out.path} lists them: take them out of the data, or give --skip-refused", error.reasons) from None
+        left_out = list_left_out(error.reasons)
+        raise Refused(f"{error}. {left_out} lists them: take them out of the data, or give --skip-refused", error.reasons) from None
     kept = [(row.fields, reply) for row, reply in zip(rows, replies, strict=True) if reply.finish_reason != REFUSED]
-    left_out.write(where, model.usage.reasons)
-    write_jsonl(out, [with_reply(row, reply) for row, reply in kept])
+    left_out = list_left_out(model.usage.reasons)
+    output.write_rows(out.name, [with_reply(row, reply) for row, reply in kept])
     refused = len(rows) - len(kept)
-    console.print(
-        f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out: see {left_out.path}" if refused else ""), markup=False
-    )
+    console.print(f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out: see {left_out}" if refused else ""), markup=False)
     _say_what_was_cut(console, [reply for _, reply in kept], max_tokens)
     print_usage(console, model.usage)
 
@@ -253,30 +281,3 @@ def _say_what_was_cut(console: Console, replies: Sequence[Reply], max_tokens: in
         )
     if empty := sum(not reply.text for reply in replies):
         console.print(f"{empty:,} responses are empty: leave them out of a training")
-
-
-class LeftOut:
-    """The file that lists rows which were left out: ``where`` each is, its ``key``, and the ``reason``.
-
-    Raises:
-        ValueError: the file is there, and it is another's.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if path.exists() and not all(set(row.fields) == {"where", "key", "reason"} for row in _rows_of(path)):
-            raise ValueError(f"{path}: the file is there, and it is not of this command: move it, or give another --out")
-
-    def write(self, where: Mapping[str, str], reasons: Mapping[str, str]) -> None:
-        """Lists the rows of ``reasons`` by key, or removes an older list where there are none."""
-        if reasons:
-            write_jsonl(self.path, [{"where": where[key], "key": key, "reason": reason} for key, reason in reasons.items()])
-        else:
-            self.path.unlink(missing_ok=True)
-
-
-def _rows_of(path: Path) -> list[Row]:
-    try:
-        return list(read_rows(path))
-    except DataError:
-        return [Row({}, str(path))]

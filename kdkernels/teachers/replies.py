@@ -16,7 +16,7 @@ from ..files import FileError, Lines, digest
 from .reasoning import of_entry
 from .text import Reply, Request
 
-__all__ = ["ReplyLog", "check_requests", "check_text", "fingerprint", "reply_of", "seed_of"]
+__all__ = ["ReplyLog", "check_requests", "check_text", "fingerprint", "is_unmarked_log", "reply_of", "seed_of"]
 
 HALF = re.compile("[\ud800-\udfff]")
 SYNC_SECONDS = 1.0
@@ -31,7 +31,7 @@ class ReplyLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self._lines = Lines(path)
+        self._lines = Lines(path, _is_entry)
         self._path = path
         self._entries: dict[str, dict[str, Any]] = {}
         self._synced = time.monotonic()
@@ -75,6 +75,17 @@ class ReplyLog:
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._lines.sync()
             self._synced = time.monotonic()
+
+
+def _is_entry(line: Mapping[str, Any]) -> bool:
+    """Report whether a line is an entry of a log, by the hash of its request."""
+    request = line.get("request")
+    return isinstance(line.get("key"), str) and isinstance(request, str) and re.fullmatch("[0-9a-f]{64}", request) is not None
+
+
+def is_unmarked_log(path: Path) -> bool:
+    """Report whether a file is a log of replies, of a version that wrote no markers or moved here without its marker."""
+    return bool(Lines(path, _is_entry).unmarked())
 
 
 def check_requests(requests: Sequence[Request]) -> None:

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import json
-import shutil
-from itertools import takewhile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import transformers
 from rich.console import Console
 
-from ..files import write_whole
-from ..trainer.trainer import DistillationTrainer
+from ..files import Output
 from .callbacks import Bar, Interrupt
 from .loading import cache_of, check_data, model_of, tokenizer_of
+from .output import RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model, step_of
 from .settings import Settings, TrainError
 from .summary import figure_of, finite, show, training_log
 
 __all__ = ["last_checkpoint", "run"]
 
-RECORD, SUMMARY = "run.json", "summary.json"
-
 
 def run(settings: Settings, console: Console) -> int:
-    """Trains, or goes on where an interrupted run of the same settings stopped. Returns the exit status: 0, or 130 when interrupted.
+    """Train, or go on where an interrupted run of the same settings stopped. Returns the exit status: 0, or 130 when interrupted.
 
     Raises:
         TrainError: what can't be trained with, before anything is written.
+        FileError: another process trains into the folder.
     """
+    with open_output(settings) if settings.args.process_index == 0 else nullcontext() as output:
+        if output is not None:
+            check_output(output, settings)
+        return _run(settings, console, output)
+
+
+def _run(settings: Settings, console: Console, output: Output | None) -> int:
+    """Train into the folder that the first process holds; ``output`` is None in the others."""
     args = settings.args
     args._n_gpu = min(args.n_gpu, 1)  # several are for torchrun: one process each
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
@@ -39,6 +45,9 @@ def run(settings: Settings, console: Console) -> int:
     record = _record(out, settings)
     if record is not None:
         args.template_date = args.template_date or record.get("template_date")
+    if output is not None:
+        for name in begun_checkpoints(output):
+            output.remove(name)
     checkpoint = next((path for path in _checkpoints(out) if _whole(path, args.world_size) and _can_go_on(path, args)), None)
     if record is not None and (out / SUMMARY).is_file():
         summary = json.loads((out / SUMMARY).read_text())
@@ -46,9 +55,11 @@ def run(settings: Settings, console: Console) -> int:
             console.print("This run is finished; its summary again. Give a larger --max-steps to train on, or another --output-dir.")
             show(summary, console)
             return 0
-    if args.process_index == 0:
-        for half_written in takewhile(lambda path: not _whole(path, args.world_size), _checkpoints(out)):  # by a killed process
-            shutil.rmtree(half_written)
+    if checkpoint is None and (models := [path for path in _checkpoints(out) if not any(path.glob("rng_state*.pth"))]):
+        raise TrainError(
+            f"--output-dir {out}: {models[0].name} holds a model without the states of optimizer and random numbers (--save-only-model); "
+            "a run can't go on from it. Give another folder"
+        )
     tokenizer = tokenizer_of(settings)
     check_data(settings)
     cache = cache_of(settings, tokenizer) if settings.cache else None
@@ -57,16 +68,17 @@ def run(settings: Settings, console: Console) -> int:
     student = model_of(role, str(checkpoint) if trained else path, dtype)
     teachers = [model_of(*model) for model in of_teachers]
     progress, interrupt = Bar(console), Interrupt()
-    trainer = DistillationTrainer(
+    trainer = OwnedTrainer(
         model=student, teacher=teachers or None if cache is None else cache, args=args, train_dataset=settings.data,
         eval_dataset=settings.eval_data or None, processing_class=tokenizer, callbacks=[progress, interrupt],
     )  # fmt: skip
+    trainer.own(output)
     for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if args.disable_tqdm else [])):
         trainer.remove_callback(callback)
     if record is None:
         before = trainer.evaluate() if settings.eval_data else None
         record = {"settings": settings.identity(), "template_date": args.template_date, "before": before and finite(before)}
-        _write(out / RECORD, record, args)
+        _write(output, RECORD, record)
     elif checkpoint is not None:
         console.print(f"Resuming at {checkpoint.name} of {out}")
     transformers.set_seed(args.seed)  # the first evaluation has drawn
@@ -82,16 +94,15 @@ def run(settings: Settings, console: Console) -> int:
         console.print(f"Interrupted at step {step}; {out / f'checkpoint-{step}'} is whole. The same command goes on from there.")
         return 130
     after = trainer.evaluate() if settings.eval_data else None
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # each process adds its random state to the last checkpoint
+    save_model(trainer, output, out)
     last = last_checkpoint(out, args.world_size)
     summary = {
         "asked": _asked(args), "steps": trainer.state.global_step, "before": record["before"], "after": after and finite(after),
         "model": str(out), "checkpoint": None if last is None else str(last),
-        "figure": figure_of(out, trainer.state.log_history, record["before"], after) if args.process_index == 0 else None,
+        "figure": None if output is None else figure_of(output, trainer.state.log_history, record["before"], after),
         "log": training_log(trainer.state.log_history),
     }  # fmt: skip
-    _write(out / SUMMARY, summary, args)
+    _write(output, SUMMARY, summary)
     show(summary, console)
     return 0
 
@@ -121,7 +132,7 @@ def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
 
 def _checkpoints(out: Path) -> list[Path]:
     """Newest first."""
-    found = {int(step): path for path in out.glob("checkpoint-*") if (step := path.name.rpartition("-")[2]).isdigit()}
+    found = {step: path for path in out.glob("checkpoint-*") if (step := step_of(path.name)) is not None}
     return [found[step] for step in sorted(found, reverse=True)]
 
 
@@ -155,8 +166,7 @@ def _asked(args: Any) -> dict[str, Any]:
     return {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
 
 
-def _write(path: Path, value: dict[str, Any], args: Any) -> None:
-    """Whole or not at all, by the first process."""
-    if args.process_index == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+def _write(output: Output | None, name: str, value: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all, in the first process."""
+    if output is not None:
+        output.write(name, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..files import Output
+from .output import FIGURE
+
 __all__ = ["figure_of", "finite", "show", "training_log"]
 
-FIGURE = "training.png"
 SHOWN = {
     "eval_loss": "loss", "eval_divergence": "divergence", "eval_cross_entropy": "cross-entropy", "eval_feature_loss": "feature loss",
     "eval_top1_agreement": "same top token",
@@ -51,7 +52,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
             console.print(f"{name}: {summary[name]}", soft_wrap=True)
 
 
-def figure_of(out: Path, history: Sequence[dict[str, Any]], before: Any, after: Any) -> str | None:
+def figure_of(output: Output, history: Sequence[dict[str, Any]], before: Any, after: Any) -> str | None:
     """Losses over steps, if matplotlib is there."""
     try:
         from matplotlib.figure import Figure
@@ -71,5 +72,4 @@ def figure_of(out: Path, history: Sequence[dict[str, Any]], before: Any, after: 
     axes.grid(alpha=0.3)
     if training or held_out:
         axes.legend()
-    figure.savefig(out / FIGURE, dpi=120)
-    return str(out / FIGURE)
+    return str(output.write(FIGURE, lambda temporary: figure.savefig(temporary, format="png", dpi=120)))

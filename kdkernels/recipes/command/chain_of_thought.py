@@ -10,7 +10,7 @@ import typer
 
 from ...options import grouped
 from ...terminal import failing
-from .shared import AnswerKind, Kind, MaxTokens, Rows, Samples, Student, Teacher, Temperature, finish, lengths, sampling
+from .shared import AnswerKind, Kind, MaxTokens, Rows, Samples, Student, Teacher, Temperature, finish, lengths, sampling, writing
 
 __all__ = ["register"]
 
@@ -51,7 +51,7 @@ def chain_of_thought(
     max_tokens: MaxTokens = 256,
 ) -> None:
     """Rationales of the teacher, kept if their final answer is the row's: Fine-tune-CoT, Distilling Step-by-Step, MT-CoT."""
-    with failing():
+    with failing(), writing(files.out, "chain-of-thought", data=files.data, examples=examples) as output:
         from .. import chain_of_thought as recipe
         from ..rows import read_items
 
@@ -70,7 +70,7 @@ def chain_of_thought(
             named = "step-by-step" if style is Style.step_by_step else "mt-cot"
             rows = recipe.multi_task(items, found, style=named, chat=not files.plain)  # type: ignore[arg-type]
             rows = recipe.balance(rows, weights, lengths(rows, student))
-        finish(rows, tally, files.out, teacher=asked)
+        finish(rows, tally, output, teacher=asked)
 
 
 def task_weights(style: Style, rationale_weight: float | None) -> dict[str, float]:

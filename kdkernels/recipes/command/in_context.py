@@ -10,7 +10,7 @@ import typer
 
 from ...options import grouped
 from ...terminal import failing
-from .shared import MaxTokens, Rows, Teacher, finish, sampling
+from .shared import MaxTokens, Rows, Teacher, finish, sampling, writing
 
 __all__ = ["register"]
 
@@ -39,7 +39,7 @@ def in_context(
 
     With a teacher (or server) the responses are its own, given the demonstrations; without, the rows'.
     """
-    with failing():
+    with failing(), writing(files.out, "in-context", data=files.data, pool=pool) as output:
         from .. import in_context as recipe
         from ..rows import RecipeError, Tally, read_items
 
@@ -58,4 +58,4 @@ def in_context(
         rows = make(items, shown, chat=not files.plain)
         if lm_weight:
             rows += recipe.language_modelling(items, lm_weight)
-        finish(rows, tally, files.out, **asked)
+        finish(rows, tally, output, **asked)

@@ -9,7 +9,7 @@ import typer
 
 from ...options import grouped
 from ...terminal import failing
-from .shared import KeyVariable, MaxTokens, Plain, Prompt, Seed, Teacher, report, report_usage, sampling
+from .shared import KeyVariable, MaxTokens, Plain, Prompt, Seed, Teacher, report, report_usage, sampling, writing
 
 __all__ = ["register"]
 
@@ -45,7 +45,7 @@ def lion(
     The first call writes round-0/imitate.jsonl to train on. Each call with the student so trained judges it, makes new instructions, and
     writes the next round's imitate.jsonl. Whatever ends a call, the same call goes on.
     """
-    with failing():
+    with failing(), writing(out, "lion", (), data=data) as output:
         from .. import lion as recipe
         from ..rows import RecipeError, fingerprint, read_items
 
@@ -56,6 +56,8 @@ def lion(
         settings = {
             "seeds": fingerprint(seeds), "count": count, "threshold": threshold, "rouge": rouge, "seed": seed, "max_tokens": max_tokens
         }  # fmt: skip
+        output.check(recipe.files_of(out), {"--data": data})
+        output.claim("settings.json")
         recipe.begin(out, settings)
         number, waits_for = recipe.stage(out)
         judging = waits_for == "student" and student is not None
@@ -70,6 +72,8 @@ def lion(
             asked["generator"] = teacher.other("generator", generator, generator_url, generator_model, seed, model, generator_key_variable)
             asked["student"] = teacher.other("student", student, None, None, seed, model)
             # Only once all models are there: a wrong path must not become the round's student.
+            for name in ("settings.json", "judged.jsonl", "generated.jsonl"):
+                output.claim(f"round-{number}/{name}")
             recipe.begin(recipe.folder_of(out, number), {"student": recipe.weights_of(str(student))})
             _, pool = recipe.instructions(seeds, out, number)
             judged, tally = recipe.discriminate(
@@ -86,6 +90,7 @@ def lion(
             model = asked["teacher"] if asked else teacher.text_model(seed)
             asked["teacher"] = model
             train, _ = recipe.instructions(seeds, out, number)
+            output.claim(f"round-{number}/imitate.jsonl")
             _, tally = recipe.imitate(train, model, out, number, answering, chat=not plain)
             report(tally, f"Round {number}: {path}")
         report_usage(**asked)

@@ -11,7 +11,7 @@ import typer
 
 from ...options import grouped
 from ...terminal import console, failing, progress
-from .shared import AnswerKind, Kind, MaxTokens, Rows, Student, finish, folder, lengths
+from .shared import AnswerKind, Kind, MaxTokens, Rows, Student, finish, folder, lengths, writing
 
 __all__ = ["register"]
 
@@ -42,7 +42,7 @@ def scott(
     max_tokens: MaxTokens = 128,
 ) -> None:
     """SCOTT (Wang et al. 2023): contrastive rationales for right and wrong answers, factual and counterfactual rows."""
-    with failing():
+    with failing(), writing(files.out, "scott", data=files.data) as output:
         from .. import scott as recipe
         from ..chain_of_thought import balance
         from ..rows import RecipeError, Tally, read_items
@@ -70,4 +70,4 @@ def scott(
             tally.dropped["empty or cut off at max_tokens"] = tally.candidates - tally.kept
         if factual and counterfactual:
             rows = balance(rows, {"factual": 1.0, "counterfactual": counterfactual_weight}, lengths(rows, student))
-        finish(rows, tally, files.out)
+        finish(rows, tally, output)

@@ -8,7 +8,7 @@ import typer
 
 from ...options import grouped
 from ...terminal import failing
-from .shared import MaxTokens, Rows, Samples, Teacher, Temperature, finish, sampling
+from .shared import MaxTokens, Rows, Samples, Teacher, Temperature, finish, sampling, writing
 
 __all__ = ["register"]
 
@@ -26,7 +26,7 @@ def sequence(
     closest: Annotated[bool, typer.Option("--closest", help="Keep the sample that is closest to the row's response (by ROUGE-L).")] = False,
 ) -> None:
     """Sequence-level distillation (Kim and Rush 2016): the teacher's text as response."""
-    with failing():
+    with failing(), writing(files.out, "sequence", data=files.data) as output:
         from ..rows import read_items
         from ..sequence import sequence_level
 
@@ -34,4 +34,4 @@ def sequence(
         how = sampling(max_tokens, temperature, samples)
         asked = teacher.text_model(files.seed)
         rows, tally = sequence_level(items, asked, files.log, how, closest=closest, chat=not files.plain)
-        finish(rows, tally, files.out, teacher=asked)
+        finish(rows, tally, output, teacher=asked)

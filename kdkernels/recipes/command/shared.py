@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from ...files import Output
 from ...teachers.options import Asking
 from ...terminal import console
 
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswerKind", "KeyVariable", "Kind", "MaxTokens", "Plain", "Prompt", "Rows", "Samples", "Seed", "Student", "Teacher", "Temperature",
-    "finish", "folder", "lengths", "reasons", "report", "report_usage", "sampling",
+    "finish", "folder", "lengths", "reasons", "report", "report_usage", "sampling", "writing",
 ]  # fmt: skip
+
+ROWS = "rows.jsonl"
 
 
 class Kind(str, Enum):
@@ -145,20 +149,31 @@ def lengths(rows: Sequence[Row], student: Path | None) -> list[int]:
     return [len(example.student_scored) for example in load_examples(rows, AutoTokenizer.from_pretrained(student))]
 
 
-def finish(rows: Sequence[Row], tally: Tally, out: Path, **asked: Watched) -> None:
-    """Writes the rows to ``out/rows.jsonl``, and says what became of the data and what each model was asked for.
+@contextmanager
+def writing(out: Path, recipe: str, names: Sequence[str] = (ROWS,), **inputs: Path | None) -> Iterator[Output]:
+    """Hold the folder ``out`` of a recipe, in which it may write files of these names; ``inputs`` are the options that it reads.
+
+    Raises:
+        FileError: the folder is in use or holds the output of another command; a name is taken by a file that this recipe did not make.
+    """
+    with Output(out, f"recipe {recipe}") as output:
+        output.check(names, {f"--{option}": path for option, path in inputs.items()})
+        yield output
+
+
+def finish(rows: Sequence[Row], tally: Tally, output: Output, **asked: Watched) -> None:
+    """Write the rows to ``rows.jsonl``, and report what became of the data and what each model was asked for.
 
     Raises:
         RecipeError: no rows.
     """
-    from ...files import write_jsonl
     from ..rows import RecipeError
 
-    path = out / "rows.jsonl"
+    path = output.folder / ROWS
     if not rows or not tally.kept:
         report_usage(**asked)
         raise RecipeError(f"nothing was kept of {tally.candidates} candidates ({reasons(tally)}): {path} is not written")
-    write_jsonl(path, rows)
+    output.write_rows(ROWS, rows)
     report(tally, f"{len(rows)} rows in {path}")
     report_usage(**asked)
 

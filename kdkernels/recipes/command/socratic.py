@@ -6,9 +6,11 @@ import typer
 
 from ...options import grouped
 from ...terminal import failing
-from .shared import AnswerKind, Kind, MaxTokens, Rows, Samples, Teacher, Temperature, finish, sampling
+from .shared import AnswerKind, Kind, MaxTokens, Rows, Samples, Teacher, Temperature, finish, sampling, writing
 
 __all__ = ["register"]
+
+NAMES = ("rows.jsonl", "questioner.jsonl", "solver.jsonl")
 
 
 def register(app: typer.Typer) -> None:
@@ -27,8 +29,7 @@ def socratic(
 
     Writes questioner.jsonl and solver.jsonl; rows.jsonl holds both, for one student that does both.
     """
-    with failing():
-        from ...files import write_jsonl
+    with failing(), writing(files.out, "socratic", NAMES, data=files.data) as output:
         from .. import socratic as recipe
         from ..rows import read_items
 
@@ -39,7 +40,7 @@ def socratic(
         chat = not files.plain
         questioner, solver = recipe.questioner_rows(found, chat=chat), recipe.solver_rows(found, chat=chat)
         if found:
-            write_jsonl(files.out / "questioner.jsonl", questioner)
-            write_jsonl(files.out / "solver.jsonl", solver)
+            output.write_rows("questioner.jsonl", questioner)
+            output.write_rows("solver.jsonl", solver)
         both = [{**row, "key": f"{row['key']}/{row['task']}"} for row in questioner + solver]
-        finish(both, tally, files.out, teacher=asked)
+        finish(both, tally, output, teacher=asked)

@@ -24,6 +24,7 @@ __all__ = [
 
 FORMAT, VERSION, READABLE = "kdkernels-cache", 2, (1, 2)
 MANIFEST = "manifest.json"
+HEAD = "head.safetensors"
 POSITION = "row t scores token t+1"
 Kind = Literal["topk", "sampled", "hidden", "text"]
 FLOATS = ("float16", "float32", "bfloat16", "float64")
@@ -103,7 +104,7 @@ class Head:
     sha256: str
     scale: float
     softcap: float | None
-    file: str = "head.safetensors"
+    file: str = HEAD
 
     @classmethod
     def of(cls, path: Path, scale: float, softcap: float | None) -> Head:

@@ -7,6 +7,7 @@ day. (A GPU whose sums differ from run to run can differ in the last bit.)
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,15 +21,15 @@ from torch import Tensor
 from ... import primitives
 from ...data.collator import Collator, view_of
 from ...data.example import Example
-from ...files import FileError, Lock, digest, drop_temporaries, write_whole
+from ...files import MARKER, FileError, Output, digest, write_whole
 from ...sides import LMHead, Side, TopK
 from ..source import TeacherSource
 from . import shards
 from .checks import check_finite, check_logprobs, place
-from .manifest import MANIFEST, VERSION, CacheError, Head, Identity, Manifest, Shard
+from .manifest import FORMAT, HEAD, MANIFEST, VERSION, CacheError, Head, Identity, Manifest, Shard
 from .shards import Array
 
-__all__ = ["DEFAULT_SHARD_BYTES", "Begun", "Plan", "Report", "bytes_per_token", "write_cache", "write_shards"]
+__all__ = ["DEFAULT_SHARD_BYTES", "Begun", "Plan", "Report", "bytes_per_token", "check_folder", "write_cache", "write_shards"]
 
 DEFAULT_SHARD_BYTES = 128 << 20
 ROUNDING = 1e-6
@@ -225,15 +226,16 @@ def write_shards(
     """
     if not plan.source:
         raise CacheError("there is nothing to keep: no example has a scored token")
-    out.mkdir(parents=True, exist_ok=True)
     fresh = Manifest(
         identity=begun.identity, rows=len(plan.source), tokens=plan.tokens, examples=digest([key.hex() for key in plan.keys]),
         shard_bytes=begun.shard_bytes, batch_size=begun.batch_size, date=begun.date, max_length=max_length, version=begun.version,
     )  # fmt: skip
     try:
-        with Lock(out / ".lock", f"the cache {out}"):
-            drop_temporaries(out)
-            manifest = _resumed(out, fresh)
+        with _output(out) as output:
+            _check_others(output)
+            files = [f"{number:06d}.{shards.suffix(begun.identity.kind)}" for number in range(len(plan.bounds))]
+            output.check([*files, *([HEAD] if head else [])])
+            manifest = _resumed(output, fresh)
             if started is not None:
                 started(plan)
             if manifest.head is not None and not _intact(out, manifest.head):
@@ -244,9 +246,11 @@ def write_shards(
                     if report is not None:
                         report(sum(plan.counts[start:stop]))
                     continue
-                path = out / f"{number:06d}.{shards.suffix(begun.identity.kind)}"
+                path = output.claim(files[number])
                 write_whole(path, lambda temporary, a=start, b=stop: produce(temporary, a, b))  # type: ignore[misc]
                 made = Shard.of(path, stop - start, sum(plan.counts[start:stop]))
+                if headless:
+                    output.claim(HEAD)
                 listed = (*manifest.shards[:number], made, *manifest.shards[number + 1 :])
                 manifest = dataclasses.replace(manifest, shards=listed, head=head(out) if head and headless else manifest.head)
                 manifest.write(out)
@@ -258,11 +262,47 @@ def write_shards(
     return manifest
 
 
-def _resumed(out: Path, fresh: Manifest) -> Manifest:
-    """What is there already, if it is the beginning of the same cache; else a fresh manifest, written."""
+def check_folder(out: Path) -> None:
+    """Check that a cache may be written to ``out``, and leave the folder as it was.
+
+    Raises:
+        CacheError: the folder is in use, or holds something else.
+    """
+    try:
+        with _output(out) as output:
+            _check_others(output)
+    except FileError as error:
+        raise CacheError(str(error)) from None
+
+
+def _output(out: Path) -> Output:
+    return Output(out, "cache", adopt=lambda: _unmarked(out))
+
+
+def _unmarked(out: Path) -> list[str]:
+    """The files that a manifest lists, for a cache without a marker."""
+    try:
+        value = json.loads((out / MANIFEST).read_bytes())
+        if value["format"] != FORMAT:
+            return []
+        return [MANIFEST, HEAD, *(Path(shard["file"]).name for shard in value["shards"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _check_others(output: Output) -> None:
+    """Check that the folder is empty, or is a cache."""
+    others = sorted(path.name for path in output.path.iterdir() if path.name != MARKER)
+    if others and MANIFEST not in others:
+        raise CacheError(f"{output.path} is not empty and holds no cache, but {others[0]}: give a new folder")
+    output.check([MANIFEST])
+
+
+def _resumed(output: Output, fresh: Manifest) -> Manifest:
+    """The manifest of the folder, if it is the beginning of the same cache; else a fresh one, written."""
+    out = output.path
     if not (out / MANIFEST).exists():
-        if others := [path.name for path in out.iterdir() if path.name != ".lock"]:
-            raise CacheError(f"{out} is not empty and holds no cache, but {others[0]}: give a new folder")
+        output.claim(MANIFEST)
         fresh.write(out)
         return fresh
     manifest = Manifest.read(out, **dataclasses.asdict(fresh.identity))
@@ -347,6 +387,6 @@ def _write_head(out: Path, side: LMHead) -> Head:
         tensors["bias"] = side.bias[: side.vocab_size]
     check_finite(all(bool(tensor.isfinite().all()) for tensor in tensors.values()), "the teacher's head")
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    path = out / "head.safetensors"
+    path = out / HEAD
     write_whole(path, lambda temporary: save_file(copies, temporary))
     return Head.of(path, side.scale, side.softcap)
