@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from serving import KEY, Server
+from serving import KEY, ScriptedModel, Server
 from typer.testing import CliRunner
 
 import kdkernels as kd
@@ -18,8 +19,9 @@ from kdkernels import cli
 from kdkernels.data.collator import Collator, view_of
 from kdkernels.data.tokenization import load_examples
 from kdkernels.teachers.cache import CacheError, open_cache
-from kdkernels.teachers.cache.api import TokenIds, from_replies, score
+from kdkernels.teachers.cache.api import TokenIds, from_replies, score, silent_positions
 from kdkernels.teachers.generate import requests_of, with_reply
+from kdkernels.teachers.http import HTTPModelError
 from kdkernels.teachers.live import LiveTeacher
 from kdkernels.teachers.local import LocalModel
 
@@ -155,3 +157,118 @@ def test_prompt_logprobs_land_on_the_position_before(server: Server, tmp_path: P
     assert KEY not in (tmp_path / "cache.log").read_text() + result.output
     result = runner.invoke(cli.app, [str(a) for a in [*command[:-1], tmp_path / "small", "--vocab-size", 3]])
     assert (result.exit_code, "is not one of 3 tokens" in result.output) == (2, True)
+
+
+def told(text: str, *others: str, logprob: float | None = -0.1, **more: Any) -> dict[str, Any]:
+    """A token of a server's list, and less likely alternatives."""
+    tokens = [{"token": t, "logprob": -0.1 - 3 * i, "bytes": list(t.encode())} for i, t in enumerate((text, *others))]
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": tokens, **more}
+
+
+WORD = [told(" quick", " fox", " dog")]
+
+
+@pytest.mark.parametrize(
+    ("end", "probabilities"),
+    [
+        ([], None),  # silent about it
+        ([told("", " fox")], None),  # called nothing
+        ([{**told("", " fox"), "bytes": None}], None),
+        ([told("<|endoftext|>", " fox")], None),  # another name
+        ([told("</s>", " fox")], [-0.1, -3.1]),
+        (
+            [{"id": 1, "token": "", "bytes": [], "logprob": -0.2, "top_logprobs": [{"id": 1, "token": "", "bytes": [], "logprob": -0.2}]}],
+            [-0.2],
+        ),
+        ([told("</s>", logprob=None)], [-0.1]),  # among the alternatives
+        ([{**told("</s>"), "logprob": None, "top_logprobs": []}], None),
+    ],
+)
+def test_an_end_token_that_is_told_oddly_costs_that_token_alone(
+    end: list[dict[str, Any]], probabilities: list[float] | None, tmp_path: Path, folder: Path
+) -> None:
+    tokenizer = tiny.tokenizer()
+    rows = [{"prompt": "a", "response": " quick", "finish_reason": "stop", "teacher_logprobs": [*WORD, *end]}]
+    examples = load_examples(rows, tokenizer)
+    tops, lost = from_replies(rows, examples, tokenizer)
+    ((ids, logprobs),) = tops
+    assert (lost, tokenizer.convert_ids_to_tokens(ids[0, :3].tolist())) == (0, ["Ġquick", "Ġfox", "Ġdog"])
+    if probabilities is not None:
+        assert ids[1, 0] == tokenizer.eos_token_id
+        assert logprobs[1, : len(probabilities)].tolist() == pytest.approx(probabilities)
+    assert silent_positions(examples, tops, tokenizer) == ((1, 1) if probabilities is None else (0, 0))
+    data = tiny.write(tmp_path / "data.jsonl", rows)
+    command = ["cache", "--from-replies", "--tokenizer", folder, "--data", data, "--out", tmp_path / "cache"]
+    result = runner.invoke(cli.app, [str(a) for a in command])
+    assert result.exit_code == 0, result.output
+    said = "1 of 2 positions have no probabilities, 1 of them ends of responses: distillation teaches nothing there"
+    assert (said in " ".join(result.output.split())) == (probabilities is None)
+
+
+def test_an_alternative_whose_bytes_are_not_the_tokens_stays_in_the_tail() -> None:
+    tokenizer = tiny.tokenizer()
+    ids_of = TokenIds(tokenizer)
+    quick = tokenizer.convert_tokens_to_ids("Ġquick")
+    assert ids_of({"token": " quick", "bytes": list(b" quick")}) == quick
+    for odd in (
+        {"token": " quick", "bytes": list(b" slow")},
+        {"token": "Ġquick", "bytes": list("Ġquick".encode())},  # a spelling of the token, not its bytes
+        {"token": "Ã", "bytes": list("Ã".encode())},  # a character; as a piece it would be half of one
+        {"token": "�", "bytes": list("�".encode())},
+    ):
+        assert ids_of(odd) is None
+    rows = [{"prompt": "a", "response": " quick", "teacher_logprobs": [told(" quick", " fox"), told("</s>")]}] * 20
+    rows[0]["teacher_logprobs"][0]["top_logprobs"][1]["bytes"] = list(b" slow")
+    with pytest.raises(CacheError, match="alternatives have no token of their own"):
+        from_replies(rows[:1], load_examples(rows[:1], tokenizer), tokenizer)
+
+
+def test_tokens_of_a_sentencepiece_tokenizer_are_found_by_their_bytes() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "</s>", "▁the", "the", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    built = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"))
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="</s>", unk_token="<unk>")
+    ids_of = TokenIds(tokenizer)
+    assert ids_of({"token": " the", "bytes": list(b" the")}) == ids_of({"token": " the"}) == pieces.index("▁the")
+    assert ids_of({"token": "the", "bytes": list(b"the")}) == pieces.index("the")
+    assert ids_of({"token": "�", "bytes": [0xC3]}) == pieces.index("<0xC3>")
+    assert ids_of({"token": "</s>", "bytes": list(b"</s>")}) == 1
+    assert ids_of({"token": "a", "bytes": [97]}) is None, "two tokens have this byte"
+    assert set(ids_of.candidates({"token": "a", "bytes": [97]})) == {pieces.index("a"), pieces.index("<0x61>")}
+
+
+@pytest.mark.parametrize("wrong", [5, ["a"], [{"token": "a"}], [{"token": " quick", "logprob": -0.1, "top_logprobs": [{"token": "a"}]}]])
+def test_log_probabilities_of_another_form_name_their_row(wrong: object, tmp_path: Path) -> None:
+    data = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a", "response": " quick", "teacher_logprobs": wrong}])
+    with pytest.raises(CacheError, match=r"data\.jsonl, row 1, teacher_logprobs: a list is needed of objects with token"):
+        from_replies([{"teacher_logprobs": wrong}], load_examples(data, tiny.tokenizer()), tiny.tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("prompt_logprobs", "message"),
+    [
+        (None, "the server gives no prompt_logprobs"),
+        ([None], "it has 1 prompt_logprobs for"),
+        ("x", "it has 1 prompt_logprobs"),
+        (5, "can't be read"),
+    ],
+)
+def test_prompt_logprobs_that_cannot_be_read_are_one_error(prompt_logprobs: object, message: str, tmp_path: Path) -> None:
+    body = json.dumps({"choices": [{"text": "", "prompt_logprobs": prompt_logprobs}]}).encode()
+    model = ScriptedModel(lambda asked: body, api="completions")
+    with pytest.raises(HTTPModelError, match=message):
+        score(model, load_examples(tiny.rows(3), tiny.tokenizer()), 4, tmp_path / "log")
+    assert len(model.asked) == 1
+
+
+def test_prompt_logprobs_that_are_no_numbers_are_in_the_tail(tmp_path: Path) -> None:
+    example = load_examples([{"prompt": "a", "response": " quick"}], tiny.tokenizer())[0]
+    table = [None, *({"5": {"logprob": None}, "6": {"logprob": -1.0}, str(2**40): {"logprob": -2.0}} for _ in example.teacher_ids[1:])]
+    table[-1] = None
+    body = json.dumps({"choices": [{"text": "", "prompt_logprobs": table}]}).encode()
+    ((ids, _),) = score(ScriptedModel(lambda asked: body, api="completions"), [example], 4, tmp_path / "log")
+    assert ids[:, 0].tolist() == [6] * (len(ids) - 1) + [-1]
+    assert (ids[:, 1:] == -1).all()

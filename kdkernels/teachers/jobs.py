@@ -20,7 +20,7 @@ from ..data.tokenization import length_limit, load_examples
 from ..files import Output
 from ..tap.weights import logit_columns
 from ..terminal import progress, shown
-from .cache.api import from_replies, score, write_topk
+from .cache.api import from_replies, score, silent_positions, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date
 from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, check_folder, write_cache
@@ -160,7 +160,14 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
         tops, lost = from_replies(rows, examples, tokenizer)
         if lost:
             console.print(
-                f"{lost:,} of {len(examples):,} responses are cut into other tokens than the teacher's: the teacher says nothing of them"
+                f"{lost:,} of {len(examples):,} responses are cut into other tokens than the teacher's: they have no probabilities"
+            )
+        silent, ends = silent_positions(examples, tops, tokenizer)
+        if silent:
+            console.print(
+                f"{silent:,} of {sum(len(top[0]) for top in tops):,} positions have no probabilities, {ends:,} of them ends of responses: "
+                "distillation teaches nothing there, cross-entropy does (kdkernels train --ce-weight)"
+                + (", which is how the student learns to end" if ends else "")
             )
     identity = Identity(
         teacher=o.teacher or "served", revision=o.revision or "", teacher_dtype="", **identity_of_tokenizer(tokenizer),

@@ -16,15 +16,17 @@ import numpy as np
 import torch
 
 from ...data.example import Example
+from ...errors import listed
 from ...files import digest
 from ...sides import TopK
-from ..http import HTTPModel, HTTPModelError, Job
+from ..answers import NoLogprobs, Unreadable, counts_of, read_number
+from ..http import HTTPModel, Job
 from .checks import check_logprobs, place
 from .manifest import CacheError, Identity, Manifest
 from .shards import Array, write_parquet
 from .writer import DEFAULT_SHARD_BYTES, Begun, Plan, Report, bytes_per_token, topk_columns, write_shards
 
-__all__ = ["TokenIds", "Top", "from_replies", "score", "write_topk"]
+__all__ = ["TokenIds", "Top", "from_replies", "score", "silent_positions", "write_topk"]
 
 Top: TypeAlias = tuple[Array, Array]
 """Of one example: ids int32 and log-probabilities float32, both ``[scored tokens, k]``, padded with -1."""
@@ -33,87 +35,170 @@ MOST_LOST = 0.05
 NAMED = re.compile(r"token_id:(\d+)")
 
 
-def _byte_letters() -> dict[int, str]:
-    """The letters that byte-level tokenizers write bytes with: printable ones for themselves, others from 256 on, in order."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(others)}}
-
-
 class TokenIds:
     """From what a server calls a token to its id, by one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        size = len(tokenizer)
-        pieces = tokenizer.convert_ids_to_tokens(list(range(size)))
+        pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._pieces = {piece: id for id, piece in enumerate(pieces) if piece is not None}
+        self._ids: dict[bytes, list[int]] = {}
+        for id, data in enumerate(_bytes_of_tokens(tokenizer, pieces)):
+            if data:
+                self._ids.setdefault(data, []).append(id)
+
+    def __call__(self, token: Mapping[str, Any]) -> int | None:
+        """The id of an entry of a server's list; None where none, or more than one, is such a token."""
+        ids = self.candidates(token)
+        return ids[0] if len(ids) == 1 else None
+
+    def candidates(self, token: Mapping[str, Any]) -> Sequence[int]:
+        """The ids that an entry of a server's list can be: the one that it names, else those of its bytes, else of its text."""
+        id, text, raw = token.get("id"), token["token"], token.get("bytes")
+        if isinstance(id, int):
+            return [id]
+        if named := NAMED.fullmatch(text):
+            return [int(named[1])]
+        if raw:
+            return self._ids.get(bytes(raw), [])
+        if "\ufffd" in text:  # half a character, which could be any
+            return []
+        return self._ids.get(text.encode()) or ([self._pieces[text]] if text in self._pieces else [])
+
+
+def _bytes_of_tokens(tokenizer: Any, pieces: Sequence[str | None]) -> list[bytes]:
+    """The bytes that each id stands for; b"" where that is not known."""
+    added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
+    letters = _byte_letters()
+    if letters.keys() <= set(pieces) and "<0x0A>" not in pieces:  # byte-level
+        texts = [""] * len(pieces)
+    else:
         # Behind another token, so that a leading space is seen.
         anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         before = tokenizer.decode(anchor)
-        self._texts: dict[str, int | None] = {}
-        for id, text in enumerate(tokenizer.batch_decode([[*anchor, id] for id in range(size)])):
-            alone = text[len(before) :]
-            self._texts[alone] = None if alone in self._texts or not text.startswith(before) else id
-        self._letters = _byte_letters()
+        decoded = tokenizer.batch_decode([[*anchor, id] for id in range(len(pieces))])
+        texts = [text[len(before) :] if text.startswith(before) else "" for text in decoded]
+    found = []
+    for id, (piece, text) in enumerate(zip(pieces, texts, strict=True)):
+        if id in added or piece is None:
+            found.append(added.get(id, "").encode())
+        elif byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            found.append(bytes.fromhex(byte[1]))
+        elif text:
+            found.append(b"" if "\ufffd" in text != "\ufffd" in piece else text.encode())
+        else:
+            found.append(bytes(letters.get(letter, 0) for letter in piece) if letters.keys() >= set(piece) else b"")
+    return found
 
-    def __call__(self, token: Mapping[str, Any]) -> int | None:
-        """The id of an entry of a server's list; None where none, or more than one, has that text."""
-        if isinstance(token.get("id"), int):
-            return int(token["id"])
-        text = token["token"]
-        if named := NAMED.fullmatch(text):
-            return int(named[1])
-        if token.get("bytes") is not None:
-            raw = bytes(token["bytes"])
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError:  # a part of a character, which has no text of its own
-                found = self._pieces.get("".join(self._letters[b] for b in raw))
-                return self._pieces.get(f"<0x{raw[0]:02X}>") if found is None and len(raw) == 1 else found
-        found = self._texts.get(text)
-        return self._pieces.get(text) if found is None else found
+
+def _byte_letters() -> dict[str, int]:
+    """Bytes by the letters that byte-level tokenizers write them with: printable ones for themselves, others from 256 on, in order."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
 def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example], tokenizer: Any) -> tuple[list[Top], int]:
-    """What was said while each row's response was generated (its ``teacher_logprobs``), for its example.
+    """The teacher's log-probabilities while it wrote each row's response (its ``teacher_logprobs``), for the row's example.
 
-    A row whose response the tokenizer cuts into other tokens than the teacher did gets no probabilities (ids of -1), and so does the
-    end token, if the server did not tell of it.
+    A row whose response the tokenizer cuts into other tokens than the teacher did gets no probabilities (ids of -1). Neither does an end
+    token of which the server says nothing, or which it calls by no name; ``silent_positions`` counts them.
 
     Returns:
         Of each example, its ``Top``; and how many rows got none.
 
     Raises:
-        CacheError: rows without log-probabilities; a tokenizer that knows too few of the tokens, or cuts too many rows differently.
+        CacheError: rows without log-probabilities, or with some that can't be read; a tokenizer that knows too few of the tokens, or cuts
+            too many rows differently.
     """
     ids_of = TokenIds(tokenizer)
-    width = 1 + max((len(t["top_logprobs"]) for row in rows for t in row.get("teacher_logprobs") or ()), default=0)
+    special = special_ids(tokenizer)
+    said = [_said(row, example.where or f"row {number}") for number, (row, example) in enumerate(zip(rows, examples, strict=True), 1)]
+    width = 1 + max((len(token["top_logprobs"]) for tokens in said for token in tokens), default=0)
     tops, lost, known, unknown = [], [], 0, 0
-    for number, (row, example) in enumerate(zip(rows, examples, strict=True), 1):
-        said = row.get("teacher_logprobs")
-        if not said:
-            raise CacheError(f"row {number} has no teacher_logprobs: make the data with `kdkernels generate --logprobs K`")
+    for number, (tokens, example) in enumerate(zip(said, examples, strict=True), 1):
         scored = [example.teacher_ids[u + 1] for u in example.teacher_scored]
-        own = [ids_of(token) for token in said]
         top = _empty(len(scored), width)
         tops.append(top)
-        if own[: len(scored)] != scored[: len(own)] or len(own) < len(scored) - 1:
-            lost.append(number)
+        told = _matching(tokens, scored, ids_of, scored[-1] in special)
+        if told is None:
+            lost.append(example.where or f"row {number}")
             continue
-        for i, token in enumerate(said[: len(scored)]):
-            found = {id: a["logprob"] for a in token["top_logprobs"] if (id := ids_of(a)) is not None and 0 <= id < len(tokenizer)}
-            known, unknown = known + len(found), unknown + len(token["top_logprobs"]) - len(found)
-            found.setdefault(scored[i], token["logprob"])
+        for i, token in enumerate(told):
+            others = token["top_logprobs"]
+            found = {id: a["logprob"] for a in others if (id := ids_of(a)) is not None and 0 <= id < len(tokenizer)}
+            known, unknown = known + len(found), unknown + len(others) - len(found)
+            if token["logprob"] is not None:
+                found.setdefault(scored[i], token["logprob"])
             _fill(top, i, found)
     if len(lost) > MOST_LOST * len(rows) or unknown > MOST_LOST * (known + unknown):
+        thoughts = sum(bool(row.get("reasoning")) for row in rows)
         raise CacheError(
             f"the server's tokens can't be mapped to ids: {len(lost)} of {len(rows)} responses are cut into other tokens by the tokenizer "
-            f"{f'(row {lost[0]} first) ' if lost else ''}and {unknown} of {known + unknown} alternatives have no token of their own. Give "
+            f"{f'({listed(lost)}) ' if lost else ''}and {unknown} of {known + unknown} alternatives have no token of their own. Give "
             "the teacher's own tokenizer, or a server that names ids (vLLM: return_tokens_as_token_ids)"
+            + (
+                f". {thoughts} rows have reasoning: its log-probabilities must be among the server's, written as by its template"
+                * (thoughts > 0)
+            )
         )
     check_tops(examples, tops)
     return tops, len(lost)
+
+
+def _said(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The tokens in a row's ``teacher_logprobs``, each with a list of alternatives.
+
+    Raises:
+        CacheError: there are none, or not in this form.
+    """
+    tokens = row.get("teacher_logprobs")
+    if not tokens:
+        raise CacheError(f"{name} has no teacher_logprobs: make the data with `kdkernels generate --logprobs K`")
+    if isinstance(tokens, Sequence) and all(map(_is_token, tokens)):
+        said = [{**token, "top_logprobs": token.get("top_logprobs") or []} for token in tokens]
+        if all(isinstance(token["top_logprobs"], Sequence) and all(map(_is_token, token["top_logprobs"])) for token in said):
+            return said
+    raise CacheError(
+        f"{name}, teacher_logprobs: a list is needed of objects with token (text), logprob and top_logprobs (a list of the same)"
+    )
+
+
+def _is_token(token: object) -> bool:
+    return (
+        isinstance(token, Mapping)
+        and isinstance(token.get("token"), str)
+        and (token.get("logprob", "") is None or (isinstance(token.get("logprob"), float | int) and abs(token["logprob"]) < 2**53))
+        and all(isinstance(byte, int) and 0 <= byte < 256 for byte in token.get("bytes") or ())
+    )
+
+
+def _matching(
+    said: Sequence[Mapping[str, Any]], scored: Sequence[int], ids_of: TokenIds, has_end: bool
+) -> Sequence[Mapping[str, Any]] | None:
+    """The server's tokens that are the scored ones, in order; None where they are others. Of a last one, the end token (``has_end``), the
+    server may say nothing, or what can't be told from other tokens."""
+    told = said[: len(scored)]
+    same = [id in ids_of.candidates(token) for token, id in zip(told, scored, strict=False)]
+    if all(same) and len(told) >= len(scored) - 1:
+        return told
+    return told[:-1] if has_end and len(said) == len(scored) and all(same[:-1]) else None
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of special tokens, those that end a turn among them."""
+    return {*tokenizer.all_special_ids, *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)}
+
+
+def silent_positions(examples: Sequence[Example], tops: Sequence[Top], tokenizer: Any) -> tuple[int, int]:
+    """Scored positions without any probability, and how many of them are ends: special tokens that end a response."""
+    special = special_ids(tokenizer)
+    silent = ends = 0
+    for example, (ids, _) in zip(examples, tops, strict=True):
+        none = np.flatnonzero((ids < 0).all(-1))
+        silent += len(none)
+        last = len(ids) - 1
+        ends += last in none and example.teacher_ids[example.teacher_scored[last] + 1] in special
+    return silent, ends
 
 
 def score(model: HTTPModel, examples: Sequence[Example], k: int, log: Path) -> list[Top]:
@@ -129,19 +214,17 @@ def score(model: HTTPModel, examples: Sequence[Example], k: int, log: Path) -> l
         request = digest([ids, scored, k, model.settings])
 
         def read(answer: dict[str, Any], scored: list[int] = scored, length: int = len(ids)) -> dict[str, Any]:
-            choice = answer["choices"][0]
-            said = choice.get("prompt_logprobs")
+            said = answer["choices"][0].get("prompt_logprobs")
             if said is None:
-                raise HTTPModelError("the server gives no prompt_logprobs: it takes vLLM, or another server that knows them")
+                raise NoLogprobs("the server gives no prompt_logprobs: it takes vLLM, or another server that knows them")
             if len(said) != length:
-                raise ValueError(f"{len(said)} prompt_logprobs for {length} tokens")
+                raise Unreadable(f"it has {len(said)} prompt_logprobs for {length} tokens")
             # The entry of token u + 1 is the distribution at position u.
-            kept = [{int(id): float(entry["logprob"]) for id, entry in said[u + 1].items()} for u in scored]
-            usage = answer.get("usage") or {}
-            counts = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-            return {"ids": [list(row) for row in kept], "prompt_logprobs": [list(row.values()) for row in kept], **counts}
+            kept = [{int(id): read_number(entry["logprob"]) for id, entry in (said[u + 1] or {}).items()} for u in scored]
+            kept = [{id: logprob for id, logprob in row.items() if logprob is not None and 0 <= id < 2**31} for row in kept]
+            return {"ids": [list(row) for row in kept], "prompt_logprobs": [list(row.values()) for row in kept], **counts_of(answer)}
 
-        jobs.append(Job(request, request, body, read))
+        jobs.append(Job(request, request, body, read, example.where or f"request {request!r}"))
     unique = {job.key: job for job in jobs}
     entries = {entry["key"]: entry for entry in model.run(list(unique.values()), log)}
     tops = []
