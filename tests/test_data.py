@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import templated
 import torch
 from training import TEMPLATE, WORDS, make_rows, make_tokenizer
 
 pytest.importorskip("transformers")
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kdkernels.data.agreement import check_templates, check_tokenizers
-from kdkernels.data.collator import Collator, pack
+from kdkernels.data.agreement import check_ids, check_templates, check_tokenizers
+from kdkernels.data.collator import Collator, pack, pad_id
 from kdkernels.data.example import Example
 from kdkernels.data.rows import DataError
 from kdkernels.data.tokenization import load_examples
@@ -151,15 +152,21 @@ def test_overlong_rows(tokenizer: Any) -> None:
     with pytest.warns(UserWarning, match=r"1 of 2 rows are over max_length=5 and left out; the longest has 6"):
         kept = load_examples(rows, tokenizer, max_length=5, overlong="drop")
     assert [texts(tokenizer, e)[0] for e in kept] == ["one"]
-    cut = load_examples(rows, tokenizer, max_length=4, overlong="truncate")
+    with pytest.warns(UserWarning, match=r"1 of 2 rows are over max_length=4: cut 1, by 2 tokens of their responses$"):
+        cut = load_examples(rows, tokenizer, max_length=4, overlong="truncate")
     assert texts(tokenizer, cut[0]) == ("one two", "one two", " three four")
-    with pytest.raises(DataError, match="row 1: the prompt alone fills max_length"):
-        load_examples(rows, tokenizer, max_length=2, overlong="truncate")
+    with pytest.warns(UserWarning, match=r"2 of 2 .*: cut 1, by 1 tokens of their responses, and left out 1 whose prompt alone fills it"):
+        (left,) = load_examples(rows, tokenizer, max_length=2, overlong="truncate")
+    assert texts(tokenizer, left) == ("one", "one", " two")
+    with pytest.raises(DataError, match="no row is left: all 1 are over max_length=2"):
+        load_examples(rows[:1], tokenizer, max_length=2, overlong="truncate")
     # The teacher's view counts as well.
     longer = [{**rows[1], "teacher_prompt": "one two three four"}]
     with pytest.raises(DataError, match="row 1: 6 tokens"):
         load_examples(longer, tokenizer, max_length=5)
-    assert texts(tokenizer, load_examples(longer, tokenizer, max_length=5, overlong="truncate")[0]) == ("one", "one two three four", " two")
+    with pytest.warns(UserWarning, match="cut 1, by 1 tokens"):
+        (shortened,) = load_examples(longer, tokenizer, max_length=5, overlong="truncate")
+    assert texts(tokenizer, shortened) == ("one", "one two three four", " two")
 
 
 def test_a_template_that_rewrites_the_response_is_refused() -> None:
@@ -304,3 +311,56 @@ def test_prompts_are_scored_on_request(tokenizer: Any) -> None:
     (other,) = load_examples([{"prompt": "one two", "response": " three", "teacher_prompt": "one"}], tokenizer)
     with pytest.raises(ValueError, match="kd_on_prompt=True scores prompts, but a row gives the teacher another prompt"):
         Collator(kd_on_prompt=True)([(other,)])
+
+
+def special_tokens(*tokens: str) -> Any:
+    return templated.tokenizer(tokens=["<|endoftext|>", "<pad>", "<bos>", *tokens])
+
+
+def test_special_and_added_tokens_must_be_the_same_too() -> None:
+    with pytest.raises(
+        DataError, match=r"differ: 2 of \d+ ids stand for different tokens, the first of them 3 \('<\|human\|>' and '<\|user"
+    ):
+        check_tokenizers(special_tokens("<|user|>", "<|bot|>"), special_tokens("<|human|>", "<|ai|>"))
+    with pytest.raises(DataError, match="2 of"):
+        check_tokenizers(special_tokens("<|user|>", "<|bot|>"), special_tokens("<|bot|>", "<|user|>"))
+    one, other = special_tokens(), special_tokens()
+    one.add_tokens(["<tool>", "<call>"])
+    other.add_tokens(["<tool>", "<answer>", "<more>"])
+    with pytest.raises(DataError, match="1 of"):
+        check_tokenizers(one, other)
+    check_tokenizers(special_tokens(), other)  # ids that only one of them has
+    moved = special_tokens()
+    moved.add_tokens(["<more>", "<tool>"])
+    with pytest.raises(DataError, match="ids stand for different tokens"):
+        check_tokenizers(one, moved)
+
+
+def test_added_tokens_that_take_the_spaces_around_them_split_texts_differently() -> None:
+    one, other = special_tokens(), special_tokens()
+    one.add_tokens([AddedToken("<tool>", lstrip=False, normalized=False)])
+    other.add_tokens([AddedToken("<tool>", lstrip=True, normalized=False)])
+    with pytest.raises(DataError, match="the ids are the same, but texts are split differently"):
+        check_tokenizers(one, other)
+
+
+def test_a_pad_token_that_no_model_has_is_not_used() -> None:
+    words = special_tokens()
+    size = len(words)
+    assert pad_id(words, size) == 1
+    words.add_special_tokens({"pad_token": "[PAD]"})
+    assert (pad_id(words, size), pad_id(words, size + 1), pad_id(words)) == (0, size, size)
+    words.pad_token = words.eos_token
+    assert pad_id(words, size) == words.eos_token_id
+
+
+def test_a_token_beyond_the_embeddings_is_named_with_its_row() -> None:
+    words = special_tokens()
+    size = len(words)
+    words.add_tokens(["<new>"])
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b", "teacher_prompt": "<new>"}]
+    examples = load_examples(rows, words)
+    check_ids(examples, words, size + 1)
+    check_ids(examples, words, None)
+    with pytest.raises(DataError, match=rf"row 2: token '<new>' \(id {size}\) is beyond the {size} embeddings of a model"):
+        check_ids(examples, words, size)

@@ -142,9 +142,11 @@ def view_of(batch: Mapping[str, Any], prefix: str = "") -> View:
     )  # fmt: skip
 
 
-def pad_id(tokenizer: Any) -> int:
-    """What fills positions without a token; which id it is makes no difference."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+def pad_id(tokenizer: Any, embeddings: int | None = None) -> int:
+    """The id that fills positions without a token. Which one makes no difference, so where the tokenizer's is beyond the ``embeddings`` of
+    the models (a pad token that was added to the tokenizer alone), it is 0."""
+    wanted = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+    return wanted if embeddings is None or wanted < embeddings else 0
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

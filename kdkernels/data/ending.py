@@ -4,7 +4,10 @@ from __future__ import annotations
 
 __all__ = ["ended"]
 
-WHOLE = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "complete", "completed", "finished"})
+WHOLE = frozenset({
+    "stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "complete", "completed", "finished",
+    "tool_calls", "tool_use", "function_call",
+})  # fmt: skip
 
 
 def ended(finish_reason: object) -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from .messages import Turn, read_turns
+from .values import as_json, broken_text, is_date, place_of
 
 __all__ = ["DataError", "Row", "RowSource", "places", "read_rows"]
 
@@ -38,8 +42,7 @@ class Row:
     def __init__(self, fields: Any, where: str) -> None:
         if not isinstance(fields, Mapping):
             raise DataError(f'{where}: an object is needed, such as {{"prompt": ..., "response": ...}}, not {type(fields).__name__}')
-        # Columns that other rows fill come as None out of Parquet.
-        self.fields = {str(name): value for name, value in fields.items() if value is not None}
+        self.fields: dict[str, Any] = as_json(fields)
         self.where = where
         self.date: datetime.date | None = None
         """What a chat template that writes the date writes; None for today."""
@@ -56,6 +59,26 @@ class Row:
             raise self.error(
                 name, "text is needed, and " + ("there is none" if name not in self else f"it is {json.dumps(value, default=str)[:60]}")
             )
+        return str(self.sound(name))
+
+    def sound(self, name: str) -> Any:
+        """The value of a field, once it is known that every text in it can be encoded, and that a column made no dates of text."""
+        value = self.fields.get(name)
+        if (dated := place_of(value, is_date, name)) is not None:
+            place, date = dated
+            raise self.error(
+                place,
+                f"it holds a {type(date).__name__} ({date}), which a column made of text: write the column as text again "
+                "(arguments of tool calls as JSON text)",
+            )
+        if (broken := place_of(value, broken_text, name)) is not None:
+            place, text = broken
+            at = next(i for i, letter in enumerate(text) if broken_text(letter))
+            raise self.error(
+                place,
+                f"character {at} of the text is half of a surrogate pair ({text[at]!a}), as of an emoji that was cut, which no tokenizer "
+                "takes: remove it, or leave the row out",
+            )
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -64,15 +87,8 @@ class Row:
             raise self.error(name, f"a number >= 0 is needed, and it is {json.dumps(value, default=str)[:60]}")
         return float(value)
 
-    def messages(self, name: str) -> list[dict[str, Any]]:
-        value = self.fields.get(name)
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise self.error(name, 'a list of {"role": ..., "content": ...} is needed')
-        for number, message in enumerate(value):
-            said = isinstance(message, Mapping) and (isinstance(message.get("content"), str) or bool(message.get("tool_calls")))
-            if not said or not isinstance(message.get("role"), str):
-                raise self.error(name, f"message {number} needs a role and a content, both text (or tool_calls in place of the content)")
-        return [{k: v for k, v in message.items() if v is not None} for message in value]
+    def messages(self, name: str) -> list[Turn]:
+        return read_turns(self.sound(name), partial(self.error, name))
 
 
 RowSource = str | Path | Iterable[str | Path | Mapping[str, Any]]
@@ -137,7 +153,44 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         with parquet.ParquetFile(path) as file:
+            decoders = {field.name: decoder for field in file.schema_arrow if (decoder := _decoder(field)) is not None}
             rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+            for number, row in enumerate(rows, 1):
+                where = f"{path}, row {number}"
+                try:
+                    row.update({name: decoder(row[name]) for name, decoder in decoders.items()})
+                except ValueError as error:
+                    raise DataError(f"{where}: a column of JSON ({', '.join(decoders)}) holds other text ({error})") from None
+                yield where, row
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not Parquet ({error})") from None
+
+
+Decoder = Callable[[Any], Any]
+JSON_TYPE = b"arrow.json"
+
+
+def _decoder(field: Any) -> Decoder | None:
+    """Reads what a Parquet column holds as JSON text (``datasets`` writes mixed values so) and its maps, at any depth; None if neither."""
+    import pyarrow
+
+    kind = field.type
+    named = (field.metadata or {}).get(b"ARROW:extension:name") == JSON_TYPE  # before pyarrow has a type for it
+    if named or getattr(kind, "extension_name", "") == JSON_TYPE.decode():
+        return _if_any(lambda value: json.loads(value))
+    if pyarrow.types.is_map(kind):
+        of_value = _decoder(kind.item_field) or (lambda value: value)
+        return _if_any(lambda pairs: {name: of_value(value) for name, value in pairs})
+    if pyarrow.types.is_struct(kind):
+        parts = {part.name: decoder for part in kind if (decoder := _decoder(part)) is not None}
+        if parts:
+            return _if_any(lambda value: {name: parts[name](part) if name in parts else part for name, part in value.items()})
+    elif hasattr(kind, "value_field"):  # of any list
+        of_element = _decoder(kind.value_field)
+        if of_element is not None:
+            return _if_any(lambda value: [of_element(part) for part in value])
+    return None
+
+
+def _if_any(decode: Decoder) -> Decoder:
+    return lambda value: None if value is None else decode(value)

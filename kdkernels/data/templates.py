@@ -1,12 +1,19 @@
-"""Chat templates, rendered for a fixed date: some write today's date into every prompt."""
+"""Chat templates: conversations as text, rendered for a fixed date, and how a template writes an assistant's turn."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
-__all__ = ["chat_text", "date_of", "writes_date"]
+from .encoding import added_ids
+from .messages import Turn, spellings
+
+__all__ = ["TemplateFacts", "chat_text", "date_of", "opens_thoughts", "template_facts", "writes_date"]
 
 _DATED = """\
 {%- macro strftime_now(format) -%}
@@ -40,20 +47,85 @@ def date_of(tokenizer: Any, date: str | datetime.date | None = None) -> datetime
     return date or datetime.date.today()
 
 
-def chat_text(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, prompt: bool = True, date: datetime.date | None = None, **fields: Any
-) -> str:
+@dataclass(frozen=True)
+class TemplateFacts:
+    """How a chat template writes the assistant's turn, measured on a conversation of two turns."""
+
+    end: int | None = None
+    """Id of the first special or added token after the content: where the turn ends. None if the template writes none."""
+    parts: bool = False
+    """True if contents must be lists of parts."""
+    reasoning: bool = False
+    """True if the template writes ``reasoning_content``."""
+
+
+ASKED, ANSWERED, THOUGHT = "kdkernels asks", "kdkernels answers", "kdkernels thinks"
+_MEASURED: WeakKeyDictionary[Any, tuple[Any, TemplateFacts]] = WeakKeyDictionary()
+
+
+def template_facts(tokenizer: Any) -> TemplateFacts:
+    """The facts of the tokenizer's chat template; measured again when the template or the tokens change."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return TemplateFacts()
+    state = str(template), len(tokenizer)
+    known = _MEASURED.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _MEASURED[tokenizer] = state, _measured(tokenizer)
+    return known[1]
+
+
+def _measured(tokenizer: Any) -> TemplateFacts:
+    asked, answer = {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}
+
+    def written(parts: bool, **more: str) -> str:
+        turns = next(spellings([asked, {**answer, **more}], parts))
+        try:
+            return _rendered(tokenizer, turns, prompt=False, date=None)
+        except Exception:  # a template may raise what it likes; then nothing is known of it
+            return ""
+
+    def whole(text: str) -> bool:
+        return ASKED in text and ANSWERED in text
+
+    parts = not whole(written(False)) and whole(written(True))
+    _, found, tail = written(parts).rpartition(ANSWERED)
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+    ends = added_ids(tokenizer)
+    return TemplateFacts(
+        end=next((id for id in ids if id in ends), None), parts=parts, reasoning=THOUGHT in written(parts, reasoning_content=THOUGHT)
+    )
+
+
+def opens_thoughts(prompt: str) -> int | None:
+    """Where the ``<think>`` begins that ends a prompt, as some templates have it; None for a prompt that does not open thoughts."""
+    found = re.search(r"<think>\s*\Z", prompt)
+    return None if found is None else found.start()
+
+
+def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt: bool = True, date: datetime.date | None = None, **fields: Any) -> str:
     """The conversation as the tokenizer's chat template writes it on ``date`` at midnight (default: today).
 
     Args:
         prompt: end where the assistant's turn begins.
         fields: further variables of the template, such as ``tools``.
     """
+    plain, *others = spellings(turns, template_facts(tokenizer).parts)
+    try:
+        return _rendered(tokenizer, plain, prompt, date, **fields)
+    except Exception:  # a template may raise what it likes
+        for spelled in others:
+            with suppress(Exception):  # the error about the plain spelling is the one to show
+                return _rendered(tokenizer, spelled, prompt, date, **fields)
+        raise
+
+
+def _rendered(tokenizer: Any, turns: list[Turn], prompt: bool, date: datetime.date | None, **fields: Any) -> str:
     day = date_of(tokenizer, date)
     if day is not None:
         fields["chat_template"] = _DATED + tokenizer.get_chat_template(tools=fields.get("tools"))
         fields["kdkernels_date"] = _written(day)
-    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **fields)
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **fields)
     return text
 
 

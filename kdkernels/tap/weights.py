@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from .patching import Replacement, is_partitioned, replaced, text_config, unwrap
 
-__all__ = ["HeadWeights", "UnsupportedHead", "gathered", "logit_columns", "output_head", "read_head", "sharded_like", "whole"]
+__all__ = [
+    "HeadWeights",
+    "UnsupportedHead",
+    "embedding_rows",
+    "gathered",
+    "logit_columns",
+    "output_head",
+    "read_head",
+    "sharded_like",
+    "whole",
+]
 
 
 T = TypeVar("T")
@@ -109,6 +119,23 @@ def output_head(model: nn.Module) -> nn.Module | None:
     find = getattr(unwrap(model), "get_output_embeddings", None)
     found = None if find is None else find()
     return found if isinstance(found, nn.Module) else None
+
+
+def embedding_rows(*models: nn.Module) -> int | None:
+    """Rows of the smallest input embeddings of the models; None if that can't be read off their weights."""
+    sizes = [_embedding_rows(model) for model in models]
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _embedding_rows(model: nn.Module) -> int | None:
+    try:
+        embeddings = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    weight = getattr(embeddings, "weight", None)
+    shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+    packed = len(shape) != 2 or shape[1] != getattr(embeddings, "embedding_dim", shape[1])  # several weights in one, as quantised ones are
+    return None if packed else int(shape[0])
 
 
 def logit_columns(model: nn.Module) -> int:

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.collator import left_padded, pad_id
-from ..data.templates import chat_text
+from ..data.encoding import TextEncoder
+from ..data.messages import read_turns
+from ..data.templates import chat_text, template_facts
+from ..tap.weights import embedding_rows
 from .reasoning import opens_thoughts, read_generated
 from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
 from .text import Reply, Request, Usage
@@ -129,9 +132,8 @@ class LocalModel:
 def prompt_ids(tokenizer: Any, messages: Sequence[Any], date: datetime.date | None = None) -> list[int]:
     """Token ids of a prompt that asks for the assistant's answer; a template that writes the date writes ``date``, by default today."""
     if getattr(tokenizer, "chat_template", None):
-        text = chat_text(tokenizer, [dict(m) for m in messages], date=date)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
+        return TextEncoder(tokenizer)(chat_text(tokenizer, read_turns(messages, ValueError), date=date), begin=False)
+    return TextEncoder(tokenizer)("\n".join(m["content"] for m in messages), begin=True)
 
 
 @dataclass
@@ -170,7 +172,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} of the batch has no tokens")
-    pad = pad_id(tokenizer)
+    pad = pad_id(tokenizer, embedding_rows(model))
     ids, mask = left_padded(prompts, pad)
     picks = _Picks(seeds, temperature, logprobs)
     config = GenerationConfig(
@@ -189,9 +191,10 @@ def generate(
 
 
 def ends(model: Any, tokenizer: Any) -> list[int]:
-    """What ends a text of the model: its own end tokens, and the tokenizer's."""
+    """Ids that end a text of the model: its own, the tokenizer's, and the one that ends the turns of its chat template."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return sorted({end for end in (*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id) if end is not None})
+    every = *([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id, template_facts(tokenizer).end
+    return sorted({end for end in every if end is not None})
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import losses
+from ..data.agreement import check_ids
 from ..data.collator import pack, with_prompt
 from ..data.example import Example
-from ..data.tokenization import length_limit, load_examples
+from ..data.tokenization import Tally, length_limit, load_examples
 from ..divergences import parse
 from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
 from ..tap.patching import text_config
-from ..tap.weights import logit_columns
+from ..tap.weights import embedding_rows, logit_columns
 from ..teachers.loading import load
 from .loading import cache_of, check_data, tokenizer_of
 from .settings import Settings
@@ -36,9 +37,11 @@ def plan(settings: Settings, console: Console) -> None:
     skeletons = [_skeleton(role, path) for role, path, _ in settings.models]
     cache = cache_of(settings, tokenizer) if settings.cache else None
     limit = length_limit(args.max_length, map(text_config, skeletons), args.packing)
+    tally = Tally()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong)
+        examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong, reasoning=args.reasoning, tally=tally)
+    check_ids(examples, tokenizer, embedding_rows(*skeletons))
     if args.kd_on_prompt:
         examples = list(map(with_prompt, examples))
     for (role, path, dtype), model in zip(settings.models, skeletons, strict=True):
@@ -50,8 +53,8 @@ def plan(settings: Settings, console: Console) -> None:
         )
     if cache is not None:
         console.print(f"teacher: cache {settings.cache} ({cache.kind}), {cache.vocab_size:,} tokens in the vocabulary")
-    for warning in said:
-        console.print(str(warning.message))
+    for sentence in [*(str(warning.message) for warning in said), *tally.of_reasoning()]:
+        console.print(sentence)
     rows = pack(examples, limit) if args.packing and limit else [(e,) for e in examples]
     scored, tokens = sum(len(e.student_scored) for e in examples), sum(len(e.student_ids) for e in examples)
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
+from ..data.forms import Reasoning
 from ..divergences import REGISTRY, parse, spelled
 from ..sides import check_number
 from ..validation import check_choices
@@ -71,6 +72,13 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     overlong: Overlong = field(
         default="error", metadata={"help": "Rows over max_length: refuse the data, leave them out, or cut the end of the response off."}
     )
+    reasoning: Reasoning = field(
+        default="learn",
+        metadata={
+            "help": "Reasoning of a row: learn it, as the chat template writes reasoning_content or else between <think> and </think>, or "
+            "drop it and learn the response alone."
+        },
+    )
     packing: bool = field(default=False, metadata={"help": "Several examples in a row of max_length; none attends to another."})
     vocab_size: int | None = field(
         default=None,
@@ -126,7 +134,12 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        for name, valid in (("overlong", Overlong), ("ensemble_mode", EnsembleMode), ("feature_loss", FeatureLoss)):
+        for name, valid in (
+            ("overlong", Overlong),
+            ("reasoning", Reasoning),
+            ("ensemble_mode", EnsembleMode),
+            ("feature_loss", FeatureLoss),
+        ):
             if getattr(self, name) not in get_args(valid):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(valid))}, got {getattr(self, name)!r}")
         for name in ("t_squared", "packing", "kd_on_prompt"):

@@ -20,7 +20,7 @@ from torch import nn
 from ..data.collator import Item, left_padded, pad_id
 from ..data.example import Example
 from ..tap.patching import is_sharded
-from ..tap.weights import logit_columns
+from ..tap.weights import embedding_rows, logit_columns
 from ..teachers.local import ends, writing
 
 __all__ = ["chosen", "rollouts"]
@@ -51,10 +51,11 @@ def rollouts(
     if full:  # the other ranks can't do without this one's shards
         prompts, room = [prompt[-1:] for prompt in prompts], 1
     device = next(model.parameters()).device
-    ids, mask = left_padded(prompts, pad_id(tokenizer))
+    pad = pad_id(tokenizer, embedding_rows(model))
+    ids, mask = left_padded(prompts, pad)
     seed = int.from_bytes(hashlib.sha256("/".join(map(str, place)).encode()).digest()[:8], "little") >> 1
     stops = ends(model, tokenizer)
-    config = _sampling(stops, pad_id(tokenizer), temperature, room, range(vocab_size or sys.maxsize, logit_columns(model)))
+    config = _sampling(stops, pad, temperature, room, range(vocab_size or sys.maxsize, logit_columns(model)))
     with torch.no_grad(), writing(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         written = model.generate(  # type: ignore[operator]

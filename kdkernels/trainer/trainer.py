@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..data.agreement import check_ids
 from ..data.collator import Collator, pack, pad_id
 from ..data.example import Example
 from ..data.templates import date_of
@@ -20,6 +21,7 @@ from ..memory import peak_bytes
 from ..tap.head import HeadTap
 from ..tap.packing import check_packing
 from ..tap.patching import text_config, unwrap
+from ..tap.weights import embedding_rows
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .arguments import DistillationArguments
@@ -76,6 +78,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.teacher, self.vocab_size = teacher_source(model, teacher, args, processing_class)
         live = self.teacher.models if isinstance(self.teacher, LiveTeacher) else []
         self.max_length = length_limit(args.max_length, map(text_config, [model, *live]), args.packing)
+        self._embeddings = embedding_rows(model, *live)
         features = FeatureTap(model, live[0], args.feature_layers, args.feature_loss) if args.feature_weight > 0 else None
         self.objective = Objective(
             HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse(args.divergence),
@@ -83,7 +86,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         )  # fmt: skip
         attention = str(getattr(unwrap(model).config, "_attn_implementation", ""))
         collator = Collator(
-            pad_id=pad_id(processing_class),
+            pad_id=pad_id(processing_class, self._embeddings),
             packed=args.packing,
             flat=args.packing and "flash" in attention,
             kd_on_prompt=args.kd_on_prompt,
@@ -93,6 +96,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             limit=self.max_length,
         )
         self.tokenizer, self._overlong, self._packing = processing_class, args.overlong, args.packing
+        self._reasoning = args.reasoning
         day = date_of(processing_class, args.template_date or getattr(self.teacher, "date", None))
         self._date = args.template_date = (
             None if day is None else day.isoformat()
@@ -121,7 +125,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if self.max_length is not None and (most := max(map(len, examples))) > self.max_length:
                 raise ValueError(f"an example has {most} tokens, more than max_length={self.max_length}: leave it out or shorten it")
         else:
-            examples = load_examples(source, self.tokenizer, max_length=self.max_length, overlong=self._overlong, date=self._date)
+            examples = load_examples(
+                source, self.tokenizer, max_length=self.max_length, overlong=self._overlong, date=self._date, reasoning=self._reasoning
+            )
+        check_ids(examples, self.tokenizer, self._embeddings)
         check_kept(self.teacher, examples, self.max_length)
         if self._packing:
             assert self.max_length is not None
