@@ -87,11 +87,13 @@ def test_a_cache_of_version_1_that_was_cut_short_is_finished_as_it_was_begun(tmp
     shutil.copytree(OLD / kind, out)
     whole = bytes_of(out)
     dataclasses.replace(Manifest.read(out), shards=(), head=None, complete=False).write(out)
+    for made in whole.keys() - {"manifest.json"}:
+        (out / made).unlink()
     old = Manifest.read(out).identity
     identity = dataclasses.replace(old, **identity_of_tokenizer(words))
     teacher = LiveTeacher(make_model(8, 1, len(words), 0, initializer_range=0.3))
     write_cache(teacher, load_examples(OLD / "rows.jsonl", words), out, identity, hidden_size=8)
-    assert bytes_of(out).keys() == whole.keys()
+    assert whole.keys() <= bytes_of(out).keys()
     assert json.loads(bytes_of(out)["manifest.json"])["version"] == 1
     assert Manifest.read(out).examples == json.loads(whole["manifest.json"])["examples"], "the keys are salted as they were"
 

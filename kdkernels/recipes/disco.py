@@ -5,15 +5,17 @@ l', and a perturbation x' of x with label l is kept if a model of the task sees 
 
     D = p(l' | x') - p(l' | x) > 1/2
 
-Here p is the share of a judge's votes. Rows: ``text`` (what is perturbed), ``context`` (what is not, such as a hypothesis; optional),
-``label``. Left out: spans from a constituency parser (seeded spans between a quarter and a half of the words here), and the insertion mode
-of the paper's completion model.
+Here p is the share of a judge's votes that name a label. Where half of the votes or more name none, the pair is dropped. Rows: ``text``
+(what is perturbed), ``context`` (what is not, such as a hypothesis; optional), ``label``. Left out: spans from a constituency parser
+(seeded spans between a quarter and a half of the words here), and the insertion mode of the paper's completion model.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,18 @@ from pathlib import Path
 from ..teachers.text import TextModel
 from .rows import Item, RecipeError, Row, Sampling, Tally, ask, cut_short, fingerprint, keyed, read_jsonl, student_row
 
-__all__ = ["BLANK", "Counterfactual", "blanked", "counterfactuals", "fill_prompt", "judge_prompt", "read_texts", "rows", "vote"]
+__all__ = [
+    "BLANK",
+    "Counterfactual",
+    "at_chance",
+    "blanked",
+    "counterfactuals",
+    "fill_prompt",
+    "judge_prompt",
+    "read_texts",
+    "rows",
+    "vote",
+]
 
 BLANK = "____"
 
@@ -133,25 +146,45 @@ def counterfactuals(
                 texts.append(text)
         candidates += [(item, label, text) for text in texts]
 
-    def shares(texts: Sequence[tuple[Item, str]]) -> list[list[str | None]]:
+    def votes(texts: Sequence[tuple[Item, str]]) -> list[list[str]]:
+        """For each text the labels that the judge names, one for each vote; [] where at most half of the votes name one."""
         distinct = {(item.key, text): item for item, text in texts}
         questions = [
             (f"{key}/{fingerprint(text)}", [_user(judge_prompt(text, context(item), labels))]) for (key, text), item in distinct.items()
         ]
-        replies = dict(zip(distinct, ask(judge, folder / "judge.jsonl", questions, judging), strict=True))
-        return [[vote(reply.text, labels) for reply in replies[item.key, text]] for item, text in texts]
+        asked = ask(judge, folder / "judge.jsonl", questions, judging, replaceable=True)
+        named = {
+            place: [label for reply in replies if (label := vote(reply.text, labels)) is not None]
+            for place, replies in zip(distinct, asked, strict=True)
+        }
+        return [found if 2 * len(found := named[item.key, text]) > judging.samples else [] for item, text in texts]
 
-    before = shares([(item, item.text("text")) for item, _, _ in candidates])
-    after = shares([(item, text) for item, _, text in candidates])
+    originals = [item for item in items if any(item is candidate for candidate, _, _ in candidates)]
+    before = dict(zip((item.key for item in originals), votes([(i, i.text("text")) for i in originals]), strict=True))
+    tally.judged = len(originals)
+    tally.agreed = sum(bool(before[i.key]) and Counter(before[i.key]).most_common(1)[0][0] == i.text("label") for i in originals)
+    usable = [(n, *candidate) for n, candidate in enumerate(candidates) if before[candidate[0].key]]
+    after = votes([(item, text) for _, item, _, text in usable])
     kept: list[Counterfactual] = []
-    for n, (item, label, text) in enumerate(candidates):
-        shift = (after[n].count(label) - before[n].count(label)) / judging.samples
+    for _ in range(len(candidates) - len(usable)):
+        tally.drop("the judge names no label for the original text")
+    for (n, item, label, text), named in zip(usable, after, strict=True):
+        if not named:
+            tally.drop("the judge names no label for the new text")
+            continue
+        shift = named.count(label) / len(named) - before[item.key].count(label) / len(before[item.key])
         if shift > threshold:
             kept.append(Counterfactual(item, text, label, shift, n))
         else:
             tally.drop(f"label moved by {threshold:g} or less")
     tally.kept = len(kept)
     return kept, tally
+
+
+def at_chance(tally: Tally, labels: Sequence[str]) -> bool:
+    """True if the judge agrees with the given labels no more than guesses would: within two standard deviations of ``1 / len(labels)``."""
+    chance, n = 1 / len(labels), tally.judged
+    return tally.agreed < n and tally.agreed <= n * chance + 2 * math.sqrt(n * chance * (1 - chance))
 
 
 def rows(items: Sequence[Item], found: Sequence[Counterfactual], labels: Sequence[str], *, chat: bool = True) -> list[Row]:

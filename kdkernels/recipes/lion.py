@@ -134,30 +134,40 @@ def discriminate(
     rating: Sampling,
     threshold: float = 1.0,
 ) -> tuple[list[Judged], Tally]:
-    """Rates both models' answers in both orders; written to ``judged.jsonl``. An instruction that an order has no two ratings for is
-    dropped."""
+    """Rate both models' answers in both orders; written to ``judged.jsonl``.
+
+    Dropped are instructions that the teacher gives no usable answer to, which are not rated, and those without two ratings in each order.
+    """
     folder = folder_of(out, number)
     asked = [(_item(i).key, _item(i).messages) for i in cache]
-    ours = [replies[0].text.strip() for replies in ask(teacher, out / "teacher.jsonl", asked, answering)]
-    theirs = [replies[0].text.strip() for replies in ask(student, folder / "student.jsonl", asked, answering)]
+    tally, usable = Tally(rows=len(cache), candidates=len(cache)), []
+    for instruction, prompt, (reply,) in zip(cache, asked, ask(teacher, out / "teacher.jsonl", asked, answering), strict=True):
+        if reason := cut_short(reply) or (None if reply.text.strip() else "empty"):
+            tally.drop(f"the teacher's answer is {reason}")
+        else:
+            usable.append((instruction, prompt, reply.text.strip()))
+    theirs = [reply.text.strip() for (reply,) in ask(student, folder / "student.jsonl", [prompt for _, prompt, _ in usable], answering)]
     prompts = []
-    for (key, _), instruction, a, b in zip(asked, cache, ours, theirs, strict=True):
+    for (instruction, (key, _), ours), answer in zip(usable, theirs, strict=True):
         prompts += [
-            (f"{key}/teacher first", [_user(referee_prompt(instruction, a, b))]),
-            (f"{key}/student first", [_user(referee_prompt(instruction, b, a))]),
+            (f"{key}/teacher first", [_user(referee_prompt(instruction, ours, answer))]),
+            (f"{key}/student first", [_user(referee_prompt(instruction, answer, ours))]),
         ]
-    replies = ask(referee, folder / "referee.jsonl", prompts, rating)
-    tally, judged = Tally(rows=len(cache), candidates=len(cache)), []
-    for n, instruction in enumerate(cache):
+    replies = ask(referee, folder / "referee.jsonl", prompts, rating, replaceable=True)
+    judged = []
+    for n, (instruction, _, _) in enumerate(usable):
         first, second = ratings(replies[2 * n][0].text), ratings(replies[2 * n + 1][0].text)
         if first is None or second is None:
             tally.drop("no two ratings by the referee")
         else:
             judged.append(Judged(instruction, (first[0] + second[1]) / 2, (first[1] + second[0]) / 2, threshold))
     tally.kept = len(judged)
+    if not judged and not usable:
+        raise RecipeError(f"round {number}: the teacher gave no usable answer to {len(cache)} instructions ({dict(tally.dropped)})")
     if not judged:
         raise RecipeError(
-            f"round {number}: the referee gave no two ratings for any of {len(cache)} instructions; see {folder / 'referee.jsonl'}"
+            f"round {number}: the referee gave no two ratings for any of {len(usable)} instructions; see {folder}/referee*.jsonl. Give "
+            "another --referee or --referee-url: the same command goes on in this folder"
         )
     rows = [{"instruction": j.instruction, "teacher": j.teacher, "student": j.student, "difficulty": j.difficulty} for j in judged]
     write_jsonl(folder / "judged.jsonl", rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +15,12 @@ from ..data.ending import ended
 from ..data.rows import Row as Fields
 from ..data.rows import read_rows
 from ..files import Lines, digest
+from ..teachers.replies import OtherRequest
 from ..teachers.text import REFUSED, Reply, Request, TextModel
 
 __all__ = [
     "Item", "Message", "RecipeError", "Row", "Sampling", "Tally", "ask", "cut_short", "extended", "fingerprint", "keyed", "once",
-    "read_items", "read_jsonl", "student_row",
+    "once_each",    "read_items", "read_jsonl", "student_row",
 ]  # fmt: skip
 
 Message = Mapping[str, str]
@@ -87,6 +90,10 @@ class Tally:
     candidates: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    agreed: int = 0
+    """Given labels that a judge names too."""
+    judged: int = 0
+    """Given labels that a judge was asked about."""
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] += 1
@@ -165,10 +172,15 @@ def extended(messages: Sequence[Message], prompt: str) -> tuple[Message, ...]:
     return (*messages[:-1], {"role": "user", "content": prompt})
 
 
-def ask(model: TextModel, log: Path, prompts: Sequence[tuple[str, Sequence[Message]]], sampling: Sampling) -> list[list[Reply]]:
+def ask(
+    model: TextModel, log: Path, prompts: Sequence[tuple[str, Sequence[Message]]], sampling: Sampling, *, replaceable: bool = False
+) -> list[list[Reply]]:
     """Replies to each ``(key, messages)``, ``sampling.samples`` of them; what ``log`` holds is not asked again.
 
     The key of a request holds a hash of all that is asked, so a log never answers another question than it was asked.
+
+    Args:
+        replaceable: where ``log`` holds another model's replies, keep this one's in a log beside it (``judge-2.jsonl``), with a warning.
     """
     requests = [
         Request(
@@ -181,13 +193,26 @@ def ask(model: TextModel, log: Path, prompts: Sequence[tuple[str, Sequence[Messa
     if not requests:
         return []
     log.parent.mkdir(parents=True, exist_ok=True)
-    replies = model.complete(requests, log)
+    replies = _complete(model, requests, log) if replaceable else model.complete(requests, log)
     return [list(replies[i : i + sampling.samples]) for i in range(0, len(replies), sampling.samples)]
 
 
+def _complete(model: TextModel, requests: Sequence[Request], log: Path, number: int = 1) -> list[Reply]:
+    """The replies of ``model``, from the first of ``log`` and its successors that holds no other model's."""
+    path = log if number == 1 else log.with_stem(f"{log.stem}-{number}")
+    try:
+        return list(model.complete(requests, path))
+    except OtherRequest:
+        following = log.with_stem(f"{log.stem}-{number + 1}")
+    warnings.warn(f"{path.name} holds replies of another model or seed: those of this one are in {following.name}", stacklevel=3)
+    return _complete(model, requests, log, number + 1)
+
+
 def cut_short(reply: Reply) -> str | None:
-    """Why a reply is dropped that did not end by itself; None for one that did, or that stands for a refusal."""
-    if ended(reply.finish_reason) or reply.finish_reason == REFUSED:
+    """Why a reply is dropped that did not end by itself; None for one that did."""
+    if reply.finish_reason == REFUSED:
+        return "refused by the server"
+    if ended(reply.finish_reason):
         return None
     return "cut off at max_tokens" if reply.finish_reason == "length" else f"cut off (finish_reason {reply.finish_reason[:60]})"
 
@@ -199,22 +224,38 @@ def once(
     batch: int = 1,
     report: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
-    """A text for each key: ``make(keys)`` gives those of at most ``batch`` keys, which ``log`` (JSONL) then holds and which are not made
-    again. ``report`` is told how many are there, as they come.
+    """As ``once_each``, for text alone."""
+    return [str(made["text"]) for made in once_each(log, keys, lambda some: [{"text": text} for text in make(some)], batch, report)]
+
+
+def once_each(
+    log: Path,
+    keys: Sequence[str],
+    make: Callable[[list[str]], list[dict[str, Any]]],
+    batch: int = 1,
+    report: Callable[[int], object] = lambda count: None,
+) -> list[dict[str, Any]]:
+    """An object with ``text`` for each key: ``make(keys)`` gives those of at most ``batch`` keys, which ``log`` (JSONL) then holds and
+    which are not made again. ``report`` is called with how many are there, as they come.
 
     A last line cut short by a kill is made again.
     """
-    with Lines(log) as lines:
-        known = {str(line.get("key")): str(line.get("text", "")) for line in lines}
+    with Lines(log, _is_text) as lines:
+        known = {str(line.get("key")): {"text": "", **line} for line in lines}
         missing = [key for key in keys if key not in known]
         report(len(keys) - len(missing))
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
-            for key, text in zip(some, make(some), strict=True):
-                known[key] = text
-                lines.append({"key": key, "text": text})
+            for key, made in zip(some, make(some), strict=True):
+                known[key] = made
+                lines.append({"key": key, **made})
             report(len(some))
     return [known[key] for key in keys]
+
+
+def _is_text(line: Mapping[str, Any]) -> bool:
+    """Report whether a line is of ``once_each``, in a log of a version that wrote no markers."""
+    return set(line) == {"key", "text"} and re.fullmatch(r".+/[0-9a-f]{12}", str(line["key"])) is not None
 
 
 def fingerprint(value: Any) -> str:

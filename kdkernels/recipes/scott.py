@@ -30,9 +30,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..data.templates import chat_text
 from ..teachers.cache.manifest import identity_of_model
 from ..teachers.local import ends, writing
+from ..teachers.text import Reply
 from . import answers
 from .chain_of_thought import worked
-from .rows import Item, RecipeError, Row, extended, fingerprint, once, student_row
+from .rows import Item, RecipeError, Row, cut_short, extended, fingerprint, once_each, student_row
 
 __all__ = ["Contrast", "Explainer", "counterfactual_rows", "explain_prompt", "factual_rows", "wrong_answers"]
 
@@ -155,17 +156,29 @@ class Explainer:
         """A rationale for each item that supports the answer ``given`` rather than the ``contrasted`` one ("" for none); "" if it is not
         done within ``max_tokens``.
 
-        What ``log`` holds is not made again; ``report`` is told how many there are, as they come.
+        What ``log`` holds is not made again; ``report`` is called with how many there are, as they come.
         """
+        return [reply.text if cut_short(reply) is None else "" for reply in self.replies(items, given, contrasted, log, report)]
+
+    def replies(
+        self,
+        items: Sequence[Item],
+        given: Sequence[str],
+        contrasted: Sequence[str],
+        log: Path,
+        report: Callable[[int], object] = lambda count: None,
+    ) -> list[Reply]:
+        """As a call, with the reason that each rationale ended for; the text of one that was cut off is empty."""
         settings = [self.strength, self.max_tokens, self.name]
         views = {
             f"{item.key}/{fingerprint([list(map(dict, item.messages)), a, b, *settings])}": (item, a, b)
             for item, a, b in zip(items, given, contrasted, strict=True)
         }
-        return once(log, list(views), lambda some: self._explain([views[key] for key in some]), self.batch, report)
+        made = once_each(log, list(views), lambda some: self._explain([views[key] for key in some]), self.batch, report)
+        return [Reply(key, str(one["text"]), str(one.get("finish_reason", "stop"))) for key, one in zip(views, made, strict=True)]
 
     @torch.no_grad()
-    def _explain(self, views: Sequence[tuple[Item, str, str]]) -> list[str]:
+    def _explain(self, views: Sequence[tuple[Item, str, str]]) -> list[dict[str, Any]]:
         tokenizer = self.tokenizer
         own = self._encoded([(item, a) for item, a, _ in views])
         other = self._encoded([(item, b) for item, _, b in views])
@@ -179,7 +192,8 @@ class Explainer:
             )  # fmt: skip
         new = ids[:, length:]
         whole = torch.isin(new, torch.tensor(stops, device=new.device)).any(-1).tolist()
-        return [text.strip() if w else "" for text, w in zip(tokenizer.batch_decode(new, skip_special_tokens=True), whole, strict=True)]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [{"text": text.strip()} if w else {"text": "", "finish_reason": "length"} for text, w in zip(texts, whole, strict=True)]
 
     def _encoded(self, asked: Sequence[tuple[Item, str]]) -> dict[str, Tensor]:
         texts = []

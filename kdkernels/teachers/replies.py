@@ -16,11 +16,15 @@ from ..files import FileError, Lines, digest
 from .reasoning import of_entry
 from .text import Reply, Request
 
-__all__ = ["ReplyLog", "check_requests", "check_text", "fingerprint", "is_unmarked_log", "reply_of", "seed_of"]
+__all__ = ["OtherRequest", "ReplyLog", "check_requests", "check_text", "fingerprint", "is_unmarked_log", "reply_of", "seed_of"]
 
 HALF = re.compile("[\ud800-\udfff]")
 SYNC_SECONDS = 1.0
 """A killed process loses no reply; a power cut at most those of this long."""
+
+
+class OtherRequest(FileError):
+    """A log that holds the reply to another request under the key of this one: of another model, prompt or setting."""
 
 
 class ReplyLog:
@@ -58,11 +62,11 @@ class ReplyLog:
             request: hash of all that decides the reply.
 
         Raises:
-            FileError: an entry of another request.
+            OtherRequest: an entry of another request.
         """
         entry = self._entries.get(key)
         if entry is not None and entry["request"] != request:
-            raise FileError(
+            raise OtherRequest(
                 f"{self._path.name} holds a reply for {key!r} to another request: the model, the prompt or a setting has changed. "
                 "Give another file, or the settings that it was begun with"
             )

@@ -9,7 +9,7 @@ import typer
 
 from ...options import grouped
 from ...terminal import failing
-from .shared import KeyVariable, MaxTokens, Out, Plain, Seed, Teacher, Temperature, finish, sampling, writing
+from .shared import KeyVariable, MaxTokens, Out, Plain, Seed, Teacher, Temperature, finish, report_judge, sampling, writing
 
 __all__ = ["register"]
 
@@ -54,4 +54,5 @@ def disco(
         found, tally = recipe.counterfactuals(
             items, names, asked, judges, out, seed=seed, threshold=threshold, filling=filling, judging=judging
         )  # fmt: skip
+        report_judge(tally, recipe.at_chance(tally, names))
         finish(recipe.rows(items, found, names, chat=not plain), tally, output, teacher=asked, judge=judges)

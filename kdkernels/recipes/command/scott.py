@@ -45,7 +45,7 @@ def scott(
     with failing(), writing(files.out, "scott", data=files.data) as output:
         from .. import scott as recipe
         from ..chain_of_thought import balance
-        from ..rows import RecipeError, Tally, read_items
+        from ..rows import RecipeError, Tally, cut_short, read_items
 
         if max_tokens < 1 or batch < 1 or not 0 <= counterfactual_weight < float("inf"):
             raise RecipeError("--max-tokens and --batch must be at least 1, --counterfactual-weight finite and >= 0")
@@ -56,18 +56,22 @@ def scott(
 
         asked = recipe.Explainer.load(folder(teacher, "teacher"), device_of(device), strength=strength, max_tokens=max_tokens, batch=batch)
 
+        tally = Tally(len(items), 2 * len(items))
+
         def explained(given: Sequence[str], other: Sequence[str], name: str) -> list[str]:
             contrasted = other if against is Against.wrong else [""] * len(items)
             with progress(console(), f"rationales in {name}") as (start, advance, _):
                 start(len(items))
-                return asked(items, given, contrasted, files.out / name, report=advance)
+                replies = asked.replies(items, given, contrasted, files.out / name, report=advance)
+            for reply in replies:
+                if reason := cut_short(reply) or (None if reply.text else "empty"):
+                    tally.drop(reason)
+            return [reply.text for reply in replies]
 
         factual = recipe.factual_rows(items, explained(right, wrong, "factual.jsonl"), chat=not files.plain)
         counterfactual = recipe.counterfactual_rows(items, wrong, explained(wrong, right, "counterfactual.jsonl"), chat=not files.plain)
         rows = factual + counterfactual
-        tally = Tally(len(items), 2 * len(items), len(rows))
-        if tally.candidates > tally.kept:
-            tally.dropped["empty or cut off at max_tokens"] = tally.candidates - tally.kept
+        tally.kept = len(rows)
         if factual and counterfactual:
             rows = balance(rows, {"factual": 1.0, "counterfactual": counterfactual_weight}, lengths(rows, student))
         finish(rows, tally, output)

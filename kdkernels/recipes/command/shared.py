@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswerKind", "KeyVariable", "Kind", "MaxTokens", "Plain", "Prompt", "Rows", "Samples", "Seed", "Student", "Teacher", "Temperature",
-    "finish", "folder", "lengths", "reasons", "report", "report_usage", "sampling", "writing",
+    "finish", "folder", "lengths", "reasons", "report", "report_judge", "report_usage", "sampling", "writing",
 ]  # fmt: skip
 
 ROWS = "rows.jsonl"
@@ -172,10 +172,37 @@ def finish(rows: Sequence[Row], tally: Tally, output: Output, **asked: Watched) 
     path = output.folder / ROWS
     if not rows or not tally.kept:
         report_usage(**asked)
-        raise RecipeError(f"nothing was kept of {tally.candidates} candidates ({reasons(tally)}): {path} is not written")
+        options = ", ".join(dict.fromkeys(option for reason in tally.dropped if (option := option_of(reason))))
+        raise RecipeError(
+            f"nothing was kept of {tally.candidates} candidates ({reasons(tally)}): {path} is not written"
+            + (f". Options that change it: {options}" if options else "")
+        )
     output.write_rows(ROWS, rows)
     report(tally, f"{len(rows)} rows in {path}")
     report_usage(**asked)
+
+
+OPTIONS = {
+    "cut off at max_tokens": "--max-tokens",
+    "refused by the server": "--skip-refused",
+    "no final answer": "--instruction, --kind",
+    "wrong final answer": "--samples, --kind",
+    "more than": "--most",
+    "the same": "--temperature",
+    "not the closest": "--closest",
+    "label moved by": "--threshold",
+    "the judge names no label": "--judge",
+    "no two ratings": "--referee",
+    "ROUGE-L above": "--rouge",
+    "more than were wanted": "--count",
+}
+"""The options that change how many candidates are dropped, by a part of the reason."""
+
+
+def option_of(reason: str) -> str:
+    """The option that changes how many are dropped for this reason; "" where there is none."""
+    known = [part for part in OPTIONS if part in reason]
+    return OPTIONS[max(known, key=len)] if known else ""
 
 
 def reasons(tally: Tally) -> str:
@@ -185,13 +212,24 @@ def reasons(tally: Tally) -> str:
 def report(tally: Tally, title: str) -> None:
     from rich.table import Table
 
-    table = Table("what", "number")
-    counts: Mapping[str, int] = {"rows read": tally.rows, "candidates": tally.candidates, "kept": tally.kept}
-    for what, number in {**counts, **{f"dropped: {reason}": n for reason, n in tally.dropped.most_common()}}.items():
-        table.add_row(what, f"{number:,}")
+    table = Table("what", "number", "changed by")
+    for what, number in (("rows read", tally.rows), ("candidates", tally.candidates), ("kept", tally.kept)):
+        table.add_row(what, f"{number:,}", "")
+    for reason, number in tally.dropped.most_common():
+        table.add_row(f"dropped: {reason}", f"{number:,}", option_of(reason))
     where = console()
     where.print(title, soft_wrap=True)
     where.print(table)
+
+
+def report_judge(tally: Tally, at_chance: bool) -> None:
+    """Print how often the judge agrees with the given labels, and a warning where guesses would."""
+    if not tally.judged:
+        return
+    where = console()
+    where.print(f"The judge names {tally.agreed:,} of {tally.judged:,} given labels ({tally.agreed / tally.judged:.0%}).")
+    if at_chance:
+        where.print("Warning: guesses would agree as often. Take another --judge, or look at the labels of the data.", style="bold")
 
 
 def report_usage(**asked: Watched) -> None:

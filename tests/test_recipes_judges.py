@@ -1,0 +1,218 @@
+"""Judges and referees: one that says nothing counts for nothing, agreement is reported, and a failed one can be replaced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from scripted import Scripted, last
+from typer.testing import CliRunner
+
+from kdkernels import cli
+
+pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
+
+from kdkernels.recipes import disco, lion
+from kdkernels.recipes.command.shared import Teacher, option_of
+from kdkernels.recipes.rows import Item, RecipeError, Sampling, Tally, ask, cut_short, once_each, read_jsonl
+from kdkernels.teachers.local import LocalModel
+from kdkernels.teachers.text import REFUSED, Reply, Request
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+LABELS = ["good", "bad"]
+
+
+def texts(count: int, label: str = "good") -> list[Item]:
+    return [
+        Item(f"k{n}", ({"role": "user", "content": ""},), None, {"text": f"film {n} was fine", "label": label}, f"row {n}")
+        for n in range(count)
+    ]
+
+
+def judged_text(request: Request) -> str:
+    return last(request).split("\n")[0].removeprefix("Text: ")
+
+
+def run(
+    judge: Callable[[Request], str], tmp_path: Path, votes: int = 1, count: int = 1
+) -> tuple[list[disco.Counterfactual], Tally, Scripted]:
+    model = Scripted(judge)
+    found, tally = disco.counterfactuals(
+        texts(count), LABELS, Scripted(lambda _: "NEW words"), model, tmp_path,
+        filling=Sampling(), judging=Sampling(temperature=1.0 if votes > 1 else 0.0, samples=votes),
+    )  # fmt: skip
+    return found, tally, model
+
+
+# A judge that names no label
+
+
+def test_a_judge_that_says_nothing_of_the_original_keeps_no_pair_and_is_asked_no_more(tmp_path: Path) -> None:
+    found, tally, model = run(lambda request: "bad" if "NEW" in judged_text(request) else "I cannot say", tmp_path)
+    assert (found, tally.dropped) == ([], {"the judge names no label for the original text": 1})
+    assert len(model.asked) == 1, "only what can be used is judged"
+
+
+def test_a_judge_that_says_nothing_of_the_new_text_is_counted_apart(tmp_path: Path) -> None:
+    found, tally, _ = run(lambda request: "hm" if "NEW" in judged_text(request) else "good", tmp_path)
+    assert (found, tally.dropped) == ([], {"the judge names no label for the new text": 1})
+
+
+@pytest.mark.parametrize(
+    ("named", "kept"),
+    [(["bad", "bad", "bad"], 1), (["bad", "bad", "?"], 1), (["bad", "?", "?"], 0), (["bad", "good", "?"], 0), (["?", "?", "?"], 0)],
+)
+def test_shares_are_of_the_votes_that_name_a_label_if_most_do(tmp_path: Path, named: list[str], kept: int) -> None:
+    def judge(request: Request) -> str:
+        return named[int(request.key.split("/")[-2])] if "NEW" in judged_text(request) else "good"
+
+    found, tally, _ = run(judge, tmp_path, votes=3)
+    assert len(found) == kept
+    assert tally.candidates == tally.kept + sum(tally.dropped.values())
+
+
+# Agreement
+
+
+def test_agreement_with_the_given_labels_is_counted(tmp_path: Path) -> None:
+    def judge(request: Request) -> str:
+        return "bad" if "NEW" in judged_text(request) else {"1": "bad", "2": "hm"}.get(judged_text(request).split()[1], "good")
+
+    _, tally, _ = run(judge, tmp_path, count=6)
+    assert (tally.agreed, tally.judged) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("agreed", "judged", "warns"), [(20, 40, True), (40, 40, False), (4, 4, False), (2, 4, True), (0, 3, True), (36, 40, False)]
+)
+def test_agreement_at_chance_is_known(agreed: int, judged: int, warns: bool) -> None:
+    assert disco.at_chance(Tally(agreed=agreed, judged=judged), LABELS) == warns
+
+
+@pytest.mark.parametrize(("answer", "warns"), [("good", False), ("bad", True)])
+def test_the_command_reports_agreement_and_warns_at_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, warns: bool
+) -> None:
+    def reply(request: Request) -> str:
+        if "Fill the blank" in last(request):
+            return "NEW"
+        return "bad" if "NEW" in judged_text(request) else answer
+
+    monkeypatch.setattr(Teacher, "_load", lambda *_: Scripted(reply))
+    data = tiny.write(tmp_path / "d.jsonl", [{"text": f"film {n} was fine", "label": "good"} for n in range(8)])
+    result = runner.invoke(
+        cli.app, ["recipe", "disco", "--data", str(data), "--labels", "good,bad", "--out", str(tmp_path / "out"), "--teacher", "t"]
+    )
+    output = " ".join(result.output.split())
+    assert f"The judge names {0 if warns else 8} of 8 given labels ({'0' if warns else '100'}%)" in output
+    assert ("guesses would agree as often" in output) == warns
+    assert "--threshold" in output or not warns, "the reason of a drop, with its option"
+
+
+# Replacing one
+
+
+def test_a_failed_referee_is_replaced_in_the_same_folder(tmp_path: Path) -> None:
+    """With real logs, which know the model that answered."""
+    seeds = [f"Describe thing number {n}" for n in range(3)]
+    teacher, student = Scripted(lambda _: "A good answer."), Scripted(lambda _: "poor")
+
+    class Referee(LocalModel):
+        def __init__(self, name: str, said: str) -> None:
+            super().__init__(tiny.model(312), tiny.tokenizer(), name=name)
+            self.said, self.count = said, 0
+
+        def _generate(self, batch: Any) -> Any:
+            self.count += len(batch)
+            replies = super()._generate(batch)
+            for reply in replies:
+                reply.text = self.said
+            return replies
+
+    def judge(referee: Any) -> list[lion.Judged]:
+        return lion.discriminate(seeds, teacher, student, referee, tmp_path, 0, answering=Sampling(), rating=Sampling(4))[0]
+
+    failed, better = Referee("failed", "no idea"), Referee("better", "8 4")
+    with pytest.raises(RecipeError, match="another --referee or --referee-url: the same command goes on in this folder"):
+        judge(failed)
+    with pytest.warns(UserWarning, match=r"referee\.jsonl holds replies of another model or seed: .* in referee-2\.jsonl"):
+        judged = judge(better)
+    assert [j.difficulty for j in judged] == ["easy"] * 3
+    with pytest.warns(UserWarning, match="referee-2"):
+        judge(better)
+    assert (failed.count, better.count) == (6, 6), "nothing is asked twice"
+    with pytest.raises(RecipeError):
+        judge(failed)
+    assert failed.count == 6
+
+
+# What is rated
+
+
+def test_only_instructions_that_the_teacher_answers_are_rated(tmp_path: Path) -> None:
+    seeds = [f"Describe thing number {n}" for n in range(4)]
+
+    def teach(request: Request) -> Reply:
+        number = int(last(request)[-1])
+        return Reply(request.key, ["A whole answer.", "cut in the", "", "whole"][number], ["stop", "length", "stop", "stop"][number])
+
+    student, referee = Scripted(lambda _: "poor"), Scripted(lambda _: "7 7")
+    judged, tally = lion.discriminate(
+        seeds, Scripted(teach), student, referee, tmp_path, 0, answering=Sampling(), rating=Sampling()
+    )  # fmt: skip
+    assert [j.instruction for j in judged] == [seeds[0], seeds[3]]
+    assert (len(student.asked), len(referee.asked)) == (2, 4)
+    assert tally.dropped == {"the teacher's answer is cut off at max_tokens": 1, "the teacher's answer is empty": 1}
+    with pytest.raises(RecipeError, match="no usable answer to 4 instructions"):
+        lion.discriminate(
+            seeds, Scripted(lambda _: ""), student, referee, tmp_path / "b", 0, answering=Sampling(), rating=Sampling()
+        )  # fmt: skip
+
+
+# Reasons
+
+
+def test_each_reason_stands_alone() -> None:
+    assert cut_short(Reply("k", "text", "length")) == "cut off at max_tokens"
+    assert cut_short(Reply("k", "text", "content_filter")) == "cut off (finish_reason content_filter)"
+    assert cut_short(Reply("k", "", REFUSED)) == "refused by the server"
+    assert cut_short(Reply("k", "text", "stop")) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "option"),
+    [
+        ("cut off at max_tokens", "--max-tokens"), ("the teacher's answer is cut off at max_tokens", "--max-tokens"),
+        ("label moved by 0.5 or less", "--threshold"), ("more than 3 rationales", "--most"), ("more than were wanted", "--count"),
+        ("ROUGE-L above 0.7 to another instruction", "--rouge"), ("empty", ""),
+    ],
+)  # fmt: skip
+def test_reasons_name_the_option_that_changes_them(reason: str, option: str) -> None:
+    assert option_of(reason) == option
+
+
+def test_a_log_keeps_why_a_rationale_ended(tmp_path: Path) -> None:
+    def make(keys: list[str]) -> list[dict[str, Any]]:
+        return [{"text": "", "finish_reason": "length"} if key == "b" else {"text": key} for key in keys]
+
+    first = once_each(tmp_path / "log.jsonl", ["a", "b"], make)
+    again = once_each(tmp_path / "log.jsonl", ["a", "b"], lambda keys: [])
+    assert [(made["text"], made.get("finish_reason")) for made in first] == [(made["text"], made.get("finish_reason")) for made in again]
+    (tmp_path / "old.jsonl").write_text(json.dumps({"key": "a/0123456789ab", "text": "of a version before"}) + "\n")
+    assert once_each(tmp_path / "old.jsonl", ["a/0123456789ab"], make)[0]["text"] == "of a version before"
+    assert [row["key"] for _, row in read_jsonl(tmp_path / "log.jsonl")] == ["a", "b"]
+
+
+def test_only_judges_and_referees_are_replaced(tmp_path: Path) -> None:
+    from kdkernels.teachers.replies import OtherRequest
+
+    class Other:
+        def complete(self, requests: Any, log: Path) -> list[Reply]:
+            raise OtherRequest(f"{log.name} is another's")
+
+    with pytest.raises(OtherRequest, match=r"fill\.jsonl"):
+        ask(Other(), tmp_path / "fill.jsonl", [("k", [{"role": "user", "content": "x"}])], Sampling())
