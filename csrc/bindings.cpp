@@ -93,7 +93,7 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("divergence", &Args::divergence)
         .def_readwrite("a", &Args::a)
         .def_readwrite("b", &Args::b)
-        .def_readwrite("temperature", &Args::temperature)
+        .def_readwrite("inv_temperature", &Args::inv_temperature)
         .def_readwrite("value_scale", &Args::value_scale)
         .def_readwrite("slope_scale", &Args::slope_scale)
         .def_readwrite("ce_weight", &Args::ce_weight)
@@ -124,7 +124,7 @@ PYBIND11_MODULE(_C, m) {
     head.def_readwrite("side", &Head::side)
         .def_readwrite("rows", &Head::rows)
         .def_readwrite("vocab", &Head::vocab)
-        .def_readwrite("temperature", &Head::temperature)
+        .def_readwrite("inv_temperature", &Head::inv_temperature)
         .def_readwrite("double_precision", &Head::double_precision)
         .def_readwrite("statistics", &Head::statistics)
         .def_readwrite("num_ids", &Head::num_ids)
@@ -145,7 +145,7 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("out_stride", &Softmax::out_stride)
         .def_readwrite("rows", &Softmax::rows)
         .def_readwrite("vocab", &Softmax::vocab)
-        .def_readwrite("temperature", &Softmax::temperature)
+        .def_readwrite("inv_temperature", &Softmax::inv_temperature)
         .def_readwrite("logarithm", &Softmax::logarithm)
         .def_readwrite("backward", &Softmax::backward)
         .def_readwrite("double_precision", &Softmax::double_precision);
@@ -208,6 +208,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("major"), py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("rows"),
         py::arg("vocab"), py::arg("itemsize"), py::arg("sweeps"), py::arg("inputs") = 1, py::arg("threads") = kd::kTeamThreads,
         py::arg("more_shared") = 0, py::arg("clusters") = true, py::arg("draws") = 1);
+    m.attr("interface") = 2;  // see INTERFACE in kdkernels/backends/native.py
     m.attr("cuda_most_top") = kd::kMostTop;
 
     m.def("cpu_isas", [] {

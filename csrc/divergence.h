@@ -9,11 +9,14 @@ namespace kd {
 
 template <class Real> struct Terms { Real value, slope; };
 
-// Whether the sum of a row's slopes is known before the row is read: then no sweep is needed for it.
-struct SlopeSumUnknown {
+// knows_slope_sum: the sum of a row's slopes is known before the row is read, and takes no sweep. slope_jumps: the slope is not a continuous
+// function of q and p, so that slopes and their sum must be taken from the same rounded numbers.
+struct Smooth { static constexpr bool slope_jumps = false; };
+struct SlopeSumUnknown : Smooth {
     static constexpr bool knows_slope_sum = false;
     static constexpr double slope_sum = 0;
 };
+struct SlopeSumKnown : Smooth { static constexpr bool knows_slope_sum = true; };
 
 template <class Real> KD_INLINE Real magnitude(Real x) { return x < Real(0) ? -x : x; }
 
@@ -29,10 +32,9 @@ template <class Real> KD_INLINE Mixture<Real> mixture(Real weight_q, Real weight
     return {q_larger ? -log_m : ratio - log_m, q_larger ? -ratio - log_m : -log_m};
 }
 
-struct ForwardKL {
+struct ForwardKL : SlopeSumKnown {
     static constexpr int id = 0;
     static constexpr const char* name = "forward_kl";
-    static constexpr bool knows_slope_sum = true;
     static constexpr double slope_sum = -1;
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real, Real) {
         const Real value = p == Real(0) ? Real(0) : p * (log_p - log_q);
@@ -94,6 +96,7 @@ struct SkewReverseKL : SlopeSumUnknown {
 struct TotalVariation : SlopeSumUnknown {
     static constexpr int id = 6;
     static constexpr const char* name = "total_variation";
+    static constexpr bool slope_jumps = true;
     template <class Real> KD_INLINE static Terms<Real> terms(Real, Real, Real q, Real p, Real, Real) {
         const Real difference = q - p;
         const Real sign = difference > Real(0) ? Real(0.5) : (difference < Real(0) ? Real(-0.5) : Real(0));
@@ -140,10 +143,9 @@ struct ABDivergence : SlopeSumUnknown {
     }
 };
 
-struct LogitMSE {
+struct LogitMSE : SlopeSumKnown {
     static constexpr int id = 9;
     static constexpr const char* name = "logit_mse";
-    static constexpr bool knows_slope_sum = true;
     static constexpr double slope_sum = 0;
     template <class Real> KD_INLINE static Terms<Real> terms(Real x, Real u, Real, Real, Real, Real) {
         const bool skipped = x == -kInfinity<Real> && u == -kInfinity<Real>;

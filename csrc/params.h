@@ -25,7 +25,7 @@ struct RowArguments {
     int divergence = 0;             // id in kdkernels/divergences.py
     double a = 0.0, b = 0.0;        // its parameters
     Normalizer normalizer = Normalizer::softmax;
-    double temperature = 1.0;
+    double inv_temperature = 1.0;
     double value_scale = 1.0, slope_scale = 1.0, ce_weight = 0.0;
     double dz_scale = 1.0;
     bool double_precision = false;  // compute type: double or float
@@ -46,11 +46,11 @@ struct RowArguments {
 struct HeadArguments {
     Side side;
     int64_t rows = 0, vocab = 0;
-    double temperature = 1.0;
+    double inv_temperature = 1.0;
     bool double_precision = false;
     bool statistics = true;         // find the next three; else read them
-    void* top = nullptr;            // [C] compute type: the largest z / T
-    void* log_sum = nullptr;        // [C] log sum exp(z / T - top). Apart, since their sum is rounded to the step of the larger
+    void* top = nullptr;            // [C] compute type: the largest z
+    void* log_sum = nullptr;        // [C] log sum exp((z - top) / T)
     void* entropy = nullptr;        // [C], or null
     const int64_t* ids = nullptr;   // [C, num_ids], -1: none; or null
     int64_t num_ids = 0;
@@ -78,7 +78,7 @@ struct SoftmaxArguments {
     int64_t out_stride = 0;
     Dtype out_dtype = Dtype::f32;
     int64_t rows = 0, vocab = 0;
-    double temperature = 1.0;
+    double inv_temperature = 1.0;
     bool logarithm = false, backward = false;
     bool double_precision = false;
 };

@@ -17,7 +17,7 @@ class RowArguments:
     a: float
     b: float
     normalizer: int
-    temperature: float
+    inv_temperature: float
     value_scale: float
     slope_scale: float
     ce_weight: float
@@ -39,7 +39,7 @@ class HeadArguments:
     side: Side
     rows: int
     vocab: int
-    temperature: float
+    inv_temperature: float
     double_precision: bool
     statistics: bool
     top: int
@@ -72,7 +72,7 @@ class SoftmaxArguments:
     out_dtype: int
     rows: int
     vocab: int
-    temperature: float
+    inv_temperature: float
     logarithm: bool
     backward: bool
     double_precision: bool
@@ -97,6 +97,7 @@ def cuda_rows(arguments: RowArguments, stream: int) -> None: ...
 def cuda_head_rows(arguments: HeadArguments, stream: int) -> None: ...
 def cuda_softmax_rows(arguments: SoftmaxArguments, stream: int) -> None: ...
 
+interface: int
 cuda_most_top: int
 
 def cuda_targets() -> list[str]: ...

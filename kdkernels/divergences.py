@@ -66,6 +66,8 @@ class Divergence:
     id: ClassVar[int]
     slope_sum: ClassVar[float | None] = None
     """``sum(g)`` where it is known before the row is read, else None: then kernels need one more sweep."""
+    slope_jumps: ClassVar[bool] = False
+    """The slope is not a continuous function of q and p: backward must sum the very slopes that it writes."""
     normalizer: ClassVar[Normalizer] = "softmax"
     """What is subtracted from x and u to give the two arguments: their log-sum-exp, their mean, or nothing."""
 
@@ -281,6 +283,7 @@ class TotalVariation(Divergence):
 
     name = "total_variation"
     id = 6
+    slope_jumps = True
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         return 0.5 * (log_p.exp() - log_q.exp()).abs()

@@ -35,9 +35,9 @@ def from_ids(problem: Problem, inputs: Inputs, state: Tensor, means: Tensor, ups
     assert ids is not None
     assert g is not None
     g = g.masked_fill(ids < 0, 0.0)
-    factor = g * (t.scale / problem.temperature)
+    factor = g * (t.scale * problem.inv_temperature)
     if t.softcap is not None:
-        z = ((state[2:, :count] + state[1, :count]) + state[0, :count]).t() * problem.temperature
+        z = ((state[2:, :count] + state[1, :count]) * problem.temperature + state[0, :count]).t()
         factor = factor * (1 - (z / t.softcap).square())
     source, target = Rows(means, index), Rows(out, index)
     total = g.sum(-1, keepdim=True)
@@ -95,7 +95,7 @@ def rows(
         if problem.quantity == "cross_entropy":
             values = -values if weight is None else -values * weight
     else:
-        values = batch.top + batch.log_sum if batch.entropy is None else batch.entropy
+        values = batch.top * problem.inv_temperature + batch.log_sum if batch.entropy is None else batch.entropy
     loss.copy_(values)
 
 

@@ -24,11 +24,14 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 STATE = ("top_s", "rest_s", "top_t", "rest_t", "slope_sum", "top_ce", "rest_ce")
-"""Rows of the saved state: the normalisers of x and u, the sum of the divergence's slopes, and the student's log-sum-exp at T = 1
-where cross-entropy is asked for. A normaliser is two numbers, subtracted one after the other: of a log-sum-exp the largest logit and
-the logarithm of the sum from there, since their sum is rounded to the step of the larger, which moves every probability where logits
-are in the thousands; of another (the divergence says which) all of it and 0. Only the backend that wrote a state reads it: the unit
-of the log-sum-exps is its own affair."""
+"""Rows of the saved state: the normalisers of both sides at T, the sum of the divergence's slopes, and the student's log-sum-exp at
+T = 1 if cross-entropy is computed. A normaliser is two numbers, and log q = (z - top) / T - rest. For softmax, top = max(z) and
+rest = log sum exp((z - top) / T). For the mean, top is the mean of z, and rest is 0. The subtraction comes before the division: z / T
+and top / T are rounded to the ulp of the largest, which for large logits or a small T is more than exp can take. Only the backend that
+wrote a state reads it, so the unit of rest is its own."""
+
+SMALLEST_TEMPERATURE = 2.0**-100
+"""A smaller T is taken as this one: already here every logit but the largest has probability 0, and 1 / T fits into float32."""
 
 STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")
 
@@ -110,6 +113,10 @@ class Problem:
         return torch.float64 if torch.float64 in (self.student_dtype, self.teacher_dtype) else torch.float32
 
     @property
+    def inv_temperature(self) -> float:
+        return 1.0 / self.temperature
+
+    @property
     def value_scale(self) -> float:
         """Multiplies the divergence in the loss."""
         return self.kd_weight * (self.temperature**2 if self.t_squared else 1.0)
@@ -117,7 +124,7 @@ class Problem:
     @property
     def slope_scale(self) -> float:
         """Multiplies ``g - q * sum(g)`` in the gradient by the student's logits."""
-        return self.value_scale / self.temperature
+        return self.value_scale * self.inv_temperature
 
     @property
     def needs_ce(self) -> bool:
@@ -142,7 +149,7 @@ class Problem:
         """
         if self.student_dtype != torch.float16:
             return 1.0
-        unbounded, per_slope = False, 1.0 / self.temperature
+        unbounded, per_slope = False, self.inv_temperature
         if self.quantity == "distillation":
             unbounded = isinstance(self.divergence, (divergences.LogitMSE, divergences.ABDivergence, divergences.AlphaDivergence))
             per_slope = abs(self.slope_scale) + (abs(self.ce_weight) if self.has_labels else 0.0)
@@ -257,12 +264,12 @@ class HeadBatch:
 
     logits: Tensor  # [C, V] before bias, scale and softcap
     bias: Tensor | None  # [V]
-    top: Tensor  # [C] compute dtype, the largest z / T; this and the next two written with ``statistics``, else read
-    log_sum: Tensor  # [C] log sum exp(z / T - top): apart, since their sum is rounded to the step of the larger
+    top: Tensor  # [C] compute dtype, the largest z; this and the next two written with ``statistics``, else read
+    log_sum: Tensor  # [C] log sum exp((z - top) / T), see STATE
     entropy: Tensor | None = None  # [C]
     ids: Tensor | None = None  # [C, K] int64, -1 for none
     logprobs: Tensor | None = None  # [C, K] compute dtype, out: log softmax(z / T) at ids, 0 at -1
-    d_lse: Tensor | None = None  # [C] upstream gradients, None for 0: of top + log_sum,
+    d_lse: Tensor | None = None  # [C] upstream gradients, None for 0: of top / T + log_sum,
     d_entropy: Tensor | None = None  # [C] of entropy,
     d_logprobs: Tensor | None = None  # [C, K] and of logprobs
     dz: Tensor | None = None  # [C, V], out: gradient by ``logits``; may lie over it, each row starting where the row does

@@ -185,9 +185,9 @@ class _Columns:
     def __call__(self, ids: Tensor, log_q: Tensor, slopes: Tensor) -> None:
         """``T dD/dz`` at ids ``[C, K]``, none of them twice, into its columns; -1 writes nothing."""
         problem, batch = self.problem, self.batch
-        values = slopes * (self.factor * (problem.student.scale / problem.temperature * batch.dz_scale)).unsqueeze(-1)
+        values = slopes * (self.factor * (problem.student.scale * problem.inv_temperature * batch.dz_scale)).unsqueeze(-1)
         if problem.student.softcap is not None:
-            z = (log_q + batch.state[1].unsqueeze(-1) + batch.state[0].unsqueeze(-1)) * problem.temperature
+            z = (log_q + batch.state[1].unsqueeze(-1)) * problem.temperature + batch.state[0].unsqueeze(-1)
             values = values * (1 - (z / problem.student.softcap).square())
         # Padding writes what another of its row writes, or where there is none what is there already: no column twice, unlike.
         named = ids >= 0

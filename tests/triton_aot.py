@@ -49,6 +49,7 @@ def compile_variant(arch: int, divergence: Divergence, dtypes: str, mode: str, f
         "DIVERGENCE": FUNCTIONS[divergence.name],
         "NORMALIZER": _NORMALIZERS[divergence.normalizer],
         "SLOPE_SUM": divergence.slope_sum,
+        "SLOPE_JUMPS": divergence.slope_jumps,
         "STATISTICS": statistics,
         "GRADIENT": gradient,
         "STATS": features and statistics,
@@ -94,7 +95,7 @@ def one_sided(arch: int) -> Iterator[tuple[str, Launch, bytes]]:
         label = f"{logits} {dz}{' features' if features else ''}"
         yield f"head {label}", launch, compile_kernel(heads.head_rows_kernel, constants | more | blocks, pointers, launch, arch)
         launch = choose_sample(VOCAB)
-        pointers = {"logits": logits, "bias": "fp32", "log_sum": "fp32", "seed": "i64", "numbers": "fp64", "draws": "i32"}
+        pointers = {"logits": logits, "bias": "fp32", "top": "fp32", "log_sum": "fp32", "seed": "i64", "numbers": "fp64", "draws": "i32"}
         yield (
             f"sample {label}",
             launch,

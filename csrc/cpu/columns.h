@@ -107,11 +107,11 @@ template <class Real> Real load_row(const Side& side, int64_t row, int64_t vocab
     return top;
 }
 
-// e = exp(z / T - top), their sum returned; e may be null.
+// e = exp((z - top) / T), their sum returned; e may be null.
 template <class Real> double exp_row(const Real* __restrict z, Real inv_t, Real top, int64_t vocab, Real* __restrict e) {
     const Real reference = top == -kInfinity<Real> ? Real(0) : top;
-    if (!e) return sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return exp(z[v] * inv_t - reference); });
-    return sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return e[v] = exp(z[v] * inv_t - reference); });
+    if (!e) return sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return exp((z[v] - reference) * inv_t); });
+    return sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return e[v] = exp((z[v] - reference) * inv_t); });
 }
 
 template <class Real> int64_t find(const Real* z, Real top, int64_t vocab) {

@@ -79,32 +79,33 @@ template <class Real> void find_largest(const Real* __restrict z, int64_t vocab,
 // ---- draws ----------------------------------------------------------------------------------------------------------
 
 // The Gumbel-max draw as a race: E_v / exp(z_v / T) with E_v exponential; the first past the post is v with probability
-// softmax(z / T)_v. Times are compared as x - log E in double, from the logits as they are stored, so that backends whose
-// float32 arithmetic differs in the last place agree all the same.
-template <class Real> double time_of(const HeadArguments& a, int64_t row, int64_t v, uint32_t high, uint32_t low) {
+// softmax(z / T)_v. Times are compared as (z - reference) / T - log E in double, from the logits as they are stored, so that backends
+// whose float32 arithmetic differs in the last place agree all the same. The reference is the logit of one column.
+template <class Real> double exact_logit(const HeadArguments& a, int64_t row, int64_t v) {
     double z = 0;
     with_dtype(a.side.dtype, [&](auto format) {
         z = double(widen(static_cast<const decltype(format)*>(a.side.logits)[row * a.side.stride + v]));
     });
     if (a.side.bias) z += double(static_cast<const Real*>(a.side.bias)[v]);
     z *= a.side.scale;
-    if (a.side.softcap != 0) z = a.side.softcap * std::tanh(z / a.side.softcap);
-    return z * (1.0 / a.temperature) - std::log(-std::log1p(-uniform(high, low)));
+    return a.side.softcap != 0 ? a.side.softcap * std::tanh(z / a.side.softcap) : z;
 }
+KD_INLINE double log_exponential(uint32_t high, uint32_t low) { return std::log(-std::log1p(-uniform(high, low))); }
 
-// e: exp(z / T - top), 0 from vocab to the end of its group. As E_v > u_v, only columns with u_v < e_v * exp(top - best) can
-// beat the best so far: one product and one comparison a column decide that on 24 bits, and a handful are then looked at.
-template <class Real> int32_t draw_one(const HeadArguments& a, int64_t row, int64_t draw, const Real* __restrict e, double x_top, int64_t argmax) {
+// e: exp((z - top) / T), 0 from vocab to the end of its group. As E_v > u_v, only columns with u_v < e_v * exp(top - best) can
+// beat the best so far (top and best from the reference, the largest): one product and one comparison a column decide that on 24 bits, and a handful are then looked at.
+template <class Real> int32_t draw_one(const HeadArguments& a, int64_t row, int64_t draw, const Real* __restrict e, Real top, int64_t argmax) {
     const int64_t number = a.first_row + row, groups = (a.vocab + kGroup - 1) / kGroup;
     const auto low_word = [&](int64_t v) {
         return words(a.seed, number, draw, uint32_t(v / kGroup * kWordColumns + v % kWordColumns), 1).w[v % kGroup / kWordColumns];
     };
-    // Rounding of e, whose argument is as large as the logits are.
-    const double margin = 0x1p24 * (1.0 + 1e-3 + 1e-6 * (std::fabs(x_top) + a.side.softcap / a.temperature));
+    // Rounding of e, whose argument is off by as much as logits are rounded.
+    const double margin = 0x1p24 * (1.0 + 1e-3 + 1e-6 * (std::fabs(double(top)) + a.side.softcap) * a.inv_temperature);
+    const double reference = exact_logit<Real>(a, row, argmax);
     int64_t winner = argmax;
     const uint32_t slot = uint32_t(argmax / kGroup * kWordColumns + argmax % kWordColumns);
-    double best = time_of<Real>(a, row, argmax, words(a.seed, number, draw, slot, 0).w[argmax % kGroup / kWordColumns], low_word(argmax));
-    Real bound = Real(std::exp(x_top - best) * margin);
+    double best = -log_exponential(words(a.seed, number, draw, slot, 0).w[argmax % kGroup / kWordColumns], low_word(argmax));
+    Real bound = Real(std::exp(-best) * margin);
     uint32_t high[kGroup];
     for (int64_t g = 0; g < groups; ++g) {
         const Real* __restrict eg = e + g * kGroup;
@@ -122,10 +123,10 @@ template <class Real> int32_t draw_one(const HeadArguments& a, int64_t row, int6
         for (int64_t j = 0; j < kGroup; ++j) {
             if (!(Real(int32_t(high[j] >> 8)) < eg[j] * bound)) continue;
             const int64_t v = g * kGroup + j;
-            const double time = time_of<Real>(a, row, v, high[j], low_word(v));
+            const double time = (exact_logit<Real>(a, row, v) - reference) * a.inv_temperature - log_exponential(high[j], low_word(v));
             if (time > best || (time == best && v < winner)) {
                 best = time, winner = v;
-                bound = Real(std::exp(x_top - best) * margin);
+                bound = Real(std::exp(-best) * margin);
             }
         }
     }
@@ -136,7 +137,7 @@ template <class Real> int32_t draw_one(const HeadArguments& a, int64_t row, int6
 
 struct Moments { double sum, weighted; };
 
-// e = exp(x - top), x = z / T; the sums of e and of e * (x - top), whose quotient is top minus the mean of x.
+// e = exp(x), x = (z - top) / T; the sums of e and of e * x, whose quotient is the mean of x.
 template <class Real> Moments moments(const Real* __restrict z, Real inv_t, Real top, int64_t vocab, Real* __restrict e) {
     const Real reference = top == -kInfinity<Real> ? Real(0) : top;
     Moments total{0, 0};
@@ -145,7 +146,7 @@ template <class Real> Moments moments(const Real* __restrict z, Real inv_t, Real
         Real sum = 0, weighted = 0;
 #pragma omp simd reduction(+ : sum, weighted)
         for (int64_t v = start; v < stop; ++v) {
-            const Real x = z[v] * inv_t - reference, y = exp(x);
+            const Real x = (z[v] - reference) * inv_t, y = exp(x);
             e[v] = y;
             sum += y;
             weighted += y == Real(0) ? Real(0) : y * x;
@@ -162,37 +163,36 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
     Real* const z = static_cast<Real*>(memory);  // see head_scratch
     Real* const e = z + width;
     Real* const spare = e + width;
-    const Real inv_t = Real(1.0 / a.temperature);
-    const Real top = load_row(a.side, row, vocab, z), x_top = top * inv_t;
+    const Real inv_t = Real(a.inv_temperature);
+    const Real top = load_row(a.side, row, vocab, z);
 
-    // log q = (x - shift) - rest. Taken together they are rounded to the step of the larger, which moves every probability where
-    // logits are in the thousands.
-    Real shift = x_top, rest = 0, entropy = 0, per_sum = 1;
+    // log q = (z - shift) / T - rest: see STATE in kdkernels/problem.py.
+    Real shift = top, rest = 0, entropy = 0, per_sum = 1;
     if (a.statistics) {
         Moments m{0, 0};
-        if (a.entropy) m = moments(z, inv_t, x_top, vocab, e);
-        else m.sum = exp_row(z, inv_t, x_top, vocab, a.dz || a.num_draws ? e : nullptr);
+        if (a.entropy) m = moments(z, inv_t, top, vocab, e);
+        else m.sum = exp_row(z, inv_t, top, vocab, a.dz || a.num_draws ? e : nullptr);
         const double log_sum = std::log(m.sum);
         rest = Real(log_sum), entropy = Real(log_sum - m.weighted / m.sum), per_sum = Real(1.0 / m.sum);
-        static_cast<Real*>(a.top)[row] = x_top, static_cast<Real*>(a.log_sum)[row] = rest;
+        static_cast<Real*>(a.top)[row] = top, static_cast<Real*>(a.log_sum)[row] = rest;
         if (a.entropy) static_cast<Real*>(a.entropy)[row] = entropy;
     } else {
         shift = at<Real>(a.top, row), rest = at<Real>(a.log_sum, row), entropy = at<Real>(a.entropy, row);
     }
     const int64_t* const ids = a.ids ? a.ids + row * a.num_ids : nullptr;
-    for (int64_t k = 0; k < a.num_ids; ++k) static_cast<Real*>(a.logprobs)[row * a.num_ids + k] = ids[k] < 0 ? Real(0) : (z[ids[k]] * inv_t - shift) - rest;
+    for (int64_t k = 0; k < a.num_ids; ++k) static_cast<Real*>(a.logprobs)[row * a.num_ids + k] = ids[k] < 0 ? Real(0) : (z[ids[k]] - shift) * inv_t - rest;
 
     if (a.num_top) {
         Heap<Real> heap{spare, a.top_ids + row * a.num_top, a.num_top};
         find_largest(z, vocab, spare + a.num_top, heap);
-        for (int64_t k = 0; k < a.num_top; ++k) static_cast<Real*>(a.top_logprobs)[row * a.num_top + k] = (heap.value[k] * inv_t - shift) - rest;
+        for (int64_t k = 0; k < a.num_top; ++k) static_cast<Real*>(a.top_logprobs)[row * a.num_top + k] = (heap.value[k] - shift) * inv_t - rest;
     }
     if (a.num_draws) {
         for (int64_t v = vocab; v < width; ++v) e[v] = 0;
         const bool possible = rest - rest == Real(0);  // finite
         const int64_t argmax = possible ? find(z, top, vocab) : -1;
         for (int64_t d = 0; d < a.num_draws; ++d)
-            a.draws[row * a.num_draws + d] = possible ? draw_one<Real>(a, row, d, e, x_top, argmax) : -1;
+            a.draws[row * a.num_draws + d] = possible ? draw_one<Real>(a, row, d, e, top, argmax) : -1;
     }
     if (!a.dz) return;
 
@@ -203,13 +203,13 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
     for (int64_t k = 0; d_logprobs && k < a.num_ids; ++k)
         if (ids[k] >= 0) c0 -= d_logprobs[k];
     if (!a.statistics) {
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] = exp((z[v] * inv_t - shift) - rest);
+        KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] = exp((z[v] - shift) * inv_t - rest);
     }
     Real* __restrict g = e;
     if (a.d_entropy) {
         KD_SIMD for (int64_t v = 0; v < vocab; ++v) {
             const Real q = g[v] * per_sum;
-            g[v] = q == Real(0) ? Real(0) : q * (c0 + c1 * ((z[v] * inv_t - shift) - rest));
+            g[v] = q == Real(0) ? Real(0) : q * (c0 + c1 * ((z[v] - shift) * inv_t - rest));
         }
     } else {
         const Real factor = c0 * per_sum;
@@ -217,7 +217,7 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
     }
     for (int64_t k = 0; d_logprobs && k < a.num_ids; ++k)
         if (ids[k] >= 0) g[ids[k]] += d_logprobs[k];
-    const Real outer = Real(a.side.scale / a.temperature * a.dz_scale);
+    const Real outer = Real(a.side.scale * a.inv_temperature * a.dz_scale);
     const Real per_cap = a.side.softcap != 0 ? Real(1.0 / a.side.softcap) : Real(0);
     write_gradient(g, z, outer, per_cap, vocab, a.dz, a.dz_dtype, row * a.dz_stride);
 }
@@ -228,13 +228,13 @@ template <class Real> void softmax_row(const SoftmaxArguments& a, int64_t row, v
     const int64_t vocab = a.vocab, at = row * a.out_stride;
     Real* const x = static_cast<Real*>(memory);
     Real* const d = x + scratch_width(vocab);
-    const Real inv_t = Real(1.0 / a.temperature);
+    const Real inv_t = Real(a.inv_temperature);
     if (!a.backward) {
-        const Real top = load_row(a.x, row, vocab, x) * inv_t;
+        const Real top = load_row(a.x, row, vocab, x);
         const double sum = exp_row(x, inv_t, top, vocab, a.logarithm ? nullptr : d);
         if (a.logarithm) {
             const Real log_sum = Real(std::log(sum));
-            write_row<Real>(vocab, a.out, a.out_dtype, at, [&](int64_t v) KD_INLINE_LAMBDA { return (x[v] * inv_t - top) - log_sum; });
+            write_row<Real>(vocab, a.out, a.out_dtype, at, [&](int64_t v) KD_INLINE_LAMBDA { return (x[v] - top) * inv_t - log_sum; });
         } else {
             const Real per_sum = Real(1.0 / sum);
             write_row<Real>(vocab, a.out, a.out_dtype, at, [&](int64_t v) KD_INLINE_LAMBDA { return d[v] * per_sum; });

@@ -19,11 +19,10 @@ template <class Real> struct Scratch {
 struct Sums { double value, slope; };
 enum class Keep { nothing, slopes, gradient };
 
-// What is subtracted from z / T: of a log-sum-exp the largest and the logarithm of the sum from there, one after the other. Taken
-// together they are rounded to the step of the larger, which moves every probability where logits are in the thousands.
+// log q = (z - top) / T - rest: see STATE in kdkernels/problem.py.
 template <class Real> struct Norm {
     Real top = 0, rest = 0;
-    KD_INLINE Real operator()(Real z, Real inv_t) const { return (z * inv_t - top) - rest; }
+    KD_INLINE Real operator()(Real z, Real inv_t) const { return (z - top) * inv_t - rest; }
 };
 
 // What a divergence is given for column v: (x, u) less their normalisers, x = z / T.
@@ -58,15 +57,15 @@ template <class Real> struct Columns {
         }
         return total;
     }
-    template <class D> void slopes(int64_t vocab, Real* g) const {
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] = terms<D>(v).slope;
+    template <class D> double slopes(int64_t vocab, Real* __restrict g) const {
+        return sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return g[v] = terms<D>(v).slope; });
     }
 };
 
 template <class Real, class D> void one_row(const RowArguments& a, int64_t row, Scratch<Real>& s) {
     const int64_t vocab = a.vocab;
     const bool softmax = a.normalizer == Normalizer::softmax;
-    const Real inv_t = Real(1.0 / a.temperature);
+    const Real inv_t = Real(a.inv_temperature);
     Real* const state = static_cast<Real*>(a.state) + row;
     const Real weight = a.weight ? static_cast<const Real*>(a.weight)[row] : Real(1);
     const Real top_s = load_row(a.student, row, vocab, s.z), top_t = load_row(a.teacher, row, vocab, s.y);
@@ -86,8 +85,8 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
                 per_sum = Real(1.0 / sum);
                 return Norm<Real>{top, Real(std::log(sum))};
             };
-            full_s = exponentiate(s.z, top_s * inv_t, s.q, per_sum_s);
-            full_t = exponentiate(s.y, top_t * inv_t, s.p, per_sum_t);
+            full_s = exponentiate(s.z, top_s, s.q, per_sum_s);
+            full_t = exponentiate(s.y, top_t, s.p, per_sum_t);
         }
         if (softmax) {
             columns.s = full_s, columns.t = full_t;
@@ -95,10 +94,10 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
             const auto skipped = [&](int64_t v) KD_INLINE_LAMBDA { return s.z[v] == -kInfinity<Real> && s.y[v] == -kInfinity<Real>; };
             const double kept = sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : Real(1); });
             const double size = kept > 1 ? kept : 1;
-            columns.s.top = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.z[v] * inv_t; }) / size);
-            columns.t.top = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.y[v] * inv_t; }) / size);
+            columns.s.top = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.z[v]; }) / size);
+            columns.t.top = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.y[v]; }) / size);
         }
-        if (a.labels) at_one = softmax && a.temperature == 1.0 ? full_s : Norm<Real>{top_s, Real(std::log(exp_row<Real>(s.z, 1, top_s, vocab, nullptr)))};
+        if (a.labels) at_one = softmax && a.inv_temperature == 1.0 ? full_s : Norm<Real>{top_s, Real(std::log(exp_row<Real>(s.z, 1, top_s, vocab, nullptr)))};
 
         Sums sums{0, 0};
         if (!a.dz) {
@@ -138,12 +137,13 @@ template <class Real, class D> void one_row(const RowArguments& a, int64_t row, 
     } else {
         const auto at = [&](StateRow i) { return state[i * a.state_stride]; };
         columns.s = {at(kTopS), at(kRestS)}, columns.t = {at(kTopT), at(kRestT)}, at_one = {at(kTopCe), at(kRestCe)};
-        slope_sum = at(kSlopeSum);
         if (softmax) {
             KD_SIMD for (int64_t v = 0; v < vocab; ++v) s.q[v] = exp(columns.s(s.z[v], inv_t));
             KD_SIMD for (int64_t v = 0; v < vocab; ++v) s.p[v] = exp(columns.t(s.y[v], inv_t));
         }
-        columns.template slopes<D>(vocab, s.g);
+        // The sum of these very slopes: those of the forward pass are rounded otherwise, and a slope may jump in between.
+        const double sum = columns.template slopes<D>(vocab, s.g);
+        if (!D::knows_slope_sum) slope_sum = sum;
     }
     if (!a.dz || done) return;
 

@@ -1,4 +1,4 @@
-// The row kernel that draws ids from softmax(z / T), by the race of csrc/cpu/heads.cpp: the largest z / T - log E wins, with E
+// The row kernel that draws ids from softmax(z / T), by the race of csrc/cpu/heads.cpp: the largest (z - top) / T - log E wins, with E
 // exponential, from the numbers of csrc/philox.h.
 //
 // What decides is compared in double. In float32 each thread finds its largest and second largest time, good to kTimeError and the
@@ -19,12 +19,12 @@ KD_DEVICE float log2_exponential(uint32_t high) {
 }
 
 // A column's time, from the logit as it is stored.
-KD_DEVICE double exact_time(const Heads& a, float logit, int column, uint32_t high, uint32_t low) {
+KD_DEVICE double exact_time(const Heads& a, float logit, int column, double reference, uint32_t high, uint32_t low) {
     double z = logit;
     if (a.side.bias) z += double(a.side.bias[column]);
     z *= a.exact_scale;
     if (a.exact_softcap != 0) z = a.exact_softcap * std::tanh(z / a.exact_softcap);
-    return z * a.exact_per_t - std::log(-std::log1p(-uniform(high, low)));
+    return (z - reference) * a.exact_per_t - std::log(-std::log1p(-uniform(high, low)));
 }
 
 template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 : 2) draw_rows(const Heads a) {
@@ -99,7 +99,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 
                     });
         const Part all = team.reduce(mine, [&](Part& x, const Part& o) { x.sums.merge(o.sums, c), x.best = fmaxf(x.best, o.best); });
         if (d == part) log_q = statistics_of(a, team, all.sums, part == 0);
-        const float margin = a.time_error + 3e-6f * kLog2E * (fabsf(log_q.top) + a.side.softcap * a.per_t), floor = all.best - margin;
+        const float margin = a.time_error + 3e-6f * c * (fabsf(log_q.top) + a.side.softcap), floor = all.best - margin;
         Winner best;
         const auto look_at = [&](int at) {
             const uint32_t slot = uint32_t(at / int(kGroup)) * uint32_t(kWordColumns) + uint32_t(at % int(kWordColumns));
@@ -107,7 +107,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 
             const Words high = words(seed, number, d, slot, 0), low = words(seed, number, d, slot, 1);
             const uint32_t h = w == 0 ? high.w[0] : w == 1 ? high.w[1] : w == 2 ? high.w[2] : high.w[3];
             const uint32_t l = w == 0 ? low.w[0] : w == 1 ? low.w[1] : w == 2 ? low.w[2] : low.w[3];
-            const double time = exact_time(a, to_float(logits[at]), at, h, l);
+            const double time = exact_time(a, to_float(logits[at]), at, double(log_q.top), h, l);
             if (time > best.time || (time == best.time && at < best.id)) best.time = time, best.id = at;
         };
         const bool again = extreme || second >= floor;

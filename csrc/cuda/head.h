@@ -130,7 +130,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
             on_top += d_logprobs[j], first = first && j >= k;
         }
         if (!first) return;
-        const float l = logprobs[k], z = per_cap != 0.f ? ((l + log_q.rest) + log_q.top) / a.per_t : 0.f;  // within the cap: no digits are lost
+        const float l = logprobs[k], z = per_cap != 0.f ? (l + log_q.rest) / a.per_t + log_q.top : 0.f;  // within the cap: no digits are lost
         store_dz_at<Logit>(dz, a.dz_dtype, id, gradient(l, z, on_top));
     });
 }

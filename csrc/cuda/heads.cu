@@ -29,8 +29,8 @@ Heads heads_of(const HeadArguments& h) {
     a.top_ids = h.top_ids, a.top_logprobs = static_cast<float*>(h.top_logprobs), a.num_top = int(h.num_top);
     a.draws = h.draws, a.num_draws = int(h.num_draws), a.seed = h.seed, a.seed_at = h.seed_at, a.first_row = h.first_row;
     a.rows = h.rows, a.vocab = int(h.vocab), a.statistics = h.statistics;
-    a.per_t = float(1 / h.temperature);
-    a.exact_per_t = 1 / h.temperature, a.exact_scale = h.side.scale, a.exact_softcap = h.side.softcap;
+    a.per_t = float(h.inv_temperature);
+    a.exact_per_t = h.inv_temperature, a.exact_scale = h.side.scale, a.exact_softcap = h.side.softcap;
     return a;
 }
 
@@ -81,7 +81,7 @@ void cuda_softmax_rows(const SoftmaxArguments& s, void* stream) {
     a.x.bias = nullptr, a.x.scale = 1.f, a.x.softcap = 0.f;
     if (!s.backward) a.dy.logits = nullptr;
     a.out = s.out, a.out_stride = s.out_stride, a.rows = s.rows, a.vocab = int(s.vocab);
-    a.per_t = float(1 / s.temperature), a.logarithm = s.logarithm;
+    a.per_t = float(s.inv_temperature), a.logarithm = s.logarithm;
     const auto launch_one = s.x.dtype == Dtype::f32 ? launch_softmax_f32 : s.x.dtype == Dtype::bf16 ? launch_softmax_bf16 : launch_softmax_f16;
     const TeamShape shape{.rows = a.rows, .vocab = a.vocab, .itemsize = size_of(s.x.dtype), .sweeps = 2, .inputs = s.backward ? 2 : 1,
                           .largest = largest_cluster(limits_of_current().major)};

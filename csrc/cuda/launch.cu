@@ -29,7 +29,7 @@ Rows rows_of(const RowArguments& r) {
     a.rows = r.rows, a.dz_stride = r.dz_stride, a.state_stride = r.state_stride, a.stats_stride = r.stats_stride;
     a.vocab = int(r.vocab), a.dz_dtype = r.dz_dtype;
     a.a = float(r.a), a.b = float(r.b);
-    a.temperature = float(r.temperature), a.inv_temperature = float(1 / r.temperature);
+    a.inv_temperature = float(r.inv_temperature);
     a.value_scale = float(r.value_scale), a.slope_scale = float(r.slope_scale), a.ce_weight = float(r.ce_weight);
     a.dz_scale = float(r.dz_scale);
     a.normalizer = r.normalizer, a.statistics = r.statistics;

@@ -128,7 +128,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
     int64_t row = cluster_index();
     for (; row < a.rows; row += cluster_count()) {
         const int label = kFull && a.labels ? int(a.labels[row]) : -1;
-        const bool second_sum = label >= 0 && a.temperature != 1.f;  // cross-entropy is at T = 1
+        const bool second_sum = label >= 0 && a.inv_temperature != 1.f;  // cross-entropy is at T = 1
         // Read before anybody writes over the row: every thread takes part in a reduction first.
         float target = 0.f;
         if (kFull && reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
@@ -150,8 +150,8 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         tail_ce = -at_one(target) * kLn2;
         if (reports) {
             // Backward reads the row anew, scale and all.
-            save_norm(a, row, kTopS, kRestS, kFull ? norm_s : rescaled(norm_s, sums.max_s, a.student.scale, per_t));
-            save_norm(a, row, kTopT, kRestT, kFull ? norm_t : rescaled(norm_t, sums.max_t, a.teacher.scale, per_t));
+            save_norm(a, row, kTopS, kRestS, {per_t, kFull ? norm_s.top : rounded_product(norm_s.top, a.student.scale), norm_s.rest});
+            save_norm(a, row, kTopT, kRestT, {per_t, kFull ? norm_t.top : rounded_product(norm_t.top, a.teacher.scale), norm_t.rest});
             save_norm(a, row, kTopCe, kRestCe, at_one);
         }
         tail = RowTail{};

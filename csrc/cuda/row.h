@@ -28,7 +28,7 @@ struct Rows {
     int vocab, slots;       // slots: of a warp's ring (one-read kernel)
     Dtype dz_dtype;
     float a, b;             // of the divergence
-    float temperature, inv_temperature, value_scale, slope_scale, ce_weight, dz_scale;
+    float inv_temperature, value_scale, slope_scale, ce_weight, dz_scale;
     Normalizer normalizer;
     bool statistics, aligned;  // aligned: every row of every tensor starts at a multiple of 16 bytes
 
@@ -41,19 +41,19 @@ struct Rows {
 // z and y are a column's logits (student, teacher) as a kernel reads them: transformed, or raw where the transform is a positive scale
 // that goes into `c`, the factor that makes them logits over T in units of ln 2, as ex2 takes them.
 
-// Log-sum-exps in the making: the largest logit of each side and the sum of 2^(z c - fl(largest c)), for the student at T = 1 too.
-// The reference is a rounded number, but the same in every term, and each term is one exact FMA away from it. NaN lives in the sums.
+// Log-sum-exps in the making: the largest logit of each side and the sum of 2^((z - largest) c), for the student at T = 1 too. The
+// difference comes first: z c and largest c may be millions apart from their rounded values where T is small. NaN lives in the sums.
 struct LogSums {
     float max_s = -infinity(), sum_s = 0.f, max_t = -infinity(), sum_t = 0.f, sum_ce = 0.f;
 
-    KD_DEVICE static float reference(float max, float c) { return max == -infinity() ? 0.f : rounded_product(max, c); }
-    // A sum, from the reference of one largest logit to another.
-    KD_DEVICE static float moved(float sum, float max, float to, float c) { return sum * exp2_fast(rounded_product(max, c) - to); }
+    KD_DEVICE static float reference(float max) { return max == -infinity() ? 0.f : max; }
+    // A sum, from one largest logit to another.
+    KD_DEVICE static float moved(float sum, float max, float to, float c) { return sum * exp2_fast((max - to) * c); }
     template <int kCount> KD_DEVICE static void add(float& sum, float before, float now, const float* z, float c) {
-        const float to = reference(now, c);
+        const float to = reference(now);
         sum = moved(sum, before, to, c);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) sum += exp2_fast(fmaf(z[i], c, -to));
+        for (int i = 0; i < kCount; ++i) sum += exp2_fast((z[i] - to) * c);
     }
     template <int kCount> KD_DEVICE static float largest(float max, const float* z) {
 #pragma unroll
@@ -69,27 +69,20 @@ struct LogSums {
     }
     KD_DEVICE void merge(const LogSums& o, float c_s, float c_t) {
         const float now_s = fmaxf(max_s, o.max_s), now_t = fmaxf(max_t, o.max_t);
-        const float to_s = reference(now_s, c_s), to_t = reference(now_t, c_t), to_ce = reference(now_s, kLog2E);
+        const float to_s = reference(now_s), to_t = reference(now_t);
         sum_s = moved(sum_s, max_s, to_s, c_s) + moved(o.sum_s, o.max_s, to_s, c_s);
         sum_t = moved(sum_t, max_t, to_t, c_t) + moved(o.sum_t, o.max_t, to_t, c_t);
-        sum_ce = moved(sum_ce, max_s, to_ce, kLog2E) + moved(o.sum_ce, o.max_s, to_ce, kLog2E);
+        sum_ce = moved(sum_ce, max_s, to_s, kLog2E) + moved(o.sum_ce, o.max_s, to_s, kLog2E);
         max_s = now_s, max_t = now_t;
     }
 };
 
-// From a logit to the base-2 logarithm of its probability. Largest and log of the sum are subtracted one after the other: their sum
-// would be rounded to the step of the largest, which moves every probability where logits are in the thousands.
+// From a logit to the base-2 logarithm of its probability: see STATE in kdkernels/problem.py.
 struct Norm {
     float c = 0.f, top = 0.f, rest = 0.f;
-    KD_DEVICE float operator()(float z) const { return fmaf(z, c, -top) - rest; }
+    KD_DEVICE float operator()(float z) const { return fmaf(z - top, c, -rest); }
 };
-KD_DEVICE Norm norm_of(float max, float sum, float c) { return {c, rounded_product(max, c), log2_fast(sum)}; }
-// The same for logits that are read as z * scale, and with `c` for them. The rest counts from a rounded reference, which is another
-// number then: from the largest logit itself it is the same.
-KD_DEVICE Norm rescaled(const Norm& n, float max, float scale, float c) {
-    const float scaled = rounded_product(max, scale), top = rounded_product(scaled, c);
-    return {c, top, n.rest - fmaf(max, n.c, -n.top) + fmaf(scaled, c, -top)};
-}
+KD_DEVICE Norm norm_of(float max, float sum, float c) { return {c, max, log2_fast(sum)}; }
 
 // One column of a divergence.
 template <class D> KD_DEVICE Terms<float> column_terms(const Rows& a, float log2_q, float log2_p, float q) {
@@ -115,11 +108,11 @@ KD_DEVICE float entropy_term(float log2_p) {
     return p == 0.f ? 0.f : -p * (log2_p * kLn2);
 }
 
-// A logit after bias, scale and softcap.
+// A logit after bias, scale and softcap. Rounded in every use: an FMA of it and what is subtracted would not be 0 for the largest.
 KD_DEVICE float transformed(float z, const RowSide& side, int column) {
     if (side.bias) z += side.bias[column];
-    z *= side.scale;
-    return side.softcap != 0.f ? side.softcap * tanh(z / side.softcap) : z;
+    z = rounded_product(z, side.scale);
+    return side.softcap != 0.f ? rounded_product(side.softcap, tanh(z / side.softcap)) : z;
 }
 
 KD_DEVICE float logit_at(const RowSide& side, int64_t row, int column) {
@@ -173,7 +166,7 @@ template <class T> KD_DEVICE void report(const Rows& a, int64_t row, const T& ta
     }
 }
 
-// Normalisers are saved as they are, in units of ln 2: what reads them subtracts the very same numbers.
+// Normalisers are saved as they are, the rest in units of ln 2: what reads them subtracts the very same numbers.
 KD_DEVICE float& state_at(const Rows& a, int64_t row, StateRow i) { return a.state[i * a.state_stride + row]; }
 KD_DEVICE void save_norm(const Rows& a, int64_t row, StateRow top, StateRow rest, const Norm& n) {
     state_at(a, row, top) = n.top, state_at(a, row, rest) = n.rest;

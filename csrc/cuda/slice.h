@@ -79,10 +79,10 @@ template <class Logit> KD_DEVICE void transform(float* z, const Raw& raw, const 
             if (const int at = column + i * apart; whole || (at >= 0 && at < vocab)) z[i] += side.bias[at];
     }
 #pragma unroll
-    for (int i = 0; i < kVec<Logit>; ++i) z[i] *= side.scale;
+    for (int i = 0; i < kVec<Logit>; ++i) z[i] = rounded_product(z[i], side.scale);
     if (side.softcap != 0.f) {
 #pragma unroll
-        for (int i = 0; i < kVec<Logit>; ++i) z[i] = side.softcap * tanh(z[i] / side.softcap);
+        for (int i = 0; i < kVec<Logit>; ++i) z[i] = rounded_product(side.softcap, tanh(z[i] / side.softcap));
     }
     if (whole) return;
 #pragma unroll
@@ -176,18 +176,18 @@ KD_DEVICE void sweep(const Slice<Logit>& slice, const RowSide& side, Kept kept, 
 
 // ---- log-sum-exp ----------------------------------------------------------------------------------------------------
 
-// One side of LogSums, and the sum of 2^d d over d = z c - fl(largest c), which makes an entropy of it.
+// One side of LogSums, and the sum of 2^d d over d = (z - largest) c, which makes an entropy of it.
 struct LogSum {
     float max = -infinity(), sum = 0.f, weighted = 0.f;
 
     template <int kCount> KD_DEVICE void add(const float* z, float c, bool entropy) {
         const float now = LogSums::largest<kCount>(max, z);
         if (entropy) {
-            const float to = LogSums::reference(now, c);
+            const float to = LogSums::reference(now);
             move(to, c);
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                const float d = fmaf(z[i], c, -to), e = exp2_fast(d);
+                const float d = (z[i] - to) * c, e = exp2_fast(d);
                 sum += e, weighted += e == 0.f ? 0.f : e * d;
             }
         } else {
@@ -196,7 +196,7 @@ struct LogSum {
         max = now;
     }
     KD_DEVICE void merge(LogSum o, float c) {
-        const float now = fmaxf(max, o.max), to = LogSums::reference(now, c);
+        const float now = fmaxf(max, o.max), to = LogSums::reference(now);
         move(to, c), o.move(to, c);
         sum += o.sum, weighted += o.weighted, max = now;
     }
@@ -204,23 +204,18 @@ struct LogSum {
 
 private:
     KD_DEVICE void move(float to, float c) {
-        const float by = max == -infinity() ? 0.f : rounded_product(max, c) - to, factor = exp2_fast(by);
+        const float by = max == -infinity() ? 0.f : (max - to) * c, factor = exp2_fast(by);
         weighted = factor == 0.f ? 0.f : (weighted + sum * by) * factor;
         sum *= factor;
     }
 };
 
-// log q = (z / T - top) - rest, as the two are given out and read again: top is a rounded number, rest counts from that number.
+// log q = (z - top) / T - rest, as the two are given out and read again.
 struct LogProbability {
     float per_t, top, rest;
-    KD_DEVICE float operator()(float z) const { return fmaf(z, per_t, -top) - rest; }
+    KD_DEVICE float operator()(float z) const { return fmaf(z - top, per_t, -rest); }
 };
-KD_DEVICE LogProbability log_probability(const LogSum& s, float per_t) {
-    const float c = per_t * kLog2E, top = rounded_product(s.max, per_t), log2_sum = log2_fast(s.sum);
-    if (s.max == -infinity()) return {per_t, top, log2_sum * kLn2};
-    // From the rounded reference of the sum to the largest logit, and from there to the rounded top.
-    return {per_t, top, (log2_sum - fmaf(s.max, c, -rounded_product(s.max, c))) * kLn2 + fmaf(s.max, per_t, -top)};
-}
+KD_DEVICE LogProbability log_probability(const LogSum& s, float per_t) { return {per_t, s.max, log2_fast(s.sum) * kLn2}; }
 KD_DEVICE float probability(float log_q) { return exp2_fast(log_q * kLog2E); }
 
 }  // namespace kd

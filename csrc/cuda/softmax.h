@@ -25,11 +25,11 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) softmax_rows(const S
     sweep<Sweep::first>(slice, a.x, kept, [&](const float* z, int) { mine.add<S::kCount>(z, c, false); });
     const LogSum sums = team.reduce(mine, [&](LogSum& x, const LogSum& o) { x.merge(o, c); });
     const LogProbability log_q = log_probability(sums, a.per_t);
-    const float reference = LogSums::reference(sums.max, c), per_sum = 1.f / sums.sum;
+    const float reference = LogSums::reference(sums.max), per_sum = 1.f / sums.sum;
     sweep<Sweep::again>(slice, a.x, kept, [&](const float* z, int step) {
         float y[S::kCount];
 #pragma unroll
-        for (int i = 0; i < S::kCount; ++i) y[i] = a.logarithm ? log_q(z[i]) : exp2_fast(fmaf(z[i], c, -reference)) * per_sum;
+        for (int i = 0; i < S::kCount; ++i) y[i] = a.logarithm ? log_q(z[i]) : exp2_fast((z[i] - reference) * c) * per_sum;
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) slice.store(out, slice.column(step, j), y + j * S::kVec);
     });

@@ -68,7 +68,7 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
     const int label = a.labels ? int(a.labels[row]) : -1;
     const float weight = a.weight ? a.weight[row] : 1.f;
     const bool reports = thread_index() == 0;
-    const bool second_sum = label >= 0 && a.temperature != 1.f;  // cross-entropy is at T = 1
+    const bool second_sum = label >= 0 && a.inv_temperature != 1.f;  // cross-entropy is at T = 1
 
     // Aligned rows: a thread's columns are neighbours, read 16 bytes at a time. Others: neighbours go to neighbouring threads.
     const int stride = a.aligned ? 1 : block_threads();
@@ -92,8 +92,8 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
     Tail tail;
     int parity = 0;
     const auto merge_values = [](ValuePart& x, const ValuePart& o) { x.tail.merge(o.tail), x.slope += o.slope; };
-    // Sweep 2 is also where entropies are summed.
-    const bool sweeps_values = a.statistics && (!D::knows_slope_sum || a.stats || !a.dz);
+    // Sweep 2 is also where entropies are summed. Of slopes that jump, those of the forward pass may be others: they are summed again.
+    const bool sweeps_values = a.statistics ? !D::knows_slope_sum || a.stats || !a.dz : D::slope_jumps;
     if (a.statistics) {
         if (reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
         NormPart part;
@@ -117,7 +117,7 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
             norm_s = full_s, norm_t = full_t;
         } else if (a.normalizer == Normalizer::mean) {
             const float size = fmaxf(part.kept, 1.f);
-            norm_s.top = part.mean_s / size * c, norm_t.top = part.mean_t / size * c;
+            norm_s.top = part.mean_s / size, norm_t.top = part.mean_t / size;
         }
         if (label >= 0) at_one = second_sum ? norm_of(sums.max_s, sums.sum_ce, kLog2E) : full_s;
     } else {

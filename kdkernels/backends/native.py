@@ -10,10 +10,15 @@ from torch import Tensor
 
 from ..problem import STATE, HeadBatch, Problem, RowBatch, Transform
 
+INTERFACE = 2
+"""Number of the compiled extension that this file calls: another one whenever the arguments or their meaning change."""
+
+_MISSING: str | None = None
 try:
     from .. import _C
 
-    _MISSING = None
+    if getattr(_C, "interface", 1) != INTERFACE:
+        _MISSING = "the compiled extension kdkernels._C was built from other sources: run pip install again"
 except ImportError as error:
     _MISSING = f"the compiled extension kdkernels._C is not there ({error}): reinstall where a C++17 compiler is found"
 
@@ -91,7 +96,7 @@ def _arguments(problem: Problem, batch: RowBatch, statistics: bool, device_type:
     args.rows, args.vocab = count, vocab
     args.divergence, args.a, args.b = problem.divergence.id, a, b
     args.normalizer = _NORMALIZERS[problem.divergence.normalizer]
-    args.temperature = problem.temperature
+    args.inv_temperature = problem.inv_temperature
     args.value_scale, args.slope_scale, args.ce_weight = problem.value_scale, problem.slope_scale, problem.ce_weight
     args.dz_scale = batch.dz_scale
     args.double_precision = dtype == torch.float64
@@ -152,7 +157,7 @@ def _head_arguments(problem: Problem, batch: HeadBatch, statistics: bool, device
     args = _C.HeadArguments()
     args.side = _side(batch.logits, batch.bias, problem.student, dtype, device_type)
     args.rows, args.vocab = count, vocab
-    args.temperature, args.dz_scale = problem.temperature, batch.dz_scale
+    args.inv_temperature, args.dz_scale = problem.inv_temperature, batch.dz_scale
     args.double_precision, args.statistics = dtype == torch.float64, statistics
     args.top = address("top", batch.top, (count,), dtype)
     args.log_sum = address("log_sum", batch.log_sum, (count,), dtype)
@@ -191,7 +196,7 @@ def _softmax_arguments(
     args.out, args.out_stride = _address("out", out, tuple(x.shape), out.dtype, device_type), out.stride(0)
     args.out_dtype = _DTYPES[out.dtype]
     args.rows, args.vocab = x.shape
-    args.temperature, args.logarithm, args.double_precision = temperature, logarithm, dtype == torch.float64
+    args.inv_temperature, args.logarithm, args.double_precision = 1.0 / temperature, logarithm, dtype == torch.float64
     return args
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import philox
 from ..divergences import Divergence
 from ..problem import STATS, HeadBatch, Problem, RowBatch, Transform
-from ..reference import normalize, transform
+from ..reference import row_mean, row_top, transform
 
 # Elements of a tile. A CPU core's L2 holds a few temporaries of it; a GPU wants enough work for a launch.
 _TILE = {"cpu": 1 << 18}
@@ -40,7 +40,7 @@ def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) ->
     function = torch.log_softmax if logarithm else torch.softmax
     for r in _tiles(x):
         wide = _widen(x[r])
-        out[r] = function(wide if temperature == 1.0 else wide / temperature, -1)
+        out[r] = function(wide if temperature == 1.0 else _over_temperature(wide, wide.amax(-1), 1.0 / temperature), -1)
 
 
 def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
@@ -72,31 +72,35 @@ def _load(z: Tensor, bias: Tensor | None, t: Transform, dtype: torch.dtype) -> T
     return z if t.identity else transform(z, t)
 
 
-def _softmax(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two parts of the log-sum-exp ``[C]``, log-softmax and softmax ``[C, V]``, with one exponential per element."""
-    top = x.amax(-1, keepdim=True)
-    log_p = x - top
+def _softmax(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two parts of the log-sum-exp ``[C]``, log-softmax and softmax ``[C, V]`` at T, with one exponential per element."""
+    top = z.amax(-1)
+    log_p = _over_temperature(z, top, inv_temperature)
     p = log_p.exp()
     total = p.sum(-1, keepdim=True)
     rest = total.log()
-    return top.squeeze(-1), rest.squeeze(-1), log_p.sub_(rest), p.div_(total)
+    return top, rest.squeeze(-1), log_p.sub_(rest), p.div_(total)
 
 
-def _normalize(x: Tensor, other: Tensor, div: Divergence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _normalize(z: Tensor, other: Tensor, div: Divergence, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The normaliser's two parts ``[C]``, and a divergence's argument ``[C, V]`` with its exponential (if that means anything to it)."""
     if div.normalizer == "softmax":
-        return _softmax(x)
-    zeros = x.new_zeros(x.shape[0])
-    if div.normalizer == "none":
-        return zeros, zeros, x, x
-    centered = normalize(x, other, div)
-    top = x.argmax(-1, keepdim=True)
-    return (x.gather(-1, top) - centered.gather(-1, top)).squeeze(-1), zeros, centered, centered
+        return _softmax(z, inv_temperature)
+    zeros = z.new_zeros(z.shape[0])
+    top = zeros if div.normalizer == "none" else row_mean(z, other).squeeze(-1)
+    argument = _shifted(z, top, zeros, inv_temperature)
+    return top, zeros, argument, argument
 
 
-def _shifted(x: Tensor, top: Tensor, rest: Tensor) -> Tensor:
-    """``x`` less its normaliser, whose two parts are ``[C]``."""
-    return (x - top.unsqueeze(-1)).sub_(rest.unsqueeze(-1))
+def _shifted(z: Tensor, top: Tensor, rest: Tensor, inv_temperature: float) -> Tensor:
+    """``(z - top) / T - rest``, the normaliser's two parts ``[C]``: see STATE."""
+    return _over_temperature(z, top, inv_temperature).sub_(rest.unsqueeze(-1))
+
+
+def _over_temperature(z: Tensor, top: Tensor, inv_temperature: float) -> Tensor:
+    """``(z - top) / T``, top ``[C]``."""
+    difference = z - top.unsqueeze(-1)
+    return difference if inv_temperature == 1.0 else difference.mul_(inv_temperature)
 
 
 def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
@@ -107,24 +111,29 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
     dtype, div = problem.compute_dtype, problem.divergence
     zs = _load(batch.student[r], batch.student_bias, problem.student, dtype)
     zt = _load(batch.teacher[r], batch.teacher_bias, problem.teacher, dtype)
-    x, u = (zs, zt) if problem.temperature == 1.0 else (zs / problem.temperature, zt / problem.temperature)
+    inv_t = problem.inv_temperature
     top_s, rest_s, top_t, rest_t, slope_sum, top_ce, rest_ce = batch.state[:, r]
     softmax = div.normalizer == "softmax"
     if statistics:
-        (top_s[:], rest_s[:], log_q, q), (top_t[:], rest_t[:], log_p, p) = _normalize(x, u, div), _normalize(u, x, div)
+        (top_s[:], rest_s[:], log_q, q), (top_t[:], rest_t[:], log_p, p) = (
+            _normalize(zs, zt, div, inv_t),
+            _normalize(zt, zs, div, inv_t),
+        )
     else:
-        log_q, log_p = _shifted(x, top_s, rest_s), _shifted(u, top_t, rest_t)
+        log_q, log_p = _shifted(zs, top_s, rest_s, inv_t), _shifted(zt, top_t, rest_t, inv_t)
         q, p = log_q.exp(), log_p.exp()
     value, slope = div.terms(log_q, log_p, q, p)
     log_one = None
     if problem.needs_ce:
         if statistics:
             shared = softmax and problem.temperature == 1.0
-            top_ce[:], rest_ce[:] = (top_s, rest_s) if shared else _softmax(zs)[:2]
-        log_one = _shifted(zs, top_ce, rest_ce)
+            top_ce[:], rest_ce[:] = (top_s, rest_s) if shared else _softmax(zs, 1.0)[:2]
+        log_one = _shifted(zs, top_ce, rest_ce, 1.0)
+    # Of these very slopes, in backward too: those of the forward pass are rounded otherwise, and a slope may jump in between.
+    total = slope.sum(-1) if div.slope_sum is None else torch.full_like(top_s, div.slope_sum)
 
     if statistics:
-        slope_sum[:] = slope.sum(-1) if div.slope_sum is None else div.slope_sum
+        slope_sum[:] = total
         divergence = value.sum(-1)
         loss = problem.value_scale * divergence if problem.kd_weight else torch.zeros_like(divergence)
         ce = torch.full_like(divergence, math.nan)
@@ -136,7 +145,7 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
             batch.loss[r] = loss if batch.weight is None else loss * batch.weight[r]
         if batch.stats is not None:
             if not softmax:
-                (_, _, log_q, q), (_, _, log_p, p) = _softmax(x), _softmax(u)
+                (_, _, log_q, q), (_, _, log_p, p) = _softmax(zs, inv_t), _softmax(zt, inv_t)
             values = {
                 "divergence": divergence,
                 "cross_entropy": ce,
@@ -152,7 +161,7 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
             dz = torch.zeros_like(slope)
         elif softmax:
             # slope may be a view of p; q is this tile's own.
-            dz = slope.sub_(q.mul_(slope_sum.unsqueeze(-1))).mul_(problem.slope_scale)
+            dz = slope.sub_(q.mul_(total.unsqueeze(-1))).mul_(problem.slope_scale)
         else:
             dz = slope.mul_(problem.slope_scale)
         if problem.ce_weight and log_one is not None and batch.labels is not None:
@@ -173,13 +182,12 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
 def _head_tile(problem: Problem, batch: HeadBatch, r: slice, statistics: bool) -> None:
     dtype = problem.compute_dtype
     z = _load(batch.logits[r], batch.bias, problem.student, dtype)
-    x = z if problem.temperature == 1.0 else z / problem.temperature
     if statistics:
-        batch.top[r], batch.log_sum[r], log_q, q = _softmax(x)
+        batch.top[r], batch.log_sum[r], log_q, q = _softmax(z, problem.inv_temperature)
         if batch.entropy is not None:
             batch.entropy[r] = _entropy(log_q, q)
     else:
-        log_q = _shifted(x, batch.top[r], batch.log_sum[r])
+        log_q = _shifted(z, batch.top[r], batch.log_sum[r], problem.inv_temperature)
         q = log_q.exp()
     none = ids = None
     if batch.ids is not None and batch.logprobs is not None:
@@ -192,7 +200,8 @@ def _head_tile(problem: Problem, batch: HeadBatch, r: slice, statistics: bool) -
     if batch.draws is not None and batch.seed is not None:
         # From the logits as they are stored, in double: see philox.draw.
         bias = None if batch.bias is None else batch.bias.double()
-        exact = _load(batch.logits[r], bias, problem.student, torch.float64) * (1.0 / problem.temperature)
+        exact = _load(batch.logits[r], bias, problem.student, torch.float64)
+        exact = (exact - row_top(exact)).mul_(problem.inv_temperature)
         ids_drawn = philox.draw(exact, batch.seed, batch.first_row + r.start, batch.draws.shape[1])
         batch.draws[r] = ids_drawn.masked_fill_(~torch.isfinite(batch.log_sum[r]).unsqueeze(-1), -1)
     if batch.dz is None:
@@ -212,7 +221,7 @@ def _head_tile(problem: Problem, batch: HeadBatch, r: slice, statistics: bool) -
     if d_ids is not None and ids is not None:
         # Accumulating index_put_ adds in a fixed order where ids repeat, unlike scatter_add_ on a GPU.
         dz.index_put_((torch.arange(len(ids), device=ids.device).unsqueeze(-1).expand_as(ids), ids), d_ids, accumulate=True)
-    dz.mul_(problem.student.scale / problem.temperature * batch.dz_scale)
+    dz.mul_(problem.student.scale * problem.inv_temperature * batch.dz_scale)
     if problem.student.softcap is not None:
         dz.mul_(1 - (z / problem.student.softcap).square_())
     batch.dz[r].copy_(dz)

@@ -77,7 +77,7 @@ template <class Logit> struct Rows_ {
 };
 
 struct Softened {
-    double top, log_sum, entropy;  // log_sum: from `reported`
+    double top, log_sum, entropy;  // top: the largest logit; log_sum: from `reported`
     std::vector<double> log_q;
 };
 Softened soften(const std::vector<double>& z, double per_t, double reported) {
@@ -90,8 +90,7 @@ Softened soften(const std::vector<double>& z, double per_t, double reported) {
         s.log_q[c] = z[c] * per_t - (s.top * per_t) - std::log(sum);
         if (const double q = std::exp(s.log_q[c]); !(q == 0)) s.entropy -= q * s.log_q[c];
     }
-    s.top *= per_t;
-    s.log_sum = std::log(sum) + (std::isinf(s.top) ? 0 : s.top - reported);
+    s.log_sum = std::log(sum) + (std::isinf(s.top) ? 0 : (s.top - reported) * per_t);
     return s;
 }
 
@@ -173,7 +172,7 @@ template <class Logit> double run(Kernel kernel, const Shape& s, const Features&
     const auto judge_statistics = [&] {
         for (int r = 0; r < s.rows; ++r) {
             soft.push_back(soften(rows.z[r], double(per_t), double(top[r])));
-            judge(top[r], soft[r].top, 0x1p-22 * (std::abs(soft[r].top) + largest * per_t * (off > 3e-6)) + 1e-30);
+            judge(top[r], soft[r].top, 0x1p-22 * (std::abs(soft[r].top) + largest * (off > 3e-6)) + 1e-30);
             judge(log_sum[r], soft[r].log_sum, unit_of(soft[r].log_sum) + off);
         }
     };
@@ -215,7 +214,7 @@ template <class Logit> double run(Kernel kernel, const Shape& s, const Features&
                 for (int c = 0; c < vocab && std::isfinite(soft[r].log_sum); ++c) {
                     const uint32_t slot = uint32_t(c / kGroup * kWordColumns + c % kWordColumns), w = uint32_t(c % kGroup / kWordColumns);
                     const double u = uniform(words(key, a.first_row + r, d, slot, 0).w[w], words(key, a.first_row + r, d, slot, 1).w[w]);
-                    const double time = rows.z[r][c] / double(f.temperature) - std::log(-std::log1p(-u));
+                    const double time = (rows.z[r][c] - soft[r].top) / double(f.temperature) - std::log(-std::log1p(-u));
                     if (time > best) best = time, winner = c;
                 }
                 judge(ids[r * f.k + d], winner, .5);
@@ -317,6 +316,8 @@ Features draw(unsigned seed, int salt, Kernel kernel, const Shape& s) {
     if (kernel == kTop && f.ties) f.odd_rows = false, f.bias = false, f.softcap = false;
     if (kernel == kDraw) f.k = 1 + random() % 4;
     if (kernel == kSparse) f.gradient_apart = true, f.num_ids = coin(3) ? 1 : coin(2) ? 5 : 65;
+    const bool forward = kernel != kSparse && kernel != kSoftmaxGradient && !f.gradient_apart;
+    if (coin(4) && forward && !f.bias && !f.softcap && !f.scale) f.temperature = 1e-10f, f.dz = f.logarithm = false;  // of logits that nothing rounds
     return f;
 }
 

@@ -24,7 +24,7 @@ struct Shape { int rows, vocab, clusters, cluster_size, warps, spare_slots; };
 // What a run switches on; drawn from its seed.
 struct Features {
     bool bias = false, softcap = false, scale = false, labels = false, stats = false, weight = false, dz = true, narrow = false;
-    bool statistics = true, mixed = false, unaligned = false;
+    bool statistics = true, mixed = false, unaligned = false, certain = false;  // certain: both sides are, of the label
     float temperature = 1.f, offset = 0.f;  // offset: of all logits, the other way for the teacher's
     bool plain() const { return !bias && !softcap && !labels && !stats; }
 };
@@ -49,7 +49,7 @@ double entropy(const std::vector<double>& z, double per_t, double norm) {
 template <class D> Truth truth_of(const Rows& a, const std::vector<double>& zs, const std::vector<double>& zt, int64_t row) {
     Truth r;
     const int n = a.vocab;
-    const double per_t = 1.0 / a.temperature, weight = a.weight ? a.weight[row] : 1.0;
+    const double per_t = a.inv_temperature, weight = a.weight ? a.weight[row] : 1.0;
     const bool softmax = a.normalizer == Normalizer::softmax;
     if (softmax) r.norm_s = lse(zs, per_t), r.norm_t = lse(zt, per_t);
     if (a.normalizer == Normalizer::mean) {
@@ -123,7 +123,7 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
     a.state = state.data(), a.loss = loss.data(), a.stats = f.stats ? stats.data() : nullptr;
     a.labels = f.labels ? labels.data() : nullptr, a.weight = f.weight ? weight.data() : nullptr;
     a.dz_dtype = dz_dtype, a.dz_stride = student_stride * int64_t(sizeof(Logit)) / size_of(dz_dtype);
-    a.temperature = f.temperature, a.inv_temperature = 1 / f.temperature;
+    a.inv_temperature = 1 / f.temperature;
     a.value_scale = .8f * f.temperature * f.temperature, a.slope_scale = .8f * f.temperature, a.ce_weight = f.labels ? .7f : 0.f;
     a.dz_scale = dz_dtype == Dtype::f16 && softmax ? 4.f : 1.f;
     a.normalizer = softmax ? Normalizer::softmax : seed % 2 ? Normalizer::mean : Normalizer::none;
@@ -139,6 +139,7 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
             float x = spread * normal(random), u = x + .3f * spread * normal(random);
             if (kLogit == Dtype::f32) x += f.offset;
             if (teacher_dtype == Dtype::f32) u -= f.offset;
+            if (f.certain && c == labels[r]) x += 30 * f.temperature / a.student.scale, u += 30 * f.temperature / a.teacher.scale;
             if (holes && c % 97 == 5 && c != labels[r]) x = u = -INFINITY;  // a column that both exclude
             if (holes && c % 97 == 3 && (D::id == 0 || D::id == 3)) u = -INFINITY;  // and one that the teacher does, where that costs little
             put(student.data, r * student_stride + c, kLogit, x), put(teacher.data, r * teacher_stride + c, teacher_dtype, u);
@@ -154,16 +155,14 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
     a.dz = f.dz ? student.data : nullptr;  // over the logits, unlike everything above
     if (!f.statistics) {
         a.statistics = false;
-        // Of a log-sum-exp the largest, as the kernel rounds it, and what is left; of a mean all of it.
+        // The largest logit or the mean as a float, and the rest in units of ln 2.
         const auto write = [&](int r, StateRow top, StateRow rest, const std::vector<double>& z, bool lse, double per_t, double norm) {
-            const float c = float(per_t) * kLog2E;
-            const double from = lse ? *std::max_element(z.begin(), z.end()) : 0;
-            const float rounded = float(from * c);
-            state[top * s.rows + r] = rounded, state[rest * s.rows + r] = float(from * c - rounded + (norm - from * per_t) / std::log(2.0));
+            const float rounded = float(lse ? *std::max_element(z.begin(), z.end()) : norm / per_t);
+            state[top * s.rows + r] = rounded, state[rest * s.rows + r] = float((norm - rounded * per_t) / std::log(2.0));
         };
         for (int r = 0; r < s.rows; ++r) {
             const Truth& t = truths[r];
-            write(r, kTopS, kRestS, zs[r], softmax, 1.0 / f.temperature, t.norm_s), write(r, kTopT, kRestT, zt[r], softmax, 1.0 / f.temperature, t.norm_t);
+            write(r, kTopS, kRestS, zs[r], softmax, a.inv_temperature, t.norm_s), write(r, kTopT, kRestT, zt[r], softmax, a.inv_temperature, t.norm_t);
             if (f.labels) write(r, kTopCe, kRestCe, zs[r], true, 1, t.lse_ce);
             state[kSlopeSum * s.rows + r] = t.slope_sum;
         }
@@ -186,6 +185,8 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
         two_read();
     }
     if (!f.dz) {  // what has been saved, put to use: a backward pass
+        // Of numbers that are rounded otherwise than in the forward pass, as another compiler's would be.
+        for (int r = 0; f.certain && f.statistics && r < s.rows; ++r) state[kRestS * s.rows + r] += r % 2 ? 1e-7f : -1e-7f;
         a.dz = student.data, a.loss = a.stats = nullptr, a.statistics = false;
         two_read();
     }
@@ -200,17 +201,19 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
         const Truth& t = truths[r];
         if (f.statistics) {
             judge(loss[r], t.loss, t.unit * (t.size + std::abs(t.loss)));
-            const auto judge_norm = [&](StateRow top, StateRow rest, double want) {
-                judge((double(state[top * s.rows + r]) + state[rest * s.rows + r]) * std::log(2.0), want, 2e-6 * (1 + std::abs(want)));
+            const auto judge_norm = [&](StateRow top, StateRow rest, double per_t, double want) {
+                judge(double(state[top * s.rows + r]) * per_t + state[rest * s.rows + r] * std::log(2.0), want, 2e-6 * (1 + std::abs(want)));
             };
-            judge_norm(kTopS, kRestS, t.norm_s), judge_norm(kTopT, kRestT, t.norm_t);
-            judge(state[kSlopeSum * s.rows + r], t.slope_sum, t.unit * (1 + std::abs(t.slope_sum)));
-            if (f.labels) judge_norm(kTopCe, kRestCe, t.lse_ce);
+            judge_norm(kTopS, kRestS, a.inv_temperature, t.norm_s), judge_norm(kTopT, kRestT, a.inv_temperature, t.norm_t);
+            if (!(D::slope_jumps && f.certain)) judge(state[kSlopeSum * s.rows + r], t.slope_sum, t.unit * (1 + std::abs(t.slope_sum)));
+            if (f.labels) judge_norm(kTopCe, kRestCe, 1, t.lse_ce);
             for (int i = 0; f.stats && i < 5; ++i) judge(stats[i * s.rows + r], t.stats[i], i == 4 ? 1e-6 : 2 * t.unit * (1 + t.size + std::abs(t.stats[i])));
         }
+        // Where both are certain the sign of q - p is anyone's, and with it the gradient of what is left to the other tokens.
+        const double unsure = D::slope_jumps && f.certain ? 1e-4 : 0;
         for (int c = 0; c < s.vocab; ++c)
             judge(get(student.data + r * student_stride * sizeof(Logit), c, dz_dtype), t.dz[c],
-                  unit(dz_dtype) * std::abs(t.dz[c]) + t.unit * (1 + std::abs(t.slope_sum)) * t.dz_size[c] + (dz_dtype == Dtype::f16 ? 1e-7 : 1e-9));
+                  unit(dz_dtype) * std::abs(t.dz[c]) + t.unit * (1 + std::abs(t.slope_sum)) * t.dz_size[c] + unsure + (dz_dtype == Dtype::f16 ? 1e-7 : 1e-9));
     }
     return worst;
 }
@@ -244,6 +247,8 @@ Features draw(unsigned seed, int salt, bool one_read) {
     f.scale = coin(4), f.dz = !coin(6), f.offset = coin(3) && !f.softcap ? 3000.f : 0.f;
     if (!one_read) f.mixed = coin(3), f.unaligned = coin(3), f.statistics = !coin(3) || !f.dz;
     if (!f.statistics) f.stats = false;
+    f.certain = coin(2) && !f.softcap;
+    if (coin(4) && f.statistics && !f.bias && !f.softcap && !f.scale) f.temperature = 1e-10f;  // of logits that nothing rounds
     if (f.unaligned) f.narrow = false;
     return f;
 }
@@ -260,11 +265,11 @@ int test(int seeds) {
                     const int dtype = int(seed + divergence) % 3;
                     const Features f = draw(seed, divergence + s.vocab, one_read);
                     tests([&] { return run(dtype, divergence, one_read, s, f, seed); }, [&] {
-                        return text("%s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %u:%s%s%s%s%s%s%s%s%s%s%s T %g offset %g",
+                        return text("%s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %u:%s%s%s%s%s%s%s%s%s%s%s%s T %g offset %g",
                                     one_read ? "one-read" : "two-read", divergence, dtype, s.rows, s.vocab, s.clusters, s.cluster_size, s.warps, seed,
                                     f.bias ? " bias" : "", f.softcap ? " softcap" : "", f.scale ? " scale" : "", f.labels ? " labels" : "", f.stats ? " stats" : "",
                                     f.weight ? " weight" : "", f.dz ? "" : " no-dz", f.narrow ? " narrow" : "", f.statistics ? "" : " gradient-only",
-                                    f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", double(f.temperature), double(f.offset));
+                                    f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", f.certain ? " certain" : "", double(f.temperature), double(f.offset));
                     });
                 }
     return tests.status();

@@ -146,7 +146,7 @@ def run_rows(kernels: ModuleType, memory: Heap | Guarded, case: Case) -> None:
     divergence, a, b = case.divergence
     arguments.divergence, arguments.a, arguments.b = divergence, a, b
     arguments.normalizer = 0 if divergence != truth.LOGIT_MSE else 1 if a else 2
-    arguments.temperature, arguments.value_scale, arguments.slope_scale = case.temperature, case.value_scale, case.slope_scale
+    arguments.inv_temperature, arguments.value_scale, arguments.slope_scale = 1 / case.temperature, case.value_scale, case.slope_scale
     ce_weight = case.ce_weight if case.labels else 0.0  # without labels it has no meaning
     arguments.ce_weight, arguments.double_precision = ce_weight, double
     labels = tensor(np.int64, rng.integers(case.vocab, size=case.rows), 1, case.rows) if case.labels else None

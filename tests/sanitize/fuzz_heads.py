@@ -109,7 +109,7 @@ def run_heads(kernels: ModuleType, memory: Heap | Guarded, case: Head) -> None:
     side.logits, side.stride, side.dtype, side.bias = z.address, z.stride, case.dtype, bias.address if bias else 0
     side.scale, side.softcap = case.scale, case.softcap
     arguments.side, arguments.rows, arguments.vocab = side, *shape
-    arguments.temperature, arguments.double_precision, arguments.dz_scale = case.temperature, double, case.dz_scale
+    arguments.inv_temperature, arguments.double_precision, arguments.dz_scale = 1 / case.temperature, double, case.dz_scale
     top, log_sum, entropy = per_row(), per_row(), per_row() if case.entropy else None
     arguments.top, arguments.log_sum, arguments.entropy = top.address, log_sum.address, entropy.address if entropy else 0
     ids = logprobs = d_logprobs = None
@@ -247,7 +247,7 @@ def run_softmax(kernels: ModuleType, memory: Heap | Guarded, case: Softmax) -> N
             side.logits, side.stride, side.dtype, side.bias = t.address, t.stride, case.dtype, 0
             setattr(arguments, name, side)
     arguments.out, arguments.out_stride, arguments.out_dtype = out.address, out.stride, case.dtype
-    arguments.rows, arguments.vocab, arguments.temperature = *shape, case.temperature
+    arguments.rows, arguments.vocab, arguments.inv_temperature = *shape, 1 / case.temperature
     arguments.logarithm, arguments.backward, arguments.double_precision = case.logarithm, case.backward, double
     isa = kernels.cpu_isas()[case.isa % len(kernels.cpu_isas())]
     call.seal()

@@ -295,7 +295,7 @@ def _head_rows(r: HeadRows) -> HeadTruth:
     x = z / t
     log_q, lse = _log_softmax(x)
     q = np.exp(log_q)
-    top = x.max(-1, keepdims=True)
+    top = z.max(-1, keepdims=True)
     ulps = eps * (64 + 8 * (reach + np.log(z.shape[-1])))
     lost = ~np.isfinite(lse) | (ulps > 1e-2)
 
@@ -330,7 +330,7 @@ def _head_rows(r: HeadRows) -> HeadTruth:
     plain = r.side.bias is None and (r.side.scale == 1 or r.ties) and not r.side.softcap
     least = 1e-44 if eps > 1e-10 else 1e-323  # that can be stored
     return HeadTruth(
-        answer(top, 4 * eps * (np.abs(top) + reach) + least), answer(lse - top, ulps),
+        answer(top, 4 * eps * (np.abs(top) + t * reach) + least), answer(lse - top / t, ulps),
         answer(entropy, ulps * (1 + _total(np.abs(terms))) + 1e-30),
         logprobs, answer(dz, abs(outer) * (bound + 8 * eps * np.abs(gradient))), z, log_answer,
         zero if plain else 8 * eps * t * (reach + 1) * np.ones_like(top),

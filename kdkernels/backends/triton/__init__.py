@@ -55,12 +55,12 @@ def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
             absent if batch.dz is None else batch.dz,
             batch.student.stride(0), batch.teacher.stride(0), 0 if batch.dz is None else batch.dz.stride(0),
             batch.state.stride(0), 0 if batch.stats is None else batch.stats.stride(0), vocab,
-            a, b, 1.0 / problem.temperature, problem.value_scale, problem.slope_scale, problem.ce_weight,
+            a, b, problem.inv_temperature, problem.value_scale, problem.slope_scale, problem.ce_weight,
             problem.student.scale, problem.student.softcap or 0.0, problem.teacher.scale, problem.teacher.softcap or 0.0,
             batch.dz_scale,
             DIVERGENCE=FUNCTIONS[problem.divergence.name],
             NORMALIZER=_NORMALIZERS[problem.divergence.normalizer],
-            SLOPE_SUM=problem.divergence.slope_sum,
+            SLOPE_SUM=problem.divergence.slope_sum, SLOPE_JUMPS=problem.divergence.slope_jumps,
             STUDENT_BIAS=batch.student_bias is not None, TEACHER_BIAS=batch.teacher_bias is not None,
             STUDENT_SOFTCAP=problem.student.softcap is not None, TEACHER_SOFTCAP=problem.teacher.softcap is not None,
             CE=batch.labels is not None, WEIGHT=batch.weight is not None,
@@ -87,7 +87,7 @@ def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
             *(absent if x is None else x for x in (batch.bias, batch.top, batch.log_sum, batch.entropy, batch.ids, batch.logprobs)),
             *(absent if x is None else x for x in (batch.d_lse, batch.d_entropy, batch.d_logprobs, batch.dz)),
             batch.logits.stride(0), 0 if batch.dz is None else batch.dz.stride(0), vocab, num_ids,
-            1.0 / problem.temperature, t.scale, t.softcap or 0.0, batch.dz_scale,
+            problem.inv_temperature, t.scale, t.softcap or 0.0, batch.dz_scale,
             BIAS=batch.bias is not None, SOFTCAP=t.softcap is not None,
             STATISTICS=statistics, ENTROPY=batch.entropy is not None, IDS=batch.ids is not None,
             D_LSE=batch.d_lse is not None, D_ENTROPY=batch.d_entropy is not None, D_LOGPROBS=batch.d_logprobs is not None,
@@ -97,12 +97,12 @@ def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
         if batch.draws is not None:
             launch = choose_sample(vocab)
             exact = batch.logits.new_empty(3, dtype=torch.float64)
-            for slot, number in zip(exact, (1.0 / problem.temperature, t.scale, t.softcap or 0.0), strict=True):
+            for slot, number in zip(exact, (problem.inv_temperature, t.scale, t.softcap or 0.0), strict=True):
                 slot.fill_(number)  # on the device: a copy from the host would wait, and no CUDA graph could record it
             sample_rows_kernel[(count * batch.draws.shape[1],)](
-                batch.logits, absent if batch.bias is None else batch.bias, batch.log_sum, batch.seed, exact, batch.draws,
+                batch.logits, absent if batch.bias is None else batch.bias, batch.top, batch.log_sum, batch.seed, exact, batch.draws,
                 batch.logits.stride(0), vocab, batch.draws.shape[1], batch.first_row,
-                1.0 / problem.temperature, t.scale, t.softcap or 0.0,
+                problem.inv_temperature, t.scale, t.softcap or 0.0,
                 BIAS=batch.bias is not None, SOFTCAP=t.softcap is not None, BLOCK=launch.block, **launch.options,
             )  # fmt: skip
 

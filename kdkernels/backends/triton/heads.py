@@ -9,14 +9,16 @@ from .kernel import load_logits, merge
 
 
 @triton.jit
-def merge_entropy(top, total, weighted, x):
-    """Online softmax with the sum of exp(x - max) * (x - max), which makes an entropy of it."""
-    new = tl.maximum(top, tl.max(x, 0))
+def merge_entropy(top, total, weighted, z, inv_temperature):
+    """Online softmax with the sum of exp(x) * x, x = (z - max) / T, which makes an entropy of it."""
+    new = tl.maximum(top, tl.max(z, 0))
     reference = tl.where(new == float("-inf"), 0.0, new)
-    shift = tl.where(top == float("-inf"), 0.0, top - reference)
-    e = tl.exp(x - reference)
-    weighted = (weighted + total * shift) * tl.exp(shift) + tl.sum(tl.where(e == 0.0, 0.0, e * (x - reference)), 0)
-    total = total * tl.exp(shift) + tl.sum(e, 0)
+    shift = tl.where(top == float("-inf"), 0.0, (top - reference) * inv_temperature)
+    moved = tl.exp(shift)
+    x = (z - reference) * inv_temperature
+    e = tl.exp(x)
+    weighted = tl.where(moved == 0.0, 0.0, (weighted + total * shift) * moved) + tl.sum(tl.where(e == 0.0, 0.0, e * x), 0)
+    total = total * moved + tl.sum(e, 0)
     return new, total, weighted
 
 
@@ -38,7 +40,7 @@ def head_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     offsets = tl.arange(0, BLOCK)
-    # log q = (x - shift) - rest: see kd_rows_kernel.
+    # log q = (z - shift) / T - rest: see kd_rows_kernel.
     rest = 0.0
     h = 0.0
     if STATISTICS:
@@ -48,11 +50,11 @@ def head_rows_kernel(
         for start in range(0, vocab, BLOCK):
             columns = start + offsets
             mask = columns < vocab
-            x = load_logits(logits, bias, columns, mask, scale, softcap, BIAS, SOFTCAP) * inv_temperature
+            z = load_logits(logits, bias, columns, mask, scale, softcap, BIAS, SOFTCAP)
             if ENTROPY:
-                shift, total, weighted = merge_entropy(shift, total, weighted, x)
+                shift, total, weighted = merge_entropy(shift, total, weighted, z, inv_temperature)
             else:
-                shift, total = merge(shift, total, x)
+                shift, total = merge(shift, total, z, inv_temperature)
         rest = tl.log(total)
         tl.store(top + row, shift)
         tl.store(log_sum + row, rest)
@@ -82,7 +84,7 @@ def head_rows_kernel(
             chosen = tl.load(ids + k, mask=k < num_ids, other=-1)
             wanted = chosen >= 0
             z = load_logits(logits, bias, chosen, wanted, scale, softcap, BIAS, SOFTCAP)
-            tl.store(logprobs + k, tl.where(wanted, (z * inv_temperature - shift) - rest, 0.0), mask=k < num_ids)
+            tl.store(logprobs + k, tl.where(wanted, (z - shift) * inv_temperature - rest, 0.0), mask=k < num_ids)
             if D_LOGPROBS:
                 c0 -= tl.sum(tl.load(d_logprobs + k, mask=wanted, other=0.0), 0)
 
@@ -93,7 +95,7 @@ def head_rows_kernel(
             columns = start + offsets
             mask = columns < vocab
             z = load_logits(logits, bias, columns, mask, scale, softcap, BIAS, SOFTCAP)
-            log_q = (z * inv_temperature - shift) - rest
+            log_q = (z - shift) * inv_temperature - rest
             g = tl.exp(log_q)
             if D_ENTROPY:
                 g = tl.where(g == 0.0, 0.0, g * (c0 + c1 * log_q))
@@ -120,7 +122,7 @@ def head_rows_kernel(
                 for j in range(0, num_ids):
                     g += tl.where(chosen == tl.load(ids + j), tl.load(d_logprobs + j), 0.0)
                 if SOFTCAP:
-                    bend = ((log_q + rest) + shift) / inv_temperature / softcap
+                    bend = ((log_q + rest) / inv_temperature + shift) / softcap
                     g *= 1.0 - bend * bend
                 tl.store(dz + chosen, (g * outer).to(dz.dtype.element_ty), mask=chosen >= 0)
 
@@ -136,7 +138,7 @@ def log1m(u):
 def sample_rows_kernel(
     logits,  # [C, V]
     bias,  # [V] float32
-    log_sum,  # [C] float32
+    top, log_sum,  # [C] float32
     seed,  # [] int64
     numbers,  # [3] float64: 1 / T, scale, softcap
     draws,  # [C, S] int32
@@ -146,8 +148,8 @@ def sample_rows_kernel(
 ):  # fmt: skip
     """One draw of one row: see csrc/philox.h for the numbers, and csrc/cpu/heads.cpp for the race.
 
-    As an exponential time is longer than its uniform number u, ``x - log u`` bounds what a column can reach: float32 and 24 bits
-    of u say which columns may beat the best so far, and those few are looked at in float64.
+    An exponential time is longer than its uniform number u, so ``x - log u`` with x = (z - top) / T bounds what a column can reach:
+    float32 and 24 bits of u say which columns may beat the best so far, and those few are looked at in float64.
     """
     # Of one dimension: a grid's others end at 65535.
     row = (tl.program_id(0) // num_draws).to(tl.int64)
@@ -162,6 +164,7 @@ def sample_rows_kernel(
     same = tl.zeros([BLOCK], dtype=tl.int32)
     low_row = (number & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True) + same
     high_row = ((number >> 32) * 2).to(tl.int32) + same
+    reference = tl.load(top + row)
     best = tl.full([], float("-inf"), dtype=tl.float64)
     winner = tl.full([], -1, dtype=tl.int32)
     for start in range(0, (vocab + 511) // 512 * 128, BLOCK):
@@ -170,25 +173,26 @@ def sample_rows_kernel(
         for w in tl.static_range(4):
             columns = slots // 128 * 512 + w * 128 + slots % 128
             mask = columns < vocab
-            x = load_logits(logits, bias, columns, mask, scale, softcap, BIAS, SOFTCAP) * inv_temperature
+            z = load_logits(logits, bias, columns, mask, scale, softcap, BIAS, SOFTCAP)
+            x = (z - reference) * inv_temperature
             u = ((high[w] >> 8).to(tl.float32) + 4.5e-13) * 5.9604645e-08
             reach = x - tl.log(u)
             floor = best.to(tl.float32)
-            # Rounding of x is as large as the logits are.
-            margin = 1e-3 + 1e-6 * (tl.abs(x) + softcap * inv_temperature)
+            # x is off by as much as logits are rounded.
+            margin = 1e-3 + 1e-6 * (tl.abs(z) + tl.abs(reference) + softcap) * inv_temperature
             candidate = mask & (x > float("-inf")) & (reach + margin > floor)
             if tl.max(candidate.to(tl.int32), 0) > 0:
                 low = tl.philox(key, slots, low_row, draw + same, high_row + 1)
-                z = tl.load(logits + columns, mask=candidate, other=0.0).to(tl.float64)
+                exact = tl.load(logits + columns, mask=candidate, other=0.0).to(tl.float64)
                 if BIAS:
-                    z += tl.load(bias + columns, mask=candidate, other=0.0).to(tl.float64)
-                z *= scale_64
+                    exact += tl.load(bias + columns, mask=candidate, other=0.0).to(tl.float64)
+                exact *= scale_64
                 if SOFTCAP:
-                    e = tl.exp(-2.0 * tl.abs(z / softcap_64))
+                    e = tl.exp(-2.0 * tl.abs(exact / softcap_64))
                     t = (1.0 - e) / (1.0 + e)
-                    z = softcap_64 * tl.where(z < 0.0, -t, t)
+                    exact = softcap_64 * tl.where(exact < 0.0, -t, t)
                 uniform = high[w].to(tl.float64) * 2.3283064365386963e-10 + (low[w].to(tl.float64) + 0.5) * 5.421010862427522e-20
-                time = z * inv_temperature_64 - tl.log(-log1m(uniform))
+                time = (exact - reference.to(tl.float64)) * inv_temperature_64 - tl.log(-log1m(uniform))
                 time = tl.where(candidate, time, float("-inf"))
                 first = tl.max(time, 0)
                 column = tl.min(tl.where(time == first, columns, vocab), 0)
@@ -213,8 +217,8 @@ def softmax_rows_kernel(
     offsets = tl.arange(0, BLOCK)
     if ONE_READ:
         mask = offsets < vocab
-        v = tl.load(x + offsets, mask=mask, other=float("-inf")).to(tl.float32) * inv_temperature
-        v -= tl.max(v, 0)
+        v = tl.load(x + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+        v = (v - tl.max(v, 0)) * inv_temperature
         e = tl.exp(v)
         total = tl.sum(e, 0)
         y = v - tl.log(total) if LOGARITHM else e / total
@@ -224,14 +228,14 @@ def softmax_rows_kernel(
         total = 0.0
         for start in range(0, vocab, BLOCK):
             columns = start + offsets
-            v = tl.load(x + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32) * inv_temperature
-            top, total = merge(top, total, v)
+            v = tl.load(x + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
+            top, total = merge(top, total, v, inv_temperature)
         rest = tl.log(total)
         per_total = 1.0 / total
         for start in range(0, vocab, BLOCK):
             columns = start + offsets
             mask = columns < vocab
-            v = tl.load(x + columns, mask=mask, other=float("-inf")).to(tl.float32) * inv_temperature - top
+            v = (tl.load(x + columns, mask=mask, other=float("-inf")).to(tl.float32) - top) * inv_temperature
             y = v - rest if LOGARITHM else tl.exp(v) * per_total
             tl.store(out + columns, y.to(out.dtype.element_ty), mask=mask)
 

@@ -37,11 +37,11 @@ def load_logits(row, bias, columns, mask, scale, softcap, BIAS: tl.constexpr, SO
 
 
 @triton.jit
-def merge(top, total, x):
-    """Online softmax: (max, sum of exp(x - max)) so far, and one more block."""
-    new = tl.maximum(top, tl.max(x, 0))
+def merge(top, total, z, inv_temperature):
+    """Online softmax: (max, sum of exp((z - max) / T)) so far, and one more block."""
+    new = tl.maximum(top, tl.max(z, 0))
     reference = tl.where(new == float("-inf"), 0.0, new)
-    total = total * tl.exp(top - reference) + tl.sum(tl.exp(x - reference), 0)
+    total = total * tl.exp((top - reference) * inv_temperature) + tl.sum(tl.exp((z - reference) * inv_temperature), 0)
     return new, total
 
 
@@ -60,6 +60,7 @@ def kd_rows_kernel(
     student_scale, student_softcap, teacher_scale, teacher_softcap, dz_scale,
     DIVERGENCE: tl.constexpr, NORMALIZER: tl.constexpr,
     SLOPE_SUM: tl.constexpr,  # the number, or None
+    SLOPE_JUMPS: tl.constexpr,  # then backward sums the very slopes that it writes
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
     CE: tl.constexpr, WEIGHT: tl.constexpr, STATISTICS: tl.constexpr, STATS: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -78,9 +79,8 @@ def kd_rows_kernel(
     offsets = tl.arange(0, BLOCK)
 
     # Sweep 2 is also where the entropies are summed.
-    SWEEP_VALUES: tl.constexpr = STATISTICS and (STATS or SLOPE_SUM is None or not GRADIENT)
-    # log q = (x - shift) - rest: the largest of a row and the logarithm of the sum from there are subtracted one after the other,
-    # since together they are rounded to the step of the largest, which moves every probability where logits are in the thousands.
+    SWEEP_VALUES: tl.constexpr = (STATISTICS and (STATS or SLOPE_SUM is None or not GRADIENT)) or (SLOPE_JUMPS and not STATISTICS)
+    # log q = (z - shift) / T - rest, see problem.STATE. No product may be contracted into the difference: load_logits ends in a select.
     shift_s = 0.0
     rest_s = 0.0
     shift_t = 0.0
@@ -108,21 +108,19 @@ def kd_rows_kernel(
             mask = columns < vocab
             z = load_logits(student, student_bias, columns, mask, student_scale, student_softcap, STUDENT_BIAS, STUDENT_SOFTCAP)
             y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
-            x = z * inv_temperature
-            u = y * inv_temperature
             if STATS:
-                best_s = tl.where(tl.max(x, 0) > top_s, start + tl.argmax(x, 0), best_s)
-                best_t = tl.where(tl.max(u, 0) > top_t, start + tl.argmax(u, 0), best_t)
+                best_s = tl.where(tl.max(z, 0) > top_s, start + tl.argmax(z, 0), best_s)
+                best_t = tl.where(tl.max(y, 0) > top_t, start + tl.argmax(y, 0), best_t)
             if NORMALIZER == SOFTMAX or STATS:
-                top_s, sum_s = merge(top_s, sum_s, x)
-                top_t, sum_t = merge(top_t, sum_t, u)
+                top_s, sum_s = merge(top_s, sum_s, z, inv_temperature)
+                top_t, sum_t = merge(top_t, sum_t, y, inv_temperature)
             if NORMALIZER == MEAN:
-                both = (x == -infinity) & (u == -infinity)
-                mean_s += tl.where(both, 0.0, x)
-                mean_t += tl.where(both, 0.0, u)
+                both = (z == -infinity) & (y == -infinity)
+                mean_s += tl.where(both, 0.0, z)
+                mean_t += tl.where(both, 0.0, y)
                 kept += tl.where(both, 0.0, 1.0)
             if CE:
-                top_ce, sum_ce = merge(top_ce, sum_ce, z)
+                top_ce, sum_ce = merge(top_ce, sum_ce, z, 1.0)
         log_sum_s = tl.log(sum_s)
         log_sum_t = tl.log(sum_t)
         if NORMALIZER == SOFTMAX:
@@ -160,16 +158,14 @@ def kd_rows_kernel(
             mask = columns < vocab
             z = load_logits(student, student_bias, columns, mask, student_scale, student_softcap, STUDENT_BIAS, STUDENT_SOFTCAP)
             y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
-            x = z * inv_temperature
-            u = y * inv_temperature
-            _q, value, slope = DIVERGENCE((x - shift_s) - rest_s, (u - shift_t) - rest_t, a, b)
+            _q, value, slope = DIVERGENCE((z - shift_s) * inv_temperature - rest_s, (y - shift_t) * inv_temperature - rest_t, a, b)
             # Columns beyond the vocabulary are -inf on both sides, which contributes 0; NaN of a row with infinite or NaN
             # normalisers must not come from there alone, so they are left out outright.
             values += tl.where(mask, value, 0.0)
             slopes += tl.where(mask, slope, 0.0)
             if STATS:
-                log_q = (x - top_s) - log_sum_s
-                log_p = (u - top_t) - log_sum_t
+                log_q = (z - top_s) * inv_temperature - log_sum_s
+                log_p = (y - top_t) * inv_temperature - log_sum_t
                 q = tl.exp(log_q)
                 p = tl.exp(log_p)
                 entropy_s -= tl.where(q == 0.0, 0.0, q * log_q)
@@ -194,7 +190,7 @@ def kd_rows_kernel(
             mask = columns < vocab
             z = load_logits(student, student_bias, columns, mask, student_scale, student_softcap, STUDENT_BIAS, STUDENT_SOFTCAP)
             y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
-            q, value, slope = DIVERGENCE((z * inv_temperature - shift_s) - rest_s, (y * inv_temperature - shift_t) - rest_t, a, b)
+            q, value, slope = DIVERGENCE((z - shift_s) * inv_temperature - rest_s, (y - shift_t) * inv_temperature - rest_t, a, b)
             if not SWEEP_VALUES:
                 values += tl.where(mask, value, 0.0)
             if NORMALIZER == SOFTMAX:
