@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import engine, heads, pages
 from .engine import Outputs
@@ -187,6 +188,45 @@ def _no_second_derivative(function: str) -> NoReturn:
     )
 
 
+class _NoTangent(torch.autograd.Function):
+    """Raises where forward-mode AD carries a tangent of its argument, at any level of torch.func: custom ops would drop it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, message: str) -> Tensor:
+        return tensor.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.message = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
+        return None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        raise RuntimeError(ctx.message)
+
+
+def refuse_tangents(message: str, *tensors: Tensor | None) -> None:
+    """Raise ``RuntimeError(message)`` if forward-mode AD differentiates by one of the tensors."""
+    if forward_ad._current_level < 0:  # no dual level is open: the usual case, at no cost
+        return
+    for tensor in tensors:
+        if tensor is not None:
+            _NoTangent.apply(tensor, message)  # type: ignore[no-untyped-call]
+
+
+def _refuse_forward_mode(quantity: str, *tensors: Tensor | None) -> None:
+    refuse_tangents(
+        f"kdkernels.{_FUNCTIONS.get(quantity, quantity)} has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode "
+        '(backward, grad, jacrev), or backend="reference", which is plain torch (and holds all logits)',
+        *tensors,
+    )
+
+
 def _setup_distill_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     quantity = decode(inputs[-1]).quantity
     ctx.function = _FUNCTIONS.get(quantity, quantity)
@@ -198,6 +238,7 @@ distill_backward.register_autograd(lambda ctx, *upstream: _no_second_derivative(
 def distillation_rows(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss (summed, or per token), number of valid tokens (0-dim int64), statistics ``[5, ...]`` or None. Differentiable once."""
     i = inputs
+    _refuse_forward_mode(problem.quantity, i.student, i.student_weight, i.student_bias)
     loss, count, stats, *_ = distill(
         i.student, i.student_weight, i.student_bias, i.teacher, i.teacher_weight, i.teacher_bias, i.teacher_ids, i.labels,
         i.token_weights, list(i.members), _on_host(*problem.numbers), problem.sizes, problem.encode(),
@@ -343,6 +384,7 @@ def softmax(
     """``softmax(logits / T)`` or its logarithm; into ``out``, which may be the logits, without a gradient."""
     options = (_on_host(temperature), logarithm, memory_budget, chunk_rows, backend)
     if out is None:
+        _refuse_forward_mode("log_softmax" if logarithm else "softmax", logits)
         result: Tensor = softmax_op(logits, *options)
         return result
     softmax_out(None if out is logits else logits.detach(), out, *options)

@@ -15,7 +15,8 @@ from . import autograd, dispatch, divergences, engine, reference
 from .divergences import Divergence
 from .problem import STATS
 from .sides import Sampled, Side, Teacher, TopK
-from .validation import check_choices, check_numbers, device_of, prepare, storages
+from .sources import check_values
+from .validation import check_choices, check_numbers, device_of, has_value, prepare, storages
 
 __all__ = ["DistillationLoss", "Plan", "TokenStats", "distillation_loss", "plan"]
 
@@ -120,7 +121,7 @@ def distillation_loss(
             any hidden size and dtype. Or what was kept of one: ``TopK`` (forward KL; reverse KL and JSD where its ``tail`` defines them)
             or ``Sampled`` (forward KL, less the teacher's entropy, which draws do not tell). Or an ``Ensemble``. Detached.
         divergence: a name (see ``kdkernels.divergences.REGISTRY``) or an instance such as ``JSD(beta=0.3)``.
-        temperature: T > 0, divides both sides' logits in the divergence.
+        temperature: T > 0, divides both sides' logits in the divergence. Below 2^-100 it is taken as 2^-100, which gives the limit.
         t_squared: multiply the divergence and its gradient by T^2, so that its weight against cross-entropy does not depend on T.
         labels: ``[...]`` integers; position i holds the target of position i (nothing is shifted here).
         ignore_index: tokens with this label are invalid: dropped before any matrix product, loss 0, gradient 0.
@@ -128,7 +129,8 @@ def distillation_loss(
         token_weights: ``[...]`` floats >= 0, multiply each token's total; constants (no gradient).
         reduction: ``"mean"`` over ``num_items``, ``"sum"``, or ``"none"`` (the leading shape).
         num_items: denominator of ``"mean"``, int or 0-dim tensor; default: the number of valid tokens of this call. Pass the
-            count of the whole batch when accumulating gradients or training on several ranks.
+            count of the whole batch when accumulating gradients or training on several ranks. A tensor on a GPU is not checked: 0
+            gives infinity or NaN.
         memory_budget: bytes for the chunk buffers, default 1 GiB.
         chunk_rows: rows per chunk outright, instead of a budget.
         logits_dtype: storage of chunk logits. None is float32 (float64 for float64 inputs), from 16-bit operands too;
@@ -149,7 +151,7 @@ def distillation_loss(
         reduction, num_items, memory_budget, chunk_rows, logits_dtype, backend, return_stats,
     )  # fmt: skip
     if problem.backend == "reference":
-        engine.check_and_select(problem, inputs)
+        check_values(problem, inputs)
         loss, count, stats = reference.distillation_rows(problem, student, teacher, inputs.labels, inputs.token_weights, inputs.teacher)
         if reduction != "none":
             loss = loss.sum()
@@ -241,11 +243,20 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
     return Plan(problem.backend, chunks.rows, chunks.count, held, dense, max(0, dense - held), not_chosen)
 
 
-def mean_denominator(num_items: int | Tensor | None, count: Tensor, dtype: torch.dtype) -> Tensor | int:
-    """Of the mean, 0-dim and in the loss's dtype; 1 instead of 0, so that a call without valid tokens gives 0 rather than NaN."""
+def mean_denominator(num_items: float | Tensor | None, count: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """The denominator of the mean. It is 1 for a call without valid tokens and 0 items, which then gives 0 instead of NaN.
+
+    Raises:
+        ValueError: 0 items, but valid tokens. A 0 that the host cannot read without waiting gives infinity or NaN instead.
+    """
     if num_items is None:
         return count.clamp(min=1)
-    if isinstance(num_items, Tensor):
-        items = num_items.detach().to(count.device, dtype).reshape(())
-        return torch.where(items == 0, torch.ones_like(items), items)
-    return num_items or 1
+    if isinstance(num_items, Tensor) and num_items.device.type == "cpu" and has_value(num_items):
+        num_items = num_items.item()
+    if not isinstance(num_items, Tensor):
+        if num_items != 0:
+            return num_items
+        if has_value(count) and (valid := int(count)):
+            raise ValueError(f"num_items is 0, but {valid} tokens are valid: pass the number of valid tokens of the whole batch")
+    items = torch.as_tensor(num_items, dtype=dtype, device=count.device).detach().reshape(())
+    return torch.where((items == 0) & (count == 0), torch.ones_like(items), items)

@@ -4,7 +4,7 @@ samples; and the softmax of logits that are there anyway.
 Sides are those of ``distillation_loss``: ``LMHead(hidden [..., D], weight [V, D], ...)`` or logits ``[..., V]``, in float16, bfloat16,
 float32 or float64. Results per token are float32 (float64 for float64 sides). Common arguments:
 
-- ``temperature``: T > 0, divides the logits.
+- ``temperature``: T > 0, divides the logits. Below 2^-100 it is taken as 2^-100, which gives the limit: the largest logit.
 - ``memory_budget``: bytes for the chunk buffers, default 1 GiB; ``chunk_rows``: rows per chunk outright.
 - ``backend``: ``"auto"`` takes the best that can run; a name is honoured or raises ``BackendUnavailable``.
 
@@ -17,11 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, dispatch, engine, reference
+from . import autograd, dispatch, reference
 from .losses import mean_denominator
-from .problem import Problem, Quantity
+from .problem import SMALLEST_TEMPERATURE, Problem, Quantity
 from .sides import Sampled, Side, TopK
-from .sources import Inputs
+from .sources import Inputs, check_values
 from .validation import check_choices, check_count, check_generator, check_numbers, check_softmax, device_of, prepare, prepare_head
 
 __all__ = ["cross_entropy", "entropy", "log_softmax", "logsumexp", "sample", "softmax", "token_logprobs", "topk_logprobs"]
@@ -63,8 +63,8 @@ def cross_entropy(
         reduction, num_items, memory_budget, chunk_rows, logits_dtype, backend, False, "cross_entropy",
     )  # fmt: skip
     if problem.backend == "reference":
-        _, valid = engine.check_and_select(problem, inputs)
-        loss, count = reference.head_values(problem, student, inputs.labels), torch.full((), valid, device=labels.device)
+        check_values(problem, inputs)
+        loss, count = reference.head_values(problem, student, inputs.labels), (labels != ignore_index).sum()
         if inputs.token_weights is not None:
             loss = torch.where(labels == ignore_index, torch.zeros_like(loss), loss * inputs.token_weights.to(loss.dtype))
         if reduction != "none":
@@ -219,7 +219,7 @@ def _per_token(
 
 def _values(problem: Problem, inputs: Inputs, side: Side) -> Tensor:
     if problem.backend == "reference":
-        engine.check_and_select(problem, inputs)
+        check_values(problem, inputs)
         return reference.head_values(problem, side, inputs.labels)
     return autograd.distillation_rows(problem, inputs)[0]
 
@@ -237,6 +237,7 @@ def _softmax(
     check_choices(memory_budget=memory_budget, chunk_rows=chunk_rows)
     check_softmax(logits, out)
     chosen = dispatch.select(backend, device_of(logits), (logits.dtype, logits.dtype), "softmax_rows")
+    temperature = max(temperature, SMALLEST_TEMPERATURE)
     if chosen != "reference":
         return autograd.softmax(logits, out, temperature, logarithm, memory_budget, chunk_rows, chosen)
     result = reference.softmax(logits, temperature, logarithm)

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 from . import chunking, gemm, pages, reference
 from .backends import native
@@ -183,7 +184,7 @@ class EnsembleRows:
                 if problem.ensemble == "logits":
                     out.add_(z, alpha=m.share)
                     continue
-                log_p = torch.log_softmax(z / problem.temperature, -1).add_(math.log(m.share))
+                log_p = torch.log_softmax(reference.over_temperature(z, problem), -1).add_(math.log(m.share))
                 torch.logaddexp(out, log_p, out=out)
             rows.buffer = rows.buffer.new_empty(0)
         return average.mul_(problem.temperature) if problem.ensemble == "probs" else average
@@ -274,13 +275,37 @@ def check_and_select(problem: Problem, inputs: Inputs, check: bool = True) -> tu
     return (None if count == num_rows else index), count
 
 
+def check_values(problem: Problem, inputs: Inputs) -> None:
+    """The checks of ``check_and_select`` alone. Inside ``torch.func.vmap`` over labels, weights or a sparse teacher nothing can depend on
+    their values: there they are left to torch's own bounds checks."""
+    sparse = (inputs.teacher, inputs.teacher_ids) if inputs.teacher_ids is not None else ()
+    if not any(_is_mapped(t) for t in (inputs.labels, inputs.token_weights, *sparse)):
+        check_and_select(problem, inputs)
+
+
+def _is_mapped(tensor: Tensor | None) -> bool:
+    """Return whether ``torch.func.vmap`` maps over it, at any level of torch.func."""
+    if tensor is None or torch.compiler.is_compiling():
+        return False
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor):
+            return True
+        tensor = get_unwrapped(tensor)
+    return False
+
+
 LARGEST_LOGPROB = 0.01
-"""Of a ``TopK`` that is taken as it stands: nobody rounds a log-probability to more."""
+"""The largest log-probability of a ``TopK`` that is taken as it stands: rounding makes no more of 0."""
+
+
+def largest_mass(dtype: torch.dtype) -> float:
+    """The largest sum of such probabilities: 1, rounded to a few decimals or to ``dtype``."""
+    return 1.0 + LARGEST_LOGPROB + 4 * torch.finfo(dtype).eps
 
 
 def _bad_rows(problem: Problem, inputs: Inputs) -> Tensor:
     """``[...]``: rows of a sparse teacher with ids out of range, or (of the most likely tokens, which are a set) there twice, or with
-    negative counts, or with positive log-probabilities that nothing normalises."""
+    counts or log-probabilities that cannot be."""
     teacher_ids, values = inputs.teacher_ids, inputs.teacher
     assert teacher_ids is not None
     assert values is not None
@@ -290,14 +315,30 @@ def _bad_rows(problem: Problem, inputs: Inputs) -> Tensor:
     for start in range(0, len(ids), step):
         some = ids[start : start + step]
         wrong = (some < -1) | (some >= problem.vocab)
-        if problem.tail == "sampled":
-            wrong |= (values[start : start + step] < 0) & (some >= 0)
-        elif ids.shape[1] > 1:
+        wrong |= _impossible(problem, values[start : start + step]) & (some >= 0)
+        if problem.tail != "sampled" and ids.shape[1] > 1:
             wrong[:, 1:] |= _repeated(some.sort(-1).values)
-        if problem.tail in ("bucket", "zero"):
-            wrong |= (values[start : start + step] > LARGEST_LOGPROB) & (some >= 0)
-        bad[start : start + step] = wrong.any(-1)
+        bad[start : start + step] = wrong.any(-1) | _above_one(problem, values[start : start + step], some)
     return bad.view(teacher_ids.shape[:-1])
+
+
+def _impossible(problem: Problem, values: Tensor) -> Tensor:
+    """``[n, K]``: negative or infinite counts; log-probabilities that are NaN, +inf, or positive where nothing normalises them."""
+    if problem.tail == "sampled":
+        return ~((values >= 0) & (values < math.inf))
+    return ~(values <= LARGEST_LOGPROB) if problem.tail in ("bucket", "zero") else ~(values < math.inf)
+
+
+def _above_one(problem: Problem, values: Tensor, ids: Tensor) -> Tensor:
+    """``[n]``: rows whose probabilities add up to more than 1, where nothing normalises them."""
+    if problem.tail not in ("bucket", "zero"):
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    return _mass(values, ids) > largest_mass(values.dtype)
+
+
+def _mass(values: Tensor, ids: Tensor) -> Tensor:
+    """``[n]``: the probabilities at the ids, added up."""
+    return values.masked_fill(ids < 0, -math.inf).to(torch.promote_types(values.dtype, torch.float32)).exp().sum(-1)
 
 
 def _repeated(ordered: Tensor) -> Tensor:
@@ -315,14 +356,20 @@ def _what_is_wrong(problem: Problem, inputs: Inputs, bad: Tensor) -> str:
             f"teacher {name}.ids contain {int(outside[0])} ({outside.numel()} such entries), outside the vocabulary [0, {problem.vocab}) "
             "and not -1, which is padding: are they of the student's tokenizer?"
         )
-    values = inputs.teacher[bad][ids >= 0]
+    values = inputs.teacher[bad]
+    wrong = values[(ids >= 0) & _impossible(problem, values)]
     if problem.tail == "sampled":
-        wrong = values[values < 0]
-        return f"teacher Sampled.counts contain {wrong[0].item()} ({wrong.numel()} such entries): they must not be negative"
-    if problem.tail != "renorm" and (wrong := values[values > LARGEST_LOGPROB]).numel():
+        return f"teacher Sampled.counts contain {wrong[0].item()} ({wrong.numel()} such entries): they must be finite and not negative"
+    if wrong.numel():
         return (
             f"teacher TopK.logprobs contain {wrong[0].item():g} ({wrong.numel()} such entries), and log-probabilities are at most 0: of "
             "probabilities take .log(), of logits log_softmax over the vocabulary, or tail='renorm'"
+        )
+    if (above := _above_one(problem, values, ids)).any():
+        return (
+            f"teacher TopK.logprobs of a position add up to a probability of {_mass(values, ids)[above][0].item():.4g} "
+            f"({int(above.sum())} such positions), and probabilities to at most 1: take them all from one softmax over the vocabulary, "
+            "before any top-p or top-k renormalises them, or tail='renorm'"
         )
     ordered = ids.sort(-1).values
     repeated = ordered[:, 1:][_repeated(ordered)][0]

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import dispatch, divergences
+from .autograd import refuse_tangents
 from .divergences import Divergence
-from .problem import DTYPE_NAMES, Member, Problem, Quantity, Transform
+from .problem import DTYPE_NAMES, SMALLEST_TEMPERATURE, Member, Problem, Quantity, Transform
+from .reference import row_top
 from .sides import Ensemble, LMHead, Sampled, Side, Teacher, TopK, check_number
 from .sources import Inputs
 
@@ -76,13 +80,13 @@ def prepare(
             raise ValueError(
                 "token_weights require grad, but are constants here: detach them, or take reduction='none' and multiply by them"
             )
+        refuse_tangents(
+            "token_weights have a forward-mode tangent, but are constants here: detach them, or take reduction='none' and multiply by them",
+            token_weights,
+        )
     if isinstance(ce_weight, (int, float)) and ce_weight != 0 and labels is None:
         raise ValueError(f"ce_weight={ce_weight} needs labels: pass labels=[...], or ce_weight=0")
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must be one number, got a tensor of shape {list(num_items.shape)}")
-    elif num_items is not None:
-        _check_num_items(num_items)
+    check_num_items(num_items)
     _check_logits_dtype(logits_dtype, student_side, *teachers.values())
     grad = torch.is_grad_enabled()
     of_teachers = [t for side in teachers.values() for t in side.tensors if t is not None]
@@ -104,7 +108,7 @@ def prepare(
         divergence=resolved,
         vocab=student_side.vocab,
         quantity=quantity,
-        temperature=temperature,
+        temperature=max(temperature, SMALLEST_TEMPERATURE),
         t_squared=t_squared,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
@@ -188,8 +192,9 @@ def _check_sparse(
             f"tail at another: take them at {temperature} (kd.topk_logprobs(..., temperature={temperature})), or tail='renorm', which "
             "stays exact"
         )
-    wide = values if values.dtype == torch.float64 else values.float()
-    return tail, wide * (teacher.temperature / temperature)
+    # Less the largest first: a product as large as 1 / T is rounded to more than exp can take.
+    wide = (values if values.dtype == torch.float64 else values.float()).masked_fill(teacher.ids.detach() < 0, -math.inf)
+    return tail, (wide - row_top(wide)) * (teacher.temperature / max(temperature, SMALLEST_TEMPERATURE))
 
 
 def prepare_head(
@@ -224,7 +229,7 @@ def prepare_head(
         divergence=divergences.ForwardKL(),
         vocab=checked.vocab,
         quantity=quantity,
-        temperature=temperature,
+        temperature=max(temperature, SMALLEST_TEMPERATURE),
         ignore_index=-1,
         student=checked.transform,
         teacher=Transform(),
@@ -277,6 +282,7 @@ def check_softmax(logits: Tensor, out: Tensor | None) -> None:
         )
     if torch.is_grad_enabled() and (logits.requires_grad or out.requires_grad):
         raise ValueError("out= records no gradient: call it under torch.no_grad(), or leave out= away")
+    refuse_tangents("out= records no forward-mode derivative: leave out= away", logits, out)
     if out.stride(-1) != 1 and out.shape[-1] > 1:
         raise ValueError(f"out must have unit stride in its last dimension, got strides {out.stride()}")
     try:
@@ -288,17 +294,15 @@ def check_softmax(logits: Tensor, out: Tensor | None) -> None:
     if out is logits or torch.compiler.is_compiling() or not out.numel():
         return
     same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
-    if not same and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
-        (a, b), (c, d) = _extent(out), _extent(logits)
-        if a < d and c < b:
-            raise ValueError("out shares a part of its memory with the logits: pass out=logits itself, or a tensor of its own")
+    (a, b), (c, d) = _extent(out), _extent(logits)
+    if not same and a < d and c < b:
+        raise ValueError("out shares a part of its memory with the logits: pass out=logits itself, or a tensor of its own")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First element in its storage, and one beyond the last."""
+    """Address of the first byte, and of one beyond the last: tensors of different storages can share memory (NumPy, DLPack)."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = int(tensor.storage_offset())
-    return start, start + int(last) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + (int(last) + 1) * tensor.element_size()
 
 
 @dataclass(frozen=True)
@@ -431,12 +435,29 @@ def check_choices(
             raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
-def _check_num_items(value: Any) -> None:
-    is_number = isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+def check_num_items(num_items: Any) -> None:
+    """A number, or a tensor of one, finite and >= 0. The value of a tensor is read only if that needs no wait."""
+    if num_items is None:
+        return
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got a tensor of shape {list(num_items.shape)}")
+        if num_items.dtype == torch.bool or num_items.is_complex():
+            raise TypeError(f"num_items must be a real number, got a tensor of {num_items.dtype}")
+        if num_items.device.type != "cpu" or not has_value(num_items):
+            return
+        num_items = num_items.item()
+    is_number = isinstance(num_items, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(num_items, bool)
     if not is_number:
-        raise TypeError(f"num_items must be a number or a tensor of one, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"num_items must be finite and >= 0, got {value}")
+        raise TypeError(f"num_items must be a number or a tensor of one, got {type(num_items).__name__}")
+    if not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items must be finite and >= 0, got {num_items}")
+
+
+def has_value(tensor: Tensor) -> bool:
+    """Return whether the host can read the numbers of ``tensor``: not in torch.compile, of a fake tensor, or inside torch.func."""
+    wrapped = not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor)
+    return not (wrapped or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta)
 
 
 def _check_logits_dtype(logits_dtype: torch.dtype | None, *sides: _Checked) -> None:

@@ -18,6 +18,7 @@ from ..losses import mean_denominator
 from ..tap.layers import LayerRecorder, decoder_layers
 from ..tap.patching import text_config, unwrap
 from ..tap.weights import gathered, sharded_like, whole
+from ..validation import check_num_items
 
 __all__ = ["FeatureLoss", "FeatureTap", "LayerPair", "parse_layers"]
 
@@ -138,12 +139,13 @@ class FeatureTap:
             token_weights: ``[n]``, multiplies each token's distance.
 
         Raises:
-            ValueError: rows of unlike count, a layer that was not recorded, features of unlike width.
+            ValueError: rows of unlike count, a layer that was not recorded, features of unlike width; ``num_items`` < 0, or 0 for tokens.
         """
         if student_rows.shape != teacher_rows.shape:
             raise ValueError(
                 f"student_rows has shape {list(student_rows.shape)}, teacher_rows {list(teacher_rows.shape)}: both name the same tokens"
             )
+        check_num_items(num_items)
         total: Tensor | None = None
         for pair in self.pairs:
             s = _rows(student, pair[0], student_rows, "student")
