@@ -123,6 +123,29 @@ def test_replies_are_checked_and_the_row_is_named(tmp_path: Path, text: Any) -> 
     assert not (tmp_path / "c").exists()
 
 
+def test_replies_are_checked_in_alternatives_without_an_id_and_for_one_temperature(text: Any) -> None:
+    (example,) = load_examples(ROWS[:1], text)
+    scored = [example.teacher_ids[u + 1] for u in example.teacher_scored]
+
+    def row(own: float, listed: float, other: float) -> dict[str, Any]:
+        return {
+            **ROWS[0],
+            "teacher_logprobs": [
+                {"token": f"token_id:{id}", "logprob": own,
+                 "top_logprobs": [{"token": f"token_id:{id}", "logprob": listed}, {"token": "not one token", "logprob": other}]}
+                for id in scored
+            ],
+        }  # fmt: skip
+
+    for values, message in (
+        ((-0.5, -0.5, 3.0), "row 1, token 1 of the response: a log-probability is 3, above 0"),
+        ((-0.5, -0.5, -0.2), "sum to 1.425, more than 1"),
+        ((-0.2, -1.5, -2.0), r"its log-probability is -0\.2, and -1\.5 among the alternatives: both must be at one temperature"),
+    ):
+        with pytest.raises(CacheError, match=message):
+            from_replies([row(*values)], [example], text)
+
+
 class Logits:
     """A teacher of given logits: the same row for every scored token, another from ``since`` on."""
 

@@ -241,13 +241,15 @@ def test_an_error_blames_what_differs_and_nothing_else(tmp_path: Path, text: Any
 
 
 def test_rows_that_a_cache_lacks_are_named(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
-    write_cache(live, examples[:20], tmp_path / "c", identity_of(text), max_length=64)
+    write_cache(live, examples[:20], tmp_path / "c", identity_of(text), options={"max_length": 64, "reasoning": "learn"})
     cache = open_cache(tmp_path / "c", text)
     cache.require(examples[:20])
     with pytest.raises(ValueError, match=r"4 of 24 rows .*train\.jsonl, rows 21, 22, 23, 24\. It was made from other rows"):
         cache.require(examples)
     with pytest.raises(ValueError, match=r"--max-length 64, this training has 4, and some of these rows are that long"):
         cache.require(examples, max_length=4)
+    with pytest.raises(ValueError, match=r"made with --reasoning learn, this training has drop"):
+        cache.require(examples, max_length=4000, reasoning="drop")
     held_out = load_examples([{"prompt": "the ", "response": "a"}], text)
     with pytest.raises(ValueError, match=r"train\.jsonl, row 22; row 1\. "):
         cache.require([examples[21], *held_out])

@@ -106,10 +106,10 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
     return size
 
 
-def check_kept(teacher: Any, examples: Sequence[Example], max_length: int | None = None) -> None:
+def check_kept(teacher: Any, examples: Sequence[Example], **options: Any) -> None:
     """
     Raises:
         ValueError: a cache that does not hold all of the examples, naming the rows.
     """
     if hasattr(teacher, "require"):
-        teacher.require(examples, max_length)
+        teacher.require(examples, **options)

@@ -129,7 +129,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 source, self.tokenizer, max_length=self.max_length, overlong=self._overlong, date=self._date, reasoning=self._reasoning
             )
         check_ids(examples, self.tokenizer, self._embeddings)
-        check_kept(self.teacher, examples, self.max_length)
+        check_kept(self.teacher, examples, max_length=self.max_length, reasoning=self._reasoning)
         if self._packing:
             assert self.max_length is not None
             return pack(examples, self.max_length)

@@ -21,7 +21,7 @@ from ...files import digest
 from ...sides import TopK
 from ..answers import NoLogprobs, Unreadable, counts_of, read_number
 from ..http import HTTPModel, Job
-from .checks import check_logprobs, place
+from .checks import SLACK, check_logprobs, place
 from .manifest import CacheError, Identity, Manifest
 from .shards import Array, write_parquet
 from .writer import DEFAULT_SHARD_BYTES, Begun, Plan, Report, bytes_per_token, topk_columns, write_shards
@@ -124,11 +124,12 @@ def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example],
             lost.append(example.where or f"row {number}")
             continue
         for i, token in enumerate(told):
-            others = token["top_logprobs"]
+            others = [other for other in token["top_logprobs"] if other.get("logprob") is not None]
             found = {id: a["logprob"] for a in others if (id := ids_of(a)) is not None and 0 <= id < len(tokenizer)}
             known, unknown = known + len(found), unknown + len(others) - len(found)
             if token["logprob"] is not None:
-                found.setdefault(scored[i], token["logprob"])
+                listed_as = found.setdefault(scored[i], token["logprob"])
+                check_token(token, listed_as, f"{example.where or f'row {number}'}, token {i + 1} of the response")
             _fill(top, i, found)
     if len(lost) > MOST_LOST * len(rows) or unknown > MOST_LOST * (known + unknown):
         thoughts = sum(bool(row.get("reasoning")) for row in rows)
@@ -145,6 +146,23 @@ def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example],
     return tops, len(lost)
 
 
+def check_token(token: Mapping[str, Any], listed_as: float, where: str) -> None:
+    """Check what a server says of one token, alternatives without an id included.
+
+    Raises:
+        CacheError: log-probabilities above 0, more than a distribution, or of two temperatures.
+    """
+    values = [a["logprob"] for a in token["top_logprobs"] if a.get("logprob") is not None]
+    numbers = np.asarray([[token["logprob"], *(values or [-np.inf])]])
+    check_logprobs(np.zeros((1, 1), np.int32), numbers[:, :1], lambda _: where)
+    check_logprobs(np.zeros((1, numbers.shape[1] - 1), np.int32), numbers[:, 1:], lambda _: where)
+    if abs(listed_as - token["logprob"]) > SLACK * max(1.0, abs(listed_as)):
+        raise CacheError(
+            f"{where}: its log-probability is {token['logprob']:g}, and {listed_as:g} among the alternatives: both must be at one "
+            "temperature"
+        )
+
+
 def _said(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """The tokens in a row's ``teacher_logprobs``, each with a list of alternatives.
 
@@ -155,7 +173,7 @@ def _said(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     if not tokens:
         raise CacheError(f"{name} has no teacher_logprobs: make the data with `kdkernels generate --logprobs K`")
     if isinstance(tokens, Sequence) and all(map(_is_token, tokens)):
-        said = [{**token, "top_logprobs": token.get("top_logprobs") or []} for token in tokens]
+        said = [{"logprob": None, **token, "top_logprobs": token.get("top_logprobs") or []} for token in tokens]
         if all(isinstance(token["top_logprobs"], Sequence) and all(map(_is_token, token["top_logprobs"])) for token in said):
             return said
     raise CacheError(
@@ -167,7 +185,7 @@ def _is_token(token: object) -> bool:
     return (
         isinstance(token, Mapping)
         and isinstance(token.get("token"), str)
-        and (token.get("logprob", "") is None or (isinstance(token.get("logprob"), float | int) and abs(token["logprob"]) < 2**53))
+        and (token.get("logprob") is None or (isinstance(token.get("logprob"), float | int) and abs(token["logprob"]) < 2**53))
         and all(isinstance(byte, int) and 0 <= byte < 256 for byte in token.get("bytes") or ())
     )
 
@@ -273,7 +291,7 @@ def write_topk(
     identity: Identity,
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
-    max_length: int | None = None,
+    options: Mapping[str, Any] | None = None,
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
 ) -> Manifest:
@@ -303,4 +321,4 @@ def write_topk(
         if report is not None:
             report(sum(plan.counts[start:stop]))
 
-    return write_shards(out, begun, plan, produce, started, report, max_length=max_length)
+    return write_shards(out, begun, plan, produce, started, report, options=options)

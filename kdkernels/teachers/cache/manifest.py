@@ -1,7 +1,7 @@
 """The manifest of a cache: the teacher, the tokenizer, what is kept, and the shards that hold it. All of it is checked before any is used.
 
 Version 2 added to the identity what decides tokens beside the tokenizer's definition (``special_tokens``, ``rules``), and to the manifest
-``date`` and ``max_length``. A manifest of version 1 is read with None in their place, and its keys are salted without them.
+``date`` and ``options``. A manifest of version 1 is read with None in their place, and its keys are salted without them.
 """
 
 from __future__ import annotations
@@ -126,15 +126,15 @@ class Manifest:
     complete: bool = False
     date: str | None = None
     """The date that the chat template wrote into every prompt, such as 2026-11-28; None for a template without a date."""
-    max_length: int | None = None
-    """Tokens of an example, at most, where the writer was told."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What ``load_examples`` was given beside the data, such as ``max_length``, where the writer was told."""
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
         value = {"format": FORMAT, **dataclasses.asdict(self)}
         if self.version == 1:
             value["identity"] = {name: part for name, part in value["identity"].items() if name not in ADDED}
-            del value["date"], value["max_length"]
+            del value["date"], value["options"]
         value["checksum"] = digest(value)
         text = json.dumps(value, indent=1) + "\n"
         write_whole(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))

@@ -147,18 +147,18 @@ class CachedTeacher:
     def __contains__(self, key: str) -> bool:
         return self._find(key) is not None
 
-    def require(self, examples: Sequence[Example], max_length: int | None = None) -> None:
+    def require(self, examples: Sequence[Example], **options: Any) -> None:
         """Check that every example is in the cache.
 
         Args:
-            max_length: that the examples were made with.
+            options: what ``load_examples`` was given for them, such as ``max_length``.
 
         Raises:
             ValueError: naming file and row of those that are not, and what differs.
         """
         missing = [example for example in examples if example.key(self.salt) not in self]
         if missing:
-            named, reason = places(e.where for e in missing if e.where) or "of no file", self._reason(missing, max_length)
+            named, reason = places(e.where for e in missing if e.where) or "of no file", self._reason(missing, options)
             raise ValueError(
                 f"{len(missing):,} of {len(examples):,} rows are not in the cache {self.folder}: {named}. {reason}. "
                 "Make a cache of the data of this training: `kdkernels cache --data FILE`, with --data for each file, held-out rows too"
@@ -186,15 +186,19 @@ class CachedTeacher:
                 "cache with `kdkernels cache --kind hidden`, which serves every divergence"
             )
 
-    def _reason(self, missing: Sequence[Example], max_length: int | None) -> str:
+    def _reason(self, missing: Sequence[Example], options: dict[str, Any]) -> str:
         """What differs between the missing examples and those of the cache, as far as the manifest says it."""
         dates = {example.date for example in missing} - {None, self.date}
         if dates:
             then = f"{self.date} in the cache" if self.date else "not known of the cache, which an earlier version made"
             return f"The chat template writes the date: it is {', '.join(sorted(map(str, dates)))} now, and {then}"
-        limit, longest = self.manifest.max_length, max(map(len, missing))
-        if limit is not None and max_length is not None and limit != max_length and longest >= min(limit, max_length):
-            return f"The cache was made with --max-length {limit}, this training has {max_length}, and some of these rows are that long"
+        longest = max(map(len, missing))
+        for name, then in self.manifest.options.items():
+            now = options.get(name, then)
+            short = name == "max_length" and (None in (then, now) or longest < min(then, now))
+            if then != now and not short:
+                rows = "some of these rows are that long" if name == "max_length" else "it decides the tokens of a row"
+                return f"The cache was made with --{name.replace('_', '-')} {then}, this training has {now}, and {rows}"
         if self.manifest.version == 1:
             return "The cache is of an earlier version of kdkernels, in which rows could have other tokens; or it was made from other rows"
         return "It was made from other rows, or other text in them"

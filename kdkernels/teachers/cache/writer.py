@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def write_cache(
     batch_size: int = 8,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     collator: Collator | None = None,
-    max_length: int | None = None,
+    options: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
@@ -148,7 +148,7 @@ def write_cache(
         batch_size: examples at a time. A cache that was cut short goes on with any; its shards stay as they were begun.
         collator: what makes a batch, where a training has other settings than padding to a multiple of 16.
         shard_bytes: of a new cache's shards, before compression; a kill costs one of them at most.
-        max_length: of the examples, where they were made with one; a training that has another is told so.
+        options: what ``load_examples`` was given beside the data, such as ``max_length``; a training that lacks rows compares it.
         device: where views are made.
         started: called with the plan before the first example.
 
@@ -204,7 +204,7 @@ def write_cache(
 
     with torch.inference_mode():
         return write_shards(
-            out, begun, plan, produce, started, report, head if identity.kind == "hidden" else None, max_length=max_length
+            out, begun, plan, produce, started, report, head if identity.kind == "hidden" else None, options
         )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def write_shards(
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
     head: Callable[[Path], Head] | None = None,
-    max_length: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write the shards that are still to be made, under the folder's lock, and list each in the manifest. All kinds share this.
 
@@ -228,7 +228,7 @@ def write_shards(
         raise CacheError("there is nothing to keep: no example has a scored token")
     fresh = Manifest(
         identity=begun.identity, rows=len(plan.source), tokens=plan.tokens, examples=digest([key.hex() for key in plan.keys]),
-        shard_bytes=begun.shard_bytes, batch_size=begun.batch_size, date=begun.date, max_length=max_length, version=begun.version,
+        shard_bytes=begun.shard_bytes, batch_size=begun.batch_size, date=begun.date, options=dict(options or {}), version=begun.version,
     )  # fmt: skip
     try:
         with _output(out) as output:
