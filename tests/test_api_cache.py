@@ -240,7 +240,7 @@ def test_tokens_of_a_sentencepiece_tokenizer_are_found_by_their_bytes() -> None:
     assert set(ids_of.candidates({"token": "a", "bytes": [97]})) == {pieces.index("a"), pieces.index("<0x61>")}
 
 
-@pytest.mark.parametrize("wrong", [5, ["a"], [{"token": "a"}], [{"token": " quick", "logprob": -0.1, "top_logprobs": [{"token": "a"}]}]])
+@pytest.mark.parametrize("wrong", [5, ["a"], [{"token": "a"}], [{"token": " quick", "logprob": -0.1, "top_logprobs": [{"token": 3}]}]])
 def test_log_probabilities_of_another_form_name_their_row(wrong: object, tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a", "response": " quick", "teacher_logprobs": wrong}])
     with pytest.raises(CacheError, match=r"data\.jsonl, row 1, teacher_logprobs: a list is needed of objects with token"):

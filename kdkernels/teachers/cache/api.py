@@ -174,7 +174,8 @@ def _said(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
         raise CacheError(f"{name} has no teacher_logprobs: make the data with `kdkernels generate --logprobs K`")
     if isinstance(tokens, Sequence) and all(map(_is_token, tokens)):
         said = [{"logprob": None, **token, "top_logprobs": token.get("top_logprobs") or []} for token in tokens]
-        if all(isinstance(token["top_logprobs"], Sequence) and all(map(_is_token, token["top_logprobs"])) for token in said):
+        listed_well = all(isinstance(token["top_logprobs"], Sequence) and all(map(_is_token, token["top_logprobs"])) for token in said)
+        if listed_well and any(token["logprob"] is not None for token in said):  # null in a row, which readers leave out
             return said
     raise CacheError(
         f"{name}, teacher_logprobs: a list is needed of objects with token (text), logprob and top_logprobs (a list of the same)"
