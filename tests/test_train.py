@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -283,6 +284,16 @@ def test_data_given_several_times_is_all_of_it(home: Path, tmp_path: Path) -> No
     of_file = read_settings({**lines, "data": ["a.jsonl", "b.jsonl"], "eval_data": "c.jsonl"}, {}, [])
     assert (of_file.data, of_file.eval_data) == (["a.jsonl", "b.jsonl"], ["c.jsonl"])
     assert read_settings({**lines, "data": "a.jsonl"}, {"data": ["b.jsonl"]}, []).data == ["b.jsonl"]  # options win
+
+
+def test_a_plan_says_how_reasoning_is_learnt_and_what_is_cut(home: Path, tmp_path: Path) -> None:
+    thoughts = tiny.write(tmp_path / "thoughts.jsonl", [{**row, "reasoning": "red"} for row in make_rows(3)])
+    arguments = *options(home, tmp_path / "out", "--data", str(thoughts), "--plan"), "--overlong", "truncate", "--max-length"
+    assert "reasoning of 3 rows: learnt between <think> and </think>" in train(*arguments, "100").output
+    assert "reasoning of 3 rows: left out (--reasoning drop)" in train(*arguments, "100", "--reasoning", "drop").output
+    assert re.search(
+        r"\d+ of 63 rows are over max_length=6: cut \d+, by \d+ tokens of their responses, and left out \d+", train(*arguments, "6").output
+    )
 
 
 def test_a_run_is_another_where_one_of_its_files_is(tmp_path: Path) -> None:

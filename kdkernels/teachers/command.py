@@ -16,6 +16,11 @@ from .options import Asking, Server
 __all__ = ["cache", "generate", "register"]
 
 
+class ReasoningChoice(str, Enum):
+    learn = "learn"
+    drop = "drop"
+
+
 class CacheKind(str, Enum):
     """What is kept of the teacher."""
 
@@ -82,6 +87,7 @@ def cache(
     from_replies: Annotated[bool, typer.Option("--from-replies", help="topk of the teacher_logprobs in the data itself.")] = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most.")] = None,
     overlong: Annotated[str, typer.Option(help="Longer examples: error, drop or truncate; as in training.")] = "error",
+    reasoning: Annotated[ReasoningChoice, typer.Option(help="Reasoning of a row, as in training.")] = ReasoningChoice.learn,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the teacher: auto (as saved), float32, bfloat16 or float16. hidden keeps it.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of log-probabilities in topk: float16 or float32.")] = "float16",
@@ -102,7 +108,7 @@ def cache(
     with failing():
         options = jobs.CacheOptions(
             data=data, out=out, teacher=teacher, kind=kind.value, k=k, temperature=temperature, tokenizer=tokenizer or teacher,
-            max_length=max_length, overlong=overlong, batch_size=batch_size, dtype=dtype, precision=precision,
+            max_length=max_length, overlong=overlong, reasoning=reasoning.value, batch_size=batch_size, dtype=dtype, precision=precision,
             device=device, vocab_size=vocab_size, revision=revision, seed=seed, max_new_tokens=max_new_tokens, shard_bytes=shard_mib << 20,
         )  # fmt: skip
         if base_url or from_replies:

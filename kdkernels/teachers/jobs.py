@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..data.agreement import check_ids
 from ..data.collator import Collator
 from ..data.ending import ended
 from ..data.example import Example
+from ..data.forms import Reasoning
 from ..data.rows import read_rows
 from ..data.tokenization import length_limit, load_examples
 from ..files import Output
-from ..tap.weights import logit_columns
+from ..tap.weights import embedding_rows, logit_columns
 from ..terminal import progress, shown
 from .cache.api import from_replies, score, silent_positions, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date
@@ -50,6 +52,7 @@ class CacheOptions:
     tokenizer: str
     max_length: int | None
     overlong: str
+    reasoning: Reasoning
     batch_size: int
     dtype: str
     precision: str
@@ -94,6 +97,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
     limit = length_limit(o.max_length, [load(AutoConfig, "teacher", o.teacher, revision=o.revision).get_text_config()])
     examples = _examples(o, tokenizer, limit) if o.kind != "text" else []  # first: bad data is found before a large model is loaded
     model = load(AutoModelForCausalLM, "teacher", o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
+    check_ids(examples, tokenizer, embedding_rows(model))
     name, revision = identity_of_model(o.teacher, getattr(model.config, "_commit_hash", None) or o.revision)
     columns, hidden_size = logit_columns(model), int(model.get_output_embeddings().weight.shape[-1])
     if o.vocab_size is not None and o.vocab_size > columns:
@@ -154,9 +158,8 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
             tops = score(model, examples, o.k, o.out.with_name(o.out.name + ".log"))
         print_usage(console, model.usage)
     else:
-        rows = [row.fields for row in read_rows(o.data)]
-        if len(rows) != len(examples):
-            raise ValueError(f"--overlong drop leaves {len(examples)} of {len(rows)} rows, but --from-replies needs each: take truncate")
+        taken = {example.where for example in examples}  # without those that are too long
+        rows = [row.fields for row in read_rows(o.data) if row.where in taken]
         tops, lost = from_replies(rows, examples, tokenizer)
         if lost:
             console.print(
@@ -183,7 +186,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
 
 
 def _examples(o: CacheOptions, tokenizer: Any, limit: int | None) -> list[Example]:
-    return load_examples(o.data, tokenizer, max_length=limit, overlong=o.overlong, date=kept_date(o.out))
+    return load_examples(o.data, tokenizer, max_length=limit, overlong=o.overlong, date=kept_date(o.out), reasoning=o.reasoning)
 
 
 def _announcing(

@@ -169,10 +169,16 @@ def generate(
 
     device = next(model.parameters()).device
     stops = ends(model, tokenizer)
+    embeddings = embedding_rows(model)
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} of the batch has no tokens")
-    pad = pad_id(tokenizer, embedding_rows(model))
+        if embeddings is not None and (worst := max(prompt)) >= embeddings:
+            token = tokenizer.convert_ids_to_tokens(worst)
+            raise ValueError(
+                f"prompt {row} of the batch has the token {token!r} (id {worst}), beyond the {embeddings:,} embeddings of the model"
+            )
+    pad = pad_id(tokenizer, embeddings)
     ids, mask = left_padded(prompts, pad)
     picks = _Picks(seeds, temperature, logprobs)
     config = GenerationConfig(
