@@ -32,7 +32,7 @@ from kdkernels.sources import SideRows
 NAMES: dict[str, str] = {}
 
 
-class _Driver:
+class AbsentDriver:
     """Stands in for the CUDA driver: says which GPU to compile for, and launches nothing."""
 
     def __init__(self, arch: int) -> None:
@@ -77,7 +77,7 @@ def _both(ours: Callable[..., None], torchs: Callable[..., None]) -> Callable[..
 
 def start() -> None:
     """From here on every launch is compiled and none is made."""
-    driver.set_active(_Driver(int(os.environ.get("KDKERNELS_RECORD_ARCH", "90"))))
+    driver.set_active(AbsentDriver(int(os.environ.get("KDKERNELS_RECORD_ARCH", "90"))))
     compiler.get_cache_key = _recorded(compiler.get_cache_key)
     run = JITFunction.run
     JITFunction.run = lambda self, *arguments, grid, warmup, **keywords: run(self, *arguments, grid=grid, warmup=True, **keywords)

@@ -21,6 +21,7 @@ from kdkernels.bench.measure import quantile
 from kdkernels.bench.plots import machine_line
 from kdkernels.bench.table import DIVERGENCE_NAMES, best_peer, is_ours, is_rival, median, name_of
 
+from . import model
 from .learning.table import table as learning_table
 
 Records = dict[str, dict[str, Any]]
@@ -273,11 +274,58 @@ def primitives_table(measured: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def instructions_table(counts: list[dict[str, Any]]) -> str:
+    """What row kernels issue per column pair: a row for each divergence and dtype, a column for each kernel and vocabulary."""
+    columns = list(dict.fromkeys((c["kernel"], c["vocab"]) for c in counts))
+    cells = {(c["divergence"], c["dtype"], c["kernel"], c["vocab"]): c for c in counts}
+    rows = []
+    for divergence, dtype in dict.fromkeys((c["divergence"], c["dtype"]) for c in counts):
+        row = [f"{DIVERGENCE_NAMES.get(divergence, divergence.replace('_', ' '))}, {dtype}"]
+        for column in columns:
+            found = cells.get((divergence, dtype, *column))
+            row.append(f"{sum(found['sweeps']):.0f} ({found['registers']})" if found else "")
+        rows.append(tuple(row))
+    header = (
+        "instructions (registers)",
+        *(kernel.replace("_", "-") if vocab is None else f"{kernel}, V={vocab:,}" for kernel, vocab in columns),
+    )
+    spilling = [c for c in counts if c["spilled_bytes"] or c["local_bytes"]]
+    note = f"{len(counts) - len(spilling)} of {len(counts)} kernels spill nothing and use no local memory."
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def modelled_table(counts: list[dict[str, Any]]) -> str:
+    """Times of the whole loss that the counts lead to."""
+    newest = next((c["kernel"] for c in counts if c["kernel"].startswith("triton")), "")
+    cells = {(c["kernel"], c["dtype"], c["divergence"]): c for c in counts if c["vocab"] in (None, 128256)}
+    header = ["modelled ms (x of floor)"]
+    floors = ["floor"]
+    for shape in model.SHAPES:
+        label = f"{shape.tokens // 1024}k / {shape.vocab:,} / {shape.student} / {shape.teacher}"
+        header += [f"{label}, {name}" for name in ("forward KL", "reverse KL", "JSD")]
+        floors += 3 * [f"{model.floor_ms(shape):.1f}"]
+    rows = [tuple(floors)]
+    for kernel, dtype in ((newest, "float32"), (newest, "bfloat16"), ("cuda one_read", "float32"), ("cuda one_read", "bfloat16")):
+        row = [f"{kernel.replace('_', '-')}, {dtype} logits"]
+        for shape in model.SHAPES:
+            for divergence in ("forward_kl", "reverse_kl", "jsd"):
+                found = cells[kernel, dtype, divergence]
+                low, high = model.loss_ms(shape, kernel, dtype, sum(found["sweeps"]), len(found["sweeps"]))
+                row.append(f"{low:.1f}-{high:.1f} ({(low + high) / 2 / model.floor_ms(shape):.2f})")
+        rows.append(tuple(row))
+    return f"{model.ASSUMPTIONS}\n\n{markdown(tuple(header), rows)}"
+
+
 def other_blocks(results: Path) -> dict[str, Callable[[Records, str], str]]:
     """Blocks that are drawn from records of their own."""
     experiments = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("learning/*.json"))}
     primitives = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*/primitives.json"))}
-    blocks: dict[str, Callable[[Records, str], str]] = {"primitives": lambda *_: primitives_table(primitives)}
+    counts = json.loads((results / "instructions.json").read_text(encoding="utf-8")) if (results / "instructions.json").exists() else []
+    blocks: dict[str, Callable[[Records, str], str]] = {
+        "primitives": lambda *_: primitives_table(primitives),
+        "instructions": lambda *_: instructions_table(counts),
+        "modelled": lambda *_: modelled_table(counts),
+    }
     for name, record in experiments.items():
         blocks[f"learning {name}"] = lambda *_, record=record: learning_table(record)
     return blocks

@@ -1,0 +1,124 @@
+"""Counting instructions in machine code, and what the counts are modelled to mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import model, sass
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "instructions.json"
+
+LISTING = """
+    Function : rows
+        /*0000*/                   S2R R0, SR_TID.X ;                 /* 0x0 */
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;            /* 0x0 */
+        /*0020*/                   LDG.E.128 R8, [R2.64+0x10] ;
+        /*0030*/              @!P0 BRA 0x60 ;
+        /*0040*/                   MUFU.TANH R5, R5 ;
+        /*0050*/                   FMUL R5, R5, R5 ;
+        /*0060*/                   MUFU.EX2 R5, R5 ;
+        /*0070*/               @P1 BRA 0xb0 ;
+        /*0080*/                   F2FP.BF16.F32.PACK_AB R6, R5, R5 ;
+        /*0090*/                   STG.E.128 [R2.64], R4 ;
+        /*00a0*/                   BRA 0xc0 ;
+        /*00b0*/                   STG.E.U16 [R2.64], R4 ;
+        /*00c0*/                   ISETP.GE.AND P2, PT, R0, R7, PT ;
+        /*00d0*/              @!P2 BRA 0x10 ;
+        /*00e0*/                   EXIT ;
+        /*00f0*/                   BRA 0xf0;
+    Function : other
+        /*0000*/                   EXIT ;
+"""
+
+
+def rows() -> list[sass.Instruction]:
+    return sass.parse(LISTING)["rows"]
+
+
+def test_listing_is_parsed_by_function() -> None:
+    functions = sass.parse(LISTING)
+    assert {name: len(code) for name, code in functions.items()} == {"rows": 16, "other": 1}
+    branch = functions["rows"][3]
+    assert (branch.name, branch.predicate, branch.target, branch.conditional) == ("BRA", "!P0", 0x60, True)
+    assert not functions["rows"][10].conditional
+
+
+@pytest.mark.parametrize(
+    ("opcode", "size"), [("LDG.E.128", 16), ("LDS.64", 8), ("LDG.E", 4), ("LDG.E.U16", 2), ("LDC.64", 0), ("STG.E.128", 0)]
+)
+def test_bytes_of_a_load(opcode: str, size: int) -> None:
+    assert sass.Instruction(0, opcode, "R0, [R2]", None).loaded_bytes == size
+
+
+def test_innermost_loops_are_found() -> None:
+    (sweep, idle) = sass.loops(rows())
+    assert (sweep[0].address, sweep[-1].address) == (0x10, 0xD0)
+    assert [i.opcode for i in idle] == ["BRA"]
+
+
+def test_outer_loops_do_not_count() -> None:
+    nested = LISTING.replace("EXIT ;\n        /*00f0*/                   BRA 0xf0;", "BRA 0x0 ;")
+    assert [loop[0].address for loop in sass.loops(sass.parse(nested)["rows"])] == [0x10]
+
+
+def test_the_shortest_path_skips_features_and_rare_cases() -> None:
+    sweep = sass.loops(rows())[0]
+    path = sass.shortest(sweep, sass.Turn("LDG", 32))
+    assert path is not None
+    assert [i.address for i in path] == [0x10, 0x20, 0x30, 0x60, 0x70, 0xB0, 0xC0, 0xD0]
+
+
+def test_the_shortest_path_does_what_a_turn_must() -> None:
+    sweep = sass.loops(rows())[0]
+    stored = sass.shortest(sweep, sass.Turn("LDG", 32, stores=True))
+    assert stored is not None
+    assert [i.address for i in stored][5:] == [0x80, 0x90, 0xA0, 0xC0, 0xD0]
+    assert sass.pipes(stored) == {"LSU": 3, "control": 4, "XU": 1, "ALU": 2}
+    computed = sass.shortest(sweep, sass.Turn("LDG", 32, transcendental=2))
+    assert computed is not None
+    assert 0x40 in [i.address for i in computed]
+
+
+@pytest.mark.parametrize("turn", [sass.Turn("LDG", 48), sass.Turn("LDS", 32), sass.Turn("LDG", 32, transcendental=3)])
+def test_a_loop_that_does_less_is_no_such_sweep(turn: sass.Turn) -> None:
+    assert sass.shortest(sass.loops(rows())[0], turn) is None
+
+
+# ---- the model
+
+
+def test_floor_is_the_time_of_the_products() -> None:
+    shape = model.SHAPES[0]
+    flop = 2 * shape.tokens * shape.vocab * (3 * shape.student + shape.teacher)
+    assert model.floor_ms(shape) == pytest.approx(flop / model.MATRIX_RATE * 1e3)
+
+
+def test_chunks_fit_the_budget_in_multiples_of_128() -> None:
+    for shape in model.SHAPES:
+        for size in (2, 4):
+            rows = model.chunk_rows(shape, size)
+            assert rows % 128 == 0
+            assert rows * 2 * shape.vocab * size <= model.BUDGET
+
+
+@pytest.mark.parametrize(("kernel", "sweeps", "expected"), [("triton", 2, 18), ("triton", 3, 26), ("cuda one_read", 3, 10)])
+def test_bytes_of_a_column_pair(kernel: str, sweeps: int, expected: int) -> None:
+    assert model.pair_bytes(kernel, "float32", sweeps) == expected
+
+
+def test_a_row_kernel_is_bound_by_memory_or_by_issue() -> None:
+    shape = model.SHAPES[0]
+    free, bound, double = (model.loss_ms(shape, "triton", "float32", n, 2)[0] for n in (0, 400, 800))
+    assert model.loss_ms(shape, "triton", "float32", 40, 2)[0] == free
+    assert double - bound == pytest.approx(400 * shape.tokens * shape.vocab / (model.LANES * model.ISSUE_SHARE) * 1e3)
+    low, high = model.loss_ms(shape, "triton", "float32", 40, 2)
+    assert model.floor_ms(shape) < low < high
+
+
+def test_committed_kernels_neither_spill_nor_use_local_memory() -> None:
+    counts = json.loads(RESULTS.read_text())
+    assert len(counts) > 100
+    assert all(c["spilled_bytes"] == c["local_bytes"] == 0 for c in counts)
