@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import platform
 import re
 import sys
+import warnings
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +21,11 @@ import typer
 from . import __version__, dispatch
 from .backends import native
 from .bench.environment import cpu_model
-from .demo.settings import DemoError, Settings
+from .demo.settings import Settings
 from .divergences import REGISTRY
 from .recipes import command as recipes
 from .teachers import command as teachers
-from .terminal import fail
+from .terminal import Commands, console, fail, shown
 from .train import command as training
 
 __all__ = ["app", "environment", "main"]
@@ -42,6 +44,7 @@ _FOLDERS = re.compile(r"(?<!\w)(?:[A-Za-z]:)?[/\\](?:[^\s:'\"()/\\]+[/\\])*(?=[^
 
 app = typer.Typer(
     name="kdkernels",
+    cls=Commands,
     help="Fused knowledge-distillation losses at vocabulary scale, without [N, V] logits.",
     epilog="Start with `kdkernels demo --quick`, which shows in seconds that everything runs.",
     rich_markup_mode="markdown",
@@ -202,8 +205,6 @@ def demo(
     `kdkernels.distillation_loss`. Prints held-out losses, times and memory, and writes a figure and a JSON with all of it.
     """
     # Light: the packages of the extras are looked for before anything imports them.
-    from rich.console import Console
-
     from .demo import run
 
     settings = (_QUICK if quick else _DEFAULT).changed(
@@ -216,9 +217,7 @@ def demo(
         device=device.value if device is not Device.auto else "cuda" if torch.cuda.is_available() else "cpu",
     )
     try:
-        run.run(settings, data, out, environment(), Console())
-    except DemoError as error:
-        fail(str(error))
+        run.run(settings, data, out, environment(), console())
     except KeyboardInterrupt:
         typer.echo("\nInterrupted.", err=True)
         raise typer.Exit(130) from None
@@ -281,8 +280,6 @@ def bench(
     Shows a table per case, and writes `results.json` (every sample, the machine, versions, commit), plots, and `report.html`, which needs
     no network. Whatever ends a run early, what it has measured stays, and `--resume` goes on.
     """
-    from rich.console import Console
-
     from .bench import run, suites
     from .bench.cases import Case
     from .bench.peers import PEERS
@@ -307,23 +304,19 @@ def bench(
         fail(f"--temperature {temperature}: it must be finite and > 0, such as 2")
     if budget_minutes is not None and not budget_minutes > 0:
         fail(f"--budget-minutes {budget_minutes}: it must be > 0")
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    try:
-        if resume:
-            record = run.resume(out)
-        else:
-            jobs = suites.jobs(
-                suite.value, where,
-                shapes=[Case.parse_shape(text) for text in shape or []], divergences=divergence or [], dtypes=dtype or [],
-                temperature=temperature,
-                backends=None if backends == "auto" else chosen("backends", backends, BACKENDS),
-                peers=None if peers == "auto" else chosen("peers", peers, tuple(PEERS)),
-            )  # fmt: skip
-            settings = {"suite": suite.value, "backends": backends, "peers": peers, "temperature": temperature}
-            record = run.begin(jobs, where, settings, out)
-        record = run.run(record, out, console, budget_minutes)
-    except (run.BenchError, ValueError) as error:
-        fail(str(error))
+    if resume:
+        record = run.resume(out)
+    else:
+        jobs = suites.jobs(
+            suite.value, where,
+            shapes=[Case.parse_shape(text) for text in shape or []], divergences=divergence or [], dtypes=dtype or [],
+            temperature=temperature,
+            backends=None if backends == "auto" else chosen("backends", backends, BACKENDS),
+            peers=None if peers == "auto" else chosen("peers", peers, tuple(PEERS)),
+        )  # fmt: skip
+        settings = {"suite": suite.value, "backends": backends, "peers": peers, "temperature": temperature}
+        record = run.begin(jobs, where, settings, out)
+    record = run.run(record, out, console(), budget_minutes)
     if record["status"] == "interrupted":
         raise typer.Exit(130)
 
@@ -335,6 +328,10 @@ app.command(epilog=training.EPILOG, context_settings={"allow_extra_args": True, 
 
 def main() -> None:
     """Entry point of the ``kdkernels`` script."""
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {shown(' '.join(str(message).split()))}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name need not be in the terminal's encoding
     app()
 
 

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from . import backends  # noqa: F401  (the package of the modules named below)
+from .errors import UserError
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "torch"), "cpu": ("native", "torch")}
 """What "auto" tries, in order, by device type; other devices run plain torch. The CUDA C++ kernels come second until they have been
@@ -24,7 +25,7 @@ _MODULES = {
 }
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(UserError):
     """A backend that was asked for by name cannot run here; the message says why."""
 
 

@@ -1,27 +1,53 @@
-"""What every command does with its terminal: a console, errors in one line, and bars."""
+"""The terminal of every command: a console that shows text as it is, errors in one line, and progress bars."""
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from .errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Bar", "console", "fail", "failing", "progress", "shown"]
+__all__ = ["Bar", "Commands", "console", "fail", "failing", "progress", "say", "shown"]
+
+LIBRARIES = ("huggingface_hub", "jinja2", "pyarrow", "safetensors", "tokenizers", "yaml")
+"""Packages whose own exceptions are about the user's files: templates, tables, weights, configs."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_WORDS = ("No space left", "os error 28", "File too large", "os error 27", "PytorchStreamWriter", "iostream error")
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_USAGE: Any = typer.BadParameter.__base__  # UsageError, of click or of typer's own copy of it
 
 
-def console() -> Console:
-    """Where a command writes: as wide as the terminal, or wide enough for a file."""
+def console(soft_wrap: bool = False) -> Console:
+    """The console that a command writes to: as wide as the terminal, or wide enough for a file. Text is never markup."""
+    return _console_class()(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
+
+
+@functools.cache
+def _console_class() -> type[Console]:
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    class Plain(Console):
+        """A console that escapes control characters."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(_lines_shown(text), **options)
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    return Plain
 
 
 def shown(text: str) -> str:
@@ -29,26 +55,95 @@ def shown(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
+def _lines_shown(text: str) -> str:
+    return "\n".join(map(shown, text.split("\n")))
+
+
+def say(text: str) -> None:
+    """Print a line of plain text."""
+    typer.echo(_lines_shown(text))
+
+
 def fail(message: str) -> NoReturn:
-    """Ends the command with one line and status 2."""
-    typer.echo(f"Error: {message}", err=True)
+    """End the command with one line and status 2."""
+    _release_output()
+    with suppress(OSError):  # nobody reads it, or its disk is full
+        typer.echo(f"Error: {shown(' '.join(message.split()))}", err=True)
     raise typer.Exit(2)
+
+
+def _release_output() -> None:
+    """Flush standard output; if its reader has gone or its disk is full, drop what is left, which Python would fail to write at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 @contextmanager
 def failing() -> Iterator[None]:
-    """What a user can put right ends the command with one line instead of a traceback, and Ctrl-C with status 130."""
+    """End the command with one line instead of a traceback for what a user can put right, and with status 130 for Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None
-    except (ValueError, OSError) as error:  # of data, options, models and files
-        fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
         fail(f"this command needs {error.name}: pip install 'kdkernels[train]'")
-    except UserError as error:
-        fail(str(error))
+    except Exception as error:
+        message = _explained(error)
+        if message is None:
+            raise
+        fail(message)
+
+
+def _explained(error: Exception) -> str | None:
+    """What is wrong and what to do, for an error that a user can put right; None for a fault of kdkernels."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, BrokenPipeError):
+        return "the output was closed before the command ended (broken pipe): let its reader read all of it, or write to a file"
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f"{error.filename}: " if error.filename else ""
+        number, text = error.errno, f"{place}{error.strerror or text}"
+    else:
+        # Libraries in C++ and Rust report a failed write in their own words.
+        number = errno.ENOSPC if any(word in text for word in FULL_WORDS) else 0
+    if number in FULL:
+        return f"{text}: the disk is full, or a limit is reached. Make room, and run the same command again"
+    if number in DENIED:
+        return f"{text}. Change the permissions, or give another place"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {text}. Take a smaller batch, a shorter length or another device"
+    if isinstance(error, RecursionError):
+        return "a value is nested too deeply: take brackets or braces out of the data or the options"
+    known = isinstance(error, (ValueError, OSError, ArithmeticError, ImportError, UserError))
+    return text if known or type(error).__module__.partition(".")[0] in LIBRARIES else None
+
+
+class Commands(TyperGroup):
+    """A group of commands. Whatever a user can put right, wrong options included, ends each of them with one line."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _usage():
+            return super().make_context(*args, **options)
+
+    def invoke(self, context: Any) -> Any:
+        with failing(), _usage():
+            result = super().invoke(context)
+            sys.stdout.flush()  # here, where a full disk can still be reported
+            return result
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    try:
+        yield
+    except _USAGE as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        path = error.ctx.command_path if error.ctx is not None else "kdkernels"
+        fail(f"{error.format_message().rstrip('.')}. See `{path} --help`")
 
 
 class Bar(NamedTuple):
@@ -67,7 +162,14 @@ def progress(where: Console, unit: str) -> Iterator[Bar]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     waiting = TextColumn("{task.fields[waiting]}", style="bold", markup=False)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit, markup=False), TimeElapsedColumn(), TimeRemainingColumn(), waiting)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(shown(unit), markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        waiting,
+    )
     bar = Progress(*columns, console=where)
     task = bar.add_task("", start=False, total=None, waiting="")
     said = {""}
@@ -78,7 +180,7 @@ def progress(where: Console, unit: str) -> Iterator[Bar]:
         bar.start()
 
     def note(text: str) -> None:
-        bar.update(task, waiting=text)
+        bar.update(task, waiting=shown(text))
         if not where.is_terminal and text not in said:
             said.add(text)
             where.print(text, markup=False)

@@ -428,6 +428,8 @@ def check_choices(
     for name, value, unit in (("memory_budget", memory_budget, "bytes"), ("chunk_rows", chunk_rows, "rows")):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
             raise ValueError(f"{name} must be a positive int ({unit}) or None, got {value!r}")
+        if value is not None and value >= 2**63:
+            raise ValueError(f"{name}={value} is more than 64 bits hold: give a number of {unit} below 2**63, or None")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}; without labels to ignore leave it at -100")
     for name, flag in (("t_squared", t_squared), ("return_stats", return_stats)):

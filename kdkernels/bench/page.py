@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..files import Output
+from ..terminal import shown
 from . import figures, table
 from .plots import Plot, machine_line, plots
 
@@ -77,7 +78,7 @@ def page(record: dict[str, Any], drawn: list[Plot]) -> str:
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value))
+    return html.escape(shown(str(value)))
 
 
 def _body(record: dict[str, Any], drawn: list[Plot]) -> Iterator[str]:

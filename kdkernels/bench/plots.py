@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..terminal import shown
 from .cases import Case
 from .figures import number
 from .table import is_ours, largest_error, median, name_of, share_of_bandwidth, title
@@ -26,7 +27,7 @@ class Plot:
 def machine_line(record: dict[str, Any]) -> str:
     e = record["environment"]
     device = e["gpu"] or f"{e['cpu']}, {e['cores']} cores"
-    return f"{device}, torch {e['torch']}, {e['date']}"
+    return shown(f"{device}, torch {e['torch']}, {e['date']}")
 
 
 def plots(record: dict[str, Any]) -> Iterator[Plot]:

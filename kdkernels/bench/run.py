@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from ..errors import UserError
 from ..files import Output, write_whole
 from . import environment, measure, page, table, visits
 from .measure import Job
@@ -33,7 +34,7 @@ Record = dict[str, Any]
 """What ``results.json`` holds: ``environment``, ``settings``, ``rates``, ``jobs`` as planned, ``cases`` as measured, in their order."""
 
 
-class BenchError(RuntimeError):
+class BenchError(UserError):
     """The run cannot begin; the message says why, and what to do."""
 
 
@@ -187,7 +188,7 @@ def _run(record: Record, output: Output, console: Console, budget_minutes: float
         if not measured["complete"] and any("samples_ms" in row for row in measured["results"]):
             console.print(table.rich_table(measured, record["rates"]))
     page.write(output, record)
-    console.print(f"[bold]{out / 'report.html'}[/bold] and {out / FILE}; plots in {out / 'plots'}", highlight=False)
+    console.print(f"{out / page.REPORT} and {out / FILE}; plots in {out / 'plots'}", highlight=False, markup=False)
     if record["status"] != "complete":
         done = sum(measured["complete"] for measured in record["cases"])
         console.print(

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..terminal import shown
 from .cases import Case
 from .figures import number
 from .measure import quantile
@@ -122,9 +123,14 @@ def notes(measured: Measured, name: Callable[[str], str] = str) -> list[str]:
 
 def rich_table(measured: Measured, rates: dict[str, Any] | None) -> Table:
     # Text, not str: "[p20, p80]" or an error's "[Errno 12]" would be taken for markup.
-    table = Table(title=Text(title(measured)), title_justify="left", caption=Text("\n".join(notes(measured))), caption_justify="left")
+    table = Table(
+        title=Text(shown(title(measured))),
+        title_justify="left",
+        caption=Text("\n".join(map(shown, notes(measured)))),
+        caption_justify="left",
+    )
     for at, column in enumerate(columns(measured)):
         table.add_column(Text(column), justify="right" if at else "left", no_wrap=at != 1)
     for row in rows(measured, rates):
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(shown(cell)) for cell in row))
     return table

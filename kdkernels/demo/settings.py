@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..errors import UserError
+
 __all__ = ["DemoError", "LossShape", "ModelSize", "Settings"]
 
 
-class DemoError(Exception):
+class DemoError(UserError):
     """The demo cannot go on; the message names the option or package at fault, what was given, and the way out."""
 
 

@@ -29,6 +29,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..data.templates import chat_text
 from ..teachers.cache.manifest import identity_of_model
+from ..teachers.loading import load
 from ..teachers.local import ends, writing
 from ..teachers.text import Reply
 from . import answers
@@ -142,8 +143,8 @@ class Explainer:
         """Of a folder of a transformers model, known in the log by its weights."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
-        return cls(model, AutoTokenizer.from_pretrained(folder), name="@".join(identity_of_model(str(folder), None)), **settings)
+        model = load(AutoModelForCausalLM, "teacher", str(folder), dtype="auto").to(device).eval()
+        return cls(model, load(AutoTokenizer, "teacher", str(folder)), name="@".join(identity_of_model(str(folder), None)), **settings)
 
     def __call__(
         self,

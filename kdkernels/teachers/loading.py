@@ -7,7 +7,7 @@ from typing import Any
 
 
 def load(cls: Any, role: str, path: str, **options: Any) -> Any:
-    """What ``cls.from_pretrained`` makes of a folder or hub name.
+    """What ``cls.from_pretrained`` makes of a folder or hub name. Code that comes with a model is never run.
 
     Raises:
         ValueError: naming the option, ``--role``.
@@ -15,6 +15,6 @@ def load(cls: Any, role: str, path: str, **options: Any) -> Any:
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"--{role} {path}: no such folder")
     try:
-        return cls.from_pretrained(path, **options)
+        return cls.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"--{role} {path}: can't be loaded by {cls.__name__}: {' '.join(str(error).split())[:300]}") from error

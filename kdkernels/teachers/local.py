@@ -18,6 +18,7 @@ from ..data.encoding import TextEncoder
 from ..data.messages import read_turns
 from ..data.templates import chat_text, template_facts
 from ..tap.weights import embedding_rows
+from .loading import load
 from .reasoning import opens_thoughts, read_generated
 from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
 from .text import Reply, Request, Usage
@@ -65,8 +66,8 @@ class LocalModel:
 
             from .cache.manifest import identity_of_model
 
-            tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+            tokenizer = load(AutoTokenizer, "model", str(model)) if tokenizer is None else tokenizer
+            loaded: Any = load(AutoModelForCausalLM, "model", str(model), dtype=dtype).eval()
             name = name or "@".join(identity_of_model(str(model), getattr(loaded.config, "_commit_hash", None)))
         else:
             loaded = model

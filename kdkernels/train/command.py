@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..terminal import fail, failing
+from ..terminal import console, fail, failing
 
 __all__ = ["EPILOG", "train"]
 
@@ -61,8 +61,6 @@ def train(
     missing = [name for name in ("transformers", "accelerate", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
         fail(f"{', '.join(missing)} not installed: pip install 'kdkernels[train]'")
-    from rich.console import Console
-
     from .settings import read_config, read_settings
 
     given = {
@@ -77,19 +75,18 @@ def train(
     rest = list(context.args)
     for name, value in (("--output-dir", output_dir), ("--max-steps", max_steps), ("--save-steps", save_steps)):
         rest += [] if value is None else [name, f"{value:g}" if isinstance(value, float) else str(value)]
-    console = Console(highlight=False, soft_wrap=True)
     with failing():
         settings = read_settings({} if config is None else read_config(config), given, rest)
         if plan:
             from .plan import plan as show
 
-            show(settings, console)
+            show(settings, console(soft_wrap=True))
             return
         from accelerate import PartialState
 
         from .run import run
 
-        status = run(settings, console)
+        status = run(settings, console(soft_wrap=True))
         PartialState().destroy_process_group()  # torch warns of one that the interpreter's end has to take down
     if status:
         raise typer.Exit(status)

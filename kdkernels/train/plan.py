@@ -71,7 +71,7 @@ def plan(settings: Settings, console: Console) -> None:
 def _skeleton(role: str, path: str) -> Any:
     config = load(AutoConfig, role, path)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence[tuple[Example, ...]], console: Console) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...options import grouped
-from ...terminal import failing
+from ...terminal import failing, say
 from .shared import KeyVariable, MaxTokens, Plain, Prompt, Seed, Teacher, report, report_usage, sampling, writing
 
 __all__ = ["register"]
@@ -63,7 +63,7 @@ def lion(
         judging = waits_for == "student" and student is not None
         if judging and number and recipe.student_of(out, number - 1) == recipe.weights_of(str(student)):
             path = recipe.folder_of(out, number) / "imitate.jsonl"
-            typer.echo(f"Round {number - 1} is done with this student. Train it on {path} first.")
+            say(f"Round {number - 1} is done with this student. Train it on {path} first.")
             return
         asked = {}
         if judging:
@@ -94,4 +94,4 @@ def lion(
             _, tally = recipe.imitate(train, model, out, number, answering, chat=not plain)
             report(tally, f"Round {number}: {path}")
         report_usage(**asked)
-        typer.echo(f"Train the student on {path}, then give it to this command as --student.")
+        say(f"Train the student on {path}, then give it to this command as --student.")

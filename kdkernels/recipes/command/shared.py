@@ -15,7 +15,7 @@ import typer
 
 from ...files import Output
 from ...teachers.options import Asking
-from ...terminal import console
+from ...terminal import console, say
 
 if TYPE_CHECKING:
     from ...teachers.progress import Watched
@@ -140,13 +140,14 @@ def sampling(max_tokens: int, temperature: float = 0.0, samples: int = 1) -> Sam
 def lengths(rows: Sequence[Row], student: Path | None) -> list[int]:
     """Of each row's response: the tokens that the trainer will score, or bytes in their place."""
     if student is None:
-        typer.echo("No --student: the tasks are balanced by bytes instead of its tokens.")
+        say("No --student: the tasks are balanced by bytes instead of its tokens.")
         return [len(row["response"].encode()) + 1 for row in rows]
     from transformers import AutoTokenizer
 
     from ...data.tokenization import load_examples
+    from ...teachers.loading import load
 
-    return [len(example.student_scored) for example in load_examples(rows, AutoTokenizer.from_pretrained(student))]
+    return [len(example.student_scored) for example in load_examples(rows, load(AutoTokenizer, "student", str(student)))]
 
 
 @contextmanager
