@@ -105,6 +105,16 @@ def test_a_turn_is_learnt_up_to_the_end_that_the_template_gives_it(template: str
     assert words.decode(list(cut.student_ids)[-1:]) == "4"
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|endoftext|>"])
+def test_an_end_that_a_response_has_already_is_not_doubled(end: str) -> None:
+    words = tokenizer()
+    for row in ({"messages": [ASK], "response": f"4{end}"}, {"messages": [ASK, {**FOUR, "content": f"4{end}"}]}):
+        assert parts(words, row)[1] == "4<|im_end|>"
+    with pytest.raises(DataError, match="field 'response': the assistant's turn is empty"):
+        load_examples([{"messages": [ASK], "response": end}], words)
+    assert parts(words, {"messages": [{**ASK, "content": f"2{end}"}], "response": "4"})[0].startswith(f"<|im_start|>user\n2{end}")
+
+
 def test_a_turn_of_tool_calls_is_learnt_up_to_its_own_end() -> None:
     words = tokenizer(LLAMA)
     assert parts(words, {"messages": [ASK, call({"a": 2})]})[1] == '<|python_tag|>add{"a": 2}<|eom_id|>'

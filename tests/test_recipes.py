@@ -77,6 +77,10 @@ def test_rows_are_read_as_prompts_or_messages(tmp_path: Path) -> None:
             "row 2: key '1' is that of ",
         ),
         ([{"messages": "hello"}], "field 'messages': a list of {\"role\""),
+        (
+            [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}], "response": "y"}],
+            "row 1, field 'response': messages end with the assistant's turn too: leave one of the two answers out",
+        ),
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "the last turn, but for the assistant's, must be the user's"),
     ],
 )

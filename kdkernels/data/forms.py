@@ -100,7 +100,7 @@ class RowEncoder:
         name = conversation_field(row)
         assert name is not None
         messages = row.messages(name)
-        answer = _answer(row, messages, name)
+        answer = self._answer(row, messages, name)
         if self.reasoning == "drop":
             self.thoughts["dropped"] += "reasoning_content" in answer
             messages, answer = list(map(_without_thoughts, messages)), _without_thoughts(answer)
@@ -120,6 +120,35 @@ class RowEncoder:
             difference = first_difference(self.tokenizer, response, their_response)
             raise row.error(their_name, f"the chat template writes the response differently in the two views: {difference}")
         return student, self.encode(their_prefix, begin=False), ids
+
+    def _answer(self, row: Row, messages: list[Turn], name: str) -> Turn:
+        """The assistant's turn that is learnt, taken out of ``messages`` where it is their last."""
+        field = next((name for name in ANSWERS if name in row), None)
+        if field is not None and isinstance(row.fields[field], list):
+            answer, *more = row.messages(field)
+            if more or answer["role"] != "assistant":
+                count = f"there are {1 + len(more)}, the first of the {answer['role']}"
+                raise row.error(field, f"one turn is needed, the assistant's, and {count}")
+        elif field is not None:
+            answer = {"role": "assistant", "content": _spoken(row, field)}
+        elif messages[-1]["role"] == "assistant":
+            field, answer = name, messages.pop()
+        else:
+            raise row.error("response", f"there is none, and {name!r} ends with the turn of the {messages[-1]['role']}, not the assistant")
+        answer = self._without_end(answer)
+        if is_empty(answer):
+            raise row.error(field, "the assistant's turn is empty, so nothing but an end would be learnt: leave the row out")
+        thoughts = _thoughts(row)
+        if thoughts and answer.get("reasoning_content", thoughts) != thoughts:
+            raise row.error("reasoning", f"the assistant's turn in {field!r} has other thoughts: leave one of the two out")
+        return {**answer, "reasoning_content": thoughts} if thoughts else answer
+
+    def _without_end(self, answer: Turn) -> Turn:
+        """The turn without an end token that its content was given already, since the template writes one."""
+        content = answer.get("content", "").rstrip()
+        ends = [self.tokenizer.convert_ids_to_tokens(end) for end in (self.facts.end, self.eos) if end is not None]
+        end = next((end for end in ends if content.endswith(end)), None)
+        return answer if end is None else {**answer, "content": content.removesuffix(end)}
 
     def _shown_to_teacher(self, row: Row, messages: list[Turn]) -> list[Turn]:
         """What the teacher reads before the response: ``messages``, which the student reads, unless the row says otherwise."""
@@ -217,27 +246,6 @@ def _thoughts(row: Row) -> str:
     """The row's field ``reasoning``; empty where there is none."""
     value = row.fields.get("reasoning", "")
     return row.text("reasoning") if not isinstance(value, str) or value.strip() else ""
-
-
-def _answer(row: Row, messages: list[Turn], name: str) -> Turn:
-    """The assistant's turn that is learnt, taken out of ``messages`` where it is their last."""
-    field = next((name for name in ANSWERS if name in row), None)
-    if field is not None and isinstance(row.fields[field], list):
-        answer, *more = row.messages(field)
-        if more or answer["role"] != "assistant":
-            raise row.error(field, f"one turn is needed, the assistant's, and there are {1 + len(more)}, the first of the {answer['role']}")
-    elif field is not None:
-        answer = {"role": "assistant", "content": _spoken(row, field)}
-    elif messages[-1]["role"] == "assistant":
-        field, answer = name, messages.pop()
-    else:
-        raise row.error("response", f"there is none, and {name!r} ends with the turn of the {messages[-1]['role']}, not the assistant")
-    if is_empty(answer):
-        raise row.error(field, "the assistant's turn is empty, so nothing but an end would be learnt: leave the row out")
-    thoughts = _thoughts(row)
-    if thoughts and answer.get("reasoning_content", thoughts) != thoughts:
-        raise row.error("reasoning", f"the assistant's turn in {field!r} has other thoughts: leave one of the two out")
-    return {**answer, "reasoning_content": thoughts} if thoughts else answer
 
 
 def _tagged(prompt: str, thoughts: str) -> str:

@@ -114,7 +114,7 @@ def read_items(path: Path, prompt: str = "prompt", response: str = "response", n
     ``messages`` that end with the assistant's turn hold their own response. A row's ``key`` is kept; see ``keyed`` for one without.
 
     Raises:
-        RecipeError: a row without its prompt or response, or two rows with one key.
+        RecipeError: a row without its prompt or response, or with two responses; two rows with one key.
         DataError: see ``read_jsonl``.
     """
     items: list[Item] = []
@@ -123,6 +123,8 @@ def read_items(path: Path, prompt: str = "prompt", response: str = "response", n
             messages, known = _messages(row, where)
         else:
             messages, known = ({"role": "user", "content": _text(row, prompt, where)},), None
+        if known is not None and response in row:
+            raise RecipeError(f"{where}, field {response!r}: messages end with the assistant's turn too: leave one of the two answers out")
         if response in row or (needs_response and known is None):
             known = _text(row, response, where)
         items.append(Item(key, messages, known, row, where))
