@@ -272,3 +272,36 @@ def test_prompt_logprobs_that_are_no_numbers_are_in_the_tail(tmp_path: Path) -> 
     ((ids, _),) = score(ScriptedModel(lambda asked: body, api="completions"), [example], 4, tmp_path / "log")
     assert ids[:, 0].tolist() == [6] * (len(ids) - 1) + [-1]
     assert (ids[:, 1:] == -1).all()
+
+
+def test_an_entry_of_several_tokens_has_the_probabilities_of_the_last() -> None:
+    """llama.cpp waits for a whole character, and then tells its text with the id and the alternatives of its last token."""
+    tokenizer = tiny.tokenizer()
+    rows = [{"prompt": "a", "response": " quick\N{GLOWING STAR} fox", "finish_reason": "length"}]
+    examples = load_examples(rows, tokenizer)
+    quick, *star, fox = (examples[0].teacher_ids[u + 1] for u in examples[0].teacher_scored)
+    assert len(star) == 4
+    whole = told("\N{GLOWING STAR}", "x")
+    for entry, silent in ((whole | {"id": star[-1]}, 3), (whole, 4), (whole | {"id": fox}, 4)):
+        said = [told(" quick"), entry | {"top_logprobs": [{"token": "x", "logprob": -3.0}]}, told(" fox")]
+        tops, lost = from_replies([rows[0] | {"teacher_logprobs": said}], examples, tokenizer)
+        assert (lost, silent_positions(examples, tops, tokenizer)) == (0, (silent, 0))
+        ids = tops[0][0]
+        assert (ids[0, 0], ids[-1, 0]) == (quick, fox)
+        if silent == 3:
+            assert ids[4, 0] == star[-1]
+    with pytest.raises(CacheError, match="1 of 1 responses are cut into other tokens"):
+        from_replies([rows[0] | {"teacher_logprobs": [told(" quick"), told("\N{WHITE MEDIUM STAR}"), told(" fox")]}], examples, tokenizer)
+
+
+def test_bytes_of_a_byte_level_tokenizer_that_lacks_some_bytes() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["</s>", "a", "\u0120a", "\u00c3", "\u00a9"]
+    built = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, []))
+    built.decoder = decoders.ByteLevel()
+    ids_of = TokenIds(PreTrainedTokenizerFast(tokenizer_object=built, eos_token="</s>"))
+    assert ids_of({"token": " a"}) == 2
+    assert ids_of({"token": "\ufffd", "bytes": [0xC3]}) == 3
+    assert ids_of.spelling({"token": "\u00e9", "bytes": list("\u00e9".encode())}, [3, 4]) == 2

@@ -41,8 +41,9 @@ class TokenIds:
     def __init__(self, tokenizer: Any) -> None:
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._pieces = {piece: id for id, piece in enumerate(pieces) if piece is not None}
+        self._bytes = _bytes_of_tokens(tokenizer, pieces)
         self._ids: dict[bytes, list[int]] = {}
-        for id, data in enumerate(_bytes_of_tokens(tokenizer, pieces)):
+        for id, data in enumerate(self._bytes):
             if data:
                 self._ids.setdefault(data, []).append(id)
 
@@ -64,12 +65,22 @@ class TokenIds:
             return []
         return self._ids.get(text.encode()) or ([self._pieces[text]] if text in self._pieces else [])
 
+    def spelling(self, token: Mapping[str, Any], ids: Sequence[int]) -> int:
+        """How many of the first ``ids`` spell an entry together; 0 if none do. llama.cpp makes one entry of the tokens of one character."""
+        raw, spelled = bytes(token.get("bytes") or ()), b""
+        for count, id in enumerate(ids, 1):
+            spelled += self._bytes[id]
+            if len(spelled) >= len(raw) or not self._bytes[id]:
+                return count if spelled == raw else 0
+        return 0
+
 
 def _bytes_of_tokens(tokenizer: Any, pieces: Sequence[str | None]) -> list[bytes]:
     """The bytes that each id stands for; b"" where that is not known."""
     added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
     letters = _byte_letters()
-    if letters.keys() <= set(pieces) and "<0x0A>" not in pieces:  # byte-level
+    plain = [piece for id, piece in enumerate(pieces) if piece is not None and id not in added]
+    if letters.keys() >= {letter for piece in plain for letter in piece}:  # byte-level
         texts = [""] * len(pieces)
     else:
         # Behind another token, so that a leading space is seen.
@@ -84,7 +95,7 @@ def _bytes_of_tokens(tokenizer: Any, pieces: Sequence[str | None]) -> list[bytes
         elif byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             found.append(bytes.fromhex(byte[1]))
         elif text:
-            found.append(b"" if "\ufffd" in text != "\ufffd" in piece else text.encode())
+            found.append(b"" if "\ufffd" in text and "\ufffd" not in piece else text.encode())
         else:
             found.append(bytes(letters.get(letter, 0) for letter in piece) if letters.keys() >= set(piece) else b"")
     return found
@@ -124,6 +135,8 @@ def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example],
             lost.append(example.where or f"row {number}")
             continue
         for i, token in enumerate(told):
+            if token is None:
+                continue
             others = [other for other in token["top_logprobs"] if other.get("logprob") is not None]
             found = {id: a["logprob"] for a in others if (id := ids_of(a)) is not None and 0 <= id < len(tokenizer)}
             known, unknown = known + len(found), unknown + len(others) - len(found)
@@ -193,14 +206,27 @@ def _is_token(token: object) -> bool:
 
 def _matching(
     said: Sequence[Mapping[str, Any]], scored: Sequence[int], ids_of: TokenIds, has_end: bool
-) -> Sequence[Mapping[str, Any]] | None:
-    """The server's tokens that are the scored ones, in order; None where they are others. Of a last one, the end token (``has_end``), the
-    server may say nothing, or what can't be told from other tokens."""
-    told = said[: len(scored)]
-    same = [id in ids_of.candidates(token) for token, id in zip(told, scored, strict=False)]
-    if all(same) and len(told) >= len(scored) - 1:
-        return told
-    return told[:-1] if has_end and len(said) == len(scored) and all(same[:-1]) else None
+) -> Sequence[Mapping[str, Any] | None] | None:
+    """The server's entry for each scored token, None where there is none; None where the server's tokens are others.
+
+    An entry that stands for several tokens has the probabilities of the last, if it names that. Of the last token, if it is the end token
+    (``has_end``), the server may say nothing, or what can't be told from other tokens.
+    """
+    told: list[Mapping[str, Any] | None] = []
+    for number, token in enumerate(said, 1):
+        rest = scored[len(told) :]
+        if not rest:
+            break
+        if rest[0] in ids_of.candidates(token):
+            told.append(token)
+        elif count := ids_of.spelling(token, rest):
+            told += [None] * (count - 1) + [token if token.get("id") == rest[count - 1] else None]
+        elif has_end and len(rest) == 1 and number == len(said):
+            told.append(None)
+        else:
+            return None
+    missing = len(scored) - len(told)
+    return [*told, *[None] * missing] if missing <= 1 else None
 
 
 def special_ids(tokenizer: Any) -> set[int]:
