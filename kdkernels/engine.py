@@ -213,14 +213,17 @@ def _state_rows(problem: Problem) -> int:
 
 
 def _weight_accumulator(problem: Problem, inputs: Inputs, wanted: bool) -> Tensor:
-    """For the head's gradient: in the compute dtype, but in bfloat16 where a single product makes all of it and a CPU's GEMM rounds
-    that to bfloat16 anyway."""
+    """Memory for the head's gradient: in the compute dtype, which sums the chunks; in bfloat16 where one product makes all of it.
+
+    That product sums in float32 and rounds once, as eager's does, and backward then moves a third less. A CPU's GEMM does so only where
+    its operands are bfloat16.
+    """
     out, weight = _accumulator(inputs.student_weight, wanted, problem, inputs.student), inputs.student_weight
-    if not wanted or weight is None or weight.is_cuda or not weight.dtype == problem.student_dtype == torch.bfloat16:
+    if not wanted or weight is None or not weight.dtype == problem.student_dtype == torch.bfloat16:
         return out
     num_rows = math.prod(inputs.student.shape[:-1])
-    single = plan(problem, num_rows, row_bytes(problem, inputs), weight.device.type).count <= 1
-    narrow = problem.storage(weight.dtype) == weight.dtype or has_own_product(problem, weight, weight.dtype)
+    single = plan(problem, num_rows, row_bytes(problem, inputs), weight.device).count <= 1
+    narrow = weight.is_cuda or problem.storage(weight.dtype) == weight.dtype or has_own_product(problem, weight, weight.dtype)
     return weight.new_empty(weight.shape) if single and narrow else out
 
 
@@ -260,7 +263,7 @@ def _over_chunks(
     wants_grad = any(g is not None for g in (d_student, d_weight, d_bias))
     device = inputs.student.device
     sides: list[SideRows | EnsembleRows] = [student] if teacher is None else [student, teacher]
-    chunks = plan(problem, count, sum(side.bytes_per_row for side in sides), device.type)
+    chunks = plan(problem, count, sum(side.bytes_per_row for side in sides), device)
     for side, name in zip(sides, ("student logits", "teacher logits")):  # noqa: B905  (there may be no teacher)
         side.allocate(min(chunks.rows, count), name)
     backend = dispatch.load(problem.backend)
@@ -315,7 +318,10 @@ def _over_chunks(
                 gradient.put(start, stop, dz)
             continue
         if gradient is not None:
-            gradient.put(start, stop, gemm.grad_hidden(dz, student.weight, restore))
+            into = gradient.take(start, stop) if gradient.sliceable else None
+            product = gemm.grad_hidden(dz, student.weight, restore, into)
+            if product is not into:
+                gradient.put(start, stop, product)
         if d_weight is not None:
             gemm.add_grad_weight(d_weight[vocab], dz, student.hidden(start, stop), first=start == 0)
         if d_bias is not None:

@@ -34,19 +34,22 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
             torch.mm(wide, block.t(), out=out[:, rows])
 
 
-def grad_hidden(dz: Tensor, weight: Tensor, scale: float | Tensor) -> Tensor:
-    """``dz[C, V] @ weight[V, D] * scale`` in dz's dtype, in float32 where a scale must be applied to 16 bits."""
+def grad_hidden(dz: Tensor, weight: Tensor, scale: float | Tensor, out: Tensor | None = None) -> Tensor:
+    """``dz[C, V] @ weight[V, D] * scale`` in dz's dtype, in float32 where a scale must be applied to 16 bits.
+
+    Written to ``out`` and returned as such where one product makes the result in its dtype; else ``out`` is not touched.
+    """
     unscaled = not isinstance(scale, Tensor) and scale == 1.0
     if dz.dtype == weight.dtype:
         if unscaled:
-            return torch.mm(dz, weight)
+            return torch.mm(dz, weight, out=out if out is not None and out.dtype == dz.dtype else None)
         if weight.is_cuda:
             product: Tensor = torch.ops.aten.mm.dtype(dz, weight, torch.float32)
             return product.mul_(scale)
-    out = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.promote_types(dz.dtype, torch.float32), device=dz.device)
-    for rows, block in _blocks(weight, out.dtype):
-        out.addmm_(dz[:, rows].to(out.dtype), block)
-    return out if unscaled else out.mul_(scale)
+    wide = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.promote_types(dz.dtype, torch.float32), device=dz.device)
+    for rows, block in _blocks(weight, wide.dtype):
+        wide.addmm_(dz[:, rows].to(wide.dtype), block)
+    return wide if unscaled else wide.mul_(scale)
 
 
 def add_grad_weight(accumulator: Tensor, dz: Tensor, hidden: Tensor, first: bool) -> None:

@@ -103,7 +103,7 @@ def _head_chunks(problem: Problem, inputs: Inputs) -> Iterator[tuple[slice, Head
     """All rows of one side, chunk by chunk, with room for their log-sum-exps."""
     side, _ = both_sides(problem, inputs, None)
     count = inputs.student.numel() // inputs.student.shape[-1] if inputs.student.shape[-1] else 0
-    chunks = plan(problem, count, side.bytes_per_row, inputs.student.device.type)
+    chunks = plan(problem, count, side.bytes_per_row, inputs.student.device)
     side.allocate(min(chunks.rows, count), "student logits")
     for start, stop in chunks:
         state = torch.empty(2, stop - start, dtype=problem.compute_dtype, device=inputs.student.device)

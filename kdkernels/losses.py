@@ -131,7 +131,7 @@ def distillation_loss(
         num_items: denominator of ``"mean"``, int or 0-dim tensor; default: the number of valid tokens of this call. Pass the
             count of the whole batch when accumulating gradients or training on several ranks. A tensor on a GPU is not checked: 0
             gives infinity or NaN.
-        memory_budget: bytes for the chunk buffers, default 1 GiB.
+        memory_budget: bytes for the chunk buffers. Default: 1 GiB; on a GPU 1/32 of its memory, if that is more.
         chunk_rows: rows per chunk outright, instead of a budget.
         logits_dtype: storage of chunk logits. None is float32 (float64 for float64 inputs), from 16-bit operands too;
             ``torch.bfloat16`` halves buffers and traffic for bfloat16 heads, at the price of rounded logits.
@@ -238,7 +238,7 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
     if problem.backend == "reference":
         return Plan("reference", num_rows, 1 if num_rows else 0, dense, dense, 0, not_chosen)
     bytes_per_row = engine.row_bytes(problem, inputs)
-    chunks = engine.plan(problem, num_rows, bytes_per_row, device.type)
+    chunks = engine.plan(problem, num_rows, bytes_per_row, device)
     held = min(chunks.rows, num_rows) * bytes_per_row
     return Plan(problem.backend, chunks.rows, chunks.count, held, dense, max(0, dense - held), not_chosen)
 

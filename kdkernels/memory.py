@@ -1,13 +1,22 @@
-"""The memory that a process has taken."""
+"""The memory of devices, and what a process has taken of it."""
 
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["peak_bytes"]
+__all__ = ["peak_bytes", "total_bytes"]
+
+
+@lru_cache(maxsize=64)
+def total_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU in bytes; None for any other device, and where torch sees no GPU (fake tensors)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def peak_bytes(device: torch.device) -> int | None:

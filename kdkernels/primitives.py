@@ -5,7 +5,7 @@ Sides are those of ``distillation_loss``: ``LMHead(hidden [..., D], weight [V, D
 float32 or float64. Results per token are float32 (float64 for float64 sides). Common arguments:
 
 - ``temperature``: T > 0, divides the logits. Below 2^-100 it is taken as 2^-100, which gives the limit: the largest logit.
-- ``memory_budget``: bytes for the chunk buffers, default 1 GiB; ``chunk_rows``: rows per chunk outright.
+- ``memory_budget``: bytes for the chunk buffers, as of ``distillation_loss``; ``chunk_rows`` sets the rows per chunk directly.
 - ``backend``: ``"auto"`` takes the best that can run; a name is honoured or raises ``BackendUnavailable``.
 
 Gradients reach hidden states, head and bias, or logits, whichever require it, and are exact for any upstream gradient. The hidden

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
-from . import chunking, gemm, pages, reference
+from . import chunking, gemm, memory, pages, reference
 from .backends import native
 from .chunking import Chunks
 from .problem import Problem
@@ -206,10 +206,11 @@ def row_bytes(problem: Problem, inputs: Inputs) -> int:
     return sum(side.bytes_per_row for side in both_sides(problem, inputs, None) if side is not None)
 
 
-def plan(problem: Problem, num_rows: int, bytes_per_row: int, device_type: str) -> Chunks:
+def plan(problem: Problem, num_rows: int, bytes_per_row: int, device: torch.device) -> Chunks:
     """The chunks of a call with ``num_rows`` valid rows."""
-    enough = chunking.useful_rows(device_type, bytes_per_row)
-    return chunking.plan_chunks(num_rows, bytes_per_row, problem.memory_budget, problem.chunk_rows, enough)
+    enough = chunking.useful_rows(device.type, bytes_per_row)
+    budget = chunking.default_budget(memory.total_bytes(device)) if problem.memory_budget is None else problem.memory_budget
+    return chunking.plan_chunks(num_rows, bytes_per_row, budget, problem.chunk_rows, enough)
 
 
 def both_sides(problem: Problem, inputs: Inputs, index: Tensor | None) -> tuple[SideRows, SideRows | EnsembleRows | None]:

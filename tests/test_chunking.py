@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import error, make_labels, make_side, run, truth_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdkernels as kd
-from kdkernels import chunking, pages
+from kdkernels import chunking, engine, gemm, memory, pages
 from kdkernels.chunking import ROW_MULTIPLE, Chunks, padded_vocab, plan_chunks
+from kdkernels.problem import Problem
+from kdkernels.sources import Inputs
 
 rows = st.integers(0, 5000)
 per_row = st.integers(1, 10_000)
@@ -163,3 +168,39 @@ def test_one_bfloat16_chunk_on_a_cpu_gives_what_several_accumulated_in_float32_d
         assert got.dtype == torch.bfloat16
         errors.append(error(got, truth))
     assert errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize(("gib", "budget_gib"), [(None, 1), (8, 1), (32, 1), (80, 2.5), (141, 141 / 32)])
+def test_the_default_budget_grows_with_the_memory_of_a_gpu(gib: int | None, budget_gib: float) -> None:
+    assert chunking.default_budget(None if gib is None else gib << 30) == budget_gib * 2**30
+
+
+def test_a_large_gpu_takes_few_chunks_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, bytes_per_row, gpu = Problem(kd.ForwardKL(), 128_256), 2 * 4 * 128_256, torch.device("cuda")
+    assert engine.plan(problem, 8192, bytes_per_row, gpu).count == 8
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 141 << 30)
+    assert engine.plan(problem, 8192, bytes_per_row, gpu).count == 2
+    assert engine.plan(replace(problem, memory_budget=1 << 30), 8192, bytes_per_row, gpu).count == 8
+
+
+@pytest.mark.parametrize(("chunk_rows", "dtype"), [(8, torch.bfloat16), (4, torch.float32)])
+def test_a_gpu_accumulates_a_bfloat16_heads_gradient_in_float32_only_over_several_chunks(chunk_rows: int, dtype: torch.dtype) -> None:
+    with FakeTensorMode():  # tensors of a GPU that need not be there
+        hidden, weight, teacher = (torch.empty(n, 16, dtype=torch.bfloat16, device="cuda") for n in (8, 100, 8))
+        problem = Problem(
+            kd.ForwardKL(), 100, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16, wants_input=True, wants_weight=True,
+            chunk_rows=chunk_rows, backend="triton",
+        )  # fmt: skip
+        outputs = engine.empty_outputs(problem, Inputs(hidden, weight, None, teacher, weight, None, None, None))
+    assert outputs.d_weight.dtype == dtype
+
+
+def test_the_hidden_gradient_is_multiplied_into_its_place() -> None:
+    dz, weight = torch.randn(3, 7), torch.randn(7, 5)
+    out = torch.full((3, 5), float("nan"))
+    assert gemm.grad_hidden(dz, weight, 1.0, out) is out
+    assert out.equal(dz @ weight)
+    untouched = torch.full((3, 5), float("nan"))
+    narrow = dz.bfloat16(), weight.bfloat16()
+    assert gemm.grad_hidden(*narrow, 0.5, untouched).allclose(0.5 * (narrow[0].float() @ narrow[1].float()))
+    assert untouched.isnan().all()

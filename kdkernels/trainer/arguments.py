@@ -89,7 +89,8 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         metadata={"help": "Date for chat templates that write it, such as 2026-11-28. Default: the cache's; else the day the run began."},
     )
     kd_on_prompt: bool = field(default=False, metadata={"help": "The divergence scores prompts too; the cross-entropy never does."})
-    memory_budget: int | None = field(default=None, metadata={"help": "Bytes for the loss's chunk buffers. Default: 1 GiB."})
+    memory_budget: int | None = field(default=None, metadata={"help": "Bytes for the loss's chunk buffers; default: see docs/memory.md."})
+
     ensemble_mode: EnsembleMode = field(
         default="probs", metadata={"help": "Of several teachers: the average of probabilities, or of logits."}
     )
