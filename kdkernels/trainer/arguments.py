@@ -15,10 +15,22 @@ from ..sides import check_number
 from ..validation import check_choices
 from .features import FeatureLoss
 
-__all__ = ["DistillationArguments"]
+__all__ = ["METRICS", "DistillationArguments", "metric_name"]
 
 Overlong = Literal["error", "drop", "truncate"]
 EnsembleMode = Literal["probs", "logits"]
+
+METRICS = {
+    "loss": False, "divergence": False, "cross_entropy": False, "student_entropy": False, "teacher_entropy": False,
+    "top1_agreement": True, "feature_loss": False,
+}  # fmt: skip
+"""Metrics of an evaluation: True where greater is better."""
+
+
+def metric_name(metric: str) -> str | None:
+    """The entry of ``METRICS`` that a name such as ``divergence``, ``eval_divergence`` or ``eval_chats_divergence`` (of the data set
+    ``chats``) stands for; None for a metric of somebody else's."""
+    return max((name for name in METRICS if f"_{metric}".endswith(f"_{name}")), key=len, default=None)
 
 
 def _pairs(layers: Any) -> str:
@@ -29,6 +41,14 @@ def _pairs(layers: Any) -> str:
         return ",".join(f"{int(s)}:{int(t)}" for s, t in (layers.items() if isinstance(layers, Mapping) else layers))
     except (TypeError, ValueError):
         raise ValueError(f"feature_layers={layers!r}: give (student, teacher) pairs, text such as '2:4,5:11', 'all' or 'last'") from None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: float) -> bool:
+    return 1 <= value < math.inf and value == int(value)
 
 
 @dataclass
@@ -96,6 +116,8 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it: the collator makes what the models need."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+    greater_is_better: bool | None = field(default=None, metadata={"help": "Of metric_for_best_model. Default: as the metric is."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave it: a loss that is not finite ends the training."})
 
     def __post_init__(self) -> None:
         self.divergence = spelled(parse(self.divergence))
@@ -107,9 +129,21 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             raise ValueError("remove_unused_columns=True would remove the teacher's view from each batch: leave it False")
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor}: the loss has no label smoothing; leave it 0")
-        if getattr(self, "train_sampling_strategy", "random") == "group_by_length":
-            raise ValueError("train_sampling_strategy='group_by_length' is not supported: packing=True leaves no padding at all")
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={strategy!r} is not supported: packing=True leaves no padding at all; choose random or sequential"
+            )
+        if self.ignore_data_skip:
+            raise ValueError("ignore_data_skip=True would train a resumed run on other rows than an uninterrupted one: leave it False")
+        self._choose_direction()
         super().__post_init__()
+
+    def _choose_direction(self) -> None:
+        """Sets what transformers would get wrong: it takes greater to be better for every metric whose name does not end in "loss"."""
+        name = metric_name(self.metric_for_best_model or "")
+        if name is not None and self.greater_is_better is None:
+            self.greater_is_better = METRICS[name]
 
     def _check_numbers(self) -> None:
         check_number("temperature", self.temperature)
@@ -147,3 +181,31 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         check_choices(memory_budget=self.memory_budget)
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        """
+        Raises:
+            ValueError: a number of steps, epochs or rows that no training can have.
+        """
+        if self.max_steps != -1 and (not _is_int(self.max_steps) or self.max_steps < 1):
+            raise ValueError(f"max_steps must be an integer >= 1, or -1 for the steps of num_train_epochs, got {self.max_steps}")
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs must be finite and > 0, got {self.num_train_epochs}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        for kind in ("save", "eval", "logging"):
+            steps, strategy = getattr(self, f"{kind}_steps"), getattr(self, f"{kind}_strategy")
+            if getattr(strategy, "value", strategy) == "steps" and steps is not None and not (0 < steps < 1 or _is_count(steps)):
+                raise ValueError(
+                    f"{kind}_steps must be an integer >= 1, or a share of all steps between 0 and 1, got {steps}; "
+                    f"for none, {kind}_strategy='no'"
+                )
+        if not (0 <= self.warmup_steps < 1 or _is_count(self.warmup_steps)):
+            raise ValueError(f"warmup_steps must be an integer >= 0, or a share of all steps between 0 and 1, got {self.warmup_steps}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ class Objective:
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     memory_budget: int | None = None
+
+    def without_teacher(self) -> Objective:
+        """The cross-entropy alone."""
+        return dataclasses.replace(self, teacher=None, features=None, feature_weight=0.0, kd_weight=0.0, ce_weight=1.0)
 
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Any], each: bool = False, num_items: Tensor | int = 1, ranks: int = 1

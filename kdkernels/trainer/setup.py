@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from ..data.agreement import check_templates, check_tokenizers
 from ..data.example import Example
 from ..tap.patching import unwrap
 from ..tap.weights import logit_columns
@@ -15,7 +17,12 @@ from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
 from .arguments import DistillationArguments
 
-__all__ = ["check_kept", "teacher_source"]
+__all__ = [
+    "SavedConfig", "Untaught", "check_kept", "check_teacher_tokenizers", "teacher_source", "warn_of_missing", "warn_of_student",
+]  # fmt: skip
+
+PADDING = 1024
+"""Columns of logits beyond the tokenizer's tokens that padding explains: most heads have a few hundred, Phi-2's has 905."""
 
 
 def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments, tokenizer: Any) -> tuple[TeacherSource | None, int]:
@@ -88,7 +95,7 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
         return wanted
     if len({student, *teachers}) == 1:
         return student
-    size = teachers[0] if fixed else len(tokenizer)
+    size, what = (teachers[0], "teacher's targets have") if fixed else (len(tokenizer), "tokenizer has")
     theirs = ", ".join(map(str, teachers))
     if fixed and len(tokenizer) <= narrowest < size:
         raise ValueError(
@@ -100,10 +107,53 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
             f"the student has {student} columns of logits, the teacher {theirs}, and the real vocabulary is {size}: a model lacks tokens "
             "of the other; distillation across vocabularies is not supported"
         )
+    if (excess := max(student, *teachers) - size) > PADDING:
+        raise ValueError(
+            f"the student has {student} columns of logits, the teacher {theirs}, and the {what} {size} tokens: {excess} more are not "
+            "padding, so the two seem to have different tokenizers. Take models of one tokenizer; if the first ids of both do mean the "
+            "same, give vocab_size"
+        )
     warnings.warn(
         f"student and teacher pad their vocabulary differently ({student} and {theirs} columns): cut to the real {size}", stacklevel=4
     )
     return size
+
+
+def check_teacher_tokenizers(student: Any, teachers: Any) -> None:
+    """
+    Args:
+        teachers: the tokenizer of the teacher, or those of several; None where they are not given.
+
+    Raises:
+        ValueError: a tokenizer that gives other ids than the student's, or writes a conversation differently.
+    """
+    given = teachers if isinstance(teachers, (list, tuple)) else [teachers]
+    conversation = [{"messages": [{"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}]}]
+    for teacher in given:
+        if teacher is not None:
+            check_tokenizers(student, teacher)
+            check_templates(student, teacher, conversation)
+
+
+def warn_of_student(student: nn.Module, tokenizer: Any, sharded: bool) -> None:
+    """Warns of what makes a student learn badly: trainable weights in 16 bits, and a tokenizer without an end.
+
+    Args:
+        sharded: DeepSpeed keeps float32 copies of 16-bit weights.
+    """
+    narrow = {str(p.dtype).removeprefix("torch.") for p in student.parameters() if p.requires_grad and p.dtype.itemsize == 2}
+    if narrow and not sharded:
+        warnings.warn(
+            f"the student's trainable weights are {' and '.join(sorted(narrow))}, in which most updates round to nothing: load it with "
+            "dtype=torch.float32, and set bf16=True to compute in bfloat16",
+            stacklevel=4,
+        )
+    if tokenizer.eos_token_id is None:
+        warnings.warn(
+            "the tokenizer has no end-of-text token, so the student never learns to end a response: set tokenizer.eos_token to the token "
+            "that ends a turn",
+            stacklevel=4,
+        )
 
 
 def check_kept(teacher: Any, examples: Sequence[Example], **options: Any) -> None:
@@ -113,3 +163,46 @@ def check_kept(teacher: Any, examples: Sequence[Example], **options: Any) -> Non
     """
     if hasattr(teacher, "require"):
         teacher.require(examples, **options)
+
+
+def _missing(teacher: Any, examples: Sequence[Example]) -> int:
+    """Number of examples that a cache lacks; 0 for any other teacher."""
+    if not hasattr(teacher, "salt") or not hasattr(teacher, "__contains__"):
+        return 0
+    return sum(example.key(teacher.salt) not in teacher for example in examples)
+
+
+class Untaught(list[Any]):
+    """Items of held-out rows for which a cache holds no targets: only their cross-entropy can be evaluated."""
+
+
+def warn_of_missing(teacher: Any, examples: Sequence[Example]) -> bool:
+    """True if the teacher has targets for all held-out examples; else a warning says how many it lacks and what follows."""
+    missing = _missing(teacher, examples)
+    if missing:
+        warnings.warn(
+            f"{missing:,} of {len(examples):,} held-out examples are not in the cache, so evaluations report the cross-entropy alone. For "
+            "the divergence, cache them too: kdkernels cache takes --data several times",
+            stacklevel=4,
+        )
+    return not missing
+
+
+class SavedConfig:
+    """A context in which a model is saved with its config, and that of its generation, as they were given to the trainer.
+
+    transformers turns ``use_cache`` off and takes special tokens from the tokenizer, for the training only.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._base: Any = unwrap(model)
+        self._given = {name: copy.deepcopy(getattr(self._base, name, None)) for name in ("config", "generation_config")}
+
+    def __enter__(self) -> None:
+        self._training = {name: getattr(self._base, name) for name, value in self._given.items() if value is not None}
+        for name in self._training:
+            setattr(self._base, name, copy.deepcopy(self._given[name]))
+
+    def __exit__(self, *error: object) -> None:
+        for name, value in self._training.items():
+            setattr(self._base, name, value)

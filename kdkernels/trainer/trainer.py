@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+import functools
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.integrations import TensorBoardCallback
 
 from ..data.agreement import check_ids
 from ..data.collator import Collator, pack, pad_id
@@ -24,11 +27,26 @@ from ..tap.patching import text_config, unwrap
 from ..tap.weights import embedding_rows
 from ..teachers.live import LiveTeacher
 from ..teachers.source import TeacherSource
-from .arguments import DistillationArguments
+from .arguments import METRICS, DistillationArguments
+from .checkpoints import (
+    CheckpointError,
+    begin,
+    best_of,
+    check_same,
+    data_digest,
+    finish,
+    last_whole,
+    read_manifest,
+    rotate,
+    settings_of,
+    teacher_digest,
+)
 from .features import PROJECTORS, FeatureTap
+from .finite import check_numbers, not_finite
 from .objective import TERMS, Objective
 from .rollouts import chosen, rollouts
-from .setup import check_kept, teacher_source
+from .setup import SavedConfig, Untaught, check_kept, check_teacher_tokenizers, teacher_source, warn_of_missing, warn_of_student
+from .windows import EpochEnd, LogWindow
 
 __all__ = ["DistillationTrainer"]
 
@@ -46,6 +64,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         train_dataset, eval_dataset: rows, a ``datasets.Dataset``, a file (see ``load_examples``), or ``Example`` objects; for evaluation
             also a dictionary of several.
         processing_class: the tokenizer of both models.
+        teacher_processing_class: the teacher's own tokenizer, or those of several: compared with ``processing_class``.
 
     Raises:
         TypeError, ValueError: arguments, models or data that do not fit together; the message names what, and the way out.
@@ -64,6 +83,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        teacher_processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, DistillationArguments):
@@ -75,7 +95,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 raise TypeError(f"{name} would never be called: no logits are kept, and the loss is that of the arguments")
         if isinstance(train_dataset, Mapping):
             raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): give one of its data sets")
+        check_teacher_tokenizers(processing_class, teacher_processing_class)
         self.teacher, self.vocab_size = teacher_source(model, teacher, args, processing_class)
+        warn_of_student(model, processing_class, sharded=args.deepspeed_plugin is not None)
         live = self.teacher.models if isinstance(self.teacher, LiveTeacher) else []
         self.max_length = length_limit(args.max_length, map(text_config, [model, *live]), args.packing)
         self._embeddings = embedding_rows(model, *live)
@@ -98,28 +120,38 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.tokenizer, self._overlong, self._packing = processing_class, args.overlong, args.packing
         self._reasoning = args.reasoning
         day = date_of(processing_class, args.template_date or getattr(self.teacher, "date", None))
-        self._date = args.template_date = (
-            None if day is None else day.isoformat()
-        )  # in the saved arguments: a resumed run writes the same prompts
+        # In the saved arguments: a resumed run writes the same prompts.
+        self._date = args.template_date = None if day is None else day.isoformat()
+        self._as_given = SavedConfig(model)
         super().__init__(
             model=model, args=args, data_collator=collator, train_dataset=self.items(train_dataset),
-            eval_dataset=self.items(eval_dataset), processing_class=processing_class, **kwargs,
+            eval_dataset=self.items(eval_dataset, held_out=True), processing_class=processing_class,
+            callbacks=[EpochEnd(), *(kwargs.pop("callbacks", None) or [])], **kwargs,
         )  # fmt: skip
         # compute_loss divides a sum by the number of items of the whole step.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._sums, self._eval_sums = (torch.zeros(len(TERMS), dtype=torch.float64, device=args.device) for _ in range(2))
-        self._logged_at: float | None = None
+        self._logged = LogWindow(args.device)
+        self._evaluated = self.objective
         self._checked = not args.packing
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # else "runs" here, for an evaluation
+                callback.logging_dir = str(Path(args.output_dir, "runs"))
         if isinstance(self.teacher, LiveTeacher):
             self.teacher.place(args.device)
 
-    def items(self, source: Any) -> Any:
-        """What a batch is made of, from anything that holds rows."""
+    def items(self, source: Any, held_out: bool = False) -> Any:
+        """The items of batches, from anything that holds rows.
+
+        Args:
+            held_out: rows for an evaluation. They need a response, even where the student writes all that it is trained on; where a cache
+                lacks some of them, the evaluation is without a teacher.
+        """
         if source is None or (isinstance(source, list) and source and isinstance(source[0], tuple)):
             return source
         if isinstance(source, Mapping):
-            return {name: self.items(part) for name, part in source.items()}
+            return {name: self.items(part, held_out) for name, part in source.items()}
         if isinstance(source, list) and source and isinstance(source[0], Example):
             examples = source
             if self.max_length is not None and (most := max(map(len, examples))) > self.max_length:
@@ -129,24 +161,97 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 source, self.tokenizer, max_length=self.max_length, overlong=self._overlong, date=self._date, reasoning=self._reasoning
             )
         check_ids(examples, self.tokenizer, self._embeddings)
-        check_kept(self.teacher, examples, max_length=self.max_length, reasoning=self._reasoning)
+        taught = not held_out or warn_of_missing(self.teacher, examples)
+        if not held_out:
+            check_kept(self.teacher, examples, max_length=self.max_length, reasoning=self._reasoning)
         if self._packing:
             assert self.max_length is not None
-            return pack(examples, self.max_length)
-        return [(example,) for example in examples]
+            items = pack(examples, self.max_length)
+        else:
+            items = [(example,) for example in examples]
+        return items if taught else Untaught(items)
 
     # Training
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the base class.
 
+        Args:
+            resume_from_checkpoint: a checkpoint of the same training, or True for the newest whole one of the output folder.
+
         Raises:
-            ValueError: a student of which nothing is trained.
+            ValueError: a student of which nothing is trained; a checkpoint that is not whole, or of other settings, data or teacher
+                (``CheckpointError``).
+            NotFiniteError: loss, gradient norm or weights came to NaN or infinity. The checkpoints before that stay.
         """
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("every parameter of the student is frozen: unfreeze some, or load its adapter with is_trainable=True")
+        folder: Path | None = None
+        if resume_from_checkpoint is True:
+            folder = last_whole(Path(self.args.output_dir))
+            if folder is None:
+                raise CheckpointError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no whole checkpoint")
+        elif resume_from_checkpoint:
+            folder = Path(resume_from_checkpoint)
+        if folder is not None:
+            check_same(folder, self._identity())
         self._forget_evaluation()
-        return super().train(*args, **kwargs)
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # transformers counts every folder of such a name
+        try:
+            return super().train(None if folder is None else str(folder), *args, **kwargs)
+        finally:
+            self.args.save_total_limit = self._limit
+
+    def _identity(self) -> dict[str, Any]:
+        """Settings, data and teacher of this training, as a checkpoint keeps them."""
+        return {"settings": settings_of(self.args), **self._content}
+
+    @functools.cached_property
+    def _content(self) -> dict[str, str]:
+        return {"data": data_digest(self.train_dataset), "teacher": teacher_digest(self.teacher)}
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> Any:
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        self._sums.zero_()
+        self._logged = LogWindow(self.args.device, self.state.global_step)
+        if resume_from_checkpoint is not None:
+            manifest = read_manifest(Path(resume_from_checkpoint))
+            self.state.compute_steps(self.args, max_steps)  # else those of the checkpoint
+            best = best_of(Path(resume_from_checkpoint), manifest)
+            self.state.best_model_checkpoint = None if best is None else str(best)
+            self._logged = LogWindow.restored(manifest["log"], self.args.device)
+            if self.args.process_index == 0:  # sums of all ranks
+                self._sums += torch.tensor(manifest["log"]["sums"], dtype=torch.float64, device=self.args.device)
+        return trained
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in the base class; then the learning rate is that of this step in this schedule, which may be longer than the checkpoint's."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is not None and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            schedule._last_lr = rates
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_finite()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _check_finite(self) -> None:
+        """
+        Raises:
+            NotFiniteError: on every rank, where the losses since the last log or a trained weight are not finite.
+        """
+        loss = self.accelerator.reduce(self._logged.loss, "mean").item()
+        bad = int(self.accelerator.reduce(not_finite(self.model).to(self.args.device), "sum"))
+        values = {"loss": loss, "weights": math.nan if bad else 0.0}
+        check_numbers(self.state.global_step, values)
 
     def _forget_evaluation(self) -> None:
         """Undoes what an evaluation before the training leaves behind, which would keep it from being wrapped for one."""
@@ -185,8 +290,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Sum over the batch's scored tokens divided by ``num_items_in_batch``, those of the whole step."""
         self._check_packing(model)
-        if self._logged_at is None:
-            self._logged_at = time.perf_counter()
+        self._logged.begin()
         items = num_items_in_batch if num_items_in_batch is not None else inputs["scored"].numel()
         of_all = self.args.average_tokens_across_devices and num_items_in_batch is not None
         loss, sums = self.objective_now()(
@@ -194,6 +298,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             ranks=self.accelerator.num_processes // self.get_tp_size() if of_all else 1,
         )  # fmt: skip
         self._sums += sums
+        self._logged.loss += loss.detach()
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def objective_now(self) -> Objective:
@@ -215,63 +320,92 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._checked = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms of the loss, averaged over the scored tokens of all ranks since the last log, and speed and memory."""
-        if "loss" in logs and self._logged_at is not None:
-            now = time.perf_counter()
-            sums = self.accelerator.reduce(self._sums, "sum")
-            logs.update(self._means(sums))
-            logs.pop("objective")  # the loss of the base class says it, averaged over steps
+        """Adds the terms of the loss, averaged over the scored tokens of all ranks since the last log, and speed and memory.
+
+        Raises:
+            NotFiniteError: after the log, of a loss or gradient norm that is NaN or infinite.
+        """
+        steps = self.state.global_step - self._logged.step
+        if "loss" in logs and steps > 0:
+            logs["loss"] = self.accelerator.reduce(self._logged.loss, "mean").item() / steps
+            logs.update(self._means(self.accelerator.reduce(self._sums, "sum"), self.objective))
+            logs.pop("objective")  # the same as the loss, averaged over tokens instead of steps
             logs["valid_tokens"] = tokens = logs.pop("tokens")
-            logs["tokens_per_second"] = tokens / max(now - self._logged_at, 1e-9)
+            logs["tokens_per_second"] = tokens / max(self._logged.seconds(), 1e-9)
             if (peak := peak_bytes(self.args.device)) is not None:
                 logs["peak_memory_mib"] = peak / 2**20
             self._sums.zero_()
-            self._logged_at = now
+            self._logged = LogWindow(self.args.device, self.state.global_step)
+            self._logged.begin()
         super().log(logs, start_time)
+        scaled = self.accelerator.scaler is not None  # fp16 skips steps whose gradient overflows
+        check_numbers(self.state.global_step, {n: logs[n] for n in ("loss", *(() if scaled else ("grad_norm",))) if n in logs})
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        start = time.perf_counter()
+        self._logged.pause()  # evaluations and checkpoints are not training time
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self._logged_at is not None:  # evaluations and checkpoints are no training time
-            self._logged_at += time.perf_counter() - max(start, self._logged_at)
+        self._logged.resume()
 
-    def _means(self, sums: Tensor) -> dict[str, float]:
-        """Of each term that there is, by its name; and the tokens."""
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As in the base class. The best is saved where it is loaded at the end, also between two checkpoints."""
+        best = bool(super()._determine_best_metric(metrics, trial))
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
+    @staticmethod
+    def _means(sums: Tensor, objective: Objective) -> dict[str, float]:
+        """The mean of each term of the objective, by name; and the number of tokens."""
         values = dict(zip(TERMS, sums.tolist(), strict=True))
         tokens = values.pop("tokens")
-        if self.args.kd_weight == 0:
+        if objective.kd_weight == 0:
             values = {name: values[name] for name in ("cross_entropy", "feature_loss", "aux_loss", "objective")}
-        if self.objective.features is None:
+        if objective.features is None:
             del values["feature_loss"]
-        if self.objective.tap.aux_coefficient is None:
+        if objective.tap.aux_coefficient is None:
             del values["aux_loss"]
         return {**{name: value / max(tokens, 1) for name, value in values.items()}, "tokens": tokens}
 
     # Evaluation
 
+    def eval_metrics(self) -> list[str]:
+        """Names of the metrics that evaluations report, without ``eval_``."""
+        if isinstance(self.eval_dataset, Untaught):
+            return ["cross_entropy"]
+        means = self._means(torch.zeros(len(TERMS)), self.objective)
+        return ["loss", *(name for name in means if name in METRICS)]
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As in the base class, for rows as well; every metric is a mean over all scored tokens."""
         named = eval_dataset is None or isinstance(eval_dataset, str)
-        metrics: dict[str, float] = super().evaluate(eval_dataset if named else self.items(eval_dataset), ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = super().evaluate(
+            eval_dataset if named else self.items(eval_dataset, held_out=True), ignore_keys, metric_key_prefix
+        )
         return metrics
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """The metrics of ``evaluate``, for rows as well. Its predictions are None: no logits are made."""
-        return super().predict(self.items(test_dataset), ignore_keys, metric_key_prefix)
+        return super().predict(self.items(test_dataset, held_out=True), ignore_keys, metric_key_prefix)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._eval_sums.zero_()
+        taught = not isinstance(dataloader.dataset, Untaught)
+        self._evaluated = self.objective if taught else self.objective.without_teacher()
         if self.accelerator.is_fsdp2 and not self.accelerator._models:  # before the training: accelerate shards a model with its optimizer
             self.create_optimizer()
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
         config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config if self.is_deepspeed_enabled else {}
         kept = {name: part for name, part in config.items() if name == "optimizer"}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is trained does not depend on evaluations
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         config.update(kept)  # transformers drops it for an engine that only evaluates
-        means = self._means(self._eval_sums)
+        means = self._means(self._eval_sums, self._evaluated)
         means.pop("aux_loss", None)  # it is a mean over a batch, not over tokens
         means["loss"] = means.pop("objective")
+        if not taught:  # not the loss that is trained
+            del means["loss"], output.metrics[f"{metric_key_prefix}_loss"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -281,7 +415,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """``(loss, None, None)``: the mean over this batch. What counts are the sums by item, without the copies that even out ranks."""
         self._check_packing(model)
         with torch.no_grad():
-            _, sums = self.objective(model, self._prepare_inputs(inputs), each=True)
+            _, sums = self._evaluated(model, self._prepare_inputs(inputs), each=True)
         own = sums.sum(0)
         self._eval_sums += self.accelerator.gather_for_metrics(sums).sum(0)
         return (own[TERMS.index("objective")] / own[TERMS.index("tokens")].clamp(min=1)).float(), None, None
@@ -299,7 +433,29 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:
             state_dict = {name: tensor for name, tensor in state_dict.items() if f"{PROJECTORS}." not in name}
-        super()._save(output_dir, state_dict)
+        with self._as_given:
+            super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in the base class, but for a training that is not finite; declared whole at its end, before older ones are removed.
+
+        Raises:
+            NotFiniteError: before anything is written.
+        """
+        self._check_finite()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        first = self.args.process_index == 0
+        if first:
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        log = {**self._logged.state(self.accelerator), "sums": self.accelerator.reduce(self._sums, "sum").tolist()}
+        self.accelerator.wait_for_everyone()  # each rank adds files of its own
+        if first:
+            best = self.state.best_model_checkpoint and Path(self.state.best_model_checkpoint).name
+            finish(folder, step=self.state.global_step, resumable=not self.args.save_only_model, best=best, log=log, **self._identity())
+            rotate(folder.parent, self._limit, {folder.name} | ({best} if best else set()))
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -18,7 +18,7 @@ from ...errors import UserError
 from ...files import digest, digest_file, write_whole
 
 __all__ = [
-    "CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "identity_of_tokenizer", "kept_date",
+    "CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "identity_of_tokenizer", "kept_date", "model_files",
     "template_hash", "tokenizer_hash",
 ]  # fmt: skip
 
@@ -249,6 +249,12 @@ def template_hash(tokenizer: Any) -> str:
     return digest(getattr(tokenizer, "chat_template", None))
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files of a folder that decide what a model computes: its config and weights."""
+    configs, weights = ("config.json", "adapter_config.json"), (".safetensors", ".bin", ".gguf")
+    return sorted(f for f in folder.iterdir() if f.name in configs or f.suffix in weights)
+
+
 def identity_of_model(path: str, commit: str | None) -> tuple[str, str]:
     """Name and revision of a model: of a folder its name and a sha256 over its config and weights, of a hub id itself and the commit.
 
@@ -261,7 +267,6 @@ def identity_of_model(path: str, commit: str | None) -> tuple[str, str]:
             raise CacheError(f"the revision of {path!r} is not known: give --revision")
         return path, commit
     found = hashlib.sha256()
-    configs, weights = ("config.json", "adapter_config.json"), (".safetensors", ".bin", ".gguf")
-    for file in sorted(f for f in folder.iterdir() if f.name in configs or f.suffix in weights):
+    for file in model_files(folder):
         found.update(f"{file.name}\0{digest_file(file)}\0".encode())
     return folder.resolve().name, found.hexdigest()

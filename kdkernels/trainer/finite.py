@@ -1,0 +1,54 @@
+"""NaN and infinity in a training: found in its loss, its gradient norm and its weights, and the end of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+__all__ = ["NotFiniteError", "check_numbers", "not_finite"]
+
+
+class NotFiniteError(UserError):
+    """A training that came to NaN or infinity; nothing of it is saved.
+
+    Attributes:
+        step: steps taken when it was noticed.
+        values: what was not finite, by name.
+    """
+
+    def __init__(self, step: int, values: Mapping[str, float | str]) -> None:
+        self.step, self.values = step, dict(values)
+        named = ", ".join(f"{name} {value}" for name, value in self.values.items())
+        advice = "Try a smaller learning rate, a longer warm-up or a smaller max_grad_norm, in another output folder"
+        if step == 0:
+            advice = "Look at the student's weights, the teacher's and the data"
+        super().__init__(
+            f"the training is not finite at step {step}: {named}. Nothing was saved since the last checkpoint, which is kept. {advice}"
+        )
+
+
+def check_numbers(step: int, values: Mapping[str, float]) -> None:
+    """
+    Raises:
+        NotFiniteError: one of ``values`` is NaN or infinite.
+    """
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        raise NotFiniteError(step, bad)
+
+
+def not_finite(model: nn.Module) -> Tensor:
+    """Number of trainable parameters (tensors) that hold NaN or infinity, 0-dim on the model's device; of shards, those of this rank."""
+    flags = [~torch.isfinite(_local(p)).all() for p in model.parameters() if p.requires_grad]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).sum() if flags else torch.zeros((), dtype=torch.int64)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The values that this rank holds: of a DTensor (FSDP) or a ZeRO-3 parameter its shard."""
+    value = getattr(parameter, "ds_tensor", parameter).detach()
+    return value.to_local() if hasattr(value, "to_local") else value
