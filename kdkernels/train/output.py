@@ -12,12 +12,24 @@ from typing import Any
 from torch import nn
 
 from ..files import FileError, Output
+from ..trainer.checkpoints import is_unfinished
 from ..trainer.trainer import DistillationTrainer
 from .settings import Settings, TrainError
 
-__all__ = ["RECORD", "SUMMARY", "OwnedTrainer", "begun_checkpoints", "check_output", "open_output", "save_model", "step_of"]
+__all__ = [
+    "FIGURE",
+    "LOG",
+    "RECORD",
+    "SUMMARY",
+    "OwnedTrainer",
+    "begun_checkpoints",
+    "check_output",
+    "open_output",
+    "save_model",
+    "step_of",
+]
 
-RECORD, SUMMARY, FIGURE = "run.json", "summary.json", "training.png"
+RECORD, SUMMARY, FIGURE, LOG = "run.json", "summary.json", "training.png", "log.jsonl"
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*", "adapter_config.json",
     "adapter_model.*", "projector.safetensors", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -69,7 +81,7 @@ def _check(output: Output, names: list[str], inputs: dict[str, str | None]) -> N
 
 
 def _is_own_name(name: str) -> bool:
-    return name in (RECORD, SUMMARY, FIGURE) or step_of(name) is not None or any(fnmatchcase(name, p) for p in MODEL_FILES)
+    return name in (RECORD, SUMMARY, FIGURE, LOG) or step_of(name) is not None or any(fnmatchcase(name, p) for p in MODEL_FILES)
 
 
 def _unmarked(out: Path) -> list[str]:
@@ -85,9 +97,9 @@ def _unmarked(out: Path) -> list[str]:
 
 
 def begun_checkpoints(output: Output) -> list[str]:
-    """The run's own checkpoints that a killed process left without a whole ``trainer_state.json``, which is written last."""
+    """The run's own checkpoints that a killed process left unfinished."""
     own = [path for path in output.folder.glob("checkpoint-*") if step_of(path.name) is not None and path.name in output]
-    return [path.name for path in own if not _has_state(path)]
+    return [path.name for path in own if is_unfinished(path) or not _has_state(path)]
 
 
 def _has_state(checkpoint: Path) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +22,12 @@ from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
 from ..tap.patching import text_config
 from ..tap.weights import embedding_rows, logit_columns
 from ..teachers.loading import load
+from ..trainer.checkpoints import step_of
 from .loading import cache_of, check_data, tokenizer_of
+from .output import RECORD
+from .resume import known_record, requested, starting_point
 from .settings import Settings
+from .steps import rhythm, steps_per_epoch, total_steps
 
 __all__ = ["plan"]
 
@@ -57,15 +61,29 @@ def plan(settings: Settings, console: Console) -> None:
         console.print(sentence)
     rows = pack(examples, limit) if args.packing and limit else [(e,) for e in examples]
     scored, tokens = sum(len(e.student_scored) for e in examples), sum(len(e.student_ids) for e in examples)
+    args._n_gpu = min(args.n_gpu, 1)  # as the run takes them
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    an_epoch = math.ceil(math.ceil(len(rows) / (args.per_device_train_batch_size * args.world_size)) / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(an_epoch * args.num_train_epochs)
+    an_epoch = steps_per_epoch(len(rows), args)
+    steps = total_steps(args, an_epoch)
     console.print(
         f"data: {len(examples):,} examples in {len(rows):,} rows; {tokens:,} tokens, {scored:,} of them scored; "
         f"the longest example has {max(map(len, examples)):,}"
     )
-    console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs")
+    console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs; {rhythm(args, steps)}")
+    console.print(f"run: {_state(settings, tokenizer, steps)}", markup=False)
     _plan_memory(args, skeletons, cache, rows, console)
+
+
+def _state(settings: Settings, tokenizer: Any, steps: int) -> str:
+    """In words: whether the run begins, goes on or is finished."""
+    checkpoint = None
+    if (Path(settings.args.output_dir) / RECORD).is_file() or requested(settings.args) is not None:  # else no weights are read
+        _, old = known_record(settings, tokenizer)
+        checkpoint = None if old is None else starting_point(settings.args, steps)
+    if checkpoint is None:
+        return f"begins in {settings.args.output_dir}"
+    remaining = steps - step_of(checkpoint)
+    return f"goes on from {checkpoint}, {remaining:,} steps remain" if remaining else f"is finished: {checkpoint} is its last step"
 
 
 def _skeleton(role: str, path: str) -> Any:

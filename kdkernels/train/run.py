@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,22 @@ import transformers
 from rich.console import Console
 
 from ..files import Output
-from .callbacks import Bar, Interrupt
+from ..trainer.arguments import METRICS, metric_name
+from ..trainer.checkpoints import best_of, checkpoints, flaw, read_manifest
+from ..trainer.finite import NotFiniteError, check_numbers
+from ..trainer.trainer import DistillationTrainer
+from .callbacks import Bar, Interrupt, LogFile, reporting_under
 from .loading import cache_of, check_data, model_of, tokenizer_of
-from .output import RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model, step_of
+from .output import LOG, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
+from .record import Record
+from .resume import finished_summary, is_last, known_record, model_folder, starting_point
 from .settings import Settings, TrainError
+from .steps import steps_per_epoch, total_steps
 from .summary import figure_of, finite, show, training_log
 
-__all__ = ["last_checkpoint", "run"]
+__all__ = ["run"]
+
+UNFINISHED = ".checkpoint.unfinished"
 
 
 def run(settings: Settings, console: Console) -> int:
@@ -26,6 +39,7 @@ def run(settings: Settings, console: Console) -> int:
     Raises:
         TrainError: what can't be trained with, before anything is written.
         FileError: another process trains into the folder.
+        NotFiniteError: a training that came to NaN or infinity; its summary and figure say where.
     """
     with open_output(settings) if settings.args.process_index == 0 else nullcontext() as output:
         if output is not None:
@@ -42,131 +56,191 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
     transformers.logging.set_verbosity(transformers.logging.ERROR if args.log_level == "passive" else args.get_process_log_level())
     transformers.logging.disable_progress_bar()
     out = Path(args.output_dir)
-    record = _record(out, settings)
-    if record is not None:
-        args.template_date = args.template_date or record.get("template_date")
-    if output is not None:
-        for name in begun_checkpoints(output):
-            output.remove(name)
-    checkpoint = next((path for path in _checkpoints(out) if _whole(path, args.world_size) and _can_go_on(path, args)), None)
-    if record is not None and (out / SUMMARY).is_file():
-        summary = json.loads((out / SUMMARY).read_text())
-        if summary["asked"] == _asked(args):
-            console.print("This run is finished; its summary again. Give a larger --max-steps to train on, or another --output-dir.")
-            show(summary, console)
-            return 0
-    if checkpoint is None and (models := [path for path in _checkpoints(out) if not any(path.glob("rng_state*.pth"))]):
-        raise TrainError(
-            f"--output-dir {out}: {models[0].name} holds a model without the states of optimizer and random numbers (--save-only-model); "
-            "a run can't go on from it. Give another folder"
-        )
     tokenizer = tokenizer_of(settings)
     check_data(settings)
     cache = cache_of(settings, tokenizer) if settings.cache else None
-    trained = checkpoint is not None and _is_last(checkpoint, args)  # transformers would train one step more
-    (role, path, dtype), *of_teachers = settings.models
-    student = model_of(role, str(checkpoint) if trained else path, dtype)
-    teachers = [model_of(*model) for model in of_teachers]
-    progress, interrupt = Bar(console), Interrupt()
-    trainer = OwnedTrainer(
-        model=student, teacher=teachers or None if cache is None else cache, args=args, train_dataset=settings.data,
-        eval_dataset=settings.eval_data or None, processing_class=tokenizer, callbacks=[progress, interrupt],
-    )  # fmt: skip
-    trainer.own(output)
-    for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if args.disable_tqdm else [])):
-        trainer.remove_callback(callback)
-    if record is None:
-        before = trainer.evaluate() if settings.eval_data else None
-        record = {"settings": settings.identity(), "template_date": args.template_date, "before": before and finite(before)}
-        _write(output, RECORD, record)
-    elif checkpoint is not None:
-        console.print(f"Resuming at {checkpoint.name} of {out}")
-    transformers.set_seed(args.seed)  # the first evaluation has drawn
-    if trained:
-        if trainer.objective.features is not None:
-            trainer.objective.features.load(str(checkpoint))
-        trainer.state = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-    else:
-        with interrupt, progress:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if interrupt.stopped:
-        step = trainer.state.global_step
-        console.print(f"Interrupted at step {step}; {out / f'checkpoint-{step}'} is whole. The same command goes on from there.")
-        return 130
-    after = trainer.evaluate() if settings.eval_data else None
-    save_model(trainer, output, out)
-    last = last_checkpoint(out, args.world_size)
-    summary = {
-        "asked": _asked(args), "steps": trainer.state.global_step, "before": record["before"], "after": after and finite(after),
-        "model": str(out), "checkpoint": None if last is None else str(last),
-        "figure": None if output is None else figure_of(output, trainer.state.log_history, record["before"], after),
-        "log": training_log(trainer.state.log_history),
-    }  # fmt: skip
-    _write(output, SUMMARY, summary)
-    show(summary, console)
-    return 0
-
-
-def _record(out: Path, settings: Settings) -> dict[str, Any] | None:
-    """The record of the run in ``out``, once it is known to be this run; None for a fresh folder, or a run that never made a checkpoint.
-
-    Raises:
-        TrainError: the folder holds another run, or checkpoints of unknown origin.
-    """
-    if not (out / RECORD).is_file():
-        if out.is_dir() and any(out.glob("checkpoint-*")):
-            raise TrainError(f"--output-dir {out} holds checkpoints but no {RECORD}: they are of another program; choose another folder")
-        return None
-    record: dict[str, Any] = json.loads((out / RECORD).read_text())
-    now = settings.identity()
-    differing = [name for name in now if record["settings"].get(name) != now[name]]
-    if differing and not (out / SUMMARY).is_file() and not _checkpoints(out):
-        return None
-    if differing:
-        name = differing[0]
-        what = "number of processes" if name == "ranks" else f"--{name.replace('_', '-')}"
-        values = "its content changed" if name == "data" else f"{record['settings'].get(name)!r} then, {now[name]!r} now"
-        raise TrainError(f"--output-dir {out} holds a run with another {what} ({values}): go on with the same, or choose another folder")
-    return record
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    """Newest first."""
-    found = {step: path for path in out.glob("checkpoint-*") if (step := step_of(path.name)) is not None}
-    return [found[step] for step in sorted(found, reverse=True)]
-
-
-def last_checkpoint(out: Path, ranks: int) -> Path | None:
-    """The newest that every one of ``ranks`` processes has written whole."""
-    return next((path for path in _checkpoints(out) if _whole(path, ranks)), None)
-
-
-def _whole(path: Path, ranks: int) -> bool:
-    """trainer_state.json is what is written last; the random states of other ranks may come later."""
-    try:
-        state = json.loads((path / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return state.get("global_step") == int(path.name.rpartition("-")[2]) and len(list(path.glob("rng_state*.pth"))) >= ranks
-
-
-def _is_last(checkpoint: Path, args: Any) -> bool:
-    """Whether nothing is left to train after it."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    steps = args.max_steps if args.max_steps > 0 else state["max_steps"] * args.num_train_epochs / state["num_train_epochs"]
-    return bool(state["global_step"] >= steps)
-
-
-def _can_go_on(checkpoint: Path, args: Any) -> bool:
-    """A finished student is loaded like any model, which FSDP's sharded state has none of: the training's end is repeated."""
-    return not _is_last(checkpoint, args) or (checkpoint / "config.json").is_file()
-
-
-def _asked(args: Any) -> dict[str, Any]:
-    return {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
-
-
-def _write(output: Output | None, name: str, value: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all, in the first process."""
+    record, old = known_record(settings, tokenizer)
     if output is not None:
-        output.write(name, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+        for name in begun_checkpoints(output):
+            output.remove(name)
+    checkpoint = None
+    if old is not None:
+        total = total_steps(args, old.an_epoch)
+        summary = finished_summary(args, total)
+        if summary is not None:
+            console.print("This run is finished; its summary again. Give a larger --max-steps to train on, or another --output-dir.")
+            show(summary, console)
+            return 0
+        for note in old.notes(record):
+            console.print(f"Note: another {note}: the last bits of the result may be others", markup=False)
+        checkpoint = starting_point(args, total)
+    with reporting_under(out):
+        return Training(settings, output, tokenizer, cache, console, record, old, checkpoint).run()
+
+
+class Training:
+    """A run from its models to its summary.
+
+    Args:
+        output: None in all processes but the first.
+        record: of this run as it is asked for; old: of the run that it goes on with, or None.
+        checkpoint: where it goes on, or None.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        output: Output | None,
+        tokenizer: Any,
+        cache: Any,
+        console: Console,
+        record: Record,
+        old: Record | None,
+        checkpoint: Path | None,
+    ) -> None:
+        self.settings, self.args, self.console, self.record, self.old = settings, settings.args, console, record, old
+        self.output, self.out = output, Path(settings.args.output_dir)
+        self.bar, self.interrupt = Bar(console), Interrupt()
+        self.trained = old is not None and is_last(checkpoint, total_steps(self.args, old.an_epoch))
+        (role, path, dtype), *of_teachers = settings.models
+        self.model = model_folder(checkpoint, self.args) if self.trained and checkpoint is not None else None
+        student = model_of(role, path if self.model is None else str(self.model), dtype)
+        teachers = [model_of(*model) for model in of_teachers]
+        with shown_warnings(console):
+            self.trainer = OwnedTrainer(
+                model=student, teacher=teachers or None if cache is None else cache, args=self.args, train_dataset=settings.data,
+                eval_dataset=settings.eval_data or None, processing_class=tokenizer,
+                callbacks=[self.bar, self.interrupt, LogFile(output, LOG)],
+            )  # fmt: skip
+        self.trainer.own(output)
+        for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if self.args.disable_tqdm else [])):
+            self.trainer.remove_callback(callback)
+        check_metric(self.trainer)
+        self.checkpoint = self._own(checkpoint)
+
+    def _own(self, checkpoint: Path | None) -> Path | None:
+        """The checkpoint in the output folder, where it and its best are copied from another run's."""
+        if checkpoint is None or checkpoint.parent.resolve() == self.out.resolve():
+            return checkpoint
+        best = best_of(checkpoint, read_manifest(checkpoint))
+        if self.output is not None:
+            for folder in {checkpoint, best or checkpoint}:
+                unfinished, place = self.output.claim(UNFINISHED), self.output.claim(folder.name)
+                self.output.remove(UNFINISHED)
+                self.output.remove(folder.name)
+                shutil.copytree(folder, unfinished)
+                os.replace(unfinished, place)
+        self.trainer.accelerator.wait_for_everyone()
+        return self.out / checkpoint.name
+
+    def run(self) -> int:
+        """Train and write the summary; returns the exit status."""
+        trainer = self.trainer
+        self._begin()
+        transformers.set_seed(self.args.seed)
+        try:
+            self._train()
+            if self.interrupt.stopped:
+                return self._interrupted()
+            after = trainer.evaluate() if self.settings.eval_data else None
+            check_numbers(trainer.state.global_step, shown_metrics(after))
+        except NotFiniteError as error:
+            self._summarise(None, not_finite={name: str(value) for name, value in error.values.items()}, steps=error.step)
+            raise
+        save_model(trainer, self.output, self.out)
+        show(self._summarise(after), self.console)
+        return 0
+
+    def _begin(self) -> None:
+        """Evaluate the student as it is and write the record, or say where the run goes on."""
+        record, args = self.record, self.args
+        if self.old is not None:
+            record.an_epoch, record.before = self.old.an_epoch, self.old.before
+            if self.checkpoint is not None:
+                self.console.print(f"Resuming at {self.checkpoint.name} of {self.out}")
+        else:
+            record.an_epoch = steps_per_epoch(len(self.trainer.train_dataset), args)
+            before = self.trainer.evaluate() if self.settings.eval_data else None
+            check_numbers(0, shown_metrics(before))
+            record.before = before and finite(before)
+        record.settings["template_date"] = args.template_date
+        self._write(RECORD, record.to_json())
+
+    def _train(self) -> None:
+        trainer, checkpoint = self.trainer, self.checkpoint
+        if self.trained:
+            if trainer.objective.features is not None:
+                trainer.objective.features.load(str(self.model))
+            trainer.state = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+            trainer.state.best_model_checkpoint = str(self.model) if self.args.load_best_model_at_end else None
+            return
+        with self.interrupt, self.bar:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def _interrupted(self) -> int:
+        step = self.trainer.state.global_step
+        reason = flaw(self.out / f"checkpoint-{step}")
+        if reason is None:
+            self.console.print(f"Interrupted at step {step}; {self.out}/checkpoint-{step} is whole. The same command goes on from there.")
+        else:
+            self.console.print(f"Interrupted at step {step}. Its checkpoint can't be resumed from: {reason}.")
+        return 130
+
+    def _summarise(self, after: dict[str, float] | None, not_finite: dict[str, str] | None = None, steps: int | None = None) -> Any:
+        """Write ``summary.json`` and the figure; returns the summary."""
+        state, args = self.trainer.state, self.args
+        steps = state.global_step if steps is None else steps
+        best = state.best_model_checkpoint if args.load_best_model_at_end and not_finite is None else None
+        last = next((str(path) for path in checkpoints(self.out) if flaw(path) is None), None)
+        files = {path.name: path.stat().st_size for pattern in ("*.safetensors", "config.json") for path in self.out.glob(pattern)}
+        summary = {
+            "asked": total_steps(args, self.record.an_epoch), "steps": steps, "not_finite": not_finite,
+            "before": self.record.before, "after": after and finite(after),
+            "model": None if not_finite else str(self.out), "files": {} if not_finite else files,
+            "checkpoint": best or last,
+            "best": None if best is None else {"metric": args.metric_for_best_model, "value": state.best_metric, "checkpoint": best},
+            "figure": None, "log": training_log(state.log_history),
+        }  # fmt: skip
+        if self.output is not None:
+            summary["figure"] = figure_of(self.output, state.log_history, self.record.before, after, steps if not_finite else None)
+        self._write(SUMMARY, summary)
+        return summary
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        """Write a file whole or not at all, in the first process."""
+        if self.output is not None:
+            text = json.dumps(value, indent=1) + "\n"
+            self.output.write(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def shown_metrics(metrics: dict[str, float] | None) -> dict[str, float]:
+    """The metrics of an evaluation that a summary shows, as they must be finite."""
+    return {name: value for name, value in (metrics or {}).items() if metric_name(name) and isinstance(value, float)}
+
+
+def check_metric(trainer: DistillationTrainer) -> None:
+    """
+    Raises:
+        TrainError: ``--metric-for-best-model`` is not among the metrics of an evaluation.
+    """
+    metric = trainer.args.metric_for_best_model
+    if metric is None or trainer.eval_dataset is None:
+        return
+    name = metric.removeprefix("eval_")
+    if name not in METRICS or name not in trainer.eval_metrics():
+        raise TrainError(
+            f"--metric-for-best-model {metric}: an evaluation of this run has {', '.join(trainer.eval_metrics())}; choose one of them"
+        )
+
+
+@contextmanager
+def shown_warnings(console: Console) -> Iterator[None]:
+    """Prints what this package warns of in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        if warning.category is UserWarning:
+            console.print(f"Warning: {warning.message}", markup=False)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

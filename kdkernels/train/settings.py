@@ -10,22 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..files import digest, digest_file
-
 __all__ = ["Settings", "TrainError", "read_config", "read_settings"]
 
 MINE = ("teacher", "student", "data", "eval_data", "cache", "student_dtype", "teacher_dtype")
 SEVERAL = ("teacher", "data", "eval_data")
 """Options that can be given several times."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FIXED = (
-    "divergence", "temperature", "t_squared", "kd_weight", "ce_weight", "ce_weight_last", "feature_weight", "feature_layers",
-    "feature_loss", "on_policy_fraction", "sample_temperature", "max_new_tokens", "max_length", "overlong", "packing", "vocab_size",
-    "kd_on_prompt", "ensemble_mode", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
-    "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "bf16",
-    "fp16",
-)  # fmt: skip
-"""Fields that an interrupted run is finished with as it was begun: another value would be ignored, or spoil it."""
 
 
 class TrainError(ValueError):
@@ -51,13 +41,6 @@ class Settings:
         # Most updates are too small for the digits of bfloat16, in which most models are saved.
         student = "student", self.student, "float32" if self.student_dtype == "auto" else self.student_dtype
         return [student, *(("teacher", path, self.teacher_dtype) for path in self.teacher)]
-
-    def identity(self) -> dict[str, Any]:
-        """What the results depend on, data by its content."""
-        fields = json.loads(self.args.to_json_string())
-        own = {name: getattr(self, name) for name in ("student", "teacher", "cache", "student_dtype", "teacher_dtype")}
-        own["ranks"] = self.args.world_size  # a step's batch, and what a checkpoint holds of each
-        return {**own, "data": _digest(self.data), **{name: fields[name] for name in FIXED if name in fields}}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -168,12 +151,3 @@ def _as_typed(name: str, value: Any, read: Any) -> Any:
 def _nearest(name: str, valid: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; nearest: {near[0]}" if near else "; see `kdkernels train --help`"
-
-
-def _digest(paths: Sequence[str]) -> str:
-    """sha256 of the files, in order; of a folder, over its files and their names."""
-    digests = [
-        digest({f.name: digest_file(f) for f in path.iterdir() if f.is_file()}) if path.is_dir() else digest_file(path)
-        for path in map(Path, paths)
-    ]
-    return digests[0] if len(digests) == 1 else digest(digests)

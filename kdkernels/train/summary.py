@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..files import Output
+from .callbacks import number
 from .output import FIGURE
 
 __all__ = ["figure_of", "finite", "show", "training_log"]
@@ -21,15 +22,13 @@ SHOWN = {
 
 
 def finite(metrics: dict[str, float]) -> dict[str, Any]:
-    """JSON has no infinities."""
-    return {
-        name: value if math.isfinite(value) else str(value) for name, value in metrics.items() if name in SHOWN or name == "eval_tokens"
-    }
+    """The metrics that a summary shows; NaN and infinity, which JSON does not have, as text."""
+    return {name: number(value) for name, value in metrics.items() if name in SHOWN or name == "eval_tokens"}
 
 
 def training_log(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """First and last of the logged training losses; None if there was none."""
-    logs = [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry]
+    logs = [{"step": entry["step"], "loss": number(entry["loss"])} for entry in history if "loss" in entry]
     return {"first": logs[0], "last": logs[-1]} if logs else None
 
 
@@ -37,6 +36,9 @@ def show(summary: dict[str, Any], console: Console) -> None:
     """Prints what ``summary.json`` holds."""
     before, after, log = summary["before"], summary["after"], summary["log"]
     console.print(f"Trained {summary['steps']:,} steps.")
+    if summary["best"] is not None:
+        best = summary["best"]
+        console.print(f"The model is the best by {best['metric']}, {best['value']:.4f}: {Path(best['checkpoint']).name}.")
     if before is not None and after is not None:
         table = Table("held-out data", "before", "after", box=None)
         for name, label in SHOWN.items():
@@ -45,15 +47,15 @@ def show(summary: dict[str, Any], console: Console) -> None:
         console.print(table)
         console.print(f"Per token, over {after['eval_tokens']:,.0f} held-out tokens.")
     else:
-        ends = [] if log is None else [f"{log[which]['loss']:.4f} at step {log[which]['step']}" for which in ("first", "last")]
+        ends = [] if log is None else [f"{float(log[which]['loss']):.4f} at step {log[which]['step']}" for which in ("first", "last")]
         console.print("No held-out loss: no --eval-data was given." + (f" Training loss {', '.join(ends)}." if ends else ""))
     for name in ("model", "checkpoint", "figure"):
         if summary[name]:
             console.print(f"{name}: {summary[name]}", soft_wrap=True)
 
 
-def figure_of(output: Output, history: Sequence[dict[str, Any]], before: Any, after: Any) -> str | None:
-    """Losses over steps, if matplotlib is there."""
+def figure_of(output: Output, history: Sequence[dict[str, Any]], before: Any, after: Any, not_finite: int | None = None) -> str | None:
+    """Losses over steps, if matplotlib is there, and the step at which the training was ``not_finite``."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -68,8 +70,10 @@ def figure_of(output: Output, history: Sequence[dict[str, Any]], before: Any, af
         axes.plot(*zip(*training, strict=True), label="training")
     if held_out:
         axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", label="held-out")
+    if not_finite is not None:
+        axes.axvline(not_finite, color="tab:red", label=f"not finite at step {not_finite}")
     axes.set(xlabel="step", ylabel="loss per token")
     axes.grid(alpha=0.3)
-    if training or held_out:
+    if training or held_out or not_finite is not None:
         axes.legend()
     return str(output.write(FIGURE, lambda temporary: figure.savefig(temporary, format="png", dpi=120)))

@@ -27,7 +27,7 @@ from .arguments import DistillationArguments
 
 __all__ = [
     "FREE", "CheckpointError", "begin", "check_same", "best_of",
-    "checkpoints", "data_digest", "differences", "finish", "flaw", "holds_model_only", "is_unfinished", "last_whole",
+    "checkpoints", "data_digest", "differences", "finish", "flaw", "is_unfinished", "last_whole",
     "read_manifest", "rotate", "settings_of", "step_of", "teacher_digest",
 ]  # fmt: skip
 
@@ -191,11 +191,6 @@ def flaw(folder: Path) -> str | None:
 def is_unfinished(folder: Path) -> bool:
     """True for a checkpoint whose writing was cut off."""
     return "files" not in (_manifest(folder) or {"files": {}})
-
-
-def holds_model_only(folder: Path) -> bool:
-    """True for a checkpoint that was saved with ``save_only_model``."""
-    return not (_manifest(folder) or {}).get("resumable", True)
 
 
 def _damage(folder: Path, manifest: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,55 @@
+"""The steps of a run: how many an epoch has, how many are asked for, and where logs, checkpoints and evaluations fall."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import TrainerState
+
+from .settings import TrainError
+
+__all__ = ["rhythm", "steps_per_epoch", "total_steps"]
+
+
+def steps_per_epoch(rows: int, args: Any) -> int:
+    """Optimizer steps over ``rows`` rows, by the samplers that the trainer's data loader uses.
+
+    Raises:
+        TrainError: fewer rows than a batch, where smaller batches are dropped.
+    """
+    batch = args.train_batch_size
+    sampler = BatchSampler(SequentialSampler(range(rows)), batch, args.dataloader_drop_last)
+    config = args.accelerator_config
+    shard = BatchSamplerShard(
+        sampler, num_processes=args.world_size, process_index=0, split_batches=config.split_batches, even_batches=config.even_batches
+    )
+    if len(shard) == 0:
+        raise TrainError(
+            f"--dataloader-drop-last with {rows:,} rows and batches of {batch * args.world_size:,}: no batch is full. Use smaller batches"
+        )
+    return -(-len(shard) // int(args.gradient_accumulation_steps))
+
+
+def total_steps(args: Any, an_epoch: int) -> int:
+    """Steps of the whole run: those of ``max_steps``, else of ``num_train_epochs``."""
+    return int(args.max_steps) if args.max_steps > 0 else math.ceil(float(args.num_train_epochs) * an_epoch)
+
+
+def rhythm(args: Any, steps: int) -> str:
+    """In words: how often a run of ``steps`` steps logs, saves and evaluates, and how long its warm-up is."""
+    state = TrainerState()
+    state.compute_steps(args, steps)
+
+    def every(what: str, kind: str) -> str:
+        strategy = getattr(args, f"{kind}_strategy").value
+        count = getattr(state, f"{kind}_steps")
+        return {"no": f"no {what}", "epoch": f"{what} after each epoch", "best": f"{what} of each new best"}.get(
+            strategy, f"{what} every {count:,.0f} step{'' if count == 1 else 's'}"
+        )
+
+    parts = [every("logs", "logging"), every("checkpoints", "save"), every("evaluations", "eval")]
+    warmup = args.get_warmup_steps(steps)
+    return ", ".join([*parts, f"a warm-up of {warmup:,} steps" if warmup else "no warm-up"])
