@@ -27,7 +27,7 @@ def names_in(file: Path) -> set[str]:
 
 
 def test_the_page_has_its_sections() -> None:
-    assert tuple(re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)) == SECTIONS
+    assert set(SECTIONS) <= set(re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def test_every_promise_names_tests_that_exist() -> None:
