@@ -15,7 +15,7 @@ from families import build  # noqa: E402
 from tapped import IDS, ROWS, assert_falls_back, assert_is_the_model, loss_of  # noqa: E402
 
 from kdkernels.tap.head import HeadTap  # noqa: E402
-from kdkernels.tap.weights import logit_columns  # noqa: E402
+from kdkernels.tap.weights import embedding_rows, logit_columns  # noqa: E402
 
 
 def test_tied_head_is_the_embeddings_parameter() -> None:
@@ -182,6 +182,27 @@ def test_columns_are_those_of_the_logits_where_weights_are_packed(storage: torch
     model.lm_head.weight = nn.Parameter(torch.empty(columns * model.config.hidden_size // 2, 1, dtype=storage), requires_grad=False)
     assert logit_columns(model) == columns
     assert logit_columns(lora(model, ["q_proj"])) == columns
+
+
+def test_columns_are_read_off_weights_and_not_off_stale_sizes() -> None:
+    """A library that ties or resizes weights replaces the weight alone: PEFT makes a tied head as nn.Linear(*embeddings.shape)."""
+    model = build("llama")
+    columns, width = model.lm_head.weight.shape
+    embeddings = model.get_input_embeddings().weight
+    model.lm_head = nn.Linear(*embeddings.shape, bias=False)
+    model.lm_head.weight = embeddings
+    assert logit_columns(model) == columns == model(input_ids=IDS).logits.shape[-1]
+    assert_is_the_model(model)
+    longer = nn.Parameter(torch.randn(columns + 5, width) * 0.02)
+    model.lm_head.weight = model.model.embed_tokens.weight = longer
+    assert logit_columns(model) == embedding_rows(model) == columns + 5
+    as_int8 = nn.Parameter(torch.zeros(columns, width, dtype=torch.int8), requires_grad=False)  # one number each
+    model.lm_head.weight, model.lm_head.in_features, model.lm_head.out_features = as_int8, width, columns
+    assert logit_columns(model) == columns
+    model.lm_head.weight = nn.Parameter(torch.zeros(columns, width // 2, dtype=torch.uint8), requires_grad=False)  # two in one
+    assert logit_columns(model) == columns
+    model.model.embed_tokens.weight = nn.Parameter(torch.zeros(columns * width // 2, 1, dtype=torch.bfloat16), requires_grad=False)
+    assert embedding_rows(model) is None
 
 
 def test_adapter_that_comes_later_falls_back_where_it_must() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -132,20 +133,29 @@ def _embedding_rows(model: nn.Module) -> int | None:
         embeddings = unwrap(model).get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    weight = getattr(embeddings, "weight", None)
-    shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
-    packed = len(shape) != 2 or shape[1] != getattr(embeddings, "embedding_dim", shape[1])  # several weights in one, as quantised ones are
-    return None if packed else int(shape[0])
+    return _weight_rows(embeddings, "num_embeddings", "embedding_dim")
 
 
 def logit_columns(model: nn.Module) -> int:
     """Columns of a model's logits, padding included."""
     head: Any = output_head(model)
-    weight = getattr(head, "weight", None)
+    rows = None if head is None else _weight_rows(head, "out_features", "in_features")
+    return int(rows or getattr(head, "out_features", None) or text_config(model).vocab_size)
+
+
+def _weight_rows(module: nn.Module, *sizes: str) -> int | None:
+    """Rows of a module's weight ``[rows, columns]``; None if it packs several numbers into one, as quantised weights do.
+
+    The module's own ``sizes`` can be stale: a library that ties or resizes weights replaces the weight alone. They tell only whether
+    integers are packed. Floating-point storage of packed numbers is ``[n, 1]``.
+    """
+    weight: Any = getattr(module, "weight", None)
     shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
-    if len(shape) == 2 and shape[1] == getattr(head, "in_features", shape[1]):
-        return int(shape[0])
-    return int(getattr(head, "out_features", None) or text_config(model).vocab_size)  # a quantised head packs several weights into one
+    if len(shape) != 2 or shape[1] == 1:
+        return None
+    claimed = [getattr(module, name, None) for name in sizes]
+    packed = not weight.is_floating_point() and None not in claimed and shape[0] * shape[1] != math.prod(claimed)  # type: ignore[arg-type]
+    return None if packed else int(shape[0])
 
 
 def read_head(head: nn.Module) -> HeadWeights:
