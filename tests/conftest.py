@@ -16,7 +16,10 @@ BACKENDS = ("torch", "native", "triton", "cuda")
 """Backends that every numeric test runs on where they can. On a CPU, triton means its
 interpreter (TRITON_INTERPRET=1), which is slow: tests with large shapes ask ``interpreted``."""
 
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+# Only what can run here is collected: without a GPU its thousands of variants would all be skipped, one by one.
+HAS_GPU = torch.cuda.is_available()
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)) if HAS_GPU else ("cpu",)
+RUNNABLE = BACKENDS if HAS_GPU else tuple(name for name in BACKENDS if name != "cuda")
 
 # Deadlines measure the machine, not the code; derandomised examples make a failure everyone's failure.
 settings.register_profile("kdkernels", deadline=None, derandomize=True, max_examples=40, print_blob=True)
@@ -57,7 +60,7 @@ def leave_lost_gpu() -> None:
         pytest.exit(f"the CUDA context is lost: {error}", returncode=1)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=RUNNABLE)
 def backend(request: pytest.FixtureRequest, device: str) -> str:
     require(request.param, device)
     return request.param
@@ -71,7 +74,7 @@ def engine_backend(backend: str, device: str) -> str:
     return backend
 
 
-@pytest.fixture(params=("reference", *BACKENDS))
+@pytest.fixture(params=("reference", *RUNNABLE))
 def any_backend(request: pytest.FixtureRequest, device: str) -> str:
     """With the reference, where a test is about meaning and not about chunks."""
     require(request.param, device)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS, require
+from conftest import RUNNABLE, require
 from oracle import FLOATS, assert_close_2x, dense_logits, make_side, name_of, to_dtype
 from torch import Tensor
 
@@ -222,7 +222,7 @@ def test_rows_are_numbered_through_the_call(backend: str, device: str) -> None:
     assert ids.unique().numel() > 12
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *RUNNABLE])
 def test_draws_of_odd_rows(backend: str, device: str) -> None:
     """Excluded columns are never drawn, near certainty nothing else is, and a row that is no distribution gives -1."""
     require(backend, device)
