@@ -138,7 +138,8 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
         with progress(console, "tokens") as (start, advance, _):
             write_cache(
                 LiveTeacher(model, vocab_size=vocab_size), examples, o.out, identity, hidden_size=hidden_size, batch_size=o.batch_size,
-                shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit), options={"max_length": limit}, device=model.device,
+                shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit),
+                options={"max_length": limit, "reasoning": o.reasoning}, device=model.device,
                 report=advance,
                 started=_announcing(console, o.out, identity, start, hidden_size, head),
             )  # fmt: skip
@@ -179,7 +180,8 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
     )  # fmt: skip
     with progress(console, "tokens") as (start, advance, _):
         write_topk(
-            examples, tops, o.out, identity, shard_bytes=o.shard_bytes, options={"max_length": o.max_length}, report=advance,
+            examples, tops, o.out, identity, shard_bytes=o.shard_bytes,
+            options={"max_length": o.max_length, "reasoning": o.reasoning}, report=advance,
             started=_announcing(console, o.out, identity, start),
         )  # fmt: skip
     console.print(f"{o.out}: complete")
