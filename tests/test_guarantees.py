@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "guarantees.md"
-SECTIONS = ("Files", "Resumed runs", "Caches", "Secrets and security", "Numbers")
+SECTIONS = ("Files", "Resumed runs", "Caches", "Data", "Secrets and security", "Numbers")
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="the documentation is not installed with the tests")

@@ -22,6 +22,8 @@ from kdkernels.data.ending import ended
 from kdkernels.data.tokenization import load_examples
 from kdkernels.errors import listed
 from kdkernels.files import FileError
+from kdkernels.recipes.rows import Item
+from kdkernels.recipes.sequence import sequence_level
 from kdkernels.teachers import answers, http
 from kdkernels.teachers.generate import requests_of, with_reply
 from kdkernels.teachers.http import HTTPModel, HTTPModelError, Refused
@@ -146,7 +148,8 @@ def test_half_an_answer_is_asked_for_again(body: bytes, tmp_path: Path) -> None:
         (chat_reply(7), "content must be text or a list of parts, and it is a int"),
         (chat_reply([7]), "a part of content must be text or an object"),
         (chat_reply([{"type": "image_url", "image_url": {"url": "x"}}]), "'image_url', which is not text"),
-        (chat_reply(None, "tool_calls", {"tool_calls": [{"function": {"name": "f"}}]}), "it calls tools instead of writing text"),
+        (chat_reply(None, "tool_calls", {"tool_calls": [{"function": {"name": "f"}}]}), "it calls tools, and only text is kept"),
+        (chat_reply("Let me see.", "tool_calls", {"function_call": {"name": "f"}}), "it calls tools, and only text is kept"),
         (chat_reply("4", message={"reasoning": 7}), "reasoning must be text"),
         (stream([7]), "an event of the stream must be an object"),
         (stream({"choices": [{"delta": "yes", "finish_reason": "stop"}]}), "delta of an event must be an object"),
@@ -288,7 +291,7 @@ def test_whatever_a_server_sends_is_a_reply_or_one_error(
 # Finish reasons
 
 
-@pytest.mark.parametrize("reason", ["length", "content_filter", "max_tokens", "SAFETY", "tool_calls", None, "", 7, "st\ud83dop"])
+@pytest.mark.parametrize("reason", ["length", "content_filter", "max_tokens", "SAFETY", "stopped", None, "", 7, "st\ud83dop"])
 def test_no_end_is_learnt_after_a_reply_that_did_not_end_by_itself(reason: object, tmp_path: Path) -> None:
     reply, model = ask(chat_reply("the quick", reason), tmp_path)
     assert len(model.asked) == 1
@@ -620,3 +623,20 @@ def test_places_of_rows_are_listed_by_file() -> None:
     assert listed(["a.jsonl, row 3", "a.jsonl, row 5", "b.jsonl, row 1"]) == "a.jsonl, rows 3, 5; b.jsonl, row 1"
     assert listed([f"row {number}" for number in range(23)], most=2) == "rows 0, 1 and 21 more"
     assert requests_of([{"prompt": "a"}], max_tokens=1, temperature=0, places=["a.jsonl, row 3"])[0].name == "a.jsonl, row 3"
+
+
+def test_the_sequence_recipe_keeps_thoughts_beside_the_response(tmp_path: Path) -> None:
+    items = [Item(key, ({"role": "user", "content": key},)) for key in ("a", "b")]
+    bodies = {"a": chat_reply("<think>so</think>4"), "b": chat_reply("5")}
+    model = ScriptedModel(lambda asked: bodies[asked["messages"][0]["content"]])
+    rows, _ = sequence_level(items, model, tmp_path / "log")
+    assert [(row["response"], row.get("reasoning")) for row in rows] == [("4", "so"), ("5", None)]
+
+
+def test_recipes_drop_replies_that_did_not_end_by_themselves(tmp_path: Path) -> None:
+    reasons = {"a": "length", "b": "content_filter", "c": "stop"}
+    items = [Item(key, ({"role": "user", "content": key},)) for key in reasons]
+    model = ScriptedModel(lambda asked: chat_reply("4", reasons[asked["messages"][0]["content"]]))
+    rows, tally = sequence_level(items, model, tmp_path / "log")
+    assert [row["key"] for row in rows] == ["c"]
+    assert tally.dropped == {"cut off at max_tokens": 1, "cut off (finish_reason content_filter)": 1}

@@ -37,6 +37,7 @@ def sequence_level(
     tally, rows = Tally(rows=len(items)), []
     for item, replies in zip(items, ask(teacher, log, [(i.key, i.messages) for i in items], sampling), strict=True):
         texts: list[str] = []
+        thoughts: dict[str, str | None] = {}
         for reply in replies:
             tally.candidates += 1
             text = reply.text.strip()
@@ -48,10 +49,14 @@ def sequence_level(
                 tally.drop("the same text again")
             else:
                 texts.append(text)
+                thoughts[text] = reply.reasoning or None
         if closest and texts:
             for _ in texts[1:]:
                 tally.drop("not the closest to the reference")
             texts = [max(texts, key=lambda t: rouge_l(t, item.response or ""))]
-        rows += [student_row(item, text, suffix=f"/{n}" if n else "", chat=chat, task=item.task) for n, text in enumerate(texts)]
+        rows += [
+            student_row(item, text, suffix=f"/{n}" if n else "", chat=chat, task=item.task, reasoning=thoughts[text])
+            for n, text in enumerate(texts)
+        ]
     tally.kept = len(rows)
     return rows, tally

@@ -89,8 +89,8 @@ def read_reply(answer: Mapping[str, Any], logprobs: int) -> dict[str, Any]:
     thoughts = [_joined(message.get(name, choice.get(name)), [], name) for name in REASONING]
     text = _joined(message.get("content"), thoughts, "content") or _joined(message.get("refusal"), [], "refusal")
     thoughts = [thought for thought in dict.fromkeys(thoughts) if thought]  # servers that change the field's name send both
-    if not text and (message.get("tool_calls") or message.get("function_call")):
-        raise Unreadable("it calls tools instead of writing text")
+    if message.get("tool_calls") or message.get("function_call"):
+        raise Unreadable("it calls tools, and only text is kept")
     if not message.keys() & {"content", "refusal", *REASONING} and not thoughts:
         raise Unreadable("there is no text: choices[0] needs message.content, or text")
     reason = choice.get("finish_reason")
