@@ -1,8 +1,8 @@
-"""Count what the row kernels issue per column pair on sm_90, from their machine code: ``python -m benchmarks.instructions [VERSION...]``.
+"""Count what the row kernels issue per column pair on sm_90, from their machine code: ``python -m benchmarks.instructions 3.6.0``.
 
-Writes results/instructions.json: the Triton kernels as compiled by the installed Triton and by those of the versions (from the folders
-``triton-VERSION`` of the virtual environment), and the CUDA kernels of ``kdkernels._C``. A sweep is a loop over a row; what comes
-before, between and after sweeps does not count, nor does the incomplete last block.
+Writes results/instructions.json: the Triton kernels as compiled by the installed Triton and by the versions that are named (from the
+folders ``triton-VERSION`` of the virtual environment, which ``make ptx`` makes), and the CUDA kernels of ``kdkernels._C``. A sweep is a
+loop over a row; what comes before, between and after sweeps does not count, nor does the incomplete last block.
 """
 
 from __future__ import annotations
@@ -195,11 +195,35 @@ def all_cuda_counts() -> list[Count]:
     )
 
 
-def main() -> None:
-    """Count all; with ``--triton`` print those of this process' Triton only."""
+def stale(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Recount some kernels; return those whose counts are more than 2 % from the recorded ones, where those are of the same Triton."""
+    from kdkernels import _C
+
+    counts = [
+        triton_count(divergences.ForwardKL(), "float32", 128256),
+        triton_count(divergences.ReverseKL(), "bfloat16", 50257),
+        triton_count(divergences.JSD(), "bfloat16", 128256),
+    ]
+    if "90a" in _C.cuda_targets():
+        counts += cuda_counts([("one_read", divergences.JSD(), "bfloat16"), ("two_read", divergences.ForwardKL(), "bfloat16")])
+    known = {(c["kernel"], c["divergence"], c["dtype"], c["vocab"]): c for c in recorded}
+    lines = []
+    for c in counts:
+        key = (c.kernel, c.divergence, c.dtype, c.vocab)
+        if key in known and abs(sum(known[key]["sweeps"]) - c.total) > 0.02 * c.total:
+            lines.append(f"{key}: {known[key]['sweeps']} recorded, {c.sweeps} counted")
+    return lines
+
+
+def main() -> int:
+    """Count all; ``--triton`` prints those of this process' Triton only, ``--check`` says which of a few are not as recorded."""
+    if sys.argv[1:] == ["--check"]:
+        lines = stale(json.loads(RESULTS.read_text()))
+        print("\n".join(lines))
+        return int(bool(lines))
     if sys.argv[1:] == ["--triton"]:
         print(json.dumps([asdict(c) for c in triton_counts()]))
-        return
+        return 0
     counts = [asdict(c) for c in triton_counts()]
     for version in sys.argv[1:]:
         environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / f"triton-{version}")}
@@ -209,7 +233,8 @@ def main() -> None:
     RESULTS.write_text("[\n" + ",\n".join(json.dumps(c) for c in counts) + "\n]\n")
     for c in counts:
         print(c["kernel"], c["divergence"], c["dtype"], c["vocab"], round(sum(c["sweeps"]), 1), c["sweeps"], c["registers"])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

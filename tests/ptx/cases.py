@@ -26,7 +26,7 @@ NAN = float("nan")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VOCABS = (1, 130, 777, 1040, 4643, 8208)
 """One column; tails of a block, odd and a multiple of 16; more than one block, odd and a multiple of 16."""
-SHARE_SCALE = 0.7
+SCALE = 0.7
 CAPS = (20.0, 15.0)
 
 
@@ -49,17 +49,13 @@ def compare(results: dict[str, tuple[Tensor, Tensor, Tensor, float | None]]) -> 
     return shares
 
 
-def padded(rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    """The rows in a NaN-filled buffer whose rows are ``width`` columns apart."""
-    buffer = torch.full((len(rows), width), NAN, dtype=dtype)
-    buffer[:, : rows.shape[1]] = rows
-    return buffer[:, : rows.shape[1]]
-
-
-def aligned(vocab: int, dtype: torch.dtype) -> int:
-    """Columns of a row of at least ``vocab`` that starts at a multiple of 64 bytes."""
-    step = 64 // dtype.itemsize
-    return -(-vocab // step) * step
+def padded(rows: Tensor, dense: bool) -> Tensor:
+    """The rows in a NaN-filled buffer in which each starts at a multiple of 64 bytes, or right behind the one before if ``dense``."""
+    step = 64 // rows.element_size()
+    vocab = rows.shape[1]
+    buffer = torch.full((len(rows), vocab if dense else -(-vocab // step) * step), NAN, dtype=rows.dtype)
+    buffer[:, :vocab] = rows
+    return buffer[:, :vocab]
 
 
 def random_rows(vocab: int, seed: int, spread: float = 3.0) -> Tensor:
@@ -99,59 +95,71 @@ class Rows:
     weights: bool = False
     stats: bool = False
 
-    def run(self) -> dict[str, float]:
-        exact = [random_rows(self.vocab, seed).to(DTYPES[dtype]) for seed, dtype in enumerate((self.student, self.teacher))]
-        student, teacher = (padded(z, z.dtype, self.vocab if self.dense else aligned(self.vocab, z.dtype)) for z in exact)
-        dz = torch.full_like(student, NAN, dtype=DTYPES[self.gradient]) if self.apart else _over(student, DTYPES[self.gradient])
-        problem = Problem(
+    @property
+    def problem(self) -> Problem:
+        return Problem(
             self.divergence,
             self.vocab,
             temperature=self.temperature,
             ce_weight=0.3 if self.labels else 0.0,
             has_labels=self.labels,
             return_stats=self.stats,
-            student=Transform(SHARE_SCALE, CAPS[0]) if self.student_softcap else Transform(),
-            teacher=Transform(1 / SHARE_SCALE, CAPS[1]) if self.teacher_softcap else Transform(),
+            student=Transform(SCALE, CAPS[0]) if self.student_softcap else Transform(),
+            teacher=Transform(1 / SCALE, CAPS[1]) if self.teacher_softcap else Transform(),
             student_dtype=DTYPES[self.gradient],
         )
+
+    def run(self) -> dict[str, float]:
+        student_logits = random_rows(self.vocab, 0).to(DTYPES[self.student])
+        teacher_logits = random_rows(self.vocab, 1).to(DTYPES[self.teacher])
+        student, teacher = (padded(z, self.dense) for z in (student_logits, teacher_logits))
+        dz = torch.full_like(student, NAN, dtype=DTYPES[self.gradient]) if self.apart else _over(student, DTYPES[self.gradient])
         generator = torch.Generator().manual_seed(7)
-        biases = [torch.randn(self.vocab, generator=generator) if has else None for has in (self.student_bias, self.teacher_bias)]
-        labels = torch.randint(self.vocab, (ROWS,), generator=generator) if self.labels else None
-        weight = torch.tensor([0.5, -1.5, 2.0]) if self.weights else None
+        student_bias, teacher_bias = (
+            torch.randn(self.vocab, generator=generator) if has else None for has in (self.student_bias, self.teacher_bias)
+        )
+        problem = self.problem
         batch = RowBatch(
-            student, teacher, *biases, labels, weight,
+            student,
+            teacher,
+            student_bias,
+            teacher_bias,
+            labels=torch.randint(self.vocab, (ROWS,), generator=generator) if self.labels else None,
+            weight=torch.tensor([0.5, -1.5, 2.0]) if self.weights else None,
             state=torch.full((len(STATE), ROWS), NAN),
             loss=torch.full((ROWS,), NAN),
             stats=torch.full((len(STATS), ROWS), NAN) if self.stats else None,
             dz=dz,
             dz_scale=problem.dz_scale,
-        )  # fmt: skip
+        )
         if self.two_calls:
             triton_backend.rows(problem, replace(batch, dz=None), statistics=True)
             triton_backend.rows(problem, replace(batch, loss=None, stats=None), statistics=False)
         else:
             triton_backend.rows(problem, batch, statistics=True)
-
-        def reference(dtype: torch.dtype) -> dict[str, Tensor]:
-            leaf = exact[0].detach().to(dtype, copy=True).requires_grad_()
-            sides = transformed(leaf, biases[0], problem.student), transformed(exact[1].to(dtype), biases[1], problem.teacher)
-            options = {
-                "divergence": self.divergence, "temperature": self.temperature, "labels": labels, "ce_weight": problem.ce_weight,
-            }  # fmt: skip
-            loss = oracle.dense_loss(*sides, **options, token_weights=weight, reduction="none")
-            loss.sum().backward()
-            assert leaf.grad is not None
-            stats = oracle.token_stats(sides[0].detach(), sides[1], options) if self.stats else {}
-            return {"loss": loss.detach(), "dz": leaf.grad, **stats}
-
         assert batch.loss is not None
         ours = {"loss": batch.loss, "dz": dz / problem.dz_scale}
         if batch.stats is not None:
             ours |= dict(zip(STATS, batch.stats, strict=True))
-        same, truth = reference(torch.float32), reference(torch.float64)
-        # Gradients are differences of probabilities, and slopes sums of differences: of the size of their parts.
-        scales = {"dz": float((truth["dz"].abs()).max()), "loss": 1.0}
-        return compare({name: (value, same[name], truth[name], scales.get(name)) for name, value in ours.items()})
+        same, truth = (self._reference(batch, student_logits, teacher_logits, dtype) for dtype in (torch.float32, torch.float64))
+        return compare({name: (value, same[name], truth[name], 1.0 if name == "loss" else None) for name, value in ours.items()})
+
+    def _reference(self, batch: RowBatch, student_logits: Tensor, teacher_logits: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Loss, gradient and statistics by torch, in a dtype."""
+        leaf = student_logits.to(dtype, copy=True).requires_grad_()
+        student = transformed(leaf, batch.student_bias, self.problem.student)
+        teacher = transformed(teacher_logits.to(dtype), batch.teacher_bias, self.problem.teacher)
+        options: dict[str, Any] = {
+            "divergence": self.divergence,
+            "temperature": self.temperature,
+            "labels": batch.labels,
+            "ce_weight": self.problem.ce_weight,
+        }
+        loss = oracle.dense_loss(student, teacher, **options, token_weights=batch.weight, reduction="none")
+        torch.autograd.backward(loss.sum())
+        assert leaf.grad is not None
+        stats = oracle.token_stats(student.detach(), teacher, options) if self.stats else {}
+        return {"loss": loss.detach(), "dz": leaf.grad, **stats}
 
 
 def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,11 +189,11 @@ class Head:
 
     def run(self) -> dict[str, float]:
         exact = random_rows(self.vocab, 0).to(DTYPES[self.logits])
-        logits = padded(exact, exact.dtype, self.vocab if self.dense else aligned(self.vocab, exact.dtype))
+        logits = padded(exact, self.dense)
         dz = _over(logits, DTYPES[self.gradient])
         generator = torch.Generator().manual_seed(7)
         bias = torch.randn(self.vocab, generator=generator) if self.bias else None
-        transform = Transform(SHARE_SCALE, CAPS[0]) if self.softcap else Transform()
+        transform = Transform(SCALE, CAPS[0]) if self.softcap else Transform()
         ids = torch.randint(self.vocab, (ROWS, self.ids), generator=generator) if self.ids else None
         if ids is not None:
             ids[0, 0] = -1
@@ -211,7 +219,7 @@ class Head:
             triton_backend.head_rows(problem, batch, statistics=True)
 
         def reference(dtype: torch.dtype) -> dict[str, Tensor]:
-            leaf = exact.detach().to(dtype, copy=True).requires_grad_()
+            leaf = exact.to(dtype, copy=True).requires_grad_()
             x = transformed(leaf, bias, transform) / self.temperature
             log_q = torch.log_softmax(x, -1)
             values = {"log_sum": torch.logsumexp(x, -1), "entropy": -(log_q.exp() * log_q).sum(-1)}
@@ -222,7 +230,7 @@ class Head:
             return {name: value.detach() for name, value in values.items()} | {"dz": leaf.grad}
 
         same, truth = reference(torch.float32), reference(torch.float64)
-        ours = {"log_sum": batch.top + batch.log_sum, "dz": dz / problem.dz_scale}
+        ours = {"log_sum": batch.top * problem.inv_temperature + batch.log_sum, "dz": dz / problem.dz_scale}
         if batch.entropy is not None:
             ours["entropy"] = batch.entropy
         if batch.logprobs is not None:
@@ -243,9 +251,9 @@ class Draws:
 
     def run(self) -> dict[str, float]:
         exact = random_rows(self.vocab, 0).to(DTYPES[self.logits])
-        logits = padded(exact, exact.dtype, self.vocab if self.dense else aligned(self.vocab, exact.dtype))
+        logits = padded(exact, self.dense)
         bias = torch.randn(self.vocab, generator=torch.Generator().manual_seed(7)) if self.bias else None
-        transform = Transform(SHARE_SCALE, CAPS[0]) if self.softcap else Transform()
+        transform = Transform(SCALE, CAPS[0]) if self.softcap else Transform()
         problem = Problem(kd.ForwardKL(), self.vocab, "logsumexp", 0.8, student=transform)
 
         def drawn(backend: Any) -> Tensor:
@@ -273,13 +281,12 @@ class Softmax:
 
     def run(self) -> dict[str, float]:
         dtype, temperature = DTYPES[self.dtype], 0.7
-        width = self.vocab if self.dense else aligned(self.vocab, dtype)
         exact, upstream = (random_rows(self.vocab, seed).to(dtype) for seed in (0, 1))
-        x = padded(exact, dtype, width)
+        x = padded(exact, self.dense)
         y = x if self.in_place else torch.full_like(x, NAN)
         triton_backend.softmax_rows(x, y, temperature, self.logarithm)
         result = y.clone()
-        dy = padded(upstream, dtype, width)
+        dy = padded(upstream, self.dense)
         dx = dy if self.in_place else torch.full_like(dy, NAN)
         triton_backend.softmax_gradient_rows(y, dy, dx, temperature, self.logarithm)
 
@@ -356,10 +363,11 @@ def sample() -> Iterator[Case]:
 def everything() -> Iterator[Case]:
     """The sample, every row kernel without features, each alone with every feature, and every softmax and draw."""
     yield from sample()
-    plain = {name: _ROW_FACTORS[name] for name in ("divergence", "vocab", "dtypes", "two_calls")}
+    plain = {name: _ROW_FACTORS[name] for name in ("divergence", "vocab", "dtypes")}
     yield from _cases(Rows, plain, {"dtypes": ("student", "teacher", "gradient")}, True)
     for divergence, name in itertools.product(oracle.ONE_OF_EACH, list(_ROW_FACTORS)[7:]):
-        yield Rows(divergence, 4643, **{name: True})
+        feature: dict[str, Any] = {name: True}
+        yield Rows(divergence, 4643, **feature)
     for divergence in oracle.DIVERGENCES + oracle.NEGATIVE:
         yield Rows(divergence, 1040, student_bias=True, labels=True, stats=True)
     yield from _cases(Draws, _DRAW_FACTORS, {}, True)

@@ -47,8 +47,7 @@ class Registers(dict[str, Lanes]):
         self._program, self._lanes = program, lanes
 
     def __missing__(self, name: str) -> Lanes:
-        kind = RAW[self._program.bits(name)]
-        return np.full(self._lanes, ~kind.type(0), kind)
+        return np.invert(np.zeros(self._lanes, RAW[self._program.bits(name)]))
 
 
 class Wave:
@@ -236,7 +235,7 @@ def _step(program: Program, instruction: Instruction) -> Step:
     if opcode == "shfl.sync.bfly.b32":
         return _butterfly(program, opcode, operands)
     if match := re.fullmatch(r"redux\.sync\.(min|max|add|and|or|xor)\.([bsu]32)", opcode):
-        return _warp_reduction(program, opcode, *match.groups(), operands)
+        return _warp_reduction(program, opcode, match.group(1), match.group(2), operands)
     if opcode in ("bar.warp.sync", "fence.acq_rel.cta", "membar.cta"):
         return lambda wave, mask: wave.whole_warps(mask, opcode) if "warp" in opcode else None
     return _arithmetic(program, operation(opcode), operands)

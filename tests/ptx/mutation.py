@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import kdkernels as kd
@@ -82,7 +83,7 @@ def mutants(case: Case, kernels: str, arch: int) -> Iterator[Barrier]:
         case.run()
     for barrier in (barrier for of_kernel in found.values() for barrier in of_kernel):
         noticed = ""
-        with executing(arch, rewrite=lambda ptx, barrier=barrier: without(ptx, barrier)):
+        with executing(arch, rewrite=partial(without, barrier=barrier)):
             try:
                 case.run()
             except (MemoryFault, MachineError, WrongResultError) as fault:

@@ -256,7 +256,7 @@ def _shift(name: str, sign: str, bits: str) -> Operation:
 
     def shift(x: Lanes, amount: Lanes) -> Lanes:
         within = np.minimum(amount, np.uint32(last)).astype(numeric)
-        shifted = x << within if name == "shl" else x >> within
+        shifted: Lanes = x << within if name == "shl" else x >> within
         return shifted if sign == "s" else np.where(amount > last, numeric.type(0), shifted)
 
     return Operation((kind, "u32"), kind, shift)
@@ -266,7 +266,9 @@ def _shift(name: str, sign: str, bits: str) -> Operation:
 def _extract() -> Operation:
     def extract(x: Lanes, start: Lanes, length: Lanes) -> Lanes:
         mask = ((np.uint64(1) << np.minimum(length & 255, 32).astype(np.uint64)) - np.uint64(1)).astype(np.uint32)
-        return np.where((start & 255) > 31, np.uint32(0), x >> np.minimum(start & 255, np.uint32(31))) & mask
+        moved: Lanes = np.where((start & 255) > 31, np.uint32(0), x >> np.minimum(start & 255, np.uint32(31)))
+        extracted: Lanes = moved & mask
+        return extracted
 
     return _integers(3, "u32", extract)
 
@@ -318,7 +320,10 @@ def _compare(name: str, combine: str | None, ftz: str | None, kind: str) -> Oper
 
 @_opcode(r"selp\.(\w+)")
 def _select(kind: str) -> Operation:
-    return Operation((kind, kind, "pred"), kind, lambda x, y, p: np.where(p, x, y))
+    def select(x: Lanes, y: Lanes, chosen: Lanes) -> Lanes:
+        return np.where(chosen, x, y)
+
+    return Operation((kind, kind, "pred"), kind, select)
 
 
 @_opcode(r"(?:mov|cvta(?:\.to)?\.(?:global|shared))\.(\w+)")

@@ -63,7 +63,8 @@ def barriers(mutated: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    executed, mutated = [], []
+    executed: list[dict[str, Any]] = []
+    mutated: list[dict[str, Any]] = []
     for version in (None, *sys.argv[1:]):
         for arguments in RUNS:
             (mutated if "--mutate" in arguments else executed).extend(lines(version, arguments))
