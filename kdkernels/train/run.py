@@ -26,7 +26,7 @@ from .record import Record
 from .resume import finished_summary, is_last, known_record, model_folder, starting_point
 from .settings import Settings, TrainError
 from .steps import steps_per_epoch, total_steps
-from .summary import figure_of, finite, show, training_log
+from .summary import figure_of, finite, name_of_loss, show, training_log
 
 __all__ = ["run"]
 
@@ -202,7 +202,8 @@ class Training:
             "figure": None, "log": training_log(state.log_history),
         }  # fmt: skip
         if self.output is not None:
-            summary["figure"] = figure_of(self.output, state.log_history, self.record.before, after, steps if not_finite else None)
+            loss = name_of_loss(args)
+            summary["figure"] = figure_of(self.output, state.log_history, self.record.before, after, steps if not_finite else None, loss)
         self._write(SUMMARY, summary)
         return summary
 

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import Output
+from ..trainer import DistillationArguments
 from .callbacks import number
 from .output import FIGURE
 
-__all__ = ["figure_of", "finite", "show", "training_log"]
+__all__ = ["figure_of", "finite", "name_of_loss", "show", "training_log"]
 
 SHOWN = {
     "eval_loss": "loss", "eval_divergence": "divergence", "eval_cross_entropy": "cross-entropy", "eval_feature_loss": "feature loss",
@@ -54,10 +55,24 @@ def show(summary: dict[str, Any], console: Console) -> None:
             console.print(f"{name}: {summary[name]}", soft_wrap=True)
 
 
-def figure_of(output: Output, history: Sequence[dict[str, Any]], before: Any, after: Any, not_finite: int | None = None) -> str | None:
-    """Losses over steps, if matplotlib is there, and the step at which the training was ``not_finite``."""
+def name_of_loss(args: DistillationArguments) -> str:
+    """The terms of the training loss with their weights, such as ``1 x jsd(beta=0.3) at T = 2 + 0.5 x cross-entropy``."""
+    terms = (
+        (args.kd_weight, f"{args.divergence} at T = {args.temperature:g}"),
+        (args.ce_weight, "cross-entropy"),
+        (args.feature_weight, "feature loss"),
+    )
+    changes = "" if args.ce_weight_last is None else f", cross-entropy ends at {args.ce_weight_last:g}"
+    return " + ".join(f"{weight:g} x {term}" for weight, term in terms if weight) + changes
+
+
+def figure_of(
+    output: Output, history: Sequence[dict[str, Any]], before: Any, after: Any, not_finite: int | None = None, loss: str = ""
+) -> str | None:
+    """Losses over steps, if matplotlib is there, and the step at which the training was ``not_finite``; ``loss`` is the title."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -73,6 +88,8 @@ def figure_of(output: Output, history: Sequence[dict[str, Any]], before: Any, af
     if not_finite is not None:
         axes.axvline(not_finite, color="tab:red", label=f"not finite at step {not_finite}")
     axes.set(xlabel="step", ylabel="loss per token")
+    axes.set_title(loss, fontsize=10, loc="left", wrap=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps are whole
     axes.grid(alpha=0.3)
     if training or held_out or not_finite is not None:
         axes.legend()
