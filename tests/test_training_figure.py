@@ -32,10 +32,11 @@ def test_the_title_names_the_loss(tmp_path: Any) -> None:
     assert named(kd_weight=0.0, ce_weight=1.0, ce_weight_last=0.25) == "1 x cross-entropy, cross-entropy ends at 0.25"
 
 
+@pytest.mark.parametrize("before", [None, {"eval_loss": 2.5}])
 @pytest.mark.parametrize("steps", [1, 2, 3, 17])
-def test_the_axis_has_whole_steps(steps: int) -> None:
+def test_the_axis_has_whole_steps(steps: int, before: Any) -> None:
     drawn: Any = Axes()
     history = [{"step": step, "loss": 2.0 / step} for step in range(1, steps + 1)]
-    assert figure_of(drawn, history, {"eval_loss": 2.5}, None, loss="1 x forward_kl at T = 1") == "training.png"
+    assert figure_of(drawn, history, before, None, loss="1 x forward_kl at T = 1") == "training.png"
     assert drawn.axes.get_title(loc="left") == "1 x forward_kl at T = 1"
     assert all(float(tick).is_integer() for tick in drawn.axes.get_xticks())

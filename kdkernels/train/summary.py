@@ -89,7 +89,7 @@ def figure_of(
         axes.axvline(not_finite, color="tab:red", label=f"not finite at step {not_finite}")
     axes.set(xlabel="step", ylabel="loss per token")
     axes.set_title(loss, fontsize=10, loc="left", wrap=True)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps are whole
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))  # steps are whole
     axes.grid(alpha=0.3)
     if training or held_out or not_finite is not None:
         axes.legend()
