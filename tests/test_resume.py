@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,11 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 import runs
 from runs import killed_at, log, run_in, summary, weights
+from training import make_model, make_rows, make_tokenizer
+
+from kdkernels.train.record import Record, _sha256
+from kdkernels.train.settings import TrainError
+from kdkernels.trainer.checkpoints import FREE, MANIFEST, flaw
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +86,148 @@ def test_many_killed_runs_end_as_the_uninterrupted_ones(
     home: Path, length: dict[str, Any], evaluation: dict[str, Any], loss: dict[str, Any], others: dict[str, Any], step: int
 ) -> None:
     check_that_a_killed_run_ends_the_same(home, {**length, **others, **loss, **evaluation}, step)
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 3 steps with held-out data."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run_in(home, out, max_steps=3, eval_data=[str(home / "held-out.jsonl")], lr_scheduler_type="constant")
+    return out
+
+
+def go_on(home: Path, out: Path, **options: Any) -> str:
+    return run_in(home, out, **{"max_steps": 4, "eval_data": [str(home / "held-out.jsonl")], "lr_scheduler_type": "constant", **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_sampling_strategy", "sequential"), ("neftune_noise_alpha", 50.0), ("dataloader_drop_last", True), ("adam_beta2", 0.9),
+        ("max_grad_norm", 0.5), ("average_tokens_across_devices", False), ("student_dtype", "bfloat16"), ("data_seed", 1),
+    ],
+)  # fmt: skip
+def test_a_run_with_another_setting_is_refused(home: Path, finished: Path, name: str, value: Any) -> None:
+    with pytest.raises(TrainError, match=f"holds a run with another --{name.replace('_', '-')} "):
+        go_on(home, finished, **{name: value})
+
+
+def test_every_argument_may_change_or_is_compared(finished: Path) -> None:
+    from kdkernels.trainer import DistillationArguments
+
+    compared = set(Record.read(finished).settings)  # type: ignore[union-attr]
+    assert set(DistillationArguments(output_dir="x", use_cpu=True).to_dict()) <= compared | FREE
+
+
+def changed_home(home: Path, folder: Path, what: str) -> Path:
+    """A copy of the user's files in which one has another content."""
+    copy = shutil.copytree(home, folder)
+    if what in ("teacher", "student"):
+        make_model(12 if what == "teacher" else 8, 1, seed=9).save_pretrained(copy / what)
+    elif what == "tokenizer":
+        make_tokenizer(words=["green", "red"]).save_pretrained(copy / "student")
+        make_tokenizer(words=["green", "red"]).save_pretrained(copy / "teacher")
+    elif what != "nothing":
+        runs.write_rows(copy / f"{what}.jsonl", make_rows(7, seed=5))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("teacher", "the --teacher's weights"), ("student", "the --student's weights"), ("tokenizer", "the tokenizer"),
+        ("train", "--data"), ("held-out", "--eval-data"),
+    ],
+)  # fmt: skip
+def test_a_run_with_other_content_is_refused(home: Path, finished: Path, tmp_path: Path, what: str, message: str) -> None:
+    with pytest.raises(TrainError, match=f"with another {message}"):
+        go_on(changed_home(home, tmp_path / "home", what), finished)
+
+
+def test_the_same_files_elsewhere_are_the_same_run(home: Path, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "moved")
+    printed = go_on(changed_home(home, tmp_path / "home", "nothing"), out, save_steps=2, logging_steps=1, memory_budget=1 << 20)
+    assert "Resuming at checkpoint-3" in printed
+    assert "Note: another memory budget (None then, 1048576 now)" in printed
+    assert summary(out)["steps"] == 4
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_taken(home: Path, finished: Path, tmp_path: Path) -> None:
+    checkpoint = finished / "checkpoint-3"
+    assert flaw(checkpoint) is None
+    names = [path.name for path in checkpoint.iterdir()]
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors", MANIFEST} <= set(names)
+    for number, name in enumerate(names):
+        for how in ("missing", "shorter", "changed"):
+            copy = shutil.copytree(checkpoint, tmp_path / f"{number}-{how}")
+            content = bytearray((copy / name).read_bytes())
+            (copy / name).unlink()
+            if how != "missing":
+                content[len(content) // 2] ^= 255
+                (copy / name).write_bytes(content[:-1] if how == "shorter" else content)
+            if name != MANIFEST or how == "missing":
+                assert flaw(copy) is not None, (name, how)
+
+
+def test_the_checkpoint_before_is_taken_or_the_run_is_refused(home: Path, finished: Path, tmp_path: Path) -> None:
+    out = killed_at(3, finished, tmp_path / "out")
+    (out / "checkpoint-3" / "optimizer.pt").unlink()
+    assert "Resuming at checkpoint-2" in go_on(home, out, max_steps=3)
+    assert weights(out) == weights(finished)
+    out = killed_at(1, finished, tmp_path / "none")
+    (out / "checkpoint-1" / "scheduler.pt").write_bytes(b"")
+    with pytest.raises(TrainError, match=r"no checkpoint is whole\. checkpoint-1: scheduler\.pt is not as it was written"):
+        go_on(home, out)
+
+
+def test_a_requested_checkpoint_is_taken_or_refused(home: Path, finished: Path, tmp_path: Path) -> None:
+    for asked, message in ((tmp_path / "nowhere", "no such folder"), (home / "student", "no checkpoint.json"), ("true", "holds no whole")):
+        with pytest.raises(TrainError, match=message):
+            go_on(home, tmp_path / "fresh", resume_from_checkpoint=str(asked))
+    with pytest.raises(TrainError, match="choose another --output-dir to begin anew"):
+        go_on(home, finished, resume_from_checkpoint="false")
+    printed = go_on(home, tmp_path / "copy", max_steps=3, resume_from_checkpoint=str(finished / "checkpoint-1"))
+    assert "Resuming at checkpoint-1" in printed
+    assert weights(tmp_path / "copy") == weights(finished)
+    with pytest.raises(TrainError, match="with another --temperature"):
+        go_on(home, tmp_path / "other", temperature=3.0, resume_from_checkpoint=str(finished / "checkpoint-1"))
+
+
+def test_other_lengths_train_what_is_missing(home: Path, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    go_on(home, out, max_steps=-1, num_train_epochs=1)  # 6 steps
+    assert summary(out)["steps"] == 6
+    go_on(home, tmp_path / "whole", max_steps=6)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert "This run is finished" in go_on(home, out, max_steps=6)
+    with pytest.raises(TrainError, match="a run of 6 steps already, and 4 are asked for"):
+        go_on(home, out, max_steps=4)
+
+
+def test_the_first_step_after_a_decayed_schedule_learns(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_in(home, out, max_steps=2, lr_scheduler_type="linear")
+    before = weights(out)
+    run_in(home, out, max_steps=3, lr_scheduler_type="linear", save_steps=1)
+    assert weights(out) != before
+    assert log(out)[-1]["step"] == 3
+
+
+def test_a_run_of_an_earlier_version_is_refused_by_name(home: Path, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "run.json").write_text(json.dumps({"settings": {"student": "x", "teacher": [], "ranks": 1}, "before": None}))
+    with pytest.raises(TrainError, match=r"run\.json was written by another version of kdkernels"):
+        go_on(home, out)
+
+
+def test_a_file_is_read_again_only_where_its_status_changed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"one")
+    fresh = _sha256(path, None)
+    assert not fresh[-1], "it was written less than a second ago"
+    known = [*fresh[:-1], True]
+    assert _sha256(path, known) is known
+    status = path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # the same size and time
+    assert _sha256(path, known)[0] != known[0]

@@ -6,13 +6,13 @@ import dataclasses
 import datetime
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .example import Example
 from .forms import Reasoning, RowEncoder
-from .rows import DataError, RowSource, read_rows
+from .rows import DataError, Row, RowSource, read_rows
 from .templates import date_of
 
 __all__ = ["RULES", "Tally", "length_limit", "load_examples"]
@@ -65,6 +65,7 @@ def load_examples(
     date: str | datetime.date | None = None,
     reasoning: Reasoning = "learn",
     tally: Tally | None = None,
+    prompts: bool = False,
 ) -> list[Example]:
     """Every row as an :class:`Example`.
 
@@ -90,6 +91,7 @@ def load_examples(
         date: what a chat template that writes the date writes into every row, such as ``"2026-11-28"``. Default: today.
         reasoning: ``"learn"``, or ``"drop"`` to learn the response alone.
         tally: counts rows that were dropped or cut, and those with reasoning.
+        prompts: a row may be without a response, because the student writes all of them: a full stop is in its place.
 
     Raises:
         DataError: naming file, row and field.
@@ -99,6 +101,8 @@ def load_examples(
     day = date_of(tokenizer, date)  # one for all rows, though midnight may pass
     for row in read_rows(source):
         row.date = day
+        if prompts and not _has_response(row):
+            row.fields["response"] = "."
         example = encode(row)
         length = len(example)
         if max_length is not None and length > max_length:
@@ -120,6 +124,14 @@ def load_examples(
     if (warning := tally.of_lengths(max_length, len(examples), overlong)) is not None:
         warnings.warn(warning, stacklevel=2)
     return examples
+
+
+def _has_response(row: Row) -> bool:
+    turns = row.fields.get("messages", row.fields.get("prompt"))
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    return any(name in row for name in ("response", "completion", "text")) or (
+        isinstance(last, Mapping) and last.get("role") == "assistant"
+    )
 
 
 def _shortened(example: Example, cut: int) -> Example:

@@ -44,7 +44,10 @@ def plan(settings: Settings, console: Console) -> None:
     tally = Tally()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        examples = load_examples(settings.data, tokenizer, max_length=limit, overlong=args.overlong, reasoning=args.reasoning, tally=tally)
+        examples = load_examples(
+            settings.data, tokenizer, max_length=limit, overlong=args.overlong, date=args.template_date, reasoning=args.reasoning,
+            tally=tally, prompts=args.on_policy_fraction == 1,
+        )  # fmt: skip
     check_ids(examples, tokenizer, embedding_rows(*skeletons))
     if args.kd_on_prompt:
         examples = list(map(with_prompt, examples))

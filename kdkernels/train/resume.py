@@ -24,6 +24,10 @@ def known_record(settings: Settings, tokenizer: Any) -> tuple[Record, Record | N
     out = Path(settings.args.output_dir)
     old = Record.read(out)
     origin = requested(settings.args)
+    if isinstance(origin, Path) and (reason := flaw(origin)):
+        raise TrainError(f"--resume-from-checkpoint {origin}: it is not a whole checkpoint: {reason}")
+    if origin is True and old is None:
+        raise TrainError(f"--resume-from-checkpoint true, but {out} holds no whole checkpoint")
     other = Record.read(origin.parent) if isinstance(origin, Path) and origin.parent.resolve() != out.resolve() else None
     args = settings.args
     dates = [args.template_date, *(record.settings.get("template_date") for record in (old, other) if record is not None)]
@@ -58,8 +62,6 @@ def starting_point(args: Any, total: int) -> Path | None:
     """
     out, origin = Path(args.output_dir), requested(args)
     if isinstance(origin, Path):
-        if reason := flaw(origin):
-            raise TrainError(f"--resume-from-checkpoint {origin}: it is not a whole checkpoint: {reason}")
         return _not_beyond(origin, total)
     found = checkpoints(out)
     if origin is False:

@@ -122,7 +122,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         day = date_of(processing_class, args.template_date or getattr(self.teacher, "date", None))
         # In the saved arguments: a resumed run writes the same prompts.
         self._date = args.template_date = None if day is None else day.isoformat()
-        self._as_given = SavedConfig(model)
+        self._as_given, self._prompts_suffice = SavedConfig(model), args.on_policy_fraction == 1
         super().__init__(
             model=model, args=args, data_collator=collator, train_dataset=self.items(train_dataset),
             eval_dataset=self.items(eval_dataset, held_out=True), processing_class=processing_class,
@@ -158,7 +158,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 raise ValueError(f"an example has {most} tokens, more than max_length={self.max_length}: leave it out or shorten it")
         else:
             examples = load_examples(
-                source, self.tokenizer, max_length=self.max_length, overlong=self._overlong, date=self._date, reasoning=self._reasoning
+                source,
+                self.tokenizer,
+                max_length=self.max_length,
+                overlong=self._overlong,
+                date=self._date,
+                reasoning=self._reasoning,
+                prompts=self._prompts_suffice and not held_out,
             )
         check_ids(examples, self.tokenizer, self._embeddings)
         taught = not held_out or warn_of_missing(self.teacher, examples)

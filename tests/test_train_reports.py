@@ -1,0 +1,234 @@
+"""Reports of a run of ``kdkernels train``: numbers that are not finite, a plan, lines and a log, the best checkpoint, the saved config."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+import runs
+from runs import log, run_in, summary, weights
+from training import Make, make_model, make_tokenizer, trainers
+from transformers import AutoConfig
+
+from kdkernels.trainer import DistillationArguments, DistillationTrainer
+from kdkernels.trainer.arguments import METRICS, metric_name
+from kdkernels.trainer.checkpoints import CheckpointError, flaw
+from kdkernels.trainer.finite import NotFiniteError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return trainers(tmp_path, make_tokenizer())
+
+
+def test_a_training_that_comes_to_nan_fails_and_keeps_the_checkpoint_before(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = DistillationTrainer.training_step
+
+    def diverging(self: Any, model: Any, *args: Any) -> Any:
+        if self.state.global_step == 3:
+            next(model.parameters()).data.fill_(math.nan)
+        return step(self, model, *args)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", diverging)
+    out = tmp_path / "out"
+    with pytest.raises(NotFiniteError, match="not finite at step 4: loss nan"):
+        run_in(home, out)
+    assert flaw(out / "checkpoint-3") is None
+    assert not (out / "checkpoint-4").exists()
+    assert not (out / "model.safetensors").exists()
+    assert summary(out)["not_finite"] == {"loss": "nan", "grad_norm": "nan"}
+    assert (out / summary(out)["figure"]).is_file()
+    assert log(out)[-1]["loss"] == "nan"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_saved(make: Make, value: float) -> None:
+    from transformers import TrainerCallback
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            next(model.parameters()).data[0, 0] = value
+
+    trainer = make(save_strategy="steps", save_steps=1)
+    trainer.add_callback(Spoil())
+    with pytest.raises(NotFiniteError, match="weights nan"):
+        trainer.train()
+    assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, "max_steps must be an integer >= 1, or -1 for the steps of num_train_epochs, got 0"),
+        ({"max_steps": -2}, "max_steps must be an integer >= 1"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be finite and > 0, got 0"),
+        ({"save_steps": 0}, "save_steps must be an integer >= 1, or a share of all steps between 0 and 1, got 0"),
+        ({"logging_steps": 2.5}, "logging_steps must be an integer >= 1"),
+        ({"eval_steps": -1, "eval_strategy": "steps"}, "eval_steps must be an integer >= 1"),
+        ({"warmup_steps": 1.5}, "warmup_steps must be an integer >= 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be finite"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be an integer >= 1"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance' is not supported"),
+        ({"ignore_data_skip": True}, "on other rows than an uninterrupted one"),
+    ],
+)
+def test_lengths_that_no_training_has(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillationArguments(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": -1, "num_train_epochs": 0.5}, {"max_steps": 3, "gradient_accumulation_steps": 5},
+        {"max_steps": -1, "num_train_epochs": 1.2, "dataloader_drop_last": True, "per_device_train_batch_size": 7},
+    ],
+)  # fmt: skip
+def test_a_plan_has_the_steps_of_the_run(home: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    import io
+
+    from rich.console import Console
+
+    from kdkernels.train.plan import plan
+    from kdkernels.train.settings import read_settings
+
+    run_in(home, tmp_path / "out", **options)
+    paths = {"teacher": [str(home / "teacher")], "student": str(home / "student"), "data": [str(home / "train.jsonl")]}
+    fresh = {"per_device_train_batch_size": 4, "use_cpu": True, "save_steps": 0.5, "warmup_steps": 0.5, **options}
+    written = io.StringIO()
+    plan(read_settings({**paths, **fresh, "output_dir": str(tmp_path / "new")}, {}, []), Console(file=written, width=500))
+    steps = summary(tmp_path / "out")["steps"]
+    assert f"steps: {steps} of " in written.getvalue()
+    assert f"checkpoints every {math.ceil(steps / 2)} step" in written.getvalue()
+    assert f"a warm-up of {math.ceil(steps / 2)} steps" in written.getvalue()
+    assert "run: begins in" in written.getvalue()
+
+
+def test_every_log_and_evaluation_is_a_line_off_a_terminal(home: Path, tmp_path: Path) -> None:
+    printed = run_in(home, tmp_path / "out", eval_data=[str(home / "held-out.jsonl")], eval_strategy="steps", eval_steps=3)
+    lines = [line for line in printed.splitlines() if "loss" in line and ":" in line]
+    starts = ["before training, held-out", "step 2 of 6:", "step 3 of 6, held-out", "step 4 of 6:", "step 6 of 6:", "step 6 of 6, held-out"]
+    assert [line for line in lines if line.startswith(("before", "step"))] == lines[:6]
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=False))
+    assert [line["step"] for line in log(tmp_path / "out") if "loss" in line or "eval_loss" in line] == [0, 2, 3, 4, 6, 6, 6]
+
+
+def test_metrics_know_whether_more_is_better(tmp_path: Path) -> None:
+    for name, more in METRICS.items():
+        for written in (name, f"eval_{name}", f"eval_chats_{name}"):
+            args = DistillationArguments(
+                output_dir=str(tmp_path), metric_for_best_model=written, load_best_model_at_end=True, eval_strategy="steps", save_steps=500,
+                eval_steps=500, use_cpu=True,
+            )  # fmt: skip
+            assert args.greater_is_better is more
+    assert metric_name("exact_match") is None
+    assert DistillationArguments(output_dir=str(tmp_path), metric_for_best_model="divergence", greater_is_better=True).greater_is_better
+
+
+def test_the_model_at_the_end_is_the_best_that_the_summary_names(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "cross_entropy"}
+    printed = run_in(home, out, eval_data=[str(home / "held-out.jsonl")], learning_rate=0.3, **options)
+    values = {line["step"]: line["eval_cross_entropy"] for line in log(out) if "eval_cross_entropy" in line and line["step"]}
+    found = summary(out)
+    assert found["best"]["value"] == min(values.values()) == found["after"]["eval_cross_entropy"]
+    assert found["checkpoint"] == found["best"]["checkpoint"]
+    assert weights(out) == (Path(found["checkpoint"]) / "model.safetensors").read_bytes()
+    assert f"best by cross_entropy, {min(values.values()):.4f}" in printed
+
+
+def test_a_metric_that_an_evaluation_lacks_is_refused(home: Path, tmp_path: Path) -> None:
+    from kdkernels.train.settings import TrainError
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "feature_loss"}
+    with pytest.raises(TrainError, match="feature_loss: an evaluation of this run has loss, divergence, cross_entropy"):
+        run_in(home, tmp_path / "out", eval_data=[str(home / "held-out.jsonl")], **options)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_the_saved_config_is_as_it_was(make: Make, tmp_path: Path) -> None:
+    student = make_model(16, use_cache=True, pad_token_id=5, bos_token_id=7)
+    trainer = make(student, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "end"))
+    for folder in (tmp_path / "end", next(Path(trainer.args.output_dir).glob("checkpoint-*"))):
+        config = AutoConfig.from_pretrained(folder)
+        assert (config.use_cache, config.pad_token_id, config.bos_token_id) == (True, 5, 7)
+
+
+def test_prompts_suffice_where_the_student_writes_every_response(home: Path, tmp_path: Path) -> None:
+    prompts = [{"prompt": "one plus two is "}, {"messages": [{"role": "user", "content": "red"}]}, {"prompt": "a cat ", "response": "runs"}]
+    data = runs.write_rows(tmp_path / "prompts.jsonl", prompts)
+    run_in(home, tmp_path / "out", data=[str(data)], on_policy_fraction=1.0, max_new_tokens=3, max_steps=2)
+    assert summary(tmp_path / "out")["steps"] == 2
+    with pytest.raises(ValueError, match="response"):
+        run_in(home, tmp_path / "half", data=[str(data)], on_policy_fraction=0.5, max_steps=1)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match="the teacher 5000, and the tokenizer has"):
+        make(teacher=make_model(24, vocab_size=5000))
+    make(teacher=make_model(24, vocab_size=5000), vocab_size=150)
+    with pytest.warns(UserWarning, match="pad their vocabulary differently"):
+        make(teacher=make_model(24, vocab_size=256))
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    args = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
+    tokenizer, other = make_tokenizer(), make_tokenizer(words=["green", "red"])
+    with pytest.raises(ValueError, match="tokenizers of teacher and student differ"):
+        DistillationTrainer(make_model(16), make_model(24), args, [], None, tokenizer, other)
+
+
+def test_students_that_learn_badly_are_warned_of(make: Make, tmp_path: Path) -> None:
+    import torch
+
+    with pytest.warns(UserWarning, match="weights are bfloat16, in which most updates round to nothing"):
+        make(make_model(16, dtype=torch.bfloat16))
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.warns(UserWarning, match="no end-of-text token"):
+        trainers(tmp_path, tokenizer)()
+
+
+def test_a_checkpoint_of_other_settings_is_refused_in_python(make: Make, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    make(save_strategy="steps", save_steps=1, output_dir=out).train()
+    for options, name in (({"temperature": 3.0}, "temperature"), ({"weight_decay": 0.5}, "weight_decay"), ({"seed": 9}, "seed")):
+        with pytest.raises(CheckpointError, match=f"with another {name}"):
+            make(max_steps=2, output_dir=out, **options).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="with another teacher"):
+        make(teacher=make_model(24, seed=9), max_steps=2, output_dir=out).train(resume_from_checkpoint=True)
+    trainer = make(max_steps=2, save_strategy="no", output_dir=out)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+
+
+def test_tensorboard_writes_under_the_output_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from kdkernels.train.callbacks import reporting_under
+
+    monkeypatch.setenv("WANDB_DIR", "elsewhere")
+    with reporting_under(tmp_path):
+        assert Path(os.environ["TENSORBOARD_LOGGING_DIR"]).parent == tmp_path
+        assert os.environ["WANDB_DIR"] == "elsewhere"
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_numbers_that_json_lacks_are_text_in_the_log(tmp_path: Path) -> None:
+    from kdkernels.train.callbacks import number
+
+    assert json.loads(json.dumps([number(v) for v in (math.nan, -math.inf, 1.5)])) == ["nan", "-inf", 1.5]
