@@ -262,15 +262,19 @@ def _shift(name: str, sign: str, bits: str) -> Operation:
     return Operation((kind, "u32"), kind, shift)
 
 
-@_opcode(r"bfe\.u32")
-def _extract() -> Operation:
-    def extract(x: Lanes, start: Lanes, length: Lanes) -> Lanes:
-        mask = ((np.uint64(1) << np.minimum(length & 255, 32).astype(np.uint64)) - np.uint64(1)).astype(np.uint32)
-        moved: Lanes = np.where((start & 255) > 31, np.uint32(0), x >> np.minimum(start & 255, np.uint32(31)))
-        extracted: Lanes = moved & mask
-        return extracted
+@_opcode(r"bfe\.u(32|64)")
+def _extract(bits: str) -> Operation:
+    """A field of bits, by its first and its length; beyond the width there are zeros."""
+    kind, width = f"u{bits}", int(bits)
+    numeric = dtype(kind)
 
-    return _integers(3, "u32", extract)
+    def extract(x: Lanes, start: Lanes, length: Lanes) -> Lanes:
+        first, size = start & 255, length & 255
+        moved = np.where(first >= width, numeric.type(0), x >> np.minimum(first, width - 1).astype(numeric))
+        ones = (numeric.type(1) << np.minimum(size, width - 1).astype(numeric)) - numeric.type(1)
+        return np.where(size >= width, moved, moved & ones)
+
+    return Operation((kind, "u32", "u32"), kind, extract)
 
 
 @_opcode(r"prmt\.b32")

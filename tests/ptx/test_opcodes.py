@@ -104,6 +104,9 @@ def compute(opcode: str, *values: Any) -> Any:
         ("shr.u64", (2**63, 63), 1),
         ("bfe.u32", (0xABCD, 4, 8), 0xBC),
         ("bfe.u32", (0xFFFFFFFF, 0, 32), 0xFFFFFFFF),
+        ("bfe.u32", (0xFFFFFFFF, 32, 4), 0),
+        ("bfe.u64", (0xABCD << 40, 44, 8), 0xBC),
+        ("bfe.u64", (2**64 - 1, 0, 64), 2**64 - 1),
         ("prmt.b32", (0x33221100, 0x77665544, 0x7531), 0x77553311),
         ("prmt.b32", (0x80, 0, 0x8888), 0xFFFFFFFF),  # the sign of a byte
         ("setp.lt.s32", (-1, 1), True),
