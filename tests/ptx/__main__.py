@@ -55,12 +55,20 @@ def _executed(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _mutated(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Of the barriers that the sources write, each must be missed by some case (others may have no use for it)."""
     from .mutation import CASES, mutants
 
+    noticed: dict[tuple[str, str], bool] = {}
     for case, kernels in _chosen(list(CASES), arguments):
         for barrier in mutants(case, kernels, arguments.arch):
-            line = {"case": repr(case), **asdict(barrier), "written": barrier.written}
-            yield line | {"failed": "nothing notices its absence"} if barrier.written and not barrier.noticed else line
+            if barrier.written:
+                key = barrier.kernel, barrier.source
+                noticed[key] = noticed.get(key, False) or bool(barrier.noticed)
+            yield {"case": repr(case), **asdict(barrier), "written": barrier.written}
+    for (kernel, source), was_noticed in noticed.items():
+        if not was_noticed:
+            line = {"case": "every case", "kernel": kernel, "source": source, "written": True, "noticed": ""}
+            yield line | {"failed": "nothing notices the absence of this barrier"}
 
 
 if __name__ == "__main__":

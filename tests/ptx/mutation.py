@@ -21,8 +21,10 @@ _LINE = re.compile(r"\.loc[^/\n]*//\s*(.*)")
 _BARRIER = re.compile(r"^\s*bar\.sync\s+0;", re.MULTILINE)
 
 CASES: tuple[tuple[Case, str], ...] = (
-    (Rows(kd.ForwardKL(), 8208), "kd_rows_kernel"),  # the gradient is narrower than the logits that it lies over
-    (Rows(kd.LogitMSE(centered=True), 4643, dense=True, labels=True), "kd_rows_kernel"),
+    # The gradient is narrower than the logits that it lies over. Only in a row's first block does it meet columns of the same block.
+    (Rows(kd.ForwardKL(), 8208), "kd_rows_kernel"),
+    (Rows(kd.LogitMSE(centered=True), 777, dense=True, labels=True), "kd_rows_kernel"),
+    (Head(8208, ids=5), "head_rows_kernel"),
     (Head(1040, entropy=True, ids=70), "head_rows_kernel"),  # one block: no other barrier comes before the columns at ids
     (Draws(4643, draws=1), "sample_rows_kernel"),
     (Softmax(8208, in_place=True), "softmax"),

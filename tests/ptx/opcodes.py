@@ -270,8 +270,8 @@ def _extract(bits: str) -> Operation:
 
     def extract(x: Lanes, start: Lanes, length: Lanes) -> Lanes:
         first, size = start & 255, length & 255
-        moved = np.where(first >= width, numeric.type(0), x >> np.minimum(first, width - 1).astype(numeric))
-        ones = (numeric.type(1) << np.minimum(size, width - 1).astype(numeric)) - numeric.type(1)
+        moved: Lanes = np.where(first >= width, numeric.type(0), x >> np.minimum(first, width - 1).astype(numeric))
+        ones: Lanes = (numeric.type(1) << np.minimum(size, width - 1).astype(numeric)) - numeric.type(1)
         return np.where(size >= width, moved, moved & ones)
 
     return Operation((kind, "u32", "u32"), kind, extract)
