@@ -86,6 +86,9 @@ def plan_chunks(
 
 
 def padded_vocab(vocab: int, itemsize: int) -> int:
-    """Leading dimension of a ``[rows, vocab]`` buffer: rows start at multiples of 16 bytes, which vector loads and GEMMs need."""
-    step = max(1, 16 // itemsize)
+    """Leading dimension of a ``[rows, vocab]`` buffer whose rows start at multiples of 64 bytes.
+
+    GEMMs and vector loads need 16 bytes; Triton also needs a multiple of 16 elements to know that a row has them.
+    """
+    step = 64 // itemsize
     return -(-vocab // step) * step

@@ -1,6 +1,6 @@
 """The matrix products of a fused-linear loss, written into buffers, with float32 accumulation wherever the device has it.
 
-CUDA's GEMM reads 16-bit operands and writes float32. The CPU's has no such form: there, 16-bit operands of a float32 result
+CUDA's GEMM reads 16-bit operands and writes float32. The others have no such form: there, 16-bit operands of a float32 result
 are widened block by block, so that no float32 copy of a whole head ever exists.
 """
 
@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 16 << 20  # of a widened block of the head
+
+
+def _writes_float32(device: torch.device) -> bool:
+    """True where a product of 16-bit operands can be written in float32: by CUDA's BLAS, not by ROCm's."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -26,7 +31,7 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out[C, V] = hidden[C, D] @ weight[V, D].T``; out in the operands' dtype or wider."""
     if out.dtype == weight.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif weight.is_cuda and out.dtype == torch.float32:
+    elif _writes_float32(weight.device) and out.dtype == torch.float32:
         torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
@@ -43,7 +48,7 @@ def grad_hidden(dz: Tensor, weight: Tensor, scale: float | Tensor, out: Tensor |
     if dz.dtype == weight.dtype:
         if unscaled:
             return torch.mm(dz, weight, out=out if out is not None and out.dtype == dz.dtype else None)
-        if weight.is_cuda:
+        if _writes_float32(weight.device):
             product: Tensor = torch.ops.aten.mm.dtype(dz, weight, torch.float32)
             return product.mul_(scale)
     wide = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.promote_types(dz.dtype, torch.float32), device=dz.device)
@@ -59,14 +64,17 @@ def add_grad_weight(accumulator: Tensor, dz: Tensor, hidden: Tensor, first: bool
         torch.mm(dz.t(), hidden.to(dz.dtype), out=accumulator)
     elif dz.dtype == accumulator.dtype:
         accumulator.addmm_(dz.t(), hidden.to(dz.dtype), beta=beta)
-    elif dz.is_cuda and accumulator.dtype == torch.float32:
+    elif _writes_float32(dz.device) and accumulator.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(accumulator, dz.t(), hidden, torch.float32, beta=beta, out=accumulator)
     else:
         # Blocks small enough for the sum in float32 to find them in cache (adding 16 bits to 32 outright is not vectorised).
+        # A sum over a chunk's rows need not fit into float16.
         step = max(1, _BLOCK_BYTES // 4 // (hidden.shape[1] * accumulator.element_size() or 1))
+        dtype = accumulator.dtype if dz.dtype == torch.float16 else dz.dtype
+        hidden = hidden.to(dtype)
         for start in range(0, dz.shape[1], step):
             rows = slice(start, start + step)
-            part = torch.mm(dz[:, rows].t(), hidden)
+            part = torch.mm(dz[:, rows].t().to(dtype), hidden)
             if first:
                 accumulator[rows].copy_(part)
             else:

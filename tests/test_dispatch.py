@@ -10,7 +10,7 @@ import kdkernels as kd
 from kdkernels import dispatch
 
 F32 = (torch.float32, torch.float32)
-N, V = 300, 1000
+N, V = 300, 1024
 
 
 def heads(n: int = N, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[kd.LMHead, kd.LMHead]:
@@ -97,20 +97,20 @@ def test_plan_names_a_reason_for_every_other_backend(device: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_plan_numbers(backend: str) -> None:
-    """Two float32 buffers: 8000 bytes a row. Dense: two times logits, and the student's gradient if it has one."""
+    """Two float32 buffers: 8192 bytes a row. Dense: two times logits, and the student's gradient if it has one."""
     student, teacher = heads()
     plan = kd.plan(student, teacher, backend=backend, chunk_rows=128)
     assert (plan.rows_per_chunk, plan.num_chunks) == (128, 3)
-    assert plan.buffer_bytes == 128 * 8000
-    assert plan.dense_bytes == N * 8000
+    assert plan.buffer_bytes == 128 * 8192
+    assert plan.dense_bytes == N * 8192
     assert plan.saved_bytes == plan.dense_bytes - plan.buffer_bytes
     student.hidden.requires_grad_()
-    assert kd.plan(student, teacher, backend=backend).dense_bytes == N * 12000
+    assert kd.plan(student, teacher, backend=backend).dense_bytes == N * 12288
     whole = kd.plan(student, teacher, backend=backend)
-    assert (whole.rows_per_chunk, whole.num_chunks, whole.buffer_bytes) == (N, 1, N * 8000)
-    tight = kd.plan(student, teacher, backend=backend, memory_budget=130 * 8000)
+    assert (whole.rows_per_chunk, whole.num_chunks, whole.buffer_bytes) == (N, 1, N * 8192)
+    tight = kd.plan(student, teacher, backend=backend, memory_budget=130 * 8192)
     assert tight.rows_per_chunk == 128
-    assert tight.buffer_bytes <= 130 * 8000
+    assert tight.buffer_bytes <= 130 * 8192
 
 
 def test_plan_counts_valid_rows() -> None:
@@ -135,9 +135,9 @@ def test_plan_of_the_reference_is_dense() -> None:
 def test_plan_of_16_bit_heads() -> None:
     """float32 logits by default; bfloat16 ones halve the buffer."""
     student, teacher = heads(dtype=torch.bfloat16)
-    assert kd.plan(student, teacher, backend="torch").buffer_bytes == N * 8000
-    assert kd.plan(student, teacher, backend="torch", logits_dtype=torch.bfloat16).buffer_bytes == N * 4000
-    assert kd.plan(student, teacher, backend="torch").dense_bytes == N * 4000
+    assert kd.plan(student, teacher, backend="torch").buffer_bytes == N * 8192
+    assert kd.plan(student, teacher, backend="torch", logits_dtype=torch.bfloat16).buffer_bytes == N * 4096
+    assert kd.plan(student, teacher, backend="torch").dense_bytes == N * 4096
 
 
 def test_plan_on_meta_tensors() -> None:
@@ -162,7 +162,7 @@ def test_plan_computes_nothing(calls: dict[str, int]) -> None:
 
 def test_plan_matches_the_run(calls: dict[str, int]) -> None:
     student, teacher = heads()
-    options = {"labels": make_labels((N,), V), "memory_budget": 130 * 8000, "backend": "torch"}
+    options = {"labels": make_labels((N,), V), "memory_budget": 130 * 8192, "backend": "torch"}
     kd.distillation_loss(student, teacher, **options)
     assert calls["logits"] == 2 * kd.plan(student, teacher, **options).num_chunks
 

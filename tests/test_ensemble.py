@@ -240,12 +240,12 @@ def test_autocast(engine_backend: str, device: str) -> None:
 
 def test_plan_and_memory_count_two_buffers() -> None:
     """The average and, in turn, a head's logits, however many teachers there are."""
-    head = kd.LMHead(torch.randn(8, 4), torch.randn(1000, 4))
+    head = kd.LMHead(torch.randn(8, 4), torch.randn(1024, 4))
     one, two, six = (kd.plan(head, t, backend="torch") for t in (head, *(kd.Ensemble([head] * n, mode="probs") for n in (2, 6))))
-    row = 1000 * 4
+    row = 1024 * 4
     assert (one.buffer_bytes, two.buffer_bytes, six.buffer_bytes) == (8 * row * 2, 8 * row * 3, 8 * row * 3)
     assert six.dense_bytes == 8 * row * (1 + 6)
-    meta = kd.LMHead(torch.empty(64, 4, device="meta"), torch.empty(1000, 4, device="meta"))
+    meta = kd.LMHead(torch.empty(64, 4, device="meta"), torch.empty(1024, 4, device="meta"))
     assert kd.plan(meta, kd.Ensemble([meta, meta], mode="logits"), memory_budget=8 * row * 3).rows_per_chunk == 8
 
 

@@ -131,7 +131,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
     "t_squared None": (lambda: {"t_squared": None}, TypeError, "t_squared must be True or False, got None"),
     "return_stats text": (lambda: {"return_stats": "no"}, TypeError, "return_stats must be True or False, got 'no'"),
     "reduction": (lambda: {"reduction": "batchmean"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'batchmean'"),
-    "memory_budget below a row": (lambda: {"memory_budget": 100}, ValueError, "memory_budget=100 bytes.*minimum here is 288 bytes"),
+    "memory_budget below a row": (lambda: {"memory_budget": 100}, ValueError, "memory_budget=100 bytes.*minimum here is 384 bytes"),
     "memory_budget 0": (lambda: {"memory_budget": 0}, ValueError, "memory_budget must be a positive int.*got 0"),
     "memory_budget float": (lambda: {"memory_budget": 1e9}, ValueError, r"memory_budget must be a positive int.*1000000000\.0"),
     "chunk_rows -1": (lambda: {"chunk_rows": -1}, ValueError, "chunk_rows must be a positive int.*-1"),
@@ -206,7 +206,7 @@ def test_plan_raises_the_same(case: str) -> None:
 def test_cases_differ_from_a_good_call_in_one_thing() -> None:
     """The good call that they all change passes, also with every optional argument: so it is the change that is refused."""
     loss = kd.distillation_loss(
-        student(bias=torch.randn(V), softcap=3.0), teacher(), labels=labels(), token_weights=ones(), ce_weight=0.5, memory_budget=288
+        student(bias=torch.randn(V), softcap=3.0), teacher(), labels=labels(), token_weights=ones(), ce_weight=0.5, memory_budget=384
     )
     assert torch.isfinite(loss)
 

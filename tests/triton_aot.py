@@ -1,6 +1,7 @@
-"""Compiles the Triton kernel ahead of time and prints what each variant takes: no GPU needed.
+"""Compile the Triton kernels as the backend launches them, without a GPU, and print what each variant takes.
 
-A process of its own, since under TRITON_INTERPRET=1 there is nothing to compile: ``python tests/triton_aot.py ARCH [--all]``.
+A process of its own, since under TRITON_INTERPRET=1 there is nothing to compile: ``python tests/triton_aot.py ARCH [--all]``, ARCH being
+a compute capability times ten (90) or an AMD architecture (gfx942).
 """
 
 from __future__ import annotations
@@ -12,115 +13,132 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
 
-from kdkernels.backends.triton import _NORMALIZERS, heads
-from kdkernels.backends.triton.divergences import FUNCTIONS
-from kdkernels.backends.triton.kernel import kd_rows_kernel
-from kdkernels.backends.triton.launch import Launch, choose, choose_sample, choose_softmax
+if sys.argv[1].startswith("gfx"):
+    torch.version.hip = "0"  # before the kernels are imported
+
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import kdkernels.backends.triton as backend
 from kdkernels.divergences import REGISTRY, Divergence, LogitMSE
+from kdkernels.problem import STATE, STATS, HeadBatch, Problem, RowBatch, Transform
 
 VOCAB = 128256
 DTYPES = {  # student and teacher logits, dz
-    "float32": ("fp32", "fp32", "fp32"),
-    "float32 -> bfloat16": ("fp32", "fp32", "bf16"),
-    "float32 -> float16": ("fp32", "fp32", "fp16"),
-    "bfloat16": ("bf16", "bf16", "bf16"),
-    "float16": ("fp16", "fp16", "fp16"),
-    "bfloat16 / float32": ("bf16", "fp32", "bf16"),
+    "float32": (torch.float32, torch.float32, torch.float32),
+    "float32 -> bfloat16": (torch.float32, torch.float32, torch.bfloat16),
+    "float32 -> float16": (torch.float32, torch.float32, torch.float16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16, torch.float16),
+    "bfloat16 / float32": (torch.bfloat16, torch.float32, torch.bfloat16),
 }
 MODES = {"fused": (True, True), "statistics": (True, False), "gradient": (False, True)}
 
 
-def compile_variant(arch: int, divergence: Divergence, dtypes: str, mode: str, features: bool) -> bytes:
-    """The cubin of one specialisation."""
+@dataclass
+class Driver:
+    """Stand in for a GPU's driver: say which GPU to compile for."""
+
+    arch: str
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("hip", self.arch, 64) if self.arch.startswith("gfx") else GPUTarget("cuda", int(self.arch), 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compiled(launch: Callable[[], None]) -> list[Any]:
+    """The kernels that a call of the backend launches, compiled and not run."""
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+        kernels.append(run(self, *arguments, grid=grid, warmup=True, **keywords))
+        return kernels[-1]
+
+    JITFunction.run = compile_only
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def matrix(vocab: int, dtype: torch.dtype) -> Tensor:
+    """A row, far from the next."""
+    return torch.empty(2, vocab, dtype=dtype)[:1]
+
+
+def row_kernel(divergence: Divergence, dtypes: str, mode: str, features: bool, vocab: int = VOCAB) -> Callable[[], None]:
+    """A launch of the kernel of two sides."""
     student, teacher, dz = DTYPES[dtypes]
     statistics, gradient = MODES[mode]
-    launch = choose(VOCAB)
-    constants = {
-        "DIVERGENCE": FUNCTIONS[divergence.name],
-        "NORMALIZER": _NORMALIZERS[divergence.normalizer],
-        "SLOPE_SUM": divergence.slope_sum,
-        "SLOPE_JUMPS": divergence.slope_jumps,
-        "STATISTICS": statistics,
-        "GRADIENT": gradient,
-        "STATS": features and statistics,
-        "BLOCK": launch.block,
-    }
-    for name in ("STUDENT_BIAS", "TEACHER_BIAS", "STUDENT_SOFTCAP", "TEACHER_SOFTCAP", "CE", "WEIGHT"):
-        constants[name] = features
-    pointers = {"student": student, "teacher": teacher, "dz": dz, "labels": "i64"}
-    pointers |= dict.fromkeys(("student_bias", "teacher_bias", "weight", "state", "loss", "stats"), "fp32")
-    return compile_kernel(kd_rows_kernel, constants, pointers, launch, arch)
+    transform = Transform(2.0, 30.0) if features else Transform()
+    problem = Problem(
+        divergence=divergence, vocab=vocab, student=transform, teacher=transform, student_dtype=student, teacher_dtype=teacher,
+        ce_weight=0.5 if features else 0.0, has_labels=features,
+    )  # fmt: skip
+    numbers = torch.empty(vocab)
+    batch = RowBatch(
+        student=matrix(vocab, student), teacher=matrix(vocab, teacher),
+        student_bias=numbers if features else None, teacher_bias=numbers if features else None,
+        labels=torch.zeros(1, dtype=torch.int64) if features else None, weight=numbers[:1] if features else None,
+        state=torch.empty(len(STATE), 1), loss=numbers[:1] if statistics else None,
+        stats=torch.empty(len(STATS), 1) if features and statistics else None, dz=matrix(vocab, dz) if gradient else None,
+    )  # fmt: skip
+    return lambda: backend.rows(problem, batch, statistics)
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], launch: Launch, arch: int) -> bytes:
-    """The cubin of a kernel: what is neither a constant nor a pointer is a size or a float."""
-    names = kernel.arg_names
-    signature, attributes = {}, {}
-    for position, name in enumerate(names):
-        integer = name in ("vocab", "num_ids", "num_draws", "first_row") or name.endswith("_stride")
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = "*" + pointers[name]
-        else:
-            signature[name] = "i32" if integer else "fp32"
-        if name in pointers or name == "vocab" or name.endswith("_stride"):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    indexed = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, indexed, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options).asm["cubin"]
+def head_kernels(logits: torch.dtype, features: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Launches of the kernels of one side."""
+    problem = Problem(
+        divergence=REGISTRY["forward_kl"](), vocab=VOCAB, student=Transform(2.0, 30.0) if features else Transform(), student_dtype=logits
+    )
+    numbers = torch.empty(VOCAB)
+    number, ids = numbers[:1], 100 if features else 1
+    batch = HeadBatch(
+        matrix(VOCAB, logits), numbers if features else None, number, number,
+        entropy=number if features else None, d_entropy=number if features else None, d_lse=number if features else None,
+        ids=torch.zeros(1, ids, dtype=torch.int64), logprobs=torch.empty(1, ids), d_logprobs=torch.empty(1, ids),
+        dz=matrix(VOCAB, torch.bfloat16),
+    )  # fmt: skip
+    yield "head", lambda: backend.head_rows(problem, batch, True)
+    draws, seed = torch.zeros(1, 2, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
+    drawing = HeadBatch(batch.logits, batch.bias, number, number, draws=draws, seed=seed)
+    yield "sample", lambda: backend.head_rows(problem, drawing, True)
+    yield "backward", lambda: backend.head_rows(problem, replace(batch, ids=None, logprobs=None, d_logprobs=None, d_lse=number), False)
 
 
-def one_sided(arch: int) -> Iterator[tuple[str, Launch, bytes]]:
-    """The kernels of one side, with and without features, and softmax where a row fits in registers and where it does not."""
-    of_rows = dict.fromkeys(("bias", "top", "log_sum", "entropy", "logprobs", "d_lse", "d_entropy", "d_logprobs"), "fp32")
-    for features, (logits, dz) in ((False, ("bf16", "bf16")), (True, ("fp32", "bf16"))):
-        launch = choose(VOCAB)
-        constants: dict[str, Any] = {"BIAS": features, "SOFTCAP": features}
-        more = dict.fromkeys(("ENTROPY", "D_LSE", "D_ENTROPY"), features) | dict.fromkeys(
-            ("STATISTICS", "IDS", "D_LOGPROBS", "GRADIENT"), True
-        )
-        pointers = {**of_rows, "logits": logits, "dz": dz, "ids": "i64"}
-        blocks = {"BLOCK": launch.block, "IDS_BLOCK": 64 if features else 1}
-        label = f"{logits} {dz}{' features' if features else ''}"
-        yield f"head {label}", launch, compile_kernel(heads.head_rows_kernel, constants | more | blocks, pointers, launch, arch)
-        launch = choose_sample(VOCAB)
-        pointers = {"logits": logits, "bias": "fp32", "top": "fp32", "log_sum": "fp32", "seed": "i64", "numbers": "fp64", "draws": "i32"}
-        yield (
-            f"sample {label}",
-            launch,
-            compile_kernel(heads.sample_rows_kernel, {**constants, "BLOCK": launch.block}, pointers, launch, arch),
-        )
-    for (vocab, dtype), logarithm in itertools.product(((16384, "bf16"), (32000, "fp32"), (VOCAB, "bf16")), (False, True)):
-        for kernel, inputs in ((heads.softmax_rows_kernel, ("x",)), (heads.softmax_gradient_rows_kernel, ("y", "dy"))):
-            launch = choose_softmax(vocab, len(inputs))
-            constants = {"LOGARITHM": logarithm, "ONE_READ": vocab <= launch.block, "BLOCK": launch.block}
-            pointers = dict.fromkeys((*inputs, "out"), dtype)
-            label = f"{kernel.__name__} {vocab} {dtype}{' log' if logarithm else ''}"
-            yield label, launch, compile_kernel(kernel, constants, pointers, launch, arch)
+def softmax_kernels() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Launches of softmax, where a row fits in registers and where it does not."""
+    rows = (16384, torch.bfloat16), (32000, torch.float32), (VOCAB, torch.bfloat16)
+    for (vocab, dtype), log in itertools.product(rows, (False, True)):
+        x = matrix(vocab, dtype)
+        label = f"{vocab} {dtype}{' log' if log else ''}"
+        yield f"softmax {label}", lambda x=x, log=log: backend.softmax_rows(x, x, 2.0, log)
+        yield f"softmax gradient {label}", lambda x=x, log=log: backend.softmax_gradient_rows(x, x, x, 2.0, log)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers per thread, bytes of stack (where spills go), local and shared memory."""
-    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        out = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", out)}
-
-
-def variants(everything: bool) -> Iterator[tuple[Divergence, str, str, bool]]:
+def row_variants(everything: bool) -> Iterator[tuple[Divergence, str, str, bool]]:
     """By default every divergence fused, with and without features, on 32- and 16-bit rows, and each other dtype and mode once
     or twice: what spills is decided by the divergence and the features, hardly by the conversion of a load or store."""
     divergences = [cls() for cls in REGISTRY.values()] + [LogitMSE(centered=True)]
@@ -132,10 +150,43 @@ def variants(everything: bool) -> Iterator[tuple[Divergence, str, str, bool]]:
         yield divergences[i % len(divergences)], dtypes, mode, i % 2 == 0
 
 
-if __name__ == "__main__":
-    for divergence, dtypes, mode, features in variants("--all" in sys.argv):
-        cubin = compile_variant(int(sys.argv[1]), divergence, dtypes, mode, features)
+def launches(everything: bool) -> Iterator[tuple[str, bool, Callable[[], None]]]:
+    """Label, whether with features, and launch."""
+    for divergence, dtypes, mode, features in row_variants(everything):
         label = f"{divergence} {dtypes} {mode}{' features' if features else ''}"
-        print(json.dumps({"variant": label, "threads": 32 * choose(VOCAB).num_warps, **resources(cubin)}), flush=True)
-    for label, launch, cubin in one_sided(int(sys.argv[1])):
-        print(json.dumps({"variant": label, "threads": 32 * launch.num_warps, **resources(cubin)}), flush=True)
+        yield label, features, row_kernel(divergence, dtypes, mode, features)
+    for features, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        for label, launch in head_kernels(dtype, features):
+            yield f"{label} {dtype}", features, launch
+    for label, launch in softmax_kernels():
+        yield label, False, launch
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers per thread, and bytes of stack (where spills go), local and shared memory."""
+    if "cubin" not in kernel.asm:
+        return amd_resources(kernel.asm["amdgcn"])
+    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        out = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", out)}
+
+
+def amd_resources(assembly: str) -> dict[str, int]:
+    """The same by the metadata of AMD's assembly, with the vector registers that were spilled as its stack."""
+    fields = {
+        "REG": "vgpr_count", "STACK": "vgpr_spill_count", "LOCAL": "private_segment_fixed_size", "SHARED": "group_segment_fixed_size",
+    }  # fmt: skip
+    found = dict(re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE))
+    return {name: int(found[field]) for name, field in fields.items()}
+
+
+if __name__ == "__main__":
+    driver.set_active(Driver(sys.argv[1]))
+    for label, features, launch in launches("--all" in sys.argv):
+        for kernel in compiled(launch):
+            threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
+            report = {"variant": label, "kernel": kernel.metadata.name, "features": features, "threads": threads, **resources(kernel)}
+            print(json.dumps(report), flush=True)

@@ -7,8 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
-def columns(log_q, log_p, value, slope, a, b, FUNCTION: tl.constexpr):
+def columns(
+    log_q, log_p, value, slope, gradient, coefficient, scale, a, b, TERMS: tl.constexpr, GRADIENT: tl.constexpr
+):  # fmt: skip
     at = tl.arange(0, 256)
-    _q, v, s = FUNCTION(tl.load(log_q + at), tl.load(log_p + at), a, b)
-    tl.store(value + at, v)
+    log_q = tl.load(log_q + at)
+    log_p = tl.load(log_p + at)
+    _q, s, sums = TERMS(log_q, log_p, a, b)
+    tl.store(value + at, sums[0])
     tl.store(slope + at, s)
+    if GRADIENT is not None:
+        tl.store(gradient + at, GRADIENT(log_q, log_p, coefficient, scale, a, b))

@@ -1,155 +1,201 @@
-"""The divergences as jit functions: ``(log_q, log_p, a, b) -> (q, value, slope)`` of a block of columns, a and b the parameters.
+"""The divergences as jit functions of a block of columns: the twins of the ``terms`` in ``kdkernels.divergences``.
 
-The twins of the ``terms`` in ``kdkernels.divergences``, whose comments say why each form is what it is.
+``log_q`` and ``log_p`` are base-2 logarithms here (of LogitMSE: the logits over T), a and b the parameters. Values and slopes are
+in natural units, as everywhere else.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
 
 from ... import divergences as d
+from .arithmetic import LN2, LOG2E, NEGLIGIBLE, at_least, exp2m1, fast_log2
 
-APART = tl.constexpr(d.APART)
-
-
-@triton.jit
-def expm1(x):
-    """exp(x) - 1 in float32. The series is good to 2e-8 where the difference would lose digits."""
-    series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * 0.0013888889)))))
-    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def log1p_or_log(x, w):
-    """log(1 + x) or, where that is small, log(w): w is the same number as 1 + x, formed without the cancellation.
-
-    What 1 + x rounds away is put back to first order.
-    """
-    near = x > -0.5
-    y = tl.where(near, 1.0 + x, w)
-    return tl.log(y) + tl.where(near, x - (y - 1.0), 0.0) / y
+APART = tl.constexpr(d.APART * LOG2E.value)
+NEAR = tl.constexpr(0.25)
 
 
 @triton.jit
 def mixture(weight_q, weight_p, log_q, log_p):
-    """log(q / m), log(p / m) for m = weight_q * q + weight_p * p."""
+    """Parts of ``m = weight_q * q + weight_p * p``, relative to the larger of q and p.
+
+    Returns:
+        q_larger; size: ``log2(smaller / larger)``, finite also where one or both are 0; smaller: smaller / larger; log_m:
+        ``log2(m / larger)``.
+    """
     ratio = log_q - log_p
     q_larger = ratio >= 0.0
+    size = at_least(-tl.abs(ratio), NEGLIGIBLE)
+    smaller = tl.exp2(size)
+    log_m = fast_log2(tl.where(q_larger, weight_q, weight_p) + tl.where(q_larger, weight_p, weight_q) * smaller)
+    return q_larger, size, smaller, log_m
+
+
+@triton.jit
+def close_log_m(weight_q, weight_p, q_larger, size, log_m):
+    """``log_m`` with all its digits where q and p are close: there its series in ``size``, to the fourth order.
+
+    What a logarithm near 1 rounds away does not cancel in a value, as it does in a gradient.
+    """
+    both = weight_q * weight_p
     share = tl.where(q_larger, weight_p, weight_q)
-    lost = share * expm1(-tl.abs(ratio))
-    direct = tl.where(q_larger, weight_q, weight_p) + share * tl.exp(-tl.abs(ratio))
-    log_m = log1p_or_log(lost, direct)
-    return tl.where(q_larger, -log_m, ratio - log_m), tl.where(q_larger, -ratio - log_m, -log_m)
+    third = tl.where(q_larger, weight_q - weight_p, weight_p - weight_q) * (both * (LN2 * LN2 / 6.0))
+    fourth = both * (1.0 - 6.0 * both) * (LN2 * LN2 * LN2 / 24.0)
+    series = size * (share + size * (both * (LN2 / 2.0) + size * (third + size * fourth)))
+    return tl.where(size > -NEAR, series, log_m)
 
 
 @triton.jit
 def forward_kl(log_q, log_p, a, b):
-    q, p = tl.exp(log_q), tl.exp(log_p)
-    value = tl.where(p == 0.0, 0.0, p * (log_p - log_q)) + (q - p)
-    return q, value, -p
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    value = tl.where(p == 0.0, 0.0, p * (log_p - log_q)) * LN2 + (q - p)
+    return q, -p, (value, -p)
 
 
 @triton.jit
 def reverse_kl(log_q, log_p, a, b):
-    q, p = tl.exp(log_q), tl.exp(log_p)
-    slope = tl.where(q == 0.0, 0.0, q * (log_q - log_p))
-    return q, slope - (q - p), slope
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    slope = tl.where(q == 0.0, 0.0, q * (log_q - log_p)) * LN2
+    return q, slope, (slope - (q - p), slope)
+
+
+@triton.jit
+def reverse_kl_gradient(log_q, log_p, coefficient, scale, a, b):
+    q = tl.exp2(log_q)
+    return q * (tl.where(q == 0.0, 0.0, log_q - log_p) * (scale * LN2) - coefficient * scale)
 
 
 @triton.jit
 def symmetric_kl(log_q, log_p, a, b):
-    q, p = tl.exp(log_q), tl.exp(log_p)
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
     ratio = log_q - log_p
-    reverse = a * tl.where(q == 0.0, 0.0, q * ratio)
-    forward = -b * tl.where(p == 0.0, 0.0, p * ratio)
-    return q, forward + reverse + (b - a) * (q - p), reverse - b * p
+    reverse = (a * LN2) * tl.where(q == 0.0, 0.0, q * ratio)
+    forward = (-b * LN2) * tl.where(p == 0.0, 0.0, p * ratio)
+    slope = reverse - b * p
+    return q, slope, (forward + reverse + (b - a) * (q - p), slope)
 
 
 @triton.jit
 def jsd(log_q, log_p, a, b):
-    q, p = tl.exp(log_q), tl.exp(log_p)
-    log_qm, log_pm = mixture(b, a, log_q, log_p)
-    slope = b * tl.where(q == 0.0, 0.0, q * log_qm)
-    return q, a * tl.where(p == 0.0, 0.0, p * log_pm) + slope, slope
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    q_larger, size, _smaller, log_m = mixture(b, a, log_q, log_p)
+    from_q, from_p = (b * LN2) * q, (a * LN2) * p
+    slope = from_q * (tl.where(q_larger, 0.0, size) - log_m)
+    value = size * tl.where(q_larger, from_p, from_q) - close_log_m(b, a, q_larger, size, log_m) * (from_q + from_p)
+    return q, slope, (value, slope)
+
+
+@triton.jit
+def jsd_gradient(log_q, log_p, coefficient, scale, a, b):
+    q_larger, size, _smaller, log_m = mixture(b, a, log_q, log_p)
+    return tl.exp2(log_q) * ((tl.where(q_larger, 0.0, size) - log_m) * (b * LN2 * scale) - coefficient * scale)
 
 
 @triton.jit
 def skew_kl(log_q, log_p, a, b):
-    q, p = tl.exp(log_q), tl.exp(log_p)
-    _, log_pm = mixture(b, a, log_q, log_p)
-    slope = -b * tl.where(q == 0.0, 0.0, q * expm1(log_pm))
-    return q, tl.where(p == 0.0, 0.0, p * log_pm) + b * (q - p), slope
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    q_larger, size, smaller, log_m = mixture(b, a, log_q, log_p)
+    excess = tl.where(q_larger, smaller - 1.0, 1.0 - smaller) * tl.exp2(-log_m)  # (p / m - 1) / b
+    slope = (-b * b) * (q * excess)
+    of_p = tl.where(q_larger, size, 0.0) - close_log_m(b, a, q_larger, size, log_m)
+    return q, slope, ((p * of_p) * LN2 + b * (q - p), slope)
 
 
 @triton.jit
 def skew_reverse_kl(log_q, log_p, a, b):
-    q, p = tl.exp(log_q), tl.exp(log_p)
-    log_qm, _ = mixture(a, b, log_q, log_p)
-    value = tl.where(q == 0.0, 0.0, q * log_qm)
-    slope = value - a * tl.where(q == 0.0, 0.0, q * expm1(log_qm))
-    return q, value + b * (p - q), slope
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    q_larger, size, smaller, log_m = mixture(a, b, log_q, log_p)
+    excess = tl.where(q_larger, 1.0 - smaller, smaller - 1.0) * tl.exp2(-log_m)  # (q / m - 1) / b
+    rest = tl.where(q_larger, 0.0, size)
+    slope = (q * (rest - log_m)) * LN2 - (a * b) * (q * excess)
+    of_q = rest - close_log_m(a, b, q_larger, size, log_m)
+    return q, slope, ((q * of_q) * LN2 + b * (p - q), slope)
 
 
 @triton.jit
 def total_variation(log_q, log_p, a, b):
-    q, p = tl.exp(log_q), tl.exp(log_p)
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
     difference = q - p
     sign = tl.where(difference > 0.0, 0.5, tl.where(difference < 0.0, -0.5, 0.0))
-    return q, 0.5 * tl.abs(difference), sign * q
+    slope = sign * q
+    return q, slope, (0.5 * tl.abs(difference), slope)
 
 
 @triton.jit
 def alpha_divergence(log_q, log_p, a, b):
-    q, p = tl.exp(log_q), tl.exp(log_p)
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
     ratio = log_q - log_p
     q_larger = ratio >= 0.0
     larger = tl.maximum(q, p)
     size = -tl.abs(ratio)
     weight = tl.where(q_larger, a, b)
     power = weight * size
-    grown, shrunk = expm1(power), expm1(size)
+    grown, shrunk = exp2m1(power), exp2m1(size)
     empty = larger == 0.0
-    value = tl.where(empty, 0.0, (grown - weight * shrunk) * larger) / (-a * b)
-    slope = tl.where(ratio < APART, tl.exp(power) * larger - q, tl.where(q_larger, grown, grown - shrunk) * larger)
-    return q, value, tl.where(empty, 0.0, slope) / -a
+    value = tl.where(empty, 0.0, (grown - weight * shrunk) * larger) * (1.0 / (-a * b))
+    slope = tl.where(ratio < APART, tl.exp2(power) * larger - q, tl.where(q_larger, grown, grown - shrunk) * larger)
+    slope = tl.where(empty, 0.0, slope) * (-1.0 / a)
+    return q, slope, (value, slope)
 
 
 @triton.jit
 def ab_divergence(log_q, log_p, a, b):
-    q = tl.exp(log_q)
+    q = tl.exp2(log_q)
     total = a + b
     ratio = total * (log_q - log_p)
     q_larger = ratio >= 0.0
-    larger = tl.exp(tl.maximum(total * log_q, total * log_p))
+    larger = tl.exp2(tl.maximum(total * log_q, total * log_p))
     size = -tl.abs(ratio)
     weight = tl.where(q_larger, a / total, b / total)
     power = weight * size
-    grown, shrunk = expm1(power), expm1(size)
+    grown, shrunk = exp2m1(power), exp2m1(size)
     empty = (log_q == float("-inf")) & (log_p == float("-inf"))
-    value = tl.where(empty, 0.0, (grown - weight * shrunk) * larger) / (-a * b)
-    slope = tl.where(ratio < APART, tl.exp(power) - tl.exp(size), tl.where(q_larger, grown, grown - shrunk)) * larger
-    return q, value, tl.where(empty, 0.0, slope) / -a
+    value = tl.where(empty, 0.0, (grown - weight * shrunk) * larger) * (1.0 / (-a * b))
+    slope = tl.where(ratio < APART, tl.exp2(power) - tl.exp2(size), tl.where(q_larger, grown, grown - shrunk)) * larger
+    slope = tl.where(empty, 0.0, slope) * (-1.0 / a)
+    return q, slope, (value, slope)
 
 
 @triton.jit
-def logit_mse(log_q, log_p, a, b):
-    skipped = (log_q == float("-inf")) & (log_p == float("-inf"))
-    slope = tl.where(skipped, 0.0, log_q - log_p)
-    return slope, 0.5 * slope * slope, slope
+def logit_mse(x, u, a, b):
+    skipped = (x == float("-inf")) & (u == float("-inf"))
+    slope = tl.where(skipped, 0.0, x - u)
+    return slope, slope, (0.5 * slope * slope, slope)
 
 
-FUNCTIONS: dict[str, Any] = {
-    d.ForwardKL.name: forward_kl,
-    d.ReverseKL.name: reverse_kl,
-    d.SymmetricKL.name: symmetric_kl,
-    d.JSD.name: jsd,
-    d.SkewKL.name: skew_kl,
-    d.SkewReverseKL.name: skew_reverse_kl,
-    d.TotalVariation.name: total_variation,
-    d.AlphaDivergence.name: alpha_divergence,
-    d.ABDivergence.name: ab_divergence,
-    d.LogitMSE.name: logit_mse,
+@triton.jit
+def linear(sums, a, b):
+    """Value and coefficient of a row are its sums; where the value is NaN, so is the gradient."""
+    return sums[0], tl.where(sums[0] == sums[0], sums[1], sums[0])
+
+
+@dataclass(frozen=True)
+class Functions:
+    """A divergence in three functions, for the three stages of a row."""
+
+    terms: Any
+    """``(log_q, log_p, a, b) -> (q, slope, sums)`` of a block of columns; ``sums``: the ``num_sums`` blocks to be summed over a row."""
+    gradient: Any = None
+    """``(log_q, log_p, coefficient, scale, a, b) -> scale * T * dD/dz`` of a block of columns, where that takes fewer operations than
+    ``scale * (slope - q * coefficient)``; else None."""
+    finish: Any = linear
+    """``(sums, a, b) -> (value, coefficient)`` of a row."""
+    num_sums: int = 2
+
+
+FUNCTIONS: dict[str, Functions] = {
+    d.ForwardKL.name: Functions(forward_kl),
+    d.ReverseKL.name: Functions(reverse_kl, reverse_kl_gradient),
+    d.SymmetricKL.name: Functions(symmetric_kl),
+    d.JSD.name: Functions(jsd, jsd_gradient),
+    d.SkewKL.name: Functions(skew_kl),
+    d.SkewReverseKL.name: Functions(skew_reverse_kl),
+    d.TotalVariation.name: Functions(total_variation),
+    d.AlphaDivergence.name: Functions(alpha_divergence),
+    d.ABDivergence.name: Functions(ab_divergence),
+    d.LogitMSE.name: Functions(logit_mse),
 }

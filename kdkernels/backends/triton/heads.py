@@ -1,128 +1,157 @@
-"""Row kernels of one side alone, and softmax: one program owns a row, as in kernel.py."""
+"""Row kernels of one side alone, and softmax: one program owns a row and reads it in blocks [R, W], as in kernel.py."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .kernel import load_logits, merge
+from .arithmetic import LN2, LOG2E, LOWEST, NEGLIGIBLE, at_least, fast_log2
+from .kernel import CAPPED, joined, load_logits, moved_sum
 
 
 @triton.jit
-def merge_entropy(top, total, weighted, z, inv_temperature):
-    """Online softmax with the sum of exp(x) * x, x = (z - max) / T, which makes an entropy of it."""
-    new = tl.maximum(top, tl.max(z, 0))
-    reference = tl.where(new == float("-inf"), 0.0, new)
-    shift = tl.where(top == float("-inf"), 0.0, (top - reference) * inv_temperature)
-    moved = tl.exp(shift)
-    x = (z - reference) * inv_temperature
-    e = tl.exp(x)
-    weighted = tl.where(moved == 0.0, 0.0, (weighted + total * shift) * moved) + tl.sum(tl.where(e == 0.0, 0.0, e * x), 0)
-    total = total * moved + tl.sum(e, 0)
+def statistics_block(found, x, factor, ENTROPY: tl.constexpr):
+    """Online softmax of lanes: largest logit, sum of ``e = 2 ** d`` for ``d = (x - largest) * factor``, and of ``e * d``."""
+    top, total, weighted = found
+    new = tl.maximum(top, tl.max(x, 0))
+    if ENTROPY:
+        shift = at_least((top - new) * factor, NEGLIGIBLE)
+        distance = (x - new[None, :]) * factor
+        e = tl.exp2(distance)
+        weighted = (weighted + total * shift) * tl.exp2(shift) + tl.sum(e * at_least(distance, NEGLIGIBLE), 0)
+        total = total * tl.exp2(shift) + tl.sum(e, 0)
+    else:
+        total = moved_sum(total, top, new, x, factor)
     return new, total, weighted
 
 
 @triton.jit
+def row_statistics(side, factor, vocab, TRANSFORM: tl.constexpr, ENTROPY: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """Largest logit, ``log2`` of the sum from there, and the entropy."""
+    row, bias, scale, softcap = side
+    offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    whole = vocab // (R * W) * (R * W)
+    zero = tl.zeros([W], tl.float32)
+    found = (tl.full([W], LOWEST, tl.float32), zero, zero)
+    for start in range(0, whole, R * W):
+        found = statistics_block(found, load_logits(row, bias, start + offsets, None, scale, softcap, TRANSFORM), factor, ENTROPY)
+    if whole < vocab:
+        mask = whole + offsets < vocab
+        found = statistics_block(found, load_logits(row, bias, whole + offsets, mask, scale, softcap, TRANSFORM), factor, ENTROPY)
+    top, total, weighted = found
+    largest, log_sum = joined(top, total, factor)
+    entropy = 0.0
+    if ENTROPY:
+        shift = at_least((top - largest) * factor, NEGLIGIBLE)
+        moved = total * tl.exp2(shift)
+        entropy = (log_sum - tl.sum(weighted * tl.exp2(shift) + moved * shift, 0) / tl.sum(moved, 0)) * LN2
+    return largest, log_sum, entropy
+
+
+@triton.jit
+def slope_of(log_q, c0, c1, D_ENTROPY: tl.constexpr):
+    """``q * (c0 + c1 * log q)``, 0 where q is."""
+    q = tl.exp2(log_q * LOG2E)
+    if D_ENTROPY:
+        return tl.where(q == 0.0, 0.0, q * (c0 + c1 * log_q))
+    else:
+        return q * c0
+
+
+@triton.jit
+def log_probability(z, norm):
+    """``log q`` of a logit, from its row's ``(inv_temperature, top, rest)``: see problem.STATE."""
+    return tl.fma(z - norm[1], norm[0], -norm[2])
+
+
+@triton.jit
+def write_block(dz, side, columns, mask, norm, c0, c1, outer, TRANSFORM: tl.constexpr, D_ENTROPY: tl.constexpr):
+    row, bias, scale, softcap = side
+    z = load_logits(row, bias, columns, mask, scale, softcap, TRANSFORM)
+    g = slope_of(log_probability(z, norm), c0, c1, D_ENTROPY) * outer
+    if TRANSFORM == CAPPED:
+        bend = z / softcap
+        g *= 1.0 - bend * bend
+    # dz may be narrower than the logits it lies over: the other warps must have read theirs first.
+    tl.debug_barrier()
+    tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_ids"])
 def head_rows_kernel(
     logits,  # [C, V]
-    bias,  # [V] float32
-    top, log_sum, entropy,  # [C] float32
-    ids,  # [C, K] int64
-    logprobs,  # [C, K] float32
-    d_lse, d_entropy, d_logprobs,  # [C], [C], [C, K] float32
-    dz,  # [C, V]; may start where logits' row starts, in a type no wider
+    bias,  # [V] float32, or None
+    top, log_sum,  # [C] float32
+    entropy,  # [C] float32, or None
+    ids,  # [C, K] int64, or None
+    logprobs,  # [C, K] float32, or None
+    d_lse, d_entropy, d_logprobs,  # [C], [C], [C, K] float32, or None
+    dz,  # [C, V], or None; may start where logits' row starts, in a type no wider
     logits_stride, dz_stride, vocab, num_ids,
-    inv_temperature, scale, softcap, dz_scale,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, STATISTICS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
-    D_LSE: tl.constexpr, D_ENTROPY: tl.constexpr, D_LOGPROBS: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr, IDS_BLOCK: tl.constexpr,
+    inv_temperature,
+    log2_factor,  # 1 / T, in units of log 2
+    scale, softcap, outer,
+    TRANSFORM: tl.constexpr, STATISTICS: tl.constexpr, GRADIENT: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, IDS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    logits += row * logits_stride
-    offsets = tl.arange(0, BLOCK)
-    # log q = (z - shift) / T - rest: see kd_rows_kernel.
-    rest = 0.0
+    side = (logits + row * logits_stride, bias, scale, softcap)
     h = 0.0
     if STATISTICS:
-        shift = float("-inf")
-        total = 0.0
-        weighted = 0.0
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            mask = columns < vocab
-            z = load_logits(logits, bias, columns, mask, scale, softcap, BIAS, SOFTCAP)
-            if ENTROPY:
-                shift, total, weighted = merge_entropy(shift, total, weighted, z, inv_temperature)
-            else:
-                shift, total = merge(shift, total, z, inv_temperature)
-        rest = tl.log(total)
-        tl.store(top + row, shift)
-        tl.store(log_sum + row, rest)
-        if ENTROPY:
-            h = rest - weighted / total
+        largest, log_total, h = row_statistics(side, log2_factor, vocab, TRANSFORM, entropy is not None, R, W)
+        norm = (inv_temperature, largest, log_total * LN2)
+        tl.store(top + row, norm[1])
+        tl.store(log_sum + row, norm[2])
+        if entropy is not None:
             tl.store(entropy + row, h)
     else:
-        shift = tl.load(top + row)
-        rest = tl.load(log_sum + row)
-        if ENTROPY:
+        norm = (inv_temperature, tl.load(top + row), tl.load(log_sum + row))
+        if entropy is not None:
             h = tl.load(entropy + row)
 
     c0 = 0.0
     c1 = 0.0
-    if D_LSE:
+    if d_lse is not None:
         c0 += tl.load(d_lse + row)
-    if D_ENTROPY:
+    if d_entropy is not None:
         c1 -= tl.load(d_entropy + row)
         c0 += c1 * h
     slots = tl.arange(0, IDS_BLOCK)
-    if IDS:
+    if ids is not None:
         ids += row * num_ids
         logprobs += row * num_ids
-        d_logprobs += row * num_ids
+        if d_logprobs is not None:
+            d_logprobs += row * num_ids
         for start in range(0, num_ids, IDS_BLOCK):
             k = start + slots
             chosen = tl.load(ids + k, mask=k < num_ids, other=-1)
             wanted = chosen >= 0
-            z = load_logits(logits, bias, chosen, wanted, scale, softcap, BIAS, SOFTCAP)
-            tl.store(logprobs + k, tl.where(wanted, (z - shift) * inv_temperature - rest, 0.0), mask=k < num_ids)
-            if D_LOGPROBS:
+            z = load_logits(side[0], bias, chosen, wanted, scale, softcap, TRANSFORM)
+            tl.store(logprobs + k, tl.where(wanted, log_probability(z, norm), 0.0), mask=k < num_ids)
+            if d_logprobs is not None:
                 c0 -= tl.sum(tl.load(d_logprobs + k, mask=wanted, other=0.0), 0)
 
     if GRADIENT:
         dz += row * dz_stride
-        outer = scale * inv_temperature * dz_scale
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            mask = columns < vocab
-            z = load_logits(logits, bias, columns, mask, scale, softcap, BIAS, SOFTCAP)
-            log_q = (z - shift) * inv_temperature - rest
-            g = tl.exp(log_q)
-            if D_ENTROPY:
-                g = tl.where(g == 0.0, 0.0, g * (c0 + c1 * log_q))
-            else:
-                g *= c0
-            if SOFTCAP:
-                bend = z / softcap
-                g *= 1.0 - bend * bend
-            # dz may be narrower than the logits it lies over: other warps must have read theirs first.
-            tl.debug_barrier()
-            tl.store(dz + columns, (g * outer).to(dz.dtype.element_ty), mask=mask)
-        if D_LOGPROBS:
+        D_ENTROPY: tl.constexpr = d_entropy is not None
+        offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+        whole = vocab // (R * W) * (R * W)
+        for start in range(0, whole, R * W):
+            write_block(dz, side, start + offsets, None, norm, c0, c1, outer, TRANSFORM, D_ENTROPY)
+        if whole < vocab:
+            write_block(dz, side, whole + offsets, whole + offsets < vocab, norm, c0, c1, outer, TRANSFORM, D_ENTROPY)
+        if d_logprobs is not None:
             # The few columns at ids once more, with what comes on top; of equal ids each sums all of them and writes the same.
             tl.debug_barrier()
             for start in range(0, num_ids, IDS_BLOCK):
                 k = start + slots
                 chosen = tl.load(ids + k, mask=k < num_ids, other=-1)
                 log_q = tl.load(logprobs + k, mask=k < num_ids, other=0.0)
-                g = tl.exp(log_q)
-                if D_ENTROPY:
-                    g = tl.where(g == 0.0, 0.0, g * (c0 + c1 * log_q))
-                else:
-                    g *= c0
+                g = slope_of(log_q, c0, c1, D_ENTROPY)
                 for j in range(0, num_ids):
                     g += tl.where(chosen == tl.load(ids + j), tl.load(d_logprobs + j), 0.0)
-                if SOFTCAP:
-                    bend = ((log_q + rest) / inv_temperature + shift) / softcap
+                if TRANSFORM == CAPPED:
+                    bend = ((log_q + norm[2]) / inv_temperature + norm[1]) / softcap
                     g *= 1.0 - bend * bend
                 tl.store(dz + chosen, (g * outer).to(dz.dtype.element_ty), mask=chosen >= 0)
 
@@ -135,15 +164,66 @@ def log1m(u):
 
 
 @triton.jit
+def race_block(
+    best, winner, side, slots, mask_slots, vocab, key, counter, numbers, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The earliest arrival, and its column, so far and among the four columns of each of ``slots``, which are in groups of 128."""
+    row, bias, scale, softcap = side
+    draw, low_row, high_row = counter
+    reference, log2_factor, inv_temperature_64, scale_64, softcap_64 = numbers
+    high = tl.philox(key, slots, low_row, draw, high_row)
+    some = tl.zeros([BLOCK], dtype=tl.int32)
+    candidates = ()
+    for w in tl.static_range(4):
+        columns = slots // 128 * 512 + w * 128 + slots % 128
+        mask = None if mask_slots is None else columns < vocab
+        z = load_logits(row, bias, columns, mask, scale, softcap, TRANSFORM)
+        x = (z - reference) * log2_factor
+        u = ((high[w] >> 8).to(tl.float32) + 4.5e-13) * 5.9604645e-08
+        # x is off by as much as logits are rounded.
+        margin = 2e-3 + 1e-6 * (tl.abs(z) + tl.abs(reference) + softcap) * log2_factor
+        candidate = (x > float("-inf")) & ((x - fast_log2(u)) + margin > (best * LOG2E).to(tl.float32))
+        some |= candidate.to(tl.int32)
+        candidates += (candidate,)
+    if tl.max(some, 0) > 0:
+        low = tl.philox(key, slots, low_row, draw, high_row + 1)
+        earliest = tl.full([BLOCK], float("-inf"), dtype=tl.float64)
+        at = tl.zeros([BLOCK], dtype=tl.int32)
+        for w in tl.static_range(4):
+            columns = slots // 128 * 512 + w * 128 + slots % 128
+            exact = tl.load(row + columns, mask=candidates[w], other=0.0).to(tl.float64)
+            if bias is not None:
+                exact += tl.load(bias + columns, mask=candidates[w], other=0.0).to(tl.float64)
+            exact *= scale_64
+            if TRANSFORM == CAPPED:
+                e = tl.exp(-2.0 * tl.abs(exact / softcap_64))
+                t = (1.0 - e) / (1.0 + e)
+                exact = softcap_64 * tl.where(exact < 0.0, -t, t)
+            uniform = high[w].to(tl.float64) * 2.3283064365386963e-10 + (low[w].to(tl.float64) + 0.5) * 5.421010862427522e-20
+            time = (exact - reference.to(tl.float64)) * inv_temperature_64 - tl.log(-log1m(uniform))
+            time = tl.where(candidates[w], time, float("-inf"))
+            at = tl.where(time > earliest, columns, at)
+            earliest = tl.maximum(earliest, time)
+        first = tl.max(earliest, 0)
+        column = tl.min(tl.where(earliest == first, at, vocab), 0)
+        ahead = (first > best) | ((first == best) & (column < winner))
+        winner = tl.where(ahead, column, winner)
+        best = tl.where(ahead, first, best)
+    return best, winner
+
+
+@triton.jit(do_not_specialize=["first_row", "num_draws"])
 def sample_rows_kernel(
     logits,  # [C, V]
-    bias,  # [V] float32
+    bias,  # [V] float32, or None
     top, log_sum,  # [C] float32
     seed,  # [] int64
     numbers,  # [3] float64: 1 / T, scale, softcap
     draws,  # [C, S] int32
-    logits_stride, vocab, num_draws, first_row, inv_temperature, scale, softcap,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    logits_stride, vocab, num_draws, first_row,
+    log2_factor,  # 1 / T, in units of log 2
+    scale, softcap,
+    TRANSFORM: tl.constexpr,
     BLOCK: tl.constexpr,  # counters at a time, for 4 * BLOCK columns; a multiple of 128
 ):  # fmt: skip
     """One draw of one row: see csrc/philox.h for the numbers, and csrc/cpu/heads.cpp for the race.
@@ -154,124 +234,124 @@ def sample_rows_kernel(
     # Of one dimension: a grid's others end at 65535.
     row = (tl.program_id(0) // num_draws).to(tl.int64)
     draw = tl.program_id(0) % num_draws
-    logits += row * logits_stride
+    side = (logits + row * logits_stride, bias, scale, softcap)
     number = row + first_row
     key = tl.load(seed)
-    inv_temperature_64 = tl.load(numbers)
-    scale_64 = tl.load(numbers + 1)
-    softcap_64 = tl.load(numbers + 2)
+    exact = (tl.load(top + row), log2_factor, tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2))
     offsets = tl.arange(0, BLOCK)
     same = tl.zeros([BLOCK], dtype=tl.int32)
     low_row = (number & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True) + same
     high_row = ((number >> 32) * 2).to(tl.int32) + same
-    reference = tl.load(top + row)
+    counter = (draw + same, low_row, high_row)
     best = tl.full([], float("-inf"), dtype=tl.float64)
     winner = tl.full([], -1, dtype=tl.int32)
-    for start in range(0, (vocab + 511) // 512 * 128, BLOCK):
-        slots = start + offsets
-        high = tl.philox(key, slots, low_row, draw + same, high_row)
-        for w in tl.static_range(4):
-            columns = slots // 128 * 512 + w * 128 + slots % 128
-            mask = columns < vocab
-            z = load_logits(logits, bias, columns, mask, scale, softcap, BIAS, SOFTCAP)
-            x = (z - reference) * inv_temperature
-            u = ((high[w] >> 8).to(tl.float32) + 4.5e-13) * 5.9604645e-08
-            reach = x - tl.log(u)
-            floor = best.to(tl.float32)
-            # x is off by as much as logits are rounded.
-            margin = 1e-3 + 1e-6 * (tl.abs(z) + tl.abs(reference) + softcap) * inv_temperature
-            candidate = mask & (x > float("-inf")) & (reach + margin > floor)
-            if tl.max(candidate.to(tl.int32), 0) > 0:
-                low = tl.philox(key, slots, low_row, draw + same, high_row + 1)
-                exact = tl.load(logits + columns, mask=candidate, other=0.0).to(tl.float64)
-                if BIAS:
-                    exact += tl.load(bias + columns, mask=candidate, other=0.0).to(tl.float64)
-                exact *= scale_64
-                if SOFTCAP:
-                    e = tl.exp(-2.0 * tl.abs(exact / softcap_64))
-                    t = (1.0 - e) / (1.0 + e)
-                    exact = softcap_64 * tl.where(exact < 0.0, -t, t)
-                uniform = high[w].to(tl.float64) * 2.3283064365386963e-10 + (low[w].to(tl.float64) + 0.5) * 5.421010862427522e-20
-                time = (exact - reference.to(tl.float64)) * inv_temperature_64 - tl.log(-log1m(uniform))
-                time = tl.where(candidate, time, float("-inf"))
-                first = tl.max(time, 0)
-                column = tl.min(tl.where(time == first, columns, vocab), 0)
-                ahead = (first > best) | ((first == best) & (column < winner))
-                winner = tl.where(ahead, column, winner)
-                best = tl.where(ahead, first, best)
+    whole = vocab // (4 * BLOCK) * BLOCK
+    for start in range(0, whole, BLOCK):
+        best, winner = race_block(best, winner, side, start + offsets, None, vocab, key, counter, exact, TRANSFORM, BLOCK)
+    if whole * 4 < vocab:
+        best, winner = race_block(best, winner, side, whole + offsets, True, vocab, key, counter, exact, TRANSFORM, BLOCK)
     total = tl.load(log_sum + row)
     tl.store(draws + row * num_draws + draw, tl.where(total - total == 0.0, winner, -1))
 
 
 @triton.jit
+def load_block(row, columns, mask, other):
+    if mask is None:
+        return tl.load(row + columns).to(tl.float32)
+    else:
+        return tl.load(row + columns, mask=mask, other=other).to(tl.float32)
+
+
+@triton.jit
+def softmax_of(x, top, log_sum, factor, log2_factor, LOGARITHM: tl.constexpr):
+    """Softmax or its logarithm, from a row's largest logit and its log-sum from there, in units of log 2 or natural ones."""
+    if LOGARITHM:
+        return tl.fma(x - top, factor, -log_sum)
+    else:
+        return tl.exp2(tl.fma(x - top, log2_factor, -log_sum))
+
+
+@triton.jit
 def softmax_rows_kernel(
     x, out,  # [C, V]; out may be x
-    x_stride, out_stride, vocab, inv_temperature,
+    x_stride, out_stride, vocab,
+    factor, log2_factor,  # 1 / T, and in units of log 2
     LOGARITHM: tl.constexpr,
-    ONE_READ: tl.constexpr,  # BLOCK holds a row
-    BLOCK: tl.constexpr,
+    ONE_READ: tl.constexpr,  # a block holds a row
+    R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     out += row * out_stride
-    offsets = tl.arange(0, BLOCK)
     if ONE_READ:
-        mask = offsets < vocab
-        v = tl.load(x + offsets, mask=mask, other=float("-inf")).to(tl.float32)
-        v = (v - tl.max(v, 0)) * inv_temperature
-        e = tl.exp(v)
+        columns = tl.arange(0, R * W)
+        mask = columns < vocab
+        v = load_block(x, columns, mask, float("-inf"))
+        top = tl.max(v, 0)
+        distance = v - top
+        e = tl.exp2(distance * log2_factor)
         total = tl.sum(e, 0)
-        y = v - tl.log(total) if LOGARITHM else e / total
-        tl.store(out + offsets, y.to(out.dtype.element_ty), mask=mask)
+        y = tl.fma(distance, factor, tl.log2(total) * -LN2) if LOGARITHM else e * (1.0 / total)
+        tl.store(out + columns, y.to(out.dtype.element_ty), mask=mask)
     else:
-        top = float("-inf")
-        total = 0.0
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            v = tl.load(x + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-            top, total = merge(top, total, v, inv_temperature)
-        rest = tl.log(total)
-        per_total = 1.0 / total
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            mask = columns < vocab
-            v = (tl.load(x + columns, mask=mask, other=float("-inf")).to(tl.float32) - top) * inv_temperature
-            y = v - rest if LOGARITHM else tl.exp(v) * per_total
-            tl.store(out + columns, y.to(out.dtype.element_ty), mask=mask)
+        top, log_sum, _ = row_statistics((x, None, 1.0, 0.0), log2_factor, vocab, 0, False, R, W)
+        if LOGARITHM:
+            log_sum *= LN2
+        offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+        whole = vocab // (R * W) * (R * W)
+        for start in range(0, whole, R * W):
+            y = softmax_of(load_block(x, start + offsets, None, 0.0), top, log_sum, factor, log2_factor, LOGARITHM)
+            tl.store(out + start + offsets, y.to(out.dtype.element_ty))
+        if whole < vocab:
+            mask = whole + offsets < vocab
+            y = softmax_of(load_block(x, whole + offsets, mask, 0.0), top, log_sum, factor, log2_factor, LOGARITHM)
+            tl.store(out + whole + offsets, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_of(p, d, total, inv_temperature, LOGARITHM: tl.constexpr):
+    if LOGARITHM:
+        return (d - tl.exp2(p * LOG2E) * total) * inv_temperature
+    else:
+        return p * (d - total) * inv_temperature
 
 
 @triton.jit
 def softmax_gradient_rows_kernel(
     y, dy, out,  # [C, V]; out may be one of the others
     y_stride, dy_stride, out_stride, vocab, inv_temperature,
-    LOGARITHM: tl.constexpr, ONE_READ: tl.constexpr, BLOCK: tl.constexpr,
+    LOGARITHM: tl.constexpr, ONE_READ: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y += row * y_stride
     dy += row * dy_stride
     out += row * out_stride
-    offsets = tl.arange(0, BLOCK)
     if ONE_READ:
-        mask = offsets < vocab
-        p = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
-        d = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
-        g = d - tl.exp(p) * tl.sum(d, 0) if LOGARITHM else p * (d - tl.sum(p * d, 0))
-        tl.store(out + offsets, (g * inv_temperature).to(out.dtype.element_ty), mask=mask)
+        columns = tl.arange(0, R * W)
+        mask = columns < vocab
+        p = load_block(y, columns, mask, 0.0)
+        d = load_block(dy, columns, mask, 0.0)
+        total = tl.sum(d, 0) if LOGARITHM else tl.sum(p * d, 0)
+        tl.store(out + columns, gradient_of(p, d, total, inv_temperature, LOGARITHM).to(out.dtype.element_ty), mask=mask)
     else:
-        parts = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            mask = columns < vocab
-            d = tl.load(dy + columns, mask=mask, other=0.0).to(tl.float32)
-            if LOGARITHM:
-                parts += d
-            else:
-                parts += d * tl.load(y + columns, mask=mask, other=0.0).to(tl.float32)
+        offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+        whole = vocab // (R * W) * (R * W)
+        parts = tl.zeros([W], dtype=tl.float32)
+        for start in range(0, whole, R * W):
+            d = load_block(dy, start + offsets, None, 0.0)
+            parts += tl.sum(d if LOGARITHM else d * load_block(y, start + offsets, None, 0.0), 0)
+        if whole < vocab:
+            mask = whole + offsets < vocab
+            d = load_block(dy, whole + offsets, mask, 0.0)
+            parts += tl.sum(d if LOGARITHM else d * load_block(y, whole + offsets, mask, 0.0), 0)
         total = tl.sum(parts, 0)
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            mask = columns < vocab
-            p = tl.load(y + columns, mask=mask, other=0.0).to(tl.float32)
-            d = tl.load(dy + columns, mask=mask, other=0.0).to(tl.float32)
-            g = d - tl.exp(p) * total if LOGARITHM else p * (d - total)
-            tl.store(out + columns, (g * inv_temperature).to(out.dtype.element_ty), mask=mask)
+        for start in range(0, whole, R * W):
+            p = load_block(y, start + offsets, None, 0.0)
+            d = load_block(dy, start + offsets, None, 0.0)
+            tl.store(out + start + offsets, gradient_of(p, d, total, inv_temperature, LOGARITHM).to(out.dtype.element_ty))
+        if whole < vocab:
+            mask = whole + offsets < vocab
+            p = load_block(y, whole + offsets, mask, 0.0)
+            d = load_block(dy, whole + offsets, mask, 0.0)
+            g = gradient_of(p, d, total, inv_temperature, LOGARITHM)
+            tl.store(out + whole + offsets, g.to(out.dtype.element_ty), mask=mask)

@@ -1,7 +1,10 @@
-"""The row kernel: one program owns a row pair and sweeps over it in blocks of columns, up to three times.
+"""The row kernel: one program owns a row pair and sweeps over it in blocks of columns, once for each stage.
 
-Sweep 1 finds the log-sum-exps, sweep 2 the sums of value and slope, sweep 3 writes the gradient. Where the slope sum is known
-beforehand (ForwardKL, LogitMSE) and the gradient is wanted, sweep 2 is skipped and sweep 3 sums the value.
+NORMALISERS finds the log-sum-exps, SUMS the sums of a divergence's columns, GRADIENT writes the gradient. A stage reads from the state
+what an earlier launch has left there. Where the coefficient is known beforehand (ForwardKL, LogitMSE), SUMS and GRADIENT are one sweep.
+
+A block is [R, W], W being 8 columns a thread: what is reduced along R stays within a thread, so that no sweep has a barrier but for
+writing in place. Whole blocks are read without masks; the remaining columns are one masked block.
 """
 
 from __future__ import annotations
@@ -9,215 +12,409 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .divergences import expm1
+from .arithmetic import LN2, LOG2E, LOWEST, NEGLIGIBLE, at_least
 
 SOFTMAX = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 NONE = tl.constexpr(2)
 
+SCALED = tl.constexpr(1)
+CAPPED = tl.constexpr(2)
+
+NO_COLUMN = tl.constexpr(2**31 - 1)
+
 
 @triton.jit
-def transformed(z, scale, softcap, SOFTCAP: tl.constexpr):
-    """``softcap * tanh(z * scale / softcap)``; tanh by expm1, so that small logits keep their digits."""
-    z = z * scale
-    if SOFTCAP:
-        e = expm1(-2.0 * tl.abs(z / softcap))
-        t = -e / (e + 2.0)
-        z = softcap * tl.where(z < 0.0, -t, t)
+def transformed(z, scale, softcap, TRANSFORM: tl.constexpr):
+    """``z``, ``z * scale``, or ``softcap * tanh(z * scale / softcap)``; tanh so that small logits keep their digits.
+
+    No product may be contracted into the difference from the largest, which must be exact for a small T: none ends in a product.
+    """
+    if TRANSFORM == SCALED:
+        z = tl.fma(z, scale, 0.0)
+    if TRANSFORM == CAPPED:
+        z = z * scale
+        x = tl.abs(z / softcap)
+        e = tl.exp2(x * (-2.0 * LOG2E))
+        square = x * x
+        series = x * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * (-0.053968254 + square * 0.021869488))))
+        t = tl.where(x < 0.2, series, (1.0 - e) / (1.0 + e))
+        size = softcap * t
+        z = tl.where(z < 0.0, -size, size)
     return z
 
 
 @triton.jit
-def load_logits(row, bias, columns, mask, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """A block of logits in float32; -inf beyond the vocabulary."""
-    z = tl.load(row + columns, mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
-        z += tl.load(bias + columns, mask=mask, other=0.0)
-    return tl.where(mask, transformed(z, scale, softcap, SOFTCAP), float("-inf"))
+def load_logits(row, bias, columns, mask, scale, softcap, TRANSFORM: tl.constexpr):
+    """A block of logits in float32; -inf where ``mask``, which may be None, is false."""
+    if mask is None:
+        z = tl.load(row + columns).to(tl.float32)
+        if bias is not None:
+            z += tl.load(bias + columns)
+        return transformed(z, scale, softcap, TRANSFORM)
+    else:
+        z = tl.load(row + columns, mask=mask, other=float("-inf")).to(tl.float32)
+        if bias is not None:
+            z += tl.load(bias + columns, mask=mask, other=0.0)
+        if TRANSFORM == 0:
+            return z
+        else:
+            return tl.where(mask, transformed(z, scale, softcap, TRANSFORM), float("-inf"))
 
 
 @triton.jit
-def merge(top, total, z, inv_temperature):
-    """Online softmax: (max, sum of exp((z - max) / T)) so far, and one more block."""
-    new = tl.maximum(top, tl.max(z, 0))
-    reference = tl.where(new == float("-inf"), 0.0, new)
-    total = total * tl.exp((top - reference) * inv_temperature) + tl.sum(tl.exp((z - reference) * inv_temperature), 0)
-    return new, total
+def load_pair(student, teacher, columns, mask, TRANSFORMS: tl.constexpr):
+    """Both sides' logits of a block of columns. A side is ``(row, bias, scale, softcap)``."""
+    z = load_logits(student[0], student[1], columns, mask, student[2], student[3], TRANSFORMS[0])
+    y = load_logits(teacher[0], teacher[1], columns, mask, teacher[2], teacher[3], TRANSFORMS[1])
+    return z, y
 
 
 @triton.jit
+def moved_sum(total, top, new, z, factor):
+    """``total``, a sum of ``2 ** ((z - top) * factor)``, from ``new`` instead of ``top``, and with the block ``z``: [W], [R, W]."""
+    return total * tl.exp2((top - new) * factor) + tl.sum(tl.exp2((z - new[None, :]) * factor), 0)
+
+
+@triton.jit
+def joined(top, total, factor):
+    """The largest logit of a row and ``log2`` of its sum, from those of its lanes [W]."""
+    largest = tl.max(top, 0)
+    return largest, tl.log2(tl.sum(total * tl.exp2((top - largest) * factor), 0))
+
+
+@triton.jit
+def normalise_block(found, student, teacher, factors, columns, mask, TRANSFORMS: tl.constexpr, CE: tl.constexpr):
+    top_s, sum_s, top_t, sum_t, sum_ce = found
+    z, y = load_pair(student, teacher, columns, mask, TRANSFORMS)
+    new_s = tl.maximum(top_s, tl.max(z, 0))
+    new_t = tl.maximum(top_t, tl.max(y, 0))
+    sum_s = moved_sum(sum_s, top_s, new_s, z, factors[0])
+    sum_t = moved_sum(sum_t, top_t, new_t, y, factors[1])
+    if CE:
+        sum_ce = moved_sum(sum_ce, top_s, new_s, z, factors[2])
+    return new_s, sum_s, new_t, sum_t, sum_ce
+
+
+@triton.jit
+def normalisers(
+    student, teacher, factors, vocab, TRANSFORMS: tl.constexpr, CE: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """Largest logits and base-2 logarithms of the sums from there: of the student, the teacher, and the student at T = 1."""
+    offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    whole = vocab // (R * W) * (R * W)
+    lowest = tl.full([W], LOWEST, tl.float32)  # finite, so that a lane without a logit above -inf has the sum 0
+    zero = tl.zeros([W], tl.float32)
+    found = (lowest, zero, lowest, zero, zero)
+    for start in range(0, whole, R * W):
+        found = normalise_block(found, student, teacher, factors, start + offsets, None, TRANSFORMS, CE)
+    if whole < vocab:
+        found = normalise_block(found, student, teacher, factors, whole + offsets, whole + offsets < vocab, TRANSFORMS, CE)
+    top_s, sum_s, top_t, sum_t, sum_ce = found
+    largest_s, log_s = joined(top_s, sum_s, factors[0])
+    largest_t, log_t = joined(top_t, sum_t, factors[1])
+    log_ce = 0.0
+    if CE:
+        _, log_ce = joined(top_s, sum_ce, factors[2])
+    return largest_s, log_s, largest_t, log_t, log_ce
+
+
+@triton.jit
+def mean_block(found, student, teacher, columns, mask, TRANSFORMS: tl.constexpr):
+    z, y = load_pair(student, teacher, columns, mask, TRANSFORMS)
+    skipped = (z == float("-inf")) & (y == float("-inf"))
+    return (
+        found[0] + tl.sum(tl.where(skipped, 0.0, z), 0),
+        found[1] + tl.sum(tl.where(skipped, 0.0, y), 0),
+        found[2] + tl.sum(tl.where(skipped, 0.0, 1.0), 0),
+    )
+
+
+@triton.jit
+def means(student, teacher, vocab, TRANSFORMS: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """Mean logits of both sides, without the columns that are -inf on both."""
+    offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    whole = vocab // (R * W) * (R * W)
+    zero = tl.zeros([W], tl.float32)
+    found = (zero, zero, zero)
+    for start in range(0, whole, R * W):
+        found = mean_block(found, student, teacher, start + offsets, None, TRANSFORMS)
+    if whole < vocab:
+        found = mean_block(found, student, teacher, whole + offsets, whole + offsets < vocab, TRANSFORMS)
+    count = tl.maximum(tl.sum(found[2], 0), 1.0)
+    return tl.sum(found[0], 0) / count, tl.sum(found[1], 0) / count
+
+
+@triton.jit
+def logarithm(z, norm, factor):
+    """What a divergence takes of a logit: ``log2 q``, or the logit over T less its row's mean.
+
+    Largest and log-sum are subtracted one after the other: their sum would be rounded to the step of the largest, which moves every
+    probability where logits are in the thousands.
+    """
+    return tl.fma(z - norm[0], factor, -norm[1])
+
+
+@triton.jit
+def added(sums, columns, mask):
+    """Sums of lanes [W], with those of a block: columns that are not the row's may be NaN, and count for nothing."""
+    out = ()
+    for i in tl.static_range(len(sums)):
+        column = columns[i] if mask is None else tl.where(mask, columns[i], 0.0)
+        out += (sums[i] + tl.sum(column, 0),)
+    return out
+
+
+@triton.jit
+def entropy_terms(log_q):
+    return (tl.exp2(log_q) * at_least(log_q, NEGLIGIBLE)) * -LN2
+
+
+@triton.jit
+def sum_block(
+    sums, stats, student, teacher, norms, factors, softmaxes, columns, mask, a, b,
+    TERMS: tl.constexpr, TRANSFORMS: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    z, y = load_pair(student, teacher, columns, mask, TRANSFORMS)
+    _q, _slope, terms = TERMS(logarithm(z, norms[0], factors[0]), logarithm(y, norms[1], factors[1]), a, b)
+    sums = added(sums, terms, mask)
+    if STATS:
+        entropies = (
+            entropy_terms(logarithm(z, softmaxes[0], softmaxes[2])),
+            entropy_terms(logarithm(y, softmaxes[1], softmaxes[3])),
+        )
+        best_s = tl.minimum(stats[2], tl.min(tl.where(z == softmaxes[0][0], columns, NO_COLUMN), 0))
+        best_t = tl.minimum(stats[3], tl.min(tl.where(y == softmaxes[1][0], columns, NO_COLUMN), 0))
+        entropies = added((stats[0], stats[1]), entropies, mask)
+        stats = (entropies[0], entropies[1], best_s, best_t)
+    return sums, stats
+
+
+@triton.jit
+def row_sums(
+    student, teacher, norms, factors, softmaxes, vocab, a, b,
+    TERMS: tl.constexpr, NUM_SUMS: tl.constexpr, TRANSFORMS: tl.constexpr, STATS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Sums of a divergence's columns; entropies of both sides, and whether their largest logits are in one column."""
+    offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    whole = vocab // (R * W) * (R * W)
+    zero = tl.zeros([W], tl.float32)
+    none = tl.full([W], NO_COLUMN, tl.int32)
+    sums = (zero,) * NUM_SUMS
+    stats = (zero, zero, none, none)
+    for start in range(0, whole, R * W):
+        sums, stats = sum_block(
+            sums, stats, student, teacher, norms, factors, softmaxes, start + offsets, None, a, b, TERMS, TRANSFORMS, STATS
+        )
+    if whole < vocab:
+        columns = whole + offsets
+        sums, stats = sum_block(
+            sums, stats, student, teacher, norms, factors, softmaxes, columns, columns < vocab, a, b, TERMS, TRANSFORMS, STATS
+        )
+    agreement = 0.0
+    if STATS:
+        agreement = tl.where(tl.min(stats[2], 0) == tl.min(stats[3], 0), 1.0, 0.0)
+    return totals(sums), (tl.sum(stats[0], 0), tl.sum(stats[1], 0), agreement)
+
+
+@triton.jit
+def totals(sums):
+    out = ()
+    for i in tl.static_range(len(sums)):
+        out += (tl.sum(sums[i], 0),)
+    return out
+
+
+@triton.jit
+def gradient_block(
+    sums, dz, student, teacher, norms, factors, one, scales, columns, mask, a, b,
+    TERMS: tl.constexpr, SLOPE: tl.constexpr, TRANSFORMS: tl.constexpr,
+    KD: tl.constexpr, CE: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Write a block of the gradient.
+
+    Args:
+        one: the student's normaliser at T = 1, its factor, and the label.
+        scales: of slopes, of cross-entropy, of both; and the coefficient.
+    """
+    z, y = load_pair(student, teacher, columns, mask, TRANSFORMS)
+    if KD:
+        log_q = logarithm(z, norms[0], factors[0])
+        log_p = logarithm(y, norms[1], factors[1])
+        if SUM or SLOPE is None:
+            q, slope, terms = TERMS(log_q, log_p, a, b)
+        if SUM:
+            sums = added(sums, terms, mask)
+        g = (slope - q * scales[3]) * scales[0] if SLOPE is None else SLOPE(log_q, log_p, scales[3], scales[0], a, b)
+    else:
+        g = tl.zeros_like(z)
+    if CE:
+        g += scales[1] * (tl.exp2(logarithm(z, one[0], one[1])) - tl.where(columns == one[2], 1.0, 0.0))
+        g *= scales[2]
+    if TRANSFORMS[0] == CAPPED:
+        bend = z / student[3]
+        g *= 1.0 - bend * bend
+    # dz may be narrower than the logits it lies over: the other warps must have read theirs first.
+    tl.debug_barrier()
+    tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=mask)
+    return sums
+
+
+@triton.jit
+def write_gradient(
+    dz, student, teacher, norms, factors, one, scales, vocab, a, b,
+    TERMS: tl.constexpr, SLOPE: tl.constexpr, NUM_SUMS: tl.constexpr, TRANSFORMS: tl.constexpr,
+    KD: tl.constexpr, CE: tl.constexpr, SUM: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient; with SUM the sums of the divergence's columns too."""
+    offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    whole = vocab // (R * W) * (R * W)
+    sums = (tl.zeros([W], tl.float32),) * NUM_SUMS
+    for start in range(0, whole, R * W):
+        sums = gradient_block(
+            sums, dz, student, teacher, norms, factors, one, scales, start + offsets, None, a, b,
+            TERMS, SLOPE, TRANSFORMS, KD, CE, SUM,
+        )  # fmt: skip
+    if whole < vocab:
+        sums = gradient_block(
+            sums, dz, student, teacher, norms, factors, one, scales, whole + offsets, whole + offsets < vocab, a, b,
+            TERMS, SLOPE, TRANSFORMS, KD, CE, SUM,
+        )  # fmt: skip
+    return totals(sums)
+
+
+@triton.jit
+def find_normalisers(
+    student, teacher, factors, vocab,
+    NORMALIZER: tl.constexpr, TRANSFORMS: tl.constexpr, CE: tl.constexpr, STATS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Normalisers of both sides, of the student at T = 1, and for entropies: of both softmaxes, with the factors."""
+    one = (0.0, 0.0)
+    softmaxes = (one, one, 0.0, 0.0)
+    if NORMALIZER == SOFTMAX or CE or STATS:
+        if NORMALIZER != SOFTMAX:
+            factors = (factors[0] * LOG2E, factors[1] * LOG2E, factors[2])
+        largest_s, log_s, largest_t, log_t, log_one = normalisers(student, teacher, factors, vocab, TRANSFORMS, CE, R, W)
+        one = (largest_s, log_one)
+        softmaxes = ((largest_s, log_s), (largest_t, log_t), factors[0], factors[1])
+    norms = ((0.0, 0.0), (0.0, 0.0))
+    if NORMALIZER == SOFTMAX:
+        norms = (softmaxes[0], softmaxes[1])
+    if NORMALIZER == MEAN:
+        mean_s, mean_t = means(student, teacher, vocab, TRANSFORMS, R, W)
+        norms = ((mean_s, 0.0), (mean_t, 0.0))
+    return norms, one, softmaxes
+
+
+@triton.jit
+def save_normalisers(state, stride, norms, one):
+    tl.store(state, norms[0][0])
+    tl.store(state + stride, norms[0][1])
+    tl.store(state + 2 * stride, norms[1][0])
+    tl.store(state + 3 * stride, norms[1][1])
+    tl.store(state + 5 * stride, one[0])
+    tl.store(state + 6 * stride, one[1])
+
+
+@triton.jit
+def load_normalisers(state, stride, CE: tl.constexpr):
+    """Normalisers of both sides, and of the student at T = 1, as an earlier launch has left them."""
+    student = (tl.load(state), tl.load(state + stride))
+    teacher = (tl.load(state + 2 * stride), tl.load(state + 3 * stride))
+    one = (0.0, 0.0)
+    if CE:
+        one = (tl.load(state + 5 * stride), tl.load(state + 6 * stride))
+    return (student, teacher), one
+
+
+@triton.jit
+def save_statistics(stats, stride, value, cross_entropy, more):
+    tl.store(stats, value)
+    tl.store(stats + stride, cross_entropy)
+    tl.store(stats + 2 * stride, more[0])
+    tl.store(stats + 3 * stride, more[1])
+    tl.store(stats + 4 * stride, more[2])
+
+
+@triton.jit(do_not_specialize=["state_stride", "stats_stride"])
 def kd_rows_kernel(
     student, teacher,  # [C, V] logits
-    student_bias, teacher_bias,  # [V] float32
-    labels,  # [C] int64
-    weight,  # [C] float32
-    state,  # [7, C] float32: see problem.STATE
-    loss,  # [C] float32
-    stats,  # [5, C] float32: see problem.STATS
-    dz,  # [C, V]; may start where student's row starts, in a type no wider
+    student_bias, teacher_bias,  # [V] float32, or None
+    labels,  # [C] int64, or None
+    weight,  # [C] float32, or None
+    state,  # [7, C] float32: see problem.STATE; the normalisers are in logits, log-sums in units of log 2
+    loss,  # [C] float32, or None
+    stats,  # [5, C] float32: see problem.STATS; or None
+    dz,  # [C, V], or None; may start where student's row starts, in a type no wider
     student_stride, teacher_stride, dz_stride, state_stride, stats_stride, vocab,
-    a, b, inv_temperature, value_scale, slope_scale, ce_weight,
+    a, b,
+    student_factor, teacher_factor,  # from a logit to what a divergence takes: over T, in units of log 2
+    one_factor, one_scale,  # from the student's logit to that at T = 1, in units of log 2, and in natural ones
+    value_scale, slope_scale, ce_weight,
     student_scale, student_softcap, teacher_scale, teacher_softcap, dz_scale,
-    DIVERGENCE: tl.constexpr, NORMALIZER: tl.constexpr,
-    SLOPE_SUM: tl.constexpr,  # the number, or None
-    SLOPE_JUMPS: tl.constexpr,  # then backward sums the very slopes that it writes
-    STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
-    CE: tl.constexpr, WEIGHT: tl.constexpr, STATISTICS: tl.constexpr, STATS: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TERMS: tl.constexpr, FINISH: tl.constexpr, SLOPE: tl.constexpr, NUM_SUMS: tl.constexpr,  # see divergences.Functions
+    NORMALIZER: tl.constexpr,
+    COEFFICIENT: tl.constexpr,  # the number, or None where it takes the sums
+    SLOPE_JUMPS: tl.constexpr,  # then a gradient without SUMS sums the very slopes that it writes
+    STUDENT_TRANSFORM: tl.constexpr, TEACHER_TRANSFORM: tl.constexpr,  # 0, SCALED or CAPPED
+    KD: tl.constexpr,  # the divergence has a weight
+    NORMALISERS: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
+    TRANSFORMS: tl.constexpr = (STUDENT_TRANSFORM, TEACHER_TRANSFORM)
+    CE: tl.constexpr = labels is not None
+    STATS: tl.constexpr = SUMS and stats is not None
+    SUM_IN_GRADIENT: tl.constexpr = SUMS and GRADIENT and KD and COEFFICIENT is not None and not STATS
+    student_side = (student + row * student_stride, student_bias, student_scale, student_softcap)
+    teacher_side = (teacher + row * teacher_stride, teacher_bias, teacher_scale, teacher_softcap)
+    factors = (student_factor, teacher_factor, one_factor)
     state += row
-    infinity = float("inf")
-    w = 1.0
-    if WEIGHT:
-        w = tl.load(weight + row)
-    label = -1
-    if CE:
-        label = tl.load(labels + row)
-    offsets = tl.arange(0, BLOCK)
+    w = 1.0 if weight is None else tl.load(weight + row)
+    label = tl.load(labels + row) if CE else -1
 
-    # Sweep 2 is also where the entropies are summed.
-    SWEEP_VALUES: tl.constexpr = (STATISTICS and (STATS or SLOPE_SUM is None or not GRADIENT)) or (SLOPE_JUMPS and not STATISTICS)
-    # log q = (z - shift) / T - rest, see problem.STATE. No product may be contracted into the difference: load_logits ends in a select.
-    shift_s = 0.0
-    rest_s = 0.0
-    shift_t = 0.0
-    rest_t = 0.0
-    top_ce = 0.0
-    rest_ce = 0.0
-    slope_sum = 0.0
-    divergence = 0.0
-    target = 0.0
-    if STATISTICS:
-        top_s = -infinity
-        sum_s = 0.0
-        top_t = -infinity
-        sum_t = 0.0
-        if CE:
-            top_ce = -infinity
-        sum_ce = 0.0
-        mean_s = tl.zeros([BLOCK], dtype=tl.float32)
-        mean_t = tl.zeros([BLOCK], dtype=tl.float32)
-        kept = tl.zeros([BLOCK], dtype=tl.float32)
-        best_s = tl.full([], 0, dtype=tl.int32)
-        best_t = tl.full([], 0, dtype=tl.int32)
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            mask = columns < vocab
-            z = load_logits(student, student_bias, columns, mask, student_scale, student_softcap, STUDENT_BIAS, STUDENT_SOFTCAP)
-            y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
-            if STATS:
-                best_s = tl.where(tl.max(z, 0) > top_s, start + tl.argmax(z, 0), best_s)
-                best_t = tl.where(tl.max(y, 0) > top_t, start + tl.argmax(y, 0), best_t)
-            if NORMALIZER == SOFTMAX or STATS:
-                top_s, sum_s = merge(top_s, sum_s, z, inv_temperature)
-                top_t, sum_t = merge(top_t, sum_t, y, inv_temperature)
-            if NORMALIZER == MEAN:
-                both = (z == -infinity) & (y == -infinity)
-                mean_s += tl.where(both, 0.0, z)
-                mean_t += tl.where(both, 0.0, y)
-                kept += tl.where(both, 0.0, 1.0)
-            if CE:
-                top_ce, sum_ce = merge(top_ce, sum_ce, z, 1.0)
-        log_sum_s = tl.log(sum_s)
-        log_sum_t = tl.log(sum_t)
-        if NORMALIZER == SOFTMAX:
-            shift_s = top_s
-            rest_s = log_sum_s
-            shift_t = top_t
-            rest_t = log_sum_t
-        if NORMALIZER == MEAN:
-            size = tl.maximum(tl.sum(kept, 0), 1.0)
-            shift_s = tl.sum(mean_s, 0) / size
-            shift_t = tl.sum(mean_t, 0) / size
-        if CE:
-            rest_ce = tl.log(sum_ce)
-            target = tl.load(student + label).to(tl.float32)
-            if STUDENT_BIAS:
-                target += tl.load(student_bias + label)
-            target = transformed(target, student_scale, student_softcap, STUDENT_SOFTCAP)
+    if NORMALISERS:
+        norms, one, softmaxes = find_normalisers(student_side, teacher_side, factors, vocab, NORMALIZER, TRANSFORMS, CE, STATS, R, W)
+        save_normalisers(state, state_stride, norms, one)
     else:
-        shift_s = tl.load(state)
-        rest_s = tl.load(state + state_stride)
-        shift_t = tl.load(state + 2 * state_stride)
-        rest_t = tl.load(state + 3 * state_stride)
-        slope_sum = tl.load(state + 4 * state_stride)
-        if CE:
-            top_ce = tl.load(state + 5 * state_stride)
-            rest_ce = tl.load(state + 6 * state_stride)
+        norms, one = load_normalisers(state, state_stride, CE)
+        softmaxes = (norms[0], norms[1], student_factor, teacher_factor)
 
-    if SWEEP_VALUES:
-        values = tl.zeros([BLOCK], dtype=tl.float32)
-        slopes = tl.zeros([BLOCK], dtype=tl.float32)
-        entropy_s = tl.zeros([BLOCK], dtype=tl.float32)
-        entropy_t = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            mask = columns < vocab
-            z = load_logits(student, student_bias, columns, mask, student_scale, student_softcap, STUDENT_BIAS, STUDENT_SOFTCAP)
-            y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
-            _q, value, slope = DIVERGENCE((z - shift_s) * inv_temperature - rest_s, (y - shift_t) * inv_temperature - rest_t, a, b)
-            # Columns beyond the vocabulary are -inf on both sides, which contributes 0; NaN of a row with infinite or NaN
-            # normalisers must not come from there alone, so they are left out outright.
-            values += tl.where(mask, value, 0.0)
-            slopes += tl.where(mask, slope, 0.0)
+    value = 0.0
+    coefficient = 0.0
+    cross_entropy = float("nan")
+    if SUMS:
+        if CE:
+            target = load_logits(student_side[0], student_bias, label, None, student_scale, student_softcap, STUDENT_TRANSFORM)
+            cross_entropy = one[1] * LN2 - (target - one[0]) * one_scale
+        if STATS or (KD and not SUM_IN_GRADIENT):
+            sums, more = row_sums(
+                student_side, teacher_side, norms, factors, softmaxes, vocab, a, b, TERMS, NUM_SUMS, TRANSFORMS, STATS, R, W
+            )
+            value, coefficient = FINISH(sums, a, b)
             if STATS:
-                log_q = (z - top_s) * inv_temperature - log_sum_s
-                log_p = (y - top_t) * inv_temperature - log_sum_t
-                q = tl.exp(log_q)
-                p = tl.exp(log_p)
-                entropy_s -= tl.where(q == 0.0, 0.0, q * log_q)
-                entropy_t -= tl.where(p == 0.0, 0.0, p * log_p)
-        divergence = tl.sum(values, 0)
-        slope_sum = tl.sum(slopes, 0)
-        if STATS:
-            stats += row
-            tl.store(stats, divergence)
-            tl.store(stats + stats_stride, rest_ce - (target - top_ce) if CE else float("nan"))
-            tl.store(stats + 2 * stats_stride, tl.sum(entropy_s, 0))
-            tl.store(stats + 3 * stats_stride, tl.sum(entropy_t, 0))
-            tl.store(stats + 4 * stats_stride, tl.where(best_s == best_t, 1.0, 0.0))
-    if SLOPE_SUM is not None:
-        slope_sum = SLOPE_SUM + 0.0
+                save_statistics(stats + row, stats_stride, value, cross_entropy, more)
+        tl.store(state + 4 * state_stride, coefficient)
+    elif SLOPE_JUMPS and KD:
+        sums, _ = row_sums(student_side, teacher_side, norms, factors, softmaxes, vocab, a, b, TERMS, NUM_SUMS, TRANSFORMS, False, R, W)
+        _, coefficient = FINISH(sums, a, b)
+    else:
+        coefficient = tl.load(state + 4 * state_stride)
+    if COEFFICIENT is not None:
+        coefficient = COEFFICIENT + 0.0
 
     if GRADIENT:
-        values = tl.zeros([BLOCK], dtype=tl.float32)
-        dz += row * dz_stride
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            mask = columns < vocab
-            z = load_logits(student, student_bias, columns, mask, student_scale, student_softcap, STUDENT_BIAS, STUDENT_SOFTCAP)
-            y = load_logits(teacher, teacher_bias, columns, mask, teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_SOFTCAP)
-            q, value, slope = DIVERGENCE((z - shift_s) * inv_temperature - rest_s, (y - shift_t) * inv_temperature - rest_t, a, b)
-            if not SWEEP_VALUES:
-                values += tl.where(mask, value, 0.0)
-            if NORMALIZER == SOFTMAX:
-                slope = slope - q * slope_sum
-            g = tl.where(slope_scale == 0.0, 0.0, slope_scale * slope)
-            if CE:
-                g += ce_weight * (tl.exp((z - top_ce) - rest_ce) - tl.where(columns == label, 1.0, 0.0))
-            g *= student_scale
-            if STUDENT_SOFTCAP:
-                bend = z / student_softcap
-                g *= 1.0 - bend * bend
-            g *= w * dz_scale
-            # dz may be narrower than the logits it lies over: other warps must have read theirs first.
-            tl.debug_barrier()
-            tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=mask)
-        if not SWEEP_VALUES:
-            divergence = tl.sum(values, 0)
+        outer = student_scale * w * dz_scale
+        scales = (slope_scale if CE else slope_scale * outer, ce_weight, outer, coefficient)
+        sums = write_gradient(
+            dz + row * dz_stride, student_side, teacher_side, norms, factors, (one, one_factor, label), scales, vocab, a, b,
+            TERMS, SLOPE, NUM_SUMS, TRANSFORMS, KD, CE, SUM_IN_GRADIENT, R, W,
+        )  # fmt: skip
+        if SUM_IN_GRADIENT:
+            value, _ = FINISH(sums, a, b)
 
-    if STATISTICS:
-        tl.store(state, shift_s)
-        tl.store(state + state_stride, rest_s)
-        tl.store(state + 2 * state_stride, shift_t)
-        tl.store(state + 3 * state_stride, rest_t)
-        tl.store(state + 4 * state_stride, slope_sum)
-        tl.store(state + 5 * state_stride, top_ce)
-        tl.store(state + 6 * state_stride, rest_ce)
-        total = tl.where(value_scale == 0.0, 0.0, value_scale * divergence)
+    if SUMS:
+        total = value_scale * value if KD else 0.0
         if CE:
-            total += tl.where(ce_weight == 0.0, 0.0, ce_weight * (rest_ce - (target - top_ce)))
+            total += tl.where(ce_weight == 0.0, 0.0, ce_weight * cross_entropy)
         tl.store(loss + row, w * total)

@@ -4,37 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+AMD = torch.version.hip is not None
+LANES = 64 if AMD else 32
+"""Threads of a warp."""
+
+COLUMNS = 8
+"""Columns that a thread reads next to each other: 16 bytes of 16-bit logits. With fewer, Triton would spread a block's rows over warps,
+and reducing along them would take barriers."""
+
 
 @dataclass(frozen=True)
 class Launch:
-    """Columns per block, warps per program, and the compiler options that the kernels are measured with."""
+    """A block of ``rows`` times ``width`` columns, warps per program, and the compiler options that the kernels are measured with."""
 
-    block: int
+    rows: int
+    width: int
     num_warps: int
+    registers: int = 255
+
+    @property
+    def block(self) -> int:
+        """Columns per block."""
+        return self.rows * self.width
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Register limit and contraction to FMA, both stated outright.
+        """Register limit (NVIDIA's alone) and contraction to FMA, which is Triton's default up to 3.9 and no longer."""
+        options: dict[str, int | bool] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        if not AMD:
+            options["maxnreg"] = min(self.registers, 65536 // (LANES * self.num_warps))
+        return options
 
-        Left alone, ptxas spills a few registers to fit one more block on a multiprocessor; more rows in flight only push each
-        other's second read out of L2. Contraction is Triton's default up to 3.9 and no longer.
-        """
-        return {"num_warps": self.num_warps, "maxnreg": min(255, 65536 // (32 * self.num_warps)), "enable_fp_fusion": True}
 
-
-def choose(vocab: int) -> Launch:
+def choose(vocab: int, features: bool = False) -> Launch:
     """Sixteen columns a thread, at most 4096 a block.
 
-    Sixteen because a warp then reads 2 KB of float32 a side at a time, and because every divergence with every feature still
-    fits the registers of 256 threads (8192 columns on 512 threads spill, with 128 registers each).
+    Without features (bias, softcap, labels, statistics) every divergence fits into 128 registers, so that two programs of 256 threads
+    run on a multiprocessor: one computes while the other waits for memory. With features some would spill there.
     """
-    block = max(128, min(4096, 1 << (vocab - 1).bit_length()))
-    return Launch(block, max(1, min(8, block // 512)))
+    threads = LANES * max(1, min(256 // LANES, 1 << (-(-vocab // (16 * LANES)) - 1).bit_length()))
+    width = COLUMNS * threads
+    return Launch(1 if vocab <= width else 2, width, threads // LANES, 255 if features else 128)
 
 
 def choose_sample(vocab: int) -> Launch:
     """In counters, of which each is good for four columns: a block of 2048 columns keeps their float64 within the registers."""
-    return Launch(max(128, min(512, 1 << (-(-vocab // 4) - 1).bit_length())), 4)
+    return Launch(1, max(128, min(512, 1 << (-(-vocab // 4) - 1).bit_length())), 128 // LANES)
 
 
 ONE_READ = 32768
@@ -47,4 +64,4 @@ def choose_softmax(vocab: int, inputs: int) -> Launch:
     if vocab * inputs > ONE_READ:
         return choose(vocab)
     block = max(128, 1 << (vocab - 1).bit_length())
-    return Launch(block, max(1, min(16, block // 512)))
+    return Launch(1, block, max(1, min(512 // LANES, block // (16 * LANES))))
