@@ -1,7 +1,7 @@
 """Compile the Triton kernels as the backend launches them, without a GPU, and print what each variant takes.
 
-A process of its own, since under TRITON_INTERPRET=1 there is nothing to compile: ``python tests/triton_aot.py ARCH [--all]``, ARCH being
-a compute capability times ten (90) or an AMD architecture (gfx942).
+A process of its own, since under TRITON_INTERPRET=1 there is nothing to compile: ``python tests/triton_aot.py ARCH [--all | --third]``.
+ARCH is a compute capability times ten (90) or an AMD architecture (gfx942).
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def amd_resources(assembly: str) -> dict[str, int]:
 
 if __name__ == "__main__":
     driver.set_active(Driver(sys.argv[1]))
-    for label, features, launch in launches("--all" in sys.argv):
+    for label, features, launch in itertools.islice(launches("--all" in sys.argv), 0, None, 3 if "--third" in sys.argv else 1):
         for kernel in compiled(launch):
             threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
             report = {"variant": label, "kernel": kernel.metadata.name, "features": features, "threads": threads, **resources(kernel)}
