@@ -135,6 +135,29 @@ def test_a_tokenizer_that_is_not_the_teachers_is_refused(speaker: LocalModel, tm
         from_replies([{"prompt": "a", "response": "b"}], load_examples([{"prompt": "a", "response": "b"}], other), other)
 
 
+@pytest.mark.parametrize("form", ["id", "token_id"])
+def test_a_response_in_unusual_tokens_of_the_teachers_own_tokenizer_costs_that_row_alone(form: str) -> None:
+    """Real models write "C" and "at" for "Cat" now and then. Ids that decode to the response show whose tokens they are."""
+    tokenizer = tiny.tokenizer()
+    rows = [{"prompt": prompt, "response": " quick", "finish_reason": "length"} for prompt in ("a", "b")]
+    examples = load_examples(rows, tokenizer)
+
+    def said(*texts: str, step: int = 0) -> list[dict[str, Any]]:
+        ids = [TokenIds(tokenizer).candidates({"token": text})[0] + step for text in texts]
+        tokens = [told(text) | {"id": id} for text, id in zip(texts, ids, strict=True)]
+        return tokens if form == "id" else [told(f"token_id:{id}") for id in ids]
+
+    usual = rows[0] | {"teacher_logprobs": said(" quick")}
+    tops, lost = from_replies([usual, rows[1] | {"teacher_logprobs": said(*" quick")}], examples, tokenizer)
+    assert lost == 1
+    assert (tops[0][0][0] >= 0).any()
+    assert (tops[1][0] == -1).all()
+    with pytest.raises(CacheError, match="1 of 2 responses are cut into other tokens by the tokenizer"):
+        from_replies([usual, rows[1] | {"teacher_logprobs": said(*" quick", step=1)}], examples, tokenizer)
+    with pytest.raises(CacheError, match="2 of 2 responses"):
+        from_replies([row | {"teacher_logprobs": said(*" quick")} for row in rows], examples, tokenizer)
+
+
 def test_prompt_logprobs_land_on_the_position_before(server: Server, tmp_path: Path, local: LocalModel, folder: Path) -> None:
     rows = tiny.rows(8)
     examples = load_examples(rows, local.tokenizer)

@@ -54,11 +54,9 @@ class TokenIds:
 
     def candidates(self, token: Mapping[str, Any]) -> Sequence[int]:
         """The ids that an entry of a server's list can be: the one that it names, else those of its bytes, else of its text."""
-        id, text, raw = token.get("id"), token["token"], token.get("bytes")
-        if isinstance(id, int):
+        if (id := named_id(token)) is not None:
             return [id]
-        if named := NAMED.fullmatch(text):
-            return [int(named[1])]
+        text, raw = token["token"], token.get("bytes")
         if raw:
             return self._ids.get(bytes(raw), [])
         if "\ufffd" in text:  # half a character, which could be any
@@ -111,28 +109,31 @@ def _byte_letters() -> dict[str, int]:
 def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example], tokenizer: Any) -> tuple[list[Top], int]:
     """The teacher's log-probabilities while it wrote each row's response (its ``teacher_logprobs``), for the row's example.
 
-    A row whose response the tokenizer cuts into other tokens than the teacher did gets no probabilities (ids of -1). Neither does an end
-    token of which the server says nothing, or which it calls by no name; ``silent_positions`` counts them.
+    A row whose response the tokenizer cuts into other tokens than the teacher did gets no probabilities (ids of -1). Models write such
+    tokens now and then ("C" and "at" for "Cat"); if the ids that the server names spell the response, the tokenizer is the teacher's all
+    the same. An end token that the server leaves out or does not name gets none either; ``silent_positions`` counts them.
 
     Returns:
         Of each example, its ``Top``; and how many rows got none.
 
     Raises:
         CacheError: rows without log-probabilities, or with some that can't be read; a tokenizer that knows too few of the tokens, or cuts
-            too many rows differently.
+            too many rows differently, where no ids show that it is the teacher's.
     """
     ids_of = TokenIds(tokenizer)
     special = special_ids(tokenizer)
     said = [_said(row, example.where or f"row {number}") for number, (row, example) in enumerate(zip(rows, examples, strict=True), 1)]
     width = 1 + max((len(token["top_logprobs"]) for tokens in said for token in tokens), default=0)
-    tops, lost, known, unknown = [], [], 0, 0
-    for number, (tokens, example) in enumerate(zip(said, examples, strict=True), 1):
+    tops, lost, foreign, known, unknown = [], [], [], 0, 0
+    for number, (row, tokens, example) in enumerate(zip(rows, said, examples, strict=True), 1):
         scored = [example.teacher_ids[u + 1] for u in example.teacher_scored]
         top = _empty(len(scored), width)
         tops.append(top)
         told = _matching(tokens, scored, ids_of, scored[-1] in special)
         if told is None:
             lost.append(example.where or f"row {number}")
+            if not _spells(tokens, row, tokenizer):
+                foreign.append(lost[-1])
             continue
         for i, token in enumerate(told):
             if token is None:
@@ -144,7 +145,7 @@ def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example],
                 listed_as = found.setdefault(scored[i], token["logprob"])
                 check_token(token, listed_as, f"{example.where or f'row {number}'}, token {i + 1} of the response")
             _fill(top, i, found)
-    if len(lost) > MOST_LOST * len(rows) or unknown > MOST_LOST * (known + unknown):
+    if len(foreign) > MOST_LOST * len(rows) or len(lost) == len(rows) or unknown > MOST_LOST * (known + unknown):
         thoughts = sum(bool(row.get("reasoning")) for row in rows)
         raise CacheError(
             f"the server's tokens can't be mapped to ids: {len(lost)} of {len(rows)} responses are cut into other tokens by the tokenizer "
@@ -227,6 +228,23 @@ def _matching(
             return None
     missing = len(scored) - len(told)
     return [*told, *[None] * missing] if missing <= 1 else None
+
+
+def _spells(said: Sequence[Mapping[str, Any]], row: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Return whether the server names an id for every token, and the tokenizer decodes them to the row's response."""
+    ids = [named_id(token) for token in said]
+    if any(id is None or not 0 <= id < len(tokenizer) for id in ids):
+        return False
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return bool(text.strip() == str(row.get("response", "")).strip())
+
+
+def named_id(token: Mapping[str, Any]) -> int | None:
+    """Return the id that a server names for an entry: llama.cpp in ``id``, vLLM in its text; None where it names none."""
+    if isinstance(id := token.get("id"), int):
+        return id
+    named = NAMED.fullmatch(token["token"])
+    return int(named[1]) if named else None
 
 
 def special_ids(tokenizer: Any) -> set[int]:
