@@ -526,6 +526,23 @@ def test_text_that_is_carried_along_is_written_escaped(tmp_path: Path) -> None:
     assert json.loads(line) == {"prompt": "good", **odd, "response": "yes\u2028\x9b", "finish_reason": "stop"}
 
 
+def test_advice_is_about_the_options_where_every_row_is_refused_alike(tmp_path: Path) -> None:
+    def error(rows: list[dict[str, Any]], *answers: bytes) -> str:
+        data = tiny.write(tmp_path / "data.jsonl", rows)
+        model = ScriptedModel(lambda asked: (400, answers[len(model.asked) % len(answers)]))
+        with pytest.raises(Refused) as refused:
+            generate(model, data, tmp_path / "out.jsonl", Console(file=StringIO()), 8, 0.0, (), 0)
+        return str(refused.value)
+
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    unknown, long = (b'{"error": {"message": "%s"}}' % message for message in (b"no model m here.", b"too long"))
+    alike = error(rows, unknown)
+    assert "no model m here. " in alike, "one full stop"
+    assert alike.endswith("as every row has the same reason, check --model and the other options")
+    assert error(rows, unknown, long).endswith("take them out of the data, or give --skip-refused")
+    assert error(rows[:1], unknown).endswith("take them out of the data, or give --skip-refused")
+
+
 def test_rows_that_are_left_out_are_named_and_listed(tmp_path: Path) -> None:
     rows = [{"prompt": f"{'no' if number % 2 else 'yes'} {number}"} for number in range(1, 61)]
     data, out = tiny.write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"

@@ -272,7 +272,10 @@ def _generate(
         replies = Watched(model, console, "rows").complete(requests, log)
     except Refused as error:
         left_out = list_left_out(error.reasons)
-        raise Refused(f"{error}. {left_out} lists them: take them out of the data, or give --skip-refused", error.reasons) from None
+        advice = "take them out of the data, or give --skip-refused"
+        if len(where) > 1 and error.reasons.keys() == where.keys() and len(set(error.reasons.values())) == 1:
+            advice = "as every row has the same reason, check --model and the other options"
+        raise Refused(f"{str(error).removesuffix('.')}. {left_out} lists them: {advice}", error.reasons) from None
     kept = [(row.fields, reply) for row, reply in zip(rows, replies, strict=True) if reply.finish_reason != REFUSED]
     left_out = list_left_out(model.usage.reasons)
     output.write_rows(out.name, [with_reply(row, reply) for row, reply in kept])
