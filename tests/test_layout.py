@@ -44,6 +44,22 @@ def test_the_loss_imports_from_no_room() -> None:
     assert not {f"{file.name}: {name}" for file in files for name in imported(file) if name.partition(".")[0] in ROOMS}
 
 
-def test_the_trainer_is_thin() -> None:
-    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in (PACKAGE / "trainer").glob("*.py"))
-    assert lines <= 1050
+LOOP = {
+    "_inner_training_loop", "_run_epoch", "training_step", "_prepare_for_training", "set_initial_training_values", "create_optimizer",
+    "create_optimizer_and_scheduler", "get_train_dataloader", "get_eval_dataloader", "_get_dataloader", "_get_train_sampler", "_wrap_model",
+}  # fmt: skip
+"""Methods of transformers.Trainer that are its loop: steps, accumulation, optimizer, order of the data, devices."""
+
+
+def test_the_training_loop_is_that_of_transformers() -> None:
+    tree = ast.parse((PACKAGE / "trainer" / "trainer.py").read_text(encoding="utf-8"))
+    (trainer,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DistillationTrainer")
+    methods = {node.name for node in trainer.body if isinstance(node, ast.FunctionDef)}
+    assert {"compute_loss", "prediction_step"} <= methods
+    assert not methods & LOOP
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "csrc").rglob("*.h"), *(PACKAGE.parent / "csrc").rglob("*.c*")]
+    assert len(files) > 100
+    assert not {file.name: lines for file in files if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 500}
