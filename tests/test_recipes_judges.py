@@ -189,6 +189,8 @@ def test_each_reason_stands_alone() -> None:
         ("cut off at max_tokens", "--max-tokens"), ("the teacher's answer is cut off at max_tokens", "--max-tokens"),
         ("label moved by 0.5 or less", "--threshold"), ("more than 3 rationales", "--most"), ("more than were wanted", "--count"),
         ("ROUGE-L above 0.7 to another instruction", "--rouge"), ("empty", ""),
+        ("no alternating questions and answers", "--samples, --teacher"), ("no rationale before the answer", "--instruction, --samples"),
+        ("blank left empty", "--samples, --teacher"), ("nothing changed", "--samples, --teacher"),
     ],
 )  # fmt: skip
 def test_reasons_name_the_option_that_changes_them(reason: str, option: str) -> None:
