@@ -16,13 +16,21 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TRITONS ?= 3.6.0
 OLDER_TRITONS := $(TRITONS:%=$(VENV)/triton-%)
 
-.PHONY: demo test ptx lint bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
+.PHONY: demo test real ptx lint bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
 
 demo: $(VENV)/.built
 	$(BIN)/kdkernels demo
 
 test: $(VENV)/.built $(OLDER_TRITONS)
 	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -n 2 --cov=kdkernels --cov-report=term-missing:skip-covered
+
+# Every command with SmolLM2-135M, llama.cpp's server and `transformers serve`: ten minutes of two cores, after a download of 120 MB.
+real: $(VENV)/.built $(VENV)/smollm2
+	KDKERNELS_REAL_MODEL=$(abspath $(VENV)/smollm2) $(BIN)/python -m pytest -m real -s tests/real
+
+$(VENV)/smollm2: | $(VENV)/.installed
+	$(PIP) gguf xllamacpp
+	$(BIN)/python tests/real/model.py $@
 
 # Every case of tests/ptx for each version of Triton: an hour of one core.
 ptx: $(VENV)/.installed $(OLDER_TRITONS)

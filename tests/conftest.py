@@ -123,8 +123,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sweeps run only where they are asked for."""
-    if "sweep" not in config.option.markexpr:
-        swept = [item for item in items if "sweep" in item.keywords]
-        items[:] = [item for item in items if "sweep" not in item.keywords]
-        config.hook.pytest_deselected(items=swept)
+    """Leave out sweeps and the walk with a real model, unless -m names them."""
+    for mark in ("sweep", "real"):
+        if mark not in config.option.markexpr:
+            config.hook.pytest_deselected(items=[item for item in items if mark in item.keywords])
+            items[:] = [item for item in items if mark not in item.keywords]
