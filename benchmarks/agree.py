@@ -14,11 +14,8 @@ from rich.text import Text
 
 from kdkernels.bench import run, table
 from kdkernels.bench.figures import number
-from kdkernels.bench.measure import quantile
+from kdkernels.bench.measure import Spread
 from kdkernels.bench.plots import machine_line
-
-Spread = tuple[float, float, float]
-"""Milliseconds: 20th percentile, median, 80th percentile."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Pair:
 
     @property
     def overlaps(self) -> bool:
-        return self.first[0] <= self.second[2] and self.second[0] <= self.first[2]
+        return self.first.overlaps(self.second)
 
 
 def spreads(record: run.Record) -> Iterator[tuple[tuple[str, str], Spread]]:
@@ -41,8 +38,7 @@ def spreads(record: run.Record) -> Iterator[tuple[tuple[str, str], Spread]]:
         title = table.title(measured) + (f" ({measured['curve']})" if measured["curve"] else "")
         for row in measured["results"]:
             if "samples_ms" in row:
-                low, mid, high = (quantile(row["samples_ms"], q) for q in (0.2, 0.5, 0.8))
-                yield (title, row["variant"]), (low, mid, high)
+                yield (title, row["variant"]), Spread.of(row["samples_ms"])
 
 
 def compare(first: run.Record, second: run.Record) -> tuple[list[Pair], int]:
@@ -52,8 +48,7 @@ def compare(first: run.Record, second: run.Record) -> tuple[list[Pair], int]:
 
 
 def _cell(spread: Spread) -> str:
-    low, mid, high = map(number, spread)
-    return f"{mid} [{low}, {high}]"
+    return f"{number(spread.mid)} [{number(spread.low)}, {number(spread.high)}]"
 
 
 def main(
@@ -75,7 +70,7 @@ def main(
         shown.add_column(Text(column), justify="right", no_wrap=True)
     case = ""
     for pair in pairs:
-        ratio = pair.second[1] / pair.first[1]
+        ratio = pair.second.mid / pair.first.mid
         cells = (_cell(pair.first), _cell(pair.second), f"{ratio:.2f}", "yes" if pair.overlaps else "NO")
         shown.add_row(*map(Text, ("" if pair.case == case else pair.case, pair.variant, *cells)))
         case = pair.case

@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from kdkernels.bench import figures, plots, run, table
+from kdkernels.bench import headline as headlines
 from kdkernels.bench.cases import Case
 from kdkernels.bench.environment import ROOT
 from kdkernels.bench.figures import number
-from kdkernels.bench.measure import quantile
+from kdkernels.bench.measure import Spread, quantile
 from kdkernels.bench.plots import machine_line
 from kdkernels.bench.table import DIVERGENCE_NAMES, best_peer, is_ours, is_rival, median, name_of
 
@@ -61,26 +62,19 @@ def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def mib(value: int | None) -> str:
-    return "" if value is None else f"{value / 2**20:,.0f}"
+    return "not measured" if value is None else f"{value / 2**20:,.0f}"
 
 
 # --- blocks: (records, folder of figures as the file sees it) -> text
 
 
 def headline(records: Records, figures_at: str) -> str:
+    """The headline of the machine that the README shows, as its own report has it."""
     _, record = featured(records)
-    measured = next(m for m in single(record) if m["case"]["ds"])
-    case, own, eager = Case(**measured["case"]), ours(measured), ran(measured, "eager")
-    floor = median(measured, "floor")
-    if own is None or eager is None or floor is None:
+    measured = next((m for m in single(record) if m["case"]["ds"]), None)
+    if measured is None or ours(measured) is None or ran(measured, "eager") is None or median(measured, "floor") is None:
         raise ReportError("the first case of results.json must have floor, eager and a backend of ours: it is what the README opens with")
-    ms = {r["variant"]: number(quantile(r["samples_ms"], 0.5)) for r in (own, eager)}
-    return (
-        f"Measured ({machine_line(record)}; {DIVERGENCE_NAMES[case.divergence]} of {case.n:,} tokens over a vocabulary of {case.v:,}, "
-        f"{case.dtype}, forward and backward): **{ms[own['variant']]} ms**, where PyTorch eager takes {ms['eager']} ms and the matrix "
-        f"products alone {number(floor)} ms; **{mib(own['peak_extra_bytes'])} MiB** beyond the inputs, where eager takes "
-        f"{mib(eager['peak_extra_bytes'])} MiB."
-    )
+    return f"Measured on {machine_line(record)}. {headlines.headline(record)}"
 
 
 def loss_figure(records: Records, figures_at: str) -> str:
@@ -114,24 +108,38 @@ def summary(records: Records, figures_at: str) -> str:
             name, _, logits_dtype = r["variant"].partition("/")
             if own is None or name != own["variant"] or "samples_ms" not in r:
                 continue
-            mid = quantile(r["samples_ms"], 0.5)
-            others = [median(measured, other) for other in ("floor", "eager", "compile")]
-            loss = DIVERGENCE_NAMES.get(case.divergence, case.divergence) if case.operation == "distillation" else "cross-entropy"
-            what = f"{loss}, {case.dtype}"
+            taken = Spread.of(r["samples_ms"])
+            others = [table.spread(measured, other) for other in ("floor", "eager", "compile")]
+            what = f"{table.loss_of(case)}, {case.dtype}"
             what += f", `logits_dtype={logits_dtype}`" if logits_dtype else ""
             lines.append((
                 f"{what}; {case.shape}",
-                *("" if x is None else f"{number(x)} ms" for x in others),
-                "" if peer is None else f"{number(peer[1])} ms ({name_of(peer[0])})",
-                f"{number(mid)} ms",
-                "" if others[1] is None else f"{others[1] / mid:.2f}",
-                *("" if x is None or x.get("peak_extra_bytes") is None else f"{mib(x['peak_extra_bytes'])} MiB" for x in (eager, r)),
+                *("did not run" if x is None else f"{number(x.mid)} ms" for x in others),
+                "none ran" if peer is None else f"{number(peer[1])} ms ({name_of(peer[0])})",
+                f"{number(taken.mid)} ms",
+                _speed(measured, r["variant"], taken, others[1]),
+                *(_peak(x) for x in (eager, r)),
             ))  # fmt: skip
     timed = [r for m in single(record) for r in m["results"] if "samples_ms" in r]
     samples, processes = max(len(r["samples_ms"]) for r in timed), max(len(set(r.get("visit", [1]))) for r in timed)
     taken = f"{samples} samples" + (f" of {processes} processes" if processes > 1 else "")
     caption = f"Medians of {taken}, forward and backward, T = {record['settings']['temperature']:g}. {machine_line(record)}."
     return markdown(header, lines) + "\n\n" + caption
+
+
+def _speed(measured: dict[str, Any], variant: str, taken: Spread, eager: Spread | None) -> str:
+    if eager is None:
+        return "eager did not run"
+    if {variant, "eager"} & set(table.below_floor(measured)):
+        return "unsound: below the floor"
+    return table.times_as_fast(taken, eager) or "no difference"
+
+
+def _peak(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "did not run"
+    peak = row.get("peak_extra_bytes")
+    return "not measured" if peak is None else f"{mib(peak)} MiB"
 
 
 def machines(records: Records, figures_at: str) -> str:
@@ -153,8 +161,8 @@ def machines(records: Records, figures_at: str) -> str:
         e, rates = record["environment"], record["rates"]
         rows.append((
             f"`{machine}`", e["date"], e["gpu"] or f"{e['cpu']}, {e['cores']} cores, {e['cpu_capability']}", str(e["threads"]), e["torch"],
-            e["triton"] or "", e["kdkernels"], f"`{e['commit']}`", str(e["load_average"][0]), f"{rates['copy_gb_s']:,.1f} GB/s",
-            ", ".join(f"{dtype} {m['tflop_s']:.3g} TFLOP/s" for dtype, m in rates["matrix"].items()),
+            e["triton"] or "not installed", e["kdkernels"], f"`{e['commit']}`", str(e["load_average"][0]),
+            f"{rates['copy_gb_s']:,.1f} GB/s", ", ".join(f"{dtype} {m['tflop_s']:.3g} TFLOP/s" for dtype, m in rates["matrix"].items()),
         ))  # fmt: skip
     return markdown(header, rows)
 
@@ -168,7 +176,7 @@ def loss_tables(records: Records, figures_at: str) -> str:
             parts.append(f"**{table.title(measured)}**")
             cells = [(f"`{name}`", *rest) for name, *rest in table.rows(measured, record["rates"])]
             parts.append(markdown(table.columns(measured), cells))
-            parts += [" ".join(table.notes(measured))] * bool(table.notes(measured))
+            parts += [" ".join(table.remarks(measured))] * bool(table.remarks(measured))
             if floor:
                 rate = measured["flop"] / floor / 1e6 or measured["floor_bytes"] / floor / 1e6
                 parts.append(f"The floor runs at {rate:,.0f} {'GFLOP/s' if measured['flop'] else 'GB/s'}.")
@@ -192,7 +200,7 @@ def memory_tables(records: Records, figures_at: str) -> str:
             for variant in dict.fromkeys(name for name, _ in found):
                 values = [value(found[variant, n]) if (variant, n) in found else None for n in tokens]
                 if any(v is not None for v in values):
-                    rows.append((name_of(variant), *("" if v is None else f"{v / 2**20:,.1f}" for v in values)))
+                    rows.append((name_of(variant), *("not measured" if v is None else f"{v / 2**20:,.1f}" for v in values)))
             parts.append(markdown((title, *(f"N={n:,}" for n in tokens)), rows))
     return "\n\n".join(parts)
 
@@ -220,10 +228,10 @@ def not_better(records: Records, figures_at: str) -> str:
 
 
 def _where_better(rival: dict[str, Any], own: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Figures of a rival that are better than ours, and ours."""
-    theirs, mine = (quantile(r["samples_ms"], 0.5) for r in (rival, own))
-    if theirs < mine:
-        yield f"{number(theirs)} ms", f"{number(mine)} ms"
+    """Figures of a rival that are better than ours, and ours. Times whose spreads overlap are not better."""
+    their_times, my_times = (Spread.of(r["samples_ms"]) for r in (rival, own))
+    if their_times.mid < my_times.mid and not their_times.overlaps(my_times):
+        yield f"{number(their_times.mid)} ms", f"{number(my_times.mid)} ms"
     theirs, mine = rival.get("peak_extra_bytes"), own.get("peak_extra_bytes")
     if theirs is not None and mine is not None and theirs < mine:
         yield f"{mib(theirs)} MiB", f"{mib(mine)} MiB"
@@ -267,8 +275,7 @@ def primitives_table(measured: dict[str, dict[str, Any]]) -> str:
             yardstick = quantile(group["samples_ms"][group["yardstick"]], 0.5)
             for name, samples in group["samples_ms"].items():
                 low, mid, high = (quantile(samples, q) for q in (0.2, 0.5, 0.8))
-                label = "" if name == group["yardstick"] else f"{mid / yardstick:.2f}"
-                rows.append((group["name"], name, f"{number(mid)} [{number(low)}, {number(high)}]", label))
+                rows.append((group["name"], name, f"{number(mid)} [{number(low)}, {number(high)}]", f"{mid / yardstick:.2f}"))
         parts.append(f"`{machine}`, {record['environment']['date']}, N={s['n']:,} V={s['v']:,} D={s['d']:,}:")
         parts.append(markdown(("what", "variant", "ms p50 [p20, p80]", "x of the first"), rows))
     return "\n\n".join(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,34 @@ def made_up_peak(variant: str, case: Case, *_: Any) -> int:
     return ((3 if variant == "eager" else 1) << 20) + 4 * case.n * case.v
 
 
+def made_up_case(case: Case, *, mib: int | None = None, skipped: Sequence[str] = (), **samples_ms: list[float]) -> dict[str, Any]:
+    """A complete case with these samples by variant, all of the same peak memory, and variants that did not run."""
+    measured = visits.new(Job(case, (*skipped, *samples_ms), 3))
+    for row in measured["results"]:
+        if row["variant"] in skipped:
+            row["skipped"] = "RuntimeError: no compiler was found on this machine"
+            continue
+        row.update(samples_ms=samples_ms[row["variant"]], gradient_error=None if row["variant"] == "floor" else 1e-7)
+        if mib is not None and row["variant"] != "floor":
+            row["peak_extra_bytes"] = mib << 20
+    return {**measured, "complete": True, "visits_done": 1}
+
+
+def made_up_record(*cases: dict[str, Any], load: float = 0.5, cores: int = 2) -> dict[str, Any]:
+    """A complete run of these cases."""
+    where = {"machine": "cpu-2core-x", "cpu": "CPU X", "cores": cores, "gpu": None, "torch": "2.13.0", "date": "2026-11-28"}
+    return {
+        "status": "complete", "environment": {**where, "load_average": [load, load, load]}, "cases": list(cases), "jobs": [], "peers": {},
+        "settings": {"temperature": 2.0}, "seconds": 1.0, "rates": {"copy_gb_s": 10.0, "matrix": {}},
+    }  # fmt: skip
+
+
 def measure_small(out: Path) -> None:
     """Results of a real run; only peak memory is made up, and all in this process, as every one would take another."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "ask", processes.answer)
         patch.setattr(visits, "peak_extra_bytes", made_up_peak)
+        patch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1))
         patch.setattr(
             measure, "rates", lambda device, dtypes: {"copy_gb_s": 10.0, "matrix": {d: {"size": 8, "tflop_s": 1.0} for d in dtypes}}
         )

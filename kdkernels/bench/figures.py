@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": AXIS, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "path", "svg.hashsalt": "kdkernels",
 }  # fmt: skip
+LABEL_PADDING = 4
+"""Points between a bar and its label."""
+TITLE_WIDTH = 72
+"""The most characters in a line of a figure's title."""
 
 
 def digest(*parts: str) -> str:
@@ -91,41 +96,66 @@ def loss(data: Mapping[str, Any], png_file: IO[bytes] | None = None) -> str:
     bars, floor = data["bars"], data["floor"]
     with_memory = [bar for bar in bars if bar["mib"] is not None]
     heights = [len(bars) + 0.6, *([len(with_memory)] if with_memory else [])]
-    with _figure(6.4, 1.1 + 0.42 * (len(bars) + len(with_memory)) + 0.65 * len(heights), png_file) as (figure, text):
+    title = max(2, len(_title_lines(data["title"])))
+    height = 0.74 + 0.18 * title + 0.42 * (len(bars) + len(with_memory)) + 0.65 * len(heights)
+    with _figure(6.4, height, png_file) as (figure, text):
         axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         _title(figure, data["title"])
-        _bars(axes[0], [(b["name"], b["ms"], b["ours"]) for b in bars], "Time, forward + backward", "ms")
+        _bars(axes[0], [(b["name"], b["ms"], b["ours"]) for b in bars], "Time, forward + backward", "ms", floor or 0)
         if floor is not None:
             axes[0].axvline(floor, color=INK, linestyle=(0, (4, 3)), linewidth=1.2)
-            side = 1 if floor < 0.55 * max(bar["ms"] for bar in bars) else -1  # where there is room
-            axes[0].annotate(
-                f"{data['floor_is']}: {number(floor)} ms", (floor, len(bars) - 0.45), xytext=(5 * side, -1),
-                textcoords="offset points", fontsize=10.5, va="center", ha="left" if side > 0 else "right",
+            floor_label = axes[0].annotate(
+                f"{data['floor_is']}: {number(floor)} ms", (floor, len(bars) - 0.45), xytext=(5, -1),
+                textcoords="offset points", fontsize=10.5, va="center", ha="left",
             )  # fmt: skip
+            floor_label.set_in_layout(False)
         axes[0].set_ylim(len(bars) - 0.1, -0.6)
         if with_memory:
             _bars(axes[1], [(b["name"], b["mib"], b["ours"]) for b in with_memory], "Peak memory beyond the inputs", "MiB")
+        figure.draw_without_rendering()
+        for each in axes:
+            _make_room(each)
+        if floor is not None:
+            figure.draw_without_rendering()
+            if floor_label.get_window_extent().x1 > axes[0].get_window_extent().x1:
+                floor_label.set(ha="right", position=(-5, -1))
     return text.getvalue()
+
+
+def _title_lines(text: str) -> list[str]:
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, TITLE_WIDTH)]
 
 
 def _title(figure: Any, text: str) -> None:
     if text:
-        figure.suptitle(text, fontsize=11, x=0.01, ha="left")
+        figure.suptitle("\n".join(_title_lines(text)), fontsize=11, x=0.01, ha="left")
 
 
 def number(value: float) -> str:
-    """With three digits that mean something."""
+    """Return a value with three significant digits, or all those before the point."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def _bars(axes: Any, bars: list[tuple[str, float, bool]], title: str, unit: str) -> None:
+def _bars(axes: Any, bars: list[tuple[str, float, bool]], title: str, unit: str, at_least: float = 0) -> None:
+    """Draw a panel whose range ends at the longest bar or at ``at_least``; ``_make_room`` adds what the labels need."""
     names, values, ours = zip(*bars, strict=True)
     drawn = axes.barh(names, values, height=0.68, color=[OURS if own else OTHERS for own in ours])
-    axes.bar_label(drawn, [f"{number(value)} {unit}" for value in values], padding=4, fontweight="bold", backgroundcolor="#ffffff")
-    axes.set(title=title, xticks=[], xlim=(0, 1.24 * max(values) or 1))
+    # The box keeps the line of the floor out of the text. It is smaller than the padding, so that it does not cut the bar.
+    box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1}
+    labels = axes.bar_label(drawn, [f"{number(value)} {unit}" for value in values], padding=LABEL_PADDING, fontweight="bold", bbox=box)
+    for label in labels:
+        label.set_in_layout(False)
+    axes.set(title=title, xticks=[], xlim=(0, max(*values, at_least) or 1))
     axes.invert_yaxis()
     axes.spines[["bottom", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+
+
+def _make_room(axes: Any) -> None:
+    """Widen the range of a drawn panel of bars until the label of the longest bar lies inside."""
+    points = axes.figure.dpi / 72
+    room = max(label.get_window_extent().width for label in axes.texts if label.get_fontweight() == "bold") + 2 * LABEL_PADDING * points
+    axes.set_xlim(0, axes.get_xlim()[1] / max(0.2, 1 - room / axes.get_window_extent().width))
 
 
 MARKERS = "osD^vPX*"

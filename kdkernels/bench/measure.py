@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,6 +77,24 @@ def quantile(samples: Sequence[float], q: float) -> float:
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+class Spread(NamedTuple):
+    """The 20th percentile, the median and the 80th percentile of samples, and how many there are."""
+
+    low: float
+    mid: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        low, mid, high = (quantile(samples, q) for q in (0.2, 0.5, 0.8))
+        return cls(low, mid, high, len(samples))
+
+    def overlaps(self, other: Spread) -> bool:
+        """Return True if the samples do not show which of the two is smaller; one sample alone never does."""
+        return min(self.samples, other.samples) < 2 or (self.low <= other.high and other.low <= self.high)
 
 
 def time_interleaved(
@@ -236,15 +254,20 @@ def _checked(variant: str, job: Job, device: str) -> dict[str, Any]:
 
 
 NO_MEMORY = {
-    "floor": "it is no loss",
+    "floor": "it is not a loss",
     "compile": "the compiler's own memory cannot be told from the loss's",
-    "rows": "row kernels alone are no loss",
+    "rows": "row kernels alone are not a loss",
 }
 """Variants whose peak memory would mislead, with the reason."""
 
 
+def no_memory(variant: str) -> str | None:
+    """Return why the peak memory of a variant is not measured; None if it is."""
+    return NO_MEMORY.get(re.split("[:/@]", variant)[0])
+
+
 def has_memory(variant: str) -> bool:
-    return re.split("[:/@]", variant)[0] not in NO_MEMORY
+    return no_memory(variant) is None
 
 
 def _reset_peak(device: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..files import Output
 from ..terminal import shown
-from . import figures, table
+from . import figures, headline, table
 from .plots import Plot, machine_line, plots
 
 REPORT = "report.html"
@@ -35,7 +35,7 @@ p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; } a { color
 .scroll { overflow-x: auto; margin: .5rem 0; border: 1px solid var(--faint); border-radius: .5rem; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--faint); }
-tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; }
+tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 td.why { text-align: left; white-space: normal; min-width: 14rem; color: var(--soft); }
 @media (max-width: 40rem) { th:first-child, td:first-child { white-space: normal; max-width: 8.5rem; } th, td { padding: .3rem .45rem; } }
@@ -87,8 +87,10 @@ def _body(record: dict[str, Any], drawn: list[Plot]) -> Iterator[str]:
     if status := STATUS[record["status"]]:
         done = sum(measured["complete"] for measured in record["cases"])
         yield f'<p class="cut"><strong>Cut short.</strong> {_text(status)} {done} of {len(record["jobs"])} cases are complete.</p>'
-    if gist := _gist(record):
-        yield f"<p>{_text(gist)}</p>"
+    for warning in headline.warnings(record):
+        yield f'<p class="cut">{_text(warning)}</p>'
+    if sentence := headline.sentence(record):
+        yield f"<p>{_text(sentence)}</p>"
     in_curves = {at for plot in drawn if plot.kind == "curve" for at in plot.cases}
     for at, measured in enumerate(record["cases"]):
         if not measured["curve"]:
@@ -112,23 +114,6 @@ def _body(record: dict[str, Any], drawn: list[Plot]) -> Iterator[str]:
     yield "<h2>Other libraries</h2>" + _pairs({table.name_of(name): state for name, state in record["peers"].items()})
 
 
-def _gist(record: dict[str, Any]) -> str:
-    """The first case with heads, in a sentence."""
-    for measured in record["cases"]:
-        own = next(
-            (r["variant"] for r in measured["results"] if table.is_ours(r["variant"]) and table.median(measured, r["variant"])), None
-        )
-        if measured["flop"] and not measured["curve"] and own is not None:
-            ms, floor, eager = (table.median(measured, name) for name in (own, "floor", "eager"))
-            peer = table.best_peer(measured)
-            parts = [f"{table.title(measured)}: {table.name_of(own)} takes {figures.number(ms or 0)} ms"]
-            parts += [f"{ms / floor:.2f} x the matrix products alone"] if ms and floor else []
-            parts += [f"{eager / ms:.2f} times as fast as PyTorch eager"] if ms and eager else []
-            parts += [f"{peer[1] / ms:.2f} times as fast as {table.name_of(peer[0])}"] if ms and peer else []
-            return ", ".join(parts) + "."
-    return ""
-
-
 def _figure(plot: Plot) -> str:
     label = _text(plot.data["title"].replace("\n", "; "))
     data = plot.data if plot.kind == "curve" else {**plot.data, "title": ""}  # the heading says it
@@ -145,7 +130,7 @@ def _table(measured: dict[str, Any], rates: dict[str, Any] | None) -> str:
         else:
             shown = "".join(f"<td>{_text(cell)}</td>" for cell in (table.name_of(cells[0]), *cells[1:]))
         lines.append(f"<tr{mark}>{shown}</tr>")
-    below = "".join(f'<p class="soft">{_text(note)}</p>' for note in table.notes(measured, table.name_of))
+    below = "".join(f'<p class="soft">{_text(note)}</p>' for note in table.remarks(measured, table.name_of))
     if not measured["complete"]:
         done = f" after {measured['visits_done']} of {measured['visits']} processes" if measured["visits"] > 1 else ""
         below += f'<p class="soft">This case was cut short{done}: what it has of samples is shown.</p>'

@@ -9,6 +9,7 @@ from typing import Any
 from ..terminal import shown
 from .cases import Case
 from .figures import number
+from .headline import busy
 from .table import is_ours, largest_error, median, name_of, share_of_bandwidth, title
 from .variants import Variant
 from .visits import Measured
@@ -25,9 +26,11 @@ class Plot:
 
 
 def machine_line(record: dict[str, Any]) -> str:
+    """Return the device, version and date of a run in one line, and the load if it was above the cores."""
     e = record["environment"]
     device = e["gpu"] or f"{e['cpu']}, {e['cores']} cores"
-    return shown(f"{device}, torch {e['torch']}, {e['date']}")
+    load = f", {busy(record)}: times not to be relied on" if busy(record) else ""
+    return shown(f"{device}, torch {e['torch']}, {e['date']}{load}")
 
 
 def plots(record: dict[str, Any]) -> Iterator[Plot]:

@@ -20,10 +20,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from ..errors import UserError
 from ..files import Output, write_whole
-from . import environment, measure, page, table, visits
+from ..terminal import shown
+from . import environment, headline, measure, page, table, visits
 from .measure import Job
 from .peers import PEERS
 
@@ -98,6 +100,8 @@ def resume(out: Path) -> Record:
                 f"--resume: {out} was measured with {what} {record['environment'][what]}, and here it is {now[what]}: figures would not "
                 "compare. Give another --out for a new run"
             )
+    # The load at either start disturbs the times.
+    record["environment"]["load_average"] = max(record["environment"]["load_average"], now["load_average"])
     record["cases"] = [kept for measured in record["cases"] if (kept := visits.without_unfinished(measured)) is not None]
     return record
 
@@ -163,6 +167,8 @@ def _run(record: Record, output: Output, console: Console, budget_minutes: float
 
     e = record["environment"]
     console.print(f"{e['machine']}: torch {e['torch']}, {e['threads']} threads, load average {e['load_average']}", highlight=False)
+    if load := headline.busy(record):
+        console.print(Text(f"The machine is busy ({load}): times will not be reliable.", style="bold yellow"))
     try:
         with _terminable(), _bars(console) as progress:
             steps = sum(job.steps_of(visit) for job in jobs for visit in range(1, 1 + job.visits))
@@ -188,6 +194,7 @@ def _run(record: Record, output: Output, console: Console, budget_minutes: float
         if not measured["complete"] and any("samples_ms" in row for row in measured["results"]):
             console.print(table.rich_table(measured, record["rates"]))
     page.write(output, record)
+    print_headline(console, record)
     console.print(f"{out / page.REPORT} and {out / FILE}; plots in {out / 'plots'}", highlight=False, markup=False)
     if record["status"] != "complete":
         done = sum(measured["complete"] for measured in record["cases"])
@@ -195,6 +202,14 @@ def _run(record: Record, output: Output, console: Console, budget_minutes: float
             f"{page.STATUS[record['status']]} {done} of {len(jobs)} cases are complete; --resume --out {out} goes on.", highlight=False
         )
     return record
+
+
+def print_headline(console: Console, record: Record) -> None:
+    """Print the warnings and the sentence that the report begins with."""
+    for warning in headline.warnings(record):
+        console.print(Text(shown(warning), style="bold yellow"))
+    if sentence := headline.sentence(record):
+        console.print(Text(shown(sentence)))
 
 
 def _one(job: Job, at: int, visit: int, record: Record, keep: Callable[[], None], progress: Progress, total: Any, seconds: float) -> None:

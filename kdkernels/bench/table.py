@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from ..terminal import shown
 from .cases import Case
 from .figures import number
-from .measure import quantile
+from .measure import Spread, no_memory
 from .peers import PEERS
 from .variants import BACKENDS, Variant, operation_of
 from .visits import Measured
@@ -20,8 +21,15 @@ NAMES = {"floor": "floor", "eager": "PyTorch eager", "compile": "torch.compile"}
 DIVERGENCE_NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
 
 
+def loss_of(case: Case) -> str:
+    """Return the name of what a case computes, for readers."""
+    if case.operation != "distillation":
+        return case.operation.replace("_", "-")
+    return DIVERGENCE_NAMES.get(case.divergence, case.divergence.replace("_", " "))
+
+
 def name_of(variant: str) -> str:
-    """For readers."""
+    """Return the name of a variant, for readers."""
     if variant in PEERS:
         return PEERS[variant].title
     v = Variant.parse(variant)
@@ -36,15 +44,40 @@ def is_ours(variant: str) -> bool:
 
 def title(measured: Measured) -> str:
     case = Case(**measured["case"])
-    if case.operation != "distillation":
-        return str(case).replace("_", "-", 1)
-    return str(case).replace(case.divergence, DIVERGENCE_NAMES.get(case.divergence, case.divergence.replace("_", " ")), 1)
+    return str(case).replace(case.divergence if case.operation == "distillation" else case.operation, loss_of(case), 1)
+
+
+def spread(measured: Measured, name: str) -> Spread | None:
+    """Return the milliseconds of a variant; None if it did not run."""
+    samples = next((r.get("samples_ms") for r in measured["results"] if r["variant"] == name), None)
+    return Spread.of(samples) if samples else None
 
 
 def median(measured: Measured, name: str) -> float | None:
-    """Milliseconds; None if that variant did not run."""
-    samples = next((r.get("samples_ms") for r in measured["results"] if r["variant"] == name), None)
-    return quantile(samples, 0.5) if samples else None
+    """Return the median milliseconds of a variant; None if it did not run."""
+    taken = spread(measured, name)
+    return taken.mid if taken is not None else None
+
+
+def times_as_fast(ours: Spread, other: Spread) -> str | None:
+    """Return how many times as fast as the other we are; None if the spreads overlap, or the factor rounds to 1."""
+    factor = f"{other.mid / ours.mid:.2f}"
+    return None if ours.overlaps(other) or factor == "1.00" else factor
+
+
+def below_floor(measured: Measured) -> list[str]:
+    """Return the variants whose median is less than that of their floor, which is impossible: the measurement is unsound.
+
+    Bounds are left out: they compute less than the case.
+    """
+    case, found = Case(**measured["case"]), []
+    for name in (row["variant"] for row in measured["results"]):
+        variant = Variant.parse(name)
+        if variant.name != "floor" and operation_of(name, case) == case.operation:
+            ms, floor = median(measured, name), median(measured, variant.floor)
+            if ms is not None and floor is not None and ms < floor:
+                found.append(name)
+    return found
 
 
 def is_rival(variant: str, case: Case) -> bool:
@@ -73,33 +106,37 @@ def largest_error(row: dict[str, Any]) -> float | None:
     return max((v for k, v in row.items() if k.startswith("gradient_of_")), default=None)
 
 
+NOTHING = "-"
+"""Fills the cells of a row whose second cell says why it has no figures."""
+
+
 def rows(measured: Measured, rates: dict[str, Any] | None) -> Iterator[tuple[str, ...]]:
-    """The cells, a variant a row, as text."""
+    """Yield the cells, a variant a row, as text. No cell is empty: one without a figure says so, and ``remarks`` say why."""
     eager, peer, width = median(measured, "eager"), best_peer(measured), len(columns(measured))
     for r in measured["results"]:
         name, error = r["variant"], largest_error(r)
         if "skipped" in r:
-            yield (name, f"did not run: {r['skipped']}", *("" for _ in range(width - 2)))
+            yield (name, f"did not run: {r['skipped']}", *(NOTHING for _ in range(width - 2)))
             continue
-        shown = f"{error:.1e}" if error is not None else ""
+        error_cell = f"{error:.1e}" if error is not None else "no gradient" if Variant.parse(name).name == "floor" else "not measured"
         if width == 3:
-            yield (name, f"{r['loss_error']:.1e}" if "loss_error" in r else "not measured", shown)
+            yield (name, f"{r['loss_error']:.1e}" if "loss_error" in r else "not measured", error_cell)
             continue
-        if "samples_ms" not in r:
-            yield (name, "not measured", *("" for _ in range(width - 2)))
+        taken = spread(measured, name)
+        if taken is None:
+            yield (name, "not measured", *(NOTHING for _ in range(width - 2)))
             continue
         floor = median(measured, Variant.parse(name).floor)
-        low, mid, high = (quantile(r["samples_ms"], q) for q in (0.2, 0.5, 0.8))
         peak = r.get("peak_extra_bytes")
         yield (
             name,
-            f"{number(mid)} [{number(low)}, {number(high)}]",
-            f"{mid / floor:.2f}" if floor else "",
-            f"{mid / peer[1]:.2f}" if peer else "",
-            f"{eager / mid:.2f}" if eager else "",
-            rate(measured, name, mid, rates),
-            f"{peak / 2**20:,.0f}" if peak is not None else "",
-            shown,
+            f"{number(taken.mid)} [{number(taken.low)}, {number(taken.high)}]",
+            f"{taken.mid / floor:.2f}" if floor else "no floor",
+            f"{taken.mid / peer[1]:.2f}" if peer else "no peer",
+            f"{eager / taken.mid:.2f}" if eager else "no eager",
+            rate(measured, name, taken.mid, rates),
+            f"{peak / 2**20:,.0f}" if peak is not None else "not measured",
+            error_cell,
         )
 
 
@@ -107,7 +144,7 @@ def rate(measured: Measured, variant: str, ms: float, rates: dict[str, Any] | No
     """The floor's operations or bytes over that time: what else a variant does counts for nothing."""
     if measured["flop"]:
         return f"{measured['flop'] / ms / 1e9:.3g}"
-    return f"{share_of_bandwidth(measured, variant, ms, rates):.0%}" if rates else ""
+    return f"{share_of_bandwidth(measured, variant, ms, rates):.0%}" if rates else "not measured"
 
 
 def share_of_bandwidth(measured: Measured, variant: str, ms: float, rates: dict[str, Any]) -> float:
@@ -117,20 +154,46 @@ def share_of_bandwidth(measured: Measured, variant: str, ms: float, rates: dict[
 
 
 def notes(measured: Measured, name: Callable[[str], str] = str) -> list[str]:
-    """Where a variant, by the name that its row bears, does something else than the case asks."""
-    return [f"{name(r['variant'])}: {r['note']}." for r in measured["results"] if "note" in r and "samples_ms" in r]
+    """Return in what a variant, named by ``name``, does other work than the case asks for."""
+    return [f"{name(row['variant'])}: {row['note']}." for row in _timed(measured) if "note" in row]
+
+
+def remarks(measured: Measured, name: Callable[[str], str] = str) -> list[str]:
+    """Return what stands below the table: times that are impossible, ``notes``, and why memory was not measured."""
+    unsound = [f"{name(variant)}: faster than its floor, so this measurement is unsound." for variant in below_floor(measured)]
+    return [*unsound, *notes(measured, name), *_memory_notes(measured, _timed(measured), name)]
+
+
+def _timed(measured: Measured) -> list[dict[str, Any]]:
+    return [row for row in measured["results"] if row.get("samples_ms") and "skipped" not in row]
+
+
+def _memory_notes(measured: Measured, timed: list[dict[str, Any]], name: Callable[[str], str]) -> list[str]:
+    without = [row["variant"] for row in timed if row.get("peak_extra_bytes") is None]
+    if not measured.get("memory", True) and len(without) == len(timed) > 0:
+        return ["Peak memory: this suite does not measure it for this case."]
+    reasons = [(variant, reason) for variant in without if (reason := no_memory(variant)) is not None]
+    return [f"{name(variant)}: peak memory not measured, because {reason}." for variant, reason in reasons]
 
 
 def rich_table(measured: Measured, rates: dict[str, Any] | None) -> Table:
+    """Return the table for a terminal. Reasons stand below it: in a cell they would be a column of single words."""
+    skipped = [f"{r['variant']}: did not run: {r['skipped']}" for r in measured["results"] if "skipped" in r]
     # Text, not str: "[p20, p80]" or an error's "[Errno 12]" would be taken for markup.
     table = Table(
-        title=Text(shown(title(measured))),
+        title=Text("\n" + shown(title(measured))),
         title_justify="left",
-        caption=Text("\n".join(map(shown, notes(measured)))),
+        caption=Text("\n".join(map(shown, [*skipped, *remarks(measured)]))),
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for at, column in enumerate(columns(measured)):
-        table.add_column(Text(column), justify="right" if at else "left", no_wrap=at != 1)
-    for row in rows(measured, rates):
-        table.add_row(*(Text(shown(cell)) for cell in row))
+        # All columns but the first wrap, so that the table fits a terminal of 80 columns. Folding never drops a digit.
+        table.add_column(Text(column), justify="right" if at else "left", no_wrap=not at, overflow="fold")
+    for row, cells in zip(measured["results"], rows(measured, rates), strict=True):
+        if "skipped" in row:
+            cells = (cells[0], "did not run", *cells[2:])
+        table.add_row(*(Text(shown(cell)) for cell in cells))
     return table

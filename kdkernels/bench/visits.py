@@ -19,8 +19,9 @@ from .measure import Event, Job, has_memory
 from .peers import PEERS
 
 Measured = dict[str, Any]
-"""What is kept of a case: ``case``, ``curve``, sizes, ``visits`` planned and ``visits_done``, ``complete``, and in ``results`` a row per
-variant: ``samples_ms`` with the ``visit`` that each was taken in, ``gradient_error``, ``peak_extra_bytes``, ``skipped`` with the reason.
+"""The record of a case: ``case``, ``curve``, sizes, whether peak ``memory`` is measured, ``visits`` planned and ``visits_done``,
+``complete``, and in ``results`` a row per variant: ``samples_ms`` with the ``visit`` that each was taken in, ``gradient_error``,
+``peak_extra_bytes``, ``skipped`` with the reason.
 """
 
 Progress = Callable[[str], None]
@@ -28,10 +29,11 @@ Progress = Callable[[str], None]
 
 
 def new(job: Job) -> Measured:
-    """Of a case that nothing has been measured of."""
+    """Return the record of a case before anything has been measured."""
     case = job.case
     return {
         "case": asdict(case), "curve": job.curve, "flop": case.flop, "floor_bytes": case.floor_bytes, "input_bytes": case.input_bytes,
+        "memory": job.memory,
         "visits": job.visits, "visits_done": 0, "complete": False, "results": [{"variant": name} for name in job.variants],
     }  # fmt: skip
 

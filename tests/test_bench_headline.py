@@ -1,0 +1,182 @@
+"""The headline of a benchmark: what it says of times that cannot be relied on. The records are made by hand."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from benching import HEADS, LOGITS, made_up_case, made_up_record
+from rich.console import Console
+
+from benchmarks import report
+from kdkernels.bench import figures, headline, page, plots, run, suites, table, visits
+from kdkernels.bench.cases import Case
+from kdkernels.bench.measure import Job, Spread
+
+
+def end_of_terminal(record: dict[str, Any]) -> str:
+    console = Console(record=True, width=1000, file=io.StringIO())
+    run.print_headline(console, record)
+    return console.export_text()
+
+
+def everywhere(record: dict[str, Any]) -> list[str]:
+    """The texts that a user reads first: the end of the terminal, the report, the README."""
+    readme = report.headline({"machine": record}, "docs/figures")
+    return [end_of_terminal(record), page.page(record, []).partition("<h2>")[0], readme]
+
+
+def test_a_sound_run_has_its_figures_in_every_headline() -> None:
+    record = made_up_record(made_up_case(HEADS, floor=[8, 8.1], eager=[20, 20.2], liger_chunked=[15, 15.2], native=[10, 10.1]))
+    assert headline.warnings(record) == []
+    for text in everywhere(record):
+        assert "kdkernels native takes 10.1 ms, 1.25 x the matrix products alone (8.05 ms)" in text
+        assert "2.00 times as fast as PyTorch eager (20.1 ms)" in text
+        assert "1.50 times as fast as Liger chunked JSD (15.1 ms)" in text
+        assert "not to be relied on" not in text
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "said"), [(8.0, 2, "load 8.0 on 2 cores"), (1.3, 1, "load 1.3 on 1 core"), (65.0, 64, "load 65.0")]
+)
+def test_a_load_above_the_cores_replaces_the_times(load: float, cores: int, said: str) -> None:
+    record = made_up_record(made_up_case(HEADS, floor=[8, 8.1], eager=[20, 20.2], native=[10, 10.1], mib=3), load=load, cores=cores)
+    for text in everywhere(record):
+        assert said in text
+        assert "not to be relied on" in text
+        assert "times as fast" not in text
+        assert "10.1 ms" not in text
+        assert "3 MiB beyond the inputs" in text, "memory does not depend on the load"
+    (drawn,) = plots.plots(record)
+    assert said in drawn.data["title"]
+
+
+@pytest.mark.parametrize(("load", "cores"), [(2.0, 2), (0.0, 1), (30.0, 64)])
+def test_a_load_that_the_cores_can_carry_is_not_mentioned(load: float, cores: int) -> None:
+    record = made_up_record(made_up_case(HEADS, floor=[8, 8.1], native=[10, 10.1]), load=load, cores=cores)
+    assert headline.busy(record) == ""
+    assert "not to be relied on" not in headline.headline(record)
+
+
+def test_without_heads_the_headline_is_of_the_given_logits_and_warns_too() -> None:
+    case = made_up_case(LOGITS, floor=[1, 1.1], eager=[9, 9.1], native=[3, 3.1])
+    assert "2.90 x one pass over memory alone (1.05 ms)" in headline.headline(made_up_record(case))
+    assert "load 5.0 on 2 cores" in headline.headline(made_up_record(case, load=5.0))
+    assert "load 5.0 on 2 cores" in headline.headline(made_up_record(load=5.0)), "before anything has been measured"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [([10, 10.4, 10.8], [10.2, 10.6, 11]), ([10.2, 10.6, 11], [10, 10.4, 10.8]), ([10, 10, 10], [10.01, 10.01, 10.01]), ([10], [20])],
+    ids=["a little faster", "a little slower", "by less than a figure shows", "of one sample each"],
+)
+def test_overlapping_spreads_are_no_difference(ours: list[float], theirs: list[float]) -> None:
+    record = made_up_record(made_up_case(HEADS, floor=[4, 4, 4], eager=theirs, liger_chunked=theirs, native=ours))
+    for text in everywhere(record):
+        assert "no difference from PyTorch eager" in text
+        assert "no difference from Liger chunked JSD" in text
+        assert "times as fast" not in text
+    assert "| no difference |" in report.summary({"machine": record}, "")
+    assert "In none of the 1 cases" in report.not_better({"machine": record}, "")
+
+
+def test_a_time_at_the_floor_is_no_difference_from_it() -> None:
+    record = made_up_record(made_up_case(HEADS, floor=[9.9, 10, 10.4], eager=[20, 20, 20], native=[10, 10.2, 10.6]))
+    assert "no difference from the matrix products alone (10.0 ms)" in headline.headline(record)
+    assert headline.warnings(record) == []
+
+
+@pytest.mark.parametrize("variant", ["native", "eager", "liger_chunked"])
+def test_a_time_below_its_floor_makes_the_measurement_unsound(variant: str) -> None:
+    times: dict[str, list[float]] = {"floor": [10, 10.1], "eager": [20, 20.2], "liger_chunked": [15, 15.2], "native": [12, 12.1]}
+    case = made_up_case(HEADS, **{**times, variant: [9, 9.1]})
+    record = made_up_record(case)
+    assert table.below_floor(case) == [variant]
+    for text in everywhere(record):
+        assert f"{table.name_of(variant)} takes 9.05 ms, its floor 10.1 ms" in text
+        assert "The measurement is unsound." in text
+        assert "times as fast" not in text
+    assert any("unsound" in note for note in table.remarks(case))
+    assert ("| unsound: below the floor |" in report.summary({"machine": record}, "")) == (variant != "liger_chunked")
+
+
+def test_times_below_the_floor_of_other_cases_and_curves_are_named() -> None:
+    sound = made_up_case(HEADS, floor=[8, 8.1], eager=[20, 20.2], native=[10, 10.1])
+    point = {**made_up_case(Case(64, 512, 8, 16), floor=[8, 8], native=[7, 7], torch=[6, 6]), "curve": "tokens"}
+    given = made_up_case(LOGITS, floor=[8, 8], native=[7, 7], torch=[6, 6])
+    (warning,) = headline.warnings(made_up_record(sound, point, given))
+    assert warning.count("its floor") == 3
+    assert "and 1 more. The measurement is unsound." in warning
+    assert "2.00 times as fast as PyTorch eager" in headline.sentence(made_up_record(sound, point, given))
+
+
+def test_a_bound_that_computes_less_may_lie_below_the_floor() -> None:
+    assert table.below_floor(made_up_case(HEADS, floor=[8, 8], torch_ce=[5, 5], native=[9, 9])) == []
+
+
+def test_spreads_overlap_where_they_touch() -> None:
+    assert Spread.of([1, 2, 3]).overlaps(Spread.of([2, 3, 4]))
+    assert not Spread.of([1, 1, 1]).overlaps(Spread.of([2, 2, 2]))
+    assert Spread.of([1]).overlaps(Spread.of([2])), "one sample shows no difference"
+
+
+def test_a_resumed_run_keeps_the_higher_load(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 0.5, 0.5))
+    run.begin([Job(HEADS, ("floor",), 1)], "cpu", {}, tmp_path)
+    monkeypatch.setattr("os.getloadavg", lambda: (900.0, 0.5, 0.5))
+    assert headline.busy(run.resume(tmp_path)).startswith("load 900.0 on ")
+
+
+# --- cells and figures
+
+
+def test_no_cell_is_empty_and_missing_memory_has_a_reason() -> None:
+    jsd = next(job for job in suites.jobs("smoke", "cpu", backends=["torch"], peers=[]) if job.case.divergence == "jsd")
+    measured = visits.new(jsd)
+    for row in measured["results"]:
+        row.update(samples_ms=[1.0, 2.0], gradient_error=None if row["variant"] == "floor" else 1e-7)
+    cells = {row[0]: row for row in table.rows(measured, None)}
+    assert all(all(row) for row in cells.values())
+    assert cells["torch"][-2] == "not measured"
+    assert "Peak memory: this suite does not measure it for this case." in table.remarks(measured)
+    assert "this suite does not measure it" in page._table(measured, None)
+
+
+def test_cells_without_a_figure_say_so_in_cases_without_a_floor_eager_or_rates() -> None:
+    for case in (made_up_case(HEADS, native=[1, 2]), made_up_case(LOGITS, compile=[1, 2], native=[1, 2], skipped=["eager"])):
+        rows = list(table.rows(case, None))
+        assert all(all(row) for row in rows)
+        assert {"no floor", "no peer", "no eager"} <= set(rows[-1])
+    assert any("compile: peak memory not measured, because the compiler's own memory" in note for note in table.remarks(case))
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_table_fits_its_terminal_and_keeps_every_digit(width: int) -> None:
+    case = made_up_case(HEADS, floor=[1234.5, 1240], **{"native/bfloat16": [1635.0, 1702.0]}, skipped=["compile"])
+    console = Console(record=True, width=width, file=io.StringIO())
+    console.print(table.rich_table(case, None))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert "compile: did not run" in text
+
+
+@pytest.mark.parametrize(("ms", "floor"), [((10.0, 4509.0), 9.0), ((4508.0, 4509.0), 6000.0), ((0.01, 0.02), 0.019)])
+def test_labels_lie_beside_their_bars_and_inside_the_figure(ms: tuple[float, float], floor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    make_room = figures._make_room
+    monkeypatch.setattr(figures, "_make_room", lambda axes: (make_room(axes), drawn.append(axes)))
+    names = ("PyTorch eager", "kdkernels native, bfloat16 logits, 512 rows")
+    bars = [{"name": name, "ours": bool(at), "ms": ms[at], "mib": 2838.4} for at, name in enumerate(names)]
+    figures.draw("loss", {"title": "a title of many words, " * 8, "floor": floor, "floor_is": "matrix products alone", "bars": bars})
+    drawn[0].figure.draw_without_rendering()
+    assert len(drawn) == 2
+    for axes in drawn:
+        figure = axes.figure.bbox
+        for text, bar in zip((text for text in axes.texts if text.get_fontweight() == "bold"), axes.patches, strict=True):
+            box = text.get_bbox_patch().get_window_extent()
+            assert box.x0 >= bar.get_window_extent().x1
+            assert box.x1 <= figure.x1
+        for text in axes.texts:
+            assert figure.x0 <= text.get_window_extent().x0 <= text.get_window_extent().x1 <= figure.x1
