@@ -15,7 +15,7 @@ from families import build  # noqa: E402
 from tapped import IDS, ROWS, assert_falls_back, assert_is_the_model, loss_of  # noqa: E402
 
 from kdkernels.tap.head import HeadTap  # noqa: E402
-from kdkernels.tap.weights import embedding_rows, logit_columns  # noqa: E402
+from kdkernels.tap.weights import embedding_rows, head_width, logit_columns  # noqa: E402
 
 
 def test_tied_head_is_the_embeddings_parameter() -> None:
@@ -203,6 +203,36 @@ def test_columns_are_read_off_weights_and_not_off_stale_sizes() -> None:
     assert logit_columns(model) == columns
     model.model.embed_tokens.weight = nn.Parameter(torch.zeros(columns * width // 2, 1, dtype=torch.bfloat16), requires_grad=False)
     assert embedding_rows(model) is None
+
+
+def test_width_is_that_of_the_hidden_states_where_weights_are_packed() -> None:
+    model = build("llama")
+    columns, width = model.lm_head.weight.shape
+    assert head_width(model) == width
+    for shape, dtype in (
+        ((columns * width // 2, 1), torch.uint8),
+        ((columns, width // 2), torch.uint8),
+        ((width // 8, columns), torch.int32),
+    ):
+        model.lm_head.weight = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+        assert (head_width(model), logit_columns(model)) == (width, columns)
+    assert head_width(lora(model, ["q_proj"])) == width
+    del model.lm_head.weight  # as where a library keeps the numbers under another name
+    assert head_width(model) == width
+    del model.lm_head.in_features
+    assert head_width(model) == width == model.config.hidden_size
+
+
+def test_width_is_read_off_weights_and_not_off_stale_sizes() -> None:
+    model = build("llama")
+    columns, width = model.lm_head.weight.shape
+    embeddings = model.get_input_embeddings().weight
+    model.lm_head = nn.Linear(*embeddings.shape, bias=False)
+    model.lm_head.weight = embeddings
+    assert model.lm_head.in_features == columns
+    assert head_width(model) == width
+    model.lm_head.weight = nn.Parameter(torch.zeros(columns, width + 8), requires_grad=False)
+    assert head_width(model) == width + 8
 
 
 def test_adapter_that_comes_later_falls_back_where_it_must() -> None:

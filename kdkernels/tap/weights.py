@@ -20,6 +20,7 @@ __all__ = [
     "UnsupportedHead",
     "embedding_rows",
     "gathered",
+    "head_width",
     "logit_columns",
     "output_head",
     "read_head",
@@ -133,18 +134,26 @@ def _embedding_rows(model: nn.Module) -> int | None:
         embeddings = unwrap(model).get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    return _weight_rows(embeddings, "num_embeddings", "embedding_dim")
+    shape = _weight_shape(embeddings, "num_embeddings", "embedding_dim")
+    return None if shape is None else shape[0]
 
 
 def logit_columns(model: nn.Module) -> int:
     """Columns of a model's logits, padding included."""
     head: Any = output_head(model)
-    rows = None if head is None else _weight_rows(head, "out_features", "in_features")
-    return int(rows or getattr(head, "out_features", None) or text_config(model).vocab_size)
+    shape = None if head is None else _weight_shape(head, "out_features", "in_features")
+    return int(getattr(head, "out_features", None) or text_config(model).vocab_size) if shape is None else shape[0]
 
 
-def _weight_rows(module: nn.Module, *sizes: str) -> int | None:
-    """Rows of a module's weight ``[rows, columns]``; None if it packs several numbers into one, as quantised weights do.
+def head_width(model: nn.Module) -> int:
+    """Return the width of the hidden states that a model's head reads."""
+    head: Any = output_head(model)
+    shape = None if head is None else _weight_shape(head, "out_features", "in_features")
+    return int(getattr(head, "in_features", None) or text_config(model).hidden_size) if shape is None else shape[1]
+
+
+def _weight_shape(module: nn.Module, *sizes: str) -> tuple[int, int] | None:
+    """Return the shape ``[rows, columns]`` of a module's weight; None if it packs several numbers into one, as quantised weights do.
 
     The module's own ``sizes`` can be stale: a library that ties or resizes weights replaces the weight alone. They tell only whether
     integers are packed. Floating-point storage of packed numbers is ``[n, 1]``.
@@ -155,7 +164,7 @@ def _weight_rows(module: nn.Module, *sizes: str) -> int | None:
         return None
     claimed = [getattr(module, name, None) for name in sizes]
     packed = not weight.is_floating_point() and None not in claimed and shape[0] * shape[1] != math.prod(claimed)  # type: ignore[arg-type]
-    return None if packed else int(shape[0])
+    return None if packed else (int(shape[0]), int(shape[1]))
 
 
 def read_head(head: nn.Module) -> HeadWeights:

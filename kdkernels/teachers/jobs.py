@@ -20,7 +20,7 @@ from ..data.forms import Reasoning
 from ..data.rows import read_rows
 from ..data.tokenization import length_limit, load_examples
 from ..files import Output
-from ..tap.weights import embedding_rows, logit_columns
+from ..tap.weights import embedding_rows, head_width, logit_columns
 from ..terminal import progress, shown
 from .cache.api import from_replies, score, silent_positions, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date
@@ -99,7 +99,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
     model = load(AutoModelForCausalLM, "teacher", o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
     check_ids(examples, tokenizer, embedding_rows(model))
     name, revision = identity_of_model(o.teacher, getattr(model.config, "_commit_hash", None) or o.revision)
-    columns, hidden_size = logit_columns(model), int(model.get_output_embeddings().weight.shape[-1])
+    columns, hidden_size = logit_columns(model), head_width(model)
     if o.vocab_size is not None and o.vocab_size > columns:
         raise ValueError(f"--vocab-size {o.vocab_size}: the teacher's head has {columns} rows")
     vocab_size = o.vocab_size or columns

@@ -20,7 +20,7 @@ from ..data.tokenization import Tally, length_limit, load_examples
 from ..divergences import parse
 from ..sides import Ensemble, LMHead, Sampled, Teacher, TopK
 from ..tap.patching import text_config
-from ..tap.weights import embedding_rows, logit_columns
+from ..tap.weights import embedding_rows, head_width, logit_columns
 from ..teachers.loading import load
 from ..trainer.checkpoints import step_of
 from .loading import cache_of, check_data, tokenizer_of
@@ -101,8 +101,8 @@ def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence
     vocab = min([logit_columns(model) for model in skeletons] + ([] if cache is None else [cache.vocab_size]))
 
     def side(model: Any, grad: bool) -> LMHead:
-        weight = torch.empty(logit_columns(model), model.get_output_embeddings().weight.shape[1], device="meta", requires_grad=grad)
-        return LMHead(torch.empty(sum(largest), weight.shape[1], device="meta", requires_grad=grad), weight, vocab_size=vocab)
+        weight = torch.empty(logit_columns(model), head_width(model), device="meta", requires_grad=grad)
+        return LMHead(torch.empty(sum(largest), head_width(model), device="meta", requires_grad=grad), weight, vocab_size=vocab)
 
     ours = side(student, True)
     theirs: Teacher = side(teachers[0] if teachers else student, False)
