@@ -20,9 +20,11 @@ SHOWN = 3
 
 
 def busy(record: dict[str, Any]) -> str:
-    """Return the load before the run if it was above the cores, as ``load 8.0 on 2 cores``; else ""."""
-    load, cores = record["environment"]["load_average"][0], record["environment"]["cores"]
-    return f"load {load:.1f} on {cores} core{'s' * (cores != 1)}" if load > cores else ""
+    """Return the load before the run if it was above the cores, as ``load 8.0 on 2 cores``; "" if not, or not known."""
+    loads, cores = record["environment"].get("load_average"), record["environment"].get("cores")
+    if not loads or cores is None or loads[0] <= cores:
+        return ""
+    return f"load {loads[0]:.1f} on {cores} core{'s' * (cores != 1)}"
 
 
 def warnings(record: dict[str, Any]) -> list[str]:

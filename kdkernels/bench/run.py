@@ -124,11 +124,12 @@ def load(at: Path) -> Record:
 
 
 def save(out: Path, record: Record) -> None:
-    """In one piece: a process that is killed leaves the last state or this one."""
+    """Write the record in one piece, into a folder that need not exist: a process that is killed leaves the last state or this one."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     # A list of numbers reads better on one line.
     text = re.sub(r"\[\s+([-\d.,\seE+]+?)\s+\]", lambda m: "[" + ", ".join(m[1].replace(",", " ").split()) + "]", text)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FILE, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
     except OSError as error:
         raise BenchError(f"--out {out}: cannot be written to ({error.strerror})") from None
