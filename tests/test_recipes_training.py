@@ -41,7 +41,7 @@ def trainer_of(rows: Any, out: Path, teacher: bool, **options: Any) -> Distillat
 def test_the_trainers_loss_is_the_sum_of_the_tasks_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: Any) -> None:
     found = [cot.Rationale(item, "two plus " * (n + 1) + "is one") for n, item in enumerate(ITEMS)]
     rows = cot.multi_task(ITEMS, found, style=style)
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: TOKENIZER)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _, **options: TOKENIZER)
     weights = {"label": 0.75, "rationale": 2.5}
     trainer = trainer_of(cot.balance(rows, weights, shared.lengths(rows, tmp_path)), tmp_path, teacher=False, kd_weight=0.0, ce_weight=1.0)
     batch = trainer.data_collator(trainer.train_dataset)
