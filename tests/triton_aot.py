@@ -36,6 +36,8 @@ from kdkernels.divergences import REGISTRY, Divergence, LogitMSE
 from kdkernels.problem import STATE, STATS, HeadBatch, Problem, RowBatch, Transform
 
 VOCAB = 128256
+RAGGED = 50257
+"""A vocabulary that is not a multiple of a block."""
 DTYPES = {  # student and teacher logits, dz
     "float32": (torch.float32, torch.float32, torch.float32),
     "float32 -> bfloat16": (torch.float32, torch.float32, torch.bfloat16),
@@ -155,6 +157,9 @@ def launches(everything: bool) -> Iterator[tuple[str, bool, Callable[[], None]]]
     for divergence, dtypes, mode, features in row_variants(everything):
         label = f"{divergence} {dtypes} {mode}{' features' if features else ''}"
         yield label, features, row_kernel(divergence, dtypes, mode, features)
+    for name in ("jsd", "skew_kl", "skew_reverse_kl"):  # the masked rest of a row takes the most registers
+        label = f"{name} bfloat16 fused V={RAGGED}"
+        yield label, False, row_kernel(REGISTRY[name](), "bfloat16", "fused", False, RAGGED)
     for features, dtype in ((False, torch.bfloat16), (True, torch.float32)):
         for label, launch in head_kernels(dtype, features):
             yield f"{label} {dtype}", features, launch

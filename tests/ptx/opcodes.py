@@ -277,6 +277,24 @@ def _extract(bits: str) -> Operation:
     return Operation((kind, "u32", "u32"), kind, extract)
 
 
+@_opcode(r"bfe\.s(32|64)")
+def _extract_signed(bits: str) -> Operation:
+    """A field of bits with its highest bit repeated above it; bits beyond the register are its sign."""
+    width, whole = int(bits), dtype(f"u{bits}").type
+
+    def extract(x: Lanes, start: Lanes, length: Lanes) -> Lanes:
+        pattern, first, size = x.view(whole), (start & 255).astype(whole), (length & 255).astype(whole)
+        field = pattern >> np.minimum(first, whole(width - 1))
+        last = np.minimum(first + np.maximum(size, whole(1)) - whole(1), whole(width - 1))
+        negative = ((pattern >> last) & whole(1)).astype(bool) & (size > 0)
+        kept = np.minimum(size, whole(width) - np.minimum(first, whole(width)))
+        mask = np.where(kept >= width, ~whole(0), (whole(1) << np.minimum(kept, whole(width - 1))) - whole(1))
+        result: Lanes = np.where(negative, field & mask | ~mask, field & mask).astype(whole)
+        return result.view(x.dtype)
+
+    return Operation((f"s{bits}", "u32", "u32"), f"s{bits}", extract)
+
+
 @_opcode(r"prmt\.b32")
 def _permute() -> Operation:
     def permute(low: Lanes, high: Lanes, selector: Lanes) -> Lanes:

@@ -4,7 +4,7 @@ NORMALISERS finds the log-sum-exps, SUMS the sums of a divergence's columns, GRA
 what an earlier launch has left there. Where the coefficient is known beforehand (ForwardKL, LogitMSE), SUMS and GRADIENT are one sweep.
 
 A block is [R, W], W being 8 columns a thread: what is reduced along R stays within a thread, so that no sweep has a barrier but for
-writing in place. Whole blocks are read without masks; the remaining columns are one masked block.
+writing in place. Whole blocks are read without masks; the remaining columns are masked blocks [1, W], which take fewer registers.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def normalisers(
     found = (lowest, zero, lowest, zero, zero)
     for start in range(0, whole, R * W):
         found = normalise_block(found, student, teacher, factors, start + offsets, None, TRANSFORMS, CE)
-    if whole < vocab:
-        found = normalise_block(found, student, teacher, factors, whole + offsets, whole + offsets < vocab, TRANSFORMS, CE)
+    for start in range(whole, vocab, W):
+        columns = start + tl.arange(0, W)[None, :]
+        found = normalise_block(found, student, teacher, factors, columns, columns < vocab, TRANSFORMS, CE)
     top_s, sum_s, top_t, sum_t, sum_ce = found
     largest_s, log_s = joined(top_s, sum_s, factors[0])
     largest_t, log_t = joined(top_t, sum_t, factors[1])
@@ -139,8 +140,9 @@ def means(student, teacher, vocab, TRANSFORMS: tl.constexpr, R: tl.constexpr, W:
     found = (zero, zero, zero)
     for start in range(0, whole, R * W):
         found = mean_block(found, student, teacher, start + offsets, None, TRANSFORMS)
-    if whole < vocab:
-        found = mean_block(found, student, teacher, whole + offsets, whole + offsets < vocab, TRANSFORMS)
+    for start in range(whole, vocab, W):
+        columns = start + tl.arange(0, W)[None, :]
+        found = mean_block(found, student, teacher, columns, columns < vocab, TRANSFORMS)
     count = tl.maximum(tl.sum(found[2], 0), 1.0)
     return tl.sum(found[0], 0) / count, tl.sum(found[1], 0) / count
 
@@ -206,8 +208,8 @@ def row_sums(
         sums, stats = sum_block(
             sums, stats, student, teacher, norms, factors, softmaxes, start + offsets, None, a, b, TERMS, TRANSFORMS, STATS
         )
-    if whole < vocab:
-        columns = whole + offsets
+    for start in range(whole, vocab, W):
+        columns = start + tl.arange(0, W)[None, :]
         sums, stats = sum_block(
             sums, stats, student, teacher, norms, factors, softmaxes, columns, columns < vocab, a, b, TERMS, TRANSFORMS, STATS
         )
@@ -275,9 +277,10 @@ def write_gradient(
             sums, dz, student, teacher, norms, factors, one, scales, start + offsets, None, a, b,
             TERMS, SLOPE, TRANSFORMS, KD, CE, SUM,
         )  # fmt: skip
-    if whole < vocab:
+    for start in range(whole, vocab, W):
+        columns = start + tl.arange(0, W)[None, :]
         sums = gradient_block(
-            sums, dz, student, teacher, norms, factors, one, scales, whole + offsets, whole + offsets < vocab, a, b,
+            sums, dz, student, teacher, norms, factors, one, scales, columns, columns < vocab, a, b,
             TERMS, SLOPE, TRANSFORMS, KD, CE, SUM,
         )  # fmt: skip
     return totals(sums)
