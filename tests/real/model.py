@@ -8,7 +8,6 @@ folder gets float32 weights and the tokenizer, and the GGUF itself for llama.cpp
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,10 +45,12 @@ def dequantise(gguf: Path, folder: Path) -> None:
 
 
 def make_model(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        gguf = download(Path(scratch))
-        dequantise(gguf, folder)
-        shutil.move(gguf, folder / gguf.name)
+    """Make ``folder``, which appears when it is whole."""
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as scratch:
+        gguf, model = download(Path(scratch)), Path(scratch, "model")
+        dequantise(gguf, model)
+        gguf.rename(model / gguf.name)
+        model.rename(folder)
 
 
 if __name__ == "__main__":
