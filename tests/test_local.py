@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import load_file, save_file
 from serving import requests
 
+from kdkernels.teachers.jobs import device_of
 from kdkernels.teachers.local import LocalModel
+from kdkernels.teachers.replies import OtherRequest
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,79 @@ def test_local_draws_are_of_the_model_and_repeat_with_the_seed(local: LocalModel
     assert [r.text for r in again] == [r.text for r in model.complete(asked[:20], tmp_path / "a")]
     other = LocalModel(local.model, local.tokenizer, seed=1).complete(asked[:20], tmp_path / "c")
     assert [r.text for r in again] != [r.text for r in other]
+
+
+@pytest.mark.parametrize("part", ["template", "tokens", "end"])
+def test_a_log_goes_on_only_with_the_tokens_that_it_was_begun_with(local: LocalModel, tmp_path: Path, part: str) -> None:
+    asked = requests(["a fox", "a dog"], max_tokens=2)
+    LocalModel(local.model, local.tokenizer, name="m").complete(asked[:1], tmp_path / "log")
+    tokenizer = copy.deepcopy(local.tokenizer)
+    if part == "template":
+        tokenizer.chat_template = tokenizer.chat_template.replace(": ", "> ")
+    elif part == "tokens":
+        tokenizer.add_tokens(["fox"])
+    else:
+        tokenizer.eos_token = "<pad>"
+    before = (tmp_path / "log").read_bytes()
+    with pytest.raises(OtherRequest, match="another tokenizer, chat template or end token"):
+        LocalModel(local.model, tokenizer, name="m").complete(asked, tmp_path / "log")
+    assert (tmp_path / "log").read_bytes() == before
+    assert len(LocalModel(local.model, local.tokenizer, name="m").complete(asked, tmp_path / "log")) == 2
+
+
+def test_a_log_from_before_tokens_were_noted_goes_on(local: LocalModel, tmp_path: Path) -> None:
+    asked = requests(["a fox", "a dog"], max_tokens=2)
+    model = LocalModel(local.model, local.tokenizer, name="m")
+    (reply,) = model.complete(asked[:1], tmp_path / "log")
+    entry = json.loads((tmp_path / "log").read_text())
+    del entry["tokens"]
+    (tmp_path / "log").write_text(json.dumps(entry) + "\n")
+    assert model.complete(asked, tmp_path / "log")[0] == reply
+
+
+@pytest.mark.parametrize("change", ["head", "layer", "names", "shape"])
+def test_a_model_whose_weights_are_not_whole_is_refused(folder: Path, tmp_path: Path, change: str) -> None:
+    broken = shutil.copytree(folder, tmp_path / "model")
+    weights = load_file(broken / "model.safetensors")
+    name = "lm_head.weight" if change == "head" else "model.layers.0.mlp.up_proj.weight"
+    if change == "names":
+        weights = {f"module.{name}": tensor for name, tensor in weights.items()}
+    elif change == "shape":
+        weights[name] = weights[name][:-1].contiguous()
+    else:
+        del weights[name]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"--model .*: the weights .*weight.* are missing, or have another shape.* would be drawn at random"
+    ):
+        LocalModel(broken)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_whole_model_is_loaded_with_its_head_tied_or_not(folder: Path, tmp_path: Path, tied: bool) -> None:
+    whole = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    if tied:
+        weights = load_file(whole / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
+    model = LocalModel(whole).model
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize(("file", "text"), [("config.json", "[]"), ("config.json", '{"model_type": "llama", "dtype": "float7"}')])
+def test_a_broken_file_of_a_model_is_an_error_of_the_user(folder: Path, tmp_path: Path, file: str, text: str) -> None:
+    broken = shutil.copytree(folder, tmp_path / "model")
+    (broken / file).write_text(text)
+    with pytest.raises(ValueError, match=r"--model .*: can't be loaded"):
+        LocalModel(broken)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"--device {name}: torch can't use it here"):
+        device_of(name)
 
 
 def test_local_stops_at_a_text(local: LocalModel, tmp_path: Path) -> None:

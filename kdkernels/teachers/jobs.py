@@ -81,7 +81,20 @@ class CacheOptions:
 
 
 def device_of(name: str) -> str:
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that ``--device`` names; with "auto" a GPU, if there is one.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"--device {name}: torch can't use it here ({str(error).splitlines()[0][:200]}): give auto, cpu, cuda or cuda:N"
+        ) from None
+    return name
 
 
 def cache_of_model(options: CacheOptions, console: Console) -> None:

@@ -7,14 +7,29 @@ from typing import Any
 
 
 def load(cls: Any, role: str, path: str, **options: Any) -> Any:
-    """What ``cls.from_pretrained`` makes of a folder or hub name. Code that comes with a model is never run.
+    """The config, tokenizer or model of a folder or hub name, by ``cls.from_pretrained``. Code that comes with a model is never run.
 
     Raises:
-        ValueError: naming the option, ``--role``.
+        ValueError: there is none, it can't be loaded, or weights of the model are missing. The message names the option, ``--role``.
     """
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"--{role} {path}: no such folder")
+    of_model = cls.__name__.startswith("AutoModel")
+    if of_model:  # transformers draws weights at random that it does not find
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return cls.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        loaded = cls.from_pretrained(path, trust_remote_code=False, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises errors of any type for broken files
         raise ValueError(f"--{role} {path}: can't be loaded by {cls.__name__}: {' '.join(str(error).split())[:300]}") from error
+    if not of_model:
+        return loaded
+    model, report = loaded
+    if absent := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise ValueError(
+            f"--{role} {path}: the weights {', '.join(absent[:3])}{more} are missing, or have another shape than in config.json: they would be "
+            "drawn at random: give the folder of a whole model, as save_pretrained writes it"
+        )
+    return model

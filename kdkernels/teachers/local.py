@@ -17,10 +17,11 @@ from ..data.collator import left_padded, pad_id
 from ..data.encoding import TextEncoder
 from ..data.messages import read_turns
 from ..data.templates import chat_text, template_facts
+from ..files import digest
 from ..tap.weights import embedding_rows
 from .loading import load
 from .reasoning import opens_thoughts, read_generated
-from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
+from .replies import OtherRequest, ReplyLog, check_requests, fingerprint, reply_of, seed_of
 from .text import Reply, Request, Usage
 
 __all__ = ["LocalModel", "ends", "generate", "prompt_ids", "writing"]
@@ -83,13 +84,20 @@ class LocalModel:
 
         Raises:
             ValueError: two requests with one key, or one that makes no sense.
-            FileError: the log is in use, damaged, or holds another request's reply under one of the keys.
+            FileError: the log is in use, damaged, or holds another request's reply under one of the keys, or one that was written with
+                another tokenizer, chat template or end token.
         """
         check_requests(requests)
         with ReplyLog(log) as replies:
             hashes = {r.key: fingerprint(r, model=self.name, seed=self.seed) for r in requests}
             found = {r.key: entry for r in requests if (entry := replies.find(r.key, hashes[r.key])) is not None}
             todo = [r for r in requests if r.key not in found]
+            tokens = self._tokens()
+            if any(entry.get("tokens", tokens) != tokens for entry in found.values()):  # logs of earlier versions have none
+                raise OtherRequest(
+                    f"{log.name} holds replies that were written with another tokenizer, chat template or end token. Give another file, or "
+                    "the model as it was"
+                )
             for entry in found.values():
                 self._count(entry, from_log=True)
             for batch in self._batches(todo):
@@ -97,12 +105,18 @@ class LocalModel:
                     value = {
                         "text": reply.text, "finish_reason": reply.finish_reason, "prompt_tokens": reply.prompt_tokens,
                         "completion_tokens": len(reply.ids), "logprobs": reply.logprobs,
-                        **({"reasoning": reply.reasoning} if reply.reasoning else {}),
+                        **({"reasoning": reply.reasoning} if reply.reasoning else {}), "tokens": tokens,
                     }  # fmt: skip
                     replies.append(request.key, hashes[request.key], value)
                     found[request.key] = value
                     self._count(value, from_log=False)
             return [reply_of({**found[r.key], "key": r.key}) for r in requests]
+
+    def _tokens(self) -> str:
+        """Hash of what decides the tokens of a prompt and the end of a response."""
+        from .cache.manifest import template_hash, tokenizer_hash
+
+        return digest([tokenizer_hash(self.tokenizer), template_hash(self.tokenizer), ends(self.model, self.tokenizer)])
 
     def _count(self, entry: Mapping[str, Any], from_log: bool) -> None:
         self.usage.add(entry, from_log)
