@@ -129,8 +129,40 @@ def test_json_and_maps_of_other_writers_are_decoded(tmp_path: Path) -> None:
     assert row.fields == {"messages": [turns[0], {"role": "assistant", "content": "a"}], "meta": {"a": {"b": 1}}}
     spoilt = pa.table({"messages": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{"]))})
     pq.write_table(spoilt, tmp_path / "spoilt.parquet")
-    with pytest.raises(DataError, match=r"spoilt.parquet, row 1: a column of JSON \(messages\) holds other text"):
+    with pytest.raises(DataError, match=r"spoilt.parquet, row 1: a column of JSON or maps \(messages\) can't be read"):
         list(read_rows(tmp_path / "spoilt.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ('{"prompt": "a", "response": "b", "response": "c"}', "response"),
+        ('{"messages": [{"role": "user", "role": "system", "content": "a"}], "response": "b"}', "role"),
+        ('{"prompt": "a", "response": "b", "weight": 0, "weight": 0}', "weight"),
+    ],
+)
+def test_two_values_of_one_name_are_refused_with_the_row(tmp_path: Path, line: str, name: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
+    with pytest.raises(DataError, match=rf"rows.jsonl, row 2: .*an object has '{name}' twice"):
+        list(read_rows(tmp_path / "rows.jsonl"))
+
+
+def test_two_values_of_one_name_are_refused_in_parquet(tmp_path: Path) -> None:
+    tables = {
+        "columns": (pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["prompt", "response", "response"]), "'response'"),
+        "json": (pa.table({"meta": pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1, "a": 2}']))}), "row 1: .*'a' twice"),
+        "map": (pa.table({"meta": pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64()))}), "row 1: .*'a' twice"),
+    }
+    for name, (table, says) in tables.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        with pytest.raises(DataError, match=rf"{name}.parquet.*{says}"):
+            list(read_rows(tmp_path / f"{name}.parquet"))
+
+
+def test_a_row_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match=r"row 1: .*nested too deeply"):
+        list(read_rows(tmp_path / "rows.jsonl"))
 
 
 @pytest.mark.parametrize("day", [datetime.date(2026, 3, 1), datetime.datetime(2026, 3, 1, 12), datetime.timedelta(1)])

@@ -207,6 +207,21 @@ def test_ctrl_c_stops_after_a_step_and_a_second_one_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.yaml", "max-steps: 1\nmax_steps: 5\n"), ("run.yaml", "max-steps: 1\nmax-steps: 5\n"),
+        ("run.json", '{"max-steps": 1, "max_steps": 5}'), ("run.json", '{"max_steps": 1, "max_steps": 5}'),
+    ],
+)  # fmt: skip
+def test_an_option_twice_in_a_config_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    from kdkernels.train.settings import TrainError, read_config
+
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TrainError, match=r"max.steps' twice"):
+        read_config(tmp_path / name)
+
+
 def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
     config = {
         "teacher": [str(home / "teacher"), str(home / "teacher2")], "student": str(home / "student"), "data": str(home / "train.jsonl"),

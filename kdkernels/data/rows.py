@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .messages import Turn, read_turns
-from .values import as_json, broken_text, is_date, place_of
+from .values import as_json, broken_text, is_date, object_of, place_of, read_json
 
 __all__ = ["DataError", "Row", "RowSource", "places", "read_rows"]
 
@@ -142,9 +142,10 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             where = f"{path}, row {number}"
             try:
-                yield where, json.loads(line)
+                fields = read_json(line)
             except ValueError as error:
                 raise DataError(f"{where}: not JSON in UTF-8 ({error})") from None
+            yield where, fields
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -153,6 +154,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: two columns have the name {max(names, key=names.count)!r}: leave one of the two out")
             decoders = {field.name: decoder for field in file.schema_arrow if (decoder := _decoder(field)) is not None}
             rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
@@ -160,7 +164,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     row.update({name: decoder(row[name]) for name, decoder in decoders.items()})
                 except ValueError as error:
-                    raise DataError(f"{where}: a column of JSON ({', '.join(decoders)}) holds other text ({error})") from None
+                    raise DataError(f"{where}: a column of JSON or maps ({', '.join(decoders)}) can't be read ({error})") from None
                 yield where, row
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not Parquet ({error})") from None
@@ -177,10 +181,10 @@ def _decoder(field: Any) -> Decoder | None:
     kind = field.type
     named = (field.metadata or {}).get(b"ARROW:extension:name") == JSON_TYPE  # before pyarrow has a type for it
     if named or getattr(kind, "extension_name", "") == JSON_TYPE.decode():
-        return _if_any(lambda value: json.loads(value))
+        return _if_any(read_json)
     if pyarrow.types.is_map(kind):
         of_value = _decoder(kind.item_field) or (lambda value: value)
-        return _if_any(lambda pairs: {name: of_value(value) for name, value in pairs})
+        return _if_any(lambda pairs: object_of([(name, of_value(value)) for name, value in pairs]))
     if pyarrow.types.is_struct(kind):
         parts = {part.name: decoder for part in kind if (decoder := _decoder(part)) is not None}
         if parts:

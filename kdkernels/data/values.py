@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["as_json", "broken_text", "is_date", "place_of"]
+__all__ = ["as_json", "broken_text", "is_date", "object_of", "place_of", "read_json"]
 
 DATES = (datetime.date, datetime.time, datetime.timedelta)
 
@@ -18,6 +19,32 @@ def as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_json(part) for part in value]
     return value
+
+
+def read_json(text: str | bytes) -> Any:
+    """The value of JSON text.
+
+    Raises:
+        ValueError: the text is not JSON, is nested too deeply, or has an object with two values of one name.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=object_of)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def object_of(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """An object of names and values.
+
+    Raises:
+        ValueError: two values of one name. Some readers take the first, others the last.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has {twice!r} twice: leave one of the two out")
+    return made
 
 
 def is_date(value: Any) -> bool:

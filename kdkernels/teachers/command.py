@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..data.values import read_json
 from ..options import grouped
 from ..terminal import console, failing
 from .options import Asking, Server
@@ -145,9 +145,9 @@ def generate(
         teacher: Any
         if base_url:
             try:
-                extra = json.loads(extra_body)
-            except json.JSONDecodeError:
-                extra = None
+                extra = read_json(extra_body)
+            except ValueError as error:
+                raise ValueError(f"--extra-body {extra_body}: a JSON object is needed ({error})") from None
             if not isinstance(extra, dict):
                 raise ValueError(f"--extra-body {extra_body}: a JSON object is needed")
             teacher = asking.http(base_url, model, api=api.value, seed=seed, extra_body=extra)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+
+from ..data.values import object_of, read_json
 
 __all__ = ["Settings", "TrainError", "read_config", "read_settings"]
 
@@ -54,11 +55,9 @@ def read_config(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".json":
-            value = json.loads(text)
+            value = read_json(text)
         elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            value = yaml.safe_load(text)
+            value = _of_yaml(text)
         else:
             raise TrainError(f"--config {path}: the format is told by the name: .yaml or .json")
     except TrainError:
@@ -69,7 +68,20 @@ def read_config(path: Path) -> dict[str, Any]:
         raise TrainError(
             f"--config {path}: a mapping of options is needed, such as {{student: ..., data: ...}}, not {type(value).__name__}"
         )
-    return {str(name).replace("-", "_"): part for name, part in value.items()}
+    try:
+        return object_of([(str(name).replace("-", "_"), part) for name, part in value.items()])
+    except ValueError as error:
+        raise TrainError(f"--config {path}: {error} (dashes and underscores are the same)") from None
+
+
+def _of_yaml(text: str) -> Any:
+    """The value of YAML text, of which PyYAML would take the last of two options of one name."""
+    import yaml
+
+    node = yaml.compose(text, yaml.SafeLoader)
+    if isinstance(node, yaml.MappingNode):
+        object_of([(name.value, part) for name, part in node.value if isinstance(name, yaml.ScalarNode)])
+    return yaml.safe_load(text)
 
 
 def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Sequence[str]) -> Settings:
