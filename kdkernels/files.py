@@ -248,7 +248,8 @@ class Output:
             inputs: what the command reads, by the option that names it.
 
         Raises:
-            FileError: a name is taken by something that kdkernels did not make or that was changed since; an input is one of the names.
+            FileError: a name is taken by something that kdkernels did not make or that was changed since; an input is one of the names, or
+                the folder that it is in.
         """
         for name in names:
             path = self.folder / name
@@ -260,6 +261,13 @@ class Output:
             for option, given in (inputs or {}).items():
                 if given is not None and _within(Path(given), path):
                     raise FileError(f"{option} {given} is what this command writes ({path}): it would be overwritten. Give another place")
+                if (
+                    given is not None
+                    and option.endswith("data")
+                    and Path(given).is_dir()
+                    and path.parent.resolve() == Path(given).resolve()
+                ):
+                    raise FileError(f"{path} is in the folder of {option}: the next run would read it as input. Give another place")
 
     def claim(self, name: str) -> Path:
         """The path of a file or folder that is about to be made, once the marker names it.

@@ -270,6 +270,23 @@ def test_an_input_is_never_the_output(tmp_path: Path) -> None:
         output.check(["rows.jsonl"], {"--data": tmp_path / "data.jsonl", "--pool": None})
 
 
+def test_an_output_is_not_written_into_the_folder_of_its_input(tmp_path: Path) -> None:
+    data, link = tmp_path / "data", tmp_path / "link"
+    data.mkdir()
+    link.symlink_to(data)
+    tiny.write(data / "data.jsonl", [{"prompt": "a", "response": "b"}])
+    before = tree(tmp_path)
+    for given, out in ((data, data), (link, data), (data, link)):
+        with (
+            pytest.raises(FileError, match=r"is in the folder of --data: the next run would read it"),
+            Output(out / "rows.jsonl", "test", beside=True) as output,
+        ):
+            output.check(["rows.jsonl"], {"--data": given})
+        assert tree(tmp_path) == before
+    with Output(data / "out", "test") as output:
+        output.check(["rows.jsonl"], {"--data": data})
+
+
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
 

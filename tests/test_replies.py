@@ -620,6 +620,16 @@ def test_an_extra_body_that_cannot_be_read_back_is_refused(extra_body: dict[str,
 # Logs of before
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("HTTP_PROXY", "gopher://u:hunter2@127.0.0.1:9"), ("ALL_PROXY", "\x1b[2J"), ("SSL_CERT_FILE", "/nonexistent")]
+)
+def test_a_proxy_that_cannot_be_used_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(HTTPModelError, match="a proxy or certificate of the environment can't be used") as error:
+        HTTPModel("http://127.0.0.1:9/v1", "m").complete(requests(["a"]), tmp_path / "log")
+    assert "hunter2" not in str(error.value)
+
+
 def test_a_log_of_the_version_before_matches_its_rows(tmp_path: Path) -> None:
     asked = Request("row 0", [{"role": "user", "content": "How far is the moon?"}], 32, 0.5, ("\n",), 2, where="data.jsonl, row 7")
     served = "5e861519aad2551f4a9494fab104ef9ebb4f61822570d5e6c5ccc197ed35a834"

@@ -75,6 +75,13 @@ def test_arguments_of_the_wrong_kind(make: Make, options: dict[str, Any], messag
         make(**options)
 
 
+def test_the_token_of_the_hub_is_not_saved(tmp_path: Path) -> None:
+    args = DistillationArguments(output_dir=str(tmp_path), hub_token="hf_a_secret", use_cpu=True)
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_a_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    assert args.hub_token == "hf_a_secret"
+
+
 def test_arguments_survive_json(tmp_path: Path) -> None:
     for given, kept in (
         (kd.JSD(beta=0.3), "jsd(beta=0.3)"), ("jsd(beta=0.5)", "jsd"),

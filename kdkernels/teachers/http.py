@@ -260,22 +260,28 @@ class HTTPModel:
         """A client that sends the key, nothing else of the environment, and to no other server: it follows no redirect.
 
         Raises:
-            HTTPModelError: a key that can't be sent.
+            HTTPModelError: a key that can't be sent; a proxy or certificates of the environment that can't be used.
         """
-        from httpx2 import AsyncClient, Limits
+        from httpx2 import AsyncClient, InvalidURL, Limits
 
         key = os.environ.get(self.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise HTTPModelError(f"the key in {self.key_variable} holds a character that a header can't: set the variable to the key alone")
         self._secret = Secret(key)
-        return AsyncClient(
-            # Some servers want a key even where they check none.
-            headers={"Authorization": f"Bearer {key or 'none'}", "User-Agent": "kdkernels", "Content-Type": "application/json"},
-            limits=Limits(max_connections=None, max_keepalive_connections=self.concurrency),
-            timeout=self.timeout,
-            follow_redirects=False,
-            transport=transport,
-        )
+        try:
+            return AsyncClient(
+                # Some servers want a key even where they check none.
+                headers={"Authorization": f"Bearer {key or 'none'}", "User-Agent": "kdkernels", "Content-Type": "application/json"},
+                limits=Limits(max_connections=None, max_keepalive_connections=self.concurrency),
+                timeout=self.timeout,
+                follow_redirects=False,
+                transport=transport,
+            )
+        except (InvalidURL, ValueError, ImportError, OSError) as error:
+            raise HTTPModelError(
+                f"a proxy or certificate of the environment can't be used ({error}): look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY "
+                "and SSL_CERT_FILE"
+            ) from None
 
     async def _ask(self, client: AsyncClient, job: Job, stop: asyncio.Event) -> dict[str, Any] | None:
         """The entry for ``job``; None if stopped while waiting to try again."""

@@ -29,7 +29,7 @@ def load(cls: Any, role: str, path: str, **options: Any) -> Any:
     if absent := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise ValueError(
-            f"--{role} {path}: the weights {', '.join(absent[:3])}{more} are missing, or have another shape than in config.json: they would be "
+            f"--{role} {path}: the weights {', '.join(absent[:3])}{more} are missing or not of the shape in config.json, and would be "
             "drawn at random: give the folder of a whole model, as save_pretrained writes it"
         )
     return model

@@ -119,6 +119,10 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     greater_is_better: bool | None = field(default=None, metadata={"help": "Of metric_for_best_model. Default: as the metric is."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave it: a loss that is not finite ends the training."})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields without the hub's token: transformers saves them beside the model, as ``training_args.bin``."""
+        return {**self.__dict__, "hub_token": None}
+
     def __post_init__(self) -> None:
         self.divergence = spelled(parse(self.divergence))
         self._check_numbers()
