@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,28 @@ def test_committed_kernels_neither_spill_nor_use_local_memory() -> None:
     counts = json.loads(RESULTS.read_text())
     assert len(counts) > 100
     assert all(c["spilled_bytes"] == c["local_bytes"] == 0 for c in counts)
+
+
+@pytest.mark.parametrize(("divergence", "most"), [("forward_kl", 42), ("reverse_kl", 56), ("jsd", 80)])
+def test_triton_issues_no_more_than_its_target(divergence: str, most: float) -> None:
+    counts = [c for c in json.loads(RESULTS.read_text()) if c["kernel"].startswith("triton") and c["divergence"] == divergence]
+    totals = {(c["kernel"], c["dtype"], c["vocab"]): sum(c["sweeps"]) for c in counts}
+    assert len(totals) == 8, "two versions, two dtypes, two vocabularies"
+    for (kernel, dtype, vocab), total in totals.items():
+        aligned = totals[kernel, dtype, 128256]
+        assert aligned <= most
+        assert total <= 1.15 * aligned, f"{kernel}, {dtype}: rows of {vocab} columns cost more"
+
+
+def test_triton_leaves_room_for_two_ctas() -> None:
+    counts = [c for c in json.loads(RESULTS.read_text()) if c["kernel"].startswith("triton")]
+    assert max(c["registers"] for c in counts) <= 128
+
+
+def test_recorded_counts_are_those_of_the_code() -> None:
+    """A process of its own: under TRITON_INTERPRET=1 there is nothing to compile."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.instructions", "--check"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parents[2])
+    remedy = "Run `python -m benchmarks.instructions 3.6.0` and `python -m benchmarks.report`, and commit both."
+    assert run.returncode == 0, f"{run.stdout}{run.stderr[-2000:]}\n{remedy}"

@@ -108,9 +108,10 @@ def normalisers(
     found = (lowest, zero, lowest, zero, zero)
     for start in range(0, whole, R * W):
         found = normalise_block(found, student, teacher, factors, start + offsets, None, TRANSFORMS, CE)
-    for start in range(whole, vocab, W):
-        columns = start + tl.arange(0, W)[None, :]
-        found = normalise_block(found, student, teacher, factors, columns, columns < vocab, TRANSFORMS, CE)
+    for part in tl.static_range(R):
+        if whole + part * W < vocab:
+            columns = whole + part * W + tl.arange(0, W)[None, :]
+            found = normalise_block(found, student, teacher, factors, columns, columns < vocab, TRANSFORMS, CE)
     top_s, sum_s, top_t, sum_t, sum_ce = found
     largest_s, log_s = joined(top_s, sum_s, factors[0])
     largest_t, log_t = joined(top_t, sum_t, factors[1])
@@ -140,9 +141,10 @@ def means(student, teacher, vocab, TRANSFORMS: tl.constexpr, R: tl.constexpr, W:
     found = (zero, zero, zero)
     for start in range(0, whole, R * W):
         found = mean_block(found, student, teacher, start + offsets, None, TRANSFORMS)
-    for start in range(whole, vocab, W):
-        columns = start + tl.arange(0, W)[None, :]
-        found = mean_block(found, student, teacher, columns, columns < vocab, TRANSFORMS)
+    for part in tl.static_range(R):
+        if whole + part * W < vocab:
+            columns = whole + part * W + tl.arange(0, W)[None, :]
+            found = mean_block(found, student, teacher, columns, columns < vocab, TRANSFORMS)
     count = tl.maximum(tl.sum(found[2], 0), 1.0)
     return tl.sum(found[0], 0) / count, tl.sum(found[1], 0) / count
 
@@ -208,11 +210,12 @@ def row_sums(
         sums, stats = sum_block(
             sums, stats, student, teacher, norms, factors, softmaxes, start + offsets, None, a, b, TERMS, TRANSFORMS, STATS
         )
-    for start in range(whole, vocab, W):
-        columns = start + tl.arange(0, W)[None, :]
-        sums, stats = sum_block(
-            sums, stats, student, teacher, norms, factors, softmaxes, columns, columns < vocab, a, b, TERMS, TRANSFORMS, STATS
-        )
+    for part in tl.static_range(R):
+        if whole + part * W < vocab:
+            columns = whole + part * W + tl.arange(0, W)[None, :]
+            sums, stats = sum_block(
+                sums, stats, student, teacher, norms, factors, softmaxes, columns, columns < vocab, a, b, TERMS, TRANSFORMS, STATS
+            )
     agreement = 0.0
     if STATS:
         agreement = tl.where(tl.min(stats[2], 0) == tl.min(stats[3], 0), 1.0, 0.0)
@@ -277,12 +280,13 @@ def write_gradient(
             sums, dz, student, teacher, norms, factors, one, scales, start + offsets, None, a, b,
             TERMS, SLOPE, TRANSFORMS, KD, CE, SUM,
         )  # fmt: skip
-    for start in range(whole, vocab, W):
-        columns = start + tl.arange(0, W)[None, :]
-        sums = gradient_block(
-            sums, dz, student, teacher, norms, factors, one, scales, columns, columns < vocab, a, b,
-            TERMS, SLOPE, TRANSFORMS, KD, CE, SUM,
-        )  # fmt: skip
+    for part in tl.static_range(R):
+        if whole + part * W < vocab:
+            columns = whole + part * W + tl.arange(0, W)[None, :]
+            sums = gradient_block(
+                sums, dz, student, teacher, norms, factors, one, scales, columns, columns < vocab, a, b,
+                TERMS, SLOPE, TRANSFORMS, KD, CE, SUM,
+            )  # fmt: skip
     return totals(sums)
 
 
