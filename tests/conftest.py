@@ -123,8 +123,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out sweeps and the walk with a real model, unless -m names them."""
-    for mark in ("sweep", "real"):
+    """Leave out sweeps, the walk with a real model, and without a GPU what needs one, unless -m names them."""
+    for mark in ("sweep", "real", *([] if HAS_GPU else ["gpu"])):
         if mark not in config.option.markexpr:
             config.hook.pytest_deselected(items=[item for item in items if mark in item.keywords])
             items[:] = [item for item in items if mark not in item.keywords]
