@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from serving import KEY, ScriptedModel, chat_reply, requests, stream
 
+pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
+
 from kdkernels.data.ending import ended
 from kdkernels.data.tokenization import load_examples
 from kdkernels.errors import listed
