@@ -112,7 +112,7 @@ def error(result: Tensor, truth: Tensor) -> float:
 
 
 def verdict(check: Check, backend: str) -> tuple[bool, str]:
-    """Whether every result is within twice torch's error, and the errors."""
+    """Return whether every result is within twice torch's error, and the errors."""
     truth, ours, torchs = check("reference", True), check(backend, False), check("torch", False)
     passed, words = True, []
     for name, exact in truth.items():
@@ -123,7 +123,7 @@ def verdict(check: Check, backend: str) -> tuple[bool, str]:
 
 
 def draws_agree(vocab: int, device: str, backend: str) -> tuple[bool, str]:
-    """Whether the backend draws the very tokens that torch draws from the same seed."""
+    """Return whether the backend draws the tokens that torch draws from the same seed, and how many agree."""
     hidden, head, *_ = sides(vocab, device)
     drawn = []
     for name in (backend, "torch"):

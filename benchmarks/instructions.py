@@ -144,7 +144,7 @@ def cuda_function(kernel: str, divergence: Divergence, dtype: str) -> str:
 
 
 def cuda_counts(cases: Sequence[tuple[str, Divergence, str]]) -> list[Count]:
-    """Of kernels (one_read or two_read) of the built extension."""
+    """Counts of kernels (one_read or two_read) of the built extension."""
     from kdkernels import _C
 
     library = Path(_C.__file__)

@@ -282,7 +282,7 @@ def primitives_table(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def instructions_table(counts: list[dict[str, Any]]) -> str:
-    """What row kernels issue per column pair: a row for each divergence and dtype, a column for each kernel and vocabulary."""
+    """Instructions that row kernels issue per column pair: a row for each divergence and dtype, a column for each kernel and vocabulary."""
     columns = list(dict.fromkeys((c["kernel"], c["vocab"]) for c in counts))
     cells = {(c["divergence"], c["dtype"], c["kernel"], c["vocab"]): c for c in counts}
     rows = []

@@ -44,7 +44,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch leads."""
+        """Target address of a branch."""
         address = re.search(r"0x([0-9a-f]+)\s*$", self.arguments) if self.name == "BRA" else None
         return int(address.group(1), 16) if address else None
 
@@ -54,7 +54,7 @@ class Instruction:
 
     @property
     def loaded_bytes(self) -> int:
-        """What a lane loads from global or shared memory."""
+        """Bytes that a lane loads from global or shared memory."""
         if self.name not in ("LDG", "LDS", "LD"):
             return 0
         sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
