@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from kdkernels import divergences
 from kdkernels.backends import triton as triton_backend
 from kdkernels.divergences import Divergence
-from kdkernels.problem import STATE, Problem, RowBatch
+from kdkernels.fused.problem import STATE, Problem, RowBatch
 
 from . import sass
 from .record_launches import AbsentDriver

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import kdkernels.backends.triton as backend
 from kdkernels.backends import torch as torch_rows
-from kdkernels.sources import SideRows
+from kdkernels.fused.sources import SideRows
 
 NAMES: dict[str, str] = {}
 

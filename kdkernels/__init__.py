@@ -2,7 +2,7 @@
 
 from . import trainer
 from ._version import __version__
-from .dispatch import BackendUnavailable
+from .backends.selection import BackendUnavailable
 from .divergences import (
     JSD,
     ABDivergence,

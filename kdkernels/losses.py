@@ -1,4 +1,4 @@
-"""``distillation_loss``: documentation and reduction. Arguments are checked in validation.py, the arithmetic is in engine.py."""
+"""``distillation_loss``: documentation and reduction. fused/checks.py checks the arguments, fused/engine.py runs the loop over chunks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from . import autograd, dispatch, divergences, engine, reference
+from . import divergences, reference
+from .backends import selection
 from .divergences import Divergence
-from .problem import STATS
+from .fused import engine, ops
+from .fused.checks import check_choices, check_numbers, device_of, has_value, prepare, storages
+from .fused.problem import STATS
+from .fused.sources import check_values
 from .sides import Sampled, Side, Teacher, TopK
-from .sources import check_values
-from .validation import check_choices, check_numbers, device_of, has_value, prepare, storages
 
 __all__ = ["DistillationLoss", "Plan", "TokenStats", "distillation_loss", "plan"]
 
@@ -156,7 +158,7 @@ def distillation_loss(
         if reduction != "none":
             loss = loss.sum()
     else:
-        loss, count, stats = autograd.distillation_rows(problem, inputs)
+        loss, count, stats = ops.distillation_rows(problem, inputs)
     if reduction == "mean":
         loss = loss / mean_denominator(num_items, count, loss.dtype)
     if stats is None:
@@ -185,7 +187,7 @@ class DistillationLoss(nn.Module):
         check_numbers(**{k: v for k, v in options.items() if k in ("temperature", "kd_weight", "ce_weight")})
         choices = ("reduction", "memory_budget", "chunk_rows", "ignore_index", "t_squared", "return_stats")
         check_choices(**{k: v for k, v in options.items() if k in choices})
-        dispatch.check_name(options.get("backend", "auto"))
+        selection.check_name(options.get("backend", "auto"))
         self.options = options
 
     def forward(
@@ -230,7 +232,7 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
     device = device_of(inputs.student)
     dtypes = storages(problem, *is_head)
     kernels = "head_rows" if one_sided else "rows"
-    not_chosen = dispatch.not_chosen(problem.backend, options.get("backend", "auto"), device, dtypes, kernels)
+    not_chosen = selection.not_chosen(problem.backend, options.get("backend", "auto"), device, dtypes, kernels)
     sizes = [d.itemsize for d, head in zip((problem.student_dtype, problem.teacher_dtype), is_head, strict=True) if head]
     sizes += [member.dtype.itemsize for member in problem.members if member.has_weight]
     gradient = problem.student_dtype.itemsize if problem.wants_grad and is_head[0] else 0

@@ -17,12 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, dispatch, reference
+from . import reference
+from .backends import selection
+from .fused import ops
+from .fused.checks import check_choices, check_count, check_generator, check_numbers, check_softmax, device_of, prepare, prepare_head
+from .fused.problem import SMALLEST_TEMPERATURE, Problem, Quantity
+from .fused.sources import Inputs, check_values
 from .losses import mean_denominator
-from .problem import SMALLEST_TEMPERATURE, Problem, Quantity
 from .sides import Sampled, Side, TopK
-from .sources import Inputs, check_values
-from .validation import check_choices, check_count, check_generator, check_numbers, check_softmax, device_of, prepare, prepare_head
 
 __all__ = ["cross_entropy", "entropy", "log_softmax", "logsumexp", "sample", "softmax", "token_logprobs", "topk_logprobs"]
 
@@ -70,7 +72,7 @@ def cross_entropy(
         if reduction != "none":
             loss = loss.sum()
     else:
-        loss, count, _ = autograd.distillation_rows(problem, inputs)
+        loss, count, _ = ops.distillation_rows(problem, inputs)
     return loss / mean_denominator(num_items, count, loss.dtype) if reduction == "mean" else loss
 
 
@@ -133,7 +135,7 @@ def topk_logprobs(
     """
     problem, inputs = prepare_head(side, "logsumexp", temperature, memory_budget, chunk_rows, backend, differentiable=False)
     check_count("k", k, problem.vocab)
-    ids, logprobs = reference.topk(problem, side, k) if problem.backend == "reference" else autograd.topk(problem, inputs, k)
+    ids, logprobs = reference.topk(problem, side, k) if problem.backend == "reference" else ops.topk(problem, inputs, k)
     return TopK(ids, logprobs, temperature=temperature)
 
 
@@ -172,7 +174,7 @@ def sample(
     if problem.backend == "reference":
         ids = reference.sample(problem, side, seed, num_samples)
     else:
-        ids = autograd.sample(problem, inputs, seed, num_samples)
+        ids = ops.sample(problem, inputs, seed, num_samples)
     return Sampled(ids, torch.ones((), dtype=torch.int32, device=device).expand(ids.shape))
 
 
@@ -221,7 +223,7 @@ def _values(problem: Problem, inputs: Inputs, side: Side) -> Tensor:
     if problem.backend == "reference":
         check_values(problem, inputs)
         return reference.head_values(problem, side, inputs.labels)
-    return autograd.distillation_rows(problem, inputs)[0]
+    return ops.distillation_rows(problem, inputs)[0]
 
 
 def _softmax(
@@ -236,9 +238,9 @@ def _softmax(
     check_numbers(temperature=temperature)
     check_choices(memory_budget=memory_budget, chunk_rows=chunk_rows)
     check_softmax(logits, out)
-    chosen = dispatch.select(backend, device_of(logits), (logits.dtype, logits.dtype), "softmax_rows")
+    chosen = selection.select(backend, device_of(logits), (logits.dtype, logits.dtype), "softmax_rows")
     temperature = max(temperature, SMALLEST_TEMPERATURE)
     if chosen != "reference":
-        return autograd.softmax(logits, out, temperature, logarithm, memory_budget, chunk_rows, chosen)
+        return ops.softmax(logits, out, temperature, logarithm, memory_budget, chunk_rows, chosen)
     result = reference.softmax(logits, temperature, logarithm)
     return result if out is None else out.copy_(result)

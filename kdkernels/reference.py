@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import philox
 from .divergences import Divergence, ForwardKL
-from .problem import STATS, Problem, Transform
+from .fused import philox
+from .fused.problem import STATS, Problem, Transform
 from .sides import Ensemble, LMHead, Sampled, Side, Teacher, TopK
 
 

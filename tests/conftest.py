@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from kdkernels import dispatch, gemm, pages
+from kdkernels.backends import selection
+from kdkernels.fused import gemm, pages
 
 BACKENDS = ("torch", "native", "triton", "cuda")
 """Backends that every numeric test runs on where they can. On a CPU, triton means its
@@ -32,7 +33,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def require(backend: str, device: str, *dtypes: torch.dtype) -> None:
     """Skips the test, with the backend's own reason, where it cannot run on logits of such dtypes."""
     dtypes = dtypes or (torch.float32,)
-    reason = dispatch.unavailable(backend, device, (dtypes[0], dtypes[-1]))
+    reason = selection.unavailable(backend, device, (dtypes[0], dtypes[-1]))
     if reason is not None:
         pytest.skip(f"{backend} on {device}: {reason}")
 

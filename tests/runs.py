@@ -33,8 +33,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def run_in(home: Path, out: Path, **options: Any) -> str:
     """What ``kdkernels train`` prints; 6 steps, a checkpoint at each, by default. ``teacher``, ``data`` and the like are paths."""
-    from kdkernels.train.run import run
-    from kdkernels.train.settings import read_settings
+    from kdkernels.cli.train.run import run
+    from kdkernels.cli.train.settings import read_settings
 
     paths = {"teacher": [str(home / "teacher")], "student": str(home / "student"), "data": [str(home / "train.jsonl")]}
     defaults = {

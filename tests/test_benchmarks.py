@@ -168,9 +168,9 @@ def test_a_variant_that_computes_something_else_is_found(case: Case, monkeypatch
 
 
 def test_nothing_is_timed_in_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdkernels import dispatch
+    from kdkernels.backends import selection
 
-    monkeypatch.setattr(dispatch, "unavailable", lambda *_: None)  # as with TRITON_INTERPRET=1
+    monkeypatch.setattr(selection, "unavailable", lambda *_: None)  # as with TRITON_INTERPRET=1
     names = variants.default_variants(HEADS, "cpu")
     assert names[:3] == ["floor", "eager", "compile"]
     assert not {"triton", "cuda"} & set(names)

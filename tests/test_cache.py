@@ -21,11 +21,11 @@ import torch
 from caches import bytes_of, view
 
 import kdkernels as kd
-from kdkernels import files
 from kdkernels.data.collator import View, pack
 from kdkernels.data.example import Example
 from kdkernels.data.tokenization import load_examples
 from kdkernels.sides import LMHead, Sampled, TopK
+from kdkernels.support import files
 from kdkernels.teachers.cache import CacheError, Identity, Manifest, open_cache, write_cache
 from kdkernels.teachers.cache.manifest import template_hash, tokenizer_hash
 from kdkernels.teachers.live import LiveTeacher

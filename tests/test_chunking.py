@@ -12,10 +12,11 @@ from oracle import error, make_labels, make_side, run, truth_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdkernels as kd
-from kdkernels import chunking, engine, gemm, memory, pages
-from kdkernels.chunking import ROW_MULTIPLE, Chunks, padded_vocab, plan_chunks
-from kdkernels.problem import Problem
-from kdkernels.sources import Inputs
+from kdkernels.fused import chunking, engine, gemm, pages
+from kdkernels.fused.chunking import ROW_MULTIPLE, Chunks, padded_vocab, plan_chunks
+from kdkernels.fused.problem import Problem
+from kdkernels.fused.sources import Inputs
+from kdkernels.support import memory
 
 rows = st.integers(0, 5000)
 per_row = st.integers(1, 10_000)

@@ -14,11 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 import kdkernels as kd
-from kdkernels import cli, dispatch
-from kdkernels.backends import native
+from kdkernels.backends import native, selection
 from kdkernels.bench.environment import cpu_model
-from kdkernels.demo import run
-from kdkernels.demo.settings import DemoError
+from kdkernels.cli import root as cli
+from kdkernels.cli.demo import run
+from kdkernels.cli.demo.settings import DemoError
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
 
@@ -53,7 +53,7 @@ def test_help_of_demo_teaches() -> None:
     ):
         assert word in result.output
     assert f"Default: {cli._DEFAULT.steps}, quick {cli._QUICK.steps}" in " ".join(result.output.replace("│", " ").split())
-    assert all(name in result.output for name in (*dispatch.NAMES, "jsd", "forward_kl", "kdkernels demo --data"))
+    assert all(name in result.output for name in (*selection.NAMES, "jsd", "forward_kl", "kdkernels demo --data"))
 
 
 def test_env_prints_versions_backends_devices_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +73,8 @@ def test_env_as_json_says_the_same() -> None:
     result = runner.invoke(cli.app, ["env", "--json"])
     found = json.loads(result.output)
     assert found == json.loads(json.dumps(cli.environment()))
-    assert set(found["backends"]["cpu"]) == {"auto", *dispatch.NAMES}
-    assert found["backends"]["cpu"]["auto"] == dispatch.select("auto", "cpu", (torch.float32, torch.float32))
+    assert set(found["backends"]["cpu"]) == {"auto", *selection.NAMES}
+    assert found["backends"]["cpu"]["auto"] == selection.select("auto", "cpu", (torch.float32, torch.float32))
     assert set(found["environment variables"]) == {"TRITON_INTERPRET", "KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS"}
 
 
@@ -172,9 +172,9 @@ def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_backend_that_cannot_run_is_refused_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_MISSING", "no compiler was found")
-    dispatch._select.cache_clear()
+    selection._select.cache_clear()
     result = runner.invoke(cli.app, ["demo", "--device", "cpu", "--backend", "native", "--out", str(tmp_path)])
-    dispatch._select.cache_clear()
+    selection._select.cache_clear()
     assert result.exit_code == 2
     assert "--backend: backend='native' cannot run here: no compiler was found. Leave --backend out" in result.output
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
-from kdkernels import autograd
+from kdkernels.fused import ops
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -175,13 +175,13 @@ def captured(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> tuple[tup
     case = {"dims": (8, 12), "dtype": torch.float32, "frozen": False, "token_weights": False, "ce_weight": 0.5, **case}
     seen: dict[str, tuple[Any, ...]] = {}
     for name in ("distill", "distill_backward"):
-        op = getattr(autograd, name)
+        op = getattr(ops, name)
 
         def recorded(*args: Any, op: Any = op, name: str = name) -> Any:
             seen[name] = args
             return op(*args)
 
-        monkeypatch.setattr(autograd, name, recorded)
+        monkeypatch.setattr(ops, name, recorded)
     student, teacher = (make_side((2, 3), 21, d, seed=i, dtype=case["dtype"], bias=True) for i, d in enumerate(case["dims"]))
     trained = [student] if isinstance(student, Tensor) else [student.hidden, *([] if case["frozen"] else [student.weight, student.bias])]
     for t in trained:

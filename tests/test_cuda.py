@@ -16,7 +16,7 @@ import torch
 from kdkernels.backends import native
 from kdkernels.backends.cuda import covers
 from kdkernels.divergences import ForwardKL
-from kdkernels.problem import HeadBatch, Problem
+from kdkernels.fused.problem import HeadBatch, Problem
 
 _C = pytest.importorskip("kdkernels._C")
 

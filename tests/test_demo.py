@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from kdkernels import cli, memory
-from kdkernels.demo import compare, corpus, figures, report, run, train
-from kdkernels.demo.settings import DemoError, LossShape, ModelSize, Settings
+from kdkernels import cli
+from kdkernels.cli.demo import compare, corpus, figures, report, run, train
+from kdkernels.cli.demo.settings import DemoError, LossShape, ModelSize, Settings
+from kdkernels.support import memory
 
 TINY = Settings.quick().changed(
     steps=3,
@@ -290,7 +291,7 @@ def test_samples_are_summed_up_by_their_medians() -> None:
 
 def test_peak_memory_rises_with_what_is_held() -> None:
     script = (
-        "import torch; from kdkernels.memory import peak_bytes; d = torch.device('cpu')\n"
+        "import torch; from kdkernels.support.memory import peak_bytes; d = torch.device('cpu')\n"
         "before = peak_bytes(d); x = torch.ones(64 * 2**20, dtype=torch.uint8); del x; print(peak_bytes(d) - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

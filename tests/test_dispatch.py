@@ -7,7 +7,7 @@ import torch
 from oracle import make_labels, make_side
 
 import kdkernels as kd
-from kdkernels import dispatch
+from kdkernels.backends import selection
 
 F32 = (torch.float32, torch.float32)
 N, V = 300, 1024
@@ -20,22 +20,22 @@ def heads(n: int = N, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 @pytest.fixture
 def fresh() -> object:
     """The choice is cached: tests that change what is available must leave no trace."""
-    dispatch._select.cache_clear()
+    selection._select.cache_clear()
     yield
-    dispatch._select.cache_clear()
+    selection._select.cache_clear()
 
 
 def test_names() -> None:
-    assert set(dispatch.NAMES) == {"cuda", "triton", "native", "torch", "reference"}
-    for order in dispatch.AUTO_ORDER.values():
+    assert set(selection.NAMES) == {"cuda", "triton", "native", "torch", "reference"}
+    for order in selection.AUTO_ORDER.values():
         assert order[-1] == "torch", "the one that always runs is the last resort"
         assert "reference" not in order
 
 
-@pytest.mark.parametrize("name", dispatch.NAMES)
+@pytest.mark.parametrize("name", selection.NAMES)
 def test_explicit_choice_is_honoured_or_raises(name: str, device: str) -> None:
     student, teacher = heads(4, device=device)
-    reason = dispatch.unavailable(name, device, F32)
+    reason = selection.unavailable(name, device, F32)
     if reason is None:
         assert kd.plan(student, teacher, backend=name).backend == name
         assert torch.isfinite(kd.distillation_loss(student, teacher, backend=name))
@@ -48,17 +48,17 @@ def test_explicit_choice_is_honoured_or_raises(name: str, device: str) -> None:
 
 
 def test_unavailable_is_never_silent(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
-    monkeypatch.setattr(dispatch.load("torch"), "unavailable", lambda device, dtypes: "it is Sunday")
+    monkeypatch.setattr(selection.load("torch"), "unavailable", lambda device, dtypes: "it is Sunday")
     student, teacher = heads(4)
     with pytest.raises(kd.BackendUnavailable, match="'torch' cannot run here: it is Sunday"):
         kd.distillation_loss(student, teacher, backend="torch")
 
 
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
-    monkeypatch.setattr(dispatch, "unavailable", lambda name, *_: None if name in ("triton", "torch", "reference") else "no")
-    assert dispatch.select("auto", "cuda", F32) == "triton"
-    assert dispatch.select("auto", "cpu", F32) == "torch"
-    assert dispatch.select("auto", "mps", F32) == "torch"
+    monkeypatch.setattr(selection, "unavailable", lambda name, *_: None if name in ("triton", "torch", "reference") else "no")
+    assert selection.select("auto", "cuda", F32) == "triton"
+    assert selection.select("auto", "cpu", F32) == "torch"
+    assert selection.select("auto", "mps", F32) == "torch"
 
 
 def test_unknown_backend_lists_the_valid() -> None:
@@ -71,26 +71,26 @@ def test_a_module_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPat
     def broken(name: str) -> object:
         raise ImportError("libsomething.so.7: cannot open")
 
-    monkeypatch.setattr(dispatch, "load", broken)
-    assert "libsomething.so.7" in str(dispatch.unavailable("triton", "cuda", F32))
+    monkeypatch.setattr(selection, "load", broken)
+    assert "libsomething.so.7" in str(selection.unavailable("triton", "cuda", F32))
 
 
 def test_triton_does_not_take_float64() -> None:
-    assert "float64" in str(dispatch.unavailable("triton", "cpu", (torch.float64, torch.float32)))
-    assert "float64" in str(dispatch.unavailable("triton", "cuda", (torch.float32, torch.float64)))
+    assert "float64" in str(selection.unavailable("triton", "cpu", (torch.float64, torch.float32)))
+    assert "float64" in str(selection.unavailable("triton", "cuda", (torch.float32, torch.float64)))
 
 
 def test_plan_names_a_reason_for_every_other_backend(device: str) -> None:
     student, teacher = heads(device=device)
     plan = kd.plan(student, teacher)
-    assert plan.backend == dispatch.select("auto", device, F32)
-    assert set(plan.not_chosen) == set(dispatch.NAMES) - {plan.backend}
+    assert plan.backend == selection.select("auto", device, F32)
+    assert set(plan.not_chosen) == set(selection.NAMES) - {plan.backend}
     assert all(plan.not_chosen.values())
     assert "checks" in plan.not_chosen["reference"]
     asked = kd.plan(student, teacher, backend="torch")
     assert "'torch' was asked for" in asked.not_chosen["reference"]
     if device == "cpu":
-        assert plan.backend == ("native" if dispatch.unavailable("native", "cpu", F32) is None else "torch")
+        assert plan.backend == ("native" if selection.unavailable("native", "cpu", F32) is None else "torch")
         if plan.backend == "native":
             assert plan.not_chosen["torch"] == "native comes first"
 
@@ -182,10 +182,10 @@ def test_the_gpu_of_the_tensors_is_asked(name: str, monkeypatch: pytest.MonkeyPa
     else:
         monkeypatch.setattr(module, "_INTERPRETED", False)
     for device in (torch.device("cuda:0"), "cuda:0", "cuda"):
-        assert dispatch.select(name, device, F32) == name
+        assert selection.select(name, device, F32) == name
     for device in (torch.device("cuda:1"), "cuda:1"):
         with pytest.raises(kd.BackendUnavailable, match=r"cuda:1 has .*7\.5"):
-            dispatch.select(name, device, F32)
+            selection.select(name, device, F32)
     current[0] = 1
     with pytest.raises(kd.BackendUnavailable, match=r"cuda:1 has .*7\.5"):
-        dispatch.select(name, "cuda", F32)
+        selection.select(name, "cuda", F32)

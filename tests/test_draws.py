@@ -12,7 +12,7 @@ from oracle import FLOATS, assert_close_2x, dense_logits, make_side, name_of, to
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import philox
+from kdkernels.fused import philox
 
 pytestmark = pytest.mark.usefixtures("poison")
 

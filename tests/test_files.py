@@ -12,8 +12,8 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from kdkernels.cli import app
-from kdkernels.files import MARKER, FileError, Lines, Lock, Output, write_jsonl, write_whole
+from kdkernels.cli.root import app
+from kdkernels.support.files import MARKER, FileError, Lines, Lock, Output, write_jsonl, write_whole
 
 HASH = "0" * 64
 TEXT = "a file of the user's, without a last line end"

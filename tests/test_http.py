@@ -22,7 +22,7 @@ from serving import KEY, Server, requests, wait_until
 from typer.testing import CliRunner
 
 from kdkernels import cli
-from kdkernels.files import FileError
+from kdkernels.support.files import FileError
 from kdkernels.teachers.generate import asked_of, messages_of, requests_of
 from kdkernels.teachers.http import HTTPModel, HTTPModelError, Refused, retry_after
 from kdkernels.teachers.local import LocalModel
@@ -282,7 +282,7 @@ def test_a_log_that_is_damaged_of_other_requests_or_in_use_is_refused(server: Se
     with pytest.raises(FileError, match="no log of replies"):
         server.model().complete(requests(["a", "b"]), log)
     log.write_bytes(whole)
-    holder = "import sys, time; from kdkernels.files import Lines\nfrom pathlib import Path\n"
+    holder = "import sys, time; from kdkernels.support.files import Lines\nfrom pathlib import Path\n"
     holder += "with Lines(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", holder, str(log)], stdout=subprocess.PIPE)
     assert process.stdout is not None

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import kdkernels as kd
-from kdkernels import dispatch
+from kdkernels.backends import selection
 from kdkernels.divergences import REGISTRY
-from kdkernels.problem import Problem, RowBatch
+from kdkernels.fused.problem import Problem, RowBatch
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -151,7 +151,7 @@ def test_backward_sums_the_slopes_that_it_writes(name: str, device: str) -> None
     student, teacher = certain(12, 101, 1.5, device)
     problem = Problem(kd.TotalVariation(), 101, temperature=1.5, t_squared=False, wants_input=True, backend=name)
     state, loss = torch.empty(7, 12, device=device), torch.empty(12, device=device)
-    module = dispatch.load(name)
+    module = selection.load(name)
     module.rows(problem, RowBatch(student, teacher, None, None, None, None, state, loss=loss), True)
     for ulps in (-3, 0, 3):
         moved = state.clone()

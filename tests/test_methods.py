@@ -19,7 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 from kdkernels import cli
-from kdkernels.train.settings import read_settings
+from kdkernels.cli.train.settings import read_settings
 
 ROOT = Path(__file__).parent.parent
 LINES = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()

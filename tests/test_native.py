@@ -11,7 +11,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import divergences
 from kdkernels.backends import native
-from kdkernels.problem import STATE, HeadBatch, Problem, RowBatch
+from kdkernels.fused.problem import STATE, HeadBatch, Problem, RowBatch
 
 _C = pytest.importorskip("kdkernels._C")
 

@@ -28,8 +28,9 @@ from oracle import (
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels.backends import selection
 from kdkernels.divergences import Divergence
-from kdkernels.sources import SideRows
+from kdkernels.fused.sources import SideRows
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -266,7 +267,7 @@ def check_extreme(
 )
 def test_extreme_logits(dtype: torch.dtype, rows: list[tuple[float, float]], d: Divergence, temperature: float) -> None:
     for backend in ("torch", "native"):
-        if kd.dispatch.unavailable(backend, "cpu", (dtype, dtype)) is None:
+        if selection.unavailable(backend, "cpu", (dtype, dtype)) is None:
             check_extreme(backend, "cpu", rows, d, dtype, temperature)
 
 
@@ -344,7 +345,7 @@ def test_any_shape_any_values(rows: list[list[float]], d: Divergence) -> None:
     both = torch.tensor(rows, dtype=torch.float32)
     student, teacher = both.chunk(2, -1)
     for backend in ("torch", "native"):
-        if kd.dispatch.unavailable(backend, "cpu", (torch.float32,) * 2) is None:
+        if selection.unavailable(backend, "cpu", (torch.float32,) * 2) is None:
             ours = run(kd.distillation_loss, student, teacher, {"divergence": d, "reduction": "none", "backend": backend})
             truth = divergence(d, student.double(), teacher.double())
             assert error(ours["loss"], truth) <= 1e-5 * max(1.0, float(both.abs().max()), float(truth.max()))

@@ -11,7 +11,7 @@ import torch
 from oracle import make_side
 
 import kdkernels as kd
-from kdkernels import pages
+from kdkernels.fused import pages
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux alone")

@@ -341,15 +341,15 @@ def test_containers() -> None:
 
 def test_a_backend_without_kernels_of_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is passed over by "auto" and says so by name; the loss still runs on it."""
-    from kdkernels import dispatch
+    from kdkernels.backends import selection
     from kdkernels.backends import torch as module
 
     z = torch.randn(2, 5)
     for name, call in (("head_rows", kd.entropy), ("softmax_rows", kd.softmax)):
         with monkeypatch.context() as patch:
             patch.delattr(module, name)
-            dispatch._select.cache_clear()
+            selection._select.cache_clear()
             with pytest.raises(kd.BackendUnavailable, match="for the distillation loss only"):
                 call(z, backend="torch")
             assert torch.isfinite(kd.distillation_loss(z, z, backend="torch"))
-        dispatch._select.cache_clear()
+        selection._select.cache_clear()

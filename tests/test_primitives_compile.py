@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
-from kdkernels import autograd
+from kdkernels.fused import ops
 
 
 @pytest.fixture(autouse=True)
@@ -147,13 +147,13 @@ def captured(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], call: Call
     """The arguments that a real call hands to each op, so that they cannot drift apart from these tests."""
     seen: dict[str, tuple[Any, ...]] = {}
     for name in names:
-        op = getattr(autograd, name)
+        op = getattr(ops, name)
 
         def recorded(*args: Any, op: Any = op, name: str = name) -> Any:
             seen[name] = args
             return op(*args)
 
-        monkeypatch.setattr(autograd, name, recorded)
+        monkeypatch.setattr(ops, name, recorded)
     call().sum().backward()
     return seen
 

@@ -12,8 +12,8 @@ from oracle import error, make_side, run, truth_of
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import sources
 from kdkernels.backends import native
+from kdkernels.fused import sources
 
 _C = pytest.importorskip("kdkernels._C")
 if not _C.cpu_has_product():

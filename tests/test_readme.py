@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels import dispatch
+from kdkernels.backends import selection
 from kdkernels.divergences import REGISTRY
 
 ROOT = Path(__file__).parent.parent
@@ -69,13 +69,13 @@ def test_readme_lists_every_divergence_with_its_defaults() -> None:
 
 def test_readme_lists_every_backend_and_its_dtypes() -> None:
     rows = rows_of("| backend | what | where | logits |")
-    assert [name for name, *_ in rows] == list(dispatch.NAMES)
+    assert [name for name, *_ in rows] == list(selection.NAMES)
     for name, _, _, dtypes in rows:
-        device = "cpu" if dispatch.unavailable(name, "cpu", (torch.float32, torch.float32)) is None else "cuda"
-        if dispatch.unavailable(name, device, (torch.float32, torch.float32)) is not None:
+        device = "cpu" if selection.unavailable(name, "cpu", (torch.float32, torch.float32)) is None else "cuda"
+        if selection.unavailable(name, device, (torch.float32, torch.float32)) is not None:
             continue  # it runs nowhere here
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            runs = dispatch.unavailable(name, device, (dtype, dtype)) is None
+            runs = selection.unavailable(name, device, (dtype, dtype)) is None
             assert runs == (str(dtype).removeprefix("torch.") in dtypes.split(", ")), (name, dtype)
 
 

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from kdkernels import cli
 from kdkernels.data.rows import DataError
-from kdkernels.files import write_jsonl
+from kdkernels.support.files import write_jsonl
 
 pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
 
+from kdkernels.cli.recipes.shared import Teacher
 from kdkernels.recipes import in_context, near
-from kdkernels.recipes.command.shared import Teacher
 from kdkernels.recipes.rows import Item, RecipeError, Sampling, ask, once, read_items, read_jsonl, student_row
 from kdkernels.recipes.sequence import sequence_level
 from kdkernels.teachers.text import Reply, Request

@@ -16,8 +16,8 @@ from kdkernels import cli
 
 pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
 
+from kdkernels.cli.recipes.shared import Teacher, option_of
 from kdkernels.recipes import disco, lion
-from kdkernels.recipes.command.shared import Teacher, option_of
 from kdkernels.recipes.rows import Item, RecipeError, Sampling, Tally, ask, cut_short, once_each, read_jsonl
 from kdkernels.teachers.local import LocalModel
 from kdkernels.teachers.text import REFUSED, Reply, Request

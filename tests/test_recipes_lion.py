@@ -16,8 +16,8 @@ from kdkernels import cli
 
 pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
 
+from kdkernels.cli.recipes.shared import Teacher
 from kdkernels.recipes import lion
-from kdkernels.recipes.command.shared import Teacher
 from kdkernels.recipes.near import rouge_l
 from kdkernels.recipes.rows import RecipeError, Sampling, read_jsonl
 from kdkernels.teachers.text import Reply, Request

@@ -10,9 +10,9 @@ import torch
 from training import make_model, make_rows, make_tokenizer
 from transformers import TrainerCallback
 
+from kdkernels.cli.recipes import shared
 from kdkernels.recipes import chain_of_thought as cot
 from kdkernels.recipes import disco, in_context, scott, socratic
-from kdkernels.recipes.command import shared
 from kdkernels.recipes.rows import Item
 from kdkernels.trainer import DistillationArguments, DistillationTrainer, load_examples
 

@@ -22,10 +22,10 @@ pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
 
 from kdkernels.data.ending import ended
 from kdkernels.data.tokenization import load_examples
-from kdkernels.errors import listed
-from kdkernels.files import FileError
 from kdkernels.recipes.rows import Item
 from kdkernels.recipes.sequence import sequence_level
+from kdkernels.support.errors import listed
+from kdkernels.support.files import FileError
 from kdkernels.teachers import answers, http
 from kdkernels.teachers.generate import requests_of, with_reply
 from kdkernels.teachers.http import HTTPModel, HTTPModelError, Refused

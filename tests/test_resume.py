@@ -18,8 +18,8 @@ import runs
 from runs import killed_at, log, run_in, summary, weights
 from training import make_model, make_rows, make_tokenizer
 
-from kdkernels.train.record import Record, _sha256
-from kdkernels.train.settings import TrainError
+from kdkernels.cli.train.record import Record, _sha256
+from kdkernels.cli.train.settings import TrainError
 from kdkernels.trainer.checkpoints import FREE, MANIFEST, flaw
 
 

@@ -13,7 +13,7 @@ from oracle import FLOATS, assert_close_2x, dense_logits, make_labels, make_side
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.sources import SideRows
+from kdkernels.fused.sources import SideRows
 
 MODES = [
     ("bucket", kd.ForwardKL()),

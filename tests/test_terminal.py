@@ -15,10 +15,11 @@ import typer
 from typer.testing import CliRunner
 
 import kdkernels
-from kdkernels import cli, terminal
+from kdkernels import cli
 from kdkernels.bench import page
-from kdkernels.errors import UserError
-from kdkernels.files import line_of
+from kdkernels.support import terminal
+from kdkernels.support.errors import UserError
+from kdkernels.support.files import line_of
 from kdkernels.teachers.loading import load
 
 ESCAPE = "\x1b]0;title\x07\x1b[2J\x9b1m\u202e"

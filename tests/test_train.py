@@ -25,11 +25,11 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from kdkernels.cli import app
-from kdkernels.train.callbacks import Interrupt
-from kdkernels.train.command import EPILOG
-from kdkernels.train.record import data_content
-from kdkernels.train.settings import read_settings
+from kdkernels.cli.root import app
+from kdkernels.cli.train.callbacks import Interrupt
+from kdkernels.cli.train.command import EPILOG
+from kdkernels.cli.train.record import data_content
+from kdkernels.cli.train.settings import read_settings
 from kdkernels.trainer import DistillationArguments, load_examples
 
 ROOT = Path(__file__).parent.parent
@@ -215,7 +215,7 @@ def test_ctrl_c_stops_after_a_step_and_a_second_one_at_once() -> None:
     ],
 )  # fmt: skip
 def test_an_option_twice_in_a_config_is_refused(tmp_path: Path, name: str, text: str) -> None:
-    from kdkernels.train.settings import TrainError, read_config
+    from kdkernels.cli.train.settings import TrainError, read_config
 
     (tmp_path / name).write_text(text)
     with pytest.raises(TrainError, match=r"max.steps' twice"):
@@ -232,7 +232,7 @@ def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "run.json").write_text(json.dumps(config))
-    from kdkernels.train.settings import read_config, read_settings
+    from kdkernels.cli.train.settings import read_config, read_settings
 
     for name in ("run.yaml", "run.json"):
         settings = read_settings(
@@ -455,7 +455,7 @@ def test_models_that_do_not_fit(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_config_of_the_documentation_is_read(tmp_path: Path) -> None:
-    from kdkernels.train.settings import read_config, read_settings
+    from kdkernels.cli.train.settings import read_config, read_settings
 
     page = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
     (tmp_path / "run.yaml").write_text(page.partition("```yaml\n# run.yaml\n")[2].partition("```")[0])
@@ -476,7 +476,7 @@ def test_a_teacher_is_loaded_whole_where_a_student_would_be_in_parts(home: Path,
     """FSDP loads by rank 0, ZeRO-3 in partitions."""
     from transformers.integrations import deepspeed as zero
 
-    from kdkernels.train import loading
+    from kdkernels.cli.train import loading
 
     seen: dict[str, Any] = {}
 

@@ -101,8 +101,8 @@ def test_a_plan_has_the_steps_of_the_run(home: Path, tmp_path: Path, options: di
 
     from rich.console import Console
 
-    from kdkernels.train.plan import plan
-    from kdkernels.train.settings import read_settings
+    from kdkernels.cli.train.plan import plan
+    from kdkernels.cli.train.settings import read_settings
 
     run_in(home, tmp_path / "out", **options)
     paths = {"teacher": [str(home / "teacher")], "student": str(home / "student"), "data": [str(home / "train.jsonl")]}
@@ -150,7 +150,7 @@ def test_the_model_at_the_end_is_the_best_that_the_summary_names(home: Path, tmp
 
 
 def test_a_metric_that_an_evaluation_lacks_is_refused(home: Path, tmp_path: Path) -> None:
-    from kdkernels.train.settings import TrainError
+    from kdkernels.cli.train.settings import TrainError
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "feature_loss"}
     with pytest.raises(TrainError, match="feature_loss: an evaluation of this run has loss, divergence, cross_entropy"):
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_other_settings_is_refused_in_python(make: Make, tmp_pat
 def test_tensorboard_writes_under_the_output_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from kdkernels.train.callbacks import reporting_under
+    from kdkernels.cli.train.callbacks import reporting_under
 
     monkeypatch.setenv("WANDB_DIR", "elsewhere")
     with reporting_under(tmp_path):
@@ -229,6 +229,6 @@ def test_tensorboard_writes_under_the_output_folder(home: Path, tmp_path: Path, 
 
 
 def test_numbers_that_json_lacks_are_text_in_the_log(tmp_path: Path) -> None:
-    from kdkernels.train.callbacks import number
+    from kdkernels.cli.train.callbacks import number
 
     assert json.loads(json.dumps([number(v) for v in (math.nan, -math.inf, 1.5)])) == ["nan", "-inf", 1.5]

@@ -10,7 +10,7 @@ import pytest
 figures = pytest.importorskip("matplotlib.figure")
 pytest.importorskip("transformers")
 
-from kdkernels.train.summary import figure_of, name_of_loss  # noqa: E402
+from kdkernels.cli.train.summary import figure_of, name_of_loss  # noqa: E402
 from kdkernels.trainer import DistillationArguments  # noqa: E402
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import engine, gemm
+from kdkernels.backends import selection
+from kdkernels.fused import engine, gemm
 
 N, V, DS, DT = 6, 33, 8, 12
 
@@ -177,7 +178,7 @@ def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mm", "matmul", "softmax", "log_softmax"):
         monkeypatch.setattr(torch, name, fail)
     for name in ("torch", "native"):
-        monkeypatch.setattr(kd.dispatch.load(name), "rows", fail)
+        monkeypatch.setattr(selection.load(name), "rows", fail)
 
 
 @pytest.mark.usefixtures("nothing_computed")

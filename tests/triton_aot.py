@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction
 
 import kdkernels.backends.triton as backend
 from kdkernels.divergences import REGISTRY, Divergence, LogitMSE
-from kdkernels.problem import STATE, STATS, HeadBatch, Problem, RowBatch, Transform
+from kdkernels.fused.problem import STATE, STATS, HeadBatch, Problem, RowBatch, Transform
 
 VOCAB = 128256
 RAGGED = 50257

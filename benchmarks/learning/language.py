@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, logging
 
 import kdkernels as kd
-from kdkernels.demo import corpus
-from kdkernels.demo.settings import Settings
-from kdkernels.demo.train import Batches, build, ce_loss, head, train
+from kdkernels.cli.demo import corpus
+from kdkernels.cli.demo.settings import Settings
+from kdkernels.cli.demo.train import Batches, build, ce_loss, head, train
 from kdkernels.trainer import DistillationArguments, DistillationTrainer
 
 SETTINGS = Settings(max_bytes=4_000_000, window=160)

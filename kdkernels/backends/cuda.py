@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..problem import HeadBatch, Problem
+from ..fused.problem import HeadBatch, Problem
 from . import native
 from . import torch as torch_rows
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..problem import STATE, HeadBatch, Problem, RowBatch, Transform
+from ..fused.problem import STATE, HeadBatch, Problem, RowBatch, Transform
 
 INTERFACE = 2
 """Number of the compiled extension that this file calls: another one whenever the arguments or their meaning change."""

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import philox
 from ..divergences import Divergence
-from ..problem import STATS, HeadBatch, Problem, RowBatch, Transform
+from ..fused import philox
+from ..fused.problem import STATS, HeadBatch, Problem, RowBatch, Transform
 from ..reference import row_mean, row_top, transform
 
 # Elements of a tile. A CPU core's L2 holds a few temporaries of it; a GPU wants enough work for a launch.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..memory import peak_bytes
+from ..support.memory import peak_bytes
 from . import variants
 from .cases import Case, Inputs, build
 from .variants import Step, Variant, prepare

@@ -7,8 +7,8 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from ..files import Output
-from ..terminal import shown
+from ..support.files import Output
+from ..support.terminal import shown
 from . import figures, headline, table
 from .plots import Plot, machine_line, plots
 

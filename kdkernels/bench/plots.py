@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..terminal import shown
+from ..support.terminal import shown
 from .cases import Case
 from .figures import number
 from .headline import busy

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ..errors import UserError
-from ..files import Output, write_whole
-from ..terminal import shown
+from ..support.errors import UserError
+from ..support.files import Output, write_whole
+from ..support.terminal import shown
 from . import environment, headline, measure, page, table, visits
 from .measure import Job
 from .peers import PEERS

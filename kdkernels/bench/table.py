@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..terminal import shown
+from ..support.terminal import shown
 from .cases import Case
 from .figures import number
 from .measure import Spread, no_memory

@@ -23,8 +23,10 @@ from torch import Tensor
 
 import kdkernels as kd
 
-from .. import chunking, dispatch, divergences, gemm, reference
-from ..problem import STATE, Problem, RowBatch
+from .. import divergences, reference
+from ..backends import selection
+from ..fused import chunking, gemm
+from ..fused.problem import STATE, Problem, RowBatch
 from .cases import IGNORED, Case, Inputs, tensors
 from .cases import build as build_inputs
 from .peers import PEERS
@@ -132,7 +134,7 @@ def backends_for(device: str, dtype: torch.dtype) -> list[str]:
 
     Not every backend that can run: with TRITON_INTERPRET=1 Triton can on a CPU, but there is nothing to time in an interpreter.
     """
-    return [n for n in dispatch.AUTO_ORDER.get(device, ("torch",)) if dispatch.unavailable(n, device, (dtype, dtype)) is None]
+    return [n for n in selection.AUTO_ORDER.get(device, ("torch",)) if selection.unavailable(n, device, (dtype, dtype)) is None]
 
 
 def compiled(backends: list[str]) -> list[str]:
@@ -276,13 +278,13 @@ def _row_kernels(v: Variant, case: Case, z_s: Tensor, z_t: Tensor, dz: Tensor, t
     """One launch of the backend's ``rows``, which leaves ``dz`` as the gradient of ``trained``."""
     problem = Problem(
         divergences.resolve(case.divergence), case.v, temperature=case.temperature, student_dtype=dz.dtype, teacher_dtype=dz.dtype,
-        wants_input=True, backend=dispatch.select(v.name, z_s.device.type, (z_s.dtype, z_t.dtype)),
+        wants_input=True, backend=selection.select(v.name, z_s.device.type, (z_s.dtype, z_t.dtype)),
     )  # fmt: skip
     loss = torch.empty(case.n, dtype=problem.compute_dtype, device=z_s.device)
     state = torch.empty(len(STATE), case.n, dtype=problem.compute_dtype, device=z_s.device)
     # dz_scale makes it the gradient of the mean.
     batch = RowBatch(z_s, z_t, None, None, None, None, state, loss=loss, dz=dz, dz_scale=1 / case.n)
-    kernel = dispatch.load(problem.backend)
+    kernel = selection.load(problem.backend)
 
     def step() -> Tensor:
         kernel.rows(problem, batch, True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import write_jsonl
+from ..support.files import write_jsonl
 from ..teachers.text import TextModel
 from .near import Pool
 from .rows import Item, RecipeError, Row, Sampling, Tally, ask, cut_short, fingerprint, read_jsonl

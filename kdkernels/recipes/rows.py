@@ -14,7 +14,7 @@ from typing import Any
 from ..data.ending import ended
 from ..data.rows import Row as Fields
 from ..data.rows import read_rows
-from ..files import Lines, digest
+from ..support.files import Lines, digest
 from ..teachers.replies import OtherRequest
 from ..teachers.text import REFUSED, Reply, Request, TextModel
 

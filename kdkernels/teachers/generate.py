@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..files import digest
+from ..support.files import digest
 from .replies import check_text
 from .text import Reply, Request
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from ..errors import UserError, listed
-from ..terminal import shown
+from ..support.errors import UserError, listed
+from ..support.terminal import shown
 from . import answers
 from .replies import ReplyLog, check_requests, fingerprint, reply_of, seed_of
 from .secret import Secret

@@ -19,9 +19,9 @@ from ..data.example import Example
 from ..data.forms import Reasoning
 from ..data.rows import read_rows
 from ..data.tokenization import length_limit, load_examples
-from ..files import Output
+from ..support.files import Output
+from ..support.terminal import progress, shown
 from ..tap.weights import embedding_rows, head_width, logit_columns
-from ..terminal import progress, shown
 from .cache.api import from_replies, score, silent_positions, write_topk
 from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date
 from .cache.text import ROWS_PER_SHARD, write_text_cache

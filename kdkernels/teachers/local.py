@@ -17,7 +17,7 @@ from ..data.collator import left_padded, pad_id
 from ..data.encoding import TextEncoder
 from ..data.messages import read_turns
 from ..data.templates import chat_text, template_facts
-from ..files import digest
+from ..support.files import digest
 from ..tap.weights import embedding_rows
 from .loading import load
 from .reasoning import opens_thoughts, read_generated

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..terminal import progress, shown
+from ..support.terminal import progress, shown
 from .text import Counted, Reply, Request, Usage
 
 __all__ = ["Watched", "print_usage", "watching"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..files import FileError, Lines, digest
+from ..support.files import FileError, Lines, digest
 from .reasoning import of_entry
 from .text import Reply, Request
 

@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 
 from ..data.forms import Reasoning
 from ..divergences import REGISTRY, parse, spelled
+from ..fused.checks import check_choices
 from ..sides import check_number
-from ..validation import check_choices
 from .features import FeatureLoss
 
 __all__ = ["METRICS", "DistillationArguments", "metric_name"]

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ..data.collator import Item
-from ..errors import UserError
-from ..files import sync_folder, write_whole
+from ..support.errors import UserError
+from ..support.files import sync_folder, write_whole
 from ..teachers.live import LiveTeacher
 from .arguments import DistillationArguments
 

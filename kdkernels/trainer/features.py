@@ -13,12 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..files import write_whole
+from ..fused.checks import check_num_items
 from ..losses import mean_denominator
+from ..support.files import write_whole
 from ..tap.layers import LayerRecorder, decoder_layers
 from ..tap.patching import text_config, unwrap
 from ..tap.weights import gathered, sharded_like, whole
-from ..validation import check_num_items
 
 __all__ = ["FeatureLoss", "FeatureTap", "LayerPair", "parse_layers"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..support.errors import UserError
 
 __all__ = ["NotFiniteError", "check_numbers", "not_finite"]
 

@@ -20,7 +20,7 @@ from ..data.example import Example
 from ..data.templates import date_of
 from ..data.tokenization import length_limit, load_examples
 from ..divergences import parse
-from ..memory import peak_bytes
+from ..support.memory import peak_bytes
 from ..tap.head import HeadTap
 from ..tap.packing import check_packing
 from ..tap.patching import text_config, unwrap

@@ -17,7 +17,7 @@ constexpr bool kAll = false;
 constexpr bool kAll = true;
 #endif
 
-// kSparse: the calls of a loss against a sparse teacher (kdkernels/sparse.py), one after the other.
+// kSparse: the calls of a loss against a sparse teacher (kdkernels/fused/sparse.py), one after the other.
 enum Kernel { kHead, kTop, kDraw, kSoftmax, kSoftmaxGradient, kSparse, kKernels };
 const char* const kNames[] = {"head", "top", "draw", "softmax", "softmax gradient", "sparse"};
 

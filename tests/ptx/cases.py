@@ -19,7 +19,7 @@ import kdkernels as kd
 from kdkernels.backends import torch as torch_backend
 from kdkernels.backends import triton as triton_backend
 from kdkernels.divergences import Divergence
-from kdkernels.problem import STATE, STATS, HeadBatch, Problem, RowBatch, Transform
+from kdkernels.fused.problem import STATE, STATS, HeadBatch, Problem, RowBatch, Transform
 
 ROWS = 3
 NAN = float("nan")

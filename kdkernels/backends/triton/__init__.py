@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...problem import HeadBatch, Problem, RowBatch, Transform
+from ...fused.problem import HeadBatch, Problem, RowBatch, Transform
 from .. import torch as torch_rows
 from .arithmetic import INTERPRETED as _INTERPRETED
 from .divergences import FUNCTIONS

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from ...data.example import Example
-from ...errors import listed
-from ...files import digest
 from ...sides import TopK
+from ...support.errors import listed
+from ...support.files import digest
 from ..answers import NoLogprobs, Unreadable, counts_of, read_number
 from ..http import HTTPModel, Job
 from .checks import SLACK, check_logprobs, place

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...data.tokenization import RULES
-from ...errors import UserError
-from ...files import digest, digest_file, write_whole
+from ...support.errors import UserError
+from ...support.files import digest, digest_file, write_whole
 
 __all__ = [
     "CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "identity_of_tokenizer", "kept_date", "model_files",

@@ -17,8 +17,8 @@ from ...data.collator import View
 from ...data.example import Example
 from ...data.rows import places
 from ...divergences import parse
+from ...fused.checks import DEFINED
 from ...sides import LMHead, Sampled, Tail, TopK
-from ...validation import DEFINED
 from .checks import check_logprobs
 from .manifest import CacheError, Head, Manifest, Shard, identity_of_tokenizer
 from .shards import KEY_BYTES, Array, HiddenShard, ParquetShard, columns_of, read_text_shard

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.templates import date_of
-from ...files import canonical
+from ...support.files import canonical
 from ..generate import asked_of, with_reply
 from ..local import generate, prompt_ids
 from ..text import Reply

@@ -21,8 +21,8 @@ from torch import Tensor
 from ... import primitives
 from ...data.collator import Collator, view_of
 from ...data.example import Example
-from ...files import MARKER, FileError, Output, digest, write_whole
 from ...sides import LMHead, Side, TopK
+from ...support.files import MARKER, FileError, Output, digest, write_whole
 from ..source import TeacherSource
 from . import shards
 from .checks import check_finite, check_logprobs, place

@@ -1,0 +1,81 @@
+"""How a model of text is asked: the options of every command that asks one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..teachers.http import HTTPModel
+    from ..teachers.local import LocalModel
+
+__all__ = ["Asking", "Server"]
+
+PANEL = "How it is asked"
+"""Of the help: apart from what a command asks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """How a server is asked."""
+
+    concurrency: Annotated[int, typer.Option(rich_help_panel=PANEL, help="With --base-url: requests in flight, at most.")] = 64
+    timeout: Annotated[float, typer.Option(rich_help_panel=PANEL, help="With --base-url: seconds for one whole answer.")] = 60.0
+    retries: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=PANEL, help="With --base-url: after a full or failing server, a time-out, a cut connection or half an answer."
+        ),
+    ] = 8
+    price: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=PANEL, help="With --base-url: of a million prompt and completion tokens, as 0.5,1.5: adds up the cost."
+        ),
+    ] = "0,0"
+    key_variable: Annotated[
+        str, typer.Option(rich_help_panel=PANEL, help="With --base-url: environment variable that holds the API key.")
+    ] = "OPENAI_API_KEY"
+
+    def http(self, base_url: str, model: str, **options: Any) -> HTTPModel:
+        """A model there.
+
+        Raises:
+            ValueError: an option that makes no sense.
+        """
+        from ..teachers.http import HTTPModel
+
+        try:
+            prompt, completion = (float(price) for price in self.price.split(","))
+        except ValueError:
+            raise ValueError(f"--price {self.price}: two numbers are needed, as 0.5,1.5") from None
+        return HTTPModel(
+            base_url, model, key_variable=self.key_variable, concurrency=self.concurrency, timeout=self.timeout, retries=self.retries,
+            prices=(prompt, completion), **options,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(Server):
+    """How text is asked for, of a server or in this process."""
+
+    skip_refused: Annotated[
+        bool,
+        typer.Option(
+            "--skip-refused", rich_help_panel=PANEL, help="With --base-url: leave out rows that the server refuses, and say how many."
+        ),
+    ] = False
+    batch_size: Annotated[int, typer.Option(rich_help_panel=PANEL, help="Without a server: rows at a time.")] = 8
+    device: Annotated[str, typer.Option(rich_help_panel=PANEL, help="Without a server: auto, cpu, cuda or cuda:N.")] = "auto"
+
+    def http(self, base_url: str, model: str, **options: Any) -> HTTPModel:
+        return super().http(base_url, model, skip_refused=self.skip_refused, **options)
+
+    def local(self, model: str, seed: int) -> LocalModel:
+        """A model of a folder or hub id."""
+        from ..teachers.jobs import device_of
+        from ..teachers.local import LocalModel
+
+        return LocalModel(model, device=device_of(self.device), batch_size=self.batch_size, seed=seed)

@@ -1,0 +1,169 @@
+"""Fused against dense eager loss, forward and backward: each in fresh processes, so that neither inherits the other's memory.
+
+``python -m kdkernels.cli.demo.compare '{"loss": "dense", ...}'`` is such a process.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import LMHead, distillation_loss, plan
+from ...support.memory import peak_bytes
+from .settings import LossShape, Settings
+
+__all__ = ["LOSSES", "Measurement", "measure"]
+
+LOSSES = ("fused", "dense")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a fresh process measures."""
+
+    loss: str  # of LOSSES
+    shape: LossShape
+    seed: int
+    device: str
+    backend: str
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a fresh process measured: of one step, after one that warmed up.
+
+    ``peak_bytes`` is what the loss needed on top of its inputs: on the CPU how far the process's peak resident memory rose, on
+    CUDA that of the allocator. The gradients of the student's hidden states and head are part of it. None: cannot be told here.
+    """
+
+    backend: str | None  # None for dense
+    value: float
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one loss: medians of its processes. ``error`` says why the last of them failed; then there are no numbers."""
+
+    backend: str | None = None
+    value: float | None = None
+    seconds: tuple[float, ...] = ()
+    median_seconds: float | None = None
+    peak_bytes: int | None = None
+    error: str | None = None
+
+
+def measure(settings: Settings, on_process: Callable[[], None]) -> dict[str, Measurement]:
+    """Measures every loss of ``LOSSES``, in turns: what slows the machine down for a while then slows all of them.
+
+    A process that dies, as of too little memory, is a result too. ``on_process`` is called after each.
+    """
+    outcomes: dict[str, list[Sample | str]] = {loss: [] for loss in LOSSES}
+    for _ in range(settings.loss_shape.samples):
+        for loss, seen in outcomes.items():
+            job = Job(
+                loss, settings.loss_shape, settings.seed, settings.device, settings.backend, settings.temperature,
+                settings.kd_weight, settings.ce_weight, torch.get_num_threads(),
+            )  # fmt: skip
+            seen.append(_in_fresh_process(job))
+            on_process()
+    return {loss: _summary(seen) for loss, seen in outcomes.items()}
+
+
+def _in_fresh_process(job: Job) -> Sample | str:
+    """The sample, or the error in one line."""
+    command = [sys.executable, "-m", __name__, json.dumps(asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}, as happens when memory runs out"
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"])[-1]
+    return Sample(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _summary(outcomes: list[Sample | str]) -> Measurement:
+    samples = [outcome for outcome in outcomes if isinstance(outcome, Sample)]
+    errors = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    if errors:
+        return Measurement(error=errors[-1])
+    seconds = tuple(sample.seconds for sample in samples)
+    peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
+    peak = int(statistics.median(peaks)) if peaks else None
+    return Measurement(samples[0].backend, samples[0].value, seconds, statistics.median(seconds), peak)
+
+
+def run(job: Job) -> Sample:
+    """The measurement itself, in this process."""
+    torch.set_num_threads(job.threads)
+    device, shape = torch.device(job.device), job.shape
+    generator = torch.Generator(device).manual_seed(job.seed)
+
+    def side(hidden: int, trained: bool) -> LMHead:
+        # In place: a temporary here would raise the peak that the loss is measured from.
+        h = torch.randn(shape.rows, hidden, generator=generator, device=device)
+        w = torch.randn(shape.vocab, hidden, generator=generator, device=device).mul_(hidden**-0.5)
+        return LMHead(h.requires_grad_(trained), w.requires_grad_(trained))
+
+    student, teacher = side(shape.student_hidden, True), side(shape.teacher_hidden, False)
+    labels = torch.randint(shape.vocab, (shape.rows,), generator=generator, device=device)
+    loss_of = {"fused": _fused, "dense": _dense}[job.loss]
+    backend = plan(student, teacher, backend=job.backend).backend if job.loss == "fused" else None
+
+    before = peak_bytes(device)
+    seconds = value = 0.0
+    for _ in ("warm-up", "timed"):
+        student.hidden.grad = student.weight.grad = None
+        _synchronize(device)
+        started = time.perf_counter()
+        loss = loss_of(job, student, teacher, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        _synchronize(device)
+        seconds = time.perf_counter() - started
+        value = loss.item()
+    after = peak_bytes(device)
+    return Sample(backend, value, seconds, None if before is None or after is None else after - before)
+
+
+def _fused(job: Job, student: LMHead, teacher: LMHead, labels: Tensor) -> Tensor:
+    return distillation_loss(
+        student, teacher, labels=labels, temperature=job.temperature,
+        kd_weight=job.kd_weight, ce_weight=job.ce_weight, backend=job.backend,
+    )  # fmt: skip
+
+
+def _dense(job: Job, student: LMHead, teacher: LMHead, labels: Tensor) -> Tensor:
+    """The same in plain torch, as training code writes it."""
+    t = job.temperature
+    logits = student.hidden @ student.weight.T  # [N, V]
+    with torch.no_grad():
+        target = F.log_softmax((teacher.hidden @ teacher.weight.T) / t, dim=-1)  # [N, V]
+    kl = F.kl_div(F.log_softmax(logits / t, dim=-1), target, log_target=True, reduction="batchmean")
+    return job.kd_weight * t**2 * kl + job.ce_weight * F.cross_entropy(logits, labels)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _job(arguments: dict[str, Any]) -> Job:
+    return Job(**{**arguments, "shape": LossShape(**arguments["shape"])})
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(run(_job(json.loads(sys.argv[1]))))))

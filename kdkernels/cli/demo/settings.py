@@ -1,0 +1,93 @@
+"""Every number of a demo run, in one place; demo.json repeats them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...support.errors import UserError
+
+__all__ = ["DemoError", "LossShape", "ModelSize", "Settings"]
+
+
+class DemoError(UserError):
+    """The demo cannot go on; the message names the option or package at fault, what was given, and the way out."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Of a Llama model; its attention heads are ``head_dim`` wide."""
+
+    hidden: int
+    layers: int
+    head_dim: int = 32
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // self.head_dim
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """Of the fused-against-dense comparison: ``[rows, vocab]`` logits on both sides, and how many fresh processes measure each loss."""
+
+    rows: int = 2048
+    vocab: int = 32768
+    student_hidden: int = 512
+    teacher_hidden: int = 1024
+    samples: int = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults take about four minutes on two CPU cores."""
+
+    seed: int = 0
+    device: str = "cpu"
+    backend: str = "auto"
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    kd_weight: float = 0.5
+    ce_weight: float = 0.5
+
+    max_bytes: int = 8_000_000  # of text
+    vocab_size: int = 2048  # of the tokenizer, at most
+
+    teacher: ModelSize = field(default_factory=lambda: ModelSize(hidden=256, layers=4))
+    student: ModelSize = field(default_factory=lambda: ModelSize(hidden=128, layers=2))
+    teacher_steps: int = 600
+    steps: int = 400  # of each student
+    batch: int = 8  # windows
+    window: int = 128  # tokens
+    teacher_lr: float = 2e-3
+    student_lr: float = 4e-3
+    held_out_windows: int = 64
+    evaluations: int = 10  # points of each curve after the start
+
+    loss_shape: LossShape = field(default_factory=LossShape)
+
+    @classmethod
+    def quick(cls) -> Settings:
+        """Seconds instead of minutes: shows that everything runs, too little training to learn anything from."""
+        return cls(
+            max_bytes=400_000,
+            vocab_size=512,
+            teacher=ModelSize(hidden=96, layers=2),
+            student=ModelSize(hidden=32, layers=1),
+            teacher_steps=40,
+            steps=20,
+            batch=8,
+            window=64,
+            held_out_windows=16,
+            evaluations=4,
+            loss_shape=LossShape(rows=256, student_hidden=64, teacher_hidden=128, samples=1),
+        )
+
+    def changed(self, *, steps: int | None = None, vocab_size: int | None = None, **others: Any) -> Settings:
+        """With other values. None keeps what is there; the teacher's steps keep their ratio to the students'."""
+        if steps is not None:
+            others |= {"steps": steps, "teacher_steps": math.ceil(self.teacher_steps * steps / self.steps)}
+        if vocab_size is not None:
+            others["vocab_size"] = vocab_size
+        return replace(self, **others)

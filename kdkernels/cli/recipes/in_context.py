@@ -1,0 +1,61 @@
+"""``kdkernels recipe in-context``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...support.terminal import failing
+from ..options import grouped
+from .shared import MaxTokens, Rows, Teacher, finish, sampling, writing
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("in-context", epilog="Example: `kdkernels recipe in-context --data rows.jsonl --out icl -k 4`")(grouped(in_context))
+
+
+class View(str, Enum):
+    """Of the student in in-context distillation."""
+
+    without = "without"
+    with_ = "with"
+
+
+def in_context(
+    files: Rows,
+    teacher: Teacher,
+    k: Annotated[int, typer.Option("-k", "--demonstrations", help="Demonstrations of each row.")] = 4,
+    student_view: Annotated[View, typer.Option(help="Does the student see the demonstrations? The teacher always does.")] = View.without,
+    pool: Annotated[Path | None, typer.Option(help="JSONL to draw the demonstrations from; default: the other rows.")] = None,
+    lm_weight: Annotated[float, typer.Option(help="Adds each row as plain text with this weight (the LM term); 0 for none.")] = 0.0,
+    max_tokens: MaxTokens = 256,
+) -> None:
+    """In-context distillation: rows for a teacher that reads demonstrations, and a student that does not, or does too.
+
+    With a teacher (or server) the responses are its own, given the demonstrations; without, the rows'.
+    """
+    with failing(), writing(files.out, "in-context", data=files.data, pool=pool) as output:
+        from ...recipes import in_context as recipe
+        from ...recipes.rows import RecipeError, Tally, read_items
+
+        if k < 1:
+            raise RecipeError(f"-k {k}: at least one demonstration is needed; without any, take `kdkernels train` on the rows themselves")
+        if not 0 <= lm_weight < float("inf"):
+            raise RecipeError(f"--lm-weight {lm_weight}: it must be finite and >= 0")
+        items = read_items(files.data, files.prompt, files.response, needs_response=not teacher.given or pool is None)
+        others = None if pool is None else read_items(pool, files.prompt, files.response)
+        shown = recipe.demonstrations(items, k, files.seed, others)
+        tally, asked = Tally(len(items), len(items), len(items)), {}
+        if teacher.given:
+            asked = {"teacher": teacher.text_model(files.seed)}
+            items, shown, tally = recipe.answered(items, shown, asked["teacher"], files.log, sampling(max_tokens))
+        make = recipe.context_distillation if student_view is View.without else recipe.in_context_tuning
+        rows = make(items, shown, chat=not files.plain)
+        if lm_weight:
+            rows += recipe.language_modelling(items, lm_weight)
+        finish(rows, tally, output, **asked)

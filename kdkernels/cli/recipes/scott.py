@@ -1,0 +1,77 @@
+"""``kdkernels recipe scott``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...support.terminal import console, failing, progress
+from ..options import grouped
+from .shared import AnswerKind, Kind, MaxTokens, Rows, Student, finish, folder, lengths, writing
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: `kdkernels recipe scott --data sums.jsonl --out scott --teacher teacher/`")(grouped(scott))
+
+
+class Against(str, Enum):
+    """The perturbed answer of contrastive decoding."""
+
+    none = "none"
+    wrong = "wrong"
+
+
+def scott(
+    files: Rows,
+    teacher: Annotated[Path, typer.Option(help="Folder of a transformers model with a chat template: its log-probabilities are needed.")],
+    strength: Annotated[
+        float, typer.Option(help="Weight of the log-probability under the other answer; 0 is plain greedy decoding.")
+    ] = 0.5,
+    against: Annotated[Against, typer.Option(help="Contrast the gold answer with none at all, or with a wrong one.")] = Against.none,
+    kind: AnswerKind = Kind.number,
+    student: Student = None,
+    counterfactual_weight: Annotated[float, typer.Option(help="Of the counterfactual task; the factual one has 1.")] = 1.0,
+    device: Annotated[str, typer.Option(help="Where the teacher runs: auto, cpu, cuda, cuda:1.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Prompts decoded at once.")] = 8,
+    max_tokens: MaxTokens = 128,
+) -> None:
+    """SCOTT (Wang et al. 2023): contrastive rationales for right and wrong answers, factual and counterfactual rows."""
+    with failing(), writing(files.out, "scott", data=files.data) as output:
+        from ...recipes import scott as recipe
+        from ...recipes.chain_of_thought import balance
+        from ...recipes.rows import RecipeError, Tally, cut_short, read_items
+
+        if max_tokens < 1 or batch < 1 or not 0 <= counterfactual_weight < float("inf"):
+            raise RecipeError("--max-tokens and --batch must be at least 1, --counterfactual-weight finite and >= 0")
+        items = read_items(files.data, files.prompt, files.response)
+        wrong = recipe.wrong_answers(items, kind.value, files.seed)
+        right = [item.response or "" for item in items]
+        from ...teachers.jobs import device_of
+
+        asked = recipe.Explainer.load(folder(teacher, "teacher"), device_of(device), strength=strength, max_tokens=max_tokens, batch=batch)
+
+        tally = Tally(len(items), 2 * len(items))
+
+        def explained(given: Sequence[str], other: Sequence[str], name: str) -> list[str]:
+            contrasted = other if against is Against.wrong else [""] * len(items)
+            with progress(console(), f"rationales in {name}") as (start, advance, _):
+                start(len(items))
+                replies = asked.replies(items, given, contrasted, files.out / name, report=advance)
+            for reply in replies:
+                if reason := cut_short(reply) or (None if reply.text else "empty"):
+                    tally.drop(reason)
+            return [reply.text for reply in replies]
+
+        factual = recipe.factual_rows(items, explained(right, wrong, "factual.jsonl"), chat=not files.plain)
+        counterfactual = recipe.counterfactual_rows(items, wrong, explained(wrong, right, "counterfactual.jsonl"), chat=not files.plain)
+        rows = factual + counterfactual
+        tally.kept = len(rows)
+        if factual and counterfactual:
+            rows = balance(rows, {"factual": 1.0, "counterfactual": counterfactual_weight}, lengths(rows, student))
+        finish(rows, tally, output)

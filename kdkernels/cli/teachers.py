@@ -1,0 +1,161 @@
+"""The commands ``kdkernels cache`` and ``kdkernels generate``. What they do is imported inside them."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..data.values import read_json
+from ..support.terminal import console, failing
+from .asking import Asking, Server
+from .options import grouped
+
+__all__ = ["cache", "generate", "register"]
+
+
+class ReasoningChoice(str, Enum):
+    learn = "learn"
+    drop = "drop"
+
+
+class CacheKind(str, Enum):
+    """What is kept of the teacher."""
+
+    topk = "topk"
+    sampled = "sampled"
+    hidden = "hidden"
+    text = "text"
+
+
+class Api(str, Enum):
+    """Which of the server's two interfaces."""
+
+    chat = "chat"
+    completions = "completions"
+
+
+CACHE_EXAMPLES = """
+Examples:
+
+- `kdkernels cache --teacher big-model --data train.jsonl --kind topk -k 64 --temperature 2 --out big-top64`
+
+- `kdkernels cache --teacher big-model --data train.jsonl --data held-out.jsonl --kind hidden --out big-hidden` - exact for every divergence
+and temperature, for training and evaluation
+
+- `kdkernels cache --teacher served-name --base-url http://localhost:8000/v1 --tokenizer big-model --data train.jsonl -k 20 --out top20`
+
+- `kdkernels cache --from-replies --tokenizer big-model --data answers.jsonl --out top20` - of `kdkernels generate --logprobs 20`
+
+The same command again goes on where it was cut short.
+"""
+
+GENERATE_EXAMPLES = """
+Examples:
+
+- `kdkernels generate --base-url http://localhost:8000/v1 --model big-model --data prompts.jsonl --out answers.jsonl`
+
+- `kdkernels generate --base-url https://api.example.com/v1 --model big --key-variable MY_KEY --data p.jsonl --out a.jsonl --logprobs 20`
+
+- `kdkernels generate --model ./big-model --data prompts.jsonl --out answers.jsonl` - in this process, without a server
+
+The same command again asks for nothing that the log, the output's name with `.log`, holds already.
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds both commands to ``app``."""
+    app.command(epilog=CACHE_EXAMPLES)(grouped(cache))
+    app.command(epilog=GENERATE_EXAMPLES)(grouped(generate))
+
+
+def cache(
+    server: Server,
+    data: Annotated[list[Path], typer.Option(help="Rows: a JSONL or Parquet file, or a folder of them. Several: all of their rows.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache: new, or of this command cut short.")],
+    teacher: Annotated[str, typer.Option(help="Model: a folder or hub id; with --base-url the server's name of it.")] = "",
+    kind: Annotated[
+        CacheKind,
+        typer.Option(help="topk: likeliest tokens. sampled: draws. hidden: last hidden states. text: responses written by the teacher."),
+    ] = CacheKind.topk,
+    k: Annotated[int, typer.Option("-k", "--k", help="Entries a token of topk; draws a token of sampled.")] = 64,
+    temperature: Annotated[float | None, typer.Option(help="Of topk, sampled (default 1) or text (default 0, greedy).")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Of the data. Default: the teacher's.")] = "",
+    base_url: Annotated[str, typer.Option(help="Ask a server for topk (vLLM's prompt_logprobs), as http://localhost:8000/v1.")] = "",
+    from_replies: Annotated[bool, typer.Option("--from-replies", help="topk of the teacher_logprobs in the data itself.")] = False,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most.")] = None,
+    overlong: Annotated[str, typer.Option(help="Longer examples: error, drop or truncate; as in training.")] = "error",
+    reasoning: Annotated[ReasoningChoice, typer.Option(help="Reasoning of a row, as in training.")] = ReasoningChoice.learn,
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the teacher: auto (as saved), float32, bfloat16 or float16. hidden keeps it.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of log-probabilities in topk: float16 or float32.")] = "float16",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    vocab_size: Annotated[int | None, typer.Option(help="Real size of the vocabulary, where the head is padded.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+    seed: Annotated[int, typer.Option(help="Of draws and sampled text.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Of text, at most.")] = 256,
+    shard_mib: Annotated[int, typer.Option(help="Size of a shard before compression: what a kill costs, at most.")] = 128,
+) -> None:
+    """Run a teacher over the data once, and keep what it says for any number of trainings.
+
+    Writes a folder: `manifest.json` and shards with their sha256. Train on it with `kdkernels train --cache FOLDER`. Whatever ends it
+    early, the same command finishes it, with the same bytes as a run that was never cut.
+    """
+    from ..teachers import jobs
+
+    with failing():
+        options = jobs.CacheOptions(
+            data=data, out=out, teacher=teacher, kind=kind.value, k=k, temperature=temperature, tokenizer=tokenizer or teacher,
+            max_length=max_length, overlong=overlong, reasoning=reasoning.value, batch_size=batch_size, dtype=dtype, precision=precision,
+            device=device, vocab_size=vocab_size, revision=revision, seed=seed, max_new_tokens=max_new_tokens, shard_bytes=shard_mib << 20,
+        )  # fmt: skip
+        if base_url or from_replies:
+            if kind is not CacheKind.topk or temperature not in (None, 1.0):
+                raise ValueError("--base-url and --from-replies give topk at temperature 1: leave --kind and --temperature")
+            model = server.http(base_url, teacher, api="completions") if base_url else None
+            jobs.cache_of_server(options, model, console())
+        else:
+            jobs.cache_of_model(options, console())
+
+
+def generate(
+    asking: Asking,
+    model: Annotated[str, typer.Option(help="The server's name of it; without --base-url a folder or hub id, run in this process.")],
+    data: Annotated[Path, typer.Option(help="Rows with prompt or messages: a JSONL or Parquet file, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="JSONL of training rows; written when all are answered.")],
+    base_url: Annotated[str, typer.Option(help="Of an OpenAI-compatible server, as http://localhost:8000/v1.")] = "",
+    api: Annotated[Api, typer.Option(help="chat, or completions, which gets the prompt as it is.")] = Api.chat,
+    logprobs: Annotated[int, typer.Option(help="Alternatives a token to keep, 0 for none.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Of a response, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response. May be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of draws.")] = None,
+    extra_body: Annotated[str, typer.Option(help="JSON of further fields for the server.")] = "{}",
+) -> None:
+    """Have a teacher write the responses, over an OpenAI-compatible server or in this process.
+
+    Each reply is logged as it comes, so that a run cut short goes on without asking, or paying, twice. The API key is read from the
+    environment and is never written.
+    """
+    from ..teachers import jobs
+
+    with failing():
+        teacher: Any
+        if base_url:
+            try:
+                extra = read_json(extra_body)
+            except ValueError as error:
+                raise ValueError(f"--extra-body {extra_body}: a JSON object is needed ({error})") from None
+            if not isinstance(extra, dict):
+                raise ValueError(f"--extra-body {extra_body}: a JSON object is needed")
+            teacher = asking.http(base_url, model, api=api.value, seed=seed, extra_body=extra)
+        else:
+            from transformers import AutoConfig
+
+            from ..teachers.loading import load
+
+            load(AutoConfig, "model", model)  # or an error that names the option
+            teacher = asking.local(model, seed or 0)
+        jobs.generate(teacher, data, out, console(), max_tokens, temperature, tuple(stop or ()), logprobs)

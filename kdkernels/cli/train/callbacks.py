@@ -1,0 +1,151 @@
+"""What ``kdkernels train`` adds to the training loop: an end at the user's wish, a bar or lines, and a log in a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from ...support.files import Output, write_jsonl
+from ...trainer.arguments import METRICS, metric_name
+
+__all__ = ["Bar", "Interrupt", "LogFile", "log_line", "number", "reporting_under"]
+
+
+class Interrupt(TrainerCallback):  # type: ignore[misc]
+    """Ends the training on Ctrl-C or SIGTERM: the first lets the step end and a checkpoint be saved, a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._caught = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._caught:
+            raise KeyboardInterrupt
+        self._caught = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if args.world_size > 1:  # the signal may have come to any of the ranks
+            caught = torch.tensor(float(self._caught), device=args.device)
+            torch.distributed.all_reduce(caught)
+            self._caught = bool(caught > 0)
+        if self._caught:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.stopped:  # in the middle of an epoch, whose end the resumed run comes to
+            control.should_log = control.should_evaluate = control.should_save = False
+        return control
+
+
+class Bar(TrainerCallback):  # type: ignore[misc]
+    """Shows the training: a progress bar on a terminal, else a line for each log and each evaluation. A context that removes the bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal, transient=True,
+        )  # fmt: skip
+        self._task: Any = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+        self._task = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.start()
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, loss="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._task is not None and logs and "loss" in logs:
+            self._progress.update(self._task, loss=f"loss {logs['loss']:.4f}")
+        if logs and not self._console.is_terminal and (self._task is not None or state.global_step == 0):
+            line = log_line(logs, state)
+            if line is not None:
+                self._console.print(line, markup=False)
+
+
+def log_line(logs: Mapping[str, Any], state: Any) -> str | None:
+    """A log of the training, or an evaluation, in one line; None for other logs."""
+    where = f"step {state.global_step} of {state.max_steps}" if state.global_step else "before training"
+    if "loss" in logs:
+        shown = [name for name in (*METRICS, "grad_norm", "learning_rate") if name in logs]
+        speed = f", {logs['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in logs else ""
+        return f"{where}: {', '.join(f'{name} {logs[name]:.4g}' for name in shown)}{speed}"
+    held_out = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+    shown = [name for name in held_out if metric_name(name)]
+    return f"{where}, held-out data: {', '.join(f'{name} {held_out[name]:.4g}' for name in shown)}" if shown else None
+
+
+class LogFile(TrainerCallback):  # type: ignore[misc]
+    """Appends each log and evaluation to a JSONL file of the output, one object a line, with its step; NaN and infinity as text.
+
+    Where the training begins, lines of later steps go: a killed run had written them.
+    """
+
+    def __init__(self, output: Output | None, name: str) -> None:
+        self._output, self._name = output, name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._output is None:
+            return
+        rows = []
+        path = self._output.claim(self._name)
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with suppress(ValueError):  # the last line of a killed run may be half a line
+                rows.append(json.loads(line))
+        write_jsonl(path, (row for row in rows if row["step"] <= state.global_step))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._output is not None and logs:
+            row = {"step": state.global_step, **{name: number(value) for name, value in logs.items()}}
+            with self._output.claim(self._name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def number(value: Any) -> Any:
+    """A value as JSON has it: NaN and infinity as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def reporting_under(out: Path) -> Iterator[None]:
+    """TensorBoard, Weights & Biases, MLflow and SwanLab write under ``out`` in this context, unless their own variables say otherwise."""
+    places = {"TENSORBOARD_LOGGING_DIR": "runs", "WANDB_DIR": "", "MLFLOW_TRACKING_URI": "mlruns", "SWANLAB_LOG_DIR": "swanlog"}
+    added = {name: str((out / place).absolute()) for name, place in places.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

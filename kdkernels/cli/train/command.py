@@ -1,0 +1,92 @@
+"""``kdkernels train``. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...support.terminal import console, fail, failing
+
+__all__ = ["EPILOG", "train"]
+
+EPILOG = """
+Every field of DistillationArguments and of transformers' TrainingArguments is an option too, such as `--learning-rate 1e-4` or `--packing`:
+
+- the loss: `--divergence` (a name, or `"jsd(beta=0.3)"`), `--temperature`, `--t-squared`, `--kd-weight`, `--ce-weight`, `--ce-weight-last`,
+  `--feature-weight`, `--feature-layers`, `--feature-loss`, `--ensemble-mode`, `--kd-on-prompt`, `--vocab-size`, `--memory-budget`
+
+- the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`
+
+- the student's own responses: `--on-policy-fraction`, `--sample-temperature`, `--max-new-tokens`
+
+Examples:
+
+- `kdkernels train --teacher big/ --student small/ --data rows.jsonl --eval-data held-out.jsonl --output-dir out --max-steps 1000`
+
+- `kdkernels train --config run.yaml --learning-rate 1e-4` - options over a file's
+
+- `kdkernels train --config run.yaml --plan` - models, tokens, steps and memory, without training
+
+- `torchrun --nproc-per-node 8 -m kdkernels.cli train --config run.yaml` - a process for each GPU
+"""
+
+
+def train(
+    context: typer.Context,
+    teacher: Annotated[list[str] | None, typer.Option(help="Folder or hub name of a causal language model. Several: an ensemble.")] = None,
+    student: Annotated[str | None, typer.Option(help="Folder or hub name of the model to train; its tokenizer is used.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSONL or Parquet file, or a folder of them: prompt and response, messages, or text. Several: all of their rows."
+        ),
+    ] = None,
+    eval_data: Annotated[list[str] | None, typer.Option(help="Held-out rows, evaluated before and after. Several: all.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder of `kdkernels cache`, in place of a teacher.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="For checkpoints, the trained model and the summary.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: those of --num-train-epochs.")] = None,
+    save_steps: Annotated[float | None, typer.Option(help="Steps between checkpoints.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of options; those given here win.")] = None,
+    student_dtype: Annotated[str | None, typer.Option(help="Of its weights: auto (float32), float32, bfloat16 or float16.")] = None,
+    teacher_dtype: Annotated[str | None, typer.Option(help="Of its weights: auto (as saved), float32, bfloat16 or float16.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show models, tokens, steps and memory, and train nothing.")] = False,
+) -> None:
+    """Distil a teacher (or several, or a cache of one) into a student, two causal language models with one tokenizer.
+
+    The same command again goes on where an interrupted run stopped. Ctrl-C saves a checkpoint first.
+    """
+    missing = [name for name in ("transformers", "accelerate", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        fail(f"{', '.join(missing)} not installed: pip install 'kdkernels[train]'")
+    from .settings import read_config, read_settings
+
+    given = {
+        "teacher": teacher,
+        "student": student,
+        "data": data,
+        "eval_data": eval_data,
+        "cache": cache,
+        "student_dtype": student_dtype,
+        "teacher_dtype": teacher_dtype,
+    }
+    rest = list(context.args)
+    for name, value in (("--output-dir", output_dir), ("--max-steps", max_steps), ("--save-steps", save_steps)):
+        rest += [] if value is None else [name, f"{value:g}" if isinstance(value, float) else str(value)]
+    with failing():
+        settings = read_settings({} if config is None else read_config(config), given, rest)
+        if plan:
+            from .plan import plan as show
+
+            show(settings, console(soft_wrap=True))
+            return
+        from accelerate import PartialState
+
+        from .run import run
+
+        status = run(settings, console(soft_wrap=True))
+        PartialState().destroy_process_group()  # torch warns of one that the interpreter's end has to take down
+    if status:
+        raise typer.Exit(status)

@@ -1,0 +1,181 @@
+"""The output folder of ``kdkernels train``: which files and checkpoints in it are the run's own, and how they are replaced and deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...support.files import FileError, Output
+from ...trainer.checkpoints import is_unfinished
+from ...trainer.trainer import DistillationTrainer
+from .settings import Settings, TrainError
+
+__all__ = [
+    "FIGURE",
+    "LOG",
+    "RECORD",
+    "SUMMARY",
+    "OwnedTrainer",
+    "begun_checkpoints",
+    "check_output",
+    "open_output",
+    "save_model",
+    "step_of",
+]
+
+RECORD, SUMMARY, FIGURE, LOG = "run.json", "summary.json", "training.png", "log.jsonl"
+MODEL_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*", "adapter_config.json",
+    "adapter_model.*", "projector.safetensors", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "spiece.model", "chat_template*", "training_args.bin",
+)  # fmt: skip
+"""Patterns of the files that a model and its tokenizer are saved as."""
+CARD = "README.md"
+"""Written by peft; one of the user's stays."""
+UNFINISHED = ".model.unfinished"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint by its name, as transformers names them; None for any other name."""
+    match = re.fullmatch("checkpoint-(0|[1-9][0-9]*)", name)
+    return None if match is None else int(match[1])
+
+
+def open_output(settings: Settings) -> Output:
+    """The folder of a run, to be entered as a context by its first process."""
+    out = Path(settings.args.output_dir)
+    return Output(out, "train", adopt=lambda: _unmarked(out))
+
+
+def check_output(output: Output, settings: Settings) -> None:
+    """Check that nothing that the run may write or delete belongs to the user.
+
+    Raises:
+        TrainError: a file, model or checkpoint that no run of this command made; an input that is in the run's own files.
+    """
+    names = [path.name for path in sorted(output.folder.iterdir()) if _is_own_name(path.name)]
+    if (strange := [name for name in names if step_of(name) is not None and name not in output]) and RECORD not in names:
+        raise TrainError(
+            f"--output-dir {output.path} holds checkpoints but no {RECORD}: {strange[0]} is of another program. Give another folder"
+        )
+    inputs = {f"--{role}": path for role, path, _ in settings.models} | {"--cache": settings.cache}
+    for name in ("data", "eval_data"):
+        given = getattr(settings, name)
+        for path in [given] if isinstance(given, str) else given or []:
+            inputs[f"--{name.replace('_', '-')}"] = path
+            _check(output, names, inputs)
+    _check(output, names, inputs)
+
+
+def _check(output: Output, names: list[str], inputs: dict[str, str | None]) -> None:
+    try:
+        output.check(names, inputs)
+    except FileError as error:
+        raise TrainError(f"--output-dir {output.path}: {error}") from None
+
+
+def _is_own_name(name: str) -> bool:
+    return name in (RECORD, SUMMARY, FIGURE, LOG) or step_of(name) is not None or any(fnmatchcase(name, p) for p in MODEL_FILES)
+
+
+def _unmarked(out: Path) -> list[str]:
+    """The files and whole checkpoints of a run without a marker, which is known by its record."""
+    try:
+        settings = json.loads((out / RECORD).read_bytes())["settings"]
+        if not {"student", "teacher", "ranks"} <= set(settings):
+            return []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    found = [path for path in sorted(out.iterdir()) if _is_own_name(path.name) and not path.is_symlink()]
+    return [path.name for path in found if path.is_file() or _has_state(path)]
+
+
+def begun_checkpoints(output: Output) -> list[str]:
+    """The run's own checkpoints that a killed process left unfinished."""
+    own = [path for path in output.folder.glob("checkpoint-*") if step_of(path.name) is not None and path.name in output]
+    return [path.name for path in own if is_unfinished(path) or not _has_state(path)]
+
+
+def _has_state(checkpoint: Path) -> bool:
+    try:
+        return isinstance(json.loads((checkpoint / "trainer_state.json").read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+class OwnedTrainer(DistillationTrainer):
+    """A trainer that saves to checkpoints of its own, and deletes no others.
+
+    transformers takes every folder ``checkpoint-NUMBER...`` for one of its own, so its limit is taken away and kept here.
+    """
+
+    output: Output | None = None
+    limit: int | None = None
+
+    def own(self, output: Output | None) -> None:
+        """Save to ``output``; None in all processes but the first."""
+        self.output, self.limit, self.args.save_total_limit = output, self.args.save_total_limit, None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.output is not None:
+            _detach(self.output.claim(f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+        if self.output is not None and self.limit is not None and self.limit > 0:
+            self._rotate(self.output, self.limit)
+
+    def _rotate(self, output: Output, limit: int) -> None:
+        """Delete the oldest checkpoints beyond the limit, but neither the last nor the best."""
+        best = self.state.best_model_checkpoint
+        kept = {f"checkpoint-{self.state.global_step}"} | ({Path(best).name} if best else set())
+        own = [path.name for path in output.folder.glob("checkpoint-*") if step_of(path.name) is not None and path.name in output]
+        old = sorted((name for name in own if name not in kept), key=lambda name: step_of(name) or 0)
+        for name in old[: max(0, len(own) - max(limit, len(kept)))]:
+            output.remove(name)
+
+
+def _detach(folder: Path) -> None:
+    """Make the files of an existing folder safe to write over: none leads elsewhere, and none has a second name."""
+    for path in folder.rglob("*") if folder.is_dir() else ():
+        if path.is_symlink():
+            raise FileError(f"{path} is a symbolic link, and would be written through: remove it, or give another folder")
+        if path.is_file() and os.stat(path).st_nlink > 1:
+            path.unlink()  # the other name keeps the content
+
+
+def save_model(trainer: DistillationTrainer, output: Output | None, out: Path) -> None:
+    """Save the model beside its place, then put its files there one by one: an existing model is never half overwritten.
+
+    Args:
+        output: None in all processes but the first.
+    """
+    if output is not None:
+        output.claim(UNFINISHED)
+        output.remove(UNFINISHED)
+    trainer.accelerator.wait_for_everyone()
+    folder = out / UNFINISHED
+    push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # it would be pushed from the unfinished folder
+    trainer.save_model(str(folder))
+    trainer.args.push_to_hub = push
+    trainer.accelerator.wait_for_everyone()  # each process adds its random state to the last checkpoint, too
+    if output is not None:
+        _put_in_place(folder, output)
+    trainer.accelerator.wait_for_everyone()
+    if push:
+        trainer.push_to_hub(commit_message="Model save")
+
+
+def _put_in_place(folder: Path, output: Output) -> None:
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name == CARD and os.path.lexists(output.folder / CARD) and CARD not in output:
+            continue
+        place = output.claim(name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    output.remove(UNFINISHED)

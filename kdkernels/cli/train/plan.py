@@ -1,0 +1,125 @@
+"""``kdkernels train --plan``: what a run would be, without loading a weight or writing a file."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ... import losses
+from ...data.agreement import check_ids
+from ...data.collator import pack, with_prompt
+from ...data.example import Example
+from ...data.tokenization import Tally, length_limit, load_examples
+from ...divergences import parse
+from ...sides import Ensemble, LMHead, Sampled, Teacher, TopK
+from ...tap.patching import text_config
+from ...tap.weights import embedding_rows, head_width, logit_columns
+from ...teachers.loading import load
+from ...trainer.checkpoints import step_of
+from .loading import cache_of, check_data, tokenizer_of
+from .output import RECORD
+from .resume import known_record, requested, starting_point
+from .settings import Settings
+from .steps import rhythm, steps_per_epoch, total_steps
+
+__all__ = ["plan"]
+
+
+def plan(settings: Settings, console: Console) -> None:
+    """Shows models, tokens, steps and memory of a run, without loading a weight or writing a file."""
+    args = settings.args
+    transformers.logging.set_verbosity_error()
+    tokenizer = tokenizer_of(settings)
+    check_data(settings)
+    skeletons = [_skeleton(role, path) for role, path, _ in settings.models]
+    cache = cache_of(settings, tokenizer) if settings.cache else None
+    limit = length_limit(args.max_length, map(text_config, skeletons), args.packing)
+    tally = Tally()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        examples = load_examples(
+            settings.data, tokenizer, max_length=limit, overlong=args.overlong, date=args.template_date, reasoning=args.reasoning,
+            tally=tally, prompts=args.on_policy_fraction == 1,
+        )  # fmt: skip
+    check_ids(examples, tokenizer, embedding_rows(*skeletons))
+    if args.kd_on_prompt:
+        examples = list(map(with_prompt, examples))
+    for (role, path, dtype), model in zip(settings.models, skeletons, strict=True):
+        count = sum(p.numel() for p in model.parameters())
+        kept = str(model.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
+        size = count * getattr(torch, kept).itemsize / 2**30
+        console.print(
+            f"{role}: {path}, {count / 1e6:,.1f} M parameters, {size:,.2f} GiB in {kept}, {logit_columns(model):,} columns of logits"
+        )
+    if cache is not None:
+        console.print(f"teacher: cache {settings.cache} ({cache.kind}), {cache.vocab_size:,} tokens in the vocabulary")
+    for sentence in [*(str(warning.message) for warning in said), *tally.of_reasoning()]:
+        console.print(sentence)
+    rows = pack(examples, limit) if args.packing and limit else [(e,) for e in examples]
+    scored, tokens = sum(len(e.student_scored) for e in examples), sum(len(e.student_ids) for e in examples)
+    args._n_gpu = min(args.n_gpu, 1)  # as the run takes them
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    an_epoch = steps_per_epoch(len(rows), args)
+    steps = total_steps(args, an_epoch)
+    console.print(
+        f"data: {len(examples):,} examples in {len(rows):,} rows; {tokens:,} tokens, {scored:,} of them scored; "
+        f"the longest example has {max(map(len, examples)):,}"
+    )
+    console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs; {rhythm(args, steps)}")
+    console.print(f"run: {_state(settings, tokenizer, steps)}", markup=False)
+    _plan_memory(args, skeletons, cache, rows, console)
+
+
+def _state(settings: Settings, tokenizer: Any, steps: int) -> str:
+    """In words: whether the run begins, goes on or is finished."""
+    checkpoint = None
+    if (Path(settings.args.output_dir) / RECORD).is_file() or requested(settings.args) is not None:  # else no weights are read
+        _, old = known_record(settings, tokenizer)
+        checkpoint = None if old is None else starting_point(settings.args, steps)
+    if checkpoint is None:
+        return f"begins in {settings.args.output_dir}"
+    remaining = steps - step_of(checkpoint)
+    return f"goes on from {checkpoint}, {remaining:,} steps remain" if remaining else f"is finished: {checkpoint} is its last step"
+
+
+def _skeleton(role: str, path: str) -> Any:
+    config = load(AutoConfig, role, path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence[tuple[Example, ...]], console: Console) -> None:
+    student, *teachers = skeletons
+    largest = sorted((sum(len(e.student_scored) for e in row) for row in rows), reverse=True)[: args.per_device_train_batch_size]
+    vocab = min([logit_columns(model) for model in skeletons] + ([] if cache is None else [cache.vocab_size]))
+
+    def side(model: Any, grad: bool) -> LMHead:
+        weight = torch.empty(logit_columns(model), head_width(model), device="meta", requires_grad=grad)
+        return LMHead(torch.empty(sum(largest), head_width(model), device="meta", requires_grad=grad), weight, vocab_size=vocab)
+
+    ours = side(student, True)
+    theirs: Teacher = side(teachers[0] if teachers else student, False)
+    if len(teachers) > 1:
+        theirs = Ensemble([side(teacher, False) for teacher in teachers], mode=args.ensemble_mode)
+    if cache is not None and cache.kind != "hidden":
+        ids = torch.empty(sum(largest), cache.manifest.identity.k, dtype=torch.int64, device="meta")
+        theirs = TopK(ids, ids.float(), temperature=cache.temperature or 1.0) if cache.kind == "topk" else Sampled(ids, ids)
+    found = losses.plan(
+        ours, theirs, divergence=parse(args.divergence), temperature=args.temperature, memory_budget=args.memory_budget, return_stats=True
+    )
+    trainable = sum(p.numel() for p in student.parameters())
+    console.print(
+        f"loss: at most {sum(largest):,} scored tokens in a batch, in {found.num_chunks} chunk{'s' if found.num_chunks != 1 else ''}: "
+        f"{found.buffer_bytes / 2**20:,.0f} MiB of buffers, where dense logits take {found.dense_bytes / 2**20:,.0f} MiB"
+    )
+    console.print(
+        f"student: {trainable * 16 / 2**30:,.2f} GiB of float32 weights, gradients and Adam states, if all of it is trained; "
+        "activations come on top"
+    )

@@ -1,0 +1,191 @@
+"""The record of a run, ``run.json``: its settings, and the content of its models, cache and data. A run goes on only as what it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import AutoConfig
+
+from ...backends import selection
+from ...support.files import digest, digest_file
+from ...teachers.cache.manifest import MANIFEST, model_files, template_hash, tokenizer_hash
+from ...teachers.loading import load
+from ...trainer.arguments import DistillationArguments
+from ...trainer.checkpoints import differences, settings_of
+from .output import RECORD
+from .settings import Settings, TrainError
+
+__all__ = ["Record"]
+
+FORMAT, VERSION = "kdkernels-run", 2
+SECOND = 10**9  # nanoseconds
+THREADS = 8
+CONTENT = {
+    "student": "the --student's weights or config", "teacher": "the --teacher's weights or config", "cache": "the --cache",
+    "tokenizer": "the tokenizer", "chat_template": "the chat template", "data": "--data (its content changed)",
+    "eval_data": "--eval-data (its content changed)",
+}  # fmt: skip
+
+
+@dataclass
+class Record:
+    """What a run was begun with.
+
+    Attributes:
+        settings: the arguments that decide what is trained, and the dtypes of the models.
+        content: digests of models, cache, tokenizer and data.
+        files: of each file of a model its sha256 with the status of the file when it was read.
+        machine: what decides the bits of a result, but not what is trained.
+        an_epoch: steps per epoch.
+        before: metrics of the evaluation before the first step.
+    """
+
+    settings: dict[str, Any]
+    content: dict[str, Any]
+    files: dict[str, list[Any]]
+    machine: dict[str, Any]
+    an_epoch: int = 0
+    before: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: Any, known: Mapping[str, list[Any]]) -> Record:
+        """The record of the run that ``settings`` ask for; the first process reads the files for all.
+
+        Args:
+            known: ``files`` of an earlier record: a file whose status has not changed since is not read again.
+        """
+        args = settings.args
+        found: list[Any] = [None]
+        error: list[Any] = [None]
+        if args.process_index == 0:
+            try:
+                found[0] = _content(settings, tokenizer, known)
+            except Exception as raised:
+                if args.world_size == 1:
+                    raise
+                error[0] = f"{type(raised).__name__}: {raised}"  # the others must not wait for ever
+        if args.world_size > 1:
+            broadcast_object_list(found)
+            broadcast_object_list(error)
+            if error[0] is not None:
+                raise TrainError(error[0])
+        content, files = found[0]
+        own = {name: getattr(settings, name) for name in ("student_dtype", "teacher_dtype")}
+        return cls({**own, **settings_of(args)}, content, files, _machine(args))
+
+    @classmethod
+    def read(cls, folder: Path) -> Record | None:
+        """The record in ``folder``; None where there is none.
+
+        Raises:
+            TrainError: a record that this release can't read.
+        """
+        path = folder / RECORD
+        if not path.is_file():
+            return None
+        try:
+            value = json.loads(path.read_bytes())
+            found = value.pop("format", None), value.pop("version", None)
+            if found == (FORMAT, VERSION):
+                return cls(**value)
+        except (ValueError, TypeError, AttributeError):
+            raise TrainError(f"{path} is damaged: choose another --output-dir, or remove the run") from None
+        raise TrainError(
+            f"{path} was written by another version of kdkernels, which did not record the content of its models: finish the run with "
+            "that version, or choose another --output-dir"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+
+    def unlike(self, now: Record) -> list[str]:
+        """What differs between this run and the one that is asked for ``now``, in words."""
+        defaults = {f.name: f.default for f in dataclasses.fields(DistillationArguments)}
+        changed = differences(self.settings, now.settings, defaults)
+        words = [
+            f"number of processes ({one} then, {two} now)" if name == "processes" else f"{_option(name)} ({one!r} then, {two!r} now)"
+            for name, (one, two) in changed.items()
+        ]
+        return words + [words_of for name, words_of in CONTENT.items() if self.content.get(name) != now.content.get(name)]
+
+    def notes(self, now: Record) -> list[str]:
+        """What differs and changes the last bits of a result only, in words."""
+        changed = differences(self.machine, now.machine, {})
+        return [f"{name.replace('_', ' ')} ({one} then, {two} now)" for name, (one, two) in changed.items()]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _content(settings: Settings, tokenizer: Any, known: Mapping[str, list[Any]]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Digests by role, and the ``files`` of a record."""
+    files: dict[str, list[Any]] = {}
+    models = [_model(role, path, known, files) for role, path, _ in settings.models]
+    content = {
+        "student": models[0],
+        "teacher": models[1:],
+        "cache": None if settings.cache is None else digest_file(Path(settings.cache) / MANIFEST),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "chat_template": template_hash(tokenizer),
+        "data": data_content(settings.data),
+        "eval_data": data_content(settings.eval_data),
+    }
+    return content, files
+
+
+def data_content(paths: Iterable[str]) -> list[str]:
+    """sha256 of each file, or over the files and names of a folder."""
+    for path in paths:
+        if not Path(path).exists():
+            raise TrainError(f"{path}: no such file or folder")
+    folders = [(path, sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]) for path in map(Path, paths)]
+    return [digest({f.name: digest_file(f) for f in files}) if path.is_dir() else digest_file(path) for path, files in folders]
+
+
+def _model(role: str, path: str, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
+    """Commit of a hub model; of a folder a digest over the sha256 of its config and weights."""
+    if not Path(path).is_dir():
+        return str(load(AutoConfig, role, path)._commit_hash)
+    found = model_files(Path(path))
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        taken = dict(zip(found, pool.map(lambda file: _sha256(file, known.get(str(file.resolve()))), found), strict=True))
+    files.update({str(file.resolve()): entry for file, entry in taken.items()})
+    return digest({file.name: entry[0] for file, entry in taken.items()})
+
+
+def _sha256(path: Path, known: list[Any] | None) -> list[Any]:
+    """sha256, and the file's status: size, inode, times of its last changes, and whether these are old enough to be trusted.
+
+    The time of a status change (ctime) can't be set back. A file that was changed within a second before it was read may be changed
+    again without another time, so it is read anew.
+    """
+    stat = path.stat()
+    status = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    if known is not None and known[1:] == [*status, True]:
+        return known
+    now = time.time_ns()
+    return [digest_file(path), *status, now - max(stat.st_ctime_ns, stat.st_mtime_ns) > SECOND]
+
+
+def _machine(args: Any) -> dict[str, Any]:
+    device = args.device.type
+    return {
+        "memory_budget": args.memory_budget,
+        "device": torch.cuda.get_device_name(args.device) if device == "cuda" else f"{device} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "backend": selection.select("auto", device, (torch.float32, torch.float32)),
+        **{f"version_of_{name}": metadata.version(name) for name in ("torch", "transformers", "kdkernels")},
+    }

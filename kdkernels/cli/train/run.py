@@ -1,0 +1,247 @@
+"""``kdkernels train``, step by step: models and data, a plan, the training (begun or resumed), and a summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+
+from ...support.files import Output
+from ...trainer.arguments import METRICS, metric_name
+from ...trainer.checkpoints import best_of, checkpoints, flaw, read_manifest
+from ...trainer.finite import NotFiniteError, check_numbers
+from ...trainer.trainer import DistillationTrainer
+from .callbacks import Bar, Interrupt, LogFile, reporting_under
+from .loading import cache_of, check_data, model_of, tokenizer_of
+from .output import LOG, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
+from .record import Record
+from .resume import finished_summary, is_last, known_record, model_folder, starting_point
+from .settings import Settings, TrainError
+from .steps import steps_per_epoch, total_steps
+from .summary import figure_of, finite, name_of_loss, show, training_log
+
+__all__ = ["run"]
+
+UNFINISHED = ".checkpoint.unfinished"
+
+
+def run(settings: Settings, console: Console) -> int:
+    """Train, or go on where an interrupted run of the same settings stopped. Returns the exit status: 0, or 130 when interrupted.
+
+    Raises:
+        TrainError: what can't be trained with, before anything is written.
+        FileError: another process trains into the folder.
+        NotFiniteError: a training that came to NaN or infinity; its summary and figure say where.
+    """
+    with open_output(settings) if settings.args.process_index == 0 else nullcontext() as output:
+        if output is not None:
+            check_output(output, settings)
+        return _run(settings, console, output)
+
+
+def _run(settings: Settings, console: Console, output: Output | None) -> int:
+    """Train into the folder that the first process holds; ``output`` is None in the others."""
+    args = settings.args
+    args._n_gpu = min(args.n_gpu, 1)  # several are for torchrun: one process each
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+    console = console if args.process_index == 0 else Console(quiet=True)
+    transformers.logging.set_verbosity(transformers.logging.ERROR if args.log_level == "passive" else args.get_process_log_level())
+    transformers.logging.disable_progress_bar()
+    out = Path(args.output_dir)
+    tokenizer = tokenizer_of(settings)
+    check_data(settings)
+    cache = cache_of(settings, tokenizer) if settings.cache else None
+    record, old = known_record(settings, tokenizer)
+    if output is not None:
+        for name in begun_checkpoints(output):
+            output.remove(name)
+    checkpoint = None
+    if old is not None:
+        total = total_steps(args, old.an_epoch)
+        summary = finished_summary(args, total)
+        if summary is not None:
+            console.print("This run is finished; its summary again. Give a larger --max-steps to train on, or another --output-dir.")
+            show(summary, console)
+            return 0
+        for note in old.notes(record):
+            console.print(f"Note: another {note}: the last bits of the result may be others", markup=False)
+        checkpoint = starting_point(args, total)
+    with reporting_under(out):
+        return Training(settings, output, tokenizer, cache, console, record, old, checkpoint).run()
+
+
+class Training:
+    """A run from its models to its summary.
+
+    Args:
+        output: None in all processes but the first.
+        record: of this run as it is asked for; old: of the run that it goes on with, or None.
+        checkpoint: where it goes on, or None.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        output: Output | None,
+        tokenizer: Any,
+        cache: Any,
+        console: Console,
+        record: Record,
+        old: Record | None,
+        checkpoint: Path | None,
+    ) -> None:
+        self.settings, self.args, self.console, self.record, self.old = settings, settings.args, console, record, old
+        self.output, self.out = output, Path(settings.args.output_dir)
+        self.bar, self.interrupt = Bar(console), Interrupt()
+        self.trained = old is not None and is_last(checkpoint, total_steps(self.args, old.an_epoch))
+        (role, path, dtype), *of_teachers = settings.models
+        self.model = model_folder(checkpoint, self.args) if self.trained and checkpoint is not None else None
+        student = model_of(role, path if self.model is None else str(self.model), dtype)
+        teachers = [model_of(*model) for model in of_teachers]
+        with shown_warnings(console):
+            self.trainer = OwnedTrainer(
+                model=student, teacher=teachers or None if cache is None else cache, args=self.args, train_dataset=settings.data,
+                eval_dataset=settings.eval_data or None, processing_class=tokenizer,
+                callbacks=[self.bar, self.interrupt, LogFile(output, LOG)],
+            )  # fmt: skip
+        self.trainer.own(output)
+        for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if self.args.disable_tqdm else [])):
+            self.trainer.remove_callback(callback)
+        check_metric(self.trainer)
+        self.checkpoint = self._own(checkpoint)
+
+    def _own(self, checkpoint: Path | None) -> Path | None:
+        """The checkpoint in the output folder, where it and its best are copied from another run's."""
+        if checkpoint is None or checkpoint.parent.resolve() == self.out.resolve():
+            return checkpoint
+        best = best_of(checkpoint, read_manifest(checkpoint))
+        if self.output is not None:
+            for folder in {checkpoint, best or checkpoint}:
+                unfinished, place = self.output.claim(UNFINISHED), self.output.claim(folder.name)
+                self.output.remove(UNFINISHED)
+                self.output.remove(folder.name)
+                shutil.copytree(folder, unfinished)
+                os.replace(unfinished, place)
+        self.trainer.accelerator.wait_for_everyone()
+        return self.out / checkpoint.name
+
+    def run(self) -> int:
+        """Train and write the summary; returns the exit status."""
+        trainer = self.trainer
+        self._begin()
+        transformers.set_seed(self.args.seed)
+        try:
+            self._train()
+            if self.interrupt.stopped:
+                return self._interrupted()
+            after = trainer.evaluate() if self.settings.eval_data else None
+            check_numbers(trainer.state.global_step, shown_metrics(after))
+        except NotFiniteError as error:
+            self._summarise(None, not_finite={name: str(value) for name, value in error.values.items()}, steps=error.step)
+            raise
+        save_model(trainer, self.output, self.out)
+        show(self._summarise(after), self.console)
+        return 0
+
+    def _begin(self) -> None:
+        """Evaluate the student as it is and write the record, or say where the run goes on."""
+        record, args = self.record, self.args
+        if self.old is not None:
+            record.an_epoch, record.before = self.old.an_epoch, self.old.before
+            if self.checkpoint is not None:
+                self.console.print(f"Resuming at {self.checkpoint.name} of {self.out}")
+        else:
+            record.an_epoch = steps_per_epoch(len(self.trainer.train_dataset), args)
+            before = self.trainer.evaluate() if self.settings.eval_data else None
+            check_numbers(0, shown_metrics(before))
+            record.before = before and finite(before)
+        record.settings["template_date"] = args.template_date
+        self._write(RECORD, record.to_json())
+
+    def _train(self) -> None:
+        trainer, checkpoint = self.trainer, self.checkpoint
+        if self.trained:
+            if trainer.objective.features is not None:
+                trainer.objective.features.load(str(self.model))
+            trainer.state = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+            trainer.state.best_model_checkpoint = str(self.model) if self.args.load_best_model_at_end else None
+            return
+        with self.interrupt, self.bar:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def _interrupted(self) -> int:
+        step = self.trainer.state.global_step
+        reason = flaw(self.out / f"checkpoint-{step}")
+        if reason is None:
+            self.console.print(f"Interrupted at step {step}; {self.out}/checkpoint-{step} is whole. The same command goes on from there.")
+        else:
+            self.console.print(f"Interrupted at step {step}. Its checkpoint can't be resumed from: {reason}.")
+        return 130
+
+    def _summarise(self, after: dict[str, float] | None, not_finite: dict[str, str] | None = None, steps: int | None = None) -> Any:
+        """Write ``summary.json`` and the figure; returns the summary."""
+        state, args = self.trainer.state, self.args
+        steps = state.global_step if steps is None else steps
+        best = state.best_model_checkpoint if args.load_best_model_at_end and not_finite is None else None
+        last = next((str(path) for path in checkpoints(self.out) if flaw(path) is None), None)
+        files = {path.name: path.stat().st_size for pattern in ("*.safetensors", "config.json") for path in self.out.glob(pattern)}
+        summary = {
+            "asked": total_steps(args, self.record.an_epoch), "steps": steps, "not_finite": not_finite,
+            "before": self.record.before, "after": after and finite(after),
+            "model": None if not_finite else str(self.out), "files": {} if not_finite else files,
+            "checkpoint": best or last,
+            "best": None if best is None else {"metric": args.metric_for_best_model, "value": state.best_metric, "checkpoint": best},
+            "figure": None, "log": training_log(state.log_history),
+        }  # fmt: skip
+        if self.output is not None:
+            loss = name_of_loss(args)
+            summary["figure"] = figure_of(self.output, state.log_history, self.record.before, after, steps if not_finite else None, loss)
+        self._write(SUMMARY, summary)
+        return summary
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        """Write a file whole or not at all, in the first process."""
+        if self.output is not None:
+            text = json.dumps(value, indent=1) + "\n"
+            self.output.write(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def shown_metrics(metrics: dict[str, float] | None) -> dict[str, float]:
+    """The metrics of an evaluation that a summary shows, as they must be finite."""
+    return {name: value for name, value in (metrics or {}).items() if metric_name(name) and isinstance(value, float)}
+
+
+def check_metric(trainer: DistillationTrainer) -> None:
+    """
+    Raises:
+        TrainError: ``--metric-for-best-model`` is not among the metrics of an evaluation.
+    """
+    metric = trainer.args.metric_for_best_model
+    if metric is None or trainer.eval_dataset is None:
+        return
+    name = metric.removeprefix("eval_")
+    if name not in METRICS or name not in trainer.eval_metrics():
+        raise TrainError(
+            f"--metric-for-best-model {metric}: an evaluation of this run has {', '.join(trainer.eval_metrics())}; choose one of them"
+        )
+
+
+@contextmanager
+def shown_warnings(console: Console) -> Iterator[None]:
+    """Prints what this package warns of in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        if warning.category is UserWarning:
+            console.print(f"Warning: {warning.message}", markup=False)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -1,0 +1,165 @@
+"""The options of ``kdkernels train``: a config file, the command line over it, and what of them decides a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ...data.values import object_of, read_json
+
+__all__ = ["Settings", "TrainError", "read_config", "read_settings"]
+
+MINE = ("teacher", "student", "data", "eval_data", "cache", "student_dtype", "teacher_dtype")
+SEVERAL = ("teacher", "data", "eval_data")
+"""Options that can be given several times."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class TrainError(ValueError):
+    """Options, models or data that can't be trained with; the message names which, and the way out."""
+
+
+@dataclass
+class Settings:
+    """Paths and models of a run; ``args`` are its DistillationArguments."""
+
+    student: str
+    data: list[str]
+    teacher: list[str] = field(default_factory=list)
+    eval_data: list[str] = field(default_factory=list)
+    cache: str | None = None
+    student_dtype: str = "auto"
+    teacher_dtype: str = "auto"
+    args: Any = None
+
+    @property
+    def models(self) -> list[tuple[str, str, str]]:
+        """Role, path and dtype: of the student, then of each teacher."""
+        # Most updates are too small for the digits of bfloat16, in which most models are saved.
+        student = "student", self.student, "float32" if self.student_dtype == "auto" else self.student_dtype
+        return [student, *(("teacher", path, self.teacher_dtype) for path in self.teacher)]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Options of a YAML or JSON file, dashes as underscores.
+
+    Raises:
+        TrainError: no such file, a format that isn't known, or no mapping in it.
+    """
+    if not path.is_file():
+        raise TrainError(f"--config {path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            value = read_json(text)
+        elif path.suffix in (".yaml", ".yml"):
+            value = _of_yaml(text)
+        else:
+            raise TrainError(f"--config {path}: the format is told by the name: .yaml or .json")
+    except TrainError:
+        raise
+    except Exception as error:  # of either parser
+        raise TrainError(f"--config {path}: can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(value, Mapping):
+        raise TrainError(
+            f"--config {path}: a mapping of options is needed, such as {{student: ..., data: ...}}, not {type(value).__name__}"
+        )
+    try:
+        return object_of([(str(name).replace("-", "_"), part) for name, part in value.items()])
+    except ValueError as error:
+        raise TrainError(f"--config {path}: {error} (dashes and underscores are the same)") from None
+
+
+def _of_yaml(text: str) -> Any:
+    """The value of YAML text, of which PyYAML would take the last of two options of one name."""
+    import yaml
+
+    node = yaml.compose(text, yaml.SafeLoader)
+    if isinstance(node, yaml.MappingNode):
+        object_of([(name.value, part) for name, part in node.value if isinstance(name, yaml.ScalarNode)])
+    return yaml.safe_load(text)
+
+
+def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Sequence[str]) -> Settings:
+    """Settings from a config, the command's own options (None: not given), and ``rest``: ``--field value`` of DistillationArguments.
+
+    Raises:
+        TrainError: an unknown name (with the nearest valid one), a value that can't be read, or something that is missing.
+    """
+    from ...trainer.arguments import DistillationArguments
+
+    fields = _fields(DistillationArguments, config, rest)
+    own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
+    for name in SEVERAL:
+        value = own[name] or []
+        own[name] = value if isinstance(value, list) else [value]
+    for name, value in own.items():
+        if not all(isinstance(part, str) for part in (value if name in SEVERAL else [value or ""])):
+            shown = value[0] if name in SEVERAL and len(value) == 1 else value
+            raise TrainError(f"--{name.replace('_', '-')} {shown!r}: a path or name is needed, as text")
+    for name in ("student", "data"):
+        if not own[name]:
+            raise TrainError(f"--{name} is missing")
+    for name in ("student_dtype", "teacher_dtype"):
+        own[name] = own[name] or "auto"
+        if own[name] not in DTYPES:
+            raise TrainError(f"--{name.replace('_', '-')} {own[name]!r}: choose one of {', '.join(DTYPES)}")
+    if not fields["output_dir"]:
+        raise TrainError("--output-dir is missing: the folder of checkpoints and of the trained model")
+    try:
+        settings = Settings(**own, args=DistillationArguments(**fields))
+    except (ValueError, TypeError, ImportError) as error:
+        raise TrainError(" ".join(str(error).split())) from error
+    args = settings.args
+    for role, path, _ in settings.models:
+        if Path(path).exists() and Path(path).resolve() == Path(args.output_dir).resolve():
+            raise TrainError(f"--output-dir {args.output_dir} is the --{role}, which would be overwritten: choose another folder")
+    if settings.cache and settings.teacher:
+        raise TrainError("--cache and --teacher: the cache is the teacher; give one of them")
+    if not settings.cache and not settings.teacher and (args.kd_weight > 0 or args.feature_weight > 0):
+        raise TrainError("--teacher is missing (a model's folder or name; several times for several), or --cache")
+    return settings
+
+
+def _fields(arguments: type, config: Mapping[str, Any], rest: Sequence[str]) -> dict[str, Any]:
+    """Of the dataclass ``arguments``, by the config and by ``rest`` over it."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise TrainError(message.replace("argument ", "", 1))
+
+    parser = Parser(arguments, allow_abbrev=False)
+    fields = [f.name for f in dataclasses.fields(arguments) if f.init]
+    options = [option for action in parser._actions for option in action.option_strings]
+    for name in config:
+        if name not in MINE and name not in fields:
+            raise TrainError(f"unknown option {name!r} in the config{_nearest(name, [*MINE, *fields])}")
+    for word in rest:
+        option = word.partition("=")[0]
+        if word.startswith("--") and option not in options:
+            known = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
+            raise TrainError(f"unknown option {option}{_nearest(option, known)}")
+    read = {action.dest: action.type for action in parser._actions}
+    values = {name: _as_typed(name, value, read[name]) for name, value in config.items() if name in fields and value is not None}
+    parser.set_defaults(**{"disable_tqdm": True, **values})
+    namespace, strays = parser.parse_known_args(list(rest))
+    if strays:
+        raise TrainError(f"{strays[0]!r} belongs to no option; write --option value")
+    return dict(vars(namespace))
+
+
+def _as_typed(name: str, value: Any, read: Any) -> Any:
+    """A number or switch of a file as it is typed on the command line, which then reads it; what only a file can hold stays."""
+    if value is False and name.endswith("_strategy"):  # YAML takes a plain no for false
+        return "no"
+    return str(value) if read in (int, float) or getattr(read, "__name__", "") == "string_to_bool" else value
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; nearest: {near[0]}" if near else "; see `kdkernels train --help`"
