@@ -109,12 +109,13 @@ def _kernels(made: Path, work: Path, version: str, arch: str, tests: bool) -> No
     _run(*pip, "--target", of_version, f"triton=={version}")
     cache = work / "cache"
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(of_version), str(ROOT), str(ROOT / "tests")]), "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join(map(str, (of_version, ROOT, ROOT / "tests", ROOT / "tests" / "support"))),
+        "TRITON_CACHE_DIR": str(cache),
         "TRITON_STORE_BINARY_ONLY": "1", "TRITON_INTERPRET": "0", "KDKERNELS_RECORD": str(work / "names"), "KDKERNELS_RECORD_ARCH": arch,
     }  # fmt: skip
     _run(sys.executable, "-m", "benchmarks.record_launches", **environment)
     if tests:
-        files = [f"tests/test_{name}.py" for name in TESTS]
+        files = [f"tests/fused/test_{name}.py" for name in TESTS]
         subprocess.run(  # the tests' own verdict does not matter: their results are those of another backend
             [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "benchmarks.record_launches", "-p", "no:cacheprovider",
              "-k", "triton-cpu", *files], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=False,

@@ -155,7 +155,8 @@ fi
 if [ "$part" != first ]; then
     # The most telling files first; collected with 12 processes, so that what Triton compiles is spread over the cores.
     files=()
-    for name in loss gradients numerics semantics primitives primitives_calls sparse draws ensemble chunking dispatch; do files+=("tests/test_$name.py"); done
+    for name in loss gradients numerics semantics primitives primitives_calls sparse draws ensemble chunking; do files+=("tests/fused/test_$name.py"); done
+    files+=(tests/backends/test_dispatch.py)
     parallel=()
     if [ -z "$dry" ] && "$python" -c "import xdist" 2>/dev/null; then
         workers="$(nproc 2>/dev/null || echo 1)"
@@ -165,7 +166,7 @@ if [ "$part" != first ]; then
         limit=140
         [ "$backend" = "${backends[1]}" ] && limit=105
         marker=gpu
-        [ "$device" = cpu ] && marker="not gpu and not slow" && files=(tests/test_chunking.py)
+        [ "$device" = cpu ] && marker="not gpu and not slow" && files=(tests/fused/test_chunking.py)
         step "tests-$backend" "$limit" "$python" -m pytest -q -m "$marker" -k "$backend-$device" -p no:cacheprovider \
             --continue-on-collection-errors "${parallel[@]}" "${files[@]}"
     done

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import oracle
 import torch
+from support import oracle
 from torch import Tensor
 
 import kdkernels as kd

@@ -1,6 +1,7 @@
 """Compile the Triton kernels as the backend launches them, without a GPU, and print what each variant takes.
 
-A process of its own, since under TRITON_INTERPRET=1 there is nothing to compile: ``python tests/triton_aot.py ARCH [--all | --third]``.
+A process of its own, since under TRITON_INTERPRET=1 there is nothing to compile:
+``python tests/support/triton_aot.py ARCH [--all | --third]``.
 ARCH is a compute capability times ten (90) or an AMD architecture (gfx942).
 """
 

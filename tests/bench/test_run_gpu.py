@@ -17,7 +17,7 @@ from conftest import leave_lost_gpu
 
 from benchmarks import gpu_kit, gpu_smoke
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "run_gpu.sh"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "run_gpu.sh"
 
 
 def run_gpu(*arguments: str) -> subprocess.CompletedProcess[str]:

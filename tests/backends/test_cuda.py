@@ -20,7 +20,7 @@ from kdkernels.fused.problem import HeadBatch, Problem
 
 _C = pytest.importorskip("kdkernels._C")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 H100 = {"major": 9, "multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472}
 A100 = {"major": 8, "multiprocessors": 108, "shared_per_block": 166912, "shared_per_multiprocessor": 167936}
 RTX_5090 = {"major": 12, "multiprocessors": 170, "shared_per_block": 101376, "shared_per_multiprocessor": 102400}
@@ -220,7 +220,7 @@ def test_hopper_code_has_clusters_and_bulk_copies() -> None:
 def fibers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     if shutil.which(os.environ.get("CXX", "g++")) is None or shutil.which("make") is None:
         pytest.skip("no C++ compiler or no make")
-    return {"cwd": str(Path(__file__).parent / "cuda_on_cpu"), "build": str(tmp_path_factory.mktemp("fibers"))}
+    return {"cwd": str(Path(__file__).parents[1] / "cuda_on_cpu"), "build": str(tmp_path_factory.mktemp("fibers"))}
 
 
 @pytest.mark.slow

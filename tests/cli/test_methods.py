@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from kdkernels import cli
 from kdkernels.cli.train.settings import read_settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LINES = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
 HEADER = ["method", "formula", "needs of the teacher", "command", "test"]
 TABLES = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES if line.startswith("|")]

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import model, sass
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "instructions.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "instructions.json"
 
 LISTING = """
     Function : rows

@@ -17,7 +17,7 @@ import rapidfuzz  # noqa: F401
 import transformers  # noqa: F401
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-from kdkernels import cli
+from kdkernels.cli import root as cli
 from kdkernels.recipes import lion  # noqa: F401
 from kdkernels.teachers import jobs, local  # noqa: F401
 

@@ -130,11 +130,11 @@ def test_cross_entropy_alone_needs_no_teacher(make: Make) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no peak memory of a process there")
 def test_a_step_holds_no_logits() -> None:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "support"
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, str(here / "training_memory.py"), "16", "64", "150000"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,6 +1,6 @@
 """Tiny random models of every causal family that transformers knows, and what the head tap makes of them.
 
-``python tests/families.py`` examines all of them and writes docs/families.md.
+``python tests/support/families.py`` examines all of them and writes docs/families.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import kdkernels as kd
 from kdkernels.tap.head import HeadTap
 from kdkernels.tap.layers import LayerRecorder, decoder_layers
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB, HIDDEN = 96, 32
 
@@ -261,7 +261,7 @@ def _features_work(model: nn.Module, ids: torch.Tensor, options: dict[str, Any])
 HEADER = """# Model families
 
 Every causal family of transformers {version}: a small random model is built, and the loss and all gradients of its tapped side are
-compared with those of its dense logits. `python tests/families.py` draws this page, `pytest -m sweep` repeats the comparison.
+compared with those of its dense logits. `python tests/support/families.py` draws this page, `pytest -m sweep` repeats the comparison.
 
 - **tap**: hidden states and head are used, no logits exist. **dense**: the head can't be taken apart, the model's own logits are used,
   with one warning that says why. **not run**: no such model could be built, or run on token ids alone.

@@ -31,7 +31,7 @@ def assert_exact(finding: Finding) -> None:
 def test_tapped_side_is_the_model(family: str) -> None:
     finding = examine(family)
     assert_exact(finding)
-    assert finding.line in PAGE.read_text(), "docs/families.md is stale: python tests/families.py"
+    assert finding.line in PAGE.read_text(), "docs/families.md is stale: python tests/support/families.py"
 
 
 def test_page_lists_every_family() -> None:
@@ -46,4 +46,4 @@ def test_page_lists_every_family() -> None:
 def test_every_family(family: str) -> None:
     finding = examine(family)
     assert_exact(finding)
-    assert finding.line in PAGE.read_text(), "docs/families.md is stale: python tests/families.py"
+    assert finding.line in PAGE.read_text(), "docs/families.md is stale: python tests/support/families.py"

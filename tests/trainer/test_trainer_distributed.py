@@ -20,7 +20,7 @@ if not torch.distributed.is_available():
 from safetensors.torch import load_file
 from training_ranks import make_trainer, step
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [
         sys.executable,
@@ -39,7 +39,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
         "--standalone",
         "--nproc-per-node",
         "2",
-        str(HERE / "training_ranks.py"),
+        str(SUPPORT / "training_ranks.py"),
         str(folder),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -32,7 +32,7 @@ from kdkernels.cli.train.record import data_content
 from kdkernels.cli.train.settings import read_settings
 from kdkernels.trainer import DistillationArguments, load_examples
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

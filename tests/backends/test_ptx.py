@@ -29,7 +29,7 @@ def executed(*arguments: str, version: str | None = None) -> list[dict[str, Any]
             pytest.skip(f"there is no {folder}: `make {folder.relative_to(folder.parent.parent)}` makes it")
         environment["PYTHONPATH"] = str(folder)
     command = [sys.executable, "-W", "ignore", "-m", "ptx", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert lines, run.stderr[-2000:]
     assert version is None or lines[0]["triton"] == version

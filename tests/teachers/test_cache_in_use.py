@@ -29,7 +29,7 @@ from kdkernels.teachers.cache.text import write_text_cache
 from kdkernels.teachers.live import LiveTeacher
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
-OLD = Path(__file__).parent / "data" / "cache-of-version-1"
+OLD = Path(__file__).with_name("cache-of-version-1")
 """A cache of each kind in the format of version 1, and its rows. The teacher is ``make_model(8, 1, ..., 0, initializer_range=0.3)``."""
 DATED = "{{ 'Today ' + strftime_now('%Y-%m-%d') + '. ' }}" + tiny.TEMPLATE
 

@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 def compile_all(arch: str, *arguments: str) -> list[dict[str, Any]]:
     """What every kernel takes on a GPU that need not be there."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    script = Path(__file__).with_name("triton_aot.py")
+    script = Path(__file__).parents[1] / "support" / "triton_aot.py"
     run = subprocess.run([sys.executable, str(script), arch, *arguments], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     variants = [json.loads(line) for line in run.stdout.splitlines()]

@@ -32,7 +32,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def killed(seed: str, seconds: float, *command: Any) -> int:
     """Kills until the command has ended well."""
-    script = str(Path(__file__).parent / "killed.py")
+    script = str(Path(__file__).parents[1] / "support" / "killed.py")
     run = subprocess.run([sys.executable, script, seed, str(seconds), *map(str, command)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     kills, status = map(int, run.stdout.splitlines()[-1].split())

@@ -20,7 +20,7 @@ if not torch.distributed.is_available():
 from safetensors.torch import load_file
 from sharded_ranks import CASES, dtype_of, make, weights
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 NO_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: it compiles its CPU communication at first use"
 )
@@ -31,10 +31,10 @@ KINDS = ["fsdp", pytest.param("zero3", marks=NO_DEEPSPEED)]
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
     """FSDP or ZeRO-3; the weights and results of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(HERE / "sharded_ranks.py"), request.param, str(folder)]
+    command = [*launch, str(SUPPORT / "sharded_ranks.py"), request.param, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return request.param, load_file(folder / "weights.safetensors"), json.loads((folder / "results.json").read_text())
