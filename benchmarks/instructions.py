@@ -27,8 +27,9 @@ from triton.runtime.jit import JITFunction
 
 from kdkernels import divergences
 from kdkernels.backends import triton as triton_backend
+from kdkernels.backends.rows import STATE, RowBatch
 from kdkernels.divergences import Divergence
-from kdkernels.fused.problem import STATE, Problem, RowBatch
+from kdkernels.fused.problem import Problem
 
 from . import sass
 from .record_launches import AbsentDriver

@@ -16,7 +16,7 @@ struct Side {
     double softcap = 0.0;           // 0: none
 };
 
-// Rows of the saved state, as STATE in kdkernels/fused/problem.py says what they are.
+// Rows of the saved state, as STATE in kdkernels/backends/rows.py says what they are.
 enum StateRow : int { kTopS, kRestS, kTopT, kRestT, kSlopeSum, kTopCe, kRestCe, kStateRows };
 
 struct RowArguments {

@@ -13,10 +13,10 @@ from typing_extensions import Unpack
 
 from . import divergences, reference
 from .backends import selection
+from .backends.rows import STATS
 from .divergences import Divergence
 from .fused import engine, ops
 from .fused.checks import check_choices, check_numbers, device_of, has_value, prepare, storages
-from .fused.problem import STATS
 from .fused.sources import check_values
 from .sides import Sampled, Side, Teacher, TopK
 

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from .backends.rows import STATS, Transform
 from .divergences import Divergence, ForwardKL
 from .fused import philox
-from .fused.problem import STATS, Problem, Transform
+from .fused.problem import Problem
 from .sides import Ensemble, LMHead, Sampled, Side, Teacher, TopK
 
 

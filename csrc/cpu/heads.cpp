@@ -166,7 +166,7 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
     const Real inv_t = Real(a.inv_temperature);
     const Real top = load_row(a.side, row, vocab, z);
 
-    // log q = (z - shift) / T - rest: see STATE in kdkernels/fused/problem.py.
+    // log q = (z - shift) / T - rest: see STATE in kdkernels/backends/rows.py.
     Real shift = top, rest = 0, entropy = 0, per_sum = 1;
     if (a.statistics) {
         Moments m{0, 0};

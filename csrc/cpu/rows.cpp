@@ -19,7 +19,7 @@ template <class Real> struct Scratch {
 struct Sums { double value, slope; };
 enum class Keep { nothing, slopes, gradient };
 
-// log q = (z - top) / T - rest: see STATE in kdkernels/fused/problem.py.
+// log q = (z - top) / T - rest: see STATE in kdkernels/backends/rows.py.
 template <class Real> struct Norm {
     Real top = 0, rest = 0;
     KD_INLINE Real operator()(Real z, Real inv_t) const { return (z - top) * inv_t - rest; }

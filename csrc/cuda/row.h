@@ -77,7 +77,7 @@ struct LogSums {
     }
 };
 
-// From a logit to the base-2 logarithm of its probability: see STATE in kdkernels/fused/problem.py.
+// From a logit to the base-2 logarithm of its probability: see STATE in kdkernels/backends/rows.py.
 struct Norm {
     float c = 0.f, top = 0.f, rest = 0.f;
     KD_DEVICE float operator()(float z) const { return fmaf(z - top, c, -rest); }

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..fused.problem import HeadBatch, Problem
+from ..fused.problem import Problem
 from . import native
 from . import torch as torch_rows
+from .rows import HeadBatch
 
 
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:

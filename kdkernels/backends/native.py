@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..fused.problem import STATE, HeadBatch, Problem, RowBatch, Transform
+from ..fused.problem import Problem
+from .rows import STATE, HeadBatch, RowBatch, Transform
 
 INTERFACE = 2
 """Number of the compiled extension that this file calls: another one whenever the arguments or their meaning change."""

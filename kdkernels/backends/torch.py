@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from ..fused import philox
-from ..fused.problem import STATS, HeadBatch, Problem, RowBatch, Transform
+from ..fused.problem import Problem
 from ..reference import row_mean, row_top, transform
+from .rows import STATS, HeadBatch, RowBatch, Transform
 
 # Elements of a tile. A CPU core's L2 holds a few temporaries of it; a GPU wants enough work for a launch.
 _TILE = {"cpu": 1 << 18}

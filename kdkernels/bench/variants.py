@@ -25,8 +25,9 @@ import kdkernels as kd
 
 from .. import divergences, reference
 from ..backends import selection
+from ..backends.rows import STATE, RowBatch
 from ..fused import chunking, gemm
-from ..fused.problem import STATE, Problem, RowBatch
+from ..fused.problem import Problem
 from .cases import IGNORED, Case, Inputs, tensors
 from .cases import build as build_inputs
 from .peers import PEERS

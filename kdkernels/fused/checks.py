@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import divergences
 from ..backends import selection
+from ..backends.rows import Transform
 from ..divergences import Divergence
 from ..reference import row_top
 from ..sides import Ensemble, LMHead, Sampled, Side, Teacher, TopK, check_number
 from .ops import refuse_tangents
-from .problem import DTYPE_NAMES, SMALLEST_TEMPERATURE, Member, Problem, Quantity, Transform
+from .problem import DTYPE_NAMES, SMALLEST_TEMPERATURE, Member, Problem, Quantity
 from .sources import Inputs
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ..backends import selection
+from ..backends.rows import STATE, STATS, RowBatch
 from . import gemm, heads, pages, sparse
-from .problem import STATE, STATS, Problem, RowBatch
+from .problem import Problem
 from .sources import (
     BLOCK_ELEMENTS,
     EnsembleRows,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends import selection
+from ..backends.rows import HeadBatch
 from . import chunking, pages
 from .chunking import Chunks
-from .problem import HeadBatch, Problem
+from .problem import Problem
 from .sources import Inputs, Rows, both_sides, check_and_select, plan, select
 
 

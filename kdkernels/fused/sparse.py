@@ -15,7 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .problem import STATS, HeadBatch, Problem
+from ..backends.rows import STATS, HeadBatch
+from .problem import Problem
 
 _CACHE_BYTES = 16 << 20
 _SPARE_BYTES = 64 << 20

@@ -15,8 +15,9 @@ import torch
 
 from kdkernels.backends import native
 from kdkernels.backends.cuda import covers
+from kdkernels.backends.rows import HeadBatch
 from kdkernels.divergences import ForwardKL
-from kdkernels.fused.problem import HeadBatch, Problem
+from kdkernels.fused.problem import Problem
 
 _C = pytest.importorskip("kdkernels._C")
 

@@ -11,7 +11,8 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import divergences
 from kdkernels.backends import native
-from kdkernels.fused.problem import STATE, HeadBatch, Problem, RowBatch
+from kdkernels.backends.rows import STATE, HeadBatch, RowBatch
+from kdkernels.fused.problem import Problem
 
 _C = pytest.importorskip("kdkernels._C")
 

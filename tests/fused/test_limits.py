@@ -15,8 +15,9 @@ from torch.autograd import forward_ad
 
 import kdkernels as kd
 from kdkernels.backends import selection
+from kdkernels.backends.rows import RowBatch
 from kdkernels.divergences import REGISTRY
-from kdkernels.fused.problem import Problem, RowBatch
+from kdkernels.fused.problem import Problem
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

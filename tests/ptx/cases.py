@@ -18,8 +18,9 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.backends import torch as torch_backend
 from kdkernels.backends import triton as triton_backend
+from kdkernels.backends.rows import STATE, STATS, HeadBatch, RowBatch, Transform
 from kdkernels.divergences import Divergence
-from kdkernels.fused.problem import STATE, STATS, HeadBatch, Problem, RowBatch, Transform
+from kdkernels.fused.problem import Problem
 
 ROWS = 3
 NAN = float("nan")

@@ -33,8 +33,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import kdkernels.backends.triton as backend
+from kdkernels.backends.rows import STATE, STATS, HeadBatch, RowBatch, Transform
 from kdkernels.divergences import REGISTRY, Divergence, LogitMSE
-from kdkernels.fused.problem import STATE, STATS, HeadBatch, Problem, RowBatch, Transform
+from kdkernels.fused.problem import Problem
 
 VOCAB = 128256
 RAGGED = 50257

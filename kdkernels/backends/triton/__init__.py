@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...fused.problem import HeadBatch, Problem, RowBatch, Transform
+from ...fused.problem import Problem
 from .. import torch as torch_rows
+from ..rows import HeadBatch, RowBatch, Transform
 from .arithmetic import INTERPRETED as _INTERPRETED
 from .divergences import FUNCTIONS
 from .heads import head_rows_kernel, sample_rows_kernel, softmax_gradient_rows_kernel, softmax_rows_kernel

@@ -60,7 +60,7 @@ def slope_of(log_q, c0, c1, D_ENTROPY: tl.constexpr):
 
 @triton.jit
 def log_probability(z, norm):
-    """``log q`` of a logit, from its row's ``(inv_temperature, top, rest)``: see problem.STATE."""
+    """``log q`` of a logit, from its row's ``(inv_temperature, top, rest)``: see rows.STATE."""
     return tl.fma(z - norm[1], norm[0], -norm[2])
 
 

@@ -349,9 +349,9 @@ def kd_rows_kernel(
     student_bias, teacher_bias,  # [V] float32, or None
     labels,  # [C] int64, or None
     weight,  # [C] float32, or None
-    state,  # [7, C] float32: see problem.STATE; the normalisers are in logits, log-sums in units of log 2
+    state,  # [7, C] float32: see rows.STATE; the normalisers are in logits, log-sums in units of log 2
     loss,  # [C] float32, or None
-    stats,  # [5, C] float32: see problem.STATS; or None
+    stats,  # [5, C] float32: see rows.STATS; or None
     dz,  # [C, V], or None; may start where student's row starts, in a type no wider
     student_stride, teacher_stride, dz_stride, state_stride, stats_stride, vocab,
     a, b,
