@@ -9,7 +9,7 @@ import torch
 from ..fused.problem import Problem
 from . import native
 from . import torch as torch_rows
-from .rows import HeadBatch
+from .rows import HeadBatch, Stage
 
 
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -48,9 +48,9 @@ softmax_rows = native.cuda_softmax_rows
 softmax_gradient_rows = native.cuda_softmax_gradient_rows
 
 
-def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+def head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
     """Launches a batch of one side. More of the largest than shared memory has room for (4096) are found by torch's sort."""
     if batch.top_ids is not None and batch.top_ids.shape[1] > native.cuda_most_top():
-        torch_rows.head_rows(problem, batch, statistics)
+        torch_rows.head_rows(problem, batch, stages)
     else:
-        native.cuda_head_rows(problem, batch, statistics)
+        native.cuda_head_rows(problem, batch, stages)

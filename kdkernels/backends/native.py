@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..fused.problem import Problem
-from .rows import STATE, HeadBatch, RowBatch, Transform
+from .rows import STATE, HeadBatch, RowBatch, Stage, Transform
 
 INTERFACE = 2
 """Number of the compiled extension that this file calls: another one whenever the arguments or their meaning change."""
@@ -48,19 +48,19 @@ def missing() -> str | None:
     return _MISSING
 
 
-def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
+def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
     """Runs a batch on ``torch.get_num_threads()`` threads, without the GIL."""
-    _C.cpu_rows(_arguments(problem, batch, statistics, "cpu"), torch.get_num_threads())
+    _C.cpu_rows(_arguments(problem, batch, stages, "cpu"), torch.get_num_threads())
 
 
-def cuda_rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
+def cuda_rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
     """Launches a batch on the current stream of its own device, and does not wait for it."""
-    _launch(_C.cuda_rows, _arguments(problem, batch, statistics, "cuda"), batch.student)
+    _launch(_C.cuda_rows, _arguments(problem, batch, stages, "cuda"), batch.student)
 
 
-def cuda_head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+def cuda_head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
     """As ``cuda_rows``, of one side."""
-    _launch(_C.cuda_head_rows, _head_arguments(problem, batch, statistics, "cuda"), batch.logits)
+    _launch(_C.cuda_head_rows, _head_arguments(problem, batch, stages, "cuda"), batch.logits)
 
 
 def cuda_most_top() -> int:
@@ -83,7 +83,7 @@ def _launch(kernel: Callable[[_Arguments, int], None], arguments: _Arguments, wh
         kernel(arguments, torch.cuda.current_stream(where.device).cuda_stream)
 
 
-def _arguments(problem: Problem, batch: RowBatch, statistics: bool, device_type: str) -> _C.RowArguments:
+def _arguments(problem: Problem, batch: RowBatch, stages: Stage, device_type: str) -> _C.RowArguments:
     a, b = problem.divergence.kernel_parameters
     count, vocab = batch.student.shape
     dtype = problem.compute_dtype
@@ -101,22 +101,22 @@ def _arguments(problem: Problem, batch: RowBatch, statistics: bool, device_type:
     args.value_scale, args.slope_scale, args.ce_weight = problem.value_scale, problem.slope_scale, problem.ce_weight
     args.dz_scale = batch.dz_scale
     args.double_precision = dtype == torch.float64
-    args.statistics = statistics
+    args.statistics = Stage.NORMALISERS in stages
     args.labels = address("labels", batch.labels, (count,), torch.int64)
     args.weight = address("weight", batch.weight, (count,), dtype)
     args.state, args.state_stride = address("state", batch.state, (len(STATE), count), dtype), batch.state.stride(0)
     args.loss = address("loss", batch.loss, (count,), dtype)
     if batch.stats is not None:
         args.stats, args.stats_stride = address("stats", batch.stats, (5, count), torch.float32), batch.stats.stride(0)
-    if batch.dz is not None:
+    if batch.dz is not None and Stage.GRADIENT in stages:
         args.dz, args.dz_stride = address("dz", batch.dz, (count, vocab), batch.dz.dtype), batch.dz.stride(0)
         args.dz_dtype = _DTYPES[batch.dz.dtype]
     return args
 
 
-def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+def head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
     """Runs a batch of one side; threads as ``rows``."""
-    _C.cpu_head_rows(_head_arguments(problem, batch, statistics, "cpu"), torch.get_num_threads())
+    _C.cpu_head_rows(_head_arguments(problem, batch, stages, "cpu"), torch.get_num_threads())
 
 
 def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
@@ -145,7 +145,7 @@ def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def _head_arguments(problem: Problem, batch: HeadBatch, statistics: bool, device_type: str) -> _C.HeadArguments:
+def _head_arguments(problem: Problem, batch: HeadBatch, stages: Stage, device_type: str) -> _C.HeadArguments:
     count, vocab = batch.logits.shape
     dtype = problem.compute_dtype
     num_ids = 0 if batch.ids is None else batch.ids.shape[1]
@@ -159,7 +159,7 @@ def _head_arguments(problem: Problem, batch: HeadBatch, statistics: bool, device
     args.side = _side(batch.logits, batch.bias, problem.student, dtype, device_type)
     args.rows, args.vocab = count, vocab
     args.inv_temperature, args.dz_scale = problem.inv_temperature, batch.dz_scale
-    args.double_precision, args.statistics = dtype == torch.float64, statistics
+    args.double_precision, args.statistics = dtype == torch.float64, Stage.NORMALISERS in stages
     args.top = address("top", batch.top, (count,), dtype)
     args.log_sum = address("log_sum", batch.log_sum, (count,), dtype)
     args.entropy = address("entropy", batch.entropy, (count,), dtype)
@@ -168,7 +168,7 @@ def _head_arguments(problem: Problem, batch: HeadBatch, statistics: bool, device
     args.d_lse = address("d_lse", batch.d_lse, (count,), dtype)
     args.d_entropy = address("d_entropy", batch.d_entropy, (count,), dtype)
     args.d_logprobs = address("d_logprobs", batch.d_logprobs, (count, num_ids), dtype)
-    if batch.dz is not None:
+    if batch.dz is not None and Stage.GRADIENT in stages:
         args.dz, args.dz_stride = address("dz", batch.dz, (count, vocab), batch.dz.dtype), batch.dz.stride(0)
         args.dz_dtype = _DTYPES[batch.dz.dtype]
     if batch.top_ids is not None:

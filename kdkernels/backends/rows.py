@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntFlag
 
 from torch import Tensor
+
+
+class Stage(IntFlag):
+    """Stages of a row. A call names one or several; a backend fuses those that are asked for together."""
+
+    NORMALISERS = 1
+    """Find the largest logits and the sums from there, and write them to the state."""
+    SUMS = 2
+    """Find everything else that is summed over the columns: values, slopes, entropies; write loss and statistics."""
+    GRADIENT = 4
+    """Write ``dz``."""
+
+
+FORWARD = Stage.NORMALISERS | Stage.SUMS
 
 STATE = ("top_s", "rest_s", "top_t", "rest_t", "slope_sum", "top_ce", "rest_ce")
 """Rows of the saved state: the normalisers of both sides at T, the sum of the divergence's slopes, and the student's log-sum-exp at
@@ -38,7 +53,7 @@ class RowBatch:
     teacher_bias: Tensor | None  # [V]
     labels: Tensor | None  # [C] int64, all valid
     weight: Tensor | None  # [C] compute dtype: token weight, and upstream gradient in a backward pass
-    state: Tensor  # [7, C] compute dtype, see STATE: written with ``statistics``, else read
+    state: Tensor  # [7, C] compute dtype, see STATE: written by ``Stage.NORMALISERS`` and ``SUMS``, read by later stages
     loss: Tensor | None = None  # [C] compute dtype, out
     stats: Tensor | None = None  # [5, C] float32, out
     dz: Tensor | None = None  # [C, V], out: gradient by ``student``; may lie over it, each row starting where the row does
@@ -51,7 +66,7 @@ class HeadBatch:
 
     logits: Tensor  # [C, V] before bias, scale and softcap
     bias: Tensor | None  # [V]
-    top: Tensor  # [C] compute dtype, the largest z; this and the next two written with ``statistics``, else read
+    top: Tensor  # [C] compute dtype, the largest z; this and the next written by ``Stage.NORMALISERS``, entropy by ``SUMS``; else read
     log_sum: Tensor  # [C] log sum exp((z - top) / T), see STATE
     entropy: Tensor | None = None  # [C]
     ids: Tensor | None = None  # [C, K] int64, -1 for none

@@ -12,7 +12,7 @@ from ..divergences import Divergence
 from ..fused import philox
 from ..fused.problem import Problem
 from ..reference import row_mean, row_top, transform
-from .rows import STATS, HeadBatch, RowBatch, Transform
+from .rows import STATS, HeadBatch, RowBatch, Stage, Transform
 
 # Elements of a tile. A CPU core's L2 holds a few temporaries of it; a GPU wants enough work for a launch.
 _TILE = {"cpu": 1 << 18}
@@ -24,16 +24,16 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | 
     return None
 
 
-def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
+def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
     """Runs a batch tile by tile."""
     for r in _tiles(batch.student):
-        _tile(problem, batch, r, statistics)
+        _tile(problem, batch, r, stages)
 
 
-def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+def head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
     """Runs a batch of one side tile by tile."""
     for r in _tiles(batch.logits):
-        _head_tile(problem, batch, r, statistics)
+        _head_tile(problem, batch, r, stages)
 
 
 def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
@@ -108,7 +108,8 @@ def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
     return -(log_p * p).masked_fill_(p == 0, 0.0).sum(-1)
 
 
-def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None:
+def _tile(problem: Problem, batch: RowBatch, r: slice, stages: Stage) -> None:
+    statistics = Stage.NORMALISERS in stages
     dtype, div = problem.compute_dtype, problem.divergence
     zs = _load(batch.student[r], batch.student_bias, problem.student, dtype)
     zt = _load(batch.teacher[r], batch.teacher_bias, problem.teacher, dtype)
@@ -157,7 +158,7 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
             for at, name in enumerate(STATS):
                 batch.stats[at, r] = values[name]
 
-    if batch.dz is not None:
+    if batch.dz is not None and Stage.GRADIENT in stages:
         if not problem.kd_weight:  # 0 times an infinite slope would be NaN
             dz = torch.zeros_like(slope)
         elif softmax:
@@ -180,7 +181,8 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, statistics: bool) -> None
         batch.dz[r].copy_(dz)
 
 
-def _head_tile(problem: Problem, batch: HeadBatch, r: slice, statistics: bool) -> None:
+def _head_tile(problem: Problem, batch: HeadBatch, r: slice, stages: Stage) -> None:
+    statistics = Stage.NORMALISERS in stages
     dtype = problem.compute_dtype
     z = _load(batch.logits[r], batch.bias, problem.student, dtype)
     if statistics:
@@ -205,7 +207,7 @@ def _head_tile(problem: Problem, batch: HeadBatch, r: slice, statistics: bool) -
         exact = (exact - row_top(exact)).mul_(problem.inv_temperature)
         ids_drawn = philox.draw(exact, batch.seed, batch.first_row + r.start, batch.draws.shape[1])
         batch.draws[r] = ids_drawn.masked_fill_(~torch.isfinite(batch.log_sum[r]).unsqueeze(-1), -1)
-    if batch.dz is None:
+    if batch.dz is None or Stage.GRADIENT not in stages:
         return
 
     constant = torch.zeros_like(batch.top[r]) if batch.d_lse is None else batch.d_lse[r]

@@ -25,7 +25,7 @@ import kdkernels as kd
 
 from .. import divergences, reference
 from ..backends import selection
-from ..backends.rows import STATE, RowBatch
+from ..backends.rows import FORWARD, STATE, RowBatch, Stage
 from ..fused import chunking, gemm
 from ..fused.problem import Problem
 from .cases import IGNORED, Case, Inputs, tensors
@@ -288,7 +288,7 @@ def _row_kernels(v: Variant, case: Case, z_s: Tensor, z_t: Tensor, dz: Tensor, t
     kernel = selection.load(problem.backend)
 
     def step() -> Tensor:
-        kernel.rows(problem, batch, True)
+        kernel.rows(problem, batch, FORWARD | Stage.GRADIENT)
         trained.grad = dz
         return loss
 

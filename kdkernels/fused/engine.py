@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends import selection
-from ..backends.rows import STATE, STATS, RowBatch
+from ..backends.rows import FORWARD, STATE, STATS, RowBatch, Stage
 from . import gemm, heads, pages, sparse
 from .problem import Problem
 from .sources import (
@@ -78,7 +78,7 @@ def forward(problem: Problem, inputs: Inputs) -> Outputs:
     stats = torch.empty(len(STATS), count, dtype=torch.float32, device=device) if problem.return_stats else None
     state = torch.empty(_state_rows(problem), count, dtype=dtype, device=device)
     _over_chunks(
-        problem, inputs, student, teacher, index, count, state=state, statistics=True, loss=loss, stats=stats,
+        problem, inputs, student, teacher, index, count, state=state, stages=FORWARD, loss=loss, stats=stats,
         weight=select(inputs.token_weights, index, dtype),
         d_student=outputs.d_student if problem.wants_input and (student.is_head or not recompute) else None,
         # A head's gradient is not linear in one upstream number when there is one per token.
@@ -139,7 +139,7 @@ def recompute(problem: Problem, inputs: Inputs, state: Tensor, upstream: Tensor)
         d_student.zero_()
     _over_chunks(
         problem, inputs, student, teacher, index, count,
-        state=state[: _state_rows(problem), :count], statistics=False, loss=None, stats=None,
+        state=state[: _state_rows(problem), :count], stages=Stage.GRADIENT, loss=None, stats=None,
         weight=select(weight, index, dtype, inputs.ids_per_row),
         d_student=None if student.is_head else d_student,
         d_weight=d_weight if problem.wants_weight else None,
@@ -253,7 +253,7 @@ def _over_chunks(
     count: int,
     *,
     state: Tensor,
-    statistics: bool,
+    stages: Stage,
     loss: Tensor | None,
     stats: Tensor | None,
     weight: Tensor | None,
@@ -263,6 +263,8 @@ def _over_chunks(
 ) -> None:
     """The loop over chunks of both passes. Gradients that are None are not computed."""
     wants_grad = any(g is not None for g in (d_student, d_weight, d_bias))
+    if wants_grad:
+        stages |= Stage.GRADIENT
     device = inputs.student.device
     sides: list[SideRows | EnsembleRows] = [student] if teacher is None else [student, teacher]
     chunks = plan(problem, count, sum(side.bytes_per_row for side in sides), device)
@@ -298,10 +300,10 @@ def _over_chunks(
                 sparse_targets[0].take(start, stop).to(state.dtype), sparse_targets[1].take(start, stop).to(torch.int64),
                 labels_part, weight_part, state[:, r], loss_part, None if stats is None else stats[:, r], dz, dz_scale,
             )  # fmt: skip
-            sparse.rows(backend, problem, known, statistics)
+            sparse.rows(backend, problem, known, stages)
         elif teacher is None:
             heads.rows(
-                backend, problem, student_logits, student.bias, statistics,
+                backend, problem, student_logits, student.bias, stages,
                 weight=weight_part, loss=loss_part, labels=labels_part, state=state[:, r], dz=dz, dz_scale=dz_scale,
             )  # fmt: skip
         else:
@@ -312,7 +314,7 @@ def _over_chunks(
                 stats=None if stats is None else stats[:, r],
                 dz=dz, dz_scale=dz_scale,
             )  # fmt: skip
-            backend.rows(problem, batch, statistics)
+            backend.rows(problem, batch, stages)
         if dz is None:
             continue
         if student.weight is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import selection
-from ..backends.rows import HeadBatch
+from ..backends.rows import FORWARD, HeadBatch, Stage
 from . import chunking, pages
 from .chunking import Chunks
 from .problem import Problem
@@ -60,7 +60,7 @@ def rows(
     problem: Problem,
     logits: Tensor,
     bias: Tensor | None,
-    statistics: bool,
+    stages: Stage,
     *,
     weight: Tensor | None,
     loss: Tensor | None,
@@ -71,7 +71,7 @@ def rows(
 ) -> None:
     """The rows of one chunk of one side, for the quantity that is asked for; ``loss`` is that quantity, times any weights if a loss.
 
-    With ``statistics`` a weight is a token's and the gradient is left for unit upstream gradients; else it is the upstream gradient.
+    With ``Stage.NORMALISERS`` a weight is a token's and the gradient is left for unit upstream gradients; else it is the upstream gradient.
     """
     batch = HeadBatch(logits, bias, top=state[0], log_sum=state[1], dz=dz, dz_scale=dz_scale)
     slope = torch.ones_like(batch.top) if weight is None else weight
@@ -81,7 +81,7 @@ def rows(
         batch.logprobs = torch.empty(batch.ids.shape, dtype=state.dtype, device=state.device)
         if problem.quantity == "cross_entropy":
             batch.d_logprobs = -slope.unsqueeze(-1)
-        elif many and statistics:  # m, see the top of the file
+        elif many and Stage.NORMALISERS in stages:  # m, see the top of the file
             batch.d_lse = slope
         else:
             batch.d_logprobs = slope.view_as(batch.ids)
@@ -89,7 +89,7 @@ def rows(
         batch.entropy, batch.d_entropy = state[2], slope
     else:
         batch.d_lse = slope
-    backend.head_rows(problem, batch, statistics)
+    backend.head_rows(problem, batch, stages)
     if loss is None:
         return
     if batch.logprobs is not None:
@@ -120,7 +120,7 @@ def topk(problem: Problem, inputs: Inputs, k: int) -> tuple[Tensor, Tensor]:
     backend = selection.load(problem.backend)
     for r, batch in _head_chunks(problem, inputs):
         batch.top_ids, batch.top_logprobs = ids.view(-1, k)[r], logprobs.view(-1, k)[r]
-        backend.head_rows(problem, batch, True)
+        backend.head_rows(problem, batch, FORWARD)
     return ids, logprobs
 
 
@@ -130,7 +130,7 @@ def sample(problem: Problem, inputs: Inputs, seed: Tensor, num_samples: int) -> 
     backend = selection.load(problem.backend)
     for r, batch in _head_chunks(problem, inputs):
         batch.draws, batch.seed, batch.first_row = ids.view(-1, num_samples)[r], seed, r.start
-        backend.head_rows(problem, batch, True)
+        backend.head_rows(problem, batch, FORWARD)
     return ids
 
 

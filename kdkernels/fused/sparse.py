@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..backends.rows import STATS, HeadBatch
+from ..backends.rows import STATS, HeadBatch, Stage
 from .problem import Problem
 
 _CACHE_BYTES = 16 << 20
@@ -106,8 +106,8 @@ class SparseBatch:
         )  # fmt: skip
 
 
-def rows(backend: ModuleType, problem: Problem, batch: SparseBatch, statistics: bool) -> None:
-    """The rows of one chunk; with ``statistics`` the state is written, else read."""
+def rows(backend: ModuleType, problem: Problem, batch: SparseBatch, stages: Stage) -> None:
+    """The stages of the rows of one chunk; without ``Stage.NORMALISERS`` the state is read."""
     step, row_bytes = len(batch.logits), batch.logits.shape[1] * batch.logits.element_size()
     if batch.logits.device.type == "cpu":  # what goes through both calls together stays in cache
         step = max(1, _CACHE_BYTES // row_bytes)
@@ -115,10 +115,10 @@ def rows(backend: ModuleType, problem: Problem, batch: SparseBatch, statistics: 
         step = max(1, _SPARE_BYTES // row_bytes)
     step = max(step, 1)
     for start in range(0, len(batch.logits), step):
-        _block(backend, problem, batch.part(slice(start, start + step)), statistics)
+        _block(backend, problem, batch.part(slice(start, start + step)), stages)
 
 
-def _block(backend: ModuleType, problem: Problem, batch: SparseBatch, statistics: bool) -> None:
+def _block(backend: ModuleType, problem: Problem, batch: SparseBatch, stages: Stage) -> None:
     state, dz, labels = batch.state, batch.dz, batch.labels if problem.needs_ce else None
     ids, values = merged(batch.ids, batch.values) if problem.tail == "sampled" else (batch.ids.contiguous(), batch.values)
     factor = torch.ones_like(state[0]) if batch.weight is None else batch.weight
@@ -127,14 +127,14 @@ def _block(backend: ModuleType, problem: Problem, batch: SparseBatch, statistics
     with_label = labels is not None and problem.temperature == 1.0
     if labels is not None and not with_label:
         of_labels = torch.empty_like(dz) if dz is not None and problem.ce_weight else None
-        cross_entropy = _cross_entropy(backend, problem, batch, labels, factor, of_labels, statistics)
+        cross_entropy = _cross_entropy(backend, problem, batch, labels, factor, of_labels, stages)
     asked = ids if labels is None or not with_label else torch.cat([ids, labels.unsqueeze(-1)], -1)
     head = HeadBatch(batch.logits, batch.bias, state[0], state[1], ids=asked, logprobs=factor.new_empty(asked.shape))
     assert head.logprobs is not None
     if batch.stats is not None:
         head.entropy = torch.empty_like(factor)
         head.top_ids, head.top_logprobs = asked.new_empty((len(ids), 1), dtype=torch.int32), factor.new_empty((len(ids), 1))
-    backend.head_rows(problem, head, statistics)
+    backend.head_rows(problem, head, stages & Stage.NORMALISERS | Stage.SUMS)
 
     p, log_p, rest = targets(str(problem.tail), values, ids)
     log_q = head.logprobs[:, : ids.shape[1]].masked_fill(ids < 0, -math.inf)
@@ -163,7 +163,7 @@ def _block(backend: ModuleType, problem: Problem, batch: SparseBatch, statistics
     else:
         outside, inside = torch.full_like(outside, ce_weight), torch.zeros_like(inside)
     slopes = HeadBatch(batch.logits, batch.bias, state[0], state[1], d_lse=outside * factor, dz=dz, dz_scale=batch.dz_scale)
-    backend.head_rows(problem, slopes, False)
+    backend.head_rows(problem, slopes, Stage.GRADIENT)
     put = _Columns(problem, batch, dz, factor)
     if with_label and labels is not None:
         label, log_label = labels.unsqueeze(-1), head.logprobs[:, -1:]
@@ -199,13 +199,14 @@ class _Columns:
 
 
 def _cross_entropy(
-    backend: ModuleType, problem: Problem, batch: SparseBatch, labels: Tensor, factor: Tensor, dz: Tensor | None, statistics: bool
+    backend: ModuleType, problem: Problem, batch: SparseBatch, labels: Tensor, factor: Tensor, dz: Tensor | None, stages: Stage
 ) -> Tensor:
     """``[C]`` at T = 1, and its share of the gradient into ``dz``."""
     ids = labels.unsqueeze(-1).contiguous()
     head = HeadBatch(batch.logits, batch.bias, batch.state[2], batch.state[3], ids=ids, logprobs=factor.new_empty(ids.shape))
     if dz is not None:
         head.dz, head.dz_scale, head.d_logprobs = dz, batch.dz_scale, (-problem.ce_weight * factor).unsqueeze(-1)
-    backend.head_rows(replace(problem, temperature=1.0), head, statistics)
+    stages = stages & Stage.NORMALISERS | Stage.SUMS | (Stage(0) if dz is None else Stage.GRADIENT)
+    backend.head_rows(replace(problem, temperature=1.0), head, stages)
     assert head.logprobs is not None
     return -head.logprobs[:, 0]

@@ -11,7 +11,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import divergences
 from kdkernels.backends import native
-from kdkernels.backends.rows import STATE, HeadBatch, RowBatch
+from kdkernels.backends.rows import FORWARD, STATE, HeadBatch, RowBatch, Stage
 from kdkernels.fused.problem import Problem
 
 _C = pytest.importorskip("kdkernels._C")
@@ -52,7 +52,7 @@ def run_rows(student: Tensor, teacher: Tensor, divergence: divergences.Divergenc
         student, teacher, None, None, None, None, torch.empty(len(STATE), count, dtype=dtype), torch.empty(count, dtype=dtype), None,
         torch.empty(count, vocab, dtype=dz_dtype),
     )  # fmt: skip
-    native.rows(problem, batch, statistics=True)
+    native.rows(problem, batch, FORWARD | Stage.GRADIENT)
     return batch
 
 
@@ -117,7 +117,7 @@ def test_what_the_compiled_code_would_touch_is_checked() -> None:
         run_rows(torch.randn(8, 4).t(), logits, kd.ForwardKL(), torch.float32)
     batch = RowBatch(logits, logits, None, None, None, None, torch.empty(len(STATE), 4), dz=torch.empty(4, 7))
     with pytest.raises(ValueError, match=r"dz must be .* of shape \[4, 8\]"):
-        native.rows(Problem(kd.ForwardKL(), 8), batch, statistics=True)
+        native.rows(Problem(kd.ForwardKL(), 8), batch, FORWARD | Stage.GRADIENT)
     arguments = _C.RowArguments()
     arguments.divergence = 99
     with pytest.raises(ValueError, match="id 99"):
@@ -141,7 +141,7 @@ def head_rows(logits: Tensor, **room: Tensor) -> HeadBatch:
         "draws": torch.empty(count, 4, dtype=torch.int32), "seed": torch.tensor(7),
     }  # fmt: skip
     batch = HeadBatch(logits, None, torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype), **{**parts, **room})
-    native.head_rows(problem, batch, statistics=True)
+    native.head_rows(problem, batch, FORWARD | Stage.GRADIENT)
     return batch
 
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 import kdkernels as kd
 from kdkernels.backends import selection
-from kdkernels.backends.rows import RowBatch
+from kdkernels.backends.rows import FORWARD, RowBatch, Stage
 from kdkernels.divergences import REGISTRY
 from kdkernels.fused.problem import Problem
 
@@ -153,12 +153,12 @@ def test_backward_sums_the_slopes_that_it_writes(name: str, device: str) -> None
     problem = Problem(kd.TotalVariation(), 101, temperature=1.5, t_squared=False, wants_input=True, backend=name)
     state, loss = torch.empty(7, 12, device=device), torch.empty(12, device=device)
     module = selection.load(name)
-    module.rows(problem, RowBatch(student, teacher, None, None, None, None, state, loss=loss), True)
+    module.rows(problem, RowBatch(student, teacher, None, None, None, None, state, loss=loss), FORWARD)
     for ulps in (-3, 0, 3):
         moved = state.clone()
         moved[1] += ulps * 6e-8
         dz = torch.full_like(student, math.nan)
-        module.rows(problem, RowBatch(student, teacher, None, None, None, None, moved, dz=dz), False)
+        module.rows(problem, RowBatch(student, teacher, None, None, None, None, moved, dz=dz), Stage.GRADIENT)
         assert float(dz.abs().max()) < 1e-5, ulps
 
 

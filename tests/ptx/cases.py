@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.backends import torch as torch_backend
 from kdkernels.backends import triton as triton_backend
-from kdkernels.backends.rows import STATE, STATS, HeadBatch, RowBatch, Transform
+from kdkernels.backends.rows import FORWARD, STATE, STATS, HeadBatch, RowBatch, Stage, Transform
 from kdkernels.divergences import Divergence
 from kdkernels.fused.problem import Problem
 
@@ -134,10 +134,10 @@ class Rows:
             dz_scale=problem.dz_scale,
         )
         if self.two_calls:
-            triton_backend.rows(problem, replace(batch, dz=None), statistics=True)
-            triton_backend.rows(problem, replace(batch, loss=None, stats=None), statistics=False)
+            triton_backend.rows(problem, batch, FORWARD)
+            triton_backend.rows(problem, batch, Stage.GRADIENT)
         else:
-            triton_backend.rows(problem, batch, statistics=True)
+            triton_backend.rows(problem, batch, FORWARD | Stage.GRADIENT)
         assert batch.loss is not None
         ours = {"loss": batch.loss, "dz": dz / problem.dz_scale}
         if batch.stats is not None:
@@ -214,10 +214,10 @@ class Head:
             dz_scale=problem.dz_scale,
         )  # fmt: skip
         if self.two_calls:
-            triton_backend.head_rows(problem, replace(batch, dz=None, d_lse=None, d_entropy=None, d_logprobs=None), statistics=True)
-            triton_backend.head_rows(problem, batch, statistics=False)
+            triton_backend.head_rows(problem, batch, FORWARD)
+            triton_backend.head_rows(problem, batch, Stage.GRADIENT)
         else:
-            triton_backend.head_rows(problem, batch, statistics=True)
+            triton_backend.head_rows(problem, batch, FORWARD | Stage.GRADIENT)
 
         def reference(dtype: torch.dtype) -> dict[str, Tensor]:
             leaf = exact.to(dtype, copy=True).requires_grad_()
@@ -261,7 +261,7 @@ class Draws:
             draws = torch.full((ROWS, self.draws), -2, dtype=torch.int32)
             state = torch.full((2, ROWS), NAN)
             batch = HeadBatch(logits, bias, state[0], state[1], draws=draws, seed=torch.tensor(2**40 + 3), first_row=2**33)
-            backend.head_rows(problem, batch, True)
+            backend.head_rows(problem, batch, FORWARD)
             return draws
 
         ours, expected = drawn(triton_backend), drawn(torch_backend)

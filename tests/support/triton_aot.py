@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import kdkernels.backends.triton as backend
-from kdkernels.backends.rows import STATE, STATS, HeadBatch, RowBatch, Transform
+from kdkernels.backends.rows import FORWARD, STATE, STATS, HeadBatch, RowBatch, Stage, Transform
 from kdkernels.divergences import REGISTRY, Divergence, LogitMSE
 from kdkernels.fused.problem import Problem
 
@@ -109,7 +109,8 @@ def row_kernel(divergence: Divergence, dtypes: str, mode: str, features: bool, v
         state=torch.empty(len(STATE), 1), loss=numbers[:1] if statistics else None,
         stats=torch.empty(len(STATS), 1) if features and statistics else None, dz=matrix(vocab, dz) if gradient else None,
     )  # fmt: skip
-    return lambda: backend.rows(problem, batch, statistics)
+    stages = (FORWARD if statistics else Stage(0)) | (Stage.GRADIENT if gradient else Stage(0))
+    return lambda: backend.rows(problem, batch, stages)
 
 
 def head_kernels(logits: torch.dtype, features: bool) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -125,11 +126,14 @@ def head_kernels(logits: torch.dtype, features: bool) -> Iterator[tuple[str, Cal
         ids=torch.zeros(1, ids, dtype=torch.int64), logprobs=torch.empty(1, ids), d_logprobs=torch.empty(1, ids),
         dz=matrix(VOCAB, torch.bfloat16),
     )  # fmt: skip
-    yield "head", lambda: backend.head_rows(problem, batch, True)
+    yield "head", lambda: backend.head_rows(problem, batch, FORWARD | Stage.GRADIENT)
     draws, seed = torch.zeros(1, 2, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
     drawing = HeadBatch(batch.logits, batch.bias, number, number, draws=draws, seed=seed)
-    yield "sample", lambda: backend.head_rows(problem, drawing, True)
-    yield "backward", lambda: backend.head_rows(problem, replace(batch, ids=None, logprobs=None, d_logprobs=None, d_lse=number), False)
+    yield "sample", lambda: backend.head_rows(problem, drawing, FORWARD)
+    yield (
+        "backward",
+        lambda: backend.head_rows(problem, replace(batch, ids=None, logprobs=None, d_logprobs=None, d_lse=number), Stage.GRADIENT),
+    )
 
 
 def softmax_kernels() -> Iterator[tuple[str, Callable[[], None]]]:

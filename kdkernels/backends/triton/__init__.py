@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...fused.problem import Problem
 from .. import torch as torch_rows
-from ..rows import HeadBatch, RowBatch, Transform
+from ..rows import HeadBatch, RowBatch, Stage, Transform
 from .arithmetic import INTERPRETED as _INTERPRETED
 from .divergences import FUNCTIONS
 from .heads import head_rows_kernel, sample_rows_kernel, softmax_gradient_rows_kernel, softmax_rows_kernel
@@ -51,7 +51,7 @@ def _factors(t: Transform, transform: int, *units: float) -> tuple[float, ...]:
     return tuple(min(unit if transform else unit * t.scale, _LARGEST) for unit in units)
 
 
-def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
+def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
     """One launch: a program per row."""
     count, vocab = batch.student.shape
     if not count:
@@ -79,18 +79,18 @@ def rows(problem: Problem, batch: RowBatch, statistics: bool) -> None:
             NORMALIZER=_NORMALIZERS[problem.divergence.normalizer], COEFFICIENT=problem.divergence.slope_sum,
             SLOPE_JUMPS=problem.divergence.slope_jumps,
             STUDENT_TRANSFORM=transforms[0], TEACHER_TRANSFORM=transforms[1], KD=problem.kd_weight != 0,
-            NORMALISERS=statistics, SUMS=statistics, GRADIENT=batch.dz is not None,
+            NORMALISERS=Stage.NORMALISERS in stages, SUMS=Stage.SUMS in stages, GRADIENT=Stage.GRADIENT in stages,
             R=launch.rows, W=launch.width, **launch.options,
         )  # fmt: skip
 
 
-def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
+def head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
     """A launch for statistics and gradient, another for draws. The largest are found by ``torch.topk``, which we do not beat."""
     count, vocab = batch.logits.shape
     if not count:
         return
     if batch.top_ids is not None:
-        torch_rows.head_rows(problem, batch, statistics)
+        torch_rows.head_rows(problem, batch, stages)
         return
     t, transform = problem.student, _transform(problem.student, problem.student.scale == 1.0)
     launch = choose(vocab, features=True)
@@ -102,7 +102,7 @@ def head_rows(problem: Problem, batch: HeadBatch, statistics: bool) -> None:
             batch.d_lse, batch.d_entropy, batch.d_logprobs, batch.dz,
             batch.logits.stride(0), 0 if batch.dz is None else batch.dz.stride(0), vocab, num_ids,
             problem.inv_temperature, log2_factor, t.scale, t.softcap or 0.0, t.scale * problem.inv_temperature * batch.dz_scale,
-            TRANSFORM=transform, STATISTICS=statistics, GRADIENT=batch.dz is not None,
+            TRANSFORM=transform, STATISTICS=Stage.NORMALISERS in stages, GRADIENT=Stage.GRADIENT in stages,
             R=launch.rows, W=launch.width, IDS_BLOCK=min(64, 1 << max(0, num_ids - 1).bit_length()), **launch.options,
         )  # fmt: skip
         if batch.draws is not None:
