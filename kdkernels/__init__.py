@@ -1,23 +1,30 @@
-"""Fused knowledge-distillation losses at vocabulary scale: ``import kdkernels as kd``; start at ``kd.distillation_loss``."""
+"""Fused knowledge-distillation losses at vocabulary scale: ``import kdkernels as kd``; start at ``kd.distillation_loss``.
 
-from . import trainer
+Each name is imported when it is first used: the command's ``--help`` needs no torch.
+"""
+
+from typing import TYPE_CHECKING
+
 from ._version import __version__
-from .backends.selection import BackendUnavailable
-from .divergences import (
-    JSD,
-    ABDivergence,
-    AlphaDivergence,
-    ForwardKL,
-    LogitMSE,
-    ReverseKL,
-    SkewKL,
-    SkewReverseKL,
-    SymmetricKL,
-    TotalVariation,
-)
-from .losses import DistillationLoss, Plan, TokenStats, distillation_loss, plan
-from .primitives import cross_entropy, entropy, log_softmax, logsumexp, sample, softmax, token_logprobs, topk_logprobs
-from .sides import Ensemble, LMHead, Sampled, TopK
+
+if TYPE_CHECKING:
+    from . import trainer
+    from .backends.selection import BackendUnavailable
+    from .divergences import (
+        JSD,
+        ABDivergence,
+        AlphaDivergence,
+        ForwardKL,
+        LogitMSE,
+        ReverseKL,
+        SkewKL,
+        SkewReverseKL,
+        SymmetricKL,
+        TotalVariation,
+    )
+    from .losses import DistillationLoss, Plan, TokenStats, distillation_loss, plan
+    from .primitives import cross_entropy, entropy, log_softmax, logsumexp, sample, softmax, token_logprobs, topk_logprobs
+    from .sides import Ensemble, LMHead, Sampled, TopK
 
 __all__ = [
     "ABDivergence",
@@ -51,3 +58,28 @@ __all__ = [
     "topk_logprobs",
     "trainer",
 ]
+
+_MODULES = ("losses", "primitives", "divergences", "sides", "backends.selection")
+"""The modules that define the public names."""
+
+if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts any name
+
+    def __getattr__(name):
+        """Import a public name, or a module of this package, at its first use."""
+        from importlib import import_module
+
+        if name in __all__ and name != "trainer":
+            modules = (import_module(f".{module}", __name__) for module in _MODULES)
+            value = next(vars(module)[name] for module in modules if name in vars(module))
+        else:
+            try:
+                value = import_module(f".{name}", __name__)
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -77,7 +77,6 @@ def _select(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...],
     return backend
 
 
-@torch.compiler.assume_constant_result
 def select(backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str:
     """The backend to run: the one that was asked for, or the best that can.
 
@@ -86,6 +85,10 @@ def select(backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, 
         BackendUnavailable: an explicit choice cannot run; only "auto" falls back.
     """
     return _select(backend, _exactly(device), dtypes, kernels)
+
+
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo: two seconds more of every start.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def not_chosen(

@@ -6,8 +6,8 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Import the command when ``app`` or ``main`` is asked for, so that a subcommand's own module can be imported alone."""
-    if name in ("app", "main", "environment"):
+    """Import the command at the first use of ``app`` or ``main``, so that a module of a subcommand can be imported alone."""
+    if name in ("app", "main"):
         from . import root
 
         return getattr(root, name)

@@ -1,6 +1,6 @@
-"""Groups of options that several commands have.
+"""Options that several commands share. Nothing here imports torch: ``--help`` must not wait for it.
 
-A command takes a group as one argument, a dataclass whose fields are options; ``grouped`` shows typer the fields in its place.
+A command takes a group of options as one argument, a dataclass whose fields are options. ``grouped`` shows typer the fields instead.
 """
 
 from __future__ import annotations
@@ -9,13 +9,33 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, get_type_hints
 
-__all__ = ["grouped"]
+__all__ = ["DIVERGENCE", "Device", "grouped"]
+
+DIVERGENCE = "A name such as forward_kl, reverse_kl or jsd; the error for an unknown name lists all."
+"""Help of ``--divergence``: the names are defined in ``kdkernels.divergences``, which imports torch."""
+
+
+class Device(str, Enum):
+    """Device that a command runs on."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+    def resolved(self) -> str:
+        """Return ``cpu`` or ``cuda``; for ``auto``, ``cuda`` if torch sees a CUDA device."""
+        if self is not Device.auto:
+            return str(self.value)
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` as typer can read it: every parameter that is a dataclass becomes an option for each of its fields."""
+    """Return ``command`` with every dataclass parameter replaced by an option for each of its fields."""
     hints = get_type_hints(command, include_extras=True)
     shown: dict[str, inspect.Parameter] = {}
     groups: dict[str, tuple[type, list[str]]] = {}

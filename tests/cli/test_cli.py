@@ -16,27 +16,27 @@ from typer.testing import CliRunner
 import kdkernels as kd
 from kdkernels.backends import native, selection
 from kdkernels.bench.environment import cpu_model
-from kdkernels.cli import root as cli
+from kdkernels.cli import environment, root
 from kdkernels.cli.demo import run
-from kdkernels.cli.demo.settings import DemoError
+from kdkernels.cli.demo.settings import DemoError, Settings
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
 
 
 def test_version() -> None:
-    result = runner.invoke(cli.app, ["--version"])
+    result = runner.invoke(root.app, ["--version"])
     assert (result.exit_code, result.output.strip()) == (0, f"kdkernels {kd.__version__}")
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
 def test_help_lists_the_commands(arguments: list[str]) -> None:
-    result = runner.invoke(cli.app, arguments)
+    result = runner.invoke(root.app, arguments)
     assert result.exit_code == 0
     assert all(word in result.output for word in ("env", "demo", "bench", "--version", "demo --quick"))
 
 
 def test_help_of_demo_teaches() -> None:
-    result = runner.invoke(cli.app, ["demo", "--help"])
+    result = runner.invoke(root.app, ["demo", "--help"])
     assert result.exit_code == 0
     # Every option, the defaults in force, the choices, and examples to copy.
     for word in (
@@ -52,13 +52,13 @@ def test_help_of_demo_teaches() -> None:
         "--quick",
     ):
         assert word in result.output
-    assert f"Default: {cli._DEFAULT.steps}, quick {cli._QUICK.steps}" in " ".join(result.output.replace("│", " ").split())
-    assert all(name in result.output for name in (*selection.NAMES, "jsd", "forward_kl", "kdkernels demo --data"))
+    assert f"Default: {Settings().steps}, quick {Settings.quick().steps}" in " ".join(result.output.replace("│", " ").split())
+    assert all(name in result.output for name in ("native", "jsd", "forward_kl", "kdkernels demo --data"))
 
 
 def test_env_prints_versions_backends_devices_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KDKERNELS_CUDA_ARCHS", "80;90a")
-    result = runner.invoke(cli.app, ["env"])
+    result = runner.invoke(root.app, ["env"])
     assert result.exit_code == 0
     lines = [line.strip() for line in result.output.splitlines()]
     assert f"kdkernels        {kd.__version__}" in lines
@@ -70,9 +70,9 @@ def test_env_prints_versions_backends_devices_and_variables(monkeypatch: pytest.
 
 
 def test_env_as_json_says_the_same() -> None:
-    result = runner.invoke(cli.app, ["env", "--json"])
+    result = runner.invoke(root.app, ["env", "--json"])
     found = json.loads(result.output)
-    assert found == json.loads(json.dumps(cli.environment()))
+    assert found == json.loads(json.dumps(environment.environment()))
     assert set(found["backends"]["cpu"]) == {"auto", *selection.NAMES}
     assert found["backends"]["cpu"]["auto"] == selection.select("auto", "cpu", (torch.float32, torch.float32))
     assert set(found["environment variables"]) == {"TRITON_INTERPRET", "KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS"}
@@ -80,7 +80,7 @@ def test_env_as_json_says_the_same() -> None:
 
 def test_env_tells_no_path_and_no_user_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_MISSING", f"cannot load ({Path.home() / 'venv' / '_C.so'}: undefined symbol)")
-    found = cli.environment()
+    found = environment.environment()
     assert found["backends"]["cpu"]["native"] == "not available: cannot load (_C.so: undefined symbol)"
     assert found["compiled extension"] == {"_C": "not there"}
     text = json.dumps({k: v for k, v in found.items() if k != "platform"})
@@ -99,28 +99,28 @@ def test_env_tells_no_path_and_no_user_name(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_folders_are_cut_from_reasons(text: str, expected: str) -> None:
-    assert cli._without_folders(text) == expected
+    assert environment._without_folders(text) == expected
 
 
 def test_env_tells_what_the_extension_holds() -> None:
     if native.missing() is not None:
         pytest.skip("not compiled here")
     assert native.contents()["cpu instruction sets"][-1] == "baseline"
-    assert cli.environment()["compiled extension"]["cpu instruction sets"].endswith("baseline")
+    assert environment.environment()["compiled extension"]["cpu instruction sets"].endswith("baseline")
 
 
 def test_env_knows_cuda_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 * 2**30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
-    found = cli.environment()
+    found = environment.environment()
     assert found["devices"]["cuda:0"] == "NVIDIA H200, compute capability 9.0, 141 GiB"
     assert set(found["backends"]) == {"cpu", "cuda"}
 
 
 def test_packages_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "PACKAGES", ("no-such-package",))
-    assert cli.environment()["versions"]["no-such-package"] == "not installed"
+    monkeypatch.setattr(environment, "PACKAGES", ("no-such-package",))
+    assert environment.environment()["versions"]["no-such-package"] == "not installed"
 
 
 def test_processor_where_linux_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_processor_where_linux_does_not_tell(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
-    result = runner.invoke(cli.app, ["demo", "--quick", "--out", str(tmp_path / "out"), *arguments])
+    result = runner.invoke(root.app, ["demo", "--quick", "--out", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 2
     assert all(word in result.output for word in words), result.output
     assert not (tmp_path / "out").exists()
@@ -152,7 +152,7 @@ def test_bad_options_are_refused(tmp_path: Path, arguments: list[str], words: li
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("short\n")
-    result = runner.invoke(cli.app, ["demo", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    result = runner.invoke(root.app, ["demo", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     last = result.output.strip().splitlines()[-1]
     assert last.startswith(f"Error: --data {tmp_path}: found 6 bytes of UTF-8 text in 1 of 1 file")
@@ -163,7 +163,7 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        result = runner.invoke(cli.app, ["demo", "--out", str(out)])
+        result = runner.invoke(root.app, ["demo", "--out", str(out)])
         assert result.exit_code == 2
         assert result.output.startswith(f"Error: --out {out}: cannot write into {tmp_path / 'file'} (")
         assert result.output.count("\n") == 1
@@ -173,7 +173,7 @@ def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_backend_that_cannot_run_is_refused_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_MISSING", "no compiler was found")
     selection._select.cache_clear()
-    result = runner.invoke(cli.app, ["demo", "--device", "cpu", "--backend", "native", "--out", str(tmp_path)])
+    result = runner.invoke(root.app, ["demo", "--device", "cpu", "--backend", "native", "--out", str(tmp_path)])
     selection._select.cache_clear()
     assert result.exit_code == 2
     assert "--backend: backend='native' cannot run here: no compiler was found. Leave --backend out" in result.output
@@ -182,13 +182,13 @@ def test_backend_that_cannot_run_is_refused_with_its_reason(tmp_path: Path, monk
 
 def test_missing_extras_are_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "find_spec", lambda name: None if name == "tokenizers" else name)
-    result = runner.invoke(cli.app, ["demo", "--out", str(tmp_path)])
+    result = runner.invoke(root.app, ["demo", "--out", str(tmp_path)])
     assert (result.exit_code, result.output) == (2, 'Error: the demo needs tokenizers: pip install "kdkernels[train,bench]"\n')
 
 
 def test_cuda_without_a_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = runner.invoke(cli.app, ["demo", "--device", "cuda", "--out", str(tmp_path)])
+    result = runner.invoke(root.app, ["demo", "--device", "cuda", "--out", str(tmp_path)])
     assert (result.exit_code, result.output) == (2, "Error: --device cuda: torch sees no CUDA device here. Take --device cpu\n")
 
 
@@ -200,7 +200,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, raised: BaseException, code
         raise raised
 
     monkeypatch.setattr(run, "run", fail)
-    result = runner.invoke(cli.app, ["demo"])
+    result = runner.invoke(root.app, ["demo"])
     assert (result.exit_code, result.output.strip()) == (code, message)
 
 
@@ -209,10 +209,10 @@ def test_options_reach_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(run, "run", lambda *arguments: seen.extend(arguments))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     arguments = ["demo", "--data", str(tmp_path), "--steps", "200", "--seed", "5", "--divergence", "jsd", "--temperature", "3"]
-    assert runner.invoke(cli.app, arguments).exit_code == 0
+    assert runner.invoke(root.app, arguments).exit_code == 0
     settings, data, out = seen[:3]
-    assert settings == cli._DEFAULT.changed(steps=200, seed=5, divergence="jsd", temperature=3.0, device="cuda")
-    assert settings.teacher_steps == cli._DEFAULT.teacher_steps * 200 // cli._DEFAULT.steps
+    assert settings == Settings().changed(steps=200, seed=5, divergence="jsd", temperature=3.0, device="cuda")
+    assert settings.teacher_steps == Settings().teacher_steps * 200 // Settings().steps
     assert (data, out) == (tmp_path, Path("demo-out"))
 
 
@@ -220,7 +220,7 @@ BENCH = ["bench", "--device", "cpu"]
 
 
 def test_help_of_bench_teaches() -> None:
-    result = runner.invoke(cli.app, ["bench", "--help"])
+    result = runner.invoke(root.app, ["bench", "--help"])
     assert result.exit_code == 0
     options = ("suite", "shape", "divergence", "dtype", "temperature", "backends", "peers", "device", "out", "budget-minutes", "resume")
     assert all(f"--{option}" in result.output for option in options)
@@ -242,7 +242,7 @@ def test_help_of_bench_teaches() -> None:
     ],
 )
 def test_bad_options_of_bench_are_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
-    result = runner.invoke(cli.app, [*BENCH, "--out", str(tmp_path / "out"), *arguments])
+    result = runner.invoke(root.app, [*BENCH, "--out", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 2
     assert all(word in result.output for word in words), result.output
     assert not (tmp_path / "out").exists()
@@ -250,7 +250,7 @@ def test_bad_options_of_bench_are_refused(tmp_path: Path, arguments: list[str], 
 
 def test_bench_measures_what_it_is_asked_for(tmp_path: Path) -> None:
     arguments = ["--suite", "smoke", "--shape", "32,256", "--divergence", "jsd", "--backends", "torch", "--peers", "none"]
-    result = runner.invoke(cli.app, [*BENCH, *arguments, "--out", str(tmp_path)])
+    result = runner.invoke(root.app, [*BENCH, *arguments, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "JSD, float32, N=32 V=256 (logits given), T=2" in result.output
     record = json.loads((tmp_path / "results.json").read_text())
@@ -261,7 +261,7 @@ def test_bench_measures_what_it_is_asked_for(tmp_path: Path) -> None:
 
 def test_bench_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = runner.invoke(cli.app, ["bench", "--device", "cuda", "--out", str(tmp_path)])
+    result = runner.invoke(root.app, ["bench", "--device", "cuda", "--out", str(tmp_path)])
     assert (result.exit_code, result.output) == (2, "Error: --device cuda: torch sees no CUDA device here. Take --device cpu\n")
 
 
