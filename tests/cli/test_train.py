@@ -253,6 +253,25 @@ def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
     assert "No held-out loss: no --eval-data was given. Training loss" in result.output
 
 
+def test_numbers_and_paths_reach_the_arguments_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kdkernels.cli.train import run
+
+    runs: list[Any] = []
+    monkeypatch.setattr(run, "run", lambda settings, console: runs.append(settings) or 0)
+    (tmp_path / "run.json").write_text(
+        '{"learning_rate": 1.2345678901234567e-05, "seed": 1234567890, "logging_steps": 7654321, "bf16": false}'
+    )
+    result = train(
+        "train", "--student", "s", "--teacher", "t", "--data", "d", "--output-dir=--out", "--save-steps", "1234567",
+        "--max-steps", "123456789012", "--warmup-steps", "0.12345678901234567", "--config", str(tmp_path / "run.json"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    args = runs[0].args
+    assert (args.save_steps, args.max_steps, args.output_dir) == (1234567, 123456789012, "--out")
+    assert (args.learning_rate, args.warmup_steps) == (1.2345678901234567e-05, 0.12345678901234567)
+    assert (args.seed, args.logging_steps, args.bf16) == (1234567890, 7654321, False)
+
+
 def test_a_student_saved_in_bfloat16_learns_in_float32(home: Path, tmp_path: Path) -> None:
     given = AutoModelForCausalLM.from_pretrained(home / "student", dtype=torch.bfloat16)
     for part in (given, make_tokenizer()):

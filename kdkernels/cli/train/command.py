@@ -71,12 +71,12 @@ def train(
         "cache": cache,
         "student_dtype": student_dtype,
         "teacher_dtype": teacher_dtype,
+        "output_dir": output_dir,
+        "max_steps": max_steps,
+        "save_steps": save_steps,
     }
-    rest = list(context.args)
-    for name, value in (("--output-dir", output_dir), ("--max-steps", max_steps), ("--save-steps", save_steps)):
-        rest += [] if value is None else [name, f"{value:g}" if isinstance(value, float) else str(value)]
     with failing():
-        settings = read_settings({} if config is None else read_config(config), given, rest)
+        settings = read_settings({} if config is None else read_config(config), given, context.args)
         if plan:
             from .plan import plan as show
 

@@ -85,15 +85,23 @@ def _of_yaml(text: str) -> Any:
 
 
 def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Sequence[str]) -> Settings:
-    """Settings from a config, the command's own options (None: not given), and ``rest``: ``--field value`` of DistillationArguments.
+    """Return the settings of a run.
+
+    Args:
+        config: options of a file.
+        given: options that the command declares, in place of those of the file; None for one that is not given.
+        rest: ``--field value`` of further fields of DistillationArguments, as text.
 
     Raises:
-        TrainError: an unknown name (with the nearest valid one), a value that can't be read, or something that is missing.
+        TrainError: an unknown name (with the nearest valid one), a value that can't be read, or a missing option.
     """
+    own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
+    if not config and not rest:  # no misspelt option is the reason: report it without importing transformers
+        _check_not_missing(own)
     from ...trainer.arguments import DistillationArguments
 
-    fields = _fields(DistillationArguments, config, rest)
-    own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
+    typed = {name: value for name, value in given.items() if name not in MINE and value is not None}
+    fields = _fields(DistillationArguments, {**config, **typed}, rest)
     for name in SEVERAL:
         value = own[name] or []
         own[name] = value if isinstance(value, list) else [value]
@@ -101,9 +109,7 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
         if not all(isinstance(part, str) for part in (value if name in SEVERAL else [value or ""])):
             shown = value[0] if name in SEVERAL and len(value) == 1 else value
             raise TrainError(f"--{name.replace('_', '-')} {shown!r}: a path or name is needed, as text")
-    for name in ("student", "data"):
-        if not own[name]:
-            raise TrainError(f"--{name} is missing")
+    _check_not_missing(own)
     for name in ("student_dtype", "teacher_dtype"):
         own[name] = own[name] or "auto"
         if own[name] not in DTYPES:
@@ -125,8 +131,14 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     return settings
 
 
+def _check_not_missing(own: Mapping[str, Any]) -> None:
+    for name in ("student", "data"):
+        if not own[name]:
+            raise TrainError(f"--{name} is missing")
+
+
 def _fields(arguments: type, config: Mapping[str, Any], rest: Sequence[str]) -> dict[str, Any]:
-    """Of the dataclass ``arguments``, by the config and by ``rest`` over it."""
+    """Return the fields of the dataclass ``arguments``: those of ``rest``, else of ``config``, else the defaults."""
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):  # type: ignore[misc]
@@ -154,10 +166,11 @@ def _fields(arguments: type, config: Mapping[str, Any], rest: Sequence[str]) -> 
 
 
 def _as_typed(name: str, value: Any, read: Any) -> Any:
-    """A number or switch of a file as it is typed on the command line, which then reads it; what only a file can hold stays."""
+    """Return a value of a file for the parser: of the option's own type as it is, another number or switch as text, which it reads."""
     if value is False and name.endswith("_strategy"):  # YAML takes a plain no for false
         return "no"
-    return str(value) if read in (int, float) or getattr(read, "__name__", "") == "string_to_bool" else value
+    expected = bool if getattr(read, "__name__", "") == "string_to_bool" else read
+    return str(value) if expected in (bool, int, float) and type(value) is not expected else value
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:
