@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,11 @@ interpreter (TRITON_INTERPRET=1), which is slow: tests with large shapes ask ``i
 HAS_GPU = torch.cuda.is_available()
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)) if HAS_GPU else ("cpu",)
 RUNNABLE = BACKENDS if HAS_GPU else tuple(name for name in BACKENDS if name != "cuda")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from interpreter import accelerate
+
+    accelerate()
 
 # Deadlines measure the machine, not the code; derandomised examples make a failure everyone's failure.
 settings.register_profile("kdkernels", deadline=None, derandomize=True, max_examples=40, print_blob=True)

@@ -14,6 +14,9 @@ LANES = 128
 
 _MASK = 0xFFFFFFFF
 
+_AT_ONCE = 1 << 18
+"""Elements of the draws that are made at once: a call of each operation for many draws of short rows, within a cache."""
+
 
 def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words per counter; ``key`` is a 64-bit integer, the counter's words are in [0, 2^32)."""
@@ -27,22 +30,21 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def uniform(seed: Tensor, rows: Tensor, draw: int, vocab: int) -> Tensor:
-    """``[C, V]`` float64 in (0, 1), good to 53 bits wherever in it.
+def uniform(seed: Tensor, rows: Tensor, draws: Tensor, vocab: int) -> Tensor:
+    """``[R, V]`` float64 in (0, 1), good to 53 bits wherever in it.
 
     Args:
         seed: [] int64, on the device of the result.
-        rows: ``[C]`` int64, numbers of the rows within the call.
-        draw: number of the draw within its row.
+        rows, draws: ``[R]`` int64: the number of a row within the call, and of a draw within that row.
     """
     groups, lanes = -(-vocab // (4 * LANES)), min(LANES, vocab)  # of fewer columns than lanes the first words are enough
     slots = torch.arange(groups * lanes, device=rows.device).unsqueeze(0)
-    row = rows.unsqueeze(1)
+    row, draw = rows.unsqueeze(1), draws.unsqueeze(1)
     low_row, high_row = row & _MASK, row >> 32
 
     def halves(part: int) -> Tensor:
-        words = philox(seed, (slots, low_row, torch.full_like(slots, draw), high_row * 2 + part))
-        columns = torch.stack([w.view(len(rows), groups, lanes) for w in words], 2)  # [C, G, 4, lanes]
+        words = philox(seed, (slots, low_row, draw, high_row * 2 + part))
+        columns = torch.stack([w.view(len(rows), groups, lanes) for w in words], 2)  # [R, G, 4, lanes]
         return columns.flatten(1)[:, :vocab].to(torch.float64)
 
     return halves(0).mul_(2.0**-32).add_(halves(1).add_(0.5).mul_(2.0**-64))
@@ -54,6 +56,12 @@ def draw(x: Tensor, seed: Tensor, first_row: int, num_draws: int) -> Tensor:
     Column v takes the time ``E_v / exp(x_v)``, E_v exponential, and the first one wins. The choice is made on doubles: the two
     best are as good as never as close as their rounding, which differs between backends, so all of them choose alike.
     """
-    rows = torch.arange(first_row, first_row + x.shape[0], device=x.device)
-    winners = [(x - torch.log(-torch.log1p(-uniform(seed, rows, d, x.shape[1])))).argmax(-1) for d in range(num_draws)]
-    return torch.stack(winners, 1)
+    count, vocab = x.shape
+    rows = torch.arange(first_row, first_row + count, device=x.device)
+    together = max(1, _AT_ONCE // max(1, x.numel()))
+    winners = []
+    for start in range(0, num_draws, together):
+        draws = torch.arange(start, min(start + together, num_draws), device=x.device)
+        numbers = uniform(seed, rows.repeat_interleave(len(draws)), draws.repeat(count), vocab).view(count, len(draws), vocab)
+        winners.append((x.unsqueeze(1) - torch.log(-torch.log1p(-numbers))).argmax(-1))
+    return torch.cat(winners, 1)

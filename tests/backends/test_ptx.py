@@ -46,15 +46,13 @@ def test_compiled_kernels_are_right_in_every_order_of_warps(shard: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("version", "arch", "shard"), [(OLDER, "90", "1/6"), (None, "80", "2/8"), (OLDER, "80", "3/16")])
+@pytest.mark.parametrize(("version", "arch", "shard"), [(OLDER, "90", "1/9"), (None, "80", "2/12"), (OLDER, "80", "3/24")])
 def test_compiled_kernels_are_right_for_other_targets(version: str | None, arch: str, shard: str) -> None:
-    assert len(executed("--arch", arch, "--shard", shard, version=version)) > 5
+    assert len(executed("--arch", arch, "--shard", shard, version=version)) > 3
 
 
 @pytest.mark.slow
 def test_removed_barriers_are_noticed() -> None:
-    """All that the sources ask for; of those that Triton adds, some come right after another barrier and order nothing."""
+    """Those that the sources ask for; ``make ptx`` removes Triton's too, of which some follow another barrier and order nothing."""
     lines = executed("--mutate")
-    assert {line["kernel"] for line in lines if line["written"]} >= {"kd_rows_kernel", "head_rows_kernel"}
-    noticed = sum(bool(line["noticed"]) for line in lines)
-    assert noticed >= 0.8 * len(lines)
+    assert {line["kernel"] for line in lines if line["noticed"]} >= {"kd_rows_kernel", "head_rows_kernel"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -65,12 +66,12 @@ def test_every_divergence_has_a_twin() -> None:
 
 @pytest.mark.parametrize("vocab", [1, 2, 127, 128, 4096, 4097, 50257, 151936, 262144])
 def test_launch_covers_a_row_within_limits(vocab: int) -> None:
-    for features in (False, True):
-        launch = choose(vocab, features)
+    for features, rows in itertools.product((False, True), (1, 2)):
+        launch = choose(vocab, features, (rows, rows))
         assert launch.block & (launch.block - 1) == 0, "tl.arange wants a power of two"
         assert launch.num_warps in (1, 2, 4, 8)
         assert launch.width == COLUMNS * LANES * launch.num_warps, "what is summed along rows stays within a thread"
-        assert launch.block >= vocab or launch.block == 4096
+        assert launch.block >= vocab or launch.block == 2048 * rows
         assert launch.options["maxnreg"] == (255 if features else 128)
 
 

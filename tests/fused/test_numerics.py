@@ -52,21 +52,22 @@ def logits(leading: tuple[int, ...] = (6,), vocab: int = 40, device: str = "cpu"
 @one_of_each
 @pytest.mark.parametrize("kind", ["head", "dense"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_bad_row_stays_in_its_row(d: Divergence, kind: str, side: str, bad: float, reduction: str, any_backend: str, device: str) -> None:
+def test_bad_rows_stay_in_their_rows(d: Divergence, kind: str, side: str, reduction: str, any_backend: str, device: str) -> None:
+    if interpreted(any_backend, device) and (kind == "head" or reduction == "sum"):
+        pytest.skip("the row kernel gets the same rows: not in the interpreter")
     student, teacher = heads(device=device) if kind == "head" else logits(device=device)
     options = {"divergence": d, "temperature": 2.0, "chunk_rows": 4, "backend": any_backend}
     clean = run(kd.distillation_loss, student, teacher, {**options, "reduction": "none"})
     chosen = student if side == "student" else teacher
-    (chosen if isinstance(chosen, Tensor) else chosen.hidden)[2, 3] = bad
+    rows = chosen if isinstance(chosen, Tensor) else chosen.hidden
+    rows[2, 3], rows[4, 1] = NAN, INF  # in the first chunk and in the second
     got = run(kd.distillation_loss, student, teacher, {**options, "reduction": reduction})
-    others = torch.tensor([0, 1, 3, 4, 5], device=device)
+    others = torch.tensor([0, 1, 3, 5], device=device)
     if reduction == "none":
         assert torch.equal(got["loss"][others], clean["loss"][others])
-        assert not torch.isfinite(got["loss"][2]) or (bad == INF and kind == "head")
-        if bad != bad:
-            assert got["loss"][2].isnan()
+        assert got["loss"][2].isnan()
+        assert kind == "head" or not torch.isfinite(got["loss"][4])
     name = "d_hidden" if kind == "head" else "d_logits"
     assert torch.equal(got[name][others], clean[name][others])
 

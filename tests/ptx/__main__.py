@@ -20,7 +20,7 @@ def main() -> int:
     import triton
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true", help="every case, not a sample")
+    parser.add_argument("--all", action="store_true", help="every case and barrier, not a sample")
     parser.add_argument("--mutate", action="store_true", help="remove barriers instead, one at a time")
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th case from the i-th")
@@ -60,7 +60,7 @@ def _mutated(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     noticed: dict[tuple[str, str], bool] = {}
     for case, kernels in _chosen(list(CASES), arguments):
-        for barrier in mutants(case, kernels, arguments.arch):
+        for barrier in mutants(case, kernels, arguments.arch, arguments.all):
             if barrier.written:
                 key = barrier.kernel, barrier.source
                 noticed[key] = noticed.get(key, False) or bool(barrier.noticed)

@@ -71,8 +71,8 @@ def without(ptx: str, barrier: Barrier) -> str:
     return ptx[: place.start()] + ptx[place.end() :]
 
 
-def mutants(case: Case, kernels: str, arch: int) -> Iterator[Barrier]:
-    """Run a case without each barrier of such kernels in turn."""
+def mutants(case: Case, kernels: str, arch: int, everything: bool = True) -> Iterator[Barrier]:
+    """Run a case without each barrier of such kernels in turn; without ``everything`` only those that the package's source asks for."""
     found: dict[str, list[Barrier]] = {}
 
     def look(ptx: str) -> str:
@@ -83,7 +83,7 @@ def mutants(case: Case, kernels: str, arch: int) -> Iterator[Barrier]:
 
     with executing(arch, rewrite=look):
         case.run()
-    for barrier in (barrier for of_kernel in found.values() for barrier in of_kernel):
+    for barrier in (barrier for of_kernel in found.values() for barrier in of_kernel if everything or barrier.written):
         noticed = ""
         with executing(arch, rewrite=partial(without, barrier=barrier)):
             try:

@@ -16,7 +16,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-RUNS = (("--all",), ("--arch", "80"), ("--mutate",))
+RUNS = (("--all",), ("--arch", "80"), ("--mutate", "--all"))
 
 
 def lines(version: str | None, arguments: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
     # A positive scale is part of the factor of the differences between logits, where it costs nothing.
     transforms = _transform(problem.student, problem.student.scale > 0), _transform(problem.teacher, problem.teacher.scale > 0)
     given = (batch.student_bias, batch.teacher_bias, batch.labels, batch.stats)
-    launch = choose(vocab, features=any(transforms) or any(t is not None for t in given))
+    launch = choose(vocab, any(transforms) or any(t is not None for t in given), functions.block_rows)
     unit = problem.inv_temperature * (_LOG2E if problem.divergence.normalizer == "softmax" else 1.0)
     with _on_device(batch.student):
         kd_rows_kernel[(count,)](

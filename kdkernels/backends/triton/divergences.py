@@ -185,17 +185,19 @@ class Functions:
     finish: Any = linear
     """``(sums, a, b) -> (value, coefficient)`` of a row."""
     num_sums: int = 2
+    block_rows: tuple[int, int] = (2, 2)
+    """Rows of a block, without and with features: as many as fit into the registers of every GPU that the kernels are compiled for."""
 
 
 FUNCTIONS: dict[str, Functions] = {
     d.ForwardKL.name: Functions(forward_kl),
     d.ReverseKL.name: Functions(reverse_kl, reverse_kl_gradient),
     d.SymmetricKL.name: Functions(symmetric_kl),
-    d.JSD.name: Functions(jsd, jsd_gradient),
+    d.JSD.name: Functions(jsd, jsd_gradient, block_rows=(2, 1)),
     d.SkewKL.name: Functions(skew_kl),
     d.SkewReverseKL.name: Functions(skew_reverse_kl),
     d.TotalVariation.name: Functions(total_variation),
-    d.AlphaDivergence.name: Functions(alpha_divergence),
-    d.ABDivergence.name: Functions(ab_divergence),
+    d.AlphaDivergence.name: Functions(alpha_divergence, block_rows=(1, 2)),
+    d.ABDivergence.name: Functions(ab_divergence, block_rows=(1, 2)),
     d.LogitMSE.name: Functions(logit_mse),
 }

@@ -38,15 +38,15 @@ class Launch:
         return options
 
 
-def choose(vocab: int, features: bool = False) -> Launch:
-    """Sixteen columns a thread, at most 4096 a block.
+def choose(vocab: int, features: bool = False, block_rows: tuple[int, int] = (2, 2)) -> Launch:
+    """Eight columns a thread and row of a block, at most 4096 a block. ``block_rows``: without and with features.
 
     Without features (bias, softcap, labels, statistics) every divergence fits into 128 registers, so that two programs of 256 threads
     run on a multiprocessor: one computes while the other waits for memory. With features some would spill there.
     """
     threads = LANES * max(1, min(256 // LANES, 1 << (-(-vocab // (16 * LANES)) - 1).bit_length()))
     width = COLUMNS * threads
-    return Launch(1 if vocab <= width else 2, width, threads // LANES, 255 if features else 128)
+    return Launch(1 if vocab <= width else block_rows[features], width, threads // LANES, 255 if features else 128)
 
 
 def choose_sample(vocab: int) -> Launch:
