@@ -16,6 +16,9 @@ from .options import grouped
 __all__ = ["cache", "generate", "register"]
 
 
+COLUMNS = "Names of columns for the fields of a row, as prompt=question,response=answer."
+
+
 class ReasoningChoice(str, Enum):
     learn = "learn"
     drop = "drop"
@@ -73,7 +76,7 @@ def register(app: typer.Typer) -> None:
 
 def cache(
     server: Server,
-    data: Annotated[list[Path], typer.Option(help="Rows: a JSONL or Parquet file, or a folder of them. Several: all of their rows.")],
+    data: Annotated[list[str], typer.Option(help="Rows: files, folders or data sets of the hub, as for `kdkernels train`.")],
     out: Annotated[Path, typer.Option(help="Folder of the cache: new, or of this command cut short.")],
     teacher: Annotated[str, typer.Option(help="Model: a folder or hub id; with --base-url the server's name of it.")] = "",
     kind: Annotated[
@@ -88,6 +91,7 @@ def cache(
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most.")] = None,
     overlong: Annotated[str, typer.Option(help="Longer examples: error, drop or truncate; as in training.")] = "error",
     reasoning: Annotated[ReasoningChoice, typer.Option(help="Reasoning of a row, as in training.")] = ReasoningChoice.learn,
+    columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the teacher: auto (as saved), float32, bfloat16 or float16. hidden keeps it.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of log-probabilities in topk: float16 or float32.")] = "float16",
@@ -108,7 +112,8 @@ def cache(
     with failing():
         options = jobs.CacheOptions(
             data=data, out=out, teacher=teacher, kind=kind.value, k=k, temperature=temperature, tokenizer=tokenizer or teacher,
-            max_length=max_length, overlong=overlong, reasoning=reasoning.value, batch_size=batch_size, dtype=dtype, precision=precision,
+            max_length=max_length, overlong=overlong, reasoning=reasoning.value, columns=columns,
+            batch_size=batch_size, dtype=dtype, precision=precision,
             device=device, vocab_size=vocab_size, revision=revision, seed=seed, max_new_tokens=max_new_tokens, shard_bytes=shard_mib << 20,
         )  # fmt: skip
         if base_url or from_replies:
@@ -123,7 +128,7 @@ def cache(
 def generate(
     asking: Asking,
     model: Annotated[str, typer.Option(help="The server's name of it; without --base-url a folder or hub id, run in this process.")],
-    data: Annotated[Path, typer.Option(help="Rows with prompt or messages: a JSONL or Parquet file, or a folder of them.")],
+    data: Annotated[str, typer.Option(help="Rows with prompt or messages: a file, a folder, or a data set of the hub.")],
     out: Annotated[Path, typer.Option(help="JSONL of training rows; written when all are answered.")],
     base_url: Annotated[str, typer.Option(help="Of an OpenAI-compatible server, as http://localhost:8000/v1.")] = "",
     api: Annotated[Api, typer.Option(help="chat, or completions, which gets the prompt as it is.")] = Api.chat,
@@ -133,6 +138,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response. May be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of draws.")] = None,
     extra_body: Annotated[str, typer.Option(help="JSON of further fields for the server.")] = "{}",
+    columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
 ) -> None:
     """Have a teacher write the responses, over an OpenAI-compatible server or in this process.
 
@@ -158,4 +164,4 @@ def generate(
 
             load(AutoConfig, "model", model)  # or an error that names the option
             teacher = asking.local(model, seed or 0)
-        jobs.generate(teacher, data, out, console(), max_tokens, temperature, tuple(stop or ()), logprobs)
+        jobs.generate(teacher, data, out, console(), max_tokens, temperature, tuple(stop or ()), logprobs, columns)

@@ -7,7 +7,8 @@ from typing import Any
 
 from .example import Example
 from .forms import conversation_field, first_difference, render
-from .rows import DataError, RowSource, read_rows
+from .layouts import training_rows
+from .rows import DataError, RowSource
 
 __all__ = ["check_ids", "check_templates", "check_tokenizers"]
 
@@ -71,14 +72,14 @@ def check_ids(examples: Iterable[Example], tokenizer: Any, embeddings: int | Non
             )
 
 
-def check_templates(student: Any, teacher: Any, source: RowSource) -> None:
+def check_templates(student: Any, teacher: Any, source: RowSource, columns: str | None = None) -> None:
     """
     Raises:
         DataError: the chat templates of the two write the first conversation of the data differently, with the first token that differs.
     """
     if student is teacher or student.chat_template == teacher.chat_template or None in (student.chat_template, teacher.chat_template):
         return
-    row = next((row for row in read_rows(source) if conversation_field(row) is not None), None)
+    row = next((row for row in training_rows(source, columns) if conversation_field(row) is not None), None)
     if row is None:
         return
     name = str(conversation_field(row))

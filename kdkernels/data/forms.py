@@ -52,7 +52,7 @@ class RowEncoder:
             ids = self._with_eos(self.encode(row.text("text"), begin=True))
             student, teacher, response = ids[:1], ids[:1], ids[1:]
         else:
-            raise row.error("prompt", "a row needs 'prompt' and 'response', 'messages', or 'text'")
+            raise row.error("prompt", "a row needs 'prompt' and 'response', 'messages', or 'text' (see --columns for other names)")
         if not response:
             raise row.error("text" if "text" in row else "response", "it holds no token to score")
         if not student or not teacher:
@@ -211,23 +211,24 @@ def _check_one_form(row: Row) -> None:
     """
 
     def refuse(name: str, other: str) -> DataError:
-        return row.error(name, f"the row has {other} too, and can be read in two ways: leave one of the two out")
+        advice = "leave one of the two out, or choose one with --columns"
+        return row.error(name, f"the row has {other} too, and can be read in two ways: {advice}")
 
     answers = [name for name in ANSWERS if name in row]
     if "text" in row:
         if others := [name for name in ("prompt", "messages", *ANSWERS, "reasoning") if name in row]:
-            raise refuse(others[0], "'text'")
+            raise refuse(others[0], repr(row.name("text")))
         if given := [name for name in TEACHER_FIELDS if name in row]:
             raise row.error(given[0], "a row of 'text' is one text for both models: give 'prompt' and 'response' instead")
     if len(answers) == 2:
-        raise refuse(answers[1], repr(answers[0]))
+        raise refuse(answers[1], repr(row.name(answers[0])))
     if "teacher_messages" in row and "teacher_prompt" in row:
         raise refuse("teacher_prompt", "'teacher_messages'")
     if "messages" in row and "prompt" in row and (answers or not _repeats_a_question(row)):
-        raise refuse("prompt", "'messages'")
+        raise refuse("prompt", repr(row.name("messages")))
     name = conversation_field(row)
     if name is not None and answers and row.messages(name)[-1]["role"] == "assistant":
-        raise refuse(answers[0], f"a last turn of the assistant in {name!r}")
+        raise refuse(answers[0], f"a last turn of the assistant in {row.name(name)!r}")
 
 
 def _repeats_a_question(row: Row) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 from .example import Example
 from .forms import Reasoning, RowEncoder
-from .rows import DataError, Row, RowSource, read_rows
+from .layouts import training_rows
+from .rows import DataError, Row, RowSource
 from .templates import date_of
 
 __all__ = ["RULES", "Tally", "length_limit", "load_examples"]
@@ -64,6 +65,7 @@ def load_examples(
     overlong: str = "error",
     date: str | datetime.date | None = None,
     reasoning: Reasoning = "learn",
+    columns: str | Mapping[str, str] | None = None,
     tally: Tally | None = None,
     prompts: bool = False,
 ) -> list[Example]:
@@ -73,7 +75,8 @@ def load_examples(
 
     - ``messages`` (the tokenizer's chat template) with a ``response``, or ending with the assistant's turn, which then is the response;
     - ``prompt`` with ``response`` or ``completion``: an end-of-text token follows. No token spans prompt and response;
-    - ``text``: every token but the first is scored.
+    - ``text``: every token but the first is scored;
+    - Alpaca's ``instruction``, ``input`` and ``output``, or ShareGPT's ``conversations``: read as ``messages``.
 
     A row that can be read in two of these ways is refused. A chat response is learnt up to the token that ends the template's turns.
     ``reasoning`` beside a response, or ``reasoning_content`` in its turn, is learnt before it, as the chat template writes it, or between
@@ -84,12 +87,15 @@ def load_examples(
     ``"length"``, is learnt without an end. ``weight`` multiplies the row's loss; ``task`` is kept; other fields mean nothing here.
 
     Args:
-        source: a JSONL or Parquet file, a folder of them, several of either, a ``datasets.Dataset`` or a list of rows.
+        source: a JSONL, JSON, CSV, Parquet or text file, a folder of them, a data set of the hub (``org/name[:SPLIT[:CONFIG]]``), several
+            of these, a ``datasets.Dataset``, or a list of rows.
         max_length: tokens of the longer view, at most.
         overlong: what happens to rows beyond it: ``"error"``, ``"drop"`` or ``"truncate"`` (the end of the response is cut off; a row
             whose prompt alone fills the length is left out). A warning counts them.
         date: what a chat template that writes the date writes into every row, such as ``"2026-11-28"``. Default: today.
         reasoning: ``"learn"``, or ``"drop"`` to learn the response alone.
+        columns: names of columns for the fields of a row, as ``"prompt=question,response=answer"``. Other fields that would make a row
+            another form are then not read.
         tally: counts rows that were dropped or cut, and those with reasoning.
         prompts: a row may be without a response, because the student writes all of them: a full stop is in its place.
 
@@ -99,7 +105,7 @@ def load_examples(
     examples = []
     tally, encode = tally if tally is not None else Tally(), RowEncoder(tokenizer, reasoning)
     day = date_of(tokenizer, date)  # one for all rows, though midnight may pass
-    for row in read_rows(source):
+    for row in training_rows(source, columns):
         row.date = day
         if prompts and not _has_response(row):
             row.fields["response"] = "."

@@ -17,7 +17,8 @@ from ..data.collator import Collator
 from ..data.ending import ended
 from ..data.example import Example
 from ..data.forms import Reasoning
-from ..data.rows import read_rows
+from ..data.layouts import training_rows
+from ..data.rows import Row
 from ..data.tokenization import length_limit, load_examples
 from ..support.files import Output
 from ..support.terminal import progress, shown
@@ -43,7 +44,7 @@ LEFT_OUT = ".left-out.jsonl"
 class CacheOptions:
     """Of ``kdkernels cache``, whose help says what they mean."""
 
-    data: Sequence[Path]
+    data: Sequence[str]
     out: Path
     teacher: str
     kind: Kind
@@ -52,6 +53,7 @@ class CacheOptions:
     tokenizer: str
     max_length: int | None
     overlong: str
+    columns: str | None
     reasoning: Reasoning
     batch_size: int
     dtype: str
@@ -128,7 +130,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
         max_new_tokens=o.max_new_tokens if o.kind == "text" else None,
     )  # fmt: skip
     if o.kind == "text":
-        rows = [row.fields for row in read_rows(o.data)]
+        rows = [row.fields for row in training_rows(o.data, o.columns)]
         with progress(console, "rows") as (start, advance, _):
 
             def announce(plan: Plan) -> None:
@@ -173,7 +175,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
         print_usage(console, model.usage)
     else:
         taken = {example.where for example in examples}  # without those that are too long
-        rows = [row.fields for row in read_rows(o.data) if row.where in taken]
+        rows = [row.fields for row in training_rows(o.data, o.columns) if row.where in taken]
         tops, lost = from_replies(rows, examples, tokenizer)
         if lost:
             console.print(
@@ -201,7 +203,9 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
 
 
 def _examples(o: CacheOptions, tokenizer: Any, limit: int | None) -> list[Example]:
-    return load_examples(o.data, tokenizer, max_length=limit, overlong=o.overlong, date=kept_date(o.out), reasoning=o.reasoning)
+    return load_examples(
+        o.data, tokenizer, max_length=limit, overlong=o.overlong, date=kept_date(o.out), reasoning=o.reasoning, columns=o.columns
+    )
 
 
 def _announcing(
@@ -233,13 +237,14 @@ def _size(count: float) -> str:
 
 def generate(
     model: Counted,
-    data: Path,
+    data: str | Path,
     out: Path,
     console: Console,
     max_tokens: int,
     temperature: float,
     stop: tuple[str, ...],
     logprobs: int,
+    columns: str | None = None,
 ) -> None:
     """Write training rows of ``data`` with the responses of ``model`` to ``out``; its log, and a list of what was left out, are beside it.
 
@@ -250,12 +255,12 @@ def generate(
     log = out.with_name(out.name + ".log")
     with Output(out, "generate", beside=True, adopt=lambda: [out.name] if is_unmarked_log(log) else []) as output:
         output.check([out.name, out.name + LEFT_OUT], {"--data": data})
-        _generate(model, data, output, log, console, max_tokens, temperature, stop, logprobs)
+        _generate(model, list(training_rows(data, columns)), output, log, console, max_tokens, temperature, stop, logprobs)
 
 
 def _generate(
     model: Counted,
-    data: Path,
+    rows: Sequence[Row],
     output: Output,
     log: Path,
     console: Console,
@@ -265,7 +270,6 @@ def _generate(
     logprobs: int,
 ) -> None:
     out = output.path
-    rows = list(read_rows(data))
     places = [row.where for row in rows]
     requests = requests_of(
         [row.fields for row in rows], max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs, places=places

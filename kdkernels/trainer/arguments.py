@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 
 from ..data.forms import Reasoning
+from ..data.layouts import Columns
 from ..divergences import REGISTRY, parse, spelled
 from ..fused.checks import check_choices
 from ..sides import check_number
@@ -99,6 +100,13 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             "drop it and learn the response alone."
         },
     )
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of columns for the fields of a row, as prompt=question,response=answer. Other fields that would make a row "
+            "another form are then not read."
+        },
+    )
     packing: bool = field(default=False, metadata={"help": "Several examples in a row of max_length; none attends to another."})
     vocab_size: int | None = field(
         default=None,
@@ -129,6 +137,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         if getattr(self, "data_seed", None) is None:  # else the order of the data would follow whatever seed torch was given last
             self.data_seed = self.seed
         self.feature_layers = _pairs(self.feature_layers)
+        self.columns = None if self.columns is None else str(Columns(self.columns))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove the teacher's view from each batch: leave it False")
         if self.label_smoothing_factor:

@@ -118,7 +118,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             limit=self.max_length,
         )
         self.tokenizer, self._overlong, self._packing = processing_class, args.overlong, args.packing
-        self._reasoning = args.reasoning
+        self._reasoning, self._columns = args.reasoning, args.columns
         day = date_of(processing_class, args.template_date or getattr(self.teacher, "date", None))
         # In the saved arguments: a resumed run writes the same prompts.
         self._date = args.template_date = None if day is None else day.isoformat()
@@ -164,6 +164,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 overlong=self._overlong,
                 date=self._date,
                 reasoning=self._reasoning,
+                columns=self._columns,
                 prompts=self._prompts_suffice and not held_out,
             )
         check_ids(examples, self.tokenizer, self._embeddings)

@@ -133,11 +133,11 @@ def test_files_that_can_not_be_read_are_named(tokenizer: Any, tmp_path: Path) ->
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt"\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bad.parquet").write_text("no parquet")
-    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "rows.xml").write_text("a,b")
     (tmp_path / "folder").mkdir()
     for name, message in (
         ("bad.jsonl", r"bad.jsonl, row 2: not JSON"), ("empty.jsonl", "holds no rows"), ("bad.parquet", "not Parquet"),
-        ("rows.csv", "the format is told by the name"), ("none.jsonl", "no such file"), ("folder", "the folder holds no"),
+        ("rows.xml", "unknown file extension; expected one of .jsonl"), ("none.jsonl", "no such file"), ("folder", "the folder holds no"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             load_examples(tmp_path / name, tokenizer)

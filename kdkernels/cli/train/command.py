@@ -18,7 +18,7 @@ Every field of DistillationArguments and of transformers' TrainingArguments is a
 - the loss: `--divergence` (a name, or `"jsd(beta=0.3)"`), `--temperature`, `--t-squared`, `--kd-weight`, `--ce-weight`, `--ce-weight-last`,
   `--feature-weight`, `--feature-layers`, `--feature-loss`, `--ensemble-mode`, `--kd-on-prompt`, `--vocab-size`, `--memory-budget`
 
-- the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`
+- the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`, `--columns`
 
 - the student's own responses: `--on-policy-fraction`, `--sample-temperature`, `--max-new-tokens`
 
@@ -41,7 +41,8 @@ def train(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="JSONL or Parquet file, or a folder of them: prompt and response, messages, or text. Several: all of their rows."
+            help="JSONL, JSON, CSV, Parquet or text file, a folder of them, or a data set of the hub, as org/name:SPLIT:CONFIG. Several: "
+            "all of their rows, one after another."
         ),
     ] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="Held-out rows, evaluated before and after. Several: all.")] = None,

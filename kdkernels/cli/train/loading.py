@@ -38,7 +38,7 @@ def tokenizer_of(settings: Settings) -> Any:
     for role, path in having[1:]:
         other = load(AutoTokenizer, role, path)
         check_tokenizers(tokenizer, other)
-        check_templates(tokenizer, other, settings.data)
+        check_templates(tokenizer, other, settings.data, settings.args.columns)
     return tokenizer
 
 

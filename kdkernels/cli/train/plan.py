@@ -46,7 +46,7 @@ def plan(settings: Settings, console: Console) -> None:
         warnings.simplefilter("always")
         examples = load_examples(
             settings.data, tokenizer, max_length=limit, overlong=args.overlong, date=args.template_date, reasoning=args.reasoning,
-            tally=tally, prompts=args.on_policy_fraction == 1,
+            columns=args.columns, tally=tally, prompts=args.on_policy_fraction == 1,
         )  # fmt: skip
     check_ids(examples, tokenizer, embedding_rows(*skeletons))
     if args.kd_on_prompt:

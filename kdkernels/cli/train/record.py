@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig
 
 from ...backends import selection
+from ...data.hub import identity_of, is_hub_name
 from ...support.files import digest, digest_file
 from ...teachers.cache.manifest import MANIFEST, model_files, template_hash, tokenizer_hash
 from ...teachers.loading import load
@@ -147,12 +148,16 @@ def _content(settings: Settings, tokenizer: Any, known: Mapping[str, list[Any]])
 
 
 def data_content(paths: Iterable[str]) -> list[str]:
-    """sha256 of each file, or over the files and names of a folder."""
-    for path in paths:
-        if not Path(path).exists():
-            raise TrainError(f"{path}: no such file or folder")
-    folders = [(path, sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]) for path in map(Path, paths)]
-    return [digest({f.name: digest_file(f) for f in files}) if path.is_dir() else digest_file(path) for path, files in folders]
+    """sha256 of each file, or over the files and names of a folder; of a data set of the hub its split, configuration and commit."""
+    return [identity_of(path) if is_hub_name(path) else _of_path(Path(path)) for path in paths]
+
+
+def _of_path(path: Path) -> str:
+    if not path.exists():
+        raise TrainError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return digest_file(path)
+    return digest({f.name: digest_file(f) for f in sorted(path.iterdir()) if f.is_file()})
 
 
 def _model(role: str, path: str, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:

@@ -1,0 +1,220 @@
+"""Rows of files, each with its number: JSONL, JSON, CSV, Parquet, plain text, and data sets that ``datasets`` has saved to a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+from .values import object_of, read_json
+
+__all__ = ["SUFFIXES", "as_cells", "files_of", "rows_of"]
+
+Numbered = Iterator[tuple[int, Any]]
+"""Rows with their numbers, from 1."""
+BLOCK = 64 << 20
+"""Bytes of a CSV file at a time: a row must fit."""
+FACTS = ("manifest.json", "dataset_info.json", "dataset_infos.json", "state.json")
+"""Files in a folder of data that describe it and hold no rows."""
+WHITE = re.compile(r"[ \t\r\n]*")
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files that ``datasets`` writes into the folder of a saved data set, and into that of several splits."""
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of rows in a folder, by name; of a file or a saved data set only itself.
+
+    Raises:
+        DataError: no such file; a folder without any such files; a folder of splits, or of plain text beside other rows.
+    """
+    if path.is_file() or (path / SAVED).is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file")
+    if (path / SAVED_SPLITS).is_file():
+        splits = sorted(str(folder) for folder in path.iterdir() if folder.is_dir())
+        raise DataError(f"{path}: the folder holds several splits: give one of {', '.join(splits)}")
+    files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES and f.is_file() and f.name not in FACTS)
+    if not files:
+        raise DataError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+    texts = [file for file in files if file.suffix == ".txt"]
+    if texts and len(texts) < len(files):
+        other = next(file for file in files if file not in texts)
+        raise DataError(
+            f"{path}: the folder holds {texts[0].name}, whose lines would be rows of text, beside {other.name}: name the files that you "
+            "mean"
+        )
+    return files
+
+
+def rows_of(path: Path) -> Numbered:
+    """The rows of one file, by its suffix.
+
+    Raises:
+        DataError: an unknown suffix, or content that is not of its format.
+    """
+    if path.is_dir():
+        yield from _saved(path)
+    elif path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: unknown file extension; expected one of {', '.join(SUFFIXES)}")
+    else:
+        yield from SUFFIXES[path.suffix](path)
+
+
+def as_cells(path: Path) -> bool:
+    """True for a format in which every value is text, numbers and lists too."""
+    return path.suffix in (".csv", ".tsv")
+
+
+def _saved(folder: Path) -> Numbered:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{folder} was saved by datasets, which is not installed: pip install datasets") from None
+    yield from enumerate(datasets.load_from_disk(str(folder)), 1)
+
+
+def _jsonl(path: Path) -> Numbered:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                fields = read_json(line)
+            except ValueError as error:
+                raise DataError(f"{path}, row {number}: not JSON in UTF-8 ({error})") from None
+            yield number, fields
+
+
+def _json(path: Path) -> Numbered:
+    """Rows of a list of objects, which are parsed one by one; or of a file with an object on each line."""
+    with path.open("rb") as file:
+        start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start.startswith(b"["):
+        yield from _jsonl(path)
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not JSON in UTF-8 ({error})") from None
+    decoder = json.JSONDecoder(object_pairs_hook=object_of)
+    number, at = 0, _skipped(text, text.index("[") + 1)
+    more = text[at : at + 1] != "]"
+    while more:
+        number += 1
+        try:
+            value, at = decoder.raw_decode(text, at)
+            at = _skipped(text, at)
+            if text[at : at + 1] not in (",", "]"):
+                raise ValueError(f"a comma or the end of the list is missing at character {at}")
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise DataError(f"{path}, row {number}: not JSON ({reason})") from None
+        yield number, value
+        more = text[at] == ","
+        at = _skipped(text, at + 1) if more else at
+    if text[at + 1 :].strip():
+        raise DataError(f"{path}: text follows the list of rows; expected one list of objects, or an object on each line")
+
+
+def _skipped(text: str, at: int) -> int:
+    """The position of the first character from ``at`` on that is not white space."""
+    match = WHITE.match(text, at)
+    return at if match is None else match.end()
+
+
+def _csv(path: Path) -> Numbered:
+    """Rows of a table with a header. Every cell is text; an empty one is missing."""
+    import pyarrow
+    from pyarrow import csv
+
+    parse = csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
+    read = csv.ReadOptions(block_size=BLOCK)
+    try:
+        names = csv.open_csv(path, read, parse).schema.names
+        _check_names(path, names)
+        text = csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pyarrow.string()), null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=True
+        )
+        number = 0
+        for batch in csv.open_csv(path, read, parse, text):
+            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
+                yield number, row
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not CSV in UTF-8 with a header ({str(error).splitlines()[0][:200]})") from None
+
+
+def _text(path: Path) -> Numbered:
+    """A row of ``text`` for each line that is not blank."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, row {number}: not text in UTF-8 ({error})") from None
+            if text.strip():
+                yield number, {"text": text}
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: two columns have the name {max(names, key=names.count)!r}: leave one of the two out")
+
+
+def _parquet(path: Path) -> Numbered:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_names(path, file.schema_arrow.names)
+            decoders = {field.name: decoder for field in file.schema_arrow if (decoder := _decoder(field)) is not None}
+            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                try:
+                    row.update({name: decoder(row[name]) for name, decoder in decoders.items()})
+                except ValueError as error:
+                    raise DataError(
+                        f"{path}, row {number}: a column of JSON or maps ({', '.join(decoders)}) can't be read ({error})"
+                    ) from None
+                yield number, row
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not Parquet ({error})") from None
+
+
+SUFFIXES: dict[str, Callable[[Path], Numbered]] = {
+    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text,
+}  # fmt: skip
+"""Readers of the formats, by the extension of the file."""
+
+Decoder = Callable[[Any], Any]
+JSON_TYPE = b"arrow.json"
+
+
+def _decoder(field: Any) -> Decoder | None:
+    """Reads what a Parquet column holds as JSON text (``datasets`` writes mixed values so) and its maps, at any depth; None if neither."""
+    import pyarrow
+
+    kind = field.type
+    named = (field.metadata or {}).get(b"ARROW:extension:name") == JSON_TYPE  # before pyarrow has a type for it
+    if named or getattr(kind, "extension_name", "") == JSON_TYPE.decode():
+        return _if_any(read_json)
+    if pyarrow.types.is_map(kind):
+        of_value = _decoder(kind.item_field) or (lambda value: value)
+        return _if_any(lambda pairs: object_of([(name, of_value(value)) for name, value in pairs]))
+    if pyarrow.types.is_struct(kind):
+        parts = {part.name: decoder for part in kind if (decoder := _decoder(part)) is not None}
+        if parts:
+            return _if_any(lambda value: {name: parts[name](part) if name in parts else part for name, part in value.items()})
+    elif hasattr(kind, "value_field"):  # of any list
+        of_element = _decoder(kind.value_field)
+        if of_element is not None:
+            return _if_any(lambda value: [of_element(part) for part in value])
+    return None
+
+
+def _if_any(decode: Decoder) -> Decoder:
+    return lambda value: None if value is None else decode(value)

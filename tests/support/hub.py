@@ -1,0 +1,101 @@
+"""A local stub of the Hugging Face hub that serves data sets: enough of its API for ``datasets.load_dataset``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+COMMIT = "1" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers for ``server.sets``: files by path, of each data set by name."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._answer(asked.get("paths"))
+
+    def do_GET(self) -> None:
+        self._answer(None)
+
+    def _answer(self, paths: list[str] | None) -> None:
+        path = self.path.partition("?")[0].replace("%2F", "/").strip("/")
+        self.server.asked.append(path)  # type: ignore[attr-defined]
+        sets: Mapping[str, Mapping[str, bytes]] = self.server.sets  # type: ignore[attr-defined]
+        name = next((name for name in sets if path.startswith((f"api/datasets/{name}", f"datasets/{name}/"))), None)
+        if name is None:
+            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        files, rest = sets[name], path.partition(name)[2].strip("/")
+        if path.startswith("api/"):
+            what, _, of = rest.partition("/")
+            if what in ("tree", "paths-info"):
+                folder = of.partition("/")[2]
+                listed = self._children(files, folder) if paths is None else self._children(files, "", paths)
+                return self._send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
+            facts = {"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": [{"rfilename": file} for file in files]}
+            return self._send(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
+        file = rest.partition("/")[2].partition("/")[2]  # resolve/REVISION/FILE
+        if file not in files:
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        content = files[file]
+        etag = hashlib.sha1(content).hexdigest()
+        return self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+
+    def _children(self, files: Mapping[str, bytes], folder: str, paths: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Files and folders directly in a folder, or those of the given paths."""
+        start = f"{folder}/" if folder else ""
+        names = [file for file in files if file.startswith(start)]
+        inner = {start + file.removeprefix(start).partition("/")[0] for file in names}
+        every = {*names, *inner} if paths is not None else inner
+        chosen = sorted(every if paths is None else every & set(paths))
+        return [self._entry(path, files.get(path)) for path in chosen]
+
+    def _entry(self, path: str, content: bytes | None) -> dict[str, Any]:
+        if content is None:
+            return {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(folder: Path, sets: Mapping[str, Mapping[str, bytes]]) -> Iterator[list[str]]:
+    """Serve data sets in the place of the hub to this process, with caches under ``folder``; yields the paths that are asked for."""
+    import datasets
+    import huggingface_hub
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.sets, server.asked = sets, []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    constants = huggingface_hub.constants
+    try:
+        with (
+            mock.patch.multiple(constants, ENDPOINT=address, HF_HUB_CACHE=str(folder / "hub"), HF_HUB_OFFLINE=False),
+            mock.patch.object(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"),
+            mock.patch.multiple(datasets.config, HF_ENDPOINT=address, HF_HUB_OFFLINE=False, HF_DATASETS_CACHE=str(folder / "datasets")),
+        ):
+            yield server.asked  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        server.server_close()
