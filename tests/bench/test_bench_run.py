@@ -137,10 +137,7 @@ def test_a_budget_of_time_ends_a_run_between_cases(tmp_path: Path, monkeypatch: 
     assert run.run(run.resume(tmp_path), tmp_path, QUIET)["status"] == "complete"
 
 
-@pytest.mark.parametrize(
-    ("signal_", "status"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "interrupted"), (signal.SIGKILL, "running")]
-)
-def test_a_process_that_is_ended_leaves_a_record(tmp_path: Path, signal_: signal.Signals, status: str) -> None:
+def test_an_interrupted_process_leaves_a_record(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kdkernels.cli", "bench", "--suite", "smoke", "--shape", "64,512,8,16", "--backends", "torch"]
     process = subprocess.Popen(
         [*command, "--peers", "none", "--device", "cpu", "--out", str(tmp_path / "out")],
@@ -152,16 +149,13 @@ def test_a_process_that_is_ended_leaves_a_record(tmp_path: Path, signal_: signal
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.05)
-    process.send_signal(signal_)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     record = run.load(tmp_path / "out")
-    assert record["status"] == status
-    if signal_ == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 130, output
-        assert "--resume" in output
-        assert "Cut short" in (tmp_path / "out" / "report.html").read_text()
+    assert record["status"] == "interrupted"
+    assert process.returncode == 130, output
+    assert "--resume" in output
+    assert "Cut short" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_resume_refuses_what_would_not_compare(tmp_path: Path) -> None:

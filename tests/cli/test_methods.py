@@ -90,7 +90,7 @@ def tiny_folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkey
     else:
         script = ROOT / "docs" / "examples" / "make_tiny.py"
         try:
-            subprocess.run([sys.executable, str(script), "tiny"], cwd=shared, check=True)
+            subprocess.run([sys.executable, str(script), "tiny", "--steps", "380", "--rows", "24"], cwd=shared, check=True)
         finally:  # others must not wait for what failed
             (shared / "done").touch()
     assert (shared / "tiny" / "seeds.jsonl").exists(), "tiny models are not made"

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from serving import KEY, Server
 
-KILLS, AT_ONCE = 10, 4
+KILLS, AT_ONCE = 4, 4
 
 
 @pytest.fixture(autouse=True)
