@@ -14,9 +14,12 @@ __all__ = ["Secret"]
 SHORTEST = 8
 """Shorter keys (EMPTY, none, x) are not secrets, and are words that a text may hold."""
 CUT = "[key]"
-GAP = r"(?:[\s\u00ad\u200b-\u200d\u2060\ufeff]|\\+[nrt]|\\+u(?:00[aA][dD]|200[b-dB-D]|2060|[fF]{2}[eE][fF])|%0[aAdD9]|%20)*"
-"""What can stand between two characters of a key that is still readable: line breaks, spaces, characters of no width, or their
-escapes."""
+GAP = (
+    r"(?:[\s\x00\u00ad\u200b-\u200d\u2060\ufeff]|\\+[nrt]|\\+(?:u00|x)00|\\+u(?:00[aA][dD]|200[b-dB-D]|2060|[fF]{2}[eE][fF])"
+    r"|%0[0aAdD9]|%20)*"
+)
+"""What can stand between two characters of a key that is still readable: line breaks, spaces, characters of no width, the zero bytes of
+UTF-16, or the escapes of these."""
 _BASE64 = {"+": r"(?:[-+]|%2[Bb])", "-": r"(?:[-+]|%2[Bb])", "/": r"(?:[/_]|%2[Ff])", "_": r"(?:[/_]|%2[Ff])"}
 
 

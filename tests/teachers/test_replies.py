@@ -409,6 +409,7 @@ FORMS: dict[str, Callable[[str], str]] = {
     "in hexadecimal digits": lambda key: key.encode().hex().upper(),
     "over two lines": lambda key: key[:9] + "\n  " + key[9:],
     "with characters of no width": lambda key: "\u200b".join(key),
+    "in UTF-16": lambda key: key.encode("utf-16-be").decode("latin-1"),
 }
 
 
