@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..support.terminal import Commands, shown
-from . import bench, env, recipes, teachers
+from . import bench, env, merge, recipes, teachers
 from .demo import command as demo
 from .train import command as training
 
@@ -48,6 +48,7 @@ demo.register(app)
 bench.register(app)
 teachers.register(app)
 app.add_typer(recipes.app)
+merge.register(app)
 app.command(epilog=training.EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(training.train)
 
 

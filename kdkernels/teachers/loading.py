@@ -5,15 +5,76 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .adapters import Adapter, adapted, check_fits, find_adapter
 
-def load(cls: Any, role: str, path: str, **options: Any) -> Any:
+__all__ = ["TOKENIZER_FILES", "has_tokenizer", "load", "skeleton_of"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load(cls: Any, role: str, path: str, *, trainable: bool = False, **options: Any) -> Any:
     """The config, tokenizer or model of a folder or hub name, by ``cls.from_pretrained``. Code that comes with a model is never run.
+
+    Of an adapter the config is that of its base model, the tokenizer its own if it has one, and the model both together.
+
+    Args:
+        trainable: an adapter is loaded to be trained on.
 
     Raises:
         ValueError: there is none, it can't be loaded, or weights of the model are missing. The message names the option, ``--role``.
     """
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"--{role} {path}: no such folder")
+    adapter = find_adapter(role, path, options.get("revision"))
+    if adapter is None or (cls.__name__ == "AutoTokenizer" and has_tokenizer(path)):
+        return _load(cls, role, path, **options)
+    options = {**options, "revision": adapter.revision}
+    if not cls.__name__.startswith("AutoModel"):
+        return _load_base(cls, role, adapter, **options)
+    _adapted_skeleton(role, adapter)  # before weights are read
+    return adapted(adapter, _load_base(cls, role, adapter, **options), trainable)
+
+
+def skeleton_of(role: str, path: str) -> Any:
+    """A causal language model without weights, on the meta device; with its adapter, if ``path`` holds one.
+
+    Raises:
+        ValueError: see ``load``; an adapter for another model.
+    """
+    from transformers import AutoConfig
+
+    adapter = find_adapter(role, path) if Path(path).exists() or path.count("/") <= 1 else None
+    return _skeleton(load(AutoConfig, role, path)) if adapter is None else _adapted_skeleton(role, adapter)
+
+
+def has_tokenizer(path: str) -> bool:
+    """True for a folder with the files of a tokenizer, and for a hub name, which is taken to have them."""
+    return not Path(path).is_dir() or any(Path(path, name).is_file() for name in TOKENIZER_FILES)
+
+
+def _skeleton(config: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _adapted_skeleton(role: str, adapter: Adapter) -> Any:
+    from transformers import AutoConfig
+
+    return check_fits(role, adapter, _skeleton(_load_base(AutoConfig, role, adapter, revision=adapter.revision)))
+
+
+def _load_base(cls: Any, role: str, adapter: Adapter, **options: Any) -> Any:
+    try:
+        return load(cls, role, adapter.base, **options)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"--{role} ")
+        raise ValueError(f"--{role} {adapter.path} is an adapter, and its base model can't be loaded: {reason}") from error
+
+
+def _load(cls: Any, role: str, path: str, **options: Any) -> Any:
     of_model = cls.__name__.startswith("AutoModel")
     if of_model:  # transformers draws weights at random that it does not find
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}

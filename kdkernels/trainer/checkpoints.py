@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from ..data.collator import Item
 from ..support.errors import UserError
-from ..support.files import sync_folder, write_whole
+from ..support.files import sample_digest, sync_folder, write_whole
 from ..teachers.live import LiveTeacher
 from .arguments import DistillationArguments
 
@@ -32,8 +32,6 @@ __all__ = [
 ]  # fmt: skip
 
 MANIFEST, FORMAT, VERSION = "checkpoint.json", "kdkernels-checkpoint", 1
-BLOCK = 1 << 20
-WHOLE_DIGEST = 256  # blocks; of larger files as many, evenly spaced
 
 FREE = frozenset({
     "max_steps", "num_train_epochs",
@@ -157,7 +155,7 @@ def finish(folder: Path, **facts: Any) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _fingerprint(path)]
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, sample_digest(path)]
     for sub in {path.parent for path in folder.rglob("*")} | {folder.parent}:
         sync_folder(sub)
     _write(folder, {**facts, "files": files})
@@ -198,7 +196,7 @@ def _damage(folder: Path, manifest: Mapping[str, Any]) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size or _fingerprint(path) != fingerprint:
+        if path.stat().st_size != size or sample_digest(path) != fingerprint:
             return f"{name} is not as it was written"
     return None
 
@@ -228,21 +226,6 @@ def rotate(out: Path, limit: int | None, keep: Collection[str]) -> None:
         others = [path for path in checkpoints(out) if path.name not in keep]
         for path in others[max(limit - len(keep), 0) :]:
             shutil.rmtree(path)
-
-
-def _fingerprint(path: Path) -> str:
-    """sha256 of a file; of one with more than ``WHOLE_DIGEST`` blocks of 1 MiB, of its size and as many, evenly spaced, with both ends."""
-    size = path.stat().st_size
-    blocks = -(-size // BLOCK)
-    digest = hashlib.sha256(str(size).encode())
-    chosen: Sequence[int] = range(blocks)
-    if blocks > WHOLE_DIGEST:
-        chosen = [i * (blocks - 1) // (WHOLE_DIGEST - 1) for i in range(WHOLE_DIGEST)]
-    with path.open("rb") as file:
-        for block in chosen:
-            file.seek(block * BLOCK)
-            digest.update(file.read(BLOCK))
-    return digest.hexdigest()
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

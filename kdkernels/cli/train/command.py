@@ -20,6 +20,9 @@ Every field of DistillationArguments and of transformers' TrainingArguments is a
 
 - the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`, `--columns`
 
+- a LoRA in place of all weights: `--lora-r 16`, `--lora-alpha`, `--lora-dropout`, `--lora-target-modules`, `--use-rslora`, `--use-dora`;
+  `--merge` also writes the merged model
+
 - the student's own responses: `--on-policy-fraction`, `--sample-temperature`, `--max-new-tokens`
 
 Examples:
@@ -27,6 +30,8 @@ Examples:
 - `kdkernels train --teacher big/ --student small/ --data rows.jsonl --eval-data held-out.jsonl --output-dir out --max-steps 1000`
 
 - `kdkernels train --config run.yaml --learning-rate 1e-4` - options over a file's
+
+- `kdkernels train --config run.yaml --lora-r 16 --merge` - an adapter, and the model that it makes of the student
 
 - `kdkernels train --config run.yaml --plan` - models, tokens, steps and memory, without training
 
@@ -37,7 +42,9 @@ Examples:
 def train(
     context: typer.Context,
     teacher: Annotated[list[str] | None, typer.Option(help="Folder or hub name of a causal language model. Several: an ensemble.")] = None,
-    student: Annotated[str | None, typer.Option(help="Folder or hub name of the model to train; its tokenizer is used.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the model to train, or of an adapter to train on; its tokenizer is used.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(

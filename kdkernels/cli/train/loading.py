@@ -13,25 +13,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed as zero
 
 from ...data.agreement import check_templates, check_tokenizers
-from ...teachers.loading import load
+from ...teachers.adapters import find_adapter, quiet
+from ...teachers.loading import has_tokenizer, load, skeleton_of
 from .settings import Settings, TrainError
 
 if TYPE_CHECKING:
     from ...teachers.cache import CachedTeacher
 
-__all__ = ["cache_of", "check_data", "model_of", "tokenizer_of"]
+__all__ = ["cache_of", "check_data", "model_of", "student_of", "student_skeleton", "tokenizer_of"]
 
 FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate sets it, transformers reads it
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def tokenizer_of(settings: Settings) -> Any:
     """The student's, once it is known that the teachers' agree with it; a folder that holds none is taken to have the others'."""
-    having = [
-        (role, path)
-        for role, path, _ in settings.models
-        if not Path(path).is_dir() or any(Path(path, name).is_file() for name in TOKENIZER_FILES)
-    ]
+    having = [(role, path) for role, path, _ in settings.models if has_tokenizer(path) or find_adapter(role, path) is not None]
     if not having:
         raise TrainError(f"--student {settings.student}: the folder holds no tokenizer: save it there with tokenizer.save_pretrained")
     tokenizer = load(AutoTokenizer, *having[0])
@@ -66,9 +62,60 @@ def check_data(settings: Settings) -> None:
 
 
 def model_of(role: str, path: str, dtype: str) -> Any:
-    """A model with its weights, in its own dtype with "auto"."""
+    """A model with its weights, in its own dtype with "auto". Of an adapter as the student the adapter is trainable."""
     with _whole() if role == "teacher" else nullcontext():
-        return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        return load(
+            AutoModelForCausalLM, role, path, trainable=role == "student", dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+
+
+def student_skeleton(settings: Settings) -> Any:
+    """The student without weights, with the adapter that it is trained by.
+
+    Raises:
+        ValueError, TrainError: an adapter for another model, or options of an adapter that do not fit this student.
+    """
+    role, path, _ = settings.models[0]
+    model, options = skeleton_of(role, path), settings.adapter
+    adapter = find_adapter(role, path)
+    if options.lora_r is None:
+        if options.merge and adapter is None:
+            raise TrainError("--merge, but no adapter is trained: give --lora-r, or an adapter as the --student")
+        return model
+    if adapter is not None:
+        raise TrainError(
+            f"--lora-r with --student {path}, which is an adapter already: leave the --lora options to train on it, or merge it first "
+            f"(kdkernels merge {path} --out DIR)"
+        )
+    return with_lora(model, settings)
+
+
+def student_of(settings: Settings, folder: Path | None = None) -> Any:
+    """The model to train; of a training that has come to its end, that of its last checkpoint, ``folder``."""
+    role, path, dtype = settings.models[0]
+    model = model_of(role, path if folder is None else str(folder), dtype)
+    return model if folder is not None or settings.adapter.lora_r is None else with_lora(model, settings)
+
+
+def with_lora(model: Any, settings: Settings) -> Any:
+    """``model`` with a fresh LoRA, whose initial weights depend on the seed alone.
+
+    Raises:
+        TrainError: options that do not fit the model, such as the name of a layer that it lacks.
+    """
+    import peft
+
+    config = settings.adapter.config()
+    with torch.random.fork_rng([]), quiet():
+        torch.manual_seed(settings.args.seed)
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise TrainError(f"--lora-target-modules {' '.join(settings.adapter.lora_target_modules)}: {error}") from None
+    path = settings.student
+    config.base_model_name_or_path = str(Path(path).absolute()) if Path(path).is_dir() else path
+    config.revision = None if Path(path).is_dir() else getattr(model.config, "_commit_hash", None)
+    return adapted
 
 
 @contextmanager

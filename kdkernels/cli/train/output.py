@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ...support.files import FileError, Output
+from ...teachers.adapters import BASE, describe_base, find_adapter
 from ...trainer.checkpoints import is_unfinished
 from ...trainer.trainer import DistillationTrainer
 from .settings import Settings, TrainError
@@ -19,12 +20,14 @@ from .settings import Settings, TrainError
 __all__ = [
     "FIGURE",
     "LOG",
+    "MERGED",
     "RECORD",
     "SUMMARY",
     "OwnedTrainer",
     "begun_checkpoints",
     "check_output",
     "open_output",
+    "put_in_place",
     "save_model",
     "step_of",
 ]
@@ -32,10 +35,12 @@ __all__ = [
 RECORD, SUMMARY, FIGURE, LOG = "run.json", "summary.json", "training.png", "log.jsonl"
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*", "adapter_config.json",
-    "adapter_model.*", "projector.safetensors", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "spiece.model", "chat_template*", "training_args.bin",
+    "adapter_model.*", "base_model.json", "projector.safetensors", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "spiece.model", "chat_template*", "training_args.bin",
 )  # fmt: skip
 """Patterns of the files that a model and its tokenizer are saved as."""
+MERGED = "merged"
+"""Folder of the whole model, where an adapter was trained."""
 CARD = "README.md"
 """Written by peft; one of the user's stays."""
 UNFINISHED = ".model.unfinished"
@@ -60,6 +65,7 @@ def check_output(output: Output, settings: Settings) -> None:
         TrainError: a file, model or checkpoint that no run of this command made; an input that is in the run's own files.
     """
     names = [path.name for path in sorted(output.folder.iterdir()) if _is_own_name(path.name)]
+    names += [MERGED] if settings.adapter.merge else []
     if (strange := [name for name in names if step_of(name) is not None and name not in output]) and RECORD not in names:
         raise TrainError(
             f"--output-dir {output.path} holds checkpoints but no {RECORD}: {strange[0]} is of another program. Give another folder"
@@ -164,13 +170,16 @@ def save_model(trainer: DistillationTrainer, output: Output | None, out: Path) -
     trainer.args.push_to_hub = push
     trainer.accelerator.wait_for_everyone()  # each process adds its random state to the last checkpoint, too
     if output is not None:
-        _put_in_place(folder, output)
+        if (adapter := find_adapter("output-dir", str(folder))) is not None:
+            (folder / BASE).write_text(describe_base(adapter), encoding="utf-8")
+        put_in_place(folder, output)
     trainer.accelerator.wait_for_everyone()
     if push:
         trainer.push_to_hub(commit_message="Model save")
 
 
-def _put_in_place(folder: Path, output: Output) -> None:
+def put_in_place(folder: Path, output: Output) -> None:
+    """Move every file of the unfinished ``folder`` to its place in the output, one by one; a card of the user's stays."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
         if name == CARD and os.path.lexists(output.folder / CARD) and CARD not in output:
@@ -178,4 +187,4 @@ def _put_in_place(folder: Path, output: Output) -> None:
         place = output.claim(name)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, place)
-    output.remove(UNFINISHED)
+    output.remove(folder.name)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ... import losses
 from ...data.agreement import check_ids
@@ -21,9 +20,9 @@ from ...divergences import parse
 from ...sides import Ensemble, LMHead, Sampled, Teacher, TopK
 from ...tap.patching import text_config
 from ...tap.weights import embedding_rows, head_width, logit_columns
-from ...teachers.loading import load
+from ...teachers.loading import skeleton_of
 from ...trainer.checkpoints import step_of
-from .loading import cache_of, check_data, tokenizer_of
+from .loading import cache_of, check_data, student_skeleton, tokenizer_of
 from .output import RECORD
 from .resume import known_record, requested, starting_point
 from .settings import Settings
@@ -38,7 +37,7 @@ def plan(settings: Settings, console: Console) -> None:
     transformers.logging.set_verbosity_error()
     tokenizer = tokenizer_of(settings)
     check_data(settings)
-    skeletons = [_skeleton(role, path) for role, path, _ in settings.models]
+    skeletons = [student_skeleton(settings), *(skeleton_of("teacher", path) for path in settings.teacher)]
     cache = cache_of(settings, tokenizer) if settings.cache else None
     limit = length_limit(args.max_length, map(text_config, skeletons), args.packing)
     tally = Tally()
@@ -89,22 +88,17 @@ def _state(settings: Settings, tokenizer: Any, steps: int) -> str:
     return f"goes on from {checkpoint}, {remaining:,} steps remain" if remaining else f"is finished: {checkpoint} is its last step"
 
 
-def _skeleton(role: str, path: str) -> Any:
-    config = load(AutoConfig, role, path)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
 def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence[tuple[Example, ...]], console: Console) -> None:
     student, *teachers = skeletons
     largest = sorted((sum(len(e.student_scored) for e in row) for row in rows), reverse=True)[: args.per_device_train_batch_size]
     vocab = min([logit_columns(model) for model in skeletons] + ([] if cache is None else [cache.vocab_size]))
 
-    def side(model: Any, grad: bool) -> LMHead:
-        weight = torch.empty(logit_columns(model), head_width(model), device="meta", requires_grad=grad)
-        return LMHead(torch.empty(sum(largest), head_width(model), device="meta", requires_grad=grad), weight, vocab_size=vocab)
+    def side(model: Any, trained: bool) -> LMHead:
+        weight = torch.empty(logit_columns(model), head_width(model), device="meta", requires_grad=trained)
+        hidden = torch.empty(sum(largest), head_width(model), device="meta", requires_grad=model is student)
+        return LMHead(hidden, weight, vocab_size=vocab)
 
-    ours = side(student, True)
+    ours = side(student, student.get_output_embeddings().weight.requires_grad)
     theirs: Teacher = side(teachers[0] if teachers else student, False)
     if len(teachers) > 1:
         theirs = Ensemble([side(teacher, False) for teacher in teachers], mode=args.ensemble_mode)
@@ -114,12 +108,13 @@ def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence
     found = losses.plan(
         ours, theirs, divergence=parse(args.divergence), temperature=args.temperature, memory_budget=args.memory_budget, return_stats=True
     )
-    trainable = sum(p.numel() for p in student.parameters())
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
     console.print(
         f"loss: at most {sum(largest):,} scored tokens in a batch, in {found.num_chunks} chunk{'s' if found.num_chunks != 1 else ''}: "
         f"{found.buffer_bytes / 2**20:,.0f} MiB of buffers, where dense logits take {found.dense_bytes / 2**20:,.0f} MiB"
     )
+    frozen = sum(p.numel() for p in student.parameters()) - trainable
     console.print(
-        f"student: {trainable * 16 / 2**30:,.2f} GiB of float32 weights, gradients and Adam states, if all of it is trained; "
-        "activations come on top"
+        f"student: {trainable / 1e6:,.3f} M parameters are trained{f', {frozen / 1e6:,.1f} M are frozen' if frozen else ''}: "
+        f"{trainable * 16 / 2**30:,.2f} GiB of float32 weights, gradients and Adam states; activations come on top"
     )

@@ -21,10 +21,12 @@ from transformers import AutoConfig
 from ...backends import selection
 from ...data.hub import identity_of, is_hub_name
 from ...support.files import digest, digest_file
+from ...teachers.adapters import base_content, find_adapter
 from ...teachers.cache.manifest import MANIFEST, model_files, template_hash, tokenizer_hash
 from ...teachers.loading import load
 from ...trainer.arguments import DistillationArguments
 from ...trainer.checkpoints import differences, settings_of
+from .options import GROUPS, UNDECISIVE, default_of
 from .output import RECORD
 from .settings import Settings, TrainError
 
@@ -84,7 +86,9 @@ class Record:
                 raise TrainError(error[0])
         content, files = found[0]
         own = {name: getattr(settings, name) for name in ("student_dtype", "teacher_dtype")}
-        return cls({**own, **settings_of(args)}, content, files, _machine(args))
+        groups = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(settings, group)).items()}
+        decisive = {name: value for name, value in groups.items() if name not in UNDECISIVE}
+        return cls({**own, **decisive, **settings_of(args)}, content, files, _machine(args))
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
@@ -113,7 +117,7 @@ class Record:
 
     def unlike(self, now: Record) -> list[str]:
         """What differs between this run and the one that is asked for ``now``, in words."""
-        defaults = {f.name: f.default for f in dataclasses.fields(DistillationArguments)}
+        defaults = {f.name: default_of(f) for group in (DistillationArguments, *GROUPS.values()) for f in dataclasses.fields(group)}
         changed = differences(self.settings, now.settings, defaults)
         words = [
             f"number of processes ({one} then, {two} now)" if name == "processes" else f"{_option(name)} ({one!r} then, {two!r} now)"
@@ -161,9 +165,17 @@ def _of_path(path: Path) -> str:
 
 
 def _model(role: str, path: str, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
-    """Commit of a hub model; of a folder a digest over the sha256 of its config and weights."""
+    """Commit of a hub model; of a folder a digest over the sha256 of its config and weights. Of an adapter, the base model's too."""
+    adapter = find_adapter(role, path)
+    if adapter is not None:
+        own = adapter.commit or _files(path, known, files)
+        return digest([own, _files(adapter.base, known, files) if Path(adapter.base).is_dir() else base_content(adapter)])
     if not Path(path).is_dir():
         return str(load(AutoConfig, role, path)._commit_hash)
+    return _files(path, known, files)
+
+
+def _files(path: str, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
     found = model_files(Path(path))
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         taken = dict(zip(found, pool.map(lambda file: _sha256(file, known.get(str(file.resolve()))), found), strict=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.templates import writes_date
+from ...teachers.adapters import CONFIG
 from ...trainer.checkpoints import best_of, checkpoints, flaw, is_unfinished, read_manifest, step_of
 from .output import RECORD, SUMMARY
 from .record import Record
@@ -92,7 +93,7 @@ def _not_beyond(checkpoint: Path, total: int) -> Path:
 
 def _can_start(checkpoint: Path, total: int) -> bool:
     """A finished student is loaded like any model, which FSDP's sharded state does not hold: then the training's end is repeated."""
-    return step_of(checkpoint) < total or (checkpoint / "config.json").is_file()
+    return step_of(checkpoint) < total or any((checkpoint / name).is_file() for name in ("config.json", CONFIG))
 
 
 def is_last(checkpoint: Path | None, total: int) -> bool:

@@ -15,13 +15,15 @@ import transformers
 from rich.console import Console
 
 from ...support.files import Output
+from ...teachers.adapters import CONFIG
 from ...trainer.arguments import METRICS, metric_name
 from ...trainer.checkpoints import best_of, checkpoints, flaw, read_manifest
 from ...trainer.finite import NotFiniteError, check_numbers
 from ...trainer.trainer import DistillationTrainer
 from .callbacks import Bar, Interrupt, LogFile, reporting_under
-from .loading import cache_of, check_data, model_of, tokenizer_of
-from .output import LOG, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
+from .loading import cache_of, check_data, model_of, student_of, student_skeleton, tokenizer_of
+from .merged import write_merged
+from .output import LOG, MERGED, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
 from .record import Record
 from .resume import finished_summary, is_last, known_record, model_folder, starting_point
 from .settings import Settings, TrainError
@@ -57,6 +59,7 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
     transformers.logging.disable_progress_bar()
     out = Path(args.output_dir)
     tokenizer = tokenizer_of(settings)
+    student_skeleton(settings)  # or an error, before any weights are read
     check_data(settings)
     cache = cache_of(settings, tokenizer) if settings.cache else None
     record, old = known_record(settings, tokenizer)
@@ -70,6 +73,8 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
         if summary is not None:
             console.print("This run is finished; its summary again. Give a larger --max-steps to train on, or another --output-dir.")
             show(summary, console)
+            if settings.adapter.merge and not (out / MERGED).exists():
+                write_merged(settings, output, console)
             return 0
         for note in old.notes(record):
             console.print(f"Note: another {note}: the last bits of the result may be others", markup=False)
@@ -102,10 +107,9 @@ class Training:
         self.output, self.out = output, Path(settings.args.output_dir)
         self.bar, self.interrupt = Bar(console), Interrupt()
         self.trained = old is not None and is_last(checkpoint, total_steps(self.args, old.an_epoch))
-        (role, path, dtype), *of_teachers = settings.models
         self.model = model_folder(checkpoint, self.args) if self.trained and checkpoint is not None else None
-        student = model_of(role, path if self.model is None else str(self.model), dtype)
-        teachers = [model_of(*model) for model in of_teachers]
+        student = student_of(settings, self.model)
+        teachers = [model_of(*model) for model in settings.models[1:]]
         with shown_warnings(console):
             self.trainer = OwnedTrainer(
                 model=student, teacher=teachers or None if cache is None else cache, args=self.args, train_dataset=settings.data,
@@ -149,6 +153,8 @@ class Training:
             raise
         save_model(trainer, self.output, self.out)
         show(self._summarise(after), self.console)
+        if self.settings.adapter.merge:
+            write_merged(self.settings, self.output, self.console)
         return 0
 
     def _begin(self) -> None:
@@ -192,7 +198,7 @@ class Training:
         steps = state.global_step if steps is None else steps
         best = state.best_model_checkpoint if args.load_best_model_at_end and not_finite is None else None
         last = next((str(path) for path in checkpoints(self.out) if flaw(path) is None), None)
-        files = {path.name: path.stat().st_size for pattern in ("*.safetensors", "config.json") for path in self.out.glob(pattern)}
+        files = {path.name: path.stat().st_size for pattern in ("*.safetensors", "config.json", CONFIG) for path in self.out.glob(pattern)}
         summary = {
             "asked": total_steps(args, self.record.an_epoch), "steps": steps, "not_finite": not_finite,
             "before": self.record.before, "after": after and finite(after),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ...data.values import object_of, read_json
+from .options import GROUPS, AdapterOptions
 
 __all__ = ["Settings", "TrainError", "read_config", "read_settings"]
 
@@ -25,7 +26,7 @@ class TrainError(ValueError):
 
 @dataclass
 class Settings:
-    """Paths and models of a run; ``args`` are its DistillationArguments."""
+    """Paths and models of a run; ``args`` are its DistillationArguments, the fields of ``GROUPS`` its further options."""
 
     student: str
     data: list[str]
@@ -34,6 +35,7 @@ class Settings:
     cache: str | None = None
     student_dtype: str = "auto"
     teacher_dtype: str = "auto"
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
     args: Any = None
 
     @property
@@ -90,7 +92,7 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     Args:
         config: options of a file.
         given: options that the command declares, in place of those of the file; None for one that is not given.
-        rest: ``--field value`` of further fields of DistillationArguments, as text.
+        rest: ``--field value`` of further fields of DistillationArguments and ``GROUPS``, as text.
 
     Raises:
         TrainError: an unknown name (with the nearest valid one), a value that can't be read, or a missing option.
@@ -101,7 +103,7 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     from ...trainer.arguments import DistillationArguments
 
     typed = {name: value for name, value in given.items() if name not in MINE and value is not None}
-    fields = _fields(DistillationArguments, {**config, **typed}, rest)
+    fields = _fields([DistillationArguments, *GROUPS.values()], {**config, **typed}, rest)
     for name in SEVERAL:
         value = own[name] or []
         own[name] = value if isinstance(value, list) else [value]
@@ -117,7 +119,8 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     if not fields["output_dir"]:
         raise TrainError("--output-dir is missing: the folder of checkpoints and of the trained model")
     try:
-        settings = Settings(**own, args=DistillationArguments(**fields))
+        groups = {name: group(**{f.name: fields.pop(f.name) for f in dataclasses.fields(group)}) for name, group in GROUPS.items()}
+        settings = Settings(**own, **groups, args=DistillationArguments(**fields))
     except (ValueError, TypeError, ImportError) as error:
         raise TrainError(" ".join(str(error).split())) from error
     args = settings.args
@@ -137,16 +140,16 @@ def _check_not_missing(own: Mapping[str, Any]) -> None:
             raise TrainError(f"--{name} is missing")
 
 
-def _fields(arguments: type, config: Mapping[str, Any], rest: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of the dataclass ``arguments``: those of ``rest``, else of ``config``, else the defaults."""
+def _fields(groups: Sequence[type], config: Mapping[str, Any], rest: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of all dataclasses ``groups``: those of ``rest``, else of ``config``, else the defaults."""
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
             raise TrainError(message.replace("argument ", "", 1))
 
-    parser = Parser(arguments, allow_abbrev=False)
-    fields = [f.name for f in dataclasses.fields(arguments) if f.init]
+    parser = Parser(groups, allow_abbrev=False)
+    fields = [f.name for group in groups for f in dataclasses.fields(group) if f.init]
     options = [option for action in parser._actions for option in action.option_strings]
     for name in config:
         if name not in MINE and name not in fields:

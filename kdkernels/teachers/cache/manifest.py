@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ...data.tokenization import RULES
 from ...support.errors import UserError
 from ...support.files import digest, digest_file, write_whole
+from ..adapters import find_adapter
 
 __all__ = [
     "CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "identity_of_tokenizer", "kept_date", "model_files",
@@ -258,10 +259,15 @@ def model_files(folder: Path) -> list[Path]:
 def identity_of_model(path: str, commit: str | None) -> tuple[str, str]:
     """Name and revision of a model: of a folder its name and a sha256 over its config and weights, of a hub id itself and the commit.
 
+    The revision of an adapter covers its base model.
+
     Raises:
         CacheError: a hub model whose commit is not known.
     """
     folder = Path(path)
+    adapter = find_adapter("teacher", path)
+    if adapter is not None and adapter.commit is not None:
+        return path, digest([adapter.commit, identity_of_model(adapter.base, commit)[1]])
     if not folder.is_dir():
         if commit is None:
             raise CacheError(f"the revision of {path!r} is not known: give --revision")
@@ -269,4 +275,6 @@ def identity_of_model(path: str, commit: str | None) -> tuple[str, str]:
     found = hashlib.sha256()
     for file in model_files(folder):
         found.update(f"{file.name}\0{digest_file(file)}\0".encode())
+    if adapter is not None:
+        found.update(identity_of_model(adapter.base, commit)[1].encode())
     return folder.resolve().name, found.hexdigest()

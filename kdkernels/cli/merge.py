@@ -1,0 +1,43 @@
+"""``kdkernels merge``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..support.terminal import console, failing
+
+__all__ = ["merge", "register"]
+
+EPILOG = "Example: `kdkernels merge out --out merged` - of `kdkernels train --lora-r 16 --output-dir out`"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command(epilog=EPILOG)(merge)
+
+
+class Dtype(str, Enum):
+    """In which the merged weights are saved."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder or hub name of an adapter, as `kdkernels train --lora-r` or peft saves it.")],
+    out: Annotated[Path, typer.Option(help="Folder of the merged model: new, or of this command.")],
+    dtype: Annotated[Dtype, typer.Option(help="Of the saved weights. The sum is made in float32 and rounded once.")] = Dtype.float32,
+) -> None:
+    """Merge an adapter into its base model, and write the whole model with its tokenizer.
+
+    The base model is the one that the adapter names in `base_model_name_or_path`.
+    """
+    with failing():
+        from .train.merged import merge as write
+
+        write(adapter, out, dtype.value, console())

@@ -1,0 +1,71 @@
+"""Options of ``kdkernels train`` beside DistillationArguments, a dataclass for each subject. They are read in the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+__all__ = ["GROUPS", "UNDECISIVE", "AdapterOptions", "default_of"]
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The LoRA that is trained in place of the student's own weights (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+    Raises:
+        ValueError: a value that makes no sense, or options of a LoRA without ``lora_r``.
+    """
+
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA. Default: all weights of the student are trained."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "The LoRA is scaled by alpha / r. Default: 2 r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the LoRA, from 0 to 1."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the layers that get one. Default: every linear layer but the head."},
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) (Kalajdzievski 2023)."})
+    use_dora: bool = field(default=False, metadata={"help": "Train the lengths of the columns too (DoRA, Liu et al. 2024)."})
+    merge: bool = field(default=False, metadata={"help": "Also write the whole model, the adapter merged into it, to OUTPUT_DIR/merged."})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_target_modules", [part for text in self.lora_target_modules for part in text.split(",") if part])
+        if self.lora_r is None:
+            given = [f.name for f in fields(self) if f.name not in ("lora_r", "merge") and getattr(self, f.name) != default_of(f)]
+            if given:
+                raise ValueError(f"--{given[0].replace('_', '-')} without --lora-r: give the rank of the LoRA, such as --lora-r 16")
+            return
+        if self.lora_r < 1:
+            raise ValueError(f"--lora-r {self.lora_r}: it must be an integer >= 1, such as 16")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"--lora-alpha {self.lora_alpha:g}: it must be finite and > 0, such as {2 * self.lora_r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora-dropout {self.lora_dropout:g}: it must be from 0 to below 1, such as 0.05")
+        if not self.lora_target_modules:
+            raise ValueError("--lora-target-modules is empty: give names of layers, such as q_proj v_proj, or all-linear")
+
+    def config(self) -> Any:
+        """The LoRA as peft's ``LoraConfig``."""
+        from peft import LoraConfig
+
+        assert self.lora_r is not None
+        targets = self.lora_target_modules
+        return LoraConfig(
+            task_type="CAUSAL_LM", r=self.lora_r, lora_alpha=2 * self.lora_r if self.lora_alpha is None else _whole(self.lora_alpha),
+            lora_dropout=self.lora_dropout, target_modules=targets[0] if targets == ["all-linear"] else targets,
+            use_rslora=self.use_rslora, use_dora=self.use_dora,
+        )  # fmt: skip
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def default_of(field: Any) -> Any:
+    """The default of a dataclass's field."""
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+GROUPS: dict[str, type] = {"adapter": AdapterOptions}
+"""The dataclasses, by the field of ``Settings`` that holds one."""
+UNDECISIVE = frozenset({"merge"})
+"""Options of ``GROUPS`` that may change when a training is resumed."""
