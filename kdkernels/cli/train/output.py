@@ -15,7 +15,7 @@ from ...support.files import FileError, Output
 from ...teachers.adapters import BASE, describe_base, find_adapter
 from ...trainer.checkpoints import is_unfinished
 from ...trainer.trainer import DistillationTrainer
-from .settings import Settings, TrainError
+from .settings import RESOLVED, Settings, TrainError
 
 __all__ = [
     "FIGURE",
@@ -87,7 +87,7 @@ def _check(output: Output, names: list[str], inputs: dict[str, str | None]) -> N
 
 
 def _is_own_name(name: str) -> bool:
-    return name in (RECORD, SUMMARY, FIGURE, LOG) or step_of(name) is not None or any(fnmatchcase(name, p) for p in MODEL_FILES)
+    return name in (RECORD, SUMMARY, FIGURE, LOG, RESOLVED) or step_of(name) is not None or any(fnmatchcase(name, p) for p in MODEL_FILES)
 
 
 def _unmarked(out: Path) -> list[str]:

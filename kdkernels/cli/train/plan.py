@@ -24,6 +24,7 @@ from ...teachers.loading import skeleton_of
 from ...trainer.checkpoints import step_of
 from .loading import cache_of, check_data, student_skeleton, tokenizer_of
 from .output import RECORD
+from .record import check_expected
 from .resume import known_record, requested, starting_point
 from .settings import Settings
 from .steps import rhythm, steps_per_epoch, total_steps
@@ -72,15 +73,18 @@ def plan(settings: Settings, console: Console) -> None:
         f"the longest example has {max(map(len, examples)):,}"
     )
     console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs; {rhythm(args, steps)}")
-    console.print(f"run: {_state(settings, tokenizer, steps)}", markup=False)
+    console.print(f"run: {_state(settings, tokenizer, steps, console)}", markup=False)
     _plan_memory(args, skeletons, cache, rows, console)
 
 
-def _state(settings: Settings, tokenizer: Any, steps: int) -> str:
+def _state(settings: Settings, tokenizer: Any, steps: int, console: Console) -> str:
     """In words: whether the run begins, goes on or is finished."""
     checkpoint = None
-    if (Path(settings.args.output_dir) / RECORD).is_file() or requested(settings.args) is not None:  # else no weights are read
-        _, old = known_record(settings, tokenizer)
+    if (
+        settings.expected is not None or (Path(settings.args.output_dir) / RECORD).is_file() or requested(settings.args) is not None
+    ):  # else no weights are read
+        now, old = known_record(settings, tokenizer)
+        check_expected(settings, now, console)
         checkpoint = None if old is None else starting_point(settings.args, steps)
     if checkpoint is None:
         return f"begins in {settings.args.output_dir}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from rich.console import Console
 from transformers import AutoConfig
 
 from ...backends import selection
@@ -28,9 +29,9 @@ from ...trainer.arguments import DistillationArguments
 from ...trainer.checkpoints import differences, settings_of
 from .options import GROUPS, UNDECISIVE, default_of
 from .output import RECORD
-from .settings import Settings, TrainError
+from .settings import BLOCK, Settings, TrainError
 
-__all__ = ["Record"]
+__all__ = ["Record", "check_expected", "resolved"]
 
 FORMAT, VERSION = "kdkernels-run", 2
 SECOND = 10**9  # nanoseconds
@@ -129,6 +130,43 @@ class Record:
         """What differs and changes the last bits of a result only, in words."""
         changed = differences(self.machine, now.machine, {})
         return [f"{name.replace('_', ' ')} ({one} then, {two} now)" for name, (one, two) in changed.items()]
+
+
+def check_expected(settings: Settings, now: Record, console: Console) -> None:
+    """Compare this run with the block ``record`` of its config; warn of other versions.
+
+    Raises:
+        TrainError: other content of models, tokenizer, cache or data.
+    """
+    expected = settings.expected
+    if expected is None:
+        return
+    content = {name: value for name, value in expected.get("content", {}).items() if name in CONTENT}
+    if other := [CONTENT[name] for name, value in content.items() if value != now.content.get(name)]:
+        raise TrainError(
+            f"--config: its block {BLOCK} is of a run with another {', another '.join(other)}: give what that run had, or leave the block "
+            "out for a new run"
+        )
+    for name, (then, current) in differences(expected.get("machine", {}), _described(now), {}).items():
+        if name in expected.get("machine", {}):
+            named = f"{name.replace('_', ' ')} ({then} in the config, {current} now)"
+            console.print(f"Warning: another {named}: the last bits may be others", markup=False)
+
+
+def resolved(settings: Settings, record: Record) -> str:
+    """The text of ``resolved.yaml``: every option of the run but secrets, and the block ``record``."""
+    import yaml
+
+    options = {**settings.options, "template_date": settings.args.template_date, "resume_from_checkpoint": None}
+    options = {name.replace("_", "-"): value for name, value in options.items()}
+    block = {BLOCK: {"content": record.content, "machine": _described(record)}}
+    head = "# Every option of this run, defaults too. `kdkernels train --config THIS --output-dir OTHER` repeats it.\n"
+    why = f"# What it was made with: other content is an error, another version a warning. Leave {BLOCK} out for another run.\n"
+    return f"{head}{yaml.safe_dump(options, sort_keys=False, allow_unicode=True)}{why}{yaml.safe_dump(block, sort_keys=False)}"
+
+
+def _described(record: Record) -> dict[str, Any]:
+    return {name: value for name, value in record.machine.items() if name != "memory_budget"}
 
 
 def _option(name: str) -> str:

@@ -24,9 +24,9 @@ from .callbacks import Bar, Interrupt, LogFile, reporting_under
 from .loading import cache_of, check_data, model_of, student_of, student_skeleton, tokenizer_of
 from .merged import write_merged
 from .output import LOG, MERGED, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
-from .record import Record
+from .record import Record, check_expected, resolved
 from .resume import finished_summary, is_last, known_record, model_folder, starting_point
-from .settings import Settings, TrainError
+from .settings import RESOLVED, Settings, TrainError
 from .steps import steps_per_epoch, total_steps
 from .summary import figure_of, finite, name_of_loss, show, training_log
 
@@ -63,6 +63,7 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
     check_data(settings)
     cache = cache_of(settings, tokenizer) if settings.cache else None
     record, old = known_record(settings, tokenizer)
+    check_expected(settings, record, console)
     if output is not None:
         for name in begun_checkpoints(output):
             output.remove(name)
@@ -171,6 +172,9 @@ class Training:
             record.before = before and finite(before)
         record.settings["template_date"] = args.template_date
         self._write(RECORD, record.to_json())
+        if self.output is not None:
+            text = resolved(self.settings, record)
+            self.output.write(RESOLVED, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _train(self) -> None:
         trainer, checkpoint = self.trainer, self.checkpoint

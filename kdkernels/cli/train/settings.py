@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ...data.values import object_of, read_json
 from .options import GROUPS, AdapterOptions
 
-__all__ = ["Settings", "TrainError", "read_config", "read_settings"]
+__all__ = ["BLOCK", "RESOLVED", "Settings", "TrainError", "read_config", "read_settings"]
 
 MINE = ("teacher", "student", "data", "eval_data", "cache", "student_dtype", "teacher_dtype")
 SEVERAL = ("teacher", "data", "eval_data")
 """Options that can be given several times."""
+RESOLVED, BLOCK = "resolved.yaml", "record"
+"""The file of every option of a run in its output folder; the block in it that names versions and content."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -37,6 +41,10 @@ class Settings:
     teacher_dtype: str = "auto"
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     args: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Every option by name, as it was given or by default."""
+    expected: Mapping[str, Any] | None = None
+    """The block ``record`` of the config: what the run must have been made with."""
 
     @property
     def models(self) -> list[tuple[str, str, str]]:
@@ -103,6 +111,9 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     from ...trainer.arguments import DistillationArguments
 
     typed = {name: value for name, value in given.items() if name not in MINE and value is not None}
+    expected = config.get(BLOCK)
+    if expected is not None and not (isinstance(expected, Mapping) and all(isinstance(part, Mapping) for part in expected.values())):
+        raise TrainError(f"{BLOCK} in the config: it is the block of a {RESOLVED}, with content and machine; leave it out for another run")
     fields = _fields([DistillationArguments, *GROUPS.values()], {**config, **typed}, rest)
     for name in SEVERAL:
         value = own[name] or []
@@ -118,9 +129,10 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
             raise TrainError(f"--{name.replace('_', '-')} {own[name]!r}: choose one of {', '.join(DTYPES)}")
     if not fields["output_dir"]:
         raise TrainError("--output-dir is missing: the folder of checkpoints and of the trained model")
+    options = {**own, **{name: getattr(value, "value", value) for name, value in fields.items() if not name.endswith("_token")}}
     try:
         groups = {name: group(**{f.name: fields.pop(f.name) for f in dataclasses.fields(group)}) for name, group in GROUPS.items()}
-        settings = Settings(**own, **groups, args=DistillationArguments(**fields))
+        settings = Settings(**own, **groups, args=DistillationArguments(**fields), options=options, expected=expected)
     except (ValueError, TypeError, ImportError) as error:
         raise TrainError(" ".join(str(error).split())) from error
     args = settings.args
@@ -152,15 +164,18 @@ def _fields(groups: Sequence[type], config: Mapping[str, Any], rest: Sequence[st
     fields = [f.name for group in groups for f in dataclasses.fields(group) if f.init]
     options = [option for action in parser._actions for option in action.option_strings]
     for name in config:
-        if name not in MINE and name not in fields:
+        if name not in MINE and name not in fields and name != BLOCK:
             raise TrainError(f"unknown option {name!r} in the config{_nearest(name, [*MINE, *fields])}")
     for word in rest:
         option = word.partition("=")[0]
         if word.startswith("--") and option not in options:
             known = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
             raise TrainError(f"unknown option {option}{_nearest(option, known)}")
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     read = {action.dest: action.type for action in parser._actions}
-    values = {name: _as_typed(name, value, read[name]) for name, value in config.items() if name in fields and value is not None}
+    values = {
+        name: _as_typed(name, value, read[name], hints[name]) for name, value in config.items() if name in fields and value is not None
+    }
     parser.set_defaults(**{"disable_tqdm": True, **values})
     namespace, strays = parser.parse_known_args(list(rest))
     if strays:
@@ -168,12 +183,36 @@ def _fields(groups: Sequence[type], config: Mapping[str, Any], rest: Sequence[st
     return dict(vars(namespace))
 
 
-def _as_typed(name: str, value: Any, read: Any) -> Any:
-    """Return a value of a file for the parser: of the option's own type as it is, another number or switch as text, which it reads."""
+def _as_typed(name: str, value: Any, read: Any, hint: Any) -> Any:
+    """Return a value of a file in the form that the command line's parser takes: numbers and switches as text, lists as lists.
+
+    Raises:
+        TrainError: a value of a type that the option does not have.
+    """
     if value is False and name.endswith("_strategy"):  # YAML takes a plain no for false
         return "no"
-    expected = bool if getattr(read, "__name__", "") == "string_to_bool" else read
-    return str(value) if expected in (bool, int, float) and type(value) is not expected else value
+    kinds = {get_origin(part) or part for part in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint])}
+    if isinstance(value, datetime.date) and str in kinds:  # YAML takes a plain 2026-11-28 for a date
+        return value.isoformat()
+    if isinstance(value, (list, Mapping)):
+        if not kinds & {list, dict} or (isinstance(value, Mapping) and dict not in kinds):
+            what = "a list" if isinstance(value, list) else "a mapping"
+            raise TrainError(f"{name.replace('_', '-')} in the config: one value is needed, not {what} ({_short(value)})")
+        return value
+    if kinds == {list} or kinds == {list, NoneType}:
+        if not isinstance(value, str):
+            raise TrainError(f"{name.replace('_', '-')} in the config: text or a list of texts is needed, not {_short(value)}")
+        return [value]
+    if read in (int, float) or getattr(read, "__name__", "") == "string_to_bool":
+        return str(value)
+    if not isinstance(value, str) and not kinds & {bool, int, float}:
+        raise TrainError(f'{name.replace("_", "-")} in the config: text is needed, not {_short(value)}; write it in quotes: "{value}"')
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:

@@ -1,0 +1,141 @@
+"""Config files of ``kdkernels train``: ``resolved.yaml`` repeats a run, and what does not fit is named in one line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runs import log, make_home, run_in, weights, write_rows
+from training import make_model, make_rows
+from typer.testing import CliRunner
+
+from kdkernels.cli import app
+
+HELD_OUT = "held-out.jsonl"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    options = {"divergence": "jsd(beta=0.3)", "temperature": 2.0, "seed": 3, "lora_r": None, "hub_token": "hf_secret", "max_steps": 3}
+    run_in(home, out, **options, eval_data=[str(home / HELD_OUT)])
+    return out
+
+
+def train(*words: Any) -> Any:
+    return CliRunner().invoke(app, ["train", *(str(word) for word in words)])
+
+
+def resolved(out: Path) -> dict[str, Any]:
+    return yaml.safe_load((out / "resolved.yaml").read_text())
+
+
+def write(path: Path, options: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+def test_resolved_options_repeat_the_run_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = train("--config", finished / "resolved.yaml", "--output-dir", out)
+    assert result.exit_code == 0, result.output
+    assert "Warning" not in result.output
+    assert weights(out) == weights(finished)
+    assert log(out) == log(finished)
+    one, other = resolved(out), resolved(finished)
+    assert {name for name in one if one[name] != other[name]} == {"output-dir"}
+
+
+def test_resolved_options_hold_every_default_and_no_secret(home: Path, finished: Path) -> None:
+    from dataclasses import fields
+
+    from kdkernels.cli.train.options import AdapterOptions
+    from kdkernels.trainer import DistillationArguments
+
+    options = resolved(finished)
+    names = {f.name for group in (DistillationArguments, AdapterOptions) for f in fields(group) if f.init} - {"hub_token"}
+    assert {name.replace("_", "-") for name in names} | {"student", "teacher", "data", "eval-data"} <= options.keys()
+    assert (options["learning-rate"], options["weight-decay"], options["lora-target-modules"]) == (1e-2, 0.0, ["all-linear"])
+    assert options["student"] == str(home / "student")
+    assert not any(b"hf_secret" in path.read_bytes() for path in finished.rglob("*") if path.is_file())
+
+
+def test_resolved_options_repeat_a_lora_run(home: Path, tmp_path: Path) -> None:
+    run_in(home, tmp_path / "one", lora_r=2, lora_target_modules=["q_proj", "o_proj"], max_steps=1)
+    assert train("--config", tmp_path / "one" / "resolved.yaml", "--output-dir", tmp_path / "two").exit_code == 0
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("what", ["data", "student"])
+def test_other_content_than_the_record_names_is_an_error(home: Path, finished: Path, tmp_path: Path, what: str) -> None:
+    options = resolved(finished)
+    if what == "data":
+        options["data"] = [str(write_rows(tmp_path / "rows.jsonl", make_rows(24, seed=7)))]
+        words = "another --data (its content changed)"
+    else:
+        shutil.copytree(home / "student", tmp_path / "student")
+        options["student"] = str(tmp_path / "student")
+        make_model(8, 1, seed=9).save_pretrained(tmp_path / "student")
+        words = "another the --student's weights or config"
+    for more in ([], ["--plan"]):
+        result = train("--config", write(tmp_path / "run.yaml", options), "--output-dir", tmp_path / "out", *more)
+        assert result.exit_code == 2, result.output
+        assert words in result.output
+        assert not (tmp_path / "out").exists()
+    del options["record"]
+    assert train("--config", write(tmp_path / "run.yaml", options), "--output-dir", tmp_path / "out", "--plan").exit_code == 0
+
+
+def test_another_version_than_the_record_names_is_a_warning(finished: Path, tmp_path: Path) -> None:
+    options = resolved(finished)
+    options["record"]["machine"]["version_of_torch"] = "1.0"
+    result = train("--config", write(tmp_path / "run.yaml", options), "--output-dir", tmp_path / "out", "--plan")
+    assert result.exit_code == 0, result.output
+    assert "Warning: another version of torch (1.0 in the config, " in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"learning-rat": 1e-4}, "unknown option 'learning_rat' in the config; nearest: learning_rate"),
+        ({"lora-rr": 4}, "unknown option 'lora_rr' in the config; nearest: lora_r"),
+        ({"learning-rate": "fast"}, "--learning-rate: invalid float value: 'fast'"),
+        ({"max-steps": [3]}, "max-steps in the config: one value is needed, not a list ([3])"),
+        ({"max-steps": 2.5}, "--max-steps: invalid int value: '2.5'"),
+        ({"seed": True}, "--seed: invalid int value: 'True'"),
+        ({"packing": "perhaps"}, "perhaps"),
+        ({"packing": {"length": 3}}, "packing in the config: one value is needed, not a mapping"),
+        ({"divergence": 3}, "divergence in the config: text is needed, not 3"),
+        ({"divergence": ["jsd"]}, "divergence in the config: one value is needed, not a list (['jsd'])"),
+        ({"lora-r": 2, "lora-target-modules": 3}, "lora-target-modules in the config: text or a list of texts is needed, not 3"),
+        ({"lora-r": "two"}, "--lora-r: invalid int value: 'two'"),
+        ({"student": 5}, "--student 5: a path or name is needed, as text"),
+        ({"record": "yes"}, "record in the config: it is the block of a resolved.yaml"),
+    ],
+)
+def test_values_of_a_config_that_do_not_fit(home: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    base = {"student": str(home / "student"), "teacher": str(home / "teacher"), "data": str(home / "train.jsonl"), "output-dir": "unused"}
+    result = train("--config", write(tmp_path / "run.yaml", {**base, **options}))
+    assert result.exit_code == 2, result.output
+    assert len(result.output.splitlines()) == 1
+    assert words in result.output
+
+
+def test_one_layer_name_of_a_config_is_a_list_of_one_and_a_plain_date_is_text() -> None:
+    from datetime import date
+
+    from kdkernels.cli.train.settings import read_settings
+
+    paths = {"student": "s", "teacher": "t", "data": "d", "output_dir": "o"}
+    settings = read_settings({**paths, "lora_r": 2, "lora_target_modules": "q_proj", "template_date": date(2026, 11, 28)}, {}, [])
+    assert settings.adapter.lora_target_modules == ["q_proj"]
+    assert settings.args.template_date == "2026-11-28"
