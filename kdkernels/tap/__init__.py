@@ -1,1 +1,1 @@
-"""What a causal language model makes of its tokens, without its logits: hidden states, and the head that would follow them."""
+"""Read hidden states and the LM head of a causal language model, without its logits."""

@@ -1,9 +1,8 @@
-"""The head tap: what a causal language model gives its LM head, without the logits.
+"""Tap the LM head of a causal language model: hidden states and head, without the ``[N, V]`` logits.
 
-For the time of one call the head's ``forward`` is a stub that keeps its input and returns a column of zeros. So the ``[N, V]`` logits
-never exist, and the model's own forward pass, with whatever it does before its head, is the only one that runs. What lies between head
-and logits (a scale, a soft cap, columns that are cut off) is measured once, with a ramp in the place of the head's output; no config
-is read for it.
+During one call the head's ``forward`` is a stub that keeps its input and returns a column of zeros. The rest of the model's own forward
+pass runs unchanged. The step from head to logits (a scale, a soft cap, columns that are cut off) is measured once, by replacing the
+head's output with a ramp; configs are not read for it.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ AUXILIARY = ("router_aux_loss_coef", "aux_loss_coef")
 
 @dataclass(eq=False)
 class Tapped:
-    """One forward pass. :meth:`side` is what a loss takes."""
+    """One forward pass. :meth:`side` returns the argument for a loss."""
 
     output: Any
-    """What the model returned. Its ``logits`` mean nothing, unless the tap has fallen back to dense logits."""
+    """The model's return value. Its ``logits`` are meaningless unless the tap uses dense logits."""
     hidden: Tensor | None
-    """``[B, L, D]``: what the head received; None on the fallback."""
+    """``[B, L, D]``: the head's input; None if the tap uses dense logits."""
     aux_loss: Tensor | None
-    """0-dim: what the model would add to its own loss (balance of experts), its coefficient included; None if nothing."""
+    """0-dim: the auxiliary loss (balance of experts) times its coefficient, as the model adds it to its own loss; None without one."""
     _head: HeadWeights | None = None
     _transform: Transform = field(default_factory=Transform)
     _vocab: int | None = None
@@ -47,14 +46,14 @@ class Tapped:
     _differentiable: bool = field(default_factory=torch.is_grad_enabled)
 
     def side(self, rows: Tensor | None = None) -> Side:
-        """A side of :func:`~kdkernels.distillation_loss` and of every primitive.
+        """Return a side for :func:`~kdkernels.distillation_loss` and every primitive.
 
         Args:
             rows: ``[n]`` int64, positions in the flattened ``[B * L]``, in any order; default: all, as ``[B, L]``.
 
         Returns:
             An :class:`~kdkernels.LMHead` with leading shape ``[n]`` and the model's own parameters (a tied head is the embeddings'
-            Parameter), without gradients if the forward pass was; on the fallback the model's logits ``[n, V]``.
+            Parameter), detached if the forward pass ran without gradients. With dense logits: the model's logits ``[n, V]``.
         """
         if self.hidden is None or self._head is None:
             logits: Tensor = self.output.logits[..., : self._vocab]
@@ -67,9 +66,9 @@ class Tapped:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Where :meth:`side` and a loss after the pass belong: under the autocast that the head would have had, a ZeRO-3 head whole.
+        """Enter the autocast of the head, and gather a ZeRO-3 head, for :meth:`side` and a loss after the forward pass.
 
-        A ``finish`` given to the tap needs none. Without autocast and ZeRO-3 it does nothing.
+        A ``finish`` given to the tap does not need it. Without autocast and ZeRO-3 it does nothing.
         """
         with self._autocasting(), nullcontext() if self._head is None else gathered(self._head.parameters):
             yield
@@ -78,7 +77,7 @@ class Tapped:
         return nullcontext() if self._autocast is None else torch.autocast(*self._autocast)
 
     def _finished(self, finish: Callable[[Tapped], T]) -> T:
-        """What ``finish`` gives, still inside the pass."""
+        """Return the result of ``finish``, called inside the forward pass."""
 
         def run(hidden: Tensor) -> T:
             self.hidden = hidden
@@ -91,14 +90,14 @@ class Tapped:
 
 
 class HeadTap:
-    """Runs a causal language model and gives its hidden states and head instead of its logits.
+    """Run a causal language model and return its hidden states and head instead of its logits.
 
-    The first call also runs a few tokens twice, without gradients, to measure what the model does to its logits and to check the result
-    against them. A model whose head can't be taken apart is used with its dense logits, after one warning that says why.
+    The first call also runs a few tokens twice, without gradients, to measure the step from head to logits and to check the result. If
+    the head is not a plain linear layer, the model's dense logits are used, with one warning giving the reason.
 
     Args:
         model: a transformers model, or a PEFT model, DDP, FSDP or compiled wrapper around one.
-        vocab_size: real size of the vocabulary; columns beyond it are cut off. Default: all columns of the model's logits.
+        vocab_size: size of the vocabulary without padding; further columns are cut off. Default: all columns of the model's logits.
 
     Raises:
         TypeError: ``torch.nn.DataParallel``.
@@ -118,12 +117,12 @@ class HeadTap:
         self.vocab_size = vocab_size
         self.transform = Transform()
         self.fallback_reason: str | None = None
-        """Why dense logits are used; None where they are not, and before the first call."""
+        """The reason for dense logits; None if they are not used, and before the first call."""
         self.columns: int | None = None
-        """Columns of the logits in use; known from the first call on."""
+        """Columns of the logits in use; set by the first call."""
         self.aux_coefficient: float | None = None
         self._ready = self._sharded = False
-        # A cache switches off the mask between packed rows, and would be held for nothing.
+        # A key-value cache would waste memory, and disables the mask between packed examples.
         self.fixed = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if self.takes(name)}
 
     @property
@@ -136,7 +135,7 @@ class HeadTap:
         return str(getattr(getattr(self.base, "config", None), "model_type", type(self.base).__name__))
 
     def takes(self, name: str) -> bool:
-        """Whether the model's forward pass has an argument of this name."""
+        """Return whether the model's forward pass has an argument of this name."""
         parameters = inspect.signature(type(self.base).forward).parameters
         return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -145,23 +144,23 @@ class HeadTap:
     @overload
     def __call__(self, model: nn.Module, finish: Callable[[Tapped], T], **inputs: Any) -> T: ...
     def __call__(self, model: nn.Module, finish: Callable[[Tapped], Any] | None = None, **inputs: Any) -> Any:
-        """Runs ``model`` on ``inputs``, without a cache.
+        """Run ``model`` on ``inputs``, without a key-value cache.
 
         Args:
-            model: the model itself, or the wrapper that has to see its forward pass.
-            finish: called with the :class:`Tapped` inside that forward pass, where sharded parameters are whole. What it returns (a tensor,
-                or a dict of them) is what the model, the wrapper and the tap return, so DDP finds every parameter the loss depends on.
-                Needed under FSDP and ZeRO-3, where gradients are wanted.
-            inputs: ``input_ids`` [B, L] and whatever else the model takes, but no labels.
+            model: the model itself, or the wrapper whose forward pass must run.
+            finish: called with the :class:`Tapped` inside that forward pass, where sharded parameters are whole. Its result (a tensor or a
+                dict of tensors) is returned by the model, the wrapper and the tap, so DDP finds every parameter that the loss depends on.
+                Required for gradients under FSDP and ZeRO-3.
+            inputs: ``input_ids`` ``[B, L]`` and the model's other arguments, without labels.
         """
         if isinstance(model, nn.DataParallel):
             unwrap(model)
         for name, wanted, fix in (
-            ("input_ids", True, "the tap counts its rows by them"),
+            ("input_ids", True, "the tap takes the number of rows from them"),
             ("labels", False, "give them to the loss instead"),
         ):
             if (inputs.get(name) is not None) is not wanted:
-                raise ValueError(f"the head tap {'needs' if wanted else 'takes no'} {name}: {fix}")
+                raise ValueError(f"the head tap {'needs' if wanted else 'does not take'} {name}: {fix}")
         if not self._ready:
             self.prepare(model, inputs["input_ids"])
         if finish is None and self._sharded and torch.is_grad_enabled():
@@ -198,7 +197,7 @@ class HeadTap:
         return Tapped(output, hidden, self._auxiliary(output), read_head(head), self.transform, self.columns, stub.autocast)
 
     def _readable_head(self) -> nn.Module | None:
-        """The head, unless dense logits have to be used: adapters may have been added or switched since it was checked."""
+        """Return the head, or None for dense logits. Adapters may have been added or switched since the last call."""
         head = self.head if self.fallback_reason is None else None
         if head is not None:
             try:
@@ -209,7 +208,7 @@ class HeadTap:
         return head
 
     def prepare(self, model: nn.Module, input_ids: Tensor) -> None:
-        """Measures and checks, on the first few tokens of ``input_ids`` ``[B, L]``. The first call does this by itself.
+        """Measure and check on the first few tokens of ``input_ids`` ``[B, L]``. The first call does this automatically.
 
         Raises:
             ValueError: ``vocab_size`` is larger than the logits, or ``model`` is not the one tapped.
@@ -248,7 +247,7 @@ class HeadTap:
         return self.vocab_size or found
 
     def check(self, model: nn.Module, ids: Tensor) -> Any:
-        """Compares the tap's logits with the model's own at the last token of ``ids`` ``[1, L]``; returns the model's output.
+        """Compare the tap's logits with the model's own at the last token of ``ids`` ``[1, L]``, and return the model's output.
 
         Raises:
             UnsupportedHead: they differ by more than rounding.
@@ -269,7 +268,7 @@ class HeadTap:
         expected = self.transform(product.double() if product.dtype == torch.float64 else product.float())[:, : self.columns]
         found = logits.reshape(-1, logits.shape[-1])[-1:, : self.columns].to(expected)
         largest, error = expected.abs().max().item(), (found - expected).abs().max().item()
-        # Some models narrow what their head gives.
+        # Some models convert their logits to a narrower dtype.
         eps = max(torch.finfo(dtype).eps for dtype in (product.dtype, logits.dtype))
         if not error <= 16 * eps * max(largest, product.abs().max().item() * abs(self.transform.scale)):
             raise UnsupportedHead(f"its logits differ from what its head gives by {error:.3g} (the largest is {largest:.3g})")
@@ -292,7 +291,7 @@ class HeadTap:
         return next((float(v) for v in values if isinstance(v, int | float)), None)
 
     def _auxiliary_coefficient(self, model: nn.Module, ids: Tensor, output: Any) -> float | None:
-        """What the model multiplies its auxiliary loss by: its loss with labels, less its cross-entropy, over that loss."""
+        """Return the model's factor of its auxiliary loss: (its loss with labels - its cross-entropy) / the auxiliary loss."""
         named = self._named_coefficient()
         if not isinstance(getattr(output, "aux_loss", None), Tensor) or ids.numel() < 2:
             return named
@@ -313,7 +312,7 @@ class HeadTap:
 
 
 class Stub:
-    """In the head's place: keeps its input, and returns a column of zeros, ``columns`` [V] for each token, or what the head returns."""
+    """Replace a head's forward: keep its input; return a column of zeros, ``columns`` ``[V]`` for each token, or the head's output."""
 
     def __init__(self, columns: Tensor | None = None, passing: bool = False) -> None:
         self.inputs: list[Tensor] = []

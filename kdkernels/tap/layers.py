@@ -1,4 +1,4 @@
-"""Hidden states of chosen decoder layers, kept by forward hooks: ``output_hidden_states=True`` would keep those of all layers."""
+"""Record the hidden states of chosen decoder layers by forward hooks. ``output_hidden_states=True`` would keep those of all layers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["LayerRecorder", "decoder_layers"]
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model: the longest list of modules that is in no other list (experts are in one).
+    """Return the decoder layers of a causal language model: the longest list of modules that is not inside another list.
 
-    Towers for images and sound are passed over.
+    Experts are inside another list. Towers for images and sound are skipped.
 
     Raises:
-        ValueError: there is none, or there are several that together make up a layer (XLM).
+        ValueError: the model has no such list, or several lists that together make up a layer (XLM).
     """
     base = unwrap(model)
     lists = _outermost_lists(base)
@@ -33,7 +33,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _outermost_lists(module: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """With their parents."""
+    """Return pairs of a parent and a module list in it."""
     found: list[tuple[nn.Module, nn.ModuleList]] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList):
@@ -44,7 +44,7 @@ def _outermost_lists(module: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]
 
 
 class LayerRecorder:
-    """Keeps what some decoder layers return, for the calls in ``with recorder.recording(input_ids) as features``."""
+    """Record the outputs of some decoder layers, for the calls in ``with recorder.recording(input_ids) as features``."""
 
     def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
         layers = decoder_layers(model)
@@ -52,11 +52,11 @@ class LayerRecorder:
 
     @contextmanager
     def recording(self, input_ids: Tensor) -> Iterator[dict[int, Tensor]]:
-        """Yields a dict that a forward pass of this thread on ``input_ids`` ``[B, L]`` fills: layer -> ``[B, L, D]``.
+        """Yield a dict that a forward pass of this thread on ``input_ids`` ``[B, L]`` fills: layer -> ``[B, L, D]``.
 
         Raises:
-            ValueError: in the forward pass, for layers whose output has another shape.
-            RuntimeError: in the forward pass, for layers under reentrant gradient checkpointing, where features have no gradient.
+            ValueError: in the forward pass, if the output of a layer has another shape.
+            RuntimeError: in the forward pass, under reentrant gradient checkpointing, where features have no gradient.
         """
         features: dict[int, Tensor] = {}
         thread, grad, shape = threading.get_ident(), torch.is_grad_enabled(), input_ids.shape
@@ -67,7 +67,7 @@ class LayerRecorder:
             feature = output[0] if isinstance(output, tuple | list) else output
             if feature.dim() != 3 or feature.shape[:2] != shape:
                 raise ValueError(
-                    f"layer {index} returns {list(feature.shape)} for input_ids of {list(shape)}, and not [batch, length, width]: "
+                    f"layer {index} returns {list(feature.shape)} for input_ids of {list(shape)}, expected [batch, length, width]: "
                     "the features of this model can't be tapped, set feature_weight=0"
                 )
             if grad and not torch.is_grad_enabled():

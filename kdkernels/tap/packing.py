@@ -1,4 +1,4 @@
-"""Whether a model keeps the examples of a packed row apart, measured."""
+"""Measure that a model keeps the examples of a packed row apart."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["check_packing"]
 
 
 def check_packing(tap: HeadTap, model: nn.Module, device: torch.device) -> None:
-    """
+    """Run two examples packed and apart, and compare their hidden states.
+
     Args:
-        model: what ``tap`` was made for, or the wrapper that has to see its forward pass.
-        device: where it takes its input.
+        model: the model of ``tap``, or the wrapper whose forward pass must run.
+        device: the device of its input.
 
     Raises:
         ValueError: two examples in one row change each other's hidden states.

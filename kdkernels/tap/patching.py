@@ -1,4 +1,4 @@
-"""Models in the hands of a tap: a ``forward`` replaced for one call, a forward pass that leaves no trace, wrappers taken off."""
+"""Patch and unwrap models: replace a ``forward`` for one call, run a forward pass without side effects, remove wrappers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _lock = threading.Lock()
 
 
 class Replacement:
-    """An instance's ``forward`` that is another function in the threads that asked for one.
+    """The ``forward`` of an instance, replaced in the threads that called :func:`replaced`.
 
-    A module keeps its replacement for the next time, since ``torch.compile`` would compile anew for another object.
+    A module keeps its replacement: ``torch.compile`` would compile again for another object.
     """
 
     def __init__(self) -> None:
-        self.own = False  # an instance's own forward it was, as accelerate leaves one
+        self.own = False  # the instance had a forward of its own before, as accelerate sets one
         self.original: Callable[..., Any] = self
         self.of_thread: dict[int, list[Callable[..., Any]]] = {}
 
@@ -39,7 +39,7 @@ _replacements: WeakKeyDictionary[nn.Module, Replacement] = WeakKeyDictionary()
 
 @contextmanager
 def replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """In the block and in this thread, ``module.forward(...)`` is ``function(original, ...)``; afterwards it is what it was."""
+    """Make ``module.forward(...)`` call ``function(original, ...)`` within the block and in this thread. Restore it afterwards."""
     me = threading.get_ident()
     with _lock:
         replacement = _replacements.setdefault(module, Replacement())
@@ -59,22 +59,22 @@ def replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
                     module.__dict__["forward"] = replacement.original
                 else:
                     del module.__dict__["forward"]
-                replacement.original = replacement  # holds no module
+                replacement.original = replacement  # do not keep the module alive
 
 
 _measuring: set[int] = set()
 
 
 def is_measuring() -> bool:
-    """This thread runs a model to learn about it: what others record should not hold it."""
+    """Return True while this thread runs :func:`measuring`: recorders ignore its forward passes."""
     return threading.get_ident() in _measuring
 
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """In the block no gradients and no dropout; afterwards the random state and the training flags are what they were."""
+    """Disable gradients and dropout within the block. Restore the random state and the training flags afterwards."""
     me = threading.get_ident()
-    # bitsandbytes packs its weights in the first pass in eval mode on some CPUs, and gives no gradients from then on.
+    # On some CPUs bitsandbytes packs its weights in the first pass in eval mode, and returns no gradients after that.
     training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes.")]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     for module in training:
@@ -90,11 +90,11 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, FSDP, DeepSpeed, ``torch.compile`` and PEFT wrappers.
+    """Return the transformers model inside DDP, FSDP, DeepSpeed, ``torch.compile`` and PEFT wrappers.
 
     Raises:
         TypeError: ``torch.nn.DataParallel``.
-        ValueError: a PEFT method that prepends tokens of its own (prompt tuning and its kin).
+        ValueError: a PEFT method that prepends virtual tokens, such as prompt tuning.
     """
     while True:
         if isinstance(model, nn.DataParallel):
@@ -118,25 +118,28 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of the part that reads text: the whole config, where there are no images or sound."""
+    """Return the config of the text model; for a text-only model that is the whole config."""
     base: Any = unwrap(model)
     return base.config.get_text_config()
 
 
 def compiled_parts(model: nn.Module) -> tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]:
-    """What ``torch.compile`` has wrapped, and how it compiles: the tap has a forward pass compiled, not its own work around it."""
+    """Return the module inside a ``torch.compile`` wrapper, and a function that compiles like it.
+
+    The tap compiles the forward pass, not its own work around it.
+    """
     context = getattr(model, "dynamo_ctx", None)
     inner = getattr(model, "_orig_mod", None)
     return (inner, context) if isinstance(inner, nn.Module) and context is not None else (model, lambda function: function)
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """DeepSpeed ZeRO-3 has it, empty outside of the forward passes that use it."""
+    """Return whether DeepSpeed ZeRO-3 partitions the parameter: it is empty outside the forward passes that use it."""
     return hasattr(parameter, "ds_id")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """FSDP or DeepSpeed ZeRO-3 hold some of it in shards, which are put together only inside the forward pass."""
+    """Return whether FSDP or DeepSpeed ZeRO-3 shards some parameters, which are whole only inside the forward pass."""
     if any(is_partitioned(p) for p in model.parameters()):
         return True
     fsdp = sys.modules.get("torch.distributed.fsdp")

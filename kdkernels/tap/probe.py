@@ -1,4 +1,4 @@
-"""What a model does to its logits after the head, measured with a ramp in the place of the head's output."""
+"""Measure what a model does to its logits after the head, by replacing the head's output with a ramp."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 __all__ = ["Transform", "UnknownTransform", "fit", "ramp"]
 
-# From where a soft cap can't be felt to where nothing else is felt, and below float16's largest.
+# At the smallest magnitude a soft cap has no effect; at the largest only the cap remains. Within float16.
 SMALLEST, LARGEST, STEPS = 1e-3, 3e4, 32
 
 
 class UnknownTransform(Exception):
-    """What lies between head and logits is not a scale, a soft cap and a truncation. The message completes "because"."""
+    """Raised if the step from head to logits is not a scale, a soft cap and a truncation. The message completes "because"."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Transform:
 
 
 def ramp(columns: int) -> Tensor:
-    """``[columns]`` float32: the magnitudes over and over, the smallest and the largest first, of both signs.
+    """Return ``[columns]`` float32: the magnitudes, repeated with both signs, the smallest and the largest first.
 
-    A truncation leaves enough of it, wherever it cuts.
+    So a truncation leaves both ends, wherever it cuts.
     """
     magnitudes = torch.logspace(math.log10(SMALLEST), math.log10(LARGEST), STEPS, dtype=torch.float64)
     both_ends = torch.stack([magnitudes[: STEPS // 2], magnitudes[STEPS // 2 :].flip(0)], dim=1).flatten()
@@ -44,10 +44,10 @@ def ramp(columns: int) -> Tensor:
 
 
 def fit(logits: Tensor) -> Transform:
-    """What made ``logits`` ``[..., V]`` of :func:`ramp`, in every row alike.
+    """Return the transform that turns :func:`ramp` into ``logits`` ``[..., V]``, the same in every row.
 
     Raises:
-        UnknownTransform: no scale and soft cap explain all of them.
+        UnknownTransform: no scale and soft cap fit all logits.
     """
     columns = logits.shape[-1]
     x, y = ramp(columns).double(), logits.detach().cpu().double().reshape(-1, columns)
@@ -59,21 +59,19 @@ def fit(logits: Tensor) -> Transform:
     if not (math.isfinite(scale) and math.isfinite(top)) or scale == 0 or top == 0:
         raise UnknownTransform("its logits do not follow its head")
     softcap = None if abs(top / linear - 1) < 1e-2 else top
-    # The small end is not quite linear where the soft cap is low and the scale high.
+    # With a low soft cap and a high scale the smallest logits are not quite linear.
     exact = ratio if softcap is None else (torch.atanh(y / softcap) * softcap / x)[:, smallest]
     scale = exact.median().item()
     found = Transform(_plain(scale), None if softcap is None else _plain(softcap), columns)
     step = max(torch.finfo(torch.float32).eps, torch.finfo(logits.dtype).eps)
     error = (y / found(x) - 1).abs().max().item()
     if not error <= 16 * step:
-        raise UnknownTransform(
-            f"something else than a scale, a soft cap and a truncation lies between head and logits (off by {error:.2g})"
-        )
+        raise UnknownTransform(f"the step from head to logits is not a scale, a soft cap and a truncation (off by {error:.2g})")
     return found
 
 
 def _plain(value: float) -> float:
-    """The number that a config would hold: fewest digits, or one over it, where float32 can't tell them apart."""
+    """Return the number that a config would hold: the fewest digits, or 1 over such a number, within float32's precision."""
     for candidate in (float(f"{value:.6g}"), 1 / float(f"{1 / value:.6g}")):
         if abs(candidate / value - 1) <= 2 * torch.finfo(torch.float32).eps:
             return candidate

@@ -1,4 +1,4 @@
-"""The matrix behind an LM head, whatever holds it: a linear layer, a PEFT adapter on one, a shard of it."""
+"""Read the matrix of an LM head: of a linear layer, of a PEFT adapter on one, or of a shard."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class UnsupportedHead(ValueError):
-    """The head can't be taken apart into hidden states and a matrix. The message completes "because"."""
+    """Raised if a head is not a product of hidden states and a matrix. The message completes "because"."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Adapter:
 
 
 class HeadWeights:
-    """``[V, D]`` and a bias, with their adapters; read anew for each forward pass, since a step changes them."""
+    """Weight ``[V, D]``, bias and adapters of a head. Read again for each forward pass, since an optimizer step changes them."""
 
     def __init__(self, linear: nn.Module, adapters: Sequence[Adapter] = ()) -> None:
         self.linear, self.adapters = linear, adapters
@@ -60,7 +60,7 @@ class HeadWeights:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """What holds the parameters."""
+        """The modules that hold the parameters."""
         return [self.linear, *(m for a in self.adapters for m in (a.a, a.b))]
 
     @property
@@ -68,10 +68,10 @@ class HeadWeights:
         return [p for module in self.modules for p in module.parameters(recurse=False)]
 
     def inside(self, hidden: Tensor, function: Callable[[Tensor], T]) -> T:
-        """``function(hidden)``; where ZeRO-3 has partitioned the parameters, as the forward pass of each module that holds some.
+        """Return ``function(hidden)``, run under ZeRO-3 as the forward pass of each module that holds partitioned parameters.
 
-        DeepSpeed makes a module's parameters whole for its forward pass, and again before their gradients, which it finds by what the
-        module takes and returns. So ``hidden`` has to come from here, and the loss has to be what ``function`` returns.
+        DeepSpeed gathers a module's parameters for its forward pass and for its backward pass, which it hooks through the module's input
+        and output. So ``hidden`` must be the input, and the loss must be the result.
         """
         for module in self.modules:
             if any(is_partitioned(p) for p in module.parameters(recurse=False)):
@@ -79,10 +79,10 @@ class HeadWeights:
         return function(hidden)
 
     def apply_to(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states, weight and bias whose product is the head's output, with gradients to every part.
+        """Return hidden states, weight and bias whose product is the head's output, with gradients to every part.
 
-        A LoRA of rank r adds r columns, ``[h, scaling * A dropout(h)] @ [W, B].T``: exact, with dropout too. The matrix is put together
-        once for a forward pass.
+        A LoRA of rank r adds r columns, ``[h, scaling * A dropout(h)] @ [W, B].T``, which is exact also with dropout. ``[W, B]`` is built
+        once for each forward pass.
         """
         extra = []
         for adapter in self.adapters:
@@ -108,7 +108,7 @@ def _as_forward(module: nn.Module, function: Callable[[Tensor], T], hidden: Tens
 
 
 def _own(module: nn.Module, name: str) -> Any:
-    """A parameter, or None. By ``getattr`` ZeRO-3 would gather it for good, as one that the module whose forward pass runs needs too."""
+    """Return a parameter, or None. ``getattr`` would make ZeRO-3 gather it for the module whose forward pass runs, and keep it."""
     return module._parameters.get(name) if name in module._parameters else getattr(module, name, None)
 
 
@@ -117,14 +117,14 @@ def _rows(weight: Any) -> int:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that a causal language model names as its output embeddings; None if it names none."""
+    """Return the output embeddings of a causal language model; None if it has none."""
     find = getattr(unwrap(model), "get_output_embeddings", None)
     found = None if find is None else find()
     return found if isinstance(found, nn.Module) else None
 
 
 def embedding_rows(*models: nn.Module) -> int | None:
-    """Rows of the smallest input embeddings of the models; None if that can't be read off their weights."""
+    """Return the rows of the smallest input embeddings of the models; None if their weights do not show it."""
     sizes = [_embedding_rows(model) for model in models]
     return min((size for size in sizes if size is not None), default=None)
 
@@ -139,7 +139,7 @@ def _embedding_rows(model: nn.Module) -> int | None:
 
 
 def logit_columns(model: nn.Module) -> int:
-    """Columns of a model's logits, padding included."""
+    """Return the columns of a model's logits, padding included."""
     head: Any = output_head(model)
     shape = None if head is None else _weight_shape(head, "out_features", "in_features")
     return int(getattr(head, "out_features", None) or text_config(model).vocab_size) if shape is None else shape[0]
@@ -155,8 +155,8 @@ def head_width(model: nn.Module) -> int:
 def _weight_shape(module: nn.Module, *sizes: str) -> tuple[int, int] | None:
     """Return the shape ``[rows, columns]`` of a module's weight; None if it packs several numbers into one, as quantised weights do.
 
-    The module's own ``sizes`` can be stale: a library that ties or resizes weights replaces the weight alone. They tell only whether
-    integers are packed. Floating-point storage of packed numbers is ``[n, 1]``.
+    The module's own ``sizes`` can be stale, since libraries that tie or resize weights replace the weight alone: they only show whether
+    integers are packed. Packed numbers in floating-point storage have shape ``[n, 1]``.
     """
     weight: Any = getattr(module, "weight", None)
     shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
@@ -168,12 +168,12 @@ def _weight_shape(module: nn.Module, *sizes: str) -> tuple[int, int] | None:
 
 
 def read_head(head: nn.Module) -> HeadWeights:
-    """What the head is made of.
+    """Return the weight, bias and adapters of a head.
 
     Raises:
-        UnsupportedHead: no plain linear layer, nor one with a plain LoRA or PEFT's ``modules_to_save`` on it.
+        UnsupportedHead: the head is not a plain linear layer, with or without a plain LoRA or PEFT's ``modules_to_save``.
     """
-    peft = sys.modules.get("peft")  # who has not imported it has no adapter
+    peft = sys.modules.get("peft")  # without peft imported there are no adapters
     if peft is not None:
         if isinstance(head, peft.utils.ModulesToSaveWrapper):
             active = [] if head.disable_adapters else head.active_adapters
@@ -184,7 +184,7 @@ def read_head(head: nn.Module) -> HeadWeights:
     for parameter in (weight, _own(head, "bias")):
         if isinstance(parameter, Tensor) and (parameter.is_meta or not parameter.is_floating_point()):
             raise UnsupportedHead(f"its head is {'offloaded' if parameter.is_meta else f'quantised ({parameter.dtype})'}")
-    # An instance's own forward is a tap's, or that of a library which moves or converts the weights around the call.
+    # A forward set on the instance belongs to a tap, or to a library that moves or converts the weights around the call.
     forward = head.__dict__.get("forward")
     forward = forward.original if isinstance(forward, Replacement) else forward
     if type(head).forward is not nn.Linear.forward or not (forward is None or getattr(forward, "__func__", None) is nn.Linear.forward):
@@ -224,7 +224,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Any) -> Any:
-    """A tensor without its sharding (FSDP2); its gradient is averaged over the ranks, as FSDP averages the others."""
+    """Return a DTensor (FSDP2) as a full tensor, whose gradient is averaged over the ranks like FSDP's other gradients."""
     if tensor is None or not _is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import Partial, Replicate
@@ -234,7 +234,7 @@ def whole(tensor: Any) -> Any:
 
 
 def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """``value`` (whole, the same on each rank) as the parameter is sharded."""
+    """Return ``value`` (full, the same on each rank), sharded like the parameter."""
     if not _is_sharded(parameter):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -244,7 +244,7 @@ def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def gathered(parameters: Sequence[Tensor], modified: bool = False) -> AbstractContextManager[Any]:
-    """In the block, which is outside of any forward pass, the parameters are whole on every rank where ZeRO-3 has partitioned them.
+    """Gather ZeRO-3's partitioned parameters on every rank within the block, which must be outside of a forward pass.
 
     Args:
         modified: the block changes them; rank 0's values are kept.

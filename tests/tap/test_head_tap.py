@@ -27,7 +27,7 @@ from tapped import IDS, ROWS, VOCAB, assert_is_the_model, assert_same_gradients,
 from kdkernels.tap.head import HeadTap, Tapped  # noqa: E402
 from kdkernels.tap.probe import Transform, UnknownTransform, fit, ramp  # noqa: E402
 
-# What lies between head and logits
+# The step from head to logits
 
 
 @pytest.mark.parametrize("columns", [96, 50257])
@@ -220,7 +220,7 @@ def test_other_threads_see_the_model(where: str) -> None:
 
 def test_inputs_that_the_tap_cannot_use() -> None:
     model = build("llama")
-    with pytest.raises(ValueError, match="takes no labels: give them to the loss"):
+    with pytest.raises(ValueError, match="does not take labels: give them to the loss"):
         HeadTap(model)(model, input_ids=IDS, labels=IDS)
     with pytest.raises(ValueError, match="needs input_ids"):
         HeadTap(model)(model, inputs_embeds=torch.zeros(2, 8, 32))
