@@ -109,7 +109,7 @@ def test_unknown_transform_falls_back_with_one_warning() -> None:
 
     model.forward = types.MethodType(shifted, model)
     tap = HeadTap(model)
-    with pytest.warns(UserWarning, match="llama: dense logits are used.*something else than a scale"):
+    with pytest.warns(UserWarning, match="llama: dense logits are used.*the step from head to logits is not a scale"):
         tap(model, input_ids=IDS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
