@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ..support.errors import UserError, listed
 from ..support.terminal import shown
@@ -269,6 +270,8 @@ class HTTPModel:
             raise HTTPModelError(f"the key in {self.key_variable} holds a character that a header can't: set the variable to the key alone")
         self._secret = Secret(key)
         try:
+            for name in ("http", "https", "all"):
+                urlsplit(getproxies().get(name, "")).port  # noqa: B018  (an error if it is none; the client would raise when it connects)
             return AsyncClient(
                 # Some servers want a key even where they check none.
                 headers={"Authorization": f"Bearer {key or 'none'}", "User-Agent": "kdkernels", "Content-Type": "application/json"},

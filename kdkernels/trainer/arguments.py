@@ -1,13 +1,18 @@
-"""The arguments of a distillation: those of ``transformers.TrainingArguments``, and what the loss, the data and the rollouts need."""
+"""The arguments of a distillation: ``transformers.TrainingArguments`` with those of the loss, the data and the rollouts."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from transformers import TrainingArguments
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data.forms import Reasoning
 from ..data.layouts import Columns
@@ -29,13 +34,29 @@ METRICS = {
 
 
 def metric_name(metric: str) -> str | None:
-    """The entry of ``METRICS`` that a name such as ``divergence``, ``eval_divergence`` or ``eval_chats_divergence`` (of the data set
-    ``chats``) stands for; None for a metric of somebody else's."""
+    """Return the entry of ``METRICS`` for a name such as ``divergence``, ``eval_divergence`` or ``eval_chats_divergence`` (of the data set
+    ``chats``); None for any other metric."""
     return max((name for name in METRICS if f"_{metric}".endswith(f"_{name}")), key=len, default=None)
 
 
+LEAST = {
+    "max_new_tokens": 1, "max_length": 1, "vocab_size": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "eval_accumulation_steps": 1, "torch_empty_cache_steps": 1, "dataloader_prefetch_factor": 1,
+    "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
+}  # fmt: skip
+"""The least value of each integer."""
+FINITE = (
+    "kd_weight", "ce_weight", "ce_weight_last", "feature_weight", "sample_temperature", "learning_rate", "weight_decay", "max_grad_norm",
+    "neftune_noise_alpha", "adam_epsilon", "eval_delay",
+)  # fmt: skip
+"""Numbers that must be finite and >= 0."""
+BELOW_1 = ("adam_beta1", "adam_beta2")
+"""Numbers that must be >= 0 and < 1."""
+MAX_SEED = 2**32 - 1
+
+
 def _pairs(layers: Any) -> str:
-    """Pairs of layers as text, which JSON gives back as it was."""
+    """Return pairs of layers as text, which JSON keeps."""
     if isinstance(layers, str):
         return layers
     try:
@@ -128,7 +149,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave it: a loss that is not finite ends the training."})
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields without the hub's token: transformers saves them beside the model, as ``training_args.bin``."""
+        """Return the fields without the hub's token: transformers saves them beside the model, as ``training_args.bin``."""
         return {**self.__dict__, "hub_token": None}
 
     def __post_init__(self) -> None:
@@ -151,9 +172,10 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             raise ValueError("ignore_data_skip=True would train a resumed run on other rows than an uninterrupted one: leave it False")
         self._choose_direction()
         super().__post_init__()
+        self._check_parts()
 
     def _choose_direction(self) -> None:
-        """Sets what transformers would get wrong: it takes greater to be better for every metric whose name does not end in "loss"."""
+        """Set ``greater_is_better``. transformers sets it for every metric whose name does not end in "loss"."""
         name = metric_name(self.metric_for_best_model or "")
         if name is not None and self.greater_is_better is None:
             self.greater_is_better = METRICS[name]
@@ -162,26 +184,22 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         check_number("temperature", self.temperature)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and > 0, got {self.temperature}")
-        for name in ("kd_weight", "ce_weight", "ce_weight_last", "feature_weight", "sample_temperature"):
-            value = getattr(self, name)
-            if value is not None:
-                check_number(name, value)
-            if not (0 <= value < math.inf if value is not None else name == "ce_weight_last"):
-                raise ValueError(f"{name} must be finite and >= 0, got {value}")
-        if self.kd_weight == self.ce_weight == self.feature_weight == 0 and not self.ce_weight_last:
-            raise ValueError("kd_weight, ce_weight and feature_weight are all 0: there is nothing to learn from; give one a weight")
-        check_number("on_policy_fraction", self.on_policy_fraction)
-        if not 0 <= self.on_policy_fraction <= 1:
-            raise ValueError(f"on_policy_fraction is a share, from 0 to 1, got {self.on_policy_fraction}")
-        if self.on_policy_fraction > 0 and self.kd_weight == 0:
-            raise ValueError(
-                f"on_policy_fraction={self.on_policy_fraction} with kd_weight=0: "
-                "on its own samples the student learns from the divergence only"
-            )
-        for name in ("max_new_tokens", "max_length", "vocab_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        optional = {f.name for f in dataclasses.fields(self) if f.default is None}
+        values = {name: getattr(self, name, None) for name in (*LEAST, *FINITE, *BELOW_1)}
+        for name, value in values.items():
+            if value is None and name in optional:
+                continue
+            if name in LEAST:
+                if not _is_int(value) or value < LEAST[name]:
+                    raise ValueError(f"{name} must be an integer >= {LEAST[name]}, got {value!r}")
+                continue
+            check_number(name, value)
+            if not 0 <= value < (1 if name in BELOW_1 else math.inf):
+                raise ValueError(f"{name} must be {'>= 0 and < 1' if name in BELOW_1 else 'finite and >= 0'}, got {value}")
+        for name in ("seed", "data_seed"):
+            if (values[name] or 0) > MAX_SEED:
+                raise ValueError(f"{name} must be at most {MAX_SEED}, got {values[name]}")
+        self._check_terms()
         for name, valid in (
             ("overlong", Overlong),
             ("reasoning", Reasoning),
@@ -196,19 +214,31 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         check_choices(memory_budget=self.memory_budget)
         self._check_lengths()
 
+    def _check_terms(self) -> None:
+        """
+        Raises:
+            ValueError: weights of the loss of which nothing can be learnt.
+        """
+        if self.kd_weight == self.ce_weight == self.feature_weight == 0 and not self.ce_weight_last:
+            raise ValueError("kd_weight, ce_weight and feature_weight are all 0: there is nothing to learn from; give one a weight")
+        check_number("on_policy_fraction", self.on_policy_fraction)
+        if not 0 <= self.on_policy_fraction <= 1:
+            raise ValueError(f"on_policy_fraction is a share, from 0 to 1, got {self.on_policy_fraction}")
+        if self.on_policy_fraction > 0 and self.kd_weight == 0:
+            raise ValueError(
+                f"on_policy_fraction={self.on_policy_fraction} with kd_weight=0: "
+                "on its own samples the student learns from the divergence only"
+            )
+
     def _check_lengths(self) -> None:
         """
         Raises:
-            ValueError: a number of steps, epochs or rows that no training can have.
+            ValueError: a number of steps or epochs that no training can have.
         """
         if self.max_steps != -1 and (not _is_int(self.max_steps) or self.max_steps < 1):
             raise ValueError(f"max_steps must be an integer >= 1, or -1 for the steps of num_train_epochs, got {self.max_steps}")
         if not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs must be finite and > 0, got {self.num_train_epochs}")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         for kind in ("save", "eval", "logging"):
             steps, strategy = getattr(self, f"{kind}_steps"), getattr(self, f"{kind}_strategy")
             if getattr(strategy, "value", strategy) == "steps" and steps is not None and not (0 < steps < 1 or _is_count(steps)):
@@ -218,7 +248,30 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
                 )
         if not (0 <= self.warmup_steps < 1 or _is_count(self.warmup_steps)):
             raise ValueError(f"warmup_steps must be an integer >= 0, or a share of all steps between 0 and 1, got {self.warmup_steps}")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+    def _check_parts(self) -> None:
+        """Build reports, optimizer and schedule once, on nothing, to find what is missing before a model is loaded.
+
+        Raises:
+            ValueError: an unknown name, a package that is not installed, or settings that do not fit.
+        """
+        with _naming(f"report_to={','.join(self.report_to or [])}"):
+            for callback in get_reporting_integration_callbacks(self.report_to):
+                callback()
+        if not self.optim_target_modules:  # else it is looked for in the model
+            with _naming(f"optim={getattr(self.optim, 'value', self.optim)}, optim_args={self.optim_args!r}"):
+                Trainer.get_optimizer_cls_and_kwargs(self, nn.Linear(1, 1))
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if schedule not in ("reduce_lr_on_plateau", "greedy"):  # these follow the metrics of evaluations
+            with _naming(f"lr_scheduler_type={schedule}, lr_scheduler_kwargs={self.lr_scheduler_kwargs}"):
+                optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+                get_scheduler(schedule, optimizer, 0, 2, self.lr_scheduler_kwargs)
+
+
+@contextmanager
+def _naming(arguments: str) -> Iterator[None]:
+    """Name the arguments in errors of transformers."""
+    try:
+        yield
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{arguments}: {error}") from error

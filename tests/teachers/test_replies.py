@@ -624,8 +624,12 @@ def test_an_extra_body_that_cannot_be_read_back_is_refused(extra_body: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("HTTP_PROXY", "gopher://u:hunter2@127.0.0.1:9"), ("ALL_PROXY", "\x1b[2J"), ("SSL_CERT_FILE", "/nonexistent")]
-)
+    ("name", "value"),
+    [
+        ("HTTP_PROXY", "gopher://u:hunter2@127.0.0.1:9"), ("ALL_PROXY", "\x1b[2J"), ("SSL_CERT_FILE", "/nonexistent"),
+        ("HTTPS_PROXY", "http://u:hunter2@127.0.0.1:99999"), ("ALL_PROXY", "http://127.0.0.1:-1"),
+    ],
+)  # fmt: skip
 def test_a_proxy_that_cannot_be_used_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(HTTPModelError, match="a proxy or certificate of the environment can't be used") as error:

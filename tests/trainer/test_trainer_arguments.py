@@ -63,6 +63,40 @@ def test_arguments_that_make_no_sense(make: Make, options: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dataloader_prefetch_factor": 0, "dataloader_num_workers": 1}, "dataloader_prefetch_factor must be an integer >= 1, got 0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be an integer >= 0, got -1"),
+        ({"neftune_noise_alpha": float("nan")}, "neftune_noise_alpha must be finite and >= 0, got nan"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha must be finite and >= 0, got -1"),
+        ({"eval_delay": float("inf")}, "eval_delay must be finite and >= 0, got inf"),
+        ({"eval_accumulation_steps": 0}, "eval_accumulation_steps must be an integer >= 1, got 0"),
+        ({"torch_empty_cache_steps": 0}, "torch_empty_cache_steps must be an integer >= 1, got 0"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must be >= 0 and < 1, got 1.0"),
+        ({"adam_epsilon": float("nan")}, "adam_epsilon must be finite and >= 0, got nan"),
+        ({"seed": -1}, "seed must be an integer >= 0, got -1"),
+        ({"data_seed": 2**32}, "data_seed must be at most 4294967295, got 4294967296"),
+        ({"lr_scheduler_kwargs": {"typo": 1}}, "lr_scheduler_type=linear, lr_scheduler_kwargs={'typo': 1}: .*typo"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr, lr_scheduler_kwargs=None: "),
+        ({"optim_args": "typo"}, "optim=.*, optim_args='typo': "),
+        ({"report_to": "nowhere"}, "report_to=nowhere: nowhere is not supported"),
+    ],
+)
+def test_settings_that_no_training_can_have(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillationArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(("report", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")])
+def test_a_report_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: str, package: str) -> None:
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, f"is_{package}_available", lambda: False)
+    with pytest.raises(ValueError, match=f"report_to={report}: .*{package} to be installed"):
+        DistillationArguments(output_dir=str(tmp_path), use_cpu=True, report_to=report)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"temperature": "2"}, "temperature must be a Python number, got str"),
         ({"ce_weight_last": "0"}, "ce_weight_last must be a Python number, got str"),
         ({"on_policy_fraction": "all"}, "on_policy_fraction must be a Python number, got str"),
