@@ -16,7 +16,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TRITONS ?= 3.6.0
 OLDER_TRITONS := $(TRITONS:%=$(VENV)/triton-%)
 
-.PHONY: demo test real ptx lint bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
+# The folder for `make wheels`.
+DIST ?= dist
+
+.PHONY: demo test real ptx lint docs wheels bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
 
 demo: $(VENV)/.built
 	$(BIN)/kdkernels demo
@@ -41,6 +44,18 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.report --check
+
+# The documentation site, into site/: half a minute. With a page that a browser shows: make docs && python3 -m http.server --directory site
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: | $(VENV)/.installed
+	$(PIP) --editable ".[docs]" --no-build-isolation
+	touch $@
+
+# The sdist, and wheels for each Python 3.10 to 3.14 of this machine, each tried in a fresh environment: docs/release.md.
+wheels: $(VENV)/.installed
+	env -u KDKERNELS_CUDA_ARCHS $(BIN)/python release/wheels.py --out $(DIST)
 
 # Has anything become slower against its own floor? Small shapes, minutes.
 bench: $(VENV)/.built

@@ -219,7 +219,7 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
     Tensors may be on the ``meta`` device, which plans as ``cpu``. With labels their valid tokens are counted (one synchronisation).
 
     Raises:
-        The errors of ``distillation_loss``.
+        TypeError, ValueError, BackendUnavailable: as ``distillation_loss`` would.
     """
     if unknown := set(options) - _DEFAULTS.keys():
         raise TypeError(f"plan got {', '.join(sorted(unknown))}; it takes {', '.join(sorted(_DEFAULTS))}")

@@ -1,9 +1,11 @@
-"""The documentation is true: every Python block runs, every table of names matches the code, every link leads somewhere."""
+"""The documentation is true: every Python block runs, tables of names match the code, links lead somewhere, the site builds."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,22 @@ def test_changelog_has_a_section_for_the_version_or_for_what_comes() -> None:
     first = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)
     assert first is not None
     assert first[1] in ("Unreleased", kd.__version__)
+
+
+@pytest.mark.parametrize("front", ["README.md", "docs/index.md"])
+def test_the_front_pages_link_to_every_page(front: str) -> None:
+    page = ROOT / front
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    linked = {(page.parent / target.partition("#")[0]).resolve() for target in targets}
+    pages = {path.resolve() for path in (ROOT / "docs").glob("*.md")} - {page, ROOT / "docs" / "changelog.md"}
+    assert sorted(path.name for path in pages - linked) == []
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """A broken link, a page that is missing from the navigation and a malformed docstring are warnings."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "site" / "api" / "losses" / "index.html").read_text(encoding="utf-8").count("distillation_loss") > 3
