@@ -66,13 +66,13 @@ def normalise(answer: str, kind: Kind, first: bool = False) -> str | None:
 
 
 def same(reply: str, answer: str, kind: Kind) -> bool:
-    """Whether the reply's final answer is ``answer``; a reply without one is wrong."""
+    """Return whether the reply's final answer is ``answer``; False for a reply without one."""
     found = extract(reply, kind)
     return found is not None and found == normalise(answer, kind)
 
 
 def check(items: Sequence[Item], kind: Kind) -> None:
-    """Before a teacher is asked, and paid: an answer that no reply can match is of no use.
+    """Check before paying for replies: no reply can match an answer that cannot be read.
 
     Raises:
         RecipeError: a row whose answer is not of this ``kind``.

@@ -109,7 +109,7 @@ def counterfactuals(
     seed: int = 0,
     threshold: float = 0.5,
 ) -> tuple[list[Counterfactual], Tally]:
-    """For each item and each other label, distinct perturbations whose shift is above ``threshold``; logs in ``folder``.
+    """Return, for each item and each other label, distinct perturbations with a shift above ``threshold``. Logs go to ``folder``.
 
     Raises:
         RecipeError: a label that is not one of ``labels``, or a text that has no span to blank.
@@ -147,7 +147,7 @@ def counterfactuals(
         candidates += [(item, label, text) for text in texts]
 
     def votes(texts: Sequence[tuple[Item, str]]) -> list[list[str]]:
-        """For each text the labels that the judge names, one for each vote; [] where at most half of the votes name one."""
+        """Return, for each text, the label of each vote of the judge; [] if at most half of the votes name one."""
         distinct = {(item.key, text): item for item, text in texts}
         questions = [
             (f"{key}/{fingerprint(text)}", [_user(judge_prompt(text, context(item), labels))]) for (key, text), item in distinct.items()

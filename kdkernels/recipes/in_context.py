@@ -1,4 +1,4 @@
-"""In-context learning: what a teacher does with demonstrations, a student learns to do without them, or with them.
+"""Distil in-context learning: the student learns, with or without demonstrations, what the teacher does with them.
 
 Context distillation (Askell et al. 2021, https://arxiv.org/abs/2112.00861; Snell et al. 2022, https://arxiv.org/abs/2209.15189): the
 teacher reads k demonstrations and the question, the student the question alone,

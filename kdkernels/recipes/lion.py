@@ -83,7 +83,7 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def weights_of(student: str) -> str:
-    """What tells a trained student from the one before it in the same folder: its path, and size and time of its weights."""
+    """Identify a trained student, also if it replaces another in the same folder: its path, and the size and time of its weights."""
     files = sorted(Path(student).glob("*.safetensors"))
     return fingerprint([student, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]])
 

@@ -1,4 +1,4 @@
-"""What every recipe shares: rows read with errors that help, replies asked for once, and rows written whole or not at all."""
+"""Shared by all recipes: read rows with helpful errors, request each reply once, write rows whole or not at all."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model is asked: ``samples`` replies of at most ``max_tokens`` tokens to each prompt.
+    """Sampling options: ``samples`` replies of at most ``max_tokens`` tokens to each prompt.
 
     Raises:
         RecipeError: several samples at temperature 0, which would be the same text again.
@@ -84,7 +84,7 @@ class Sampling:
 
 @dataclass
 class Tally:
-    """How many rows went in, how many candidates a model made of them, how many were kept, and why the others were not."""
+    """Counts of input rows, candidates and kept candidates, with the reasons why others were dropped."""
 
     rows: int = 0
     candidates: int = 0
@@ -164,7 +164,7 @@ def student_row(item: Item, response: str, *, prompt: str | None = None, suffix:
     view: Row = {"messages": [dict(m) for m in messages]}
     if not chat:
         if len(messages) > 1:
-            raise RecipeError(f"{item.where}: a conversation of {len(messages)} turns is no plain prompt: leave the chat format on")
+            raise RecipeError(f"{item.where}: a conversation of {len(messages)} turns is not a plain prompt: leave the chat format on")
         view = {"prompt": messages[0]["content"]}
     return {"key": item.key + suffix, **view, "response": response, **{name: value for name, value in fields.items() if value is not None}}
 
@@ -226,7 +226,7 @@ def once(
     batch: int = 1,
     report: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
-    """As ``once_each``, for text alone."""
+    """Return the same as ``once_each``, for text alone."""
     return [str(made["text"]) for made in once_each(log, keys, lambda some: [{"text": text} for text in make(some)], batch, report)]
 
 

@@ -84,7 +84,7 @@ class Contrast(LogitsProcessor):  # type: ignore[misc]
 
 
 def explain_prompt(prompt: str, answer: str) -> str:
-    """What asks the teacher to explain ``answer``; "" is the perturbation by no answer."""
+    """Return the prompt that asks the teacher to explain ``answer``; "" perturbs it by leaving the answer out."""
     return f"{prompt}\nThe answer is: {answer}\nExplain it step by step."
 
 
@@ -140,7 +140,7 @@ class Explainer:
 
     @classmethod
     def load(cls, folder: Path, device: str, **settings: Any) -> Explainer:
-        """Of a folder of a transformers model, known in the log by its weights."""
+        """Load a folder of a transformers model. The log identifies it by its weights."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = load(AutoModelForCausalLM, "teacher", str(folder), dtype="auto").to(device).eval()
@@ -169,7 +169,7 @@ class Explainer:
         log: Path,
         report: Callable[[int], object] = lambda count: None,
     ) -> list[Reply]:
-        """As a call, with the reason that each rationale ended for; the text of one that was cut off is empty."""
+        """Return the same as a call, with the finish reason of each rationale. A truncated one has an empty text."""
         settings = [self.strength, self.max_tokens, self.name]
         views = {
             f"{item.key}/{fingerprint([list(map(dict, item.messages)), a, b, *settings])}": (item, a, b)

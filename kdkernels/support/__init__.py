@@ -1,1 +1,1 @@
-"""What every folder stands on: errors, files, the terminal, the memory of devices."""
+"""Errors, files, the terminal and device memory: used by every other folder."""

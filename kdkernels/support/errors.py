@@ -8,7 +8,7 @@ __all__ = ["UserError", "listed"]
 
 
 class UserError(RuntimeError):
-    """Of a file, a cache, or a server: a command ends with it in one line, without a traceback."""
+    """An error that the user can fix. A command prints it in one line, without a traceback."""
 
 
 def listed(places: Sequence[str], most: int = 20) -> str:

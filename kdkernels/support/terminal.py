@@ -99,7 +99,7 @@ def failing() -> Iterator[None]:
 
 
 def _explained(error: Exception) -> str | None:
-    """What is wrong and what to do, for an error that a user can put right; None for a fault of kdkernels."""
+    """Return what is wrong and what to do, for an error that the user can fix; None for a bug in kdkernels."""
     text = str(error) or type(error).__name__
     if isinstance(error, BrokenPipeError):
         return "the output was closed before the command ended (broken pipe): let its reader read all of it, or write to a file"

@@ -1,1 +1,1 @@
-"""Where teacher targets come from: a live model, a cache, a server."""
+"""Teacher targets from a live model, a cache or a server."""

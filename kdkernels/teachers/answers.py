@@ -181,7 +181,7 @@ def _tokens(found: object) -> list[dict[str, Any]]:
 
 
 def _alternatives(found: object) -> list[dict[str, Any]]:
-    """Those whose log-probability is a number: of the others it is only known that they are in the tail."""
+    """Return the alternatives with a number as log-probability. The others belong to the tail."""
     if isinstance(found, dict):
         found = [{"token": token, **(value if isinstance(value, dict) else {"logprob": value})} for token, value in found.items()]
     if not isinstance(found, (list, type(None))):

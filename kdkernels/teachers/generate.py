@@ -26,10 +26,10 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def asked_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the teacher is asked: a row's ``teacher_messages`` or ``teacher_prompt``, where it has one; else what the student is.
+    """Return the teacher's prompt: the row's ``teacher_messages`` or ``teacher_prompt`` if it has one, else the student's prompt.
 
     Raises:
-        ValueError: a row that asks nothing, or with ``demonstrations`` or ``tools``, of which only the trainer knows how to write them.
+        ValueError: a row without a prompt, or with ``demonstrations`` or ``tools``, which only the trainer can render.
     """
     for name in ("demonstrations", "tools"):
         if row.get(name):

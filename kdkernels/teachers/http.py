@@ -373,7 +373,7 @@ class HTTPModel:
         return response.status_code, response.headers, bytes(body)
 
     def _failure(self, status: int, error: object, headers: Mapping[str, str]) -> Exception:
-        """What a status other than success means: for the request, or for all of them."""
+        """Return the error for a status other than success: for this request, or for all of them."""
         reason = self._shown(f"{status}: {message_of(error)}")[:500]
         if 300 <= status < 400:
             target = self._shown(headers.get("location", "another address"))
@@ -400,7 +400,7 @@ class HTTPModel:
 
 
 def _refusal(jobs: Sequence[Job], reasons: Mapping[str, str], total: int) -> str:
-    """Which requests the server refuses, and why: those of one reason together."""
+    """Describe which requests the server refuses, grouped by reason."""
     of_reason: dict[str, list[str]] = {}
     for job in jobs[:NAMED]:
         of_reason.setdefault(reasons[job.key], []).append(job.name.removeprefix("request "))

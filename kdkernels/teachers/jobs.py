@@ -1,4 +1,4 @@
-"""What the commands ``kdkernels cache`` and ``kdkernels generate`` do, from files to files."""
+"""Run ``kdkernels cache`` and ``kdkernels generate``: read files, ask the teacher, write files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LEFT_OUT = ".left-out.jsonl"
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """Of ``kdkernels cache``, whose help says what they mean."""
+    """Options of ``kdkernels cache``; its help describes them."""
 
     data: Sequence[str]
     out: Path

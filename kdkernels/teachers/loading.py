@@ -1,4 +1,4 @@
-"""What a command's option names: models and tokenizers of transformers, in a folder or on the hub."""
+"""Load the models and tokenizers that a command's options name, from a folder or the hub."""
 
 from __future__ import annotations
 

@@ -220,8 +220,8 @@ def ends(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def writing(model: nn.Module) -> Iterator[None]:
-    """In the block the model generates in eval mode, and from its plain distributions: without the penalties and cut-offs of its own
-    generation config, which transformers adds to whatever one it is given."""
+    """Generate in eval mode within the block, from the plain distributions: without the penalties and cut-offs of the model's own
+    generation config, which transformers merges into any other config."""
     from transformers import GenerationConfig
 
     holders: list[Any] = [module for module in model.modules() if "generation_config" in module.__dict__]
@@ -291,7 +291,7 @@ class _Picks:
         return noisy
 
     def logprobs(self, tokenizer: Any, row: int, count: int) -> list[dict[str, Any]]:
-        """As a ``Reply`` has them, with the ids, which a server does not tell."""
+        """Return the log-probabilities in the form of a ``Reply``, with token ids, which servers do not send."""
 
         def token(id: int, logprob: float) -> dict[str, Any]:
             return {"token": tokenizer.decode([id]), "logprob": logprob, "id": id}

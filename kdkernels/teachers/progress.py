@@ -1,4 +1,4 @@
-"""How far a model of text is, and what it has been asked for: the same for every command that asks one."""
+"""Show the progress and the usage of a text model, for every command that asks one."""
 
 from __future__ import annotations
 

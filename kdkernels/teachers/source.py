@@ -1,4 +1,4 @@
-"""What the trainer asks of a teacher, wherever it is: a live model, a cache, a list of models."""
+"""The interface between the trainer and a teacher: a live model, a cache, or several models."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def error_in(body: bytes) -> object:
 
 
 def message_of(error: object) -> str:
-    """What an error says, in one line."""
+    """Return the message of an error in one line."""
     said = next((error[name] for name in ("message", "detail", "msg") if error.get(name)), error) if isinstance(error, dict) else error
     return " ".join((said if isinstance(said, str) else json.dumps(said, default=str)).split())
 

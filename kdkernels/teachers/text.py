@@ -1,4 +1,4 @@
-"""What a recipe asks of a black-box model: text for prompts. Behind it stands an HTTP server or a model in this process."""
+"""The interface to a black-box model: text for prompts, from an HTTP server or a model in this process."""
 
 from __future__ import annotations
 
@@ -63,22 +63,22 @@ class TextModel(Protocol):
 
 @dataclass
 class Usage:
-    """What a model has been asked for, over all calls. Tokens and cost are those that the server reports for the replies it gave."""
+    """Requests, tokens and cost over all calls. The server reports the tokens of its replies."""
 
     replies: int = 0
     from_log: int = 0
-    """Of ``replies``, those that were there already: not asked, not paid."""
+    """Replies that were in the log already: not requested, not paid."""
     refused: int = 0
-    """Not among ``replies``."""
+    """Refused requests, which ``replies`` does not count."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Of each refused request, by its key."""
+    """Reason of each refused request, by key."""
     retries: int = 0
     interrupted: Counter[str] = field(default_factory=Counter)
-    """Of ``retries``, those of replies that the server broke off, by finish reason."""
+    """Retries after a reply that the server broke off, by finish reason."""
     waiting: str = ""
-    """Why the last request is asked again, until the next reply comes: a server that is away, say."""
+    """The reason for the current retry, such as an unreachable server; empty after the next reply."""
     reasoning: int = 0
-    """Of ``replies``, those with thoughts."""
+    """Replies with reasoning."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0

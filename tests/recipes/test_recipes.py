@@ -115,7 +115,7 @@ def test_plain_rows_are_of_one_turn() -> None:
     assert student_row(one, "r", chat=False) == {"key": "k0", "prompt": "question 0", "response": "r"}
     assert student_row(one, "r", prompt="other")["messages"] == [{"role": "user", "content": "other"}]
     two = Item("k", ({"role": "system", "content": "s"}, *one.messages), "r", {}, "d.jsonl, line 7")
-    with pytest.raises(RecipeError, match="line 7: a conversation of 2 turns is no plain prompt"):
+    with pytest.raises(RecipeError, match="line 7: a conversation of 2 turns is not a plain prompt"):
         student_row(two, "r", chat=False)
 
 

@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 class Style(str, Enum):
-    """Of chain-of-thought rows."""
+    """Form of chain-of-thought rows."""
 
     fine_tune = "fine-tune"
     step_by_step = "step-by-step"
@@ -74,7 +74,7 @@ def chain_of_thought(
 
 
 def task_weights(style: Style, rationale_weight: float | None) -> dict[str, float]:
-    """Of each task.
+    """Parse the weight of each task.
 
     Raises:
         RecipeError: a weight that makes no sense.

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 class View(str, Enum):
-    """Of the student in in-context distillation."""
+    """What the student reads in in-context distillation."""
 
     without = "without"
     with_ = "with"
@@ -35,7 +35,7 @@ def in_context(
     lm_weight: Annotated[float, typer.Option(help="Adds each row as plain text with this weight (the LM term); 0 for none.")] = 0.0,
     max_tokens: MaxTokens = 256,
 ) -> None:
-    """In-context distillation: rows for a teacher that reads demonstrations, and a student that does not, or does too.
+    """Write rows for in-context distillation: the teacher reads demonstrations, the student does not, or does too.
 
     With a teacher (or server) the responses are its own, given the demonstrations; without, the rows'.
     """

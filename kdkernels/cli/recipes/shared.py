@@ -1,4 +1,4 @@
-"""What the commands of the recipes share: their options, the models they ask, and what they say at the end."""
+"""Shared by the recipe commands: options, models, and the final report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = "rows.jsonl"
 
 
 class Kind(str, Enum):
-    """Of final answers."""
+    """Kind of final answers."""
 
     number = "number"
     choice = "choice"
@@ -138,7 +138,7 @@ def sampling(max_tokens: int, temperature: float = 0.0, samples: int = 1) -> Sam
 
 
 def lengths(rows: Sequence[Row], student: Path | None) -> list[int]:
-    """Of each row's response: the tokens that the trainer will score, or bytes in their place."""
+    """Return the length of each row's response in scored tokens, or in bytes without a tokenizer."""
     if student is None:
         say("No --student: the tasks are balanced by bytes instead of its tokens.")
         return [len(row["response"].encode()) + 1 for row in rows]
@@ -238,7 +238,7 @@ def report_judge(tally: Tally, at_chance: bool) -> None:
 
 
 def report_usage(**asked: Watched) -> None:
-    """What each model was asked for; one in two roles is named once."""
+    """Print the usage of each model; one with two roles is named once."""
     from ...teachers.progress import print_usage
 
     said: list[Watched] = []

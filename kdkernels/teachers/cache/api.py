@@ -36,7 +36,7 @@ NAMED = re.compile(r"token_id:(\d+)")
 
 
 class TokenIds:
-    """From what a server calls a token to its id, by one tokenizer."""
+    """Map the name that a server gives a token to its id in one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -64,7 +64,7 @@ class TokenIds:
         return self._ids.get(text.encode()) or ([self._pieces[text]] if text in self._pieces else [])
 
     def spelling(self, token: Mapping[str, Any], ids: Sequence[int]) -> int:
-        """How many of the first ``ids`` spell an entry together; 0 if none do. llama.cpp makes one entry of the tokens of one character."""
+        """Return how many of the first ``ids`` spell an entry, or 0. llama.cpp merges the tokens of one character into one entry."""
         raw, spelled = bytes(token.get("bytes") or ()), b""
         for count, id in enumerate(ids, 1):
             spelled += self._bytes[id]

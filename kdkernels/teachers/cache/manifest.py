@@ -48,7 +48,7 @@ class CacheError(UserError):
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides the content of a cache. Two caches with one identity hold the same for the same example."""
+    """Everything that decides the content of a cache: two caches with equal identities store the same for an example."""
 
     teacher: str
     """Name of the teacher: a hub id, or the name of its folder."""

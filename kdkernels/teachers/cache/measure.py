@@ -1,7 +1,6 @@
-"""How fast a cache is written and read, with no teacher in the way: ``python -m kdkernels.teachers.cache.measure --tokens 1000000``.
+"""Measure how fast a cache is written and read: ``python -m kdkernels.teachers.cache.measure --tokens 1000000``.
 
-The teacher is synthetic and costs nothing, so that what is measured is the format. The same bytes written and read as one plain
-file say what the disk gives.
+The teacher is synthetic and costs no time, so that the format is measured. The same bytes in one plain file show the speed of the disk.
 """
 
 from __future__ import annotations

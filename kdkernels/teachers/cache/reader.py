@@ -118,7 +118,7 @@ class CachedTeacher:
             raise CacheError(f"{shard.file} can't be read: {error}") from None
 
     def _index(self) -> None:
-        """Where each key is. Keys are told apart by their first 8 bytes, and compared in full when found."""
+        """Index the keys by their first 8 bytes. A lookup compares the whole key."""
         parts = []
         for number, shard in enumerate(self.manifest.shards):
             keys, counts, groups, firsts = self._open(number).index()
@@ -187,7 +187,7 @@ class CachedTeacher:
             )
 
     def _reason(self, missing: Sequence[Example], options: dict[str, Any]) -> str:
-        """What differs between the missing examples and those of the cache, as far as the manifest says it."""
+        """Explain from the manifest how the missing examples differ from those of the cache."""
         dates = {example.date for example in missing} - {None, self.date}
         if dates:
             then = f"{self.date} in the cache" if self.date else "not known of the cache, which an earlier version made"
@@ -204,7 +204,7 @@ class CachedTeacher:
         return "It was made from other rows, or other text in them"
 
     def targets(self, view: View) -> LMHead | TopK | Sampled:
-        """What was kept for the scored positions of ``view``, leading shape ``[n]``. ``view.keys`` are salted with ``salt``.
+        """Return the stored targets for the scored positions of ``view``, leading shape ``[n]``. ``view.keys`` are salted with ``salt``.
 
         Raises:
             KeyError: an example that is not in the cache.

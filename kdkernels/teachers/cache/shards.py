@@ -29,7 +29,7 @@ GROUP_BYTES = 1 << 20
 
 
 def columns_of(kind: str, k: int, dtype: str | None) -> dict[str, tuple[str, int]]:
-    """Of each binary column, the dtype and how many values a token has."""
+    """Return the dtype and the values per token of each binary column."""
     if kind == "topk":
         mass: dict[str, tuple[str, int]] = {"log_mass": ("<f4", 1)} if dtype == "float16" else {}
         return {"ids": ("<i4", k), "logprobs": (np.dtype(dtype).newbyteorder("<").str, k), **mass}
@@ -112,7 +112,7 @@ class ParquetShard:
         self._file = pq.ParquetFile(path, memory_map=True)
 
     def index(self) -> tuple[Array, Array, Array, Array]:
-        """Of each row: key ``[rows, 32]`` uint8, count, row group, and the first of its tokens within the group."""
+        """Return for each row its key ``[rows, 32]`` uint8, token count, row group, and first token within the group."""
         table = self._file.read(columns=["key", "count"])
         keys = np.frombuffer(b"".join(table["key"].to_pylist()), np.uint8).reshape(-1, KEY_BYTES)
         counts = table["count"].to_numpy().astype(np.int64)
@@ -157,7 +157,7 @@ class HiddenShard:
         self._hidden = self._file.get_slice("hidden")  # type: ignore[no-untyped-call]
 
     def index(self) -> tuple[Array, Array, Array, Array]:
-        """As ``ParquetShard.index``, with the whole shard as one group."""
+        """Return the same as ``ParquetShard.index``; the whole shard is one group."""
         keys, counts = self._file.get_tensor("keys").numpy(), self._file.get_tensor("counts").numpy()
         return keys, counts, np.zeros(len(counts), np.int64), np.cumsum(counts) - counts
 

@@ -40,7 +40,7 @@ Report = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Begun:
-    """How the cache in a folder was begun, so that it goes on with the same keys and shards; for a new folder, as asked for."""
+    """The keys and shards that the cache in a folder was begun with, which a resumed run must keep; the options for a new folder."""
 
     identity: Identity
     shard_bytes: int
@@ -61,7 +61,7 @@ class Begun:
 
     @classmethod
     def for_examples(cls, out: Path, identity: Identity, examples: Sequence[Example], shard_bytes: int, batch_size: int) -> Begun:
-        """As ``of``, with the date that the chat template wrote into the examples.
+        """Return the same as ``of``, with the date that the chat template wrote into the examples.
 
         Raises:
             CacheError: examples of several dates, or of another than the cache in ``out``.
@@ -80,7 +80,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which examples make which shard."""
+    """Assign the examples to shards."""
 
     keys: list[bytes]
     counts: list[int]
