@@ -24,6 +24,11 @@ class ReasoningChoice(str, Enum):
     drop = "drop"
 
 
+class LearnChoice(str, Enum):
+    all = "all"
+    last = "last"
+
+
 class CacheKind(str, Enum):
     """What is kept of the teacher."""
 
@@ -92,6 +97,7 @@ def cache(
     overlong: Annotated[str, typer.Option(help="Longer examples: error, drop or truncate; as in training.")] = "error",
     reasoning: Annotated[ReasoningChoice, typer.Option(help="Reasoning of a row, as in training.")] = ReasoningChoice.learn,
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
+    learn: Annotated[LearnChoice | None, typer.Option(help="Turns of a conversation that are learnt, as in training.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the teacher: auto (as saved), float32, bfloat16 or float16. hidden keeps it.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of log-probabilities in topk: float16 or float32.")] = "float16",
@@ -113,7 +119,7 @@ def cache(
         options = jobs.CacheOptions(
             data=data, out=out, teacher=teacher, kind=kind.value, k=k, temperature=temperature, tokenizer=tokenizer or teacher,
             max_length=max_length, overlong=overlong, reasoning=reasoning.value, columns=columns,
-            batch_size=batch_size, dtype=dtype, precision=precision,
+            learn=None if learn is None else learn.value, batch_size=batch_size, dtype=dtype, precision=precision,
             device=device, vocab_size=vocab_size, revision=revision, seed=seed, max_new_tokens=max_new_tokens, shard_bytes=shard_mib << 20,
         )  # fmt: skip
         if base_url or from_replies:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .example import Example
-from .forms import conversation_field, first_difference, render
+from .forms import conversation_field
 from .layouts import training_rows
 from .rows import DataError, RowSource
+from .turns import first_difference, render
 
 __all__ = ["check_ids", "check_templates", "check_tokenizers"]
 

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -93,15 +94,15 @@ class Collator:
             **self._view(rows, "teacher", "teacher_"),
             "counts": tuple(counts),
             "sizes": tuple(map(len, items)),
-            "token_weights": torch.repeat_interleave(torch.tensor([e.weight for e in examples]), torch.tensor(counts)),
+            "token_weights": _token_weights(examples),
         }
         flat = batch["input_ids"].flatten()
         labels = torch.full_like(flat, IGNORED)
         labels[batch["scored"] + 1] = flat[batch["scored"] + 1]
         batch["labels"] = labels.view_as(batch["input_ids"])
         if self.kd_on_prompt:
-            given = [len(e.student_scored) for item in items for e in item]
-            batch["response"] = torch.cat([torch.arange(n) >= n - own for n, own in zip(counts, given, strict=True)])
+            pairs = zip(examples, (example for item in items for example in item), strict=True)
+            batch["response"] = torch.cat([torch.isin(_positions(every), _positions(learnt)) for every, learnt in pairs])
         if self.salt is not None:
             batch["keys"] = tuple(example.key(self.salt) for example in examples)
         if self.keep:
@@ -131,6 +132,17 @@ class Collator:
         else:
             view[f"{prefix}attention_mask"] = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
         return view
+
+
+def _positions(example: Example) -> Tensor:
+    """The scored positions of the student's view ``[n]``."""
+    return torch.tensor(example.student_scored, dtype=torch.int64)
+
+
+def _token_weights(examples: Sequence[Example]) -> Tensor:
+    """The weight of each scored token: that of its row times that of its turn."""
+    counts, weights = zip(*((count, e.weight * weight) for e in examples for count, weight in e.parts), strict=True)
+    return torch.repeat_interleave(torch.tensor(weights), torch.tensor(counts))
 
 
 def view_of(batch: Mapping[str, Any], prefix: str = "") -> View:
@@ -170,5 +182,13 @@ def with_prompt(example: Example) -> Example:
         raise ValueError(
             "kd_on_prompt=True scores prompts, but a row gives the teacher another prompt than the student: leave it False for such data"
         )
-    every = range(len(example.student_ids) - 1) if not example.student_scored else range(example.student_scored[-1] + 1)
-    return dataclasses.replace(example, student_scored=every, teacher_scored=every)
+    stop = example.student_scored[-1] + 1 if example.student_scored else len(example.student_ids) - 1
+    unlearnt = {position for turn in example.unlearnt for position in turn}
+    every = [position for position in range(stop) if position not in unlearnt] if unlearnt else range(stop)
+    weights: dict[int, float] = {}
+    if example.turns:
+        of_turns = (weight for count, weight in example.turns for _ in range(count))
+        weights = dict(zip(example.student_scored, of_turns, strict=True))
+    runs = groupby(weights.get(position, 1.0) for position in every) if weights else ()
+    turns = tuple((len(list(run)), weight) for weight, run in runs)
+    return dataclasses.replace(example, student_scored=every, teacher_scored=every, turns=turns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 from collections.abc import Sequence
@@ -30,6 +31,10 @@ class Example:
     """Rows of one task share a denominator where a recipe asks for that."""
     where: str = field(default="", compare=False)
     """The row that it was made from, such as ``train.jsonl, row 3``; for errors."""
+    turns: tuple[tuple[int, float], ...] = ()
+    """Scored tokens and weight of each learnt turn, in order; empty: all are one turn of weight 1. Not part of the key."""
+    unlearnt: tuple[range, ...] = ()
+    """Positions of the student's view that are never scored: those of turns of weight 0."""
     date: str | None = field(default=None, compare=False)
     """The date that the chat template could write into it, such as ``2026-11-28``; None for a template without a date."""
 
@@ -47,6 +52,32 @@ class Example:
                     f"position {t} of the student's view scores token {self.student_ids[t + 1]}, position {u} of the teacher's "
                     f"token {self.teacher_ids[u + 1]}: the response must be the same token ids in both views"
                 )
+
+    @property
+    def parts(self) -> tuple[tuple[int, float], ...]:
+        """Scored tokens and weight of each learnt turn."""
+        return self.turns or ((len(self.student_scored), 1.0),)
+
+    def prompts(self) -> tuple[int, int]:
+        """Tokens of the student's view and of the teacher's before the last learnt turn."""
+        first = len(self.student_scored) - self.parts[-1][0]
+        return self.student_scored[first] + 1, self.teacher_scored[first] + 1
+
+    def cut_to(self, length: int) -> Example | None:
+        """The example with its longer view cut to ``length`` tokens, both views by as many; None if no scored token remains."""
+        cut = len(self) - length
+        student, teacher = self.student_ids[: len(self.student_ids) - cut], self.teacher_ids[: len(self.teacher_ids) - cut]
+        count = sum(t < len(student) - 1 for t in self.student_scored)
+        if not count:
+            return None
+        turns, remaining = [], count
+        for size, weight in self.turns:
+            turns.append((min(size, remaining), weight))
+            remaining -= turns[-1][0]
+        return dataclasses.replace(
+            self, student_ids=student, student_scored=self.student_scored[:count], teacher_ids=teacher,
+            teacher_scored=self.teacher_scored[:count], turns=tuple(turn for turn in turns if turn[0]),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         """Tokens of the longer view."""

@@ -6,23 +6,62 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from .encoding import TextEncoder, added_ids
+from .encoding import TextEncoder
 from .ending import ended
 from .example import Example
 from .messages import Turn, is_empty
 from .rows import DataError, Row
-from .templates import chat_text, opens_thoughts, template_facts
+from .templates import template_facts
+from .turns import TurnWriter, first_difference, render, tagged
 
-__all__ = ["Reasoning", "RowEncoder", "conversation_field", "first_difference", "render"]
+__all__ = ["Learn", "Reasoning", "RowEncoder", "Views", "conversation_field"]
 
 Reasoning = Literal["learn", "drop"]
+Learn = Literal["all", "last"]
 Ids = list[int]
 ANSWERS = ("response", "completion")
 TEACHER_FIELDS = ("teacher_messages", "teacher_prompt", "demonstrations")
+
+
+@dataclass(frozen=True)
+class Views:
+    """Tokens of a row: what each model reads first, and the parts that follow in both views.
+
+    A part has the weight of a turn that is learnt, 0 for a turn that is not, or None for what lies between turns.
+    """
+
+    student: Ids
+    teacher: Ids
+    parts: Sequence[tuple[Ids, float | None]]
+
+    def example(self, weight: float, task: str | None, where: str, date: str | None) -> Example:
+        """The example that scores the learnt parts; tokens after the last of them are left out."""
+        last = max(number for number, (ids, of_turn) in enumerate(self.parts) if ids and of_turn)
+        parts = self.parts[: last + 1]
+        response = [token for ids, _ in parts for token in ids]
+        scored: list[int] = []
+        turns, unlearnt, at = [], [], 0
+        for ids, of_turn in parts:
+            if of_turn:
+                scored += range(at, at + len(ids))
+                turns.append((len(ids), of_turn))
+            elif of_turn is not None and ids:
+                unlearnt.append(range(len(self.student) - 1 + at, len(self.student) - 1 + at + len(ids)))
+            at += len(ids)
+        whole = len(scored) == len(response)
+
+        def view(prompt: Ids) -> tuple[array[int], Sequence[int]]:
+            first = len(prompt) - 1
+            places = range(first, first + len(response)) if whole else array("i", [first + place for place in scored])
+            return array("i", prompt + response), places
+
+        return Example(
+            *view(self.student), *view(self.teacher), weight, task, where=where, date=date,
+            turns=() if turns == [(len(scored), 1.0)] else tuple(turns), unlearnt=tuple(unlearnt),
+        )  # fmt: skip
 
 
 class RowEncoder:
@@ -30,11 +69,15 @@ class RowEncoder:
 
     Args:
         reasoning: ``"learn"`` or ``"drop"`` what a row has of thoughts.
+        learn: ``"all"`` turns of the assistant or the ``"last"``; None for all where the chat template allows it.
     """
 
-    def __init__(self, tokenizer: Any, reasoning: Reasoning = "learn") -> None:
-        self.tokenizer, self.reasoning = tokenizer, reasoning
+    def __init__(self, tokenizer: Any, reasoning: Reasoning = "learn", learn: Learn | None = None) -> None:
+        self.tokenizer, self.reasoning, self.learn = tokenizer, reasoning, learn
         self.encode, self.facts, self.eos = TextEncoder(tokenizer), template_facts(tokenizer), tokenizer.eos_token_id
+        self.turns = TurnWriter(tokenizer, self.encode)
+        self.only_last = 0
+        """Conversations of which only the last turn is learnt, since the chat template writes an earlier one otherwise."""
         self.thoughts = Counter[str]()
         """Rows with reasoning, by what became of it: ``template``, ``tags`` or ``dropped``."""
 
@@ -45,25 +88,23 @@ class RowEncoder:
         """
         _check_one_form(row)
         if conversation_field(row) is not None:
-            student, teacher, response = self._chat(row)
+            views = self._chat(row)
         elif "prompt" in row:
-            student, teacher, response = self._prompted(row)
+            views = self._prompted(row)
         elif "text" in row:
             ids = self._with_eos(self.encode(row.text("text"), begin=True))
-            student, teacher, response = ids[:1], ids[:1], ids[1:]
+            views = Views(ids[:1], ids[:1], [(ids[1:], 1.0)])
         else:
             raise row.error("prompt", "a row needs 'prompt' and 'response', 'messages', or 'text' (see --columns for other names)")
-        if not response:
+        if not any(ids and weight for ids, weight in views.parts):
             raise row.error("text" if "text" in row else "response", "it holds no token to score")
-        if not student or not teacher:
+        if not views.student or not views.teacher:
             raise row.error(
                 "prompt", "it holds no token: the first token of a response needs one before it (a tokenizer with a BOS token adds one)"
             )
-        return Example(
-            array("i", student + response), range(len(student) - 1, len(student) + len(response) - 1),
-            array("i", teacher + response), range(len(teacher) - 1, len(teacher) + len(response) - 1),
-            row.number("weight", 1.0), row.text("task") if "task" in row else None,
-            where=row.where, date=None if row.date is None else row.date.isoformat(),
+        return views.example(
+            row.number("weight", 1.0), row.text("task") if "task" in row else None, row.where,
+            None if row.date is None else row.date.isoformat(),
         )  # fmt: skip
 
     def _with_eos(self, ids: Ids) -> Ids:
@@ -71,9 +112,9 @@ class RowEncoder:
 
     # A prompt and a response of text
 
-    def _prompted(self, row: Row) -> tuple[Ids, Ids, Ids]:
+    def _prompted(self, row: Row) -> Views:
         prompt, answer = row.text("prompt"), _spoken(row, next((name for name in ANSWERS if name in row), ANSWERS[0]))
-        student, response = self.encode.continued(prompt, self._with_thoughts(prompt, answer, _thoughts(row)), begin=True)
+        student, response = self.encode.pieces([prompt, self._with_thoughts(prompt, answer, _thoughts(row))], begin=True)
         response = response if _cut_short(row) else self._with_eos(response)
         teacher = student
         if "teacher_messages" in row:
@@ -82,7 +123,7 @@ class RowEncoder:
             asked = row.text("teacher_prompt") if "teacher_prompt" in row else prompt
             shown = [*("".join(demo) + "\n\n" for demo in _demonstrations(row)), asked]
             teacher = self.encode("".join(map(self.encode.without_begin, shown)), begin=True)
-        return student, teacher, response
+        return Views(student, teacher, [(response, 1.0)])
 
     def _with_thoughts(self, prompt: str, response: str, thoughts: str) -> str:
         """The response with its reasoning in tags before it."""
@@ -92,63 +133,94 @@ class RowEncoder:
             self.thoughts["dropped"] += 1
             return response
         self.thoughts["tags"] += 1
-        return _tagged(prompt, thoughts) + response
+        return tagged(prompt, thoughts) + response
 
     # Conversations
 
-    def _chat(self, row: Row) -> tuple[Ids, Ids, Ids]:
+    def _chat(self, row: Row) -> Views:
         name = conversation_field(row)
         assert name is not None
-        messages = row.messages(name)
-        answer = self._answer(row, messages, name)
+        messages, weights = row.messages(name), row.weights(name)
+        if self.learn != "last" and _learns_every_turn(row, messages):
+            turns = self._all_turns(row, messages, weights, name)
+            if turns is not None:
+                return turns
+        answer, weight = self._answer(row, messages, weights, name)
         if self.reasoning == "drop":
             self.thoughts["dropped"] += "reasoning_content" in answer
             messages, answer = list(map(_without_thoughts, messages)), _without_thoughts(answer)
-        prefix, response = self._split(messages, answer, row, name)
-        content = answer.get("content", "").strip()
+        return self._last_turn(row, messages, answer, weight, name)
+
+    def _all_turns(self, row: Row, messages: list[Turn], weights: list[float], name: str) -> Views | None:
+        """The views in which every turn of the assistant is learnt; None where it is its only one, or the template has no such view.
+
+        Raises:
+            DataError: all turns were asked for, and the template writes an earlier one otherwise than the last.
+        """
+        messages = [*messages[:-1], _with_thoughts(messages[-1], _thoughts(row), row, name)]
+        reasons = any("reasoning_content" in turn for turn in messages if turn["role"] == "assistant")
+        if self.reasoning == "drop":
+            messages = list(map(_without_thoughts, messages))
+        parts = self.turns.every(messages, weights, row, name, cut_short=_cut_short(row))
+        if parts is None:
+            return None
+        if isinstance(parts, str):
+            if self.learn == "all":
+                raise row.error(
+                    name,
+                    f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'} writes an earlier turn of the assistant "
+                    f"otherwise than the last: {parts}. Choose --learn last, or a template with {{% generation %}}",
+                )
+            self.only_last += 1
+            return None
+        if reasons:
+            self.thoughts["dropped" if self.reasoning == "drop" else "template" if self.facts.reasoning else "tags"] += 1
+        (first, *others), given = self.encode.pieces([part.text for part in parts], begin=False), parts[1:]
+        learnt = [(ids, part.weight) for ids, part in zip(others, given, strict=True)]
+        if given[-1].ends and self.eos is not None:
+            learnt[-1] = self._with_eos(learnt[-1][0]), given[-1].weight
+        return Views(first, first, learnt)
+
+    def _last_turn(self, row: Row, messages: list[Turn], answer: Turn, weight: float, name: str) -> Views:
+        """The views in which the assistant's ``answer`` to ``messages`` is learnt."""
         cut_short = _cut_short(row)
-        told = response[: response.rfind(content) + len(content)] if cut_short and content and content in response else response
-        student, ids = self.encode.continued(prefix, told, begin=False)
-        ids = ids if told != response else self._ended_turn(ids, without_end=cut_short)
+        prefix, response = self.turns.split(messages, answer, row, name)
+        told, end = self.turns.up_to_end(response, answer, cut_short)
+        student, ids = self.encode.pieces([prefix, told + end], begin=False)
+        ids = ids if end or cut_short else self._with_eos(ids)
         shown, their_name = self._shown_to_teacher(row, messages), "teacher_messages" if "teacher_messages" in row else name
         if "reasoning_content" in answer:
             self.thoughts["template" if self.facts.reasoning else "tags"] += 1
         if shown is messages:
-            return student, student, ids
-        their_prefix, their_response = self._split(shown, answer, row, their_name)
+            return Views(student, student, [(ids, weight)])
+        their_prefix, their_response = self.turns.split(shown, answer, row, their_name)
         if their_response != response:
             difference = first_difference(self.tokenizer, response, their_response)
             raise row.error(their_name, f"the chat template writes the response differently in the two views: {difference}")
-        return student, self.encode(their_prefix, begin=False), ids
+        return Views(student, self.encode(their_prefix, begin=False), [(ids, weight)])
 
-    def _answer(self, row: Row, messages: list[Turn], name: str) -> Turn:
-        """The assistant's turn that is learnt, taken out of ``messages`` where it is their last."""
+    def _answer(self, row: Row, messages: list[Turn], weights: list[float], name: str) -> tuple[Turn, float]:
+        """The assistant's turn that is learnt, taken out of ``messages`` where it is their last, and its weight."""
+        weight = 1.0
         field = next((name for name in ANSWERS if name in row), None)
         if field is not None and isinstance(row.fields[field], list):
             answer, *more = row.messages(field)
+            weight = row.weights(field)[0]
             if more or answer["role"] != "assistant":
                 count = f"there are {1 + len(more)}, the first of the {answer['role']}"
                 raise row.error(field, f"one turn is needed, the assistant's, and {count}")
         elif field is not None:
             answer = {"role": "assistant", "content": _spoken(row, field)}
         elif messages[-1]["role"] == "assistant":
-            field, answer = name, messages.pop()
+            field, answer, weight = name, messages.pop(), weights[-1]
         else:
             raise row.error("response", f"there is none, and {name!r} ends with the turn of the {messages[-1]['role']}, not the assistant")
-        answer = self._without_end(answer)
+        answer = self.turns.without_end(answer)
         if is_empty(answer):
             raise row.error(field, "the assistant's turn is empty, so nothing but an end would be learnt: leave the row out")
-        thoughts = _thoughts(row)
-        if thoughts and answer.get("reasoning_content", thoughts) != thoughts:
-            raise row.error("reasoning", f"the assistant's turn in {field!r} has other thoughts: leave one of the two out")
-        return {**answer, "reasoning_content": thoughts} if thoughts else answer
-
-    def _without_end(self, answer: Turn) -> Turn:
-        """The turn without an end token that its content was given already, since the template writes one."""
-        content = answer.get("content", "").rstrip()
-        ends = [self.tokenizer.convert_ids_to_tokens(end) for end in (self.facts.end, self.eos) if end is not None]
-        end = next((end for end in ends if content.endswith(end)), None)
-        return answer if end is None else {**answer, "content": content.removesuffix(end)}
+        if not weight:
+            raise row.error(field, "the only turn to learn has weight 0: leave the row out")
+        return _with_thoughts(answer, _thoughts(row), row, field), weight
 
     def _shown_to_teacher(self, row: Row, messages: list[Turn]) -> list[Turn]:
         """What the teacher reads before the response: ``messages``, which the student reads, unless the row says otherwise."""
@@ -165,36 +237,6 @@ class RowEncoder:
         if "demonstrations" in row:
             messages = [*messages[:-1], *_turns(row), messages[-1]]
         return messages
-
-    def _split(self, messages: list[Turn], answer: Turn, row: Row, name: str) -> tuple[str, str]:
-        """The text that a model is given, and what it should write: the template with the answer, less the template that asks for it."""
-        if not messages:
-            raise row.error(name, "there is no turn before the response")
-        prefix = render(self.tokenizer, messages, row, name)
-        whole = render(self.tokenizer, [*messages, answer], row, name, prompt=False)
-        thoughts, opening = answer.get("reasoning_content", ""), opens_thoughts(prefix)
-        if whole.startswith(prefix):
-            response = whole[len(prefix) :]
-            written = not thoughts or (self.facts.reasoning and thoughts.strip() in response)
-            return prefix, response if written else _tagged(prefix, thoughts) + response
-        if opening is not None and whole.startswith(
-            prefix[:opening]
-        ):  # the prompt opens thoughts, which the template leaves out of an answer
-            return prefix, _tagged(prefix, thoughts) + whole[opening:]
-        difference = first_difference(self.tokenizer, prefix, whole)
-        raise row.error(name, f"the chat template does not put the response after the generation prompt: {difference}")
-
-    def _ended_turn(self, ids: Ids, without_end: bool) -> Ids:
-        """A response up to the token that ends the turn: what templates write after it is not what a model generates."""
-        known = next((end for end in (self.facts.end, self.eos) if end is not None and end in ids), None)
-        if known is None and self.facts.end is not None:  # this turn may end in another way than most, as calls of built-in tools do
-            added = added_ids(self.tokenizer)
-            last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in added), None)
-            known = None if last is None or self.tokenizer.decode(ids[last + 1 :]).strip() else ids[last]
-        if known is None:
-            return ids if without_end else self._with_eos(ids)
-        stop = len(ids) - ids[::-1].index(known)
-        return ids[: stop - without_end]
 
 
 def conversation_field(row: Row) -> str | None:
@@ -249,9 +291,17 @@ def _thoughts(row: Row) -> str:
     return row.text("reasoning") if not isinstance(value, str) or value.strip() else ""
 
 
-def _tagged(prompt: str, thoughts: str) -> str:
-    """Thoughts in tags; the first tag is left out where the prompt ends with it."""
-    return ("<think>" if opens_thoughts(prompt) is None else "") + thoughts + "</think>"
+def _with_thoughts(answer: Turn, thoughts: str, row: Row, field: str) -> Turn:
+    """The assistant's turn with the row's field ``reasoning``."""
+    if thoughts and answer.get("reasoning_content", thoughts) != thoughts:
+        raise row.error("reasoning", f"the assistant's turn in {field!r} has other thoughts: leave one of the two out")
+    return {**answer, "reasoning_content": thoughts} if thoughts else answer
+
+
+def _learns_every_turn(row: Row, messages: list[Turn]) -> bool:
+    """True if the row is a conversation that ends with the assistant, and nothing beside it says what is learnt."""
+    beside = any(name in (*ANSWERS, "demonstrations") or name.startswith("teacher_") for name in row.fields)
+    return messages[-1]["role"] == "assistant" and not beside
 
 
 def _without_thoughts(turn: Turn) -> Turn:
@@ -282,40 +332,3 @@ def _turns(row: Row) -> list[Turn]:
             raise row.error("demonstrations", "beside chat messages, objects with 'prompt' and 'response' are needed")
         turns += [{"role": "user", "content": demo[0]}, {"role": "assistant", "content": demo[1]}]
     return turns
-
-
-def render(tokenizer: Any, turns: Sequence[Turn], row: Row, name: str, prompt: bool = True) -> str:
-    """The conversation as the tokenizer's chat template writes it; with ``prompt`` up to where the assistant's turn begins.
-
-    Raises:
-        DataError: of the row's field ``name``: there is no template, or it refuses.
-    """
-    if tokenizer.chat_template is None:
-        raise row.error(name, "the tokenizer has no chat template: set tokenizer.chat_template, or give rows with 'prompt' and 'response'")
-    write = partial(chat_text, tokenizer, turns, prompt=prompt, date=row.date, tools=_tools(row))
-    try:
-        return write()
-    except Exception as error:  # a template may raise what it likes
-        raise row.error(name, f"the chat template refuses it: {error}") from error
-
-
-def _tools(row: Row) -> list[Any] | None:
-    """A list of tools, or JSON text of one; None for an empty list, which templates tell from there being none."""
-    tools = row.sound("tools") if "tools" in row else None
-    if isinstance(tools, str):
-        with suppress(ValueError):  # text that is not JSON is refused below
-            tools = json.loads(tools)
-    if not isinstance(tools, list | None):
-        raise row.error("tools", "a list of tools is needed, each described as the chat template wants it")
-    return tools or None
-
-
-def first_difference(tokenizer: Any, one: str, other: str, other_tokenizer: Any = None) -> str:
-    """In words: the first token in which two texts differ."""
-    a, b = (t(text, add_special_tokens=False)["input_ids"] for t, text in ((tokenizer, one), (other_tokenizer or tokenizer, other)))
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    shown = [
-        f"{t.decode(ids[at : at + 1])!r} (id {ids[at]})" if at < len(ids) else "the end"
-        for t, ids in ((tokenizer, a), (other_tokenizer or tokenizer, b))
-    ]
-    return f"token {at} is {shown[0]} in one and {shown[1]} in the other"

@@ -6,10 +6,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Turn", "is_empty", "read_turns", "spellings"]
+__all__ = ["WEIGHT", "Turn", "is_empty", "read_turns", "spellings"]
 
 Turn = dict[str, Any]
-"""``role``; ``content`` as text; ``tool_calls``, whose arguments are objects; ``reasoning_content``. What is empty or null is left out."""
+"""``role``; ``content`` as text; ``tool_calls``, whose arguments are objects; ``reasoning_content``. What is empty or null is left out, and
+so is ``weight``."""
+READ = ("content", "tool_calls", "reasoning")
+"""Fields of a message that are read in more than one spelling."""
+WEIGHT = "weight"
+"""The field of a message that multiplies the loss of its turn: no part of what models, templates and servers read."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 Refuse = Callable[[str], Exception]
 
@@ -29,7 +34,7 @@ def _turn(message: Any, number: int, refuse: Refuse) -> Turn:
     needed = f"message {number} needs a role and a content, both text (or tool_calls in place of the content)"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise refuse(needed)
-    turn = {name: part for name, part in message.items() if part is not None and name not in ("content", "tool_calls", "reasoning")}
+    turn = {name: part for name, part in message.items() if part is not None and name not in (*READ, WEIGHT)}
     if calls := message.get("tool_calls"):
         if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
             raise refuse(f"message {number}: tool_calls must be a list of objects")

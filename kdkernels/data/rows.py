@@ -14,7 +14,7 @@ from typing import Any
 from . import hub
 from .errors import DataError, places
 from .files import as_cells, files_of, rows_of
-from .messages import Turn, read_turns
+from .messages import WEIGHT, Turn, read_turns
 from .values import as_json, broken_text, is_date, place_of
 
 __all__ = ["DataError", "Row", "RowSource", "places", "read_rows"]
@@ -80,13 +80,21 @@ class Row:
         return value
 
     def number(self, name: str, default: float) -> float:
-        value = self.fields.get(name, default)
+        return self._checked_number(self.fields.get(name, default), name)
+
+    def _checked_number(self, value: Any, name: str) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise self.error(name, f"a number >= 0 is needed, and it is {json.dumps(value, default=str)[:60]}")
         return float(value)
 
     def messages(self, name: str) -> list[Turn]:
         return read_turns(self.sound(name), partial(self.error, name))
+
+    def weights(self, name: str) -> list[float]:
+        """The weight of each message's turn: what its loss is multiplied by."""
+        return [
+            self._checked_number(message.get(WEIGHT, 1.0), f"{name}[{number}].{WEIGHT}") for number, message in enumerate(self.fields[name])
+        ]
 
 
 RowSource = str | Path | Iterable["str | Path | Mapping[str, Any] | Row"]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from .encoding import added_ids
 from .messages import Turn, spellings
 
-__all__ = ["TemplateFacts", "chat_text", "date_of", "opens_thoughts", "template_facts", "writes_date"]
+__all__ = [
+    "TemplateFacts", "chat_text", "date_of", "marked_text", "marks_turns", "opens_thoughts", "template_facts", "writes_date",
+]  # fmt: skip
+
+Written = TypeVar("Written")
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _DATED = """\
 {%- macro strftime_now(format) -%}
@@ -110,23 +115,56 @@ def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt: bool = True, dat
         prompt: end where the assistant's turn begins.
         fields: further variables of the template, such as ``tools``.
     """
+    return _spelled(tokenizer, turns, lambda spelled: _rendered(tokenizer, spelled, prompt, date, **fields))
+
+
+def marks_turns(tokenizer: Any, tools: Any = None) -> bool:
+    """True if the chat template marks the assistant's turns by ``{% generation %}``."""
+    return _MARK.search(str(tokenizer.get_chat_template(tools=tools))) is not None
+
+
+def marked_text(
+    tokenizer: Any, turns: Sequence[Turn], *, date: datetime.date | None = None, tools: Any = None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as the chat template writes it, and the first and last character (exclusive) of each block that it marks by
+    ``{% generation %}``."""
+
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def write(spelled: list[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        written, marks = render_jinja_template(
+            [spelled], tools=tools, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+            **{"chat_template": tokenizer.get_chat_template(tools=tools), **_dated(tokenizer, date, tools)},
+        )  # fmt: skip
+        return written[0], marks[0]
+
+    return _spelled(tokenizer, turns, write)
+
+
+def _spelled(tokenizer: Any, turns: Sequence[Turn], write: Callable[[list[Turn]], Written]) -> Written:
+    """What ``write`` makes of the first spelling of the turns that the chat template takes."""
     plain, *others = spellings(turns, template_facts(tokenizer).parts)
     try:
-        return _rendered(tokenizer, plain, prompt, date, **fields)
+        return write(plain)
     except Exception:  # a template may raise what it likes
         for spelled in others:
             with suppress(Exception):  # the error about the plain spelling is the one to show
-                return _rendered(tokenizer, spelled, prompt, date, **fields)
+                return write(spelled)
         raise
 
 
 def _rendered(tokenizer: Any, turns: list[Turn], prompt: bool, date: datetime.date | None, **fields: Any) -> str:
-    day = date_of(tokenizer, date)
-    if day is not None:
-        fields["chat_template"] = _DATED + tokenizer.get_chat_template(tools=fields.get("tools"))
-        fields["kdkernels_date"] = _written(day)
+    fields |= _dated(tokenizer, date, fields.get("tools"))
     text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **fields)
     return text
+
+
+def _dated(tokenizer: Any, date: datetime.date | None, tools: Any) -> dict[str, Any]:
+    """Fields that have the chat template write ``date``; none for a template without a date."""
+    day = date_of(tokenizer, date)
+    if day is None:
+        return {}
+    return {"chat_template": _DATED + tokenizer.get_chat_template(tools=tools), "kdkernels_date": _written(day)}
 
 
 def _written(day: datetime.date) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import warnings
 from collections import Counter
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .example import Example
-from .forms import Reasoning, RowEncoder
+from .forms import Learn, Reasoning, RowEncoder
 from .layouts import training_rows
 from .rows import DataError, Row, RowSource
 from .templates import date_of
@@ -66,6 +65,7 @@ def load_examples(
     date: str | datetime.date | None = None,
     reasoning: Reasoning = "learn",
     columns: str | Mapping[str, str] | None = None,
+    learn: Learn | None = None,
     tally: Tally | None = None,
     prompts: bool = False,
 ) -> list[Example]:
@@ -83,7 +83,8 @@ def load_examples(
     ``<think>`` and ``</think>``.
 
     The teacher reads the same, unless the row has ``teacher_messages``, ``teacher_prompt``, or ``demonstrations`` to read before the
-    prompt. ``tools`` go to the chat template. A response whose ``finish_reason`` names a cut, such as
+    prompt. The ``weight`` of a message of the assistant multiplies the loss of its turn; with 0 it is not scored. ``tools`` go to the chat
+    template. A response whose ``finish_reason`` names a cut, such as
     ``"length"``, is learnt without an end. ``weight`` multiplies the row's loss; ``task`` is kept; other fields mean nothing here.
 
     Args:
@@ -96,6 +97,9 @@ def load_examples(
         reasoning: ``"learn"``, or ``"drop"`` to learn the response alone.
         columns: names of columns for the fields of a row, as ``"prompt=question,response=answer"``. Other fields that would make a row
             another form are then not read.
+        learn: ``"all"`` turns of the assistant in ``messages`` that end with one, or the ``"last"``. Beside a response, demonstrations or
+            any ``teacher_*`` field only the response is learnt. None is ``"all"``, but where the chat template writes an earlier turn
+            otherwise than the last, the row is learnt as with ``"last"``; a warning counts them.
         tally: counts rows that were dropped or cut, and those with reasoning.
         prompts: a row may be without a response, because the student writes all of them: a full stop is in its place.
 
@@ -103,7 +107,7 @@ def load_examples(
         DataError: naming file, row and field.
     """
     examples = []
-    tally, encode = tally if tally is not None else Tally(), RowEncoder(tokenizer, reasoning)
+    tally, encode = tally if tally is not None else Tally(), RowEncoder(tokenizer, reasoning, learn)
     day = date_of(tokenizer, date)  # one for all rows, though midnight may pass
     for row in training_rows(source, columns):
         row.date = day
@@ -117,18 +121,24 @@ def load_examples(
                     f"{row.where}: {length} tokens, more than max_length={max_length}: raise it if the models can take more, "
                     "or choose overlong='drop' or overlong='truncate'"
                 )
-            cut = length - max_length
-            if overlong == "drop" or len(example.student_scored) <= cut:
+            shortened = None if overlong == "drop" else example.cut_to(max_length)
+            if shortened is None:
                 tally.dropped, tally.longest = tally.dropped + 1, max(tally.longest, length)
                 continue
-            tally.cut, tally.cut_tokens = tally.cut + 1, tally.cut_tokens + cut
-            example = _shortened(example, cut)
+            tally.cut, tally.cut_tokens = tally.cut + 1, tally.cut_tokens + length - max_length
+            example = shortened
         examples.append(example)
     tally.reasoning.update(encode.thoughts)
     if not examples:
         raise DataError(f"no row is left: all {tally.dropped} are over max_length={max_length}")
     if (warning := tally.of_lengths(max_length, len(examples), overlong)) is not None:
         warnings.warn(warning, stacklevel=2)
+    if encode.only_last:
+        warnings.warn(
+            f"of {encode.only_last:,} conversations only the last turn of the assistant is learnt, since the chat template writes an "
+            "earlier turn otherwise than the last: choose learn='last' to say so, or a template with {% generation %}",
+            stacklevel=2,
+        )
     return examples
 
 
@@ -137,17 +147,6 @@ def _has_response(row: Row) -> bool:
     last = turns[-1] if isinstance(turns, list) and turns else None
     return any(name in row for name in ("response", "completion", "text")) or (
         isinstance(last, Mapping) and last.get("role") == "assistant"
-    )
-
-
-def _shortened(example: Example, cut: int) -> Example:
-    remaining = len(example.student_scored) - cut
-    return dataclasses.replace(
-        example,
-        student_ids=example.student_ids[: len(example.student_ids) - cut],
-        student_scored=example.student_scored[:remaining],
-        teacher_ids=example.teacher_ids[: len(example.teacher_ids) - cut],
-        teacher_scored=example.teacher_scored[:remaining],
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data.messages import WEIGHT
 from ..support.files import digest
 from .replies import check_text
 from .text import Reply, Request
@@ -45,7 +46,7 @@ def _messages(row: Mapping[str, Any], several: str, one: str) -> list[dict[str, 
     if name == several:
         if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(message, Mapping) for message in value):
             raise ValueError(f'field {name!r}: a list of {{"role": ..., "content": ...}} is needed')
-        messages = [dict(message) for message in value]
+        messages = [{name: part for name, part in message.items() if name != WEIGHT} for message in value]
         if messages[-1].get("role") == "assistant":
             messages.pop()
     else:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -16,7 +16,7 @@ from ..data.agreement import check_ids
 from ..data.collator import Collator
 from ..data.ending import ended
 from ..data.example import Example
-from ..data.forms import Reasoning
+from ..data.forms import Learn, Reasoning
 from ..data.layouts import training_rows
 from ..data.rows import Row
 from ..data.tokenization import length_limit, load_examples
@@ -24,7 +24,7 @@ from ..support.files import Output
 from ..support.terminal import progress, shown
 from ..tap.weights import embedding_rows, head_width, logit_columns
 from .cache.api import from_replies, score, silent_positions, write_topk
-from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date
+from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date, kept_learn
 from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, check_folder, write_cache
 from .generate import requests_of, with_reply
@@ -54,6 +54,7 @@ class CacheOptions:
     max_length: int | None
     overlong: str
     columns: str | None
+    learn: Learn | None
     reasoning: Reasoning
     batch_size: int
     dtype: str
@@ -154,7 +155,7 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
             write_cache(
                 LiveTeacher(model, vocab_size=vocab_size), examples, o.out, identity, hidden_size=hidden_size, batch_size=o.batch_size,
                 shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit),
-                options={"max_length": limit, "reasoning": o.reasoning}, device=model.device,
+                options={"max_length": limit, "reasoning": o.reasoning, "learn": o.learn}, device=model.device,
                 report=advance,
                 started=_announcing(console, o.out, identity, start, hidden_size, head),
             )  # fmt: skip
@@ -196,7 +197,7 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
     with progress(console, "tokens") as (start, advance, _):
         write_topk(
             examples, tops, o.out, identity, shard_bytes=o.shard_bytes,
-            options={"max_length": o.max_length, "reasoning": o.reasoning}, report=advance,
+            options={"max_length": o.max_length, "reasoning": o.reasoning, "learn": o.learn}, report=advance,
             started=_announcing(console, o.out, identity, start),
         )  # fmt: skip
     console.print(f"{o.out}: complete")
@@ -204,7 +205,14 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
 
 def _examples(o: CacheOptions, tokenizer: Any, limit: int | None) -> list[Example]:
     return load_examples(
-        o.data, tokenizer, max_length=limit, overlong=o.overlong, date=kept_date(o.out), reasoning=o.reasoning, columns=o.columns
+        o.data,
+        tokenizer,
+        max_length=limit,
+        overlong=o.overlong,
+        date=kept_date(o.out),
+        reasoning=o.reasoning,
+        columns=o.columns,
+        learn=o.learn or cast("Learn | None", kept_learn(o.out)),
     )
 
 

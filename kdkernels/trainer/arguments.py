@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..data.forms import Reasoning
+from ..data.forms import Learn, Reasoning
 from ..data.layouts import Columns
 from ..divergences import REGISTRY, parse, spelled
 from ..fused.checks import check_choices
@@ -121,6 +121,13 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             "drop it and learn the response alone."
         },
     )
+    learn: Learn | None = field(
+        default=None,
+        metadata={
+            "help": "Of a conversation that ends with the assistant: learn all of its turns, or the last. Default: what a cache was made "
+            "with; else all, and the last where the chat template writes earlier turns otherwise."
+        },
+    )
     columns: str | None = field(
         default=None,
         metadata={
@@ -203,10 +210,11 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         for name, valid in (
             ("overlong", Overlong),
             ("reasoning", Reasoning),
+            ("learn", Learn),
             ("ensemble_mode", EnsembleMode),
             ("feature_loss", FeatureLoss),
         ):
-            if getattr(self, name) not in get_args(valid):
+            if getattr(self, name) not in get_args(valid) and not (name == "learn" and self.learn is None):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(valid))}, got {getattr(self, name)!r}")
         for name in ("t_squared", "packing", "kd_on_prompt"):
             if not isinstance(getattr(self, name), bool):

@@ -26,7 +26,7 @@ from ..teachers.live import LiveTeacher
 from .arguments import DistillationArguments
 
 __all__ = [
-    "FREE", "CheckpointError", "begin", "check_same", "best_of",
+    "BEFORE", "FREE", "CheckpointError", "begin", "check_same", "best_of",
     "checkpoints", "data_digest", "differences", "finish", "flaw", "is_unfinished", "last_whole",
     "read_manifest", "rotate", "settings_of", "step_of", "teacher_digest",
 ]  # fmt: skip
@@ -50,6 +50,9 @@ FREE = frozenset({
     "memory_budget", "use_cpu",
 })  # fmt: skip
 """Arguments that may change when a training is resumed; every other decides what is trained. docs/trainer.md lists them."""
+
+BEFORE = {**{f.name: f.default for f in dataclasses.fields(DistillationArguments)}, "learn": "last"}
+"""The values of arguments that a checkpoint or record does not know: those of the time before they were there."""
 
 OF_THE_BEST = frozenset({
     "save_strategy", "save_steps", "eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better",
@@ -81,7 +84,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mappi
 
 
 def data_digest(items: Iterable[Item]) -> str:
-    """sha256 of the tokens, scored positions and weights of all items, in order."""
+    """sha256 of the tokens, scored positions and weights of all items and their turns, in order."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{len(item)}\0".encode())
@@ -90,6 +93,8 @@ def data_digest(items: Iterable[Item]) -> str:
                 digest.update(f"{len(part)}\0".encode())
                 digest.update(f"{part}\0".encode() if isinstance(part, range) else array("q", part).tobytes())
             digest.update(f"{example.weight!r}\0".encode())
+            if any(weight != 1 for _, weight in example.turns):
+                digest.update(f"{example.turns!r}\0".encode())
     return digest.hexdigest()
 
 
@@ -114,8 +119,8 @@ def check_same(folder: Path, now: Mapping[str, Any]) -> None:
         CheckpointError: ``folder`` is not a whole checkpoint, or of another training.
     """
     then = read_manifest(folder)
-    fields = {f.name: f.default for f in dataclasses.fields(DistillationArguments)}
-    unlike = [f"{name} ({one!r} then, {two!r} now)" for name, (one, two) in differences(then["settings"], now["settings"], fields).items()]
+    changed = differences(then["settings"], now["settings"], BEFORE)
+    unlike = [f"{name} ({one!r} then, {two!r} now)" for name, (one, two) in changed.items()]
     unlike += [name for name, what in (("train_dataset", "data"), ("teacher", "teacher")) if then[what] != now[what]]
     if unlike:
         raise CheckpointError(

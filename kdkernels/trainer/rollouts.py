@@ -35,16 +35,17 @@ def rollouts(
     model: nn.Module, items: Sequence[Item], tokenizer: Any, *, temperature: float, max_new_tokens: int, max_length: int | None,
     vocab_size: int | None, place: Sequence[int],
 ) -> list[Item]:  # fmt: skip
-    """The items with responses that ``model`` samples: up to and with the first end-of-text token, in both views.
+    """The items with responses that ``model`` samples: up to and with the first end-of-text token, in both views. Of a conversation with
+    several learnt turns it writes the last, and only that is scored.
 
     Prompts are padded on the left. The draws depend on ``place`` (seed, step, micro-batch, rank) alone; the global random state stays as
     it was. Where the model is in shards, every rank has to call this, whatever its prompts.
     """
     examples = [example for item in items for example in item]
-    prompts = [example.student_ids[: example.student_scored[0] + 1] for example in examples]
+    prompts = [example.student_ids[: example.prompts()[0]] for example in examples]
     room = max_new_tokens
     if max_length is not None:
-        room = min(room, max_length - max(max(e.student_scored[0], e.teacher_scored[0]) + 1 for e in examples))
+        room = min(room, max_length - max(max(e.prompts()) for e in examples))
     full = room < 1  # a prompt that fills the row leaves no room for another response than the data's
     if full and not is_sharded(model):
         return list(items)
@@ -83,11 +84,13 @@ def _until(ids: list[int], stops: list[int]) -> list[int]:
 
 
 def _answered(example: Example, response: list[int]) -> Example:
-    def view(ids: Sequence[int], scored: Sequence[int]) -> tuple[Any, Any]:
-        prompt = scored[0] + 1
+    def view(ids: Sequence[int], prompt: int) -> tuple[Any, Any]:
         return array("i", [*ids[:prompt], *response]), range(prompt - 1, prompt - 1 + len(response))
 
-    student, teacher = view(example.student_ids, example.student_scored), view(example.teacher_ids, example.teacher_scored)
+    of_student, of_teacher = example.prompts()
+    weight = example.parts[-1][1]
+    student, teacher = view(example.student_ids, of_student), view(example.teacher_ids, of_teacher)
     return dataclasses.replace(
-        example, student_ids=student[0], student_scored=student[1], teacher_ids=teacher[0], teacher_scored=teacher[1]
-    )
+        example, student_ids=student[0], student_scored=student[1], teacher_ids=teacher[0], teacher_scored=teacher[1],
+        turns=() if weight == 1 else ((len(response), weight),),
+    )  # fmt: skip

@@ -122,6 +122,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         day = date_of(processing_class, args.template_date or getattr(self.teacher, "date", None))
         # In the saved arguments: a resumed run writes the same prompts.
         self._date = args.template_date = None if day is None else day.isoformat()
+        self._learn = args.learn = args.learn or getattr(self.teacher, "learn", None)
         self._as_given, self._prompts_suffice = SavedConfig(model), args.on_policy_fraction == 1
         super().__init__(
             model=model, args=args, data_collator=collator, train_dataset=self.items(train_dataset),
@@ -165,12 +166,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 date=self._date,
                 reasoning=self._reasoning,
                 columns=self._columns,
+                learn=self._learn,
                 prompts=self._prompts_suffice and not held_out,
             )
         check_ids(examples, self.tokenizer, self._embeddings)
         taught = not held_out or warn_of_missing(self.teacher, examples)
         if not held_out:
-            check_kept(self.teacher, examples, max_length=self.max_length, reasoning=self._reasoning)
+            check_kept(self.teacher, examples, max_length=self.max_length, reasoning=self._reasoning, learn=self._learn)
         if self._packing:
             assert self.max_length is not None
             items = pack(examples, self.max_length)

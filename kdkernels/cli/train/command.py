@@ -18,7 +18,7 @@ Every field of DistillationArguments and of transformers' TrainingArguments is a
 - the loss: `--divergence` (a name, or `"jsd(beta=0.3)"`), `--temperature`, `--t-squared`, `--kd-weight`, `--ce-weight`, `--ce-weight-last`,
   `--feature-weight`, `--feature-layers`, `--feature-loss`, `--ensemble-mode`, `--kd-on-prompt`, `--vocab-size`, `--memory-budget`
 
-- the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`, `--columns`
+- the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`, `--columns`, `--learn`
 
 - a LoRA in place of all weights: `--lora-r 16`, `--lora-alpha`, `--lora-dropout`, `--lora-target-modules`, `--use-rslora`, `--use-dora`;
   `--merge` also writes the merged model

@@ -25,7 +25,7 @@ from ...trainer.checkpoints import step_of
 from .loading import cache_of, check_data, student_skeleton, tokenizer_of
 from .output import RECORD
 from .record import check_expected
-from .resume import known_record, requested, starting_point
+from .resume import choose_learn, known_record, requested, starting_point
 from .settings import Settings
 from .steps import rhythm, steps_per_epoch, total_steps
 
@@ -40,13 +40,14 @@ def plan(settings: Settings, console: Console) -> None:
     check_data(settings)
     skeletons = [student_skeleton(settings), *(skeleton_of("teacher", path) for path in settings.teacher)]
     cache = cache_of(settings, tokenizer) if settings.cache else None
+    choose_learn(args, cache)
     limit = length_limit(args.max_length, map(text_config, skeletons), args.packing)
     tally = Tally()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         examples = load_examples(
             settings.data, tokenizer, max_length=limit, overlong=args.overlong, date=args.template_date, reasoning=args.reasoning,
-            columns=args.columns, tally=tally, prompts=args.on_policy_fraction == 1,
+            columns=args.columns, learn=args.learn, tally=tally, prompts=args.on_policy_fraction == 1,
         )  # fmt: skip
     check_ids(examples, tokenizer, embedding_rows(*skeletons))
     if args.kd_on_prompt:

@@ -25,8 +25,7 @@ from ...support.files import digest, digest_file
 from ...teachers.adapters import base_content, find_adapter
 from ...teachers.cache.manifest import MANIFEST, model_files, template_hash, tokenizer_hash
 from ...teachers.loading import load
-from ...trainer.arguments import DistillationArguments
-from ...trainer.checkpoints import differences, settings_of
+from ...trainer.checkpoints import BEFORE, differences, settings_of
 from .options import GROUPS, UNDECISIVE, default_of
 from .output import RECORD
 from .settings import BLOCK, Settings, TrainError
@@ -118,7 +117,7 @@ class Record:
 
     def unlike(self, now: Record) -> list[str]:
         """What differs between this run and the one that is asked for ``now``, in words."""
-        defaults = {f.name: default_of(f) for group in (DistillationArguments, *GROUPS.values()) for f in dataclasses.fields(group)}
+        defaults = {f.name: default_of(f) for group in GROUPS.values() for f in dataclasses.fields(group)} | BEFORE
         changed = differences(self.settings, now.settings, defaults)
         words = [
             f"number of processes ({one} then, {two} now)" if name == "processes" else f"{_option(name)} ({one!r} then, {two!r} now)"

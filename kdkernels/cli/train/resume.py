@@ -13,7 +13,7 @@ from .output import RECORD, SUMMARY
 from .record import Record
 from .settings import Settings, TrainError
 
-__all__ = ["finished_summary", "is_last", "known_record", "model_folder", "requested", "starting_point"]
+__all__ = ["choose_learn", "finished_summary", "is_last", "known_record", "model_folder", "requested", "starting_point"]
 
 
 def known_record(settings: Settings, tokenizer: Any) -> tuple[Record, Record | None]:
@@ -45,6 +45,20 @@ def known_record(settings: Settings, tokenizer: Any) -> tuple[Record, Record | N
     if isinstance(origin, Path) and origin.parent.resolve() != out.resolve() and other is None:
         raise TrainError(f"--resume-from-checkpoint {origin}: there is no {RECORD} beside it, so it can't be known what it was trained on")
     return now, old or other
+
+
+def choose_learn(args: Any, cache: Any) -> None:
+    """Set which turns of a conversation are learnt where ``--learn`` is not given: those of the cache, or the last where a run goes on that
+    was begun before there was a choice."""
+    if args.learn is not None:
+        return
+    origin = requested(args)
+    folders = [Path(args.output_dir), *([origin.parent] if isinstance(origin, Path) else [])]
+    records = [record for folder in folders if (record := Record.read(folder)) is not None]
+    if cache is not None:
+        args.learn = cache.learn
+    elif any("learn" not in record.settings for record in records):
+        args.learn = "last"
 
 
 def requested(args: Any) -> Path | bool | None:

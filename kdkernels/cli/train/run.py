@@ -25,7 +25,7 @@ from .loading import cache_of, check_data, model_of, student_of, student_skeleto
 from .merged import write_merged
 from .output import LOG, MERGED, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
 from .record import Record, check_expected, resolved
-from .resume import finished_summary, is_last, known_record, model_folder, starting_point
+from .resume import choose_learn, finished_summary, is_last, known_record, model_folder, starting_point
 from .settings import RESOLVED, Settings, TrainError
 from .steps import steps_per_epoch, total_steps
 from .summary import figure_of, finite, name_of_loss, show, training_log
@@ -62,6 +62,7 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
     student_skeleton(settings)  # or an error, before any weights are read
     check_data(settings)
     cache = cache_of(settings, tokenizer) if settings.cache else None
+    choose_learn(args, cache)
     record, old = known_record(settings, tokenizer)
     check_expected(settings, record, console)
     if output is not None:

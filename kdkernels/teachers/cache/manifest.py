@@ -19,8 +19,8 @@ from ...support.files import digest, digest_file, write_whole
 from ..adapters import find_adapter
 
 __all__ = [
-    "CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "identity_of_tokenizer", "kept_date", "model_files",
-    "template_hash", "tokenizer_hash",
+    "CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "identity_of_tokenizer", "kept_date",
+    "kept_learn", "learnt", "model_files", "template_hash", "tokenizer_hash",
 ]  # fmt: skip
 
 FORMAT, VERSION, READABLE = "kdkernels-cache", 2, (1, 2)
@@ -224,6 +224,17 @@ def _json(folder: Path) -> dict[str, Any]:
 def kept_date(folder: Path) -> str | None:
     """The date that the chat template wrote into the prompts of the cache in ``folder``; None where there is no cache, or no date."""
     return Manifest.read(folder).date if (folder / MANIFEST).is_file() else None
+
+
+def kept_learn(folder: Path) -> str | None:
+    """The turns of a conversation that the rows of the cache in ``folder`` learn, see ``learnt``; None where there is no cache."""
+    return learnt(Manifest.read(folder)) if (folder / MANIFEST).is_file() else None
+
+
+def learnt(manifest: Manifest) -> str | None:
+    """The ``learn`` that ``load_examples`` was given for a cache; the last turn for a manifest of before that was noted."""
+    turns: str | None = manifest.options.get("learn", "last")
+    return turns
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

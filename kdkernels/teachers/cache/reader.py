@@ -20,7 +20,7 @@ from ...divergences import parse
 from ...fused.checks import DEFINED
 from ...sides import LMHead, Sampled, Tail, TopK
 from .checks import check_logprobs
-from .manifest import CacheError, Head, Manifest, Shard, identity_of_tokenizer
+from .manifest import CacheError, Head, Manifest, Shard, identity_of_tokenizer, learnt
 from .shards import KEY_BYTES, Array, HiddenShard, ParquetShard, columns_of, read_text_shard
 
 __all__ = ["CachedTeacher", "open_cache", "read_text"]
@@ -97,6 +97,8 @@ class CachedTeacher:
         self.kind, self.vocab_size, self.temperature = identity.kind, identity.vocab_size, identity.temperature
         self.date = manifest.date
         """The date that the chat template wrote into every prompt; None for a template without a date."""
+        self.learn = learnt(manifest)
+        """The turns of a conversation that its rows learn, see ``load_examples``."""
         self.salt = identity.hash()
         """What the keys of views are salted with: ``example.key(cache.salt)``."""
         self._columns = {} if self.kind == "hidden" else columns_of(self.kind, identity.k or 0, identity.dtype)
@@ -193,7 +195,7 @@ class CachedTeacher:
             then = f"{self.date} in the cache" if self.date else "not known of the cache, which an earlier version made"
             return f"The chat template writes the date: it is {', '.join(sorted(map(str, dates)))} now, and {then}"
         longest = max(map(len, missing))
-        for name, then in self.manifest.options.items():
+        for name, then in {**self.manifest.options, "learn": self.learn}.items():
             now = options.get(name, then)
             short = name == "max_length" and (None in (then, now) or longest < min(then, now))
             if then != now and not short:
