@@ -2,8 +2,11 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 #include "one_read.h"
@@ -16,11 +19,29 @@ inline void check(cudaError_t error, const char* what) {
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
 }
 
-// False if no cluster of that size fits on this GPU as it is: the caller then asks for a smaller one.
-template <class Kernel, class Arguments> bool launch(Kernel* kernel, const Arguments& a, const Launch& l, cudaStream_t stream) {
-    const auto* const function = reinterpret_cast<const void*>(kernel);
+// Prepares a kernel for a launch's shape on the current device, and returns how many of its clusters fit there at once; 0 if none does.
+// The driver is asked once for each kernel, shape and device.
+inline int prepare(const void* function, const Launch& l, const cudaLaunchConfig_t& config) {
+    if (!l.shared_limit && !config.numAttrs) return 1;
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int, size_t>, int> known;
+    int device = 0;
+    check(cudaGetDevice(&device), "current device");
+    const std::tuple shape(device, function, l.cluster, l.threads, l.shared_bytes);
+    const std::lock_guard lock(mutex);
+    if (const auto at = known.find(shape); at != known.end()) return at->second;
     if (l.shared_limit) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_limit), "shared memory of the row kernel");
     if (l.cluster > 8) check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of 16");
+    int fit = 1;
+    if (config.numAttrs && cudaOccupancyMaxActiveClusters(&fit, function, &config) != cudaSuccess) {
+        cudaGetLastError();  // clears the error: the caller tries a smaller cluster
+        fit = 0;
+    }
+    return known[shape] = fit;
+}
+
+// False if no cluster of that size fits on this GPU: the caller then asks for a smaller one.
+template <class Arguments> bool launch(void (*kernel)(Arguments), const std::type_identity_t<Arguments>& a, const Launch& l, cudaStream_t stream) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(l.blocks)), config.blockDim = dim3(unsigned(l.threads));
     config.dynamicSmemBytes = l.shared_bytes, config.stream = stream;
@@ -29,14 +50,10 @@ template <class Kernel, class Arguments> bool launch(Kernel* kernel, const Argum
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
         config.attrs = &attribute, config.numAttrs = 1;
-        int fit = 0;
-        const cudaError_t error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
-        if (error != cudaSuccess || fit < 1) {
-            cudaGetLastError();  // not this call's last word
-            return false;
-        }
-        if (l.one_read) config.gridDim.x = unsigned(std::min<int64_t>(l.blocks, int64_t(fit) * l.cluster));  // persistent
     }
+    const int fit = prepare(reinterpret_cast<const void*>(kernel), l, config);
+    if (fit < 1) return false;
+    if (l.one_read) config.gridDim.x = unsigned(std::min<int64_t>(l.blocks, int64_t(fit) * l.cluster));  // persistent
     check(cudaLaunchKernelEx(&config, kernel, a), "launch of the row kernel");
     return true;
 }
