@@ -2,6 +2,9 @@
 // T * dD/dz_student = slope - q * sum(slope). The forms are those of `terms` in kdkernels/divergences.py, whose comments
 // say why; a test holds the two, and the Triton twins, against each other. Ids are that file's too. A divergence with one
 // parameter gets 1 minus it as the second, which float could not form from it without losing digits near 1.
+//
+// log_q and log_p are in units of kUnit: natural on a CPU, in base 2 on a GPU, whose ex2 and lg2 are one instruction each. Values and
+// slopes are in natural units.
 #pragma once
 #include "elementary.h"
 
@@ -18,12 +21,26 @@ struct SlopeSumUnknown : Smooth {
 };
 struct SlopeSumKnown : Smooth { static constexpr bool knows_slope_sum = true; };
 
+template <class Real> constexpr Real kUnit = kSpecial<Real> ? Real(kLn2) : Real(1);
+
 template <class Real> KD_INLINE Real magnitude(Real x) { return x < Real(0) ? -x : x; }
 
-// log(q / m) and log(p / m), m = weight_q * q + weight_p * p.
+// p * x, and 0 where p is 0 and x is infinite or NaN.
+template <class Real> KD_INLINE Real product(Real p, Real x) { return p == Real(0) ? Real(0) : p * x; }
+// The same of an x that is finite on a GPU: log_qm, log_pm, log or excess of what follows.
+template <class Real> KD_INLINE Real times(Real p, Real x) { return kSpecial<Real> ? p * x : product(p, x); }
+
+// log(q / m) and log(p / m), m = weight_q * q + weight_p * p with weights that sum to 1.
 template <class Real> struct Mixture { Real log_qm, log_pm; };
 template <class Real> KD_INLINE Mixture<Real> mixture(Real weight_q, Real weight_p, Real log_q, Real log_p) {
     const Real ratio = log_q - log_p;
+    if constexpr (kSpecial<Real>) {
+        // Below kSmallest the smaller of the two is 0 in float32; a NaN, of two that are 0, becomes it too.
+        const Real size = fmaxf(-fabsf(ratio), kSmallest);
+        const bool larger = ratio >= Real(0);
+        const Real log_m = log2_fast(fmaf(larger ? weight_p : weight_q, exp2_fast(size), larger ? weight_q : weight_p));
+        return {(larger ? Real(0) : size) - log_m, (larger ? size : Real(0)) - log_m};
+    }
     const bool q_larger = ratio >= Real(0);
     const Real share = q_larger ? weight_p : weight_q, rest = q_larger ? weight_q : weight_p;  // of the smaller, of the larger
     const Exponential<Real> smaller = exponential<Sign::negative>(-magnitude(ratio));        // over the larger
@@ -32,13 +49,23 @@ template <class Real> KD_INLINE Mixture<Real> mixture(Real weight_q, Real weight
     return {q_larger ? -log_m : ratio - log_m, q_larger ? -ratio - log_m : -log_m};
 }
 
+// log(x / m) and x / m - 1, m = own * x + other * y with weights that sum to 1.
+template <class Real> struct Share { Real log, excess; };
+template <class Real> KD_INLINE Share<Real> share(Real own, Real other, Real log_x, Real log_y) {
+    if constexpr (kSpecial<Real>) {
+        const Real ratio = exp2_fast(fminf(log_y - log_x, -kSmallest)), m = fmaf(other, ratio, own);  // y / x, m / x
+        return {-log2_fast(m), other * ((Real(1) - ratio) * reciprocal_fast(m))};
+    }
+    const Real log = mixture(own, other, log_x, log_y).log_qm;
+    return {log, expm1(log)};
+}
+
 struct ForwardKL : SlopeSumKnown {
     static constexpr int id = 0;
     static constexpr const char* name = "forward_kl";
     static constexpr double slope_sum = -1;
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real, Real) {
-        const Real value = p == Real(0) ? Real(0) : p * (log_p - log_q);
-        return {value + (q - p), -p};
+        return {product(p, (log_p - log_q) * kUnit<Real>) + (q - p), -p};
     }
 };
 
@@ -46,7 +73,7 @@ struct ReverseKL : SlopeSumUnknown {
     static constexpr int id = 1;
     static constexpr const char* name = "reverse_kl";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real, Real) {
-        const Real slope = q == Real(0) ? Real(0) : q * (log_q - log_p);
+        const Real slope = product(q, (log_q - log_p) * kUnit<Real>);
         return {slope - (q - p), slope};
     }
 };
@@ -55,9 +82,8 @@ struct SymmetricKL : SlopeSumUnknown {
     static constexpr int id = 2;
     static constexpr const char* name = "symmetric_kl";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real w, Real v) {
-        const Real ratio = log_q - log_p;
-        const Real reverse = w * (q == Real(0) ? Real(0) : q * ratio);
-        const Real forward = -v * (p == Real(0) ? Real(0) : p * ratio);
+        const Real ratio = (log_q - log_p) * kUnit<Real>;
+        const Real reverse = w * product(q, ratio), forward = -v * product(p, ratio);
         return {forward + reverse + (v - w) * (q - p), reverse - v * p};
     }
 };
@@ -67,8 +93,12 @@ struct JSD : SlopeSumUnknown {
     static constexpr const char* name = "jsd";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real beta, Real rest) {
         const Mixture<Real> m = mixture(rest, beta, log_q, log_p);
-        const Real slope = rest * (q == Real(0) ? Real(0) : q * m.log_qm);
-        return {beta * (p == Real(0) ? Real(0) : p * m.log_pm) + slope, slope};
+        const Real slope = rest * kUnit<Real> * times(q, m.log_qm);
+        return {beta * kUnit<Real> * times(p, m.log_pm) + slope, slope};
+    }
+    // The slope alone, with fewer instructions.
+    template <class Real> KD_INLINE static Real slope(Real log_q, Real log_p, Real q, Real, Real beta, Real rest) {
+        return rest * kUnit<Real> * times(q, share(rest, beta, log_q, log_p).log);
     }
 };
 
@@ -76,9 +106,8 @@ struct SkewKL : SlopeSumUnknown {
     static constexpr int id = 4;
     static constexpr const char* name = "skew_kl";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
-        const Mixture<Real> m = mixture(rest, a, log_q, log_p);
-        const Real slope = -rest * (q == Real(0) ? Real(0) : q * expm1(m.log_pm));
-        return {(p == Real(0) ? Real(0) : p * m.log_pm) + rest * (q - p), slope};
+        const Share<Real> of_p = share(a, rest, log_p, log_q);
+        return {kUnit<Real> * times(p, of_p.log) + rest * (q - p), -rest * times(q, of_p.excess)};
     }
 };
 
@@ -86,10 +115,9 @@ struct SkewReverseKL : SlopeSumUnknown {
     static constexpr int id = 5;
     static constexpr const char* name = "skew_reverse_kl";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
-        const Mixture<Real> m = mixture(a, rest, log_q, log_p);
-        const Real value = q == Real(0) ? Real(0) : q * m.log_qm;
-        const Real slope = value - a * (q == Real(0) ? Real(0) : q * expm1(m.log_qm));
-        return {value + rest * (p - q), slope};
+        const Share<Real> of_q = share(a, rest, log_q, log_p);
+        const Real value = kUnit<Real> * times(q, of_q.log);
+        return {value + rest * (p - q), value - a * times(q, of_q.excess)};
     }
 };
 
@@ -111,7 +139,7 @@ struct AlphaDivergence : SlopeSumUnknown {
     static constexpr int id = 7;
     static constexpr const char* name = "alpha_divergence";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
-        const Real ratio = log_q - log_p, size = -magnitude(ratio), per_value = Real(-1) / (a * rest), per_slope = Real(-1) / a;
+        const Real ratio = (log_q - log_p) * kUnit<Real>, size = -magnitude(ratio), per_value = Real(-1) / (a * rest), per_slope = Real(-1) / a;
         const bool q_larger = ratio >= Real(0);
         const Real larger = q > p ? q : p;
         const Real power = q_larger ? a : rest;
@@ -130,9 +158,9 @@ struct ABDivergence : SlopeSumUnknown {
     static constexpr const char* name = "ab_divergence";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real, Real, Real a, Real b) {
         const Real total = a + b, share_p = a / total, share_q = b / total, per_value = Real(-1) / (a * b), per_slope = Real(-1) / a;
-        const Real ratio = total * (log_q - log_p), size = -magnitude(ratio);  // of the powers
+        const Real ratio = total * kUnit<Real> * (log_q - log_p), size = -magnitude(ratio);  // of the powers
         const bool q_larger = ratio >= Real(0);
-        const Real larger = exp(total * (q_larger ? log_q : log_p));
+        const Real larger = exp(total * kUnit<Real> * (q_larger ? log_q : log_p));
         const Real power = q_larger ? share_p : share_q;
         const Exponential<Real> grown = exponential(power * size), shrunk = exponential<Sign::negative>(size);
         const Real close = grown.less_one - (q_larger ? Real(0) : shrunk.less_one);
@@ -149,7 +177,7 @@ struct LogitMSE : SlopeSumKnown {
     static constexpr double slope_sum = 0;
     template <class Real> KD_INLINE static Terms<Real> terms(Real x, Real u, Real, Real, Real, Real) {
         const bool skipped = x == -kInfinity<Real> && u == -kInfinity<Real>;
-        const Real slope = skipped ? Real(0) : x - u;
+        const Real slope = skipped ? Real(0) : (x - u) * kUnit<Real>;
         return {Real(0.5) * slope * slope, slope};
     }
 };

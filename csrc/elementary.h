@@ -76,6 +76,7 @@ template <class Real> constexpr bool kSpecial = sizeof(Real) == sizeof(float);
 #else
 template <class Real> constexpr bool kSpecial = false;
 #endif
+constexpr float kSmallest = -120.f;  // log2 of a ratio of probabilities, the smaller of which is 0 in float32 from here on
 
 template <class Real> KD_INLINE Real exp(Real x) {
 #ifdef KD_SPECIAL_FUNCTIONS
@@ -145,8 +146,6 @@ template <class Real> KD_INLINE Real log(Real x) {
 // log(1 + y), -1 < y <= 0, with what 1 + y rounds away put back; or, where that is small, log(w): w is the same number, formed
 // without the cancellation.
 template <class Real> KD_INLINE Real log1p_or_log(Real y, Real w) {
-    // lg2 is off by up to 2^-22 near 1 whatever its argument: nothing is gained by putting back what 1 + y rounds away.
-    if constexpr (kSpecial<Real>) return log(w);
     const bool near = y > Real(-0.5);
     const Real x = near ? Real(1) + y : w;
     const Real lost = near ? y - (x - Real(1)) : Real(0);

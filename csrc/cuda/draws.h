@@ -67,7 +67,8 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 
             float z[4][kCount];
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
-                transform<Logit>(z[w], raw[w], a.side, start + w * int(kWordColumns), apart, a.vocab, whole);
+                unpack<Logit>(z[w], raw[w]);
+                transform<kCount>(z[w], a.side, start + w * int(kWordColumns), apart, a.vocab, whole);
                 before(z[w]);
             }
 #pragma unroll

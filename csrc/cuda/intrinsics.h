@@ -68,6 +68,8 @@ KD_DEVICE void mbarrier_wait(Mbarrier* b, unsigned parity) {
     asm volatile("{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra again;\n}"
                  :: "r"(shared_address(b)), "r"(parity) : "memory");
 }
+// Orders what this thread has written to shared memory before the copies that are to overwrite it.
+KD_DEVICE void fence_bulk_loads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 KD_DEVICE void bulk_load(void* dst, const void* src, int bytes, Mbarrier* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(shared_address(b)) : "memory");
@@ -88,6 +90,7 @@ template <class T> KD_DEVICE void store_remote(T* local, int rank, const T& valu
 
 KD_DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 KD_DEVICE float log2_fast(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+KD_DEVICE float reciprocal_fast(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
 // A product that is not contracted into an FMA with what follows.
 KD_DEVICE float rounded_product(float x, float y) { return __fmul_rn(x, y); }
@@ -102,6 +105,18 @@ template <class T> KD_DEVICE T from_float(float x) {
     else if constexpr (std::is_same_v<T, half>) return __float2half_rn(x);
     else return __float2bfloat16_rn(x);
 }
+// Two numbers in one word, the first in the low half.
+template <class T> using Pair = std::conditional_t<std::is_same_v<T, half>, __half2, __nv_bfloat162>;
+template <class T> KD_DEVICE Pair<T> pair_of(uint32_t word) { Pair<T> p; memcpy(&p, &word, 4); return p; }
+// The larger of each; a number, if one of the two is.
+template <class T> KD_DEVICE uint32_t larger_pair(uint32_t x, uint32_t y) {
+    const Pair<T> larger = __hmax2(pair_of<T>(x), pair_of<T>(y));
+    uint32_t word;
+    memcpy(&word, &larger, 4);
+    return word;
+}
+// Both of x are at most those of y.
+template <class T> KD_DEVICE bool pair_within(uint32_t x, uint32_t y) { return __hble2(pair_of<T>(x), pair_of<T>(y)); }
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec { T at[N]; };
 // Stores of 16 bytes (8 for a half-sized vector): assigning the struct would be split into words.
 template <class V> KD_DEVICE void store_vector(void* to, const V& v) {

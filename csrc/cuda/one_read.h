@@ -14,7 +14,7 @@
 // before the gradient (the loss, entropies) travels with the next row's first reduction.
 #pragma once
 #include "launch.h"
-#include "row.h"
+#include "sums.h"
 
 namespace kd {
 
@@ -47,24 +47,14 @@ template <class T, class Merge> KD_DEVICE T cluster_reduce(T x, unsigned char* p
     return x;
 }
 
-// Logits of kVec columns from a slot; -inf beyond the row.
-template <bool kFull, class Logit, int kVec>
-KD_DEVICE void read_slot(float* z, const Logit* at, const RowSide& side, int column, int valid) {
-    const auto raw = load_vector<Vec<Logit, kVec>>(at);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        z[i] = to_float(raw.at[i]);
-        if constexpr (kFull) z[i] = i < valid ? transformed(z[i], side, column + i) : -infinity();
-        else z[i] = i < valid ? z[i] : -infinity();
-    }
-}
-
-template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads, kFull ? 1 : 2) one_read_rows(const Rows a) {
+template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads, 2) one_read_rows(const Rows a) {
     using RowTail = std::conditional_t<kFull, Tail, LeanTail>;
     using First = FirstPart<RowTail>;
-    constexpr int kVec = 16 / sizeof(Logit);
+    using Sums = RunningSums<std::conditional_t<!kFull && sizeof(Logit) == 2, PackedLargest<Logit>, Largest>>;
+    constexpr int kVec = kd::kVec<Logit>;
     const int lane = thread_index() % kLanes, warp = thread_index() / kLanes, warps = block_threads() / kLanes;
     const Span span(a.vocab, cluster_rank() * warps + warp, cluster_size() * warps, sizeof(Logit));
+    const int span_end = span.begin + span.length;
 
     unsigned char* const ring = shared_memory() + warp * a.slots * kSlotBytes;
     unsigned char* const parts = shared_memory() + warps * a.slots * kSlotBytes;
@@ -97,25 +87,35 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
     const float c_s = kFull ? per_t : per_t * a.student.scale, c_t = kFull ? per_t : per_t * a.teacher.scale;
     const auto merge_first = [&](First& x, const First& o) { x.sums.merge(o.sums, c_s, c_t), x.tail.merge(o.tail); };
 
-    // Calls body(z, y, first column, valid columns) for this lane's part of a chunk. Only the last chunk of a span pays for masks.
-    auto for_lane = [&](int slot, int c, auto&& body) {
-        const int length = span.chunk_length(c), start = span.begin + c * span.chunk;
-        const auto* const s = reinterpret_cast<const Logit*>(ring + slot * kSlotBytes);
-        const auto* const t = reinterpret_cast<const Logit*>(ring + slot * kSlotBytes + kChunkBytes);
-        constexpr int kChunk = kChunkBytes / sizeof(Logit);
-#pragma unroll 1
-        for (int first = 0; first < kChunk; first += kLanes * kVec) {
+    // Each lane takes one vector of every kLanes in a chunk of both sides.
+    constexpr int kStep = kLanes * kVec;
+    const auto slot_at = [&](int slot) { return reinterpret_cast<Logit*>(ring + slot * kSlotBytes); };
+    constexpr int kTeacher = kChunkBytes / sizeof(Logit);  // from the student's columns in a slot to the teacher's
+    // -inf beyond the span, in both sides: such columns add nothing to any sum, and no sweep has to tell them apart.
+    const auto pad = [&](int slot, int length) {
+        for (int first = 0; first < length; first += kStep) {
             const int at = first + lane * kVec;
+#pragma unroll
+            for (int i = 0; i < kVec; ++i)
+                if (at + i >= length) slot_at(slot)[at + i] = slot_at(slot)[at + i + kTeacher] = from_float<Logit>(-infinity());
+        }
+        fence_bulk_loads();
+    };
+    // Calls body(student's vector, teacher's, z, y, first column) for this lane's vectors of a chunk.
+    const auto for_lane = [&](int slot, int c, auto&& body) {
+        const int length = span.chunk_length(c);
+        const Logit* from = slot_at(slot) + lane * kVec;
+        int column = span.begin + c * span.chunk + lane * kVec;
+#pragma unroll 1
+        for (int first = 0; first < length; first += kStep, from += kStep, column += kStep) {
+            const Raw raw_s = load_vector<Raw>(from), raw_t = load_vector<Raw>(from + kTeacher);
             float z[kVec], y[kVec];
-            if (length == kChunk) {
-                read_slot<kFull, Logit, kVec>(z, s + at, a.student, start + at, kVec);
-                read_slot<kFull, Logit, kVec>(y, t + at, a.teacher, start + at, kVec);
-                body(z, y, start + at, kVec);
-            } else if (at < length) {
-                read_slot<kFull, Logit, kVec>(z, s + at, a.student, start + at, length - at);
-                read_slot<kFull, Logit, kVec>(y, t + at, a.teacher, start + at, length - at);
-                body(z, y, start + at, length - at);
+            unpack<Logit>(z, raw_s), unpack<Logit>(y, raw_t);
+            if constexpr (kFull) {
+                const bool whole = column + kVec <= span_end;
+                transform<kVec>(z, a.student, column, 1, span_end, whole), transform<kVec>(y, a.teacher, column, 1, span_end, whole);
             }
+            body(raw_s, raw_t, z, y, column);
         }
     };
 
@@ -134,13 +134,17 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         if (kFull && reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
 
         // Sweep 1, as the chunks land: log-sum-exps.
-        First mine;
-        mine.tail = tail;
+        Sums running(c_s, c_t);
         for (int c = 0, at = slot, flip = phase; c < span.chunks; ++c) {
             mbarrier_wait(&landed[at], flip);
-            for_lane(at, c, [&](const float* z, const float* y, int, int) { mine.sums.template add<kVec>(z, y, c_s, c_t, second_sum); });
+            if (const int length = span.chunk_length(c); length < span.chunk) pad(at, length);
+            for_lane(at, c, [&](const Raw& raw_s, const Raw& raw_t, const float* z, const float* y, int) {
+                running.template add<kVec>(raw_s, raw_t, z, y, second_sum);
+            });
             if (++at == a.slots) at = 0, flip ^= 1;
         }
+        First mine;
+        mine.sums = running.total(), mine.tail = tail;
         const First all = cluster_reduce(mine, parts, parity, merge_first);
         if (reports && row != cluster_index()) report(a, row - cluster_count(), all.tail, tail_ce, weight_of(row - cluster_count()));
         const LogSums& sums = all.sums;
@@ -156,16 +160,6 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         }
         tail = RowTail{};
 
-        const auto add_to_tail = [&](float value, float z, float y, float log2_q, float log2_p, int column) {
-            tail.value += value;
-            if constexpr (kFull) {
-                if (a.stats) {
-                    tail.entropy_s += entropy_term(log2_q), tail.entropy_t += entropy_term(log2_p);
-                    if (z == sums.max_s && column < tail.best_s) tail.best_s = column;
-                    if (y == sums.max_t && column < tail.best_t) tail.best_t = column;
-                }
-            }
-        };
         const auto hand_back = [&] {  // the slot at hand, to the copy of a chunk of the next row
             sync_warp();              // all lanes are done with it
             if (lane == 0) load_next();
@@ -177,17 +171,16 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         if constexpr (!D::knows_slope_sum) {
             float slopes = 0.f;
             for (int c = 0, at = slot; c < span.chunks; ++c) {
-                for_lane(at, c, [&](const float* z, const float* y, int, int valid) {
+                for_lane(at, c, [&](const Raw&, const Raw&, const float* z, const float* y, int) {
 #pragma unroll
                     for (int i = 0; i < kVec; ++i) {
                         const float log2_q = norm_s(z[i]), log2_p = norm_t(y[i]);
-                        const float slope = column_terms<D>(a, log2_q, log2_p, exp2_fast(log2_q)).slope;
-                        slopes += i < valid ? slope : 0.f;
+                        slopes += column_slope<D>(a, log2_q, log2_p, exp2_fast(log2_q));
                     }
                 });
                 if (++at == a.slots) at = 0;
             }
-            slope_sum = cluster_reduce(slopes, parts, parity, [](float& x, float o) { x += o; });
+            slope_sum = slope_sum_of(cluster_reduce(slopes, parts, parity, [](float& x, float o) { x += o; }), norm_t);
         }
         if (reports) state_at(a, row, kSlopeSum) = slope_sum;
 
@@ -195,16 +188,21 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         const Gradient<kFull> gradient(a, slope_sum, at_one, weight_of(row), label);
         void* const dz = a.dz ? dz_row(a, row) : nullptr;
         for (int c = 0; c < span.chunks; ++c) {
-            for_lane(slot, c, [&](const float* z, const float* y, int column, int valid) {
-                float g[kVec];
+            for_lane(slot, c, [&](const Raw&, const Raw&, const float* z, const float* y, int column) {
+                float g[kVec], q[kVec];
 #pragma unroll
                 for (int i = 0; i < kVec; ++i) {
-                    const float log2_q = norm_s(z[i]), log2_p = norm_t(y[i]), q = exp2_fast(log2_q);
-                    const Terms<float> t = column_terms<D>(a, log2_q, log2_p, q);
-                    if (i < valid) add_to_tail(t.value, z[i], y[i], log2_q, log2_p, column + i);
-                    g[i] = gradient(t.slope, q, z[i], column + i);
+                    const float log2_q = norm_s(z[i]), log2_p = norm_t(y[i]);
+                    q[i] = exp2_fast(log2_q);
+                    const Terms<float> t = column_terms<D>(a, log2_q, log2_p, q[i]);
+                    tail.value += t.value, g[i] = t.slope;
                 }
-                if (dz) store_dz<Logit, kVec>(a, dz, column, 1, g, valid < kVec ? valid : kVec);
+                if constexpr (kFull) {
+                    if (a.stats) tail.template add<kVec>(z, y, norm_s, norm_t, sums, column, 1);
+                }
+                if (!dz) return;
+                gradient.template operator()<kVec>(g, q, z, column, 1);
+                store_dz<Logit, kVec>(a, dz, column, 1, g, span_end);
             });
             hand_back();
         }

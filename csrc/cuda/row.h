@@ -15,6 +15,7 @@ struct RowSide {
     int64_t stride;        // in logits
     Dtype dtype;
     float scale, softcap;  // softcap 0: none
+    KD_DEVICE bool plain() const { return !bias && scale == 1.f && softcap == 0.f; }  // logits as they are read
 };
 
 // RowArguments with the numbers in float and everything that a kernel would have to derive.
@@ -41,7 +42,7 @@ struct Rows {
 // z and y are a column's logits (student, teacher) as a kernel reads them: transformed, or raw where the transform is a positive scale
 // that goes into `c`, the factor that makes them logits over T in units of ln 2, as ex2 takes them.
 
-// Log-sum-exps in the making: the largest logit of each side and the sum of 2^((z - largest) c), for the student at T = 1 too. The
+// Log-sum-exps of a part of a row: the largest logit of each side and the sum of 2^((z - largest) c), for the student at T = 1 too. The
 // difference comes first: z c and largest c may be millions apart from their rounded values where T is small. NaN lives in the sums.
 struct LogSums {
     float max_s = -infinity(), sum_s = 0.f, max_t = -infinity(), sum_t = 0.f, sum_ce = 0.f;
@@ -59,13 +60,6 @@ struct LogSums {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) max = fmaxf(max, z[i]);
         return max;
-    }
-    template <int kCount> KD_DEVICE void add(const float* z, const float* y, float c_s, float c_t, bool at_one) {
-        const float now_s = largest<kCount>(max_s, z), now_t = largest<kCount>(max_t, y);
-        add<kCount>(sum_s, max_s, now_s, z, c_s);
-        add<kCount>(sum_t, max_t, now_t, y, c_t);
-        if (at_one) add<kCount>(sum_ce, max_s, now_s, z, kLog2E);
-        max_s = now_s, max_t = now_t;
     }
     KD_DEVICE void merge(const LogSums& o, float c_s, float c_t) {
         const float now_s = fmaxf(max_s, o.max_s), now_t = fmaxf(max_t, o.max_t);
@@ -86,7 +80,19 @@ KD_DEVICE Norm norm_of(float max, float sum, float c) { return {c, max, log2_fas
 
 // One column of a divergence.
 template <class D> KD_DEVICE Terms<float> column_terms(const Rows& a, float log2_q, float log2_p, float q) {
-    return D::template terms<float>(log2_q * kLn2, log2_p * kLn2, q, exp2_fast(log2_p), a.a, a.b);
+    return D::template terms<float>(log2_q, log2_p, q, exp2_fast(log2_p), a.a, a.b);
+}
+template <class D> KD_DEVICE float column_slope(const Rows& a, float log2_q, float log2_p, float q) {
+    if constexpr (requires { D::template slope<float>(0.f, 0.f, 0.f, 0.f, 0.f, 0.f); })
+        return D::template slope<float>(log2_q, log2_p, q, exp2_fast(log2_p), a.a, a.b);
+    return column_terms<D>(a, log2_q, log2_p, q).slope;
+}
+// What a row's slopes sum to: NaN if the teacher's log-sum-exp is not a number, which a slope of q alone does not show.
+KD_DEVICE float slope_sum_of(float slopes, const Norm& teacher) { return slopes + 0.f * teacher.rest; }
+
+KD_DEVICE float entropy_term(float log2_p) {
+    const float p = exp2_fast(log2_p);
+    return p == 0.f ? 0.f : -p * (log2_p * kLn2);
 }
 
 // Sums over a row that nobody needs before its gradient is written.
@@ -97,16 +103,22 @@ struct Tail {
         value += o.value, entropy_s += o.entropy_s, entropy_t += o.entropy_t;
         best_s = o.best_s < best_s ? o.best_s : best_s, best_t = o.best_t < best_t ? o.best_t : best_t;
     }
+    // Statistics of kCount columns, `stride` apart.
+    template <int kCount>
+    KD_DEVICE void add(const float* z, const float* y, const Norm& norm_s, const Norm& norm_t, const LogSums& sums, int column, int stride) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int at = column + i * stride;
+            entropy_s += entropy_term(norm_s(z[i])), entropy_t += entropy_term(norm_t(y[i]));
+            if (z[i] == sums.max_s && at < best_s) best_s = at;
+            if (y[i] == sums.max_t && at < best_t) best_t = at;
+        }
+    }
 };
 struct LeanTail {
     float value = 0.f;
     KD_DEVICE void merge(const LeanTail& o) { value += o.value; }
 };
-
-KD_DEVICE float entropy_term(float log2_p) {
-    const float p = exp2_fast(log2_p);
-    return p == 0.f ? 0.f : -p * (log2_p * kLn2);
-}
 
 // A logit after bias, scale and softcap. Rounded in every use: an FMA of it and what is subtracted would not be 0 for the largest.
 KD_DEVICE float transformed(float z, const RowSide& side, int column) {
@@ -125,25 +137,31 @@ KD_DEVICE float logit_at(const RowSide& side, int64_t row, int column) {
 
 // One row's gradient: everything of it that is the same in every column.
 template <bool kFull> struct Gradient {
-    float slope_scale, outer, slope_sum, ce_weight, per_cap;
+    float slope_sum, slope_scale, outer, ce_weight, per_cap;
     Norm at_one;
     int label;  // -1: none
     KD_DEVICE Gradient(const Rows& a, float slope_sum, Norm at_one, float weight, int label)
-        : slope_scale(a.slope_scale), outer(a.student.scale * weight * a.dz_scale), slope_sum(slope_sum), ce_weight(a.ce_weight),
-          per_cap(a.student.softcap != 0.f ? 1.f / a.student.softcap : 0.f), at_one(at_one), label(label) {
-        if (!kFull) outer *= slope_scale;
-    }
-    // From the slope and q of a column, its logit, and its number.
-    KD_DEVICE float operator()(float slope, float q, float z, int column) const {
-        float g = slope - q * slope_sum;
-        if constexpr (!kFull) return g * outer;
-        g = slope_scale == 0.f ? 0.f : g * slope_scale;
-        if (label >= 0 && ce_weight != 0.f)
-            g += ce_weight * (exp2_fast(at_one(z)) - (column == label ? 1.f : 0.f));
-        g *= outer;
-        if (per_cap == 0.f) return g;  // z may be infinite
-        const float bend = z * per_cap;
-        return g * (1.f - bend * bend);
+        : slope_sum(slope_sum), slope_scale(a.slope_scale), outer(a.student.scale * weight * a.dz_scale), ce_weight(a.ce_weight),
+          per_cap(a.student.softcap != 0.f ? 1.f / a.student.softcap : 0.f), at_one(at_one), label(ce_weight != 0.f ? label : -1) {}
+    // In place of the slopes of kCount columns, `stride` apart: from q, the logits and the first column's number.
+    template <int kCount> KD_DEVICE void operator()(float* g, const float* q, const float* z, int column, int stride) const {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) g[i] = (g[i] - q[i] * slope_sum) * (slope_scale * outer);
+        if constexpr (!kFull) return;
+        if (slope_scale == 0.f) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) g[i] = 0.f;  // of a NaN too
+        }
+        if (label >= 0) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) g[i] += (ce_weight * outer) * (exp2_fast(at_one(z[i])) - (column + i * stride == label ? 1.f : 0.f));
+        }
+        if (per_cap == 0.f) return;  // z may be infinite
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const float bend = z[i] * per_cap;
+            g[i] *= 1.f - bend * bend;
+        }
     }
 };
 
@@ -177,10 +195,13 @@ KD_DEVICE Norm saved_norm(const Rows& a, int64_t row, StateRow top, StateRow res
 
 KD_HOST_DEVICE constexpr int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::f64 ? 8 : 2; }
 
-// Writes up to kCount gradients; a full, aligned vector in 16-byte stores.
-template <class T, int kCount> KD_DEVICE void store_as(void* row, int column, int stride, const float* g, int valid) {
+template <class T> constexpr Dtype kDtype = std::is_same_v<T, float> ? Dtype::f32 : std::is_same_v<T, bf16> ? Dtype::bf16 : Dtype::f16;
+
+// Writes the gradients of kCount columns, `stride` apart, of those before `end`. With stride 1 the first column is a multiple of kCount, in a
+// row that starts at a multiple of 16 bytes: they are stored as a vector.
+template <class T, int kCount> KD_DEVICE void store_as(void* row, int column, int stride, const float* g, int end) {
     T* const to = static_cast<T*>(row) + column;
-    if (stride == 1 && valid == kCount && reinterpret_cast<uintptr_t>(to) % (sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) == 0) {
+    if (stride == 1 && column + kCount <= end) {
         Vec<T, kCount> out;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) out.at[i] = from_float<T>(g[i]);
@@ -188,19 +209,19 @@ template <class T, int kCount> KD_DEVICE void store_as(void* row, int column, in
     } else {
 #pragma unroll
         for (int i = 0; i < kCount; ++i)
-            if (i < valid) to[i * stride] = from_float<T>(g[i]);
+            if (column + i * stride < end) to[i * stride] = from_float<T>(g[i]);
     }
 }
 // dz has the logits' dtype, or is narrower than float32 logits.
-template <class Logit, int kCount> KD_DEVICE void store_dz(const Rows& a, void* row, int column, int stride, const float* g, int valid) {
+template <class Logit, int kCount> KD_DEVICE void store_dz(const Rows& a, void* row, int column, int stride, const float* g, int end) {
     if constexpr (sizeof(Logit) == 4) {
         switch (a.dz_dtype) {
-            case Dtype::bf16: return store_as<bf16, kCount>(row, column, stride, g, valid);
-            case Dtype::f16: return store_as<half, kCount>(row, column, stride, g, valid);
+            case Dtype::bf16: return store_as<bf16, kCount>(row, column, stride, g, end);
+            case Dtype::f16: return store_as<half, kCount>(row, column, stride, g, end);
             default: break;
         }
     }
-    store_as<Logit, kCount>(row, column, stride, g, valid);
+    store_as<Logit, kCount>(row, column, stride, g, end);
 }
 KD_DEVICE void* dz_row(const Rows& a, int64_t row) { return static_cast<unsigned char*>(a.dz) + row * a.dz_stride * size_of(a.dz_dtype); }
 

@@ -5,11 +5,7 @@
 // A slice that is swept over twice is kept in shared memory if it fits. Each thread keeps there, and finds again, only what it has
 // read itself: no barrier is needed for it.
 #pragma once
-#include <type_traits>
-
-#include "launch.h"
 #include "one_read.h"
-#include "row.h"
 #include "two_read.h"
 
 namespace kd {
@@ -43,52 +39,6 @@ struct Team {
 };
 
 // ---- columns --------------------------------------------------------------------------------------------------------
-
-KD_DEVICE bool starts_vector(const void* p, int bytes = kVectorBytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
-// A vector of logits as it was read. In words, of which a load gives four: taking them apart would wait for it, and hold up the next.
-struct alignas(kVectorBytes) Raw { uint32_t word[4]; };
-
-template <class Logit> constexpr int kVec = kVectorBytes / int(sizeof(Logit));
-
-template <class Logit> KD_DEVICE float logit_of(const Raw& raw, int i) {
-    if constexpr (sizeof(Logit) == 4) return bits<float>(raw.word[i]);
-    else return to_float(bits<Logit>(uint16_t(raw.word[i / 2] >> i % 2 * 16)));
-}
-// Where a row begins or ends, or does not start at a multiple of 16 bytes: columns `apart`, 0 outside the row.
-template <class Logit> KD_DEVICE Raw load_apart(const Logit* row, int column, int apart, int vocab) {
-    using Word = std::conditional_t<sizeof(Logit) == 4, uint32_t, uint16_t>;
-    Raw raw{};
-#pragma unroll
-    for (int i = 0; i < kVec<Logit>; ++i) {
-        const int at = column + i * apart;
-        const uint32_t word = at >= 0 && at < vocab ? bits<Word>(row[at]) : 0;
-        if constexpr (sizeof(Logit) == 4) raw.word[i] = word;
-        else raw.word[i / 2] |= word << i % 2 * 16;
-    }
-    return raw;
-}
-// z of a vector's columns, `apart`; -inf outside the row, of which nothing is if it is `whole`. As `transformed`, but with a branch per
-// vector and not per column.
-template <class Logit> KD_DEVICE void transform(float* z, const Raw& raw, const RowSide& side, int column, int apart, int vocab, bool whole) {
-#pragma unroll
-    for (int i = 0; i < kVec<Logit>; ++i) z[i] = logit_of<Logit>(raw, i);
-    if (side.bias) {
-#pragma unroll
-        for (int i = 0; i < kVec<Logit>; ++i)
-            if (const int at = column + i * apart; whole || (at >= 0 && at < vocab)) z[i] += side.bias[at];
-    }
-#pragma unroll
-    for (int i = 0; i < kVec<Logit>; ++i) z[i] = rounded_product(z[i], side.scale);
-    if (side.softcap != 0.f) {
-#pragma unroll
-        for (int i = 0; i < kVec<Logit>; ++i) z[i] = rounded_product(side.softcap, tanh(z[i] / side.softcap));
-    }
-    if (whole) return;
-#pragma unroll
-    for (int i = 0; i < kVec<Logit>; ++i)
-        if (const int at = column + i * apart; at < 0 || at >= vocab) z[i] = -infinity();
-}
 
 // This thread's vectors of a slice, kept in shared memory for the next sweep: see choose_team.
 struct Kept {
@@ -169,7 +119,10 @@ KD_DEVICE void sweep(const Slice<Logit>& slice, const RowSide& side, Kept kept, 
         const bool whole = slice.whole(step);
         float z[Slice<Logit>::kCount];
 #pragma unroll
-        for (int j = 0; j < kVectors; ++j) transform<Logit>(z + j * kVec<Logit>, raw[j], side, slice.column(step, j), 1, slice.vocab, whole);
+        for (int j = 0; j < kVectors; ++j) {
+            unpack<Logit>(z + j * kVec<Logit>, raw[j]);
+            transform<kVec<Logit>>(z + j * kVec<Logit>, side, slice.column(step, j), 1, slice.vocab, whole);
+        }
         body(z, step);
     }
 }

@@ -3,7 +3,7 @@
 // 16 bytes, for sides of different dtypes, for LogitMSE, and for the backward pass, where one sweep is all there is to do.
 #pragma once
 #include "launch.h"
-#include "row.h"
+#include "sums.h"
 
 namespace kd {
 
@@ -36,27 +36,31 @@ template <class T, class Merge> KD_DEVICE T block_reduce(T x, int& parity, Merge
     return x;
 }
 
-// z of kCount columns, `stride` apart; -inf beyond the row.
-template <class Logit, int kCount>
-KD_DEVICE void load_columns(float* z, const RowSide& side, int64_t row, int column, int stride, int vocab) {
-    const auto* const at = static_cast<const Logit*>(side.logits) + row * side.stride + column;
-    if (stride == 1 && column + kCount <= vocab) {
-        const auto raw = load_vector<Vec<Logit, kCount>>(at);
+// z of kTwoReadColumns columns that are neighbours, as they are read.
+template <class Logit> KD_DEVICE void load_neighbours(float* z, const Logit* from) {
+    constexpr int kVec = kd::kVec<Logit>, kLoads = kTwoReadColumns / kVec;
+    Raw raw[kLoads];
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) z[i] = to_float(raw.at[i]);
+    for (int j = 0; j < kLoads; ++j) raw[j] = load_vector<Raw>(from + j * kVec);
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) unpack<Logit>(z + j * kVec, raw[j]);
+}
+// z of kTwoReadColumns columns, `stride` apart, after bias, scale and softcap; -inf beyond the row, unless all are in it (`whole`).
+template <class Logit> KD_DEVICE void load_columns(float* z, const RowSide& side, int64_t row, int column, int stride, int vocab, bool whole) {
+    const auto* const logits = static_cast<const Logit*>(side.logits) + row * side.stride;
+    if (stride == 1 && whole) {
+        load_neighbours(z, logits + column);
     } else {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) z[i] = column + i * stride < vocab ? to_float(at[i * stride]) : 0.f;
+        for (int j = 0; j < kTwoReadColumns; j += kVec<Logit>) unpack<Logit>(z + j, load_apart(logits, column + j * stride, stride, vocab));
     }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-        z[i] = column + i * stride < vocab ? transformed(z[i], side, column + i * stride) : -infinity();
+    transform<kTwoReadColumns>(z, side, column, stride, vocab, whole);
 }
-template <int kCount> KD_DEVICE void load_any(float* z, const RowSide& side, int64_t row, int column, int stride, int vocab) {
+KD_DEVICE void load_any(float* z, const RowSide& side, int64_t row, int column, int stride, int vocab, bool whole) {
     switch (side.dtype) {
-        case Dtype::bf16: return load_columns<bf16, kCount>(z, side, row, column, stride, vocab);
-        case Dtype::f16: return load_columns<half, kCount>(z, side, row, column, stride, vocab);
-        default: return load_columns<float, kCount>(z, side, row, column, stride, vocab);
+        case Dtype::bf16: return load_columns<bf16>(z, side, row, column, stride, vocab, whole);
+        case Dtype::f16: return load_columns<half>(z, side, row, column, stride, vocab, whole);
+        default: return load_columns<float>(z, side, row, column, stride, vocab, whole);
     }
 }
 
@@ -64,7 +68,7 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
     constexpr int kCount = kTwoReadColumns;
     const int64_t row = block_index();
     const float c = a.inv_temperature * kLog2E;
-    const bool softmax = a.normalizer == Normalizer::softmax;
+    constexpr bool softmax = !std::is_same_v<D, LogitMSE>;  // else a.normalizer is one of the others
     const int label = a.labels ? int(a.labels[row]) : -1;
     const float weight = a.weight ? a.weight[row] : 1.f;
     const bool reports = thread_index() == 0;
@@ -74,15 +78,26 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
     const int stride = a.aligned ? 1 : block_threads();
     const int first = a.aligned ? thread_index() * kCount : thread_index();
     const int step = block_threads() * kCount;
-    // Calls body(z, y, first column, valid columns) for this thread's columns of a step; all threads run every step.
+    // Steps before this column need no test of dtypes, features or ends.
+    const bool simple = a.aligned && a.teacher.dtype == kDtype<Logit> && a.student.plain() && a.teacher.plain();
+    const int simple_end = simple ? a.vocab / step * step : 0;
+    const auto* const student = static_cast<const Logit*>(a.student.logits) + row * a.student.stride + first;
+    const auto* const teacher = static_cast<const Logit*>(a.teacher.logits) + row * a.teacher.stride + first;
+    // Calls body(z, y, first column) for this thread's columns of a step; all threads run every step. Columns beyond the row are -inf on
+    // both sides, and add nothing to any sum.
     auto for_columns = [&](auto&& body) {
         for (int start = 0; start < a.vocab; start += step) {
             const int column = start + first;
             float z[kCount], y[kCount];
-            load_columns<Logit, kCount>(z, a.student, row, column, stride, a.vocab);
-            load_any<kCount>(y, a.teacher, row, column, stride, a.vocab);
-            const int left = a.vocab - column, valid = left <= 0 ? 0 : (left + stride - 1) / stride;
-            body(z, y, column, valid < kCount ? valid : kCount);
+            if (start < simple_end) {
+                load_neighbours(z, student + start);
+                load_neighbours(y, teacher + start);
+            } else {
+                const bool whole = column + (kCount - 1) * stride < a.vocab;
+                load_columns<Logit>(z, a.student, row, column, stride, a.vocab, whole);
+                load_any(y, a.teacher, row, column, stride, a.vocab, whole);
+            }
+            body(z, y, column);
         }
     };
 
@@ -98,14 +113,16 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
         if (reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
         NormPart part;
         if (softmax || a.stats || label >= 0 || a.normalizer == Normalizer::mean) {
-            for_columns([&](const float* z, const float* y, int, int valid) {
-                part.sums.template add<kCount>(z, y, c, c, second_sum);
-                if (a.normalizer == Normalizer::mean) {
+            RunningSums<Largest> running(c, c);
+            for_columns([&](const float* z, const float* y, int) {
+                running.template add<kCount>({}, {}, z, y, second_sum);
+                if (!softmax && a.normalizer == Normalizer::mean) {
 #pragma unroll
                     for (int i = 0; i < kCount; ++i)
-                        if (i < valid && !(z[i] == -infinity() && y[i] == -infinity())) part.mean_s += z[i], part.mean_t += y[i], part.kept += 1.f;
+                        if (!(z[i] == -infinity() && y[i] == -infinity())) part.mean_s += z[i], part.mean_t += y[i], part.kept += 1.f;
                 }
             });
+            part.sums = running.total();
             part = block_reduce(part, parity, [&](NormPart& x, const NormPart& o) {
                 x.sums.merge(o.sums, c, c);
                 x.mean_s += o.mean_s, x.mean_t += o.mean_t, x.kept += o.kept;
@@ -128,41 +145,40 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
 
     if (sweeps_values) {
         ValuePart part;
-        for_columns([&](const float* z, const float* y, int column, int valid) {
+        for_columns([&](const float* z, const float* y, int column) {
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                if (i >= valid) continue;
                 const float log2_q = norm_s(z[i]), log2_p = norm_t(y[i]);
                 const Terms<float> t = column_terms<D>(a, log2_q, log2_p, exp2_fast(log2_q));
                 part.tail.value += t.value, part.slope += t.slope;
-                if (a.stats) {
-                    const int at = column + i * stride;
-                    part.tail.entropy_s += entropy_term(full_s(z[i])), part.tail.entropy_t += entropy_term(full_t(y[i]));
-                    if (z[i] == sums.max_s && at < part.tail.best_s) part.tail.best_s = at;
-                    if (y[i] == sums.max_t && at < part.tail.best_t) part.tail.best_t = at;
-                }
             }
+            if (a.stats) part.tail.template add<kCount>(z, y, full_s, full_t, sums, column, stride);
         });
         part = block_reduce(part, parity, merge_values);
         tail = part.tail;
-        if (!D::knows_slope_sum) slope_sum = part.slope;
+        if (!D::knows_slope_sum) slope_sum = slope_sum_of(part.slope, norm_t);
     }
 
     if (a.dz) {
         const Gradient<true> gradient(a, softmax ? slope_sum : 0.f, at_one, weight, label);
         void* const dz = dz_row(a, row);
         ValuePart part;
-        for_columns([&](const float* z, const float* y, int column, int valid) {
-            float g[kCount];
+        for_columns([&](const float* z, const float* y, int column) {
+            float g[kCount], q[kCount];
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                const float log2_q = norm_s(z[i]), log2_p = norm_t(y[i]), q = exp2_fast(log2_q);
-                const Terms<float> t = column_terms<D>(a, log2_q, log2_p, q);
-                if (i < valid) part.tail.value += t.value;
-                g[i] = gradient(t.slope, softmax ? q : 0.f, z[i], column + i * stride);
+                const float log2_q = norm_s(z[i]), log2_p = norm_t(y[i]), of_q = exp2_fast(log2_q);
+                if constexpr (D::knows_slope_sum) {
+                    const Terms<float> t = column_terms<D>(a, log2_q, log2_p, of_q);
+                    part.tail.value += t.value, g[i] = t.slope;
+                } else {
+                    g[i] = column_slope<D>(a, log2_q, log2_p, of_q);
+                }
+                q[i] = softmax ? of_q : 0.f;
             }
-            sync_block();  // dz may be narrower than the logits it lies over: other threads have read theirs
-            store_dz<Logit, kCount>(a, dz, column, stride, g, valid);
+            gradient.template operator()<kCount>(g, q, z, column, stride);
+            if (sizeof(Logit) == 4) sync_block();  // dz may be narrower than the logits under it: other threads have read theirs
+            store_dz<Logit, kCount>(a, dz, column, stride, g, a.vocab);
         });
         if (a.statistics && !sweeps_values) tail = block_reduce(part, parity, merge_values).tail;
     }

@@ -198,7 +198,8 @@ def test_no_kernel_spills() -> None:
     assert targets == set(_C.cuda_targets())
     for target in targets:  # of two sides ten divergences with two reads, nine with one in two forms; of one side five; three dtypes
         assert len([k for k in kernels if k[1] == target]) == 3 * (10 + 2 * 9 + 5)
-    wrong = [k for k in kernels if any(int(x) for x in k[2:5]) or int(k[5]) > 255]
+    # 128 registers leave room for two CTAs of 256 threads, 64 for two of 512.
+    wrong = [k for k in kernels if any(int(x) for x in k[2:5]) or int(k[5]) > 128]
     assert not wrong
 
 
@@ -239,4 +240,4 @@ def test_kernels_on_fibers(fibers: dict[str, str]) -> None:
 def test_kernels_on_fibers_under(sanitizer: str, fibers: dict[str, str]) -> None:
     run = subprocess.run(["make", sanitizer, f"BUILD={fibers['build']}"], cwd=fibers["cwd"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert len(re.findall(r"^[1-9]\d* runs, 0 failed$", run.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^[1-9]\d* runs, 0 failed$", run.stdout, re.MULTILINE)) == 3

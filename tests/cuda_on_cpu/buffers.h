@@ -10,7 +10,6 @@
 namespace {
 using namespace kd;
 
-template <class T> constexpr Dtype kDtype = std::is_same_v<T, float> ? Dtype::f32 : std::is_same_v<T, bf16> ? Dtype::bf16 : Dtype::f16;
 double unit(Dtype d) { return d == Dtype::f32 ? 0x1p-22 : d == Dtype::f16 ? 0x1p-10 : 0x1p-7; }
 
 // Rows of exactly their size, so that AddressSanitizer sees a read beyond them.

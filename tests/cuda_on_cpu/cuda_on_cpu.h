@@ -88,6 +88,7 @@ inline void mbarrier_init(Mbarrier* b, int count, EMU_SITE("mbarrier_init")) { e
 inline void fence_mbarrier_init(EMU_SITE("fence_mbarrier_init")) { emu::mbarrier_publish(site); }
 inline void mbarrier_expect(Mbarrier* b, int bytes, EMU_SITE("mbarrier_expect")) { emu::mbarrier_arrive_expect(b, bytes, site); }
 inline void mbarrier_wait(Mbarrier* b, unsigned parity, EMU_SITE("mbarrier_wait")) { emu::mbarrier_wait_parity(b, parity, site); }
+inline void fence_bulk_loads() {}
 inline void bulk_load(void* dst, const void* src, int bytes, Mbarrier* b, EMU_SITE("bulk_load")) { emu::copy_async(dst, src, bytes, b, site); }
 
 template <class T> void store_remote(T* local, int rank, const T& value) { *static_cast<T*>(emu::remote_address(local, rank)) = value; }
@@ -102,6 +103,7 @@ template <class T> __attribute__((no_sanitize("thread"))) T shuffle_xor(T value,
 
 inline float exp2_fast(float x) { float y = std::exp2(x); return std::isfinite(y) ? emu::blur(y, y * 0x1p-22f) : y; }
 inline float log2_fast(float x) { float y = std::log2(x); return std::isfinite(y) ? emu::blur(y, 0x1p-22f) : y; }
+inline float reciprocal_fast(float x) { return emu::blur(1 / x, std::isfinite(1 / x) ? 0x1p-23f / x : 0.f); }
 
 inline float rounded_product(float x, float y) { return x * y; }  // compiled with -ffp-contract=off
 
@@ -116,6 +118,25 @@ template <> inline bf16 from_float<bf16>(float x) {
     std::memcpy(&u, &x, 4);
     if (x != x) return {0x7fff};
     return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+template <class T> T half_of(uint32_t word, int i) {
+    const uint16_t bits = uint16_t(word >> 16 * i);
+    T x;
+    std::memcpy(&x, &bits, 2);
+    return x;
+}
+template <class T> uint32_t larger_pair(uint32_t x, uint32_t y) {
+    uint32_t word = 0;
+    for (int i = 0; i < 2; ++i) {
+        const T larger = from_float<T>(std::fmax(to_float(half_of<T>(x, i)), to_float(half_of<T>(y, i))));
+        uint16_t bits;
+        std::memcpy(&bits, &larger, 2);
+        word |= uint32_t(bits) << 16 * i;
+    }
+    return word;
+}
+template <class T> bool pair_within(uint32_t x, uint32_t y) {
+    return to_float(half_of<T>(x, 0)) <= to_float(half_of<T>(y, 0)) && to_float(half_of<T>(x, 1)) <= to_float(half_of<T>(y, 1));
 }
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec { T at[N]; };
 template <class V> void store_vector(void* to, const V& v) { *static_cast<V*>(to) = v; }

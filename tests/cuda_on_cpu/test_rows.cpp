@@ -25,9 +25,13 @@ struct Shape { int rows, vocab, clusters, cluster_size, warps, spare_slots; };
 struct Features {
     bool bias = false, softcap = false, scale = false, labels = false, stats = false, weight = false, dz = true, narrow = false;
     bool statistics = true, mixed = false, unaligned = false, certain = false;  // certain: both sides are, of the label
+    bool ramp = false, sparse = false;  // logits that rise or fall by hundreds along a row; nothing but -inf in most of it, and in all of its start
+    int broken = 0;                     // of kBroken: what the second row holds, whose results are NaN
     float temperature = 1.f, offset = 0.f;  // offset: of all logits, the other way for the teacher's
     bool plain() const { return !bias && !softcap && !labels && !stats; }
 };
+
+const char* const kBroken[] = {"", " NaN", " teacher-NaN", " inf", " teacher-inf", " empty", " teacher-empty"};
 
 // One row by its definition, in double; `size` of a gradient is what rounding acts on, before anything cancels.
 struct Truth {
@@ -108,6 +112,7 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
     const Dtype teacher_dtype = f.mixed ? (kLogit == Dtype::f32 ? Dtype::bf16 : Dtype::f32) : kLogit;
     const Dtype dz_dtype = kLogit == Dtype::f32 && f.narrow ? (seed % 2 ? Dtype::bf16 : Dtype::f16) : kLogit;
     const bool softmax = D::id != LogitMSE::id;
+    if (!softmax) f.broken = 0;
     const auto stride_of = [&](Dtype d) { const int vec = 16 / size_of(d); return f.unaligned ? int64_t(s.vocab) : (s.vocab + vec - 1) / vec * int64_t(vec) + (seed % 2) * vec; };
     const int64_t student_stride = stride_of(kLogit), teacher_stride = stride_of(teacher_dtype);
     Buffer student(s.rows * student_stride * sizeof(Logit)), teacher(s.rows * teacher_stride * size_of(teacher_dtype));
@@ -140,8 +145,15 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
             if (kLogit == Dtype::f32) x += f.offset;
             if (teacher_dtype == Dtype::f32) u -= f.offset;
             if (f.certain && c == labels[r]) x += 30 * f.temperature / a.student.scale, u += 30 * f.temperature / a.teacher.scale;
+            if (f.ramp) x += (seed % 2 ? 300.f : -300.f) * f.temperature * float(c) / float(s.vocab), u += 250.f * f.temperature * float(c) / float(s.vocab);
+            if (f.sparse && (c % 19 || c < s.vocab / 2) && c != labels[r]) x = u = -INFINITY;
+            if (r == 1 && f.broken) {
+                float& side = f.broken % 2 ? x : u;
+                if (f.broken > 4) side = -INFINITY;
+                else if (c == labels[r]) side = f.broken > 2 ? INFINITY : NAN;
+            }
             if (holes && c % 97 == 5 && c != labels[r]) x = u = -INFINITY;  // a column that both exclude
-            if (holes && c % 97 == 3 && (D::id == 0 || D::id == 3)) u = -INFINITY;  // and one that the teacher does, where that costs little
+            if (holes && !f.sparse && c % 97 == 3 && (D::id == 0 || D::id == 3)) u = -INFINITY;  // and one that the teacher does, where that costs little
             put(student.data, r * student_stride + c, kLogit, x), put(teacher.data, r * teacher_stride + c, teacher_dtype, u);
             const auto z = [&](const RowSide& side, const void* p, int64_t at) {
                 double v = (get(p, at, side.dtype) + (side.bias ? side.bias[c] : 0.f)) * side.scale;
@@ -194,11 +206,17 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
     double worst = 0;
     auto judge = [&](double got, double want, double tolerance) {
         if (std::isnan(want) && std::isnan(got)) return;
+        if (std::isnan(want)) worst = INFINITY;
         const double e = std::abs(got - want) / tolerance;
         worst = std::max(worst, e == e ? e : INFINITY);
     };
     for (int r = 0; r < s.rows; ++r) {
         const Truth& t = truths[r];
+        if (r == 1 && f.broken) {
+            judge(loss[r], NAN, 1);
+            for (int c = 0; c < s.vocab; ++c) judge(get(student.data + r * student_stride * sizeof(Logit), c, dz_dtype), NAN, 1);
+            continue;
+        }
         if (f.statistics) {
             judge(loss[r], t.loss, t.unit * (t.size + std::abs(t.loss)));
             const auto judge_norm = [&](StateRow top, StateRow rest, double per_t, double want) {
@@ -250,14 +268,70 @@ Features draw(unsigned seed, int salt, bool one_read) {
     f.certain = coin(2) && !f.softcap;
     if (coin(4) && f.statistics && !f.bias && !f.softcap && !f.scale) f.temperature = 1e-10f;  // of logits that nothing rounds
     if (f.unaligned) f.narrow = false;
+    if (!f.softcap && !f.scale && !f.certain && f.temperature > 1e-3f) f.ramp = coin(6), f.sparse = coin(6);
+    if (f.statistics && !f.softcap && !f.scale && coin(6)) f.broken = 1 + int(random() % 6);
     return f;
 }
 
 // V odd, below a chunk, exactly one, one over; one cluster and two, up to 8 CTAs and 2 warps; rings with one chunk to spare and more.
 const Shape kShapes[] = {{3, 7, 1, 1, 1, 1}, {3, 127, 1, 2, 1, 1}, {4, 1000, 2, 2, 2, 1}, {2, 512, 1, 1, 1, 2}, {3, 1031, 1, 4, 1, 2}, {5, 2053, 2, 2, 2, 2}, {2, 4099, 1, 8, 1, 1}};
 
+// One column in float, base 2, against the definition in double: value and slope, and the slope that is computed alone. Error over
+// tolerance; logarithms from certainty to far below what float32 holds, and -inf.
+template <class D> double column_error(double log2_q, double log2_p) {
+    Rows a{};
+    a.a = D::id == AlphaDivergence::id ? .4f : .3f, a.b = D::id == ABDivergence::id ? .7f : 1 - a.a;
+    const float float_q = float(log2_q), float_p = float(log2_p);
+    const double lq = float_q * std::log(2.0), lp = float_p * std::log(2.0), q = std::exp(lq), p = std::exp(lp);
+    const Terms<double> want = D::template terms<double>(lq, lp, q, p, a.a, a.b);
+    const Terms<float> got = column_terms<D>(a, float_q, float_p, exp2_fast(float_q));
+    const float alone = column_slope<D>(a, float_q, float_p, exp2_fast(float_q));
+    // ex2 and lg2 are good to 2^-22, and so are logarithms to that of their size; of what is next to nothing float32 has none.
+    const double larger = D::id == ABDivergence::id ? std::exp((a.a + a.b) * std::max(lq, lp)) : std::max(q, p);
+    const double known = larger > 0 ? 1 - std::max(lq, lp) : 1;
+    const double tolerance = 3e-6 * larger * known + 1e-30;
+    const auto off = [](double got, double want, double by) { return std::isinf(want) ? 0 : std::abs(got - want) / by; };
+    const double jump = D::slope_jumps && std::abs(q - p) < tolerance ? 2 * q : 0;  // which of two that are equal is the larger
+    double worst = 0;
+    for (const double e : {off(got.value, want.value, tolerance + 4e-7 * std::abs(want.value)),
+                           off(got.slope, want.slope, tolerance + 4e-7 * std::abs(want.slope) + jump),
+                           off(alone, got.slope, tolerance + 4e-7 * std::abs(want.slope))})
+        worst = std::max(worst, e == e ? e : INFINITY);
+    return worst;
+}
+
+void test_columns(Tests& tests) {
+    const double logs[] = {-1e-4, -.03, -.5, -1, -1.001, -3, -9.7, -24, -60, -119, -121, -127.5, -140, -300, -5000, -INFINITY};
+    for (int divergence = 0; divergence < 9; ++divergence)
+        for (const double log2_q : logs)
+            for (const double log2_p : logs)
+                tests([&] {
+                    double worst = 0;
+                    with_divergence(divergence, [&](auto d) { worst = column_error<decltype(d)>(log2_q, log2_p); });
+                    return worst;
+                }, [&] { return text("column of divergence %d: log2 q %g, log2 p %g", divergence, log2_q, log2_p); });
+}
+
+// Two reads with each feature alone, in rows that end within a vector and start anywhere.
+void test_features(Tests& tests) {
+    for (const int vocab : {263, 1031, 2048})
+        for (const int feature : {0, 1, 2, 3, 4})
+            for (const bool unaligned : {false, true})
+                for (unsigned seed = 0; seed < 3; ++seed) {
+                    Features f;
+                    f.bias = feature == 1, f.softcap = feature == 2, f.scale = feature == 3, f.mixed = feature == 4;
+                    f.unaligned = unaligned;
+                    const int divergence = seed == 2 ? ReverseKL::id : seed == 1 ? JSD::id : ForwardKL::id;
+                    tests([&] { return run(int(seed), divergence, false, {2, vocab, 1, 1, 1, 0}, f, seed); }, [&] {
+                        return text("two-read vocab %d feature %d%s seed %u", vocab, feature, unaligned ? " unaligned" : "", seed);
+                    });
+                }
+}
+
 int test(int seeds) {
     Tests tests;
+    test_columns(tests);
+    test_features(tests);
     for (const Shape& s : kShapes)
         for (const bool one_read : {true, false})
             for (int divergence = 0; divergence < (one_read ? 9 : 10); ++divergence)
@@ -265,11 +339,12 @@ int test(int seeds) {
                     const int dtype = int(seed + divergence) % 3;
                     const Features f = draw(seed, divergence + s.vocab, one_read);
                     tests([&] { return run(dtype, divergence, one_read, s, f, seed); }, [&] {
-                        return text("%s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %u:%s%s%s%s%s%s%s%s%s%s%s%s T %g offset %g",
+                        return text("%s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %u:%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s T %g offset %g",
                                     one_read ? "one-read" : "two-read", divergence, dtype, s.rows, s.vocab, s.clusters, s.cluster_size, s.warps, seed,
                                     f.bias ? " bias" : "", f.softcap ? " softcap" : "", f.scale ? " scale" : "", f.labels ? " labels" : "", f.stats ? " stats" : "",
                                     f.weight ? " weight" : "", f.dz ? "" : " no-dz", f.narrow ? " narrow" : "", f.statistics ? "" : " gradient-only",
-                                    f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", f.certain ? " certain" : "", double(f.temperature), double(f.offset));
+                                    f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", f.certain ? " certain" : "",
+                                    f.ramp ? " ramp" : "", f.sparse ? " sparse" : "", kBroken[f.broken], double(f.temperature), double(f.offset));
                     });
                 }
     return tests.status();
