@@ -30,7 +30,8 @@ class TokenStats:
     Attributes:
         divergence: D itself, without ``kd_weight``, T^2 or token weights, in nats.
         cross_entropy: of the labels at T = 1, in nats; NaN without labels.
-        student_entropy, teacher_entropy: in nats.
+        student_entropy: in nats.
+        teacher_entropy: in nats.
         top1_agreement: 1.0 where both sides' most likely tokens are the same, else 0.0.
     """
 
@@ -47,7 +48,8 @@ class Plan:
 
     Attributes:
         backend: its name.
-        rows_per_chunk, num_chunks: of the valid rows.
+        rows_per_chunk: valid rows in a chunk.
+        num_chunks: number of chunks.
         buffer_bytes: size of the chunk buffers, which is all that is held of the logits.
         dense_bytes: what the same call would hold as ``[N, V]`` logits of the sides that have a head, in the dtype of their
             matrix products, and the student's logit gradient.
@@ -127,7 +129,8 @@ def distillation_loss(
         t_squared: multiply the divergence and its gradient by T^2, so that its weight against cross-entropy does not depend on T.
         labels: ``[...]`` integers; position i holds the target of position i (nothing is shifted here).
         ignore_index: tokens with this label are invalid: dropped before any matrix product, loss 0, gradient 0.
-        kd_weight, ce_weight: weights of the two terms, >= 0.
+        kd_weight: weight of the divergence, >= 0.
+        ce_weight: weight of the cross-entropy, >= 0; above 0 it needs ``labels``.
         token_weights: ``[...]`` floats >= 0, multiply each token's total; constants (no gradient).
         reduction: ``"mean"`` over ``num_items``, ``"sum"``, or ``"none"`` (the leading shape).
         num_items: denominator of ``"mean"``, int or 0-dim tensor; default: the number of valid tokens of this call. Pass the
