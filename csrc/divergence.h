@@ -182,7 +182,9 @@ struct LogitMSE : SlopeSumKnown {
     }
 };
 
-// Calls `f` with the divergence of an id; false if there is none.
+constexpr int kDivergences = 10;
+
+// Calls `f` with the divergence of an id; false if there is none. Ids count from 0 to kDivergences - 1.
 template <class F> bool with_divergence(int id, F&& f) {
     switch (id) {
         case ForwardKL::id: f(ForwardKL{}); return true;

@@ -16,8 +16,16 @@ struct Side {
     double softcap = 0.0;           // 0: none
 };
 
-// Rows of the saved state, as STATE in kdkernels/backends/rows.py says what they are.
-enum StateRow : int { kTopS, kRestS, kTopT, kRestT, kSlopeSum, kTopCe, kRestCe, kStateRows };
+// Stages of a row, added up: see Stage in kdkernels/backends/rows.py.
+enum Stage : int { kNormalisers = 1, kSums = 2, kGradient = 4 };
+
+// Rows of the state: see STATE in kdkernels/backends/rows.py. The CUDA kernels keep logarithms of sums in units of log 2 where the
+// others keep the sums, and a mean where the others keep the largest; so their names for these rows differ.
+enum StateRow : int {
+    kTopS, kExpSumS, kTopT, kExpSumT, kExpSumOne, kTarget, kMeanS, kMeanT, kColumns, kBestS, kBestT, kFirstSum,
+    kStateRows = kFirstSum + 4,
+    kRestS = kExpSumS, kRestT = kExpSumT, kRestCe = kExpSumOne, kTopCe = kColumns, kSlopeSum = kFirstSum + 1,
+};
 
 struct RowArguments {
     Side student, teacher;
@@ -29,15 +37,16 @@ struct RowArguments {
     double value_scale = 1.0, slope_scale = 1.0, ce_weight = 0.0;
     double dz_scale = 1.0;
     bool double_precision = false;  // compute type: double or float
-    bool statistics = true;         // find state and loss; else read the state
-    const int64_t* labels = nullptr;  // [C], or null: no cross-entropy
+    int stages = kNormalisers | kSums | kGradient;
+    bool statistics = true;         // CUDA: kNormalisers and kSums; else neither
+    const int64_t* labels = nullptr;  // [C], -1: in another slice of the columns; or null: no cross-entropy
     const void* weight = nullptr;   // [C] compute type, or null
     void* state = nullptr;          // [kStateRows, C] compute type
     int64_t state_stride = 0;
     void* loss = nullptr;           // [C] compute type, or null
     float* stats = nullptr;         // [5, C], or null
     int64_t stats_stride = 0;
-    void* dz = nullptr;             // [C, V], or null; a row may start where the student's row does
+    void* dz = nullptr;             // [C, V], for kGradient; a row may start where the student's row does
     int64_t dz_stride = 0;
     Dtype dz_dtype = Dtype::f32;
 };

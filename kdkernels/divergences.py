@@ -1,12 +1,15 @@
 """The divergences between a teacher p and a student q, one frozen dataclass each.
 
-Per token, ``u = z_teacher / T``, ``x = z_student / T``, ``p = softmax(u)``, ``q = softmax(x)``. A divergence is a sum over
+Per token, ``u = z_teacher / T``, ``x = z_student / T``, ``p = softmax(u)``, ``q = softmax(x)``. Most divergences are a sum over
 the vocabulary of a function ``f(log q, log p)`` of one column. With ``g = df / d log q``,
 
     T * dD/dz_student = g - q * sum(g)
 
-so a divergence is the pair (value, slope) = (f, g), and nothing else in the package knows which one is computed. Adding
-``c * q`` to every slope changes no gradient; each form below uses that freedom, and adds to f terms that sum to zero, so
+so such a divergence is the pair (value, slope) = (f, g), and nothing else in the package knows which one is computed. In general a
+divergence is at most four sums over the columns (``terms``), a function of these sums that gives the value and the row's coefficients
+(``finish``), and the slope of a column given the coefficients (``slope``).
+
+Adding ``c * q`` to every slope changes no gradient; each form below uses that freedom, and adds to f terms that sum to zero, so
 that no digits are lost near p = q: every column of a value is then >= 0.
 
 Columns with p = 0 or q = 0 contribute their limit (``0 log 0 = 0``); where both are 0 the column is skipped. A teacher that
@@ -18,12 +21,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from .support.ratios import choose, log_mix, log_ratio, mixture, safe_product, zero_where
 
 __all__ = [
     "ABDivergence",
@@ -43,11 +48,7 @@ __all__ = [
 ]
 
 Normalizer = Literal["softmax", "mean", "none"]
-
-
-def _zero_where(empty: Tensor, x: Tensor) -> Tensor:
-    """0 where ``empty``, else x: the limit of 0 * log 0. In place, since x is always a fresh temporary."""
-    return x.masked_fill_(empty, 0.0)
+Tail = Literal["bucket", "renorm", "zero", "sampled"]
 
 
 def _number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
@@ -68,6 +69,10 @@ class Divergence:
     """``sum(g)`` where it is known before the row is read, else None: then kernels need one more sweep."""
     slope_jumps: ClassVar[bool] = False
     """The slope is not a continuous function of q and p: backward must sum the very slopes that it writes."""
+    unbounded_slopes: ClassVar[bool] = False
+    """The slopes have no bound of a few units: float16 gradients need more room above 1."""
+    tails: ClassVar[tuple[Tail, ...]] = ()
+    """Sparse teachers that it is defined for, by what stands for the tokens that they do not name: see ``TopK`` and ``Sampled``."""
     normalizer: ClassVar[Normalizer] = "softmax"
     """What is subtracted from x and u to give the two arguments: their log-sum-exp, their mean, or nothing."""
 
@@ -92,56 +97,29 @@ class Divergence:
         """``[..., V]``, ``[..., V]`` -> ``[..., V]``: f as the papers write it; differentiable; the definition the others answer to."""
         raise NotImplementedError
 
-    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """The columns' (value, slope), ``[..., V]`` each, from the logarithms and their exponentials; loses no digits near p = q."""
+    def reference_value(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """``[..., V]``, ``[..., V]`` -> ``[...]``: the divergence itself; the sum of ``reference`` unless it is a function of sums."""
+        return self.reference(log_q, log_p).sum(-1)
+
+    @property
+    def num_sums(self) -> int:
+        """How many of the ``terms``, the first ones, are summed over the columns: 1 to 4."""
+        return 2 if self.slope_sum is None else 1
+
+    def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        """The columns' (value, slope), ``[..., V]`` each, from the logarithms and their exponentials; loses no digits near p = q.
+
+        Other divergences return whatever ``finish`` and ``slope`` are to be given.
+        """
         raise NotImplementedError
 
+    def finish(self, sums: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The value of a row and its coefficients, of which the first is the sum of the slopes, from the ``num_sums`` sums."""
+        return sums[0], (sums[1] if self.slope_sum is None else torch.full_like(sums[0], self.slope_sum),)
 
-def _safe_product(weight: Tensor, factor: Tensor) -> Tensor:
-    """``weight * factor`` with 0 wherever weight is 0, in value and in gradient (reference formulas only)."""
-    empty = weight == 0
-    return torch.where(empty, torch.zeros_like(weight), weight * torch.where(empty, torch.zeros_like(factor), factor))
-
-
-def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log(a / b), 0 where both are 0 (reference formulas only)."""
-    both = (log_a == -math.inf) & (log_b == -math.inf)
-    zero = torch.zeros((), dtype=log_a.dtype, device=log_a.device)
-    return torch.where(both, zero, torch.where(both, zero, log_a) - torch.where(both, zero, log_b))
-
-
-def _log_mix(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log(weight * a + (1 - weight) * b) (reference formulas only). Both -inf gives -inf, with gradient 0."""
-    both = (log_a == -math.inf) & (log_b == -math.inf)
-    zero = torch.zeros((), dtype=log_a.dtype, device=log_a.device)
-    mixed = torch.logaddexp(torch.where(both, zero, log_a) + math.log(weight), torch.where(both, zero, log_b) + math.log1p(-weight))
-    return torch.where(both, zero - math.inf, mixed)
-
-
-def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    """Where ``condition`` yes, else no, in the dtype of ``like`` (torch.where of two numbers would round them to float32)."""
-    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
-
-
-def _mixture(weight_q: float, weight_p: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """``(log(q / m), log(p / m))`` for ``m = weight_q * q + weight_p * p``, the weights adding to 1.
-
-    The larger of p and q is factored out of m, so that nothing overflows. m over it is 1 - small near p = q, and in general unless
-    the smaller one has nearly all of the weight, where that form would cancel. NaN where both are 0.
-    """
-    ratio = log_q - log_p
-    q_larger = ratio >= 0
-    size = ratio.abs().neg_()  # log(smaller / larger)
-    share = weight_q if weight_q == weight_p else _choose(q_larger, weight_p, weight_q, ratio)  # weight in m of the smaller one
-    lost = torch.expm1(size).mul_(share)  # m / larger - 1
-    if max(weight_q, weight_p) <= 0.9:
-        log_m = lost.log1p_()
-    else:
-        direct = size.exp_().mul_(share).add_(_choose(q_larger, weight_q, weight_p, ratio))  # m / larger
-        log_m = torch.where(lost > -0.5, torch.log1p(lost), direct.log_())
-    log_qm = torch.where(q_larger, -log_m, ratio - log_m)
-    log_pm = torch.where(q_larger, -ratio - log_m, -log_m)
-    return log_qm, log_pm
+    def slope(self, terms: Sequence[Tensor], coefficients: Sequence[Tensor]) -> Tensor:
+        """``[..., V]``: the columns' slopes from ``terms`` and the row's coefficients ``[..., 1]``."""
+        return terms[1]
 
 
 @dataclass(frozen=True)
@@ -151,12 +129,13 @@ class ForwardKL(Divergence):
     name = "forward_kl"
     id = 0
     slope_sum = -1.0
+    tails = ("bucket", "renorm", "zero", "sampled")
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        return _safe_product(log_p.exp(), -_log_ratio(log_q, log_p))
+        return safe_product(log_p.exp(), -log_ratio(log_q, log_p))
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        value = _zero_where(p == 0, (log_p - log_q).mul_(p))
+        value = zero_where(p == 0, (log_p - log_q).mul_(p))
         return value.add_(q).sub_(p), -p
 
 
@@ -166,12 +145,13 @@ class ReverseKL(Divergence):
 
     name = "reverse_kl"
     id = 1
+    tails = ("bucket",)
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        return _safe_product(log_q.exp(), _log_ratio(log_q, log_p))
+        return safe_product(log_q.exp(), log_ratio(log_q, log_p))
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        slope = _zero_where(q == 0, (log_q - log_p).mul_(q))
+        slope = zero_where(q == 0, (log_q - log_p).mul_(q))
         return slope - q + p, slope
 
 
@@ -193,8 +173,8 @@ class SymmetricKL(Divergence):
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         w = self.weight
         ratio = log_q - log_p
-        reverse = _zero_where(q == 0, ratio * q).mul_(w)
-        forward = _zero_where(p == 0, ratio.mul_(p)).mul_(w - 1)
+        reverse = zero_where(q == 0, ratio * q).mul_(w)
+        forward = zero_where(p == 0, ratio.mul_(p)).mul_(w - 1)
         value = forward.add_(reverse).add_(q - p, alpha=1 - 2 * w)
         return value, reverse.sub_(p, alpha=1 - w)
 
@@ -209,6 +189,7 @@ class JSD(Divergence):
     beta: float = 0.5
     name = "jsd"
     id = 3
+    tails = ("bucket", "renorm")
 
     def __post_init__(self) -> None:
         if self.beta in (0, 1):
@@ -221,13 +202,13 @@ class JSD(Divergence):
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         b = self.beta
-        log_m = _log_mix(b, log_p, log_q)
-        return b * _safe_product(log_p.exp(), _log_ratio(log_p, log_m)) + (1 - b) * _safe_product(log_q.exp(), _log_ratio(log_q, log_m))
+        log_m = log_mix(b, log_p, log_q)
+        return b * safe_product(log_p.exp(), log_ratio(log_p, log_m)) + (1 - b) * safe_product(log_q.exp(), log_ratio(log_q, log_m))
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        log_qm, log_pm = _mixture(1 - self.beta, self.beta, log_q, log_p)
-        slope = _zero_where(q == 0, log_qm.mul_(q)).mul_(1 - self.beta)
-        value = _zero_where(p == 0, log_pm.mul_(p)).mul_(self.beta).add_(slope)
+        log_qm, log_pm = mixture(1 - self.beta, self.beta, log_q, log_p)
+        slope = zero_where(q == 0, log_qm.mul_(q)).mul_(1 - self.beta)
+        value = zero_where(p == 0, log_pm.mul_(p)).mul_(self.beta).add_(slope)
         return value, slope
 
 
@@ -243,13 +224,13 @@ class SkewKL(Divergence):
         _number("SkewKL(alpha)", self.alpha, 0.0, 1.0)
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        return _safe_product(log_p.exp(), _log_ratio(log_p, _log_mix(self.alpha, log_p, log_q)))
+        return safe_product(log_p.exp(), log_ratio(log_p, log_mix(self.alpha, log_p, log_q)))
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        _, log_pm = _mixture(1 - self.alpha, self.alpha, log_q, log_p)
+        _, log_pm = mixture(1 - self.alpha, self.alpha, log_q, log_p)
         # q (p/m - 1) instead of q p/m: the slopes then vanish at p = q instead of cancelling in the sum.
-        slope = _zero_where(q == 0, torch.expm1(log_pm).mul_(q)).mul_(self.alpha - 1)
-        value = _zero_where(p == 0, log_pm.mul_(p)).add_(q - p, alpha=1 - self.alpha)
+        slope = zero_where(q == 0, torch.expm1(log_pm).mul_(q)).mul_(self.alpha - 1)
+        value = zero_where(p == 0, log_pm.mul_(p)).add_(q - p, alpha=1 - self.alpha)
         return value, slope
 
 
@@ -265,15 +246,15 @@ class SkewReverseKL(Divergence):
         _number("SkewReverseKL(alpha)", self.alpha, 0.0, 1.0)
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        return _safe_product(log_q.exp(), _log_ratio(log_q, _log_mix(self.alpha, log_q, log_p)))
+        return safe_product(log_q.exp(), log_ratio(log_q, log_mix(self.alpha, log_q, log_p)))
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         a = self.alpha
-        log_qm, _ = _mixture(a, 1 - a, log_q, log_p)
+        log_qm, _ = mixture(a, 1 - a, log_q, log_p)
         empty = q == 0
-        value = _zero_where(empty, log_qm * q)
+        value = zero_where(empty, log_qm * q)
         # 1 - q/m instead of -q/m: the slopes then vanish at p = q instead of cancelling in the sum.
-        slope = _zero_where(empty, torch.expm1(log_qm).mul_(q)).mul_(-a).add_(value)
+        slope = zero_where(empty, torch.expm1(log_qm).mul_(q)).mul_(-a).add_(value)
         return value.add_(p - q, alpha=1 - a), slope
 
 
@@ -307,6 +288,7 @@ class AlphaDivergence(Divergence):
     alpha: float = 0.5
     name = "alpha_divergence"
     id = 7
+    unbounded_slopes = True
 
     def __post_init__(self) -> None:
         _number("AlphaDivergence(alpha)", self.alpha)
@@ -328,14 +310,14 @@ class AlphaDivergence(Divergence):
         q_larger = ratio >= 0
         larger = torch.maximum(q, p)
         size = ratio.abs().neg_()  # log(smaller / larger)
-        weight = _choose(q_larger, a, 1 - a, ratio)  # of the smaller one in p^a q^(1-a)
+        weight = choose(q_larger, a, 1 - a, ratio)  # of the smaller one in p^a q^(1-a)
         power = weight * size
         grown, shrunk = torch.expm1(power), torch.expm1(size)
         empty = larger == 0
-        value = _zero_where(empty, (grown - weight * shrunk).mul_(larger)).div_(a * (a - 1))
+        value = zero_where(empty, (grown - weight * shrunk).mul_(larger)).div_(a * (a - 1))
         # p^a q^(1-a) - q
         slope = torch.where(ratio < APART, power.exp_().mul_(larger) - q, torch.where(q_larger, grown, grown - shrunk).mul_(larger))
-        return value, _zero_where(empty, slope).div_(-a)
+        return value, zero_where(empty, slope).div_(-a)
 
 
 @dataclass(frozen=True)
@@ -349,6 +331,7 @@ class ABDivergence(Divergence):
     beta: float = 0.7
     name = "ab_divergence"
     id = 8
+    unbounded_slopes = True
 
     def __post_init__(self) -> None:
         _number("ABDivergence(alpha)", self.alpha)
@@ -368,7 +351,7 @@ class ABDivergence(Divergence):
         known = no_q | no_p if s < 0 else no_q & no_p
         lq, lp = (torch.where(known, torch.zeros_like(x), x) for x in (log_q, log_p))
         column = ((a * lp + b * lq).exp() - a / s * (s * lp).exp() - b / s * (s * lq).exp()) / (-a * b)
-        return torch.where(known, _choose(no_q & no_p, 0.0, math.inf, column), column)
+        return torch.where(known, choose(no_q & no_p, 0.0, math.inf, column), column)
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.alpha, self.beta
@@ -378,15 +361,15 @@ class ABDivergence(Divergence):
         q_larger = ratio >= 0
         larger = torch.exp(torch.maximum(s * log_q, s * log_p))
         size = ratio.abs().neg_()  # log(smaller / larger)
-        weight = _choose(q_larger, a / s, b / s, ratio)  # of the smaller one in p^a q^b
+        weight = choose(q_larger, a / s, b / s, ratio)  # of the smaller one in p^a q^b
         power = weight * size
         grown, shrunk = torch.expm1(power), torch.expm1(size)
         # By the logarithms: small powers of a q and p that underflow still count.
         empty = (log_q == -math.inf) & (log_p == -math.inf)
-        value = _zero_where(empty, (grown - weight * shrunk).mul_(larger)).div_(-a * b)
+        value = zero_where(empty, (grown - weight * shrunk).mul_(larger)).div_(-a * b)
         # (p^a q^b - q^(a+b)) / larger
         slope = torch.where(ratio < APART, power.exp_() - size.exp_(), torch.where(q_larger, grown, grown - shrunk))
-        return value, _zero_where(empty, slope.mul_(larger)).div_(-a)
+        return value, zero_where(empty, slope.mul_(larger)).div_(-a)
 
 
 @dataclass(frozen=True)
@@ -400,6 +383,7 @@ class LogitMSE(Divergence):
     name = "logit_mse"
     id = 9
     slope_sum = 0.0  # centred slopes sum to 0; uncentred ones are not projected at all
+    unbounded_slopes = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.centered, bool):
@@ -410,11 +394,11 @@ class LogitMSE(Divergence):
         return "mean" if self.centered else "none"
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        return 0.5 * _log_ratio(log_q, log_p) ** 2
+        return 0.5 * log_ratio(log_q, log_p) ** 2
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         skipped = (log_q == -math.inf) & (log_p == -math.inf)
-        slope = _zero_where(skipped, log_q - log_p)
+        slope = zero_where(skipped, log_q - log_p)
         return slope.square().mul_(0.5), slope
 
 
@@ -424,6 +408,11 @@ REGISTRY: dict[str, type[Divergence]] = {
         ForwardKL, ReverseKL, SymmetricKL, JSD, SkewKL, SkewReverseKL, TotalVariation, AlphaDivergence, ABDivergence, LogitMSE,
     )
 }  # fmt: skip
+
+
+def defined_for(tail: str) -> tuple[str, ...]:
+    """Names of the divergences that are defined against a sparse teacher with this tail, sorted."""
+    return tuple(sorted(name for name, cls in REGISTRY.items() if tail in cls.tails))
 
 
 def resolve(divergence: object) -> Divergence:

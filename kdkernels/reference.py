@@ -121,7 +121,7 @@ def sparse_divergence(problem: Problem, x: Tensor, ids: Tensor, values: Tensor, 
         value = ForwardKL().reference(torch.cat([log_of_q, rest_q], -1), log_of_p).sum(-1)
         value = value + entropy if problem.tail == "sampled" else value
     else:
-        value = problem.divergence.reference(torch.cat([log_of_q, rest_q], -1), log_of_p).sum(-1)
+        value = problem.divergence.reference_value(torch.cat([log_of_q, rest_q], -1), log_of_p)
         value = torch.where((log_of_p == -math.inf).all(-1), torch.zeros_like(value), value)  # a row without an id says nothing
     return value, entropy, ids.gather(-1, p.argmax(-1, keepdim=True))
 
@@ -146,7 +146,7 @@ def distillation_rows(
         zt = _teacher_logits(problem, teacher, valid).detach()
         u, div = over_temperature(zt, problem), problem.divergence
         a, b = (x, u) if div.normalizer == "softmax" else (zs * problem.inv_temperature, zt * problem.inv_temperature)
-        divergence = div.reference(normalize(a, b, div), normalize(b, a, div)).sum(-1)
+        divergence = div.reference_value(normalize(a, b, div), normalize(b, a, div))
         teacher_entropy = _entropy(torch.log_softmax(u, -1))
         agreement = zs.argmax(-1, keepdim=True) == zt.argmax(-1, keepdim=True)
     # Without weight 0, with gradient 0: 0 times an infinite divergence has neither.

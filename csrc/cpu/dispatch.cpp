@@ -5,13 +5,13 @@
 #include <string>
 #include <vector>
 
+#include "../divergence.h"
 #include "rows.h"
 #include "threads.h"
 
 namespace kd {
 namespace {
 
-constexpr int kDivergences = 10;
 constexpr int64_t kColumnsPerThread = 1 << 16;  // fewer are not worth starting a thread (tens of microseconds) for
 
 struct Target {

@@ -19,11 +19,18 @@ template <class Real> struct Scratch {
 struct Sums { double value, slope; };
 enum class Keep { nothing, slopes, gradient };
 
-// log q = (z - top) / T - rest: see STATE in kdkernels/backends/rows.py.
+// A logit's argument of a divergence: log q = (z - top) / T - rest for softmax.
 template <class Real> struct Norm {
     Real top = 0, rest = 0;
     KD_INLINE Real operator()(Real z, Real inv_t) const { return (z - top) * inv_t - rest; }
 };
+
+// From the largest logit and the sum of exponentials as they stand in the state.
+template <class Real> Norm<Real> norm_of(Real top, Real sum) { return {top, Real(std::log(double(sum)))}; }
+
+template <class Real> void scale_row(Real* __restrict e, Real factor, int64_t vocab) {
+    KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] *= factor;
+}
 
 // What a divergence is given for column v: (x, u) less their normalisers, x = z / T.
 template <class Real> struct Columns {
@@ -57,114 +64,145 @@ template <class Real> struct Columns {
         }
         return total;
     }
-    template <class D> double slopes(int64_t vocab, Real* __restrict g) const {
-        return sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return g[v] = terms<D>(v).slope; });
+    template <class D> void slopes(int64_t vocab, Real* __restrict g) const {
+        KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] = terms<D>(v).slope;
     }
 };
 
-template <class Real, class D> void one_row(const RowArguments& a, int64_t row, Scratch<Real>& s) {
-    const int64_t vocab = a.vocab;
-    const bool softmax = a.normalizer == Normalizer::softmax;
-    const Real inv_t = Real(a.inv_temperature);
-    Real* const state = static_cast<Real*>(a.state) + row;
-    const Real weight = a.weight ? static_cast<const Real*>(a.weight)[row] : Real(1);
-    const Real top_s = load_row(a.student, row, vocab, s.z), top_t = load_row(a.teacher, row, vocab, s.y);
-    const int64_t label = a.labels ? a.labels[row] : -1;
-
+// One row, stage by stage. `n` holds its column of the state: what earlier calls have left there, and what this one finds.
+template <class Real, class D> struct Row {
+    const RowArguments& a;
+    const int64_t row, vocab, label;
+    Scratch<Real>& s;
+    const bool softmax = a.normalizer == Normalizer::softmax, exponentials = softmax || (a.stats && a.stages & kSums);
+    const Real inv_t = Real(a.inv_temperature), weight = a.weight ? static_cast<const Real*>(a.weight)[row] : Real(1);
+    Real n[kStateRows] = {};
+    bool written = false;  // dz
     Columns<Real> columns{s.z, s.y, s.q, s.p, inv_t, {}, {}, Real(a.a), Real(a.b)};
-    const Real outer = Real(a.student.scale) * weight * Real(a.dz_scale);
-    bool done = false;  // with dz
-    Norm<Real> at_one;  // of the student at T = 1
-    double slope_sum = D::slope_sum;
-    if (a.statistics) {
-        Norm<Real> full_s, full_t;  // of the softmaxes
-        Real per_sum_s = 1, per_sum_t = 1;
-        if (softmax || a.stats) {
-            auto exponentiate = [&](const Real* z, Real top, Real* e, Real& per_sum) {
-                const double sum = exp_row(z, inv_t, top, vocab, e);
-                per_sum = Real(1.0 / sum);
-                return Norm<Real>{top, Real(std::log(sum))};
-            };
-            full_s = exponentiate(s.z, top_s, s.q, per_sum_s);
-            full_t = exponentiate(s.y, top_t, s.p, per_sum_t);
+
+    Real& at(int i) const { return static_cast<Real*>(a.state)[i * a.state_stride + row]; }
+    void save(StateRow first, int count) const {
+        for (int i = first; i < first + count; ++i) at(i) = n[i];
+    }
+    Norm<Real> at_one() const { return norm_of(n[kTopS], n[kExpSumOne]); }  // of the student at T = 1
+
+    void run() {
+        if (a.stages & kNormalisers) {
+            n[kTopS] = load_row(a.student, row, vocab, s.z), n[kTopT] = load_row(a.teacher, row, vocab, s.y);
+            find_normalisers();
+            if (a.stages == kNormalisers) return;
+        } else {
+            read_row(a.student, row, vocab, s.z), read_row(a.teacher, row, vocab, s.y);
+            for (int i = 0; i < kStateRows; ++i) n[i] = at(i);
+            if (exponentials) exponentiate(s.z, n[kTopS], s.q), exponentiate(s.y, n[kTopT], s.p);
         }
         if (softmax) {
-            columns.s = full_s, columns.t = full_t;
-        } else if (a.normalizer == Normalizer::mean) {
+            columns.s = norm_of(n[kTopS], n[kExpSumS]), columns.t = norm_of(n[kTopT], n[kExpSumT]);
+        } else {
+            columns.s.top = n[kMeanS], columns.t.top = n[kMeanT];
+        }
+        const Real per_sum_s = exponentials ? Real(1.0 / n[kExpSumS]) : Real(1), per_sum_t = exponentials ? Real(1.0 / n[kExpSumT]) : Real(1);
+        if (a.stages & kSums) {
+            find_sums(per_sum_s, per_sum_t);
+        } else {
+            if (softmax) scale_row(s.q, per_sum_s, vocab), scale_row(s.p, per_sum_t, vocab);
+            columns.template slopes<D>(vocab, s.g);
+        }
+        if (a.stages & kGradient && !written) write_dz();
+    }
+
+    void exponentiate(const Real* __restrict z, Real top, Real* __restrict e) const {
+        const Real reference = top == -kInfinity<Real> ? Real(0) : top;
+        KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] = exp((z[v] - reference) * inv_t);
+    }
+
+    void find_normalisers() {
+        if (softmax || a.stats) {
+            n[kExpSumS] = Real(exp_row(s.z, inv_t, n[kTopS], vocab, s.q)), n[kExpSumT] = Real(exp_row(s.y, inv_t, n[kTopT], vocab, s.p));
+        }
+        if (a.labels) {
+            const bool shared = softmax && a.inv_temperature == 1.0;
+            n[kExpSumOne] = shared ? n[kExpSumS] : Real(exp_row<Real>(s.z, 1, n[kTopS], vocab, nullptr));
+            n[kTarget] = label < 0 ? -kInfinity<Real> : s.z[label];
+        }
+        if (a.normalizer == Normalizer::mean) {
             const auto skipped = [&](int64_t v) KD_INLINE_LAMBDA { return s.z[v] == -kInfinity<Real> && s.y[v] == -kInfinity<Real>; };
             const double kept = sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : Real(1); });
             const double size = kept > 1 ? kept : 1;
-            columns.s.top = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.z[v]; }) / size);
-            columns.t.top = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.y[v]; }) / size);
+            n[kColumns] = Real(kept);
+            n[kMeanS] = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.z[v]; }) / size);
+            n[kMeanT] = Real(sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return skipped(v) ? Real(0) : s.y[v]; }) / size);
         }
-        if (a.labels) at_one = softmax && a.inv_temperature == 1.0 ? full_s : Norm<Real>{top_s, Real(std::log(exp_row<Real>(s.z, 1, top_s, vocab, nullptr)))};
+        save(kTopS, kColumns + 1);
+    }
 
+    void find_sums(Real per_sum_s, Real per_sum_t) {
+        const bool gradient = a.stages & kGradient;
         Sums sums{0, 0};
-        if (!a.dz) {
+        if (!gradient) {
             sums = columns.template sums<D, Keep::nothing, Real>(vocab, per_sum_s, per_sum_t, 0, nullptr);
         } else if (D::knows_slope_sum && softmax && a.slope_scale != 0 && a.student.softcap == 0 && !(a.labels && a.ce_weight != 0)) {
             // dz in the same sweep: what it needs of the row is known.
             with_dtype(a.dz_dtype, [&](auto format) {
                 using T = decltype(format);
                 T* const out = static_cast<T*>(a.dz) + row * a.dz_stride;
-                sums = columns.template sums<D, Keep::gradient>(vocab, per_sum_s, per_sum_t, Real(a.slope_scale) * outer, out);
+                sums = columns.template sums<D, Keep::gradient>(vocab, per_sum_s, per_sum_t, Real(a.slope_scale) * outer(), out);
             });
-            done = true;
+            written = true;
         } else {
             sums = columns.template sums<D, Keep::slopes>(vocab, per_sum_s, per_sum_t, 0, s.g);
         }
-        const double divergence = sums.value;
-        if (!D::knows_slope_sum) slope_sum = sums.slope;
-        const Real ce = a.labels ? -at_one(s.z[label], 1) : std::numeric_limits<Real>::quiet_NaN();
-        const Real saved[kStateRows] = {columns.s.top, columns.s.rest, columns.t.top, columns.t.rest, Real(slope_sum), at_one.top, at_one.rest};
-        for (int i = 0; i < kStateRows; ++i) state[i * a.state_stride] = saved[i];
+        n[kFirstSum] = Real(sums.value), n[kFirstSum + 1] = Real(sums.slope);
+        save(kFirstSum, 2);
+        report(sums.value);
+    }
+
+    // Loss and statistics.
+    void report(double divergence) {
+        const Real ce = a.labels ? -at_one()(n[kTarget], 1) : std::numeric_limits<Real>::quiet_NaN();
         if (a.loss) {
             Real total = a.value_scale != 0 ? Real(a.value_scale * divergence) : Real(0);
             if (a.ce_weight != 0) total += Real(a.ce_weight) * ce;
             static_cast<Real*>(a.loss)[row] = weight * total;
         }
-        if (a.stats) {
-            const auto entropy = [&](const Real* z, const Real* p, Norm<Real> norm) {
-                return -sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return p[v] == Real(0) ? Real(0) : p[v] * norm(z[v], inv_t); });
-            };
-            float* const stats = a.stats + row;
-            stats[0] = float(divergence);
-            stats[a.stats_stride] = float(ce);
-            stats[2 * a.stats_stride] = float(entropy(s.z, s.q, full_s));
-            stats[3 * a.stats_stride] = float(entropy(s.y, s.p, full_t));
-            stats[4 * a.stats_stride] = find(s.z, top_s, vocab) == find(s.y, top_t, vocab) ? 1.f : 0.f;
-        }
-    } else {
-        const auto at = [&](StateRow i) { return state[i * a.state_stride]; };
-        columns.s = {at(kTopS), at(kRestS)}, columns.t = {at(kTopT), at(kRestT)}, at_one = {at(kTopCe), at(kRestCe)};
-        if (softmax) {
-            KD_SIMD for (int64_t v = 0; v < vocab; ++v) s.q[v] = exp(columns.s(s.z[v], inv_t));
-            KD_SIMD for (int64_t v = 0; v < vocab; ++v) s.p[v] = exp(columns.t(s.y[v], inv_t));
-        }
-        // The sum of these very slopes: those of the forward pass are rounded otherwise, and a slope may jump in between.
-        const double sum = columns.template slopes<D>(vocab, s.g);
-        if (!D::knows_slope_sum) slope_sum = sum;
+        if (!a.stats) return;
+        const auto entropy = [&](const Real* z, const Real* p, Norm<Real> norm) {
+            return -sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return p[v] == Real(0) ? Real(0) : p[v] * norm(z[v], inv_t); });
+        };
+        n[kBestS] = Real(find(s.z, n[kTopS], vocab)), n[kBestT] = Real(find(s.y, n[kTopT], vocab));
+        save(kBestS, 2);
+        float* const stats = a.stats + row;
+        stats[0] = float(divergence);
+        stats[a.stats_stride] = float(ce);
+        stats[2 * a.stats_stride] = float(entropy(s.z, s.q, norm_of(n[kTopS], n[kExpSumS])));
+        stats[3 * a.stats_stride] = float(entropy(s.y, s.p, norm_of(n[kTopT], n[kExpSumT])));
+        stats[4 * a.stats_stride] = n[kBestS] == n[kBestT] ? 1.f : 0.f;
     }
-    if (!a.dz || done) return;
 
-    Real* __restrict g = s.g;
-    const Real factor = Real(a.slope_scale), center = softmax ? Real(slope_sum) : Real(0);
-    const Real* __restrict q = s.q;
-    if (a.slope_scale == 0) {
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] = 0;
-    } else if (softmax) {
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] = factor * (g[v] - q[v] * center);
-    } else {
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] *= factor;
+    Real outer() const { return Real(a.student.scale) * weight * Real(a.dz_scale); }
+
+    // From the slopes in g.
+    void write_dz() {
+        Real* __restrict g = s.g;
+        const Real* __restrict q = s.q;
+        const Real factor = Real(a.slope_scale), slope_sum = D::knows_slope_sum ? Real(D::slope_sum) : n[kFirstSum + 1];
+        if (a.slope_scale == 0) {
+            KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] = 0;
+        } else if (softmax) {
+            KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] = factor * (g[v] - q[v] * slope_sum);
+        } else {
+            scale_row(g, factor, vocab);
+        }
+        if (a.labels && a.ce_weight != 0) {
+            const Real ce = Real(a.ce_weight);
+            const Norm<Real> norm = at_one();
+            KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] += ce * exp(norm(s.z[v], 1));
+            if (label >= 0) g[label] -= ce;
+        }
+        const Real per_cap = a.student.softcap != 0 ? Real(1.0 / a.student.softcap) : Real(0);
+        kd::KD_ISA::write_gradient(g, s.z, outer(), per_cap, vocab, a.dz, a.dz_dtype, row * a.dz_stride);
     }
-    if (a.labels && a.ce_weight != 0) {
-        const Real ce = Real(a.ce_weight);
-        KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] += ce * exp(at_one(s.z[v], 1));
-        g[label] -= ce;
-    }
-    const Real per_cap = a.student.softcap != 0 ? Real(1.0 / a.student.softcap) : Real(0);
-    write_gradient(g, s.z, outer, per_cap, vocab, a.dz, a.dz_dtype, row * a.dz_stride);
-}
+};
 
 }  // namespace
 
@@ -174,7 +212,7 @@ void rows(const RowArguments& a, int64_t begin, int64_t end, void* scratch) {
         const auto run = [&](auto real) {
             using Real = decltype(real);
             Scratch<Real> rows_of(scratch, a.vocab);
-            for (int64_t row = begin; row < end; ++row) one_row<Real, D>(a, row, rows_of);
+            for (int64_t row = begin; row < end; ++row) Row<Real, D>{a, row, a.vocab, a.labels ? a.labels[row] : -1, rows_of}.run();
         };
         a.double_precision ? run(double{}) : run(float{});
     });

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..fused.problem import Problem
 from .rows import STATE, HeadBatch, RowBatch, Stage, Transform
 
-INTERFACE = 2
+INTERFACE = 3
 """Number of the compiled extension that this file calls: another one whenever the arguments or their meaning change."""
 
 _MISSING: str | None = None
@@ -46,6 +46,11 @@ def contents() -> dict[str, list[str]]:
 def missing() -> str | None:
     """Why the compiled extension is not there, or None."""
     return _MISSING
+
+
+def state_scales(problem: Problem) -> tuple[float, float]:
+    """What the logits in a state are multiplied by to be logits: nothing."""
+    return 1.0, 1.0
 
 
 def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
@@ -101,7 +106,7 @@ def _arguments(problem: Problem, batch: RowBatch, stages: Stage, device_type: st
     args.value_scale, args.slope_scale, args.ce_weight = problem.value_scale, problem.slope_scale, problem.ce_weight
     args.dz_scale = batch.dz_scale
     args.double_precision = dtype == torch.float64
-    args.statistics = Stage.NORMALISERS in stages
+    args.stages, args.statistics = int(stages), Stage.NORMALISERS in stages
     args.labels = address("labels", batch.labels, (count,), torch.int64)
     args.weight = address("weight", batch.weight, (count,), dtype)
     args.state, args.state_stride = address("state", batch.state, (len(STATE), count), dtype), batch.state.stride(0)

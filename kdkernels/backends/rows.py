@@ -21,12 +21,27 @@ class Stage(IntFlag):
 
 FORWARD = Stage.NORMALISERS | Stage.SUMS
 
-STATE = ("top_s", "rest_s", "top_t", "rest_t", "slope_sum", "top_ce", "rest_ce")
-"""Rows of the saved state: the normalisers of both sides at T, the sum of the divergence's slopes, and the student's log-sum-exp at
-T = 1 if cross-entropy is computed. A normaliser is two numbers, and log q = (z - top) / T - rest. For softmax, top = max(z) and
-rest = log sum exp((z - top) / T). For the mean, top is the mean of z, and rest is 0. The subtraction comes before the division: z / T
-and top / T are rounded to the ulp of the largest, which for large logits or a small T is more than exp can take. Only the backend that
-wrote a state reads it, so the unit of rest is its own."""
+MOST_SUMS = 4
+"""A divergence sums at most this many numbers over the columns of a row."""
+
+STATE = (
+    "top_s", "expsum_s", "top_t", "expsum_t", "expsum_one", "target", "mean_s", "mean_t", "columns",
+    "best_s", "best_t", *(f"sum_{i}" for i in range(MOST_SUMS)),
+)  # fmt: skip
+"""Rows of the state, which one stage writes and the next ones read.
+
+NORMALISERS writes ``top = max(z)`` and ``expsum = sum exp((z - top) / T)`` of both sides, the student's ``expsum_one`` at T = 1, and its
+logit at the label, ``target`` (-inf if the label is -1). For centred logits it writes both means, over the ``columns`` that are not -inf
+on both sides. SUMS writes the divergence's sums and, with statistics, the first column of the largest logit on each side (-1 if it is not
+there). Only what the call needs is written.
+
+``log q = (z - top) / T - log(expsum)``. The subtraction comes before the division: z / T and top / T are rounded to the ulp of the
+largest, which for large logits or a small T is more than exp can take.
+
+A state belongs to the backend that wrote it: logits in it may lack the side's scale (``Backend.state_scales``).
+
+Stages can run on slices of the columns. fused/merge.py merges the states in between.
+"""
 
 STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")
 
@@ -51,9 +66,9 @@ class RowBatch:
     teacher: Tensor  # [C, V]
     student_bias: Tensor | None  # [V]
     teacher_bias: Tensor | None  # [V]
-    labels: Tensor | None  # [C] int64, all valid
+    labels: Tensor | None  # [C] int64, all valid; -1 for a label in another slice of the columns
     weight: Tensor | None  # [C] compute dtype: token weight, and upstream gradient in a backward pass
-    state: Tensor  # [7, C] compute dtype, see STATE: written by ``Stage.NORMALISERS`` and ``SUMS``, read by later stages
+    state: Tensor  # [len(STATE), C] compute dtype
     loss: Tensor | None = None  # [C] compute dtype, out
     stats: Tensor | None = None  # [5, C] float32, out
     dz: Tensor | None = None  # [C, V], out: gradient by ``student``; may lie over it, each row starting where the row does
@@ -67,7 +82,7 @@ class HeadBatch:
     logits: Tensor  # [C, V] before bias, scale and softcap
     bias: Tensor | None  # [V]
     top: Tensor  # [C] compute dtype, the largest z; this and the next written by ``Stage.NORMALISERS``, entropy by ``SUMS``; else read
-    log_sum: Tensor  # [C] log sum exp((z - top) / T), see STATE
+    log_sum: Tensor  # [C] log sum exp((z - top) / T)
     entropy: Tensor | None = None  # [C]
     ids: Tensor | None = None  # [C, K] int64, -1 for none
     logprobs: Tensor | None = None  # [C, K] compute dtype, out: log softmax(z / T) at ids, 0 at -1

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence
 from ..fused import philox
 from ..fused.problem import Problem
 from ..reference import row_mean, row_top, transform
-from .rows import STATS, HeadBatch, RowBatch, Stage, Transform
+from .rows import STATE, STATS, HeadBatch, RowBatch, Stage, Transform
 
 # Elements of a tile. A CPU core's L2 holds a few temporaries of it; a GPU wants enough work for a launch.
 _TILE = {"cpu": 1 << 18}
@@ -22,6 +21,11 @@ _TILE_DEFAULT = 1 << 22
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """None: torch runs wherever the tensors are."""
     return None
+
+
+def state_scales(problem: Problem) -> tuple[float, float]:
+    """What the logits in a state are multiplied by to be logits: nothing."""
+    return 1.0, 1.0
 
 
 def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
@@ -73,24 +77,16 @@ def _load(z: Tensor, bias: Tensor | None, t: Transform, dtype: torch.dtype) -> T
     return z if t.identity else transform(z, t)
 
 
-def _softmax(z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two parts of the log-sum-exp ``[C]``, log-softmax and softmax ``[C, V]`` at T, with one exponential per element."""
-    top = z.amax(-1)
-    log_p = _over_temperature(z, top, inv_temperature)
-    p = log_p.exp()
-    total = p.sum(-1, keepdim=True)
-    rest = total.log()
-    return top, rest.squeeze(-1), log_p.sub_(rest), p.div_(total)
+def _exponentials(z: Tensor, top: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
+    """``x = (z - top) / T`` and exp(x), ``[C, V]``; a row without a finite largest logit is taken as it is."""
+    x = _over_temperature(z, top.masked_fill(top == -math.inf, 0.0), inv_temperature)
+    return x, x.exp()
 
 
-def _normalize(z: Tensor, other: Tensor, div: Divergence, inv_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The normaliser's two parts ``[C]``, and a divergence's argument ``[C, V]`` with its exponential (if that means anything to it)."""
-    if div.normalizer == "softmax":
-        return _softmax(z, inv_temperature)
-    zeros = z.new_zeros(z.shape[0])
-    top = zeros if div.normalizer == "none" else row_mean(z, other).squeeze(-1)
-    argument = _shifted(z, top, zeros, inv_temperature)
-    return top, zeros, argument, argument
+def _softmax(x: Tensor, e: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-softmax and softmax from ``_exponentials`` and their sum ``[C]``, in place."""
+    total = total.unsqueeze(-1)
+    return x.sub_(total.log()), e.div_(total)
 
 
 def _shifted(z: Tensor, top: Tensor, rest: Tensor, inv_temperature: float) -> Tensor:
@@ -109,76 +105,141 @@ def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
 
 
 def _tile(problem: Problem, batch: RowBatch, r: slice, stages: Stage) -> None:
-    statistics = Stage.NORMALISERS in stages
-    dtype, div = problem.compute_dtype, problem.divergence
-    zs = _load(batch.student[r], batch.student_bias, problem.student, dtype)
-    zt = _load(batch.teacher[r], batch.teacher_bias, problem.teacher, dtype)
-    inv_t = problem.inv_temperature
-    top_s, rest_s, top_t, rest_t, slope_sum, top_ce, rest_ce = batch.state[:, r]
-    softmax = div.normalizer == "softmax"
-    if statistics:
-        (top_s[:], rest_s[:], log_q, q), (top_t[:], rest_t[:], log_p, p) = (
-            _normalize(zs, zt, div, inv_t),
-            _normalize(zt, zs, div, inv_t),
+    tile = _Tile(problem, batch, r)
+    if Stage.NORMALISERS in stages:
+        tile.find_normalisers()
+    if not stages & ~Stage.NORMALISERS:
+        return
+    log_q, log_p, q, p = tile.arguments()
+    terms = problem.divergence.terms(log_q, log_p, q, p)
+    if Stage.SUMS in stages:
+        tile.find_sums(terms)
+    if Stage.GRADIENT in stages and batch.dz is not None:
+        tile.write_gradient(batch.dz[r], terms, q)
+
+
+class _Tile:
+    """Some rows of a batch, small enough for their temporaries to stay in cache."""
+
+    def __init__(self, problem: Problem, batch: RowBatch, r: slice) -> None:
+        self.problem, self.batch, self.r = problem, batch, r
+        self.divergence = problem.divergence
+        self.student = _load(batch.student[r], batch.student_bias, problem.student, problem.compute_dtype)  # [C, V]
+        self.teacher = _load(batch.teacher[r], batch.teacher_bias, problem.teacher, problem.compute_dtype)
+        self.state = dict(zip(STATE, batch.state[:, r], strict=True))
+        self.labels = batch.labels[r].unsqueeze(-1) if batch.labels is not None and problem.needs_ce else None
+        self.weight = None if batch.weight is None else batch.weight[r]
+        self.exponentials: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # x and exp(x) of the student, of the teacher
+        self.softmaxes: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def needs_softmax(self) -> bool:
+        return self.divergence.normalizer == "softmax" or self.batch.stats is not None
+
+    def find_normalisers(self) -> None:
+        """Write the normalisers of the rows to the state."""
+        state, inv_t = self.state, self.problem.inv_temperature
+        if self.needs_softmax or self.labels is not None:
+            state["top_s"][:] = self.student.amax(-1)
+        if self.needs_softmax:
+            state["top_t"][:] = self.teacher.amax(-1)
+            student = _exponentials(self.student, state["top_s"], inv_t)
+            teacher = _exponentials(self.teacher, state["top_t"], inv_t)
+            state["expsum_s"][:], state["expsum_t"][:] = student[1].sum(-1), teacher[1].sum(-1)
+            self.exponentials = *student, *teacher
+        if self.labels is not None:
+            shared = self.needs_softmax and self.problem.temperature == 1.0
+            state["expsum_one"][:] = state["expsum_s"] if shared else _exponentials(self.student, state["top_s"], 1.0)[1].sum(-1)
+            target = self.student.gather(-1, self.labels.clamp(min=0)).masked_fill_(self.labels < 0, -math.inf)
+            state["target"][:] = target.squeeze(-1)
+        if self.divergence.normalizer == "mean":
+            kept = (self.student != -math.inf) | (self.teacher != -math.inf)
+            state["columns"][:] = kept.sum(-1)
+            for name, z, other in (("mean_s", self.student, self.teacher), ("mean_t", self.teacher, self.student)):
+                state[name][:] = row_mean(z, other).squeeze(-1)
+
+    def softmax(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-softmaxes and softmaxes at T of the student and the teacher."""
+        if self.softmaxes is None:
+            state, inv_t = self.state, self.problem.inv_temperature
+            x, e, u, f = self.exponentials or (
+                *_exponentials(self.student, state["top_s"], inv_t), *_exponentials(self.teacher, state["top_t"], inv_t),
+            )  # fmt: skip
+            (log_q, q), (log_p, p) = _softmax(x, e, state["expsum_s"]), _softmax(u, f, state["expsum_t"])
+            self.softmaxes = log_q, log_p, q, p
+        return self.softmaxes
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the divergence is given: its two arguments ``[C, V]`` and their exponentials, if these mean anything to it."""
+        if self.divergence.normalizer == "softmax":
+            return self.softmax()
+        inv_t, zero = self.problem.inv_temperature, torch.zeros_like(self.state["mean_s"])
+        centred = self.divergence.normalizer == "mean"
+        x, u = (
+            _over_temperature(z, self.state[mean] if centred else zero, inv_t)
+            for z, mean in ((self.student, "mean_s"), (self.teacher, "mean_t"))
         )
-    else:
-        log_q, log_p = _shifted(zs, top_s, rest_s, inv_t), _shifted(zt, top_t, rest_t, inv_t)
-        q, p = log_q.exp(), log_p.exp()
-    value, slope = div.terms(log_q, log_p, q, p)
-    log_one = None
-    if problem.needs_ce:
-        if statistics:
-            shared = softmax and problem.temperature == 1.0
-            top_ce[:], rest_ce[:] = (top_s, rest_s) if shared else _softmax(zs, 1.0)[:2]
-        log_one = _shifted(zs, top_ce, rest_ce, 1.0)
-    # Of these very slopes, in backward too: those of the forward pass are rounded otherwise, and a slope may jump in between.
-    total = slope.sum(-1) if div.slope_sum is None else torch.full_like(top_s, div.slope_sum)
+        return x, u, x, u
 
-    if statistics:
-        slope_sum[:] = total
-        divergence = value.sum(-1)
-        loss = problem.value_scale * divergence if problem.kd_weight else torch.zeros_like(divergence)
-        ce = torch.full_like(divergence, math.nan)
-        if log_one is not None and batch.labels is not None:
-            ce = -log_one.gather(-1, batch.labels[r].unsqueeze(-1)).squeeze(-1)
-            if problem.ce_weight:
-                loss = loss + problem.ce_weight * ce
+    def find_sums(self, terms: Sequence[Tensor]) -> None:
+        """Write the sums of the rows to the state, and loss and statistics where there is room for them."""
+        problem, batch, r, state = self.problem, self.batch, self.r, self.state
+        sums = [term.sum(-1) for term in terms[: self.divergence.num_sums]]
+        for i, total in enumerate(sums):
+            state[f"sum_{i}"][:] = total
+        divergence, _ = self.divergence.finish(sums)
+        cross_entropy = torch.full_like(divergence, math.nan)
+        if self.labels is not None:
+            cross_entropy = state["expsum_one"].log() - (state["target"] - state["top_s"])
         if batch.loss is not None:
-            batch.loss[r] = loss if batch.weight is None else loss * batch.weight[r]
-        if batch.stats is not None:
-            if not softmax:
-                (_, _, log_q, q), (_, _, log_p, p) = _softmax(zs, inv_t), _softmax(zt, inv_t)
-            values = {
-                "divergence": divergence,
-                "cross_entropy": ce,
-                "student_entropy": _entropy(log_q, q),
-                "teacher_entropy": _entropy(log_p, p),
-                "top1_agreement": zs.argmax(-1) == zt.argmax(-1),
-            }
-            for at, name in enumerate(STATS):
-                batch.stats[at, r] = values[name]
+            loss = problem.value_scale * divergence if problem.kd_weight else torch.zeros_like(divergence)
+            if self.labels is not None and problem.ce_weight:
+                loss = loss + problem.ce_weight * cross_entropy
+            batch.loss[r] = loss if self.weight is None else loss * self.weight
+        if batch.stats is None:
+            return
+        log_q, log_p, q, p = self.softmax()
+        for name, z, top in (("best_s", self.student, "top_s"), ("best_t", self.teacher, "top_t")):
+            column = z.argmax(-1, keepdim=True)
+            elsewhere = z.gather(-1, column) < state[top].unsqueeze(-1)
+            state[name][:] = column.masked_fill_(elsewhere, -1).squeeze(-1)
+        values = {
+            "divergence": divergence,
+            "cross_entropy": cross_entropy,
+            "student_entropy": _entropy(log_q, q),
+            "teacher_entropy": _entropy(log_p, p),
+            "top1_agreement": state["best_s"] == state["best_t"],
+        }
+        for i, name in enumerate(STATS):
+            batch.stats[i, r] = values[name]
 
-    if batch.dz is not None and Stage.GRADIENT in stages:
-        if not problem.kd_weight:  # 0 times an infinite slope would be NaN
-            dz = torch.zeros_like(slope)
-        elif softmax:
-            # slope may be a view of p; q is this tile's own.
-            dz = slope.sub_(q.mul_(total.unsqueeze(-1))).mul_(problem.slope_scale)
-        else:
-            dz = slope.mul_(problem.slope_scale)
-        if problem.ce_weight and log_one is not None and batch.labels is not None:
-            dz.add_(log_one.exp(), alpha=problem.ce_weight)
-            hit = torch.full((dz.shape[0], 1), -problem.ce_weight, dtype=dtype, device=dz.device)
-            dz.scatter_add_(-1, batch.labels[r].unsqueeze(-1), hit)
+    def write_gradient(self, out: Tensor, terms: Sequence[Tensor], q: Tensor) -> None:
+        """Write the gradient by the student's logits, before bias, scale and softcap, from the sums in the state."""
+        problem, state = self.problem, self.state
+        if problem.kd_weight:
+            sums = [state[f"sum_{i}"].unsqueeze(-1) for i in range(self.divergence.num_sums)]
+            _, coefficients = self.divergence.finish(sums)
+            dz = self.divergence.slope(terms, coefficients)
+            if self.divergence.normalizer == "softmax":
+                # The slope may be a view of p; q is this tile's own.
+                dz = dz.sub_(q.mul_(coefficients[0]))
+            dz = dz.mul_(problem.slope_scale)
+        else:  # 0 times an infinite slope would be NaN
+            dz = torch.zeros_like(self.student)
+        if problem.ce_weight and self.labels is not None:
+            _, one = _exponentials(self.student, state["top_s"], 1.0)
+            dz.add_(one.div_(state["expsum_one"].unsqueeze(-1)), alpha=problem.ce_weight)
+            hit = torch.full_like(dz[:, :1], -problem.ce_weight).masked_fill_(self.labels < 0, 0.0)
+            dz.scatter_add_(-1, self.labels.clamp(min=0), hit)
         if problem.student.scale != 1.0:
             dz.mul_(problem.student.scale)
         if problem.student.softcap is not None:
-            dz.mul_(1 - (zs / problem.student.softcap).square_())
-        if batch.weight is not None:
-            dz.mul_(batch.weight[r].unsqueeze(-1))
-        if batch.dz_scale != 1.0:
-            dz.mul_(batch.dz_scale)
-        batch.dz[r].copy_(dz)
+            dz.mul_(1 - (self.student / problem.student.softcap).square_())
+        if self.weight is not None:
+            dz.mul_(self.weight.unsqueeze(-1))
+        if self.batch.dz_scale != 1.0:
+            dz.mul_(self.batch.dz_scale)
+        out.copy_(dz)
 
 
 def _head_tile(problem: Problem, batch: HeadBatch, r: slice, stages: Stage) -> None:
@@ -186,7 +247,11 @@ def _head_tile(problem: Problem, batch: HeadBatch, r: slice, stages: Stage) -> N
     dtype = problem.compute_dtype
     z = _load(batch.logits[r], batch.bias, problem.student, dtype)
     if statistics:
-        batch.top[r], batch.log_sum[r], log_q, q = _softmax(z, problem.inv_temperature)
+        batch.top[r] = z.amax(-1)
+        x, e = _exponentials(z, batch.top[r], problem.inv_temperature)
+        total = e.sum(-1)
+        batch.log_sum[r] = total.log()
+        log_q, q = _softmax(x, e, total)
         if batch.entropy is not None:
             batch.entropy[r] = _entropy(log_q, q)
     else:

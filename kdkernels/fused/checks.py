@@ -150,14 +150,6 @@ def prepare(
     return replace(problem, backend=chosen), inputs
 
 
-DEFINED: dict[str, tuple[type[Divergence], ...]] = {
-    "bucket": (divergences.ForwardKL, divergences.ReverseKL, divergences.JSD),
-    "renorm": (divergences.ForwardKL, divergences.JSD),
-    "zero": (divergences.ForwardKL,),
-    "sampled": (divergences.ForwardKL,),
-}
-"""Divergences against a sparse teacher, by ``Problem.tail``."""
-
 _UNDEFINED = {
     "renorm": "the teacher gives nothing to the tokens that TopK leaves out, and the student does, so it is infinite",
     "zero": "what TopK names is less than a distribution, and only the forward KL has a part for each token alone",
@@ -178,9 +170,9 @@ def _check_sparse(
         )
     if teacher.ids.device != device:
         raise ValueError(f"teacher is on {teacher.ids.device}, student on {device}: move its ids and values with .to(device)")
-    if not isinstance(divergence, DEFINED[tail]):
-        ways = ", ".join(sorted(d.name for d in DEFINED[tail]))
-        others = [other for other, known in DEFINED.items() if other != "sampled" and isinstance(divergence, known)]
+    if tail not in divergence.tails:
+        ways = ", ".join(divergences.defined_for(tail))
+        others = [other for other in divergence.tails if other != "sampled"]
         out = f", or tail={others[0]!r}" if others and tail != "sampled" else ""
         raise ValueError(f"{divergence.name} is not defined against a teacher of {name}: {_UNDEFINED[tail]}. Take {ways}{out}")
     if isinstance(teacher, Sampled):

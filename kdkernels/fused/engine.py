@@ -126,6 +126,10 @@ def recompute(problem: Problem, inputs: Inputs, state: Tensor, upstream: Tensor)
     """
     index, count = check_and_select(problem, inputs, check=False)
     student, teacher = both_sides(problem, inputs, index)
+    stages, state = Stage.GRADIENT, state[: _state_rows(problem), :count]
+    if problem.divergence.slope_jumps:
+        # The products need not give forward's logits to the last bit, where a slope may jump: sum again. What was saved stays as it is.
+        stages, state = Stage.SUMS | Stage.GRADIENT, state.clone()
     dtype = problem.compute_dtype
     weight = upstream.to(dtype)
     if not problem.per_token:
@@ -139,7 +143,7 @@ def recompute(problem: Problem, inputs: Inputs, state: Tensor, upstream: Tensor)
         d_student.zero_()
     _over_chunks(
         problem, inputs, student, teacher, index, count,
-        state=state[: _state_rows(problem), :count], stages=Stage.GRADIENT, loss=None, stats=None,
+        state=state, stages=stages, loss=None, stats=None,
         weight=select(weight, index, dtype, inputs.ids_per_row),
         d_student=None if student.is_head else d_student,
         d_weight=d_weight if problem.wants_weight else None,

@@ -130,7 +130,7 @@ class Problem:
             return 1.0
         unbounded, per_slope = False, self.inv_temperature
         if self.quantity == "distillation":
-            unbounded = isinstance(self.divergence, (divergences.LogitMSE, divergences.ABDivergence, divergences.AlphaDivergence))
+            unbounded = self.divergence.unbounded_slopes
             per_slope = abs(self.slope_scale) + (abs(self.ce_weight) if self.has_labels else 0.0)
         size = per_slope * abs(self.student.scale)
         exponent = math.ceil(math.log2(size)) if 0.0 < size < math.inf else 0

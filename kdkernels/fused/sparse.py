@@ -75,10 +75,12 @@ def divergence(problem: Problem, log_q: Tensor, p: Tensor, log_p: Tensor, rest: 
     rest_q = (1.0 - q.sum(-1)).clamp(min=torch.finfo(torch.float32).eps)
     log_p, log_q = (torch.cat([log, of_rest.log().unsqueeze(-1)], -1) for log, of_rest in ((log_p, rest), (log_q, rest_q)))
     p, q = (torch.cat([some, of_rest.unsqueeze(-1)], -1) for some, of_rest in ((p, rest), (q, rest_q)))
-    value, slope = problem.divergence.terms(log_q, log_p, q, p)
-    total = slope.sum(-1, keepdim=True)
+    div = problem.divergence
+    parts = div.terms(log_q, log_p, q, p)
+    value, coefficients = div.finish([part.sum(-1, keepdim=True) for part in parts[: div.num_sums]])
+    slope, total = div.slope(parts, coefficients), coefficients[0]
     nothing = (p == 0).all(-1)  # no id to renormalise over
-    return value.sum(-1).masked_fill(nothing, 0.0), slope[:, -1] / rest_q - total[:, 0], (slope - q * total)[:, :-1]
+    return value[:, 0].masked_fill(nothing, 0.0), slope[:, -1] / rest_q - total[:, 0], (slope - q * total)[:, :-1]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 import kdkernels as kd
 from kdkernels.backends import selection
-from kdkernels.backends.rows import FORWARD, RowBatch, Stage
+from kdkernels.backends.rows import FORWARD, STATE, RowBatch, Stage
 from kdkernels.divergences import REGISTRY
 from kdkernels.fused.problem import Problem
 
@@ -151,14 +151,14 @@ def test_backward_sums_the_slopes_that_it_writes(name: str, device: str) -> None
     require(name, device)
     student, teacher = certain(12, 101, 1.5, device)
     problem = Problem(kd.TotalVariation(), 101, temperature=1.5, t_squared=False, wants_input=True, backend=name)
-    state, loss = torch.empty(7, 12, device=device), torch.empty(12, device=device)
+    state, loss = torch.empty(len(STATE), 12, device=device), torch.empty(12, device=device)
     module = selection.load(name)
     module.rows(problem, RowBatch(student, teacher, None, None, None, None, state, loss=loss), FORWARD)
     for ulps in (-3, 0, 3):
         moved = state.clone()
         moved[1] += ulps * 6e-8
         dz = torch.full_like(student, math.nan)
-        module.rows(problem, RowBatch(student, teacher, None, None, None, None, moved, dz=dz), Stage.GRADIENT)
+        module.rows(problem, RowBatch(student, teacher, None, None, None, None, moved, dz=dz), Stage.SUMS | Stage.GRADIENT)
         assert float(dz.abs().max()) < 1e-5, ulps
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from ...data.collator import View
 from ...data.example import Example
 from ...data.rows import places
-from ...divergences import parse
-from ...fused.checks import DEFINED
+from ...divergences import defined_for, parse
 from ...sides import LMHead, Sampled, Tail, TopK
 from .checks import check_logprobs
 from .manifest import CacheError, Head, Manifest, Shard, identity_of_tokenizer, learnt
@@ -181,8 +180,8 @@ class CachedTeacher:
                 f"temperature={temperature}, but the cache was {what} at {self.temperature} and holds nothing for another: train with "
                 f"--temperature {self.temperature:g}, or make a cache with `kdkernels cache --temperature {temperature:g}`"
             )
-        if not isinstance(parse(divergence), DEFINED[form]):
-            ways = ", ".join(sorted(known.name for known in DEFINED[form]))
+        if form not in parse(divergence).tails:
+            ways = ", ".join(defined_for(form))
             raise ValueError(
                 f"divergence={divergence} is not defined against a cache of kind {self.kind}: train with --divergence {ways}, or make a "
                 "cache with `kdkernels cache --kind hidden`, which serves every divergence"

@@ -1,0 +1,165 @@
+"""Stages of a row one by one, together, and on slices of its columns: the same numbers, on every backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import require
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels.backends import selection
+from kdkernels.backends.rows import FORWARD, STATE, STATS, RowBatch, Stage, Transform
+from kdkernels.divergences import REGISTRY, Divergence
+from kdkernels.fused import merge
+from kdkernels.fused.problem import Problem
+
+NAMES = ("torch", "native", "triton")
+ALL = FORWARD | Stage.GRADIENT
+CALLS = (
+    (Stage.NORMALISERS, Stage.SUMS, Stage.GRADIENT), (Stage.NORMALISERS, Stage.SUMS | Stage.GRADIENT), (FORWARD, Stage.GRADIENT),
+)  # fmt: skip
+ROWS, VOCAB = 4, 101
+SLICES = (slice(0, 37), slice(37, VOCAB))
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a call asks for besides the divergence."""
+
+    temperature: float = 1.0
+    labels: bool = False
+    stats: bool = False
+    bias: bool = False
+    weight: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+    empty: bool = False  # the first slice of the second row has no finite logit, and the last columns none on either side
+
+
+PLAIN = Features(temperature=2.0)
+FEATURES = {
+    "plain": PLAIN,
+    "empty": Features(empty=True),
+    "labels": Features(labels=True, weight=True, scale=0.7),
+    "statistics": Features(temperature=1.7, labels=True, stats=True, bias=True, softcap=20.0, empty=True),
+}
+
+
+def problem_of(divergence: Divergence, features: Features, vocab: int, dtype: torch.dtype, backend: str) -> Problem:
+    transform = Transform(features.scale, features.softcap)
+    return Problem(
+        divergence, vocab, temperature=features.temperature, ce_weight=0.5 if features.labels else 0.0, has_labels=features.labels,
+        student=transform, teacher=transform, student_dtype=dtype, teacher_dtype=dtype, return_stats=features.stats, wants_input=True,
+        backend=backend,
+    )  # fmt: skip
+
+
+def batch_of(features: Features, dtype: torch.dtype) -> RowBatch:
+    """Rows with room for everything that the features ask for; what nobody writes is NaN."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher, bias = (3 * torch.randn(n, VOCAB, generator=generator, dtype=dtype) for n in (ROWS, ROWS, 2))
+    if features.empty:
+        student[1, SLICES[0]] = -math.inf
+        teacher[1, SLICES[0]] = -math.inf
+        student[:, 90:] = teacher[:, 90:] = -math.inf
+    return RowBatch(
+        student, teacher, *(bias if features.bias else (None, None)),
+        labels=torch.tensor([3, 60, 37, 89]) if features.labels else None,
+        weight=torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=dtype) if features.weight else None,
+        state=torch.full((len(STATE), ROWS), math.nan, dtype=dtype), loss=torch.full((ROWS,), math.nan, dtype=dtype),
+        stats=torch.full((len(STATS), ROWS), math.nan) if features.stats else None,
+        dz=torch.full_like(student, math.nan),
+    )  # fmt: skip
+
+
+def slice_of(batch: RowBatch, columns: slice) -> RowBatch:
+    """The same rows as somebody sees them who has these columns."""
+    labels = None
+    if batch.labels is not None:
+        inside = (batch.labels >= columns.start) & (batch.labels < columns.stop)
+        labels = torch.where(inside, batch.labels - columns.start, -1)
+    student_bias, teacher_bias = (None if b is None else b[columns] for b in (batch.student_bias, batch.teacher_bias))
+    assert batch.dz is not None
+    return replace(
+        batch, student=batch.student[:, columns], teacher=batch.teacher[:, columns], student_bias=student_bias, teacher_bias=teacher_bias,
+        labels=labels, state=torch.full_like(batch.state, math.nan), loss=None, dz=batch.dz[:, columns].clone(),
+        stats=None if batch.stats is None else torch.full_like(batch.stats, math.nan),
+    )  # fmt: skip
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    return (torch.float32,) if backend == "triton" else (torch.float32, torch.float64)
+
+
+def assert_same(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None], digits: float) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        if ours is not None and theirs is not None:
+            tolerance = digits * torch.finfo(ours.dtype).eps
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def whole(module: Any, problem: Problem, batch: RowBatch) -> RowBatch:
+    module.rows(problem, batch, ALL)
+    return batch
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("divergence", sorted(REGISTRY))
+@pytest.mark.parametrize("backend", NAMES)
+def test_stages_one_by_one_equal_stages_together(backend: str, divergence: str, features: str) -> None:
+    require(backend, "cpu")
+    module, given = selection.load(backend), FEATURES[features]
+    for dtype in dtypes_of(backend):
+        problem = problem_of(REGISTRY[divergence](), given, VOCAB, dtype, backend)
+        together = whole(module, problem, batch_of(given, dtype))
+        for plan in (
+            (Stage.NORMALISERS, Stage.SUMS, Stage.GRADIENT),
+            (Stage.NORMALISERS, Stage.SUMS | Stage.GRADIENT),
+            (FORWARD, Stage.GRADIENT),
+        ):
+            apart = batch_of(given, dtype)
+            for stages in plan:
+                module.rows(problem, apart, stages)
+            assert_same((apart.loss, apart.stats, apart.dz), (together.loss, together.stats, together.dz), 16)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("divergence", [*sorted(REGISTRY), "logit_mse(centered=True)"])
+@pytest.mark.parametrize("backend", NAMES)
+def test_slices_of_the_columns_merge_into_the_whole(backend: str, divergence: str, features: str) -> None:
+    require(backend, "cpu")
+    module, given = selection.load(backend), FEATURES[features]
+    for dtype in dtypes_of(backend):
+        problem = problem_of(kd.divergences.parse(divergence), given, VOCAB, dtype, backend)
+        together = whole(module, problem, batch_of(given, dtype))
+        assert_same(sliced(module, problem, batch_of(given, dtype)), (together.loss, together.stats, together.dz), 256)
+
+
+def sliced(module: Any, problem: Problem, batch: RowBatch) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Loss, statistics and gradient of rows whose columns two batches share."""
+    parts, scales = [slice_of(batch, columns) for columns in SLICES], module.state_scales(problem)
+    problems = [replace(problem, vocab=columns.stop - columns.start) for columns in SLICES]
+
+    def run(stages: Stage) -> Tensor:
+        for part, of_part in zip(parts, problems, strict=True):
+            module.rows(of_part, part, stages)
+        return torch.stack([part.state for part in parts])
+
+    state = merge.normalisers(problem, run(Stage.NORMALISERS), scales)
+    for part in parts:
+        part.state = state.clone()
+    state = merge.sums(run(Stage.SUMS), [columns.start for columns in SLICES])
+    for part in parts:
+        part.state = state.clone()
+    run(Stage.GRADIENT)
+    stats = None
+    if batch.stats is not None:
+        stats = merge.statistics(problem, state, torch.stack([part.stats for part in parts if part.stats is not None]))
+    gradient = torch.cat([part.dz for part in parts if part.dz is not None], -1)
+    return merge.loss(problem, state, batch.weight, scales), stats, gradient
