@@ -23,6 +23,7 @@ class RowArguments:
     ce_weight: float
     dz_scale: float
     double_precision: bool
+    stages: int
     statistics: bool
     labels: int
     weight: int

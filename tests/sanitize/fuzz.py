@@ -47,7 +47,13 @@ from calls import (
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-STATE_ROWS = 7
+STATE_ROWS = 15
+NORMALISERS, SUMS, GRADIENT = 1, 2, 4
+GRADIENTS = ("none", "own", "in place", "again", "again in place", "apart", "apart in place")
+STAGES = {
+    "none": [NORMALISERS | SUMS], "again": [NORMALISERS | SUMS, SUMS | GRADIENT], "apart": [NORMALISERS, SUMS, GRADIENT],
+}  # fmt: skip
+"""The calls of a case, by the first word of its ``gradient``; all stages in one call by default."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def cases(draw: st.DrawFn) -> Case:
         value_scale=draw(st.sampled_from([1.0, 4.0, 0.0, 0.3])), slope_scale=draw(st.sampled_from([1.0, 2.0, 0.0])),
         scales=draw(st.tuples(scale, scale)), softcaps=draw(st.tuples(softcap, softcap)), bias=draw(pair),
         ce_weight=draw(st.sampled_from([0.0, 0.5, 1.0])), labels=draw(st.booleans()), weight=draw(st.booleans()), stats=draw(st.booleans()),
-        gradient=draw(st.sampled_from(["none", "own", "in place", "again", "again in place"])), dz_dtype=draw(kind),
+        gradient=draw(st.sampled_from(GRADIENTS)), dz_dtype=draw(kind),
         dz_scale=draw(st.sampled_from([1.0, 256.0])), spread=draw(st.sampled_from([0.1, 2.0, 8.0, 60.0])),
         near=draw(st.sampled_from([0.0, 1e-3, 1.0, 3.0])), specials=tuple(draw(st.lists(special, max_size=5))),
         threads=draw(st.integers(1, 4)), isa=draw(st.integers(0, 2)), numbers=draw(st.integers(0, 2**32 - 1)),
@@ -164,11 +170,10 @@ def run_rows(kernels: ModuleType, memory: Heap | Guarded, case: Case) -> None:
     isas = kernels.cpu_isas()
 
     call.seal()
-    passes = [True, False] if case.gradient.startswith("again") else [True]
-    for statistics in passes:
-        writes = dz is not None and statistics == (len(passes) == 1)
-        arguments.statistics = statistics
-        arguments.dz, arguments.dz_stride = (dz.address, dz.stride * ratio) if writes and dz else (0, 0)
+    if dz:
+        arguments.dz, arguments.dz_stride = dz.address, dz.stride * ratio
+    for stages in STAGES.get(case.gradient.split()[0], [NORMALISERS | SUMS | GRADIENT]):
+        arguments.stages = stages
         kernels.cpu_rows(arguments, case.threads, isas[case.isa % len(isas)])
     call.open()
 

@@ -39,6 +39,18 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | 
     return None if capability >= (8, 0) else f"it needs compute capability 8.0, {found}"
 
 
+def _transforms(problem: Problem) -> tuple[int, int]:
+    """What the kernel of two sides does to logits as it reads them. A positive scale is part of the factor of the differences between
+    logits instead, where it costs nothing."""
+    return _transform(problem.student, problem.student.scale > 0), _transform(problem.teacher, problem.teacher.scale > 0)
+
+
+def state_scales(problem: Problem) -> tuple[float, float]:
+    """What the logits in a state are multiplied by to be logits."""
+    student, teacher = _transforms(problem)
+    return 1.0 if student else problem.student.scale, 1.0 if teacher else problem.teacher.scale
+
+
 def _transform(t: Transform, plain: bool) -> int:
     """What a kernel does to a logit as it reads it: nothing if ``plain`` and without softcap."""
     if t.softcap is not None:
@@ -58,8 +70,7 @@ def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
         return
     a, b = problem.divergence.kernel_parameters
     functions = FUNCTIONS[problem.divergence.name]
-    # A positive scale is part of the factor of the differences between logits, where it costs nothing.
-    transforms = _transform(problem.student, problem.student.scale > 0), _transform(problem.teacher, problem.teacher.scale > 0)
+    transforms = _transforms(problem)
     given = (batch.student_bias, batch.teacher_bias, batch.labels, batch.stats)
     launch = choose(vocab, any(transforms) or any(t is not None for t in given), functions.block_rows)
     unit = problem.inv_temperature * (_LOG2E if problem.divergence.normalizer == "softmax" else 1.0)
@@ -75,9 +86,8 @@ def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
             problem.value_scale, problem.slope_scale, problem.ce_weight,
             problem.student.scale, problem.student.softcap or 0.0, problem.teacher.scale, problem.teacher.softcap or 0.0,
             batch.dz_scale,
-            TERMS=functions.terms, FINISH=functions.finish, SLOPE=functions.gradient, NUM_SUMS=functions.num_sums,
+            TERMS=functions.terms, FINISH=functions.finish, SLOPE=functions.gradient, NUM_SUMS=problem.divergence.num_sums,
             NORMALIZER=_NORMALIZERS[problem.divergence.normalizer], COEFFICIENT=problem.divergence.slope_sum,
-            SLOPE_JUMPS=problem.divergence.slope_jumps,
             STUDENT_TRANSFORM=transforms[0], TEACHER_TRANSFORM=transforms[1], KD=problem.kd_weight != 0,
             NORMALISERS=Stage.NORMALISERS in stages, SUMS=Stage.SUMS in stages, GRADIENT=Stage.GRADIENT in stages,
             R=launch.rows, W=launch.width, **launch.options,
@@ -102,10 +112,10 @@ def head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
             batch.d_lse, batch.d_entropy, batch.d_logprobs, batch.dz,
             batch.logits.stride(0), 0 if batch.dz is None else batch.dz.stride(0), vocab, num_ids,
             problem.inv_temperature, log2_factor, t.scale, t.softcap or 0.0, t.scale * problem.inv_temperature * batch.dz_scale,
-            TRANSFORM=transform, STATISTICS=Stage.NORMALISERS in stages, GRADIENT=Stage.GRADIENT in stages,
+            TRANSFORM=transform, NORMALISERS=Stage.NORMALISERS in stages, SUMS=Stage.SUMS in stages, GRADIENT=Stage.GRADIENT in stages,
             R=launch.rows, W=launch.width, IDS_BLOCK=min(64, 1 << max(0, num_ids - 1).bit_length()), **launch.options,
         )  # fmt: skip
-        if batch.draws is not None:
+        if batch.draws is not None and Stage.SUMS in stages:
             launch = choose_sample(vocab)
             exact = batch.logits.new_empty(3, dtype=torch.float64)
             for slot, number in zip(exact, (problem.inv_temperature, t.scale, t.softcap or 0.0), strict=True):

@@ -53,20 +53,21 @@ def close_log_m(weight_q, weight_p, q_larger, size, log_m):
 def forward_kl(log_q, log_p, a, b):
     q, p = tl.exp2(log_q), tl.exp2(log_p)
     value = tl.where(p == 0.0, 0.0, p * (log_p - log_q)) * LN2 + (q - p)
-    return q, -p, (value, -p)
+    return q, -p, (value,)
 
 
 @triton.jit
 def reverse_kl(log_q, log_p, a, b):
     q, p = tl.exp2(log_q), tl.exp2(log_p)
-    slope = tl.where(q == 0.0, 0.0, q * (log_q - log_p)) * LN2
-    return q, slope, (slope - (q - p), slope)
+    slope = tl.where(q == 0.0, 0.0, q * (log_q - log_p))
+    return q, slope * LN2, (slope * LN2 - (q - p), slope)
 
 
 @triton.jit
 def reverse_kl_gradient(log_q, log_p, coefficient, scale, a, b):
+    """The coefficient, as the sum that it is, is in units of log 2: where q is 1, the difference from it is then exactly 0."""
     q = tl.exp2(log_q)
-    return q * (tl.where(q == 0.0, 0.0, log_q - log_p) * (scale * LN2) - coefficient * scale)
+    return (tl.where(q == 0.0, 0.0, log_q - log_p) - coefficient) * (q * (scale * LN2))
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def ab_divergence(log_q, log_p, a, b):
 def logit_mse(x, u, a, b):
     skipped = (x == float("-inf")) & (u == float("-inf"))
     slope = tl.where(skipped, 0.0, x - u)
-    return slope, slope, (0.5 * slope * slope, slope)
+    return slope, slope, (0.5 * slope * slope,)
 
 
 @triton.jit
@@ -173,24 +174,29 @@ def linear(sums, a, b):
     return sums[0], tl.where(sums[0] == sums[0], sums[1], sums[0])
 
 
+@triton.jit
+def value_alone(sums, a, b):
+    """The sum of the slopes is known beforehand."""
+    return sums[0], 0.0
+
+
 @dataclass(frozen=True)
 class Functions:
-    """A divergence in three functions, for the three stages of a row."""
+    """A divergence in three functions: ``terms``, ``finish`` and the gradient that follows from ``slope``."""
 
     terms: Any
     """``(log_q, log_p, a, b) -> (q, slope, sums)`` of a block of columns; ``sums``: the ``num_sums`` blocks to be summed over a row."""
     gradient: Any = None
-    """``(log_q, log_p, coefficient, scale, a, b) -> scale * T * dD/dz`` of a block of columns, where that takes fewer operations than
-    ``scale * (slope - q * coefficient)``; else None."""
+    """``(log_q, log_p, coefficients, scale, a, b) -> scale * T * dD/dz`` of a block of columns, if that is not
+    ``scale * (slope - q * coefficient)`` or takes fewer operations; else None."""
     finish: Any = linear
-    """``(sums, a, b) -> (value, coefficient)`` of a row."""
-    num_sums: int = 2
+    """``(sums, a, b) -> (value, coefficients)`` of a row: a number, or a tuple for ``gradient``."""
     block_rows: tuple[int, int] = (2, 2)
     """Rows of a block, without and with features: as many as fit into the registers of every GPU that the kernels are compiled for."""
 
 
 FUNCTIONS: dict[str, Functions] = {
-    d.ForwardKL.name: Functions(forward_kl),
+    d.ForwardKL.name: Functions(forward_kl, finish=value_alone),
     d.ReverseKL.name: Functions(reverse_kl, reverse_kl_gradient),
     d.SymmetricKL.name: Functions(symmetric_kl),
     d.JSD.name: Functions(jsd, jsd_gradient, block_rows=(2, 1)),
@@ -199,5 +205,5 @@ FUNCTIONS: dict[str, Functions] = {
     d.TotalVariation.name: Functions(total_variation),
     d.AlphaDivergence.name: Functions(alpha_divergence, block_rows=(1, 2)),
     d.ABDivergence.name: Functions(ab_divergence, block_rows=(1, 2)),
-    d.LogitMSE.name: Functions(logit_mse),
+    d.LogitMSE.name: Functions(logit_mse, finish=value_alone),
 }

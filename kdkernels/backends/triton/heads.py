@@ -39,7 +39,8 @@ def row_statistics(side, factor, vocab, TRANSFORM: tl.constexpr, ENTROPY: tl.con
         mask = whole + offsets < vocab
         found = statistics_block(found, load_logits(row, bias, whole + offsets, mask, scale, softcap, TRANSFORM), factor, ENTROPY)
     top, total, weighted = found
-    largest, log_sum = joined(top, total, factor)
+    largest, total_of_row = joined(top, total, factor)
+    log_sum = tl.log2(total_of_row)
     entropy = 0.0
     if ENTROPY:
         shift = at_least((top - largest) * factor, NEGLIGIBLE)
@@ -60,8 +61,30 @@ def slope_of(log_q, c0, c1, D_ENTROPY: tl.constexpr):
 
 @triton.jit
 def log_probability(z, norm):
-    """``log q`` of a logit, from its row's ``(inv_temperature, top, rest)``: see rows.STATE."""
+    """``log q`` of a logit, from its row's ``(inv_temperature, top, log_sum)``."""
     return tl.fma(z - norm[1], norm[0], -norm[2])
+
+
+@triton.jit
+def entropy_block(z, norm):
+    log_q = log_probability(z, norm)
+    q = tl.exp2(log_q * LOG2E)
+    return tl.sum(tl.where(q == 0.0, 0.0, q * log_q), 0)
+
+
+@triton.jit
+def row_entropy(side, norm, vocab, TRANSFORM: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """``-sum q log q`` over these columns, of normalisers that an earlier launch has found."""
+    row, bias, scale, softcap = side
+    offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    whole = vocab // (R * W) * (R * W)
+    total = tl.zeros([W], tl.float32)
+    for start in range(0, whole, R * W):
+        total -= entropy_block(load_logits(row, bias, start + offsets, None, scale, softcap, TRANSFORM), norm)
+    if whole < vocab:
+        mask = whole + offsets < vocab
+        total -= entropy_block(load_logits(row, bias, whole + offsets, mask, scale, softcap, TRANSFORM), norm)
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -91,22 +114,25 @@ def head_rows_kernel(
     inv_temperature,
     log2_factor,  # 1 / T, in units of log 2
     scale, softcap, outer,
-    TRANSFORM: tl.constexpr, STATISTICS: tl.constexpr, GRADIENT: tl.constexpr,
+    TRANSFORM: tl.constexpr, NORMALISERS: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, IDS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     side = (logits + row * logits_stride, bias, scale, softcap)
     h = 0.0
-    if STATISTICS:
-        largest, log_total, h = row_statistics(side, log2_factor, vocab, TRANSFORM, entropy is not None, R, W)
+    if NORMALISERS:
+        largest, log_total, h = row_statistics(side, log2_factor, vocab, TRANSFORM, SUMS and entropy is not None, R, W)
         norm = (inv_temperature, largest, log_total * LN2)
         tl.store(top + row, norm[1])
         tl.store(log_sum + row, norm[2])
-        if entropy is not None:
-            tl.store(entropy + row, h)
     else:
         norm = (inv_temperature, tl.load(top + row), tl.load(log_sum + row))
-        if entropy is not None:
+    if entropy is not None:
+        if SUMS:
+            if not NORMALISERS:
+                h = row_entropy(side, norm, vocab, TRANSFORM, R, W)
+            tl.store(entropy + row, h)
+        elif GRADIENT:
             h = tl.load(entropy + row)
 
     c0 = 0.0
@@ -117,7 +143,7 @@ def head_rows_kernel(
         c1 -= tl.load(d_entropy + row)
         c0 += c1 * h
     slots = tl.arange(0, IDS_BLOCK)
-    if ids is not None:
+    if ids is not None and (SUMS or GRADIENT):
         ids += row * num_ids
         logprobs += row * num_ids
         if d_logprobs is not None:

@@ -1,7 +1,7 @@
 """The row kernel: one program owns a row pair and sweeps over it in blocks of columns, once for each stage.
 
 NORMALISERS finds the log-sum-exps, SUMS the sums of a divergence's columns, GRADIENT writes the gradient. A stage reads from the state
-what an earlier launch has left there. Where the coefficient is known beforehand (ForwardKL, LogitMSE), SUMS and GRADIENT are one sweep.
+what an earlier launch wrote there. If the sum of the slopes is known beforehand (``slope_sum``), SUMS and GRADIENT are one sweep.
 
 A block is [R, W], W being 8 columns a thread: what is reduced along R stays within a thread, so that no sweep has a barrier but for
 writing in place. Whole blocks are read without masks; the remaining columns are masked blocks [1, W], which take fewer registers.
@@ -13,10 +13,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import LN2, LOG2E, LOWEST, NEGLIGIBLE, at_least
-
-SOFTMAX = tl.constexpr(0)
-MEAN = tl.constexpr(1)
-NONE = tl.constexpr(2)
+from .state import MEAN, SOFTMAX, load_normalisers, load_sums, save_normalisers, save_statistics, save_sums
 
 SCALED = tl.constexpr(1)
 CAPPED = tl.constexpr(2)
@@ -78,9 +75,9 @@ def moved_sum(total, top, new, z, factor):
 
 @triton.jit
 def joined(top, total, factor):
-    """The largest logit of a row and ``log2`` of its sum, from those of its lanes [W]."""
+    """The largest logit of a row and the sum of exponentials from there, from those of its lanes [W]."""
     largest = tl.max(top, 0)
-    return largest, tl.log2(tl.sum(total * tl.exp2((top - largest) * factor), 0))
+    return largest, tl.sum(total * tl.exp2((top - largest) * factor), 0)
 
 
 @triton.jit
@@ -100,7 +97,7 @@ def normalise_block(found, student, teacher, factors, columns, mask, TRANSFORMS:
 def normalisers(
     student, teacher, factors, vocab, TRANSFORMS: tl.constexpr, CE: tl.constexpr, R: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    """Largest logits and base-2 logarithms of the sums from there: of the student, the teacher, and the student at T = 1."""
+    """Largest logits and sums of exponentials from there: of the student, the teacher, and the student at T = 1."""
     offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     whole = vocab // (R * W) * (R * W)
     lowest = tl.full([W], LOWEST, tl.float32)  # finite, so that a lane without a logit above -inf has the sum 0
@@ -113,12 +110,12 @@ def normalisers(
             columns = whole + part * W + tl.arange(0, W)[None, :]
             found = normalise_block(found, student, teacher, factors, columns, columns < vocab, TRANSFORMS, CE)
     top_s, sum_s, top_t, sum_t, sum_ce = found
-    largest_s, log_s = joined(top_s, sum_s, factors[0])
-    largest_t, log_t = joined(top_t, sum_t, factors[1])
-    log_ce = 0.0
+    largest_s, total_s = joined(top_s, sum_s, factors[0])
+    largest_t, total_t = joined(top_t, sum_t, factors[1])
+    total_one = 0.0
     if CE:
-        _, log_ce = joined(top_s, sum_ce, factors[2])
-    return largest_s, log_s, largest_t, log_t, log_ce
+        _, total_one = joined(top_s, sum_ce, factors[2])
+    return largest_s, total_s, largest_t, total_t, total_one
 
 
 @triton.jit
@@ -134,7 +131,7 @@ def mean_block(found, student, teacher, columns, mask, TRANSFORMS: tl.constexpr)
 
 @triton.jit
 def means(student, teacher, vocab, TRANSFORMS: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """Mean logits of both sides, without the columns that are -inf on both."""
+    """Mean logits of both sides without the columns that are -inf on both, and the number of the others."""
     offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     whole = vocab // (R * W) * (R * W)
     zero = tl.zeros([W], tl.float32)
@@ -145,8 +142,9 @@ def means(student, teacher, vocab, TRANSFORMS: tl.constexpr, R: tl.constexpr, W:
         if whole + part * W < vocab:
             columns = whole + part * W + tl.arange(0, W)[None, :]
             found = mean_block(found, student, teacher, columns, columns < vocab, TRANSFORMS)
-    count = tl.maximum(tl.sum(found[2], 0), 1.0)
-    return tl.sum(found[0], 0) / count, tl.sum(found[1], 0) / count
+    count = tl.sum(found[2], 0)
+    size = tl.maximum(count, 1.0)
+    return tl.sum(found[0], 0) / size, tl.sum(found[1], 0) / size, count
 
 
 @triton.jit
@@ -199,7 +197,7 @@ def row_sums(
     student, teacher, norms, factors, softmaxes, vocab, a, b,
     TERMS: tl.constexpr, NUM_SUMS: tl.constexpr, TRANSFORMS: tl.constexpr, STATS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a divergence's columns; entropies of both sides, and whether their largest logits are in one column."""
+    """Sums of a divergence's columns; entropies of both sides, and the first columns of their largest logits, -1 if none."""
     offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     whole = vocab // (R * W) * (R * W)
     zero = tl.zeros([W], tl.float32)
@@ -216,10 +214,18 @@ def row_sums(
             sums, stats = sum_block(
                 sums, stats, student, teacher, norms, factors, softmaxes, columns, columns < vocab, a, b, TERMS, TRANSFORMS, STATS
             )
-    agreement = 0.0
+    best_s = -1.0
+    best_t = -1.0
     if STATS:
-        agreement = tl.where(tl.min(stats[2], 0) == tl.min(stats[3], 0), 1.0, 0.0)
-    return totals(sums), (tl.sum(stats[0], 0), tl.sum(stats[1], 0), agreement)
+        best_s = first_column(stats[2])
+        best_t = first_column(stats[3])
+    return totals(sums), (tl.sum(stats[0], 0), tl.sum(stats[1], 0), best_s, best_t)
+
+
+@triton.jit
+def first_column(columns):
+    first = tl.min(columns, 0)
+    return tl.where(first == NO_COLUMN, -1, first).to(tl.float32)
 
 
 @triton.jit
@@ -240,7 +246,7 @@ def gradient_block(
 
     Args:
         one: the student's normaliser at T = 1, its factor, and the label.
-        scales: of slopes, of cross-entropy, of both; and the coefficient.
+        scales: of slopes, of cross-entropy, of both; and the coefficients.
     """
     z, y = load_pair(student, teacher, columns, mask, TRANSFORMS)
     if KD:
@@ -292,64 +298,51 @@ def write_gradient(
 
 @triton.jit
 def find_normalisers(
-    student, teacher, factors, vocab,
+    student, teacher, factors, label, vocab,
     NORMALIZER: tl.constexpr, TRANSFORMS: tl.constexpr, CE: tl.constexpr, STATS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Normalisers of both sides, of the student at T = 1, and for entropies: of both softmaxes, with the factors."""
-    one = (0.0, 0.0)
-    softmaxes = (one, one, 0.0, 0.0)
+    """Largest logits and sums of exponentials, the target's logit, means: what ``save_normalisers`` writes."""
+    exponentials = (0.0, 0.0, 0.0, 0.0, 0.0)
     if NORMALIZER == SOFTMAX or CE or STATS:
         if NORMALIZER != SOFTMAX:
             factors = (factors[0] * LOG2E, factors[1] * LOG2E, factors[2])
-        largest_s, log_s, largest_t, log_t, log_one = normalisers(student, teacher, factors, vocab, TRANSFORMS, CE, R, W)
-        one = (largest_s, log_one)
-        softmaxes = ((largest_s, log_s), (largest_t, log_t), factors[0], factors[1])
-    norms = ((0.0, 0.0), (0.0, 0.0))
-    if NORMALIZER == SOFTMAX:
-        norms = (softmaxes[0], softmaxes[1])
+        exponentials = normalisers(student, teacher, factors, vocab, TRANSFORMS, CE, R, W)
+    target = 0.0
+    if CE:
+        target = load_logits(student[0], student[1], label, label >= 0, student[2], student[3], TRANSFORMS[0])
+    centres = (0.0, 0.0, 0.0)
     if NORMALIZER == MEAN:
-        mean_s, mean_t = means(student, teacher, vocab, TRANSFORMS, R, W)
-        norms = ((mean_s, 0.0), (mean_t, 0.0))
-    return norms, one, softmaxes
+        centres = means(student, teacher, vocab, TRANSFORMS, R, W)
+    return exponentials, target, centres
 
 
 @triton.jit
-def save_normalisers(state, stride, norms, one):
-    tl.store(state, norms[0][0])
-    tl.store(state + stride, norms[0][1])
-    tl.store(state + 2 * stride, norms[1][0])
-    tl.store(state + 3 * stride, norms[1][1])
-    tl.store(state + 5 * stride, one[0])
-    tl.store(state + 6 * stride, one[1])
-
-
-@triton.jit
-def load_normalisers(state, stride, CE: tl.constexpr):
-    """Normalisers of both sides, and of the student at T = 1, as an earlier launch has left them."""
-    student = (tl.load(state), tl.load(state + stride))
-    teacher = (tl.load(state + 2 * stride), tl.load(state + 3 * stride))
+def norms_of(found, factors, NORMALIZER: tl.constexpr, CE: tl.constexpr, STATS: tl.constexpr):
+    """Normalisers of the divergence, for both sides; of the student at T = 1; of both softmaxes at T, with their factors."""
+    exponentials, _target, centres = found
     one = (0.0, 0.0)
     if CE:
-        one = (tl.load(state + 5 * stride), tl.load(state + 6 * stride))
-    return (student, teacher), one
-
-
-@triton.jit
-def save_statistics(stats, stride, value, cross_entropy, more):
-    tl.store(stats, value)
-    tl.store(stats + stride, cross_entropy)
-    tl.store(stats + 2 * stride, more[0])
-    tl.store(stats + 3 * stride, more[1])
-    tl.store(stats + 4 * stride, more[2])
+        one = (exponentials[0], tl.log2(exponentials[4]))
+    norms = ((centres[0], 0.0), (centres[1], 0.0))
+    softmaxes = (one, one, 0.0, 0.0)
+    if NORMALIZER == SOFTMAX or STATS:
+        of_student = (exponentials[0], tl.log2(exponentials[1]))
+        of_teacher = (exponentials[2], tl.log2(exponentials[3]))
+        if NORMALIZER == SOFTMAX:
+            norms = (of_student, of_teacher)
+            softmaxes = (of_student, of_teacher, factors[0], factors[1])
+        else:
+            softmaxes = (of_student, of_teacher, factors[0] * LOG2E, factors[1] * LOG2E)
+    return norms, one, softmaxes
 
 
 @triton.jit(do_not_specialize=["state_stride", "stats_stride"])
 def kd_rows_kernel(
     student, teacher,  # [C, V] logits
     student_bias, teacher_bias,  # [V] float32, or None
-    labels,  # [C] int64, or None
+    labels,  # [C] int64, -1 if not among these columns; or None
     weight,  # [C] float32, or None
-    state,  # [7, C] float32: see rows.STATE; the normalisers are in logits, log-sums in units of log 2
+    state,  # [len(STATE), C] float32: see rows.STATE
     loss,  # [C] float32, or None
     stats,  # [5, C] float32: see rows.STATS; or None
     dz,  # [C, V], or None; may start where student's row starts, in a type no wider
@@ -362,7 +355,6 @@ def kd_rows_kernel(
     TERMS: tl.constexpr, FINISH: tl.constexpr, SLOPE: tl.constexpr, NUM_SUMS: tl.constexpr,  # see divergences.Functions
     NORMALIZER: tl.constexpr,
     COEFFICIENT: tl.constexpr,  # the number, or None where it takes the sums
-    SLOPE_JUMPS: tl.constexpr,  # then a gradient without SUMS sums the very slopes that it writes
     STUDENT_TRANSFORM: tl.constexpr, TEACHER_TRANSFORM: tl.constexpr,  # 0, SCALED or CAPPED
     KD: tl.constexpr,  # the divergence has a weight
     NORMALISERS: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
@@ -371,7 +363,7 @@ def kd_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     TRANSFORMS: tl.constexpr = (STUDENT_TRANSFORM, TEACHER_TRANSFORM)
     CE: tl.constexpr = labels is not None
-    STATS: tl.constexpr = SUMS and stats is not None
+    STATS: tl.constexpr = stats is not None
     SUM_IN_GRADIENT: tl.constexpr = SUMS and GRADIENT and KD and COEFFICIENT is not None and not STATS
     student_side = (student + row * student_stride, student_bias, student_scale, student_softcap)
     teacher_side = (teacher + row * teacher_stride, teacher_bias, teacher_scale, teacher_softcap)
@@ -381,32 +373,28 @@ def kd_rows_kernel(
     label = tl.load(labels + row) if CE else -1
 
     if NORMALISERS:
-        norms, one, softmaxes = find_normalisers(student_side, teacher_side, factors, vocab, NORMALIZER, TRANSFORMS, CE, STATS, R, W)
-        save_normalisers(state, state_stride, norms, one)
+        found = find_normalisers(student_side, teacher_side, factors, label, vocab, NORMALIZER, TRANSFORMS, CE, STATS, R, W)
+        save_normalisers(state, state_stride, found, NORMALIZER, CE, STATS)
     else:
-        norms, one = load_normalisers(state, state_stride, CE)
-        softmaxes = (norms[0], norms[1], student_factor, teacher_factor)
+        found = load_normalisers(state, state_stride, NORMALIZER, CE, STATS)
+    norms, one, softmaxes = norms_of(found, factors, NORMALIZER, CE, STATS)
 
     value = 0.0
     coefficient = 0.0
     cross_entropy = float("nan")
     if SUMS:
         if CE:
-            target = load_logits(student_side[0], student_bias, label, None, student_scale, student_softcap, STUDENT_TRANSFORM)
-            cross_entropy = one[1] * LN2 - (target - one[0]) * one_scale
+            cross_entropy = one[1] * LN2 - (found[1] - one[0]) * one_scale
         if STATS or (KD and not SUM_IN_GRADIENT):
             sums, more = row_sums(
                 student_side, teacher_side, norms, factors, softmaxes, vocab, a, b, TERMS, NUM_SUMS, TRANSFORMS, STATS, R, W
             )
+            save_sums(state, state_stride, sums)
             value, coefficient = FINISH(sums, a, b)
             if STATS:
-                save_statistics(stats + row, stats_stride, value, cross_entropy, more)
-        tl.store(state + 4 * state_stride, coefficient)
-    elif SLOPE_JUMPS and KD:
-        sums, _ = row_sums(student_side, teacher_side, norms, factors, softmaxes, vocab, a, b, TERMS, NUM_SUMS, TRANSFORMS, False, R, W)
-        _, coefficient = FINISH(sums, a, b)
-    else:
-        coefficient = tl.load(state + 4 * state_stride)
+                save_statistics(stats + row, stats_stride, state, state_stride, value, cross_entropy, more)
+    elif GRADIENT and KD and COEFFICIENT is None:
+        _, coefficient = FINISH(load_sums(state, state_stride, NUM_SUMS), a, b)
     if COEFFICIENT is not None:
         coefficient = COEFFICIENT + 0.0
 
@@ -418,9 +406,10 @@ def kd_rows_kernel(
             TERMS, SLOPE, NUM_SUMS, TRANSFORMS, KD, CE, SUM_IN_GRADIENT, R, W,
         )  # fmt: skip
         if SUM_IN_GRADIENT:
+            save_sums(state, state_stride, sums)
             value, _ = FINISH(sums, a, b)
 
-    if SUMS:
+    if SUMS and loss is not None:
         total = value_scale * value if KD else 0.0
         if CE:
             total += tl.where(ce_weight == 0.0, 0.0, ce_weight * cross_entropy)
