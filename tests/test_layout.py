@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "kdkernels"
+from kdkernels import divergences
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kdkernels"
 ROOMS = ("tap", "data", "teachers", "trainer", "recipes", "bench", "cli")
 """A room may import from those to its left, and from what every room stands on."""
 LOSS = ("support", "sides", "fused", "backends")
@@ -63,3 +67,33 @@ def test_no_file_is_too_long_to_read() -> None:
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "csrc").rglob("*.h"), *(PACKAGE.parent / "csrc").rglob("*.c*")]
     assert len(files) > 100
     assert not {file.name: lines for file in files if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 500}
+
+
+# ---- what a new divergence touches
+
+
+DIVERGENCE_FILES = {"kdkernels/divergences.py", "kdkernels/backends/triton/divergences.py", "csrc/divergence.h"}
+"""Where a divergence is written; tests/backends/test_stages.py adds two through these places alone."""
+
+
+def test_no_other_file_knows_the_divergences() -> None:
+    """One or two may be named, as an example or a default. Three are a list, which the next divergence would be missing from."""
+    classes = [cls.__name__ for cls in divergences.REGISTRY.values()]
+    files = [*PACKAGE.rglob("*.py"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.c*")]
+    lists = {}
+    for file in files:
+        text, name = file.read_text(encoding="utf-8"), file.relative_to(ROOT).as_posix()
+        named = [cls for cls in classes if re.search(rf"\b{cls}\b", text)]
+        if len(named) > 2 and name not in DIVERGENCE_FILES:
+            lists[name] = named
+    assert lists.keys() == {"kdkernels/__init__.py"}, lists  # exports all of them
+
+
+def test_the_switch_of_the_compiled_kernels_covers_every_divergence() -> None:
+    header = (ROOT / "csrc" / "divergence.h").read_text(encoding="utf-8")
+    ids = dict(re.findall(r"struct (\w+) : [^{]*{\s*static constexpr int id = (\d+);", header))
+    assert {name: int(number) for name, number in ids.items()} == {cls.__name__: cls.id for cls in divergences.REGISTRY.values()}
+    count = re.search(r"kDivergences = (\d+);", header)
+    assert count is not None
+    assert sorted(map(int, ids.values())) == list(range(int(count[1])))
+    assert re.findall(r"case (\w+)::id:", header[count.start() :]) == list(ids)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import require
+from more_divergences import Mixed, NegLogAcceptance
 from torch import Tensor
 
 import kdkernels as kd
@@ -172,3 +173,54 @@ def sliced(module: Any, problem: Problem, batch: RowBatch) -> tuple[Tensor, Tens
         stats = merge.statistics(problem, state, torch.stack([part.stats for part in parts if part.stats is not None]))
     gradient = torch.cat([part.dz for part in parts if part.dz is not None], -1)
     return merge.loss(problem, state, batch.weight, scales), stats, gradient
+
+
+@pytest.fixture
+def more_divergences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divergences of the tests' own, added where a new one would be."""
+    for divergence in (NegLogAcceptance, Mixed):
+        monkeypatch.setitem(REGISTRY, divergence.name, divergence)
+    if selection.unavailable("triton", "cpu", (torch.float32, torch.float32)) is None:
+        from more_triton_divergences import FUNCTIONS as MORE
+
+        from kdkernels.backends.triton.divergences import FUNCTIONS
+
+        for name, functions in MORE.items():
+            monkeypatch.setitem(FUNCTIONS, name, functions)
+
+
+@pytest.mark.parametrize("divergence", [NegLogAcceptance(), Mixed(0.3)], ids=["neg_log_acceptance", "mixed"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_functions_of_sums_run_in_stages(backend: str, divergence: Divergence, more_divergences: None) -> None:
+    """The logarithm of a sum, and two divergences in one pass, against float64 autograd: at once, and on slices."""
+    require(backend, "cpu")
+    module = selection.load(backend)
+    for features in (FEATURES["plain"], FEATURES["labels"]):
+        problem = problem_of(divergence, features, VOCAB, torch.float32, backend)
+        together = whole(module, problem, batch_of(features, torch.float32))
+        assert_same(sliced(module, problem, batch_of(features, torch.float32)), (together.loss, None, together.dz), 256)
+        exact = batch_of(features, torch.float32)
+        z = exact.student.double().requires_grad_()
+        x, u = (side * features.scale / features.temperature for side in (z, exact.teacher.double()))
+        value = divergence.reference_value(x.log_softmax(-1), u.log_softmax(-1)) * features.temperature**2
+        if exact.labels is not None:
+            value = value + 0.5 * torch.nn.functional.cross_entropy(z * features.scale, exact.labels, reduction="none")
+        value = value if exact.weight is None else value * exact.weight
+        (gradient,) = torch.autograd.grad(value.sum(), z)
+        torch.testing.assert_close(together.loss, value.detach().float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(together.dz, gradient.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["neg_log_acceptance", "mixed"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_functions_of_sums_are_losses_like_any_other(backend: str, name: str, more_divergences: None) -> None:
+    require(backend, "cpu")
+    teacher = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    results = []
+    for chosen in ("reference", backend):
+        student = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss = kd.distillation_loss(student, teacher, divergence=name, temperature=1.5, backend=chosen)
+        loss.backward()
+        results.append((loss.detach(), student.grad))
+    for ours, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
