@@ -12,8 +12,9 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, get_type_hints
 
-__all__ = ["DIVERGENCE", "Device", "grouped"]
+__all__ = ["COLUMNS", "DIVERGENCE", "Device", "grouped"]
 
+COLUMNS = "Names of columns for the fields of a row, as prompt=question,response=answer."
 DIVERGENCE = "A name such as forward_kl, reverse_kl or jsd; the error for an unknown name lists all."
 """Help of ``--divergence``: the names are defined in ``kdkernels.divergences``, which imports torch."""
 

@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..support.terminal import Commands, shown
-from . import bench, env, merge, recipes, teachers
+from . import bench, env, evaluate, init, merge, recipes, teachers
 from .demo import command as demo
 from .train import command as training
 
@@ -49,6 +49,8 @@ bench.register(app)
 teachers.register(app)
 app.add_typer(recipes.app)
 merge.register(app)
+evaluate.register(app)
+init.register(app)
 app.command(epilog=training.EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(training.train)
 
 

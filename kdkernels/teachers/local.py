@@ -174,11 +174,13 @@ def generate(
     temperature: float = 0.0,
     stop: Sequence[str] = (),
     logprobs: int = 0,
+    streamer: Any = None,
 ) -> list[Generated]:
     """Continues one batch of prompts, padded on the left.
 
     Args:
         seeds: of each row, 64 bits.
+        streamer: a ``transformers.TextStreamer`` that shows a single prompt's text as it is written.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -203,7 +205,7 @@ def generate(
     with writing(model):
         output = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
-            logits_processor=LogitsProcessorList([picks]), tokenizer=tokenizer if stop else None,
+            logits_processor=LogitsProcessorList([picks]), tokenizer=tokenizer if stop else None, streamer=streamer,
         )  # fmt: skip
     return [
         _cut(tokenizer, row, list(new), stops, stop, max_tokens, prompts[row], picks)

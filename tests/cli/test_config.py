@@ -139,3 +139,62 @@ def test_one_layer_name_of_a_config_is_a_list_of_one_and_a_plain_date_is_text() 
     settings = read_settings({**paths, "lora_r": 2, "lora_target_modules": "q_proj", "template_date": date(2026, 11, 28)}, {}, [])
     assert settings.adapter.lora_target_modules == ["q_proj"]
     assert settings.args.template_date == "2026-11-28"
+
+
+def invoke_init(*words: Any, **options: Any) -> Any:
+    return CliRunner().invoke(app, ["init", *(str(word) for word in words)], **options)
+
+
+@pytest.mark.parametrize(
+    ("memory", "holds", "lacks"),
+    [
+        ("1", {"learning-rate": 5e-5}, {"lora-r", "cache"}),
+        (str(80_000 / 2**30), {"lora-r": 16, "student-dtype": "bfloat16", "gradient-checkpointing": True}, {"cache"}),
+        (str(20_000 / 2**30), {"lora-r": 16, "cache": "cache"}, {"teacher"}),
+    ],
+)
+def test_a_written_config_fits_the_memory_and_is_read(
+    home: Path, tmp_path: Path, memory: str, holds: dict[str, Any], lacks: set[str]
+) -> None:
+    out = tmp_path / "run.yaml"
+    paths = ["--student", home / "student", "--teacher", home / "teacher", "--data", home / "train.jsonl", "--out", out]
+    result = invoke_init(*paths, "--memory", memory, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    options = yaml.safe_load(out.read_text())
+    assert options.items() >= holds.items()
+    assert not options.keys() & lacks
+    assert out.read_text().count("#") > 5
+    if "teacher" in options:
+        planned = train("--config", out, "--plan", "--use-cpu")
+        assert planned.exit_code == 0, planned.output
+    again = invoke_init(*paths)
+    assert again.exit_code == 2
+    assert "is there already" in again.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--student", "./gone"], "--teacher is missing (on a terminal, kdkernels init asks for it)"),
+        (["--student", "./gone", "--teacher", "./t", "--data", "d"], "--student ./gone: no such folder"),
+        (["--out", "run.json"], "--out run.json: the name of a config ends in .yaml"),
+        (["--student", "HOME", "--teacher", "HOME", "--data", "d", "--memory", "0"], "--memory 0: it must be finite and > 0"),
+        (["--student", "HOME", "--teacher", "HOME", "--data", "d", "--memory", "1e-6"], "do not fit in 0.0 GiB as bfloat16"),
+    ],
+)
+def test_configs_that_can_not_be_written(home: Path, tmp_path: Path, words: list[str], says: str) -> None:
+    words = [str(home / "student") if word == "HOME" else word for word in words]
+    result = invoke_init(*(["--out", tmp_path / "run.yaml"] if "--out" not in words else []), *words)
+    assert result.exit_code == 2, result.output
+    assert says in result.output
+    assert not (tmp_path / "run.yaml").exists()
+
+
+def test_questions_on_a_terminal_make_the_same_config(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([home / "student", home / "teacher", home / "train.jsonl"])
+    monkeypatch.setattr("kdkernels.cli.init._ask", lambda name, question: str(next(answers)))
+    asked, told = tmp_path / "asked.yaml", tmp_path / "told.yaml"
+    assert invoke_init("--out", asked, "--memory", 1).exit_code == 0
+    paths = ["--student", home / "student", "--teacher", home / "teacher", "--data", home / "train.jsonl"]
+    assert invoke_init("--out", told, "--memory", 1, *paths).exit_code == 0
+    assert asked.read_text() == told.read_text()

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from ...support.files import Output, write_jsonl
+from ...support.files import Output, line_of, write_jsonl
+from ...teachers.local import generate
 from ...trainer.arguments import METRICS, metric_name
 
-__all__ = ["Bar", "Interrupt", "LogFile", "log_line", "number", "reporting_under"]
+__all__ = ["Bar", "Interrupt", "LogFile", "Samples", "log_line", "number", "reporting_under"]
 
 
 class Interrupt(TrainerCallback):  # type: ignore[misc]
@@ -127,10 +128,44 @@ class LogFile(TrainerCallback):  # type: ignore[misc]
         write_jsonl(path, (row for row in rows if row["step"] <= state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._output is not None and logs:
-            row = {"step": state.global_step, **{name: number(value) for name, value in logs.items()}}
+        if logs:
+            self.append({"step": state.global_step, **{name: number(value) for name, value in logs.items()}})
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one line, in the first process."""
+        if self._output is not None:
             with self._output.claim(self._name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(line_of(row) + "\n")
+
+
+class Samples(TrainerCallback):  # type: ignore[misc]
+    """Has the student answer a few prompts every few steps, greedily; the answers go to the log and the console.
+
+    Args:
+        every: steps between two.
+        prompts: token ids of each.
+        log: gets a line for each time.
+    """
+
+    def __init__(
+        self, every: int, prompts: Sequence[Sequence[int]], tokenizer: Any, max_tokens: int, log: LogFile, console: Console
+    ) -> None:
+        self._every, self._prompts, self._tokenizer, self._max_tokens = every, prompts, tokenizer, max_tokens
+        self._log, self._console = log, console
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self._every:
+            return
+        device = args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the training is the same without samples
+            texts = generate(model, self._tokenizer, self._prompts, [0] * len(self._prompts), max_tokens=self._max_tokens)
+        samples = [
+            {"prompt": self._tokenizer.decode(prompt, skip_special_tokens=True), "text": text.text}
+            for prompt, text in zip(self._prompts, texts, strict=True)
+        ]
+        self._log.append({"step": state.global_step, "samples": samples})
+        for sample in samples:
+            self._console.print(f"step {state.global_step}, sample: {sample['prompt']} -> {sample['text']}", markup=False)
 
 
 def number(value: Any) -> Any:

@@ -23,6 +23,8 @@ Every field of DistillationArguments and of transformers' TrainingArguments is a
 - a LoRA in place of all weights: `--lora-r 16`, `--lora-alpha`, `--lora-dropout`, `--lora-target-modules`, `--use-rslora`, `--use-dora`;
   `--merge` also writes the merged model
 
+- samples while it runs: `--sample-every 100`, `--sample-prompts`
+
 - the student's own responses: `--on-policy-fraction`, `--sample-temperature`, `--max-new-tokens`
 
 Examples:

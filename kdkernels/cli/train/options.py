@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-__all__ = ["GROUPS", "UNDECISIVE", "AdapterOptions", "default_of"]
+__all__ = ["GROUPS", "UNDECISIVE", "AdapterOptions", "ReportOptions", "default_of"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,26 @@ class AdapterOptions:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a training shows of its student while it runs.
+
+    Raises:
+        ValueError: a number that makes no sense.
+    """
+
+    sample_every: int | None = field(
+        default=None, metadata={"help": "Steps between two samples: the student's greedy answers to a few held-out prompts, in log.jsonl."}
+    )
+    sample_prompts: int = field(default=3, metadata={"help": "With --sample-every: how many prompts, the first of the held-out rows."})
+
+    def __post_init__(self) -> None:
+        for name in ("sample_every", "sample_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: it must be an integer >= 1")
+
+
 def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
@@ -65,7 +85,7 @@ def default_of(field: Any) -> Any:
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
-GROUPS: dict[str, type] = {"adapter": AdapterOptions}
+GROUPS: dict[str, type] = {"adapter": AdapterOptions, "reports": ReportOptions}
 """The dataclasses, by the field of ``Settings`` that holds one."""
-UNDECISIVE = frozenset({"merge"})
+UNDECISIVE = frozenset({"merge", "sample_every", "sample_prompts"})
 """Options of ``GROUPS`` that may change when a training is resumed."""

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ...trainer.arguments import METRICS, metric_name
 from ...trainer.checkpoints import best_of, checkpoints, flaw, read_manifest
 from ...trainer.finite import NotFiniteError, check_numbers
 from ...trainer.trainer import DistillationTrainer
-from .callbacks import Bar, Interrupt, LogFile, reporting_under
+from .callbacks import Bar, Interrupt, LogFile, Samples, reporting_under
 from .loading import cache_of, check_data, model_of, student_of, student_skeleton, tokenizer_of
 from .merged import write_merged
 from .output import LOG, MERGED, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
@@ -107,7 +108,7 @@ class Training:
     ) -> None:
         self.settings, self.args, self.console, self.record, self.old = settings, settings.args, console, record, old
         self.output, self.out = output, Path(settings.args.output_dir)
-        self.bar, self.interrupt = Bar(console), Interrupt()
+        self.bar, self.interrupt, log = Bar(console), Interrupt(), LogFile(output, LOG)
         self.trained = old is not None and is_last(checkpoint, total_steps(self.args, old.an_epoch))
         self.model = model_folder(checkpoint, self.args) if self.trained and checkpoint is not None else None
         student = student_of(settings, self.model)
@@ -116,9 +117,13 @@ class Training:
             self.trainer = OwnedTrainer(
                 model=student, teacher=teachers or None if cache is None else cache, args=self.args, train_dataset=settings.data,
                 eval_dataset=settings.eval_data or None, processing_class=tokenizer,
-                callbacks=[self.bar, self.interrupt, LogFile(output, LOG)],
+                callbacks=[self.bar, self.interrupt, log],
             )  # fmt: skip
         self.trainer.own(output)
+        reports = settings.reports
+        if reports.sample_every is not None:
+            prompts = prompts_of(self.trainer, reports.sample_prompts)
+            self.trainer.add_callback(Samples(reports.sample_every, prompts, tokenizer, self.args.max_new_tokens, log, console))
         for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if self.args.disable_tqdm else [])):
             self.trainer.remove_callback(callback)
         check_metric(self.trainer)
@@ -223,6 +228,14 @@ class Training:
         if self.output is not None:
             text = json.dumps(value, indent=1) + "\n"
             self.output.write(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def prompts_of(trainer: DistillationTrainer, count: int) -> list[Sequence[int]]:
+    """Prompts of the first held-out rows; without any, of the first rows that are trained on."""
+    held_out = trainer.eval_dataset
+    items = trainer.train_dataset if held_out is None else next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
+    examples = islice((example for item in items for example in item), count)
+    return [example.student_ids[: example.prompts()[0]] for example in examples]
 
 
 def shown_metrics(metrics: dict[str, float] | None) -> dict[str, float]:

@@ -1,0 +1,177 @@
+"""Models beside each other on data: what ``kdkernels evaluate``, ``kdkernels sample`` and ``kdkernels chat`` do."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+from ..data.agreement import check_templates, check_tokenizers
+from ..data.layouts import training_rows
+from ..data.tokenization import load_examples
+from ..support.files import digest
+from ..support.terminal import shown
+from ..teachers.jobs import device_of
+from ..teachers.loading import load
+from ..teachers.local import generate, prompt_ids
+from ..teachers.replies import seed_of
+from ..trainer import DistillationArguments, DistillationTrainer
+
+__all__ = ["Evaluation", "Sampling", "chat", "evaluate", "sample"]
+
+FIGURES = {"divergence": "divergence", "cross_entropy": "cross-entropy", "top1_agreement": "same top token"}
+"""What an evaluation reports of a student on a data set, and its name in a table."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Options of ``kdkernels evaluate``, whose help describes them."""
+
+    students: Sequence[str]
+    teachers: Sequence[str]
+    data: Sequence[str]
+    arguments: dict[str, Any]
+    """Of DistillationArguments."""
+    student_dtype: str = "float32"
+    teacher_dtype: str = "auto"
+    device: str = "auto"
+
+
+def evaluate(options: Evaluation) -> list[dict[str, Any]]:
+    """Return one row for each student and data set: means over all scored tokens, by the loss path of the training.
+
+    Raises:
+        ValueError: models that do not fit together, rows that can't be read, figures that are not finite.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = device_of(options.device)
+    roles = [*(("student", path) for path in options.students), *(("teacher", path) for path in options.teachers)]
+    tokenizer, *others = [load(AutoTokenizer, role, path) for role, path in roles]
+    for other in others:
+        check_tokenizers(tokenizer, other)
+        check_templates(tokenizer, other, list(options.data))
+    teachers = [_model("teacher", path, options.teacher_dtype, "cpu") for path in options.teachers]
+    found: list[dict[str, Any]] = []
+    for student in options.students:
+        model = _model("student", student, options.student_dtype, device)
+        with tempfile.TemporaryDirectory() as folder:
+            weights = {"kd_weight": 1.0, "ce_weight": 0.0} if teachers else {"kd_weight": 0.0, "ce_weight": 1.0}
+            fixed = {"output_dir": folder, "use_cpu": device == "cpu", "report_to": "none", "disable_tqdm": True}
+            args = DistillationArguments(**{**options.arguments, **weights, **fixed, "dataloader_pin_memory": device != "cpu"})
+            args._n_gpu = min(args.n_gpu, 1)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*trainable weights are")  # nothing is trained
+                trainer = DistillationTrainer(model, teachers or None, args, processing_class=tokenizer)
+            trainer.remove_callback(PrinterCallback)
+            for path in options.data:
+                metrics = trainer.evaluate([path])
+                figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
+                if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+                    raise ValueError(
+                        f"--student {student} on {path}: {FIGURES[bad[0]]} is {figures[bad[0]]}: look at the weights and dtypes"
+                    )
+                found.append({"data": path, "student": student, **figures, "tokens": int(metrics["eval_tokens"])})
+        del model, trainer
+    return sorted(found, key=lambda row: options.data.index(row["data"]))
+
+
+def _model(role: str, path: str, dtype: str, device: str) -> Any:
+    return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).to(device).eval()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are drawn."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: it must be an integer >= 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature {self.temperature:g}: it must be finite and >= 0; 0 is greedy")
+
+
+def sample(
+    roles: Sequence[tuple[str, str]], data: Sequence[str], rows: int, how: Sampling, columns: str | None = None
+) -> list[dict[str, Any]]:
+    """Return for each of the first ``rows`` rows of each data set its prompt, its response, and what each model writes in its place.
+
+    Args:
+        roles: option and path of each model, in order. A teacher reads the teacher's view of a row.
+    """
+    if rows < 1:
+        raise ValueError(f"--rows {rows}: it must be an integer >= 1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = device_of(how.device)
+    taken = [dict(row.fields) for path in data for row in islice(training_rows([path], columns), rows)]
+    made: list[dict[str, Any]] = [{} for _ in taken]
+    for role, path in roles:
+        tokenizer = load(AutoTokenizer, role, path)
+        examples = load_examples(taken, tokenizer, prompts=True)
+        model = _model(role, path, how.dtype, device)
+        for row, example, fields in zip(made, examples, taken, strict=True):
+            view = role == "teacher"
+            ids = example.teacher_ids if view else example.student_ids
+            prompt = ids[: example.prompts()[view]]
+            row.setdefault("prompt", tokenizer.decode(prompt, skip_special_tokens=True))
+            if any(name in fields for name in ("response", "completion", "messages", "text")):
+                row.setdefault("response", tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+            row.setdefault("texts", []).append({"model": path, "role": role, "text": _write(model, tokenizer, prompt, how)})
+        del model
+    return made
+
+
+def _write(model: Any, tokenizer: Any, prompt: Sequence[int], how: Sampling, streamer: Any = None) -> str:
+    seed = seed_of(how.seed, digest(list(prompt)))
+    written = generate(
+        model, tokenizer, [prompt], [seed], max_tokens=how.max_new_tokens, temperature=how.temperature, streamer=streamer
+    )  # fmt: skip
+    return written[0].text
+
+
+def chat(student: str, system: str, how: Sampling, turns: Iterator[str], write: Callable[[str], object]) -> None:
+    """Answer each of ``turns`` after the conversation so far. ``/reset`` forgets it, ``/exit`` ends.
+
+    Args:
+        write: gets parts of the answers as they come, with what a terminal would obey escaped.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = device_of(how.device)
+    tokenizer = load(AutoTokenizer, "student", student)
+    model = _model("student", student, how.dtype, device)
+    begin = [{"role": "system", "content": system}] if system else []
+    messages = list(begin)
+    for turn in turns:
+        if turn.strip() == "/exit":
+            return
+        if turn.strip() == "/reset":
+            messages = list(begin)
+        elif turn.strip():
+            messages.append({"role": "user", "content": turn})
+            prompt = prompt_ids(tokenizer, messages)
+            text = _write(model, tokenizer, prompt, how, _streamer(tokenizer, write))
+            messages.append({"role": "assistant", "content": text})
+
+
+def _streamer(tokenizer: Any, write: Callable[[str], object]) -> Any:
+    class Streamer(transformers.TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write("\n".join(map(shown, text.split("\n"))) + ("\n" if stream_end else ""))
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,158 @@
+"""``kdkernels evaluate``, ``kdkernels sample`` and ``kdkernels chat``. What they do is imported when they run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from ..support.terminal import console, failing, shown
+from .options import COLUMNS, DIVERGENCE
+
+__all__ = ["chat", "evaluate", "register", "sample"]
+
+EVALUATE_EXAMPLES = """
+Examples:
+
+- `kdkernels evaluate --student out --student small --teacher big --data held-out.jsonl` - before and after, in one table
+
+- `kdkernels evaluate --student out --data held-out.jsonl --data other.jsonl --json` - cross-entropy alone, for programs
+"""
+SAMPLE_EXAMPLES = "Example: `kdkernels sample --student out --student small --teacher big --data held-out.jsonl --max-new-tokens 64`"
+CHAT_EXAMPLES = "Example: `kdkernels chat --student out`. `/reset` begins anew, `/exit` or Ctrl-D ends."
+
+
+class Dtype(str, Enum):
+    """Of a model's weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Overlong(str, Enum):
+    """What is done with rows over ``--max-length``."""
+
+    error = "error"
+    drop = "drop"
+    truncate = "truncate"
+
+
+AsDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command(epilog=EVALUATE_EXAMPLES)(evaluate)
+    app.command(epilog=SAMPLE_EXAMPLES)(sample)
+    app.command(epilog=CHAT_EXAMPLES)(chat)
+
+
+def evaluate(
+    student: Annotated[list[str], typer.Option(help="Folder or hub name of a model or adapter. Several: all in one table.")],
+    data: Annotated[list[str], typer.Option(help="Rows, as for `kdkernels train`. Several: each for itself.")],
+    teacher: Annotated[list[str] | None, typer.Option(help="Model to compare with. Several: an ensemble.")] = None,
+    divergence: Annotated[str, typer.Option(help=DIVERGENCE)] = "forward_kl",
+    temperature: Annotated[float, typer.Option(help="T > 0 of the divergence; it is not multiplied by T^2.")] = 1.0,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most. Default: what the models take.")] = None,
+    overlong: Annotated[Overlong, typer.Option(help="Longer rows: error, drop or truncate.")] = Overlong.error,
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
+    student_dtype: Annotated[Dtype, typer.Option(help="Of the students' weights; auto: as saved.")] = Dtype.float32,
+    teacher_dtype: Annotated[Dtype, typer.Option(help="Of the teacher's weights; auto: as saved.")] = Dtype.auto,
+    columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
+    device: AsDevice = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure students on data: divergence from a teacher, cross-entropy, and how often both have the same top token.
+
+    Every figure is a mean over the scored tokens of a data set, as `kdkernels train` prints it of its held-out data.
+    """
+    with failing():
+        from .comparison import FIGURES, Evaluation
+        from .comparison import evaluate as measure
+
+        arguments = {
+            "divergence": divergence, "temperature": temperature, "max_length": max_length, "overlong": overlong.value,
+            "per_device_eval_batch_size": batch_size, "columns": columns,
+        }  # fmt: skip
+        rows = measure(Evaluation(student, teacher or [], data, arguments, student_dtype.value, teacher_dtype.value, device))
+        if as_json:
+            about = {"teacher": teacher or [], "divergence": divergence, "temperature": temperature}
+            typer.echo(json.dumps({**about, "rows": rows}, indent=1))
+            return
+        from rich.table import Table
+
+        names = [name for name in FIGURES if name in rows[0]]
+        table = Table("data", "student", *(FIGURES[name] for name in names), "tokens", box=None)
+        for row in rows:
+            table.add_row(shown(row["data"]), shown(row["student"]), *(f"{row[name]:.4f}" for name in names), f"{row['tokens']:,}")
+        console().print(table)
+
+
+def sample(
+    student: Annotated[list[str], typer.Option(help="Folder or hub name of a model or adapter. Several: side by side.")],
+    data: Annotated[list[str], typer.Option(help="Rows, as for `kdkernels train`; prompts suffice.")],
+    teacher: Annotated[list[str] | None, typer.Option(help="Further models, which read the teacher's view of a row.")] = None,
+    max_new_tokens: NewTokens = 128,
+    rows: Annotated[int, typer.Option(help="How many rows, the first of each --data.")] = 4,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int, typer.Option(help="Of draws.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")] = Dtype.auto,
+    columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
+    device: AsDevice = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Show what models write for the prompts of data, side by side, with the data's own response."""
+    with failing():
+        from .comparison import Sampling
+        from .comparison import sample as draw
+
+        how = Sampling(max_new_tokens, temperature, seed, dtype.value, device)
+        roles = [*(("student", path) for path in student), *(("teacher", path) for path in teacher or [])]
+        made = draw(roles, data, rows, how, columns)
+        if as_json:
+            typer.echo(json.dumps(made, indent=1))
+            return
+        from rich.table import Table
+
+        where = console()
+        for number, row in enumerate(made, 1):
+            where.print(f"{number}. {row['prompt']}")
+            response = [row["response"]] if "response" in row else []
+            table = Table(*(["data"] if response else []), *(f"{text['role']} {text['model']}" for text in row["texts"]), expand=True)
+            table.add_row(*response, *(text["text"] for text in row["texts"]))
+            where.print(table)
+
+
+def chat(
+    student: Annotated[str, typer.Option(help="Folder or hub name of a model or adapter.")],
+    system: Annotated[str, typer.Option(help="The system's message.")] = "",
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int, typer.Option(help="Of draws.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")] = Dtype.auto,
+    device: AsDevice = "auto",
+) -> None:
+    """Talk to a model on the terminal, by its chat template. Nothing is kept."""
+    with failing():
+        from .comparison import Sampling
+        from .comparison import chat as talk
+
+        how = Sampling(max_new_tokens, temperature, seed, dtype.value, device)
+        talk(student, system, how, _turns(), lambda text: typer.echo(text, nl=False))
+
+
+def _turns() -> Iterator[str]:
+    """Lines of the user, until the input ends."""
+    with suppress(EOFError):
+        while True:
+            yield input("> ")
+    typer.echo()

@@ -1,0 +1,149 @@
+"""``kdkernels evaluate``, ``sample``, ``chat`` and ``--sample-every``: figures are those of a training, texts each model's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import log, make_home, run_in, summary, weights, write_rows
+from training import make_model, make_rows
+from typer.testing import CliRunner
+
+from kdkernels.cli import app
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+def invoke(*words: Any, **options: Any) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words], **options)
+
+
+def rows_of(result: Any) -> list[dict[str, Any]]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["rows"]
+
+
+def test_figures_are_those_of_a_training(home: Path, tmp_path: Path) -> None:
+    """Two students, two data sets and a teacher: each figure equals what the trainer reports of it."""
+    held_out = home / "held-out.jsonl"
+    run_in(home, tmp_path / "out", max_steps=2, divergence="jsd", temperature=2.0, eval_data=[str(held_out)], save_strategy="no")
+    found = rows_of(
+        invoke(
+            "evaluate", "--student", home / "student", "--student", tmp_path / "out", "--teacher", home / "teacher", "--data", held_out,
+            "--data", home / "train.jsonl", "--divergence", "jsd", "--temperature", 2, "--device", "cpu", "--json",
+        )
+    )  # fmt: skip
+    assert [(row["data"], row["student"]) for row in found] == [
+        (str(data), str(student)) for data in (held_out, home / "train.jsonl") for student in (home / "student", tmp_path / "out")
+    ]
+    for row, which in zip(found[:2], ("before", "after"), strict=True):
+        trained = summary(tmp_path / "out")[which]
+        for name in ("divergence", "cross_entropy", "top1_agreement"):
+            assert row[name] == pytest.approx(trained[f"eval_{name}"], rel=1e-5)
+        assert row["tokens"] == trained["eval_tokens"]
+
+
+def test_a_table_names_each_student_and_data_set(home: Path) -> None:
+    paths = ("--student", home / "student", "--student", home / "teacher", "--data", home / "held-out.jsonl")
+    result = invoke("evaluate", *paths, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "cross-entropy" in result.output
+    assert "divergence" not in result.output  # there is no teacher
+    assert sum("held-out.jsonl" in line for line in result.output.splitlines()) == 2
+
+
+def test_models_that_can_not_be_compared_are_refused(home: Path, tmp_path: Path) -> None:
+    from training import WORDS, make_tokenizer
+
+    make_model(8, 1, seed=1).save_pretrained(tmp_path / "other")
+    make_tokenizer([*WORDS[::-1]]).save_pretrained(tmp_path / "other")
+    common = ("evaluate", "--student", home / "student", "--data", home / "held-out.jsonl", "--device", "cpu")
+    for more, words in (
+        (("--teacher", tmp_path / "other"), "tokenizer"),
+        (("--student", tmp_path / "other"), "tokenizer"),
+        (("--teacher", "./gone"), "--teacher ./gone: no such folder"),
+        (("--divergence", "kl"), "divergence 'kl' is unknown"),
+        (("--max-length", "3"), "held-out.jsonl, row 1"),
+    ):
+        result = invoke(*common, *more)
+        assert result.exit_code == 2, result.output
+        assert words in result.output
+
+
+def test_texts_stand_side_by_side(home: Path) -> None:
+    models = ("--student", home / "student", "--teacher", home / "teacher")
+    arguments = ("sample", *models, "--data", home / "held-out.jsonl", "--max-new-tokens", 5, "--rows", 2, "--device", "cpu")
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    rows = [json.loads(line) for line in (home / "held-out.jsonl").read_text().splitlines()[:2]]
+    assert [row["prompt"].strip() for row in made] == [row["prompt"].strip() for row in rows]
+    assert [row["response"].strip() for row in made] == [row["response"].strip() for row in rows]
+    assert [[text["role"] for text in row["texts"]] for row in made] == [["student", "teacher"]] * 2
+    shown = invoke(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert rows[0]["prompt"].strip() in shown.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--rows", 0), "--rows 0: it must be an integer >= 1"),
+        (("--max-new-tokens", 0), "--max-new-tokens 0: it must be an integer >= 1"),
+        (("--temperature", "nan"), "--temperature nan: it must be finite and >= 0"),
+        (("--data", "gone.jsonl"), "gone.jsonl: no such file"),
+    ],
+)
+def test_samples_that_can_not_be_drawn(home: Path, options: tuple[Any, ...], words: str) -> None:
+    result = invoke("sample", "--student", home / "student", "--data", home / "held-out.jsonl", "--device", "cpu", *options)
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+
+
+def test_a_chat_answers_forgets_and_ends(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    from kdkernels.cli import comparison
+
+    def write(model: Any, tokenizer: Any, prompt: list[int], how: Any, streamer: Any) -> str:
+        asked.append(prompt)
+        streamer.on_finalized_text(f"answer {len(asked)}\x1b[2J", stream_end=True)
+        return f"answer {len(asked)}"
+
+    monkeypatch.setattr(comparison, "_write", write)
+    result = invoke("chat", "--student", home / "student", "--device", "cpu", input="red cat\nblue\n/reset\nred cat\n/exit\nlost\n")
+    assert result.exit_code == 0, result.output
+    assert len(asked) == 3
+    assert asked[2] == asked[0]
+    assert len(asked[1]) > len(asked[0])
+    assert "answer 2\\x1b[2J\n" in result.output
+
+
+def test_a_chat_shows_the_text_that_the_model_writes(home: Path) -> None:
+    """What is streamed is what ``generate`` returns of the same prompt."""
+    from kdkernels.cli.comparison import Sampling, chat
+
+    parts: list[str] = []
+    chat(str(home / "teacher"), "", Sampling(6, temperature=1.0, seed=3, device="cpu"), iter(["red cat"]), parts.append)
+    again: list[str] = []
+    chat(str(home / "teacher"), "", Sampling(6, temperature=1.0, seed=3, device="cpu"), iter(["red cat"]), again.append)
+    assert "".join(parts).strip()
+    assert parts == again
+
+
+def test_samples_of_a_training_are_logged_and_change_nothing(home: Path, tmp_path: Path) -> None:
+    held_out = write_rows(tmp_path / "held-out.jsonl", make_rows(5, seed=4))
+    common = {"max_steps": 4, "eval_data": [str(held_out)], "save_strategy": "no", "logging_steps": 4}
+    run_in(home, tmp_path / "without", **common)
+    printed = run_in(home, tmp_path / "with", **common, sample_every=2, sample_prompts=2, max_new_tokens=4)
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+    samples = {line["step"]: line["samples"] for line in log(tmp_path / "with") if "samples" in line}
+    assert samples.keys() == {2, 4}
+    prompts = [json.loads(line)["prompt"].strip() for line in held_out.read_text().splitlines()[:2]]
+    assert [sample["prompt"].strip() for sample in samples[2]] == prompts
+    assert "step 4, sample: " in printed
+    assert [line for line in log(tmp_path / "with") if "samples" not in line] == log(tmp_path / "without")
