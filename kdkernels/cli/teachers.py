@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,14 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from ..data.values import read_json
-from ..support.terminal import console, failing
+from ..support.terminal import Commands, console, failing, say
 from .asking import Asking, Server
-from .options import grouped
+from .options import COLUMNS, grouped
 
-__all__ = ["cache", "generate", "register"]
-
-
-COLUMNS = "Names of columns for the fields of a row, as prompt=question,response=answer."
+__all__ = ["cache", "extend", "generate", "info", "register", "verify"]
 
 
 class ReasoningChoice(str, Enum):
@@ -57,8 +55,11 @@ and temperature, for training and evaluation
 
 - `kdkernels cache --from-replies --tokenizer big-model --data answers.jsonl --out top20` - of `kdkernels generate --logprobs 20`
 
-The same command again goes on where it was cut short.
+The same command again goes on where it was cut short. `kdkernels cache info DIR` shows what a cache holds, `cache verify DIR` reads all
+of it, and `cache extend DIR --teacher T --data more.jsonl` adds examples.
 """
+
+EXTEND_EXAMPLES = "Example: `kdkernels cache extend big-top64 --teacher big-model --data more.jsonl`"
 
 GENERATE_EXAMPLES = """
 Examples:
@@ -73,9 +74,31 @@ The same command again asks for nothing that the log, the output's name with `.l
 """
 
 
+class CacheCommands(Commands):
+    """``kdkernels cache``: its subcommands, and without the name of one the command that makes a cache."""
+
+    DEFAULT = "cache"
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        completing = context.resilient_parsing and not args
+        if not completing and (not args or args[0] not in self.commands):
+            args = [self.DEFAULT, *args]
+        parsed: list[str] = super().parse_args(context, args)
+        return parsed
+
+    def resolve_command(self, context: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(context, args)
+        return "" if name == self.DEFAULT else name, command, rest  # in messages it is `kdkernels cache`
+
+
 def register(app: typer.Typer) -> None:
-    """Adds both commands to ``app``."""
-    app.command(epilog=CACHE_EXAMPLES)(grouped(cache))
+    """Add the commands to ``app``."""
+    caches = typer.Typer(name="cache", cls=CacheCommands, help="Run a teacher over the data once, and keep what it says.")
+    caches.command(CacheCommands.DEFAULT, epilog=CACHE_EXAMPLES, hidden=True)(grouped(cache))
+    caches.command()(info)
+    caches.command()(verify)
+    caches.command(epilog=EXTEND_EXAMPLES)(extend)
+    app.add_typer(caches)
     app.command(epilog=GENERATE_EXAMPLES)(grouped(generate))
 
 
@@ -129,6 +152,62 @@ def cache(
             jobs.cache_of_server(options, model, console())
         else:
             jobs.cache_of_model(options, console())
+
+
+CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a cache.")]
+
+
+def info(folder: CacheFolder, as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> None:
+    """Show what a cache holds: teacher, tokenizer, kind, examples, tokens, shards. Only its manifest is read."""
+    with failing():
+        from ..teachers.cache.inspection import described
+
+        about = described(folder)
+        if as_json:
+            typer.echo(json.dumps(about, indent=1))
+            return
+        width = max(map(len, about)) + 2
+        for name, value in about.items():
+            say(f"{name.replace('_', ' '):<{width}}{f'{value:,}' if type(value) is int else value}")
+
+
+def verify(folder: CacheFolder) -> None:
+    """Read all of a cache and compare each file with its sha256. Names every file that is damaged or missing; status 1 if there is one."""
+    with failing():
+        from ..teachers.cache.inspection import damage
+
+        found = damage(folder)
+        for line in found:
+            say(line)
+        if found:
+            raise typer.Exit(1)
+        say(f"{folder}: whole")
+
+
+def extend(
+    folder: CacheFolder,
+    teacher: Annotated[str, typer.Option(help="The model that the cache was made with: a folder or hub id. Its content is compared.")],
+    data: Annotated[list[str], typer.Option(help="Rows: files, folders or data sets of the hub. Those that the cache holds are left out.")],
+    tokenizer: Annotated[str, typer.Option(help="Of the data. Default: the teacher's.")] = "",
+    overlong: Annotated[str, typer.Option(help="Examples over the cache's --max-length: error, drop or truncate.")] = "error",
+    columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+) -> None:
+    """Add examples to a cache, with the settings that it was made with.
+
+    New shards are added, none is changed. Cut short at any moment, the cache is whole, and the same command goes on. A training from the
+    cache goes on too.
+    """
+    from ..teachers import jobs
+
+    with failing():
+        options = jobs.options_of(
+            folder, teacher=teacher, data=data, tokenizer=tokenizer or teacher, overlong=overlong, columns=columns, batch_size=batch_size,
+            device=device, revision=revision,
+        )  # fmt: skip
+        jobs.cache_of_model(options, console(), extend=True)
 
 
 def generate(

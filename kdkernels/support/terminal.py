@@ -142,7 +142,7 @@ def _usage() -> Iterator[None]:
     except _USAGE as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
-        path = error.ctx.command_path if error.ctx is not None else "kdkernels"
+        path = error.ctx.command_path.strip() if error.ctx is not None else "kdkernels"
         fail(f"{error.format_message().rstrip('.')}. See `{path} --help`")
 
 

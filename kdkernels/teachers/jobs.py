@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from ..support.files import Output
 from ..support.terminal import progress, shown
 from ..tap.weights import embedding_rows, head_width, logit_columns
 from .cache.api import from_replies, score, silent_positions, write_topk
+from .cache.extend import extend_cache, extendable
 from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date, kept_learn
 from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, check_folder, write_cache
@@ -34,7 +36,7 @@ from .progress import Watched, print_usage, watching
 from .replies import is_unmarked_log
 from .text import REFUSED, Counted, Reply
 
-__all__ = ["CacheOptions", "cache_of_model", "cache_of_server", "device_of", "generate"]
+__all__ = ["CacheOptions", "cache_of_model", "cache_of_server", "device_of", "generate", "options_of"]
 
 LEFT_OUT = ".left-out.jsonl"
 """Ends the name of the list of rows that were left out."""
@@ -100,8 +102,26 @@ def device_of(name: str) -> str:
     return name
 
 
-def cache_of_model(options: CacheOptions, console: Console) -> None:
-    """A cache of a model that runs here."""
+def options_of(folder: Path, **options: Any) -> CacheOptions:
+    """The options that the cache in ``folder`` was made with, and those of ``options`` beside them.
+
+    Raises:
+        CacheError: see ``extendable``.
+    """
+    manifest = extendable(folder)
+    identity = manifest.identity
+    names = {field.name for field in dataclasses.fields(CacheOptions)}
+    return CacheOptions(**{
+        "out": folder, "kind": identity.kind, "k": identity.k or 1, "temperature": identity.temperature, "max_length": None,
+        "reasoning": "learn", "learn": None, "dtype": identity.teacher_dtype,
+        "precision": identity.dtype if identity.kind == "topk" else "float16",
+        "vocab_size": identity.vocab_size, "seed": identity.seed or 0, "max_new_tokens": 1, "shard_bytes": manifest.shard_bytes,
+        **{name: value for name, value in manifest.options.items() if name in names}, **options,
+    })  # fmt: skip
+
+
+def cache_of_model(options: CacheOptions, console: Console, extend: bool = False) -> None:
+    """Make a cache of a model that runs here, or ``extend`` the one that is there."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from .live import LiveTeacher
@@ -150,15 +170,20 @@ def cache_of_model(options: CacheOptions, console: Console) -> None:
                 report=advance,
             )
     else:
-        head = columns * hidden_size * model.dtype.itemsize if o.kind == "hidden" else 0
+        head = columns * hidden_size * model.dtype.itemsize if o.kind == "hidden" and not extend else 0
         with progress(console, "tokens") as (start, advance, _):
-            write_cache(
-                LiveTeacher(model, vocab_size=vocab_size), examples, o.out, identity, hidden_size=hidden_size, batch_size=o.batch_size,
-                shard_bytes=o.shard_bytes, collator=Collator(multiple=16, limit=limit),
-                options={"max_length": limit, "reasoning": o.reasoning, "learn": o.learn}, device=model.device,
-                report=advance,
-                started=_announcing(console, o.out, identity, start, hidden_size, head),
-            )  # fmt: skip
+            common: dict[str, Any] = {
+                "hidden_size": hidden_size, "batch_size": o.batch_size, "collator": Collator(multiple=16, limit=limit),
+                "device": model.device, "report": advance, "started": _announcing(console, o.out, identity, start, hidden_size, head),
+            }  # fmt: skip
+            source = LiveTeacher(model, vocab_size=vocab_size)
+            if extend:
+                extend_cache(source, examples, o.out, identity, **common)
+            else:
+                write_cache(
+                    source, examples, o.out, identity, shard_bytes=o.shard_bytes,
+                    options={"max_length": limit, "reasoning": o.reasoning, "learn": o.learn}, **common,
+                )  # fmt: skip
     console.print(f"{o.out}: complete")
 
 

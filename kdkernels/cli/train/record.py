@@ -23,7 +23,7 @@ from ...backends import selection
 from ...data.hub import identity_of, is_hub_name
 from ...support.files import digest, digest_file
 from ...teachers.adapters import base_content, find_adapter
-from ...teachers.cache.manifest import MANIFEST, model_files, template_hash, tokenizer_hash
+from ...teachers.cache.manifest import MANIFEST, Manifest, model_files, template_hash, tokenizer_hash
 from ...teachers.loading import load
 from ...trainer.checkpoints import BEFORE, differences, settings_of
 from .options import GROUPS, UNDECISIVE, default_of
@@ -123,7 +123,9 @@ class Record:
             f"number of processes ({one} then, {two} now)" if name == "processes" else f"{_option(name)} ({one!r} then, {two!r} now)"
             for name, (one, two) in changed.items()
         ]
-        return words + [words_of for name, words_of in CONTENT.items() if self.content.get(name) != now.content.get(name)]
+        return words + [
+            words_of for name, words_of in CONTENT.items() if not same_content(name, self.content.get(name), now.content.get(name))
+        ]
 
     def notes(self, now: Record) -> list[str]:
         """What differs and changes the last bits of a result only, in words."""
@@ -140,8 +142,7 @@ def check_expected(settings: Settings, now: Record, console: Console) -> None:
     expected = settings.expected
     if expected is None:
         return
-    content = {name: value for name, value in expected.get("content", {}).items() if name in CONTENT}
-    if other := [CONTENT[name] for name, value in content.items() if value != now.content.get(name)]:
+    if other := other_content({**now.content, **expected.get("content", {})}, now.content):
         raise TrainError(
             f"--config: its block {BLOCK} is of a run with another {', another '.join(other)}: give what that run had, or leave the block "
             "out for a new run"
@@ -179,13 +180,38 @@ def _content(settings: Settings, tokenizer: Any, known: Mapping[str, list[Any]])
     content = {
         "student": models[0],
         "teacher": models[1:],
-        "cache": None if settings.cache is None else digest_file(Path(settings.cache) / MANIFEST),
+        "cache": None if settings.cache is None else cache_content(Path(settings.cache)),
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": template_hash(tokenizer),
         "data": data_content(settings.data),
         "eval_data": data_content(settings.eval_data),
     }
     return content, files
+
+
+def cache_content(folder: Path) -> dict[str, Any]:
+    """The identity of a cache, and the sha256 of its manifest and of each shard."""
+    manifest = Manifest.read(folder)
+    return {
+        "manifest": digest_file(folder / MANIFEST), "identity": manifest.identity.hash(),
+        "head": None if manifest.head is None else manifest.head.sha256, "shards": [shard.sha256 for shard in manifest.shards],
+    }  # fmt: skip
+
+
+def other_content(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of what differs."""
+    return [words for name, words in CONTENT.items() if not same_content(name, then.get(name), now.get(name))]
+
+
+def same_content(name: str, then: Any, now: Any) -> bool:
+    """Compare content of a record. A cache is the same where shards were added: the rows of a run are in those that both have, or in the
+    new ones, and `train` has checked that all of them are there."""
+    if name != "cache" or then is None or now is None or then == now:
+        return bool(then == now)
+    if isinstance(then, str):  # of an earlier version
+        return bool(then == now["manifest"])
+    common = min(len(then["shards"]), len(now["shards"]))
+    return all(then[part] == now[part] for part in ("identity", "head")) and bool(then["shards"][:common] == now["shards"][:common])
 
 
 def data_content(paths: Iterable[str]) -> list[str]:

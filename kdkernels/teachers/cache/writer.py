@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ from .checks import check_finite, check_logprobs, place
 from .manifest import FORMAT, HEAD, MANIFEST, VERSION, CacheError, Head, Identity, Manifest, Shard
 from .shards import Array
 
-__all__ = ["DEFAULT_SHARD_BYTES", "Begun", "Plan", "Report", "bytes_per_token", "check_folder", "write_cache", "write_shards"]
+__all__ = [
+    "DEFAULT_SHARD_BYTES", "Begun", "Plan", "Producer", "Report", "bytes_per_token", "check_folder", "keys_and_counts", "opened",
+    "write_cache", "write_shards",
+]  # fmt: skip
 
 DEFAULT_SHARD_BYTES = 128 << 20
 ROUNDING = 1e-6
@@ -158,54 +162,88 @@ def write_cache(
     """
     begun = Begun.for_examples(out, identity, examples, shard_bytes, batch_size)
     identity = begun.identity
-    salt = identity.hash()
-    keys = [bytes.fromhex(example.key(salt)) for example in examples]
-    counts = [len(example.teacher_scored) for example in examples]
+    keys, counts = keys_and_counts(examples, identity)
     plan = Plan.of(keys, counts, bytes_per_token(identity, hidden_size), begun.shard_bytes, begun.batch_size)
-    collate = Collator(multiple=16) if collator is None else collator
     if begun.batch_size != batch_size and not (identity.kind == "hidden" and torch.device(device).type == "cpu"):
         warnings.warn(
             f"the cache was begun with --batch-size {begun.batch_size}: what is made with {batch_size} can differ from it in the last bit",
             stacklevel=2,
         )
-    kept: dict[str, LMHead] = {}
+    producer = Producer(teacher, examples, plan, identity, batch_size, collator, device, report)
+    with torch.inference_mode():
+        return write_shards(
+            out, begun, plan, producer, started, report, producer.head if identity.kind == "hidden" else None, options
+        )  # fmt: skip
 
-    def produce(path: Path, start: int, stop: int) -> None:
-        parts: list[dict[str, Array]] = []
-        hidden: list[Tensor] = []
-        for first in range(start, stop, batch_size):
-            chosen = range(first, min(first + batch_size, stop))
-            batch = [examples[plan.source[i]] for i in chosen]
-            side = _side(teacher, collate([(example,) for example in batch]), device)
-            if identity.kind == "hidden":
-                if not isinstance(side, LMHead):
-                    raise CacheError("--kind hidden needs a teacher whose head can be taken apart; this one gives logits: take --kind topk")
-                kept.setdefault("head", side)
-                states = side.hidden.detach()
-                wrong = (~states.isfinite().all(-1)).nonzero()
-                check_finite(not len(wrong), place(batch, int(wrong[0])) if len(wrong) else "")
-                hidden.append(states.to("cpu", getattr(torch, identity.dtype or "bfloat16")))
-            elif identity.kind == "topk":
-                parts.append(_topk(side, identity, lambda row, batch=batch: place(batch, row)))  # type: ignore[misc]
+
+def keys_and_counts(examples: Sequence[Example], identity: Identity) -> tuple[list[bytes], list[int]]:
+    """The key of each example in a cache of this identity, and how many tokens it scores."""
+    salt = identity.hash()
+    return [bytes.fromhex(example.key(salt)) for example in examples], [len(example.teacher_scored) for example in examples]
+
+
+class Producer:
+    """Writes shards of a plan: runs the teacher over their examples.
+
+    Args:
+        batch_size: examples at a time.
+        collator: what makes a batch. Default: padding to a multiple of 16.
+        device: where views are made.
+        report: called with the tokens of each batch.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherSource,
+        examples: Sequence[Example],
+        plan: Plan,
+        identity: Identity,
+        batch_size: int,
+        collator: Collator | None = None,
+        device: torch.device | str = "cpu",
+        report: Report | None = None,
+    ) -> None:
+        self._teacher, self._examples, self._plan, self._identity = teacher, examples, plan, identity
+        self._batch_size, self._device, self._report = batch_size, device, report
+        self._collate = Collator(multiple=16) if collator is None else collator
+        self._head: LMHead | None = None
+
+    def __call__(self, path: Path, start: int, stop: int) -> None:
+        """Write the shard of examples ``[start, stop)`` of the plan."""
+        plan, parts, hidden = self._plan, [], []
+        for first in range(start, stop, self._batch_size):
+            chosen = range(first, min(first + self._batch_size, stop))
+            batch = [self._examples[plan.source[i]] for i in chosen]
+            side = _side(self._teacher, self._collate([(example,) for example in batch]), self._device)
+            if self._identity.kind == "hidden":
+                hidden.append(self._states(side, batch))
+            elif self._identity.kind == "topk":
+                parts.append(_topk(side, self._identity, lambda row, batch=batch: place(batch, row)))  # type: ignore[misc]
             else:
                 ends = np.cumsum([plan.counts[i] for i in chosen]).tolist()
                 bounds = zip([0, *ends], ends, chosen, strict=False)
-                parts += [_draws(_rows(side, a, b), identity, plan.keys[i], place(batch, a)) for a, b, i in bounds]
-            if report is not None:
-                report(sum(plan.counts[i] for i in chosen))
-        if identity.kind == "hidden":
+                parts += [_draws(_rows(side, a, b), self._identity, plan.keys[i], place(batch, a)) for a, b, i in bounds]
+            if self._report is not None:
+                self._report(sum(plan.counts[i] for i in chosen))
+        if self._identity.kind == "hidden":
             shards.write_hidden(path, plan.keys[start:stop], plan.counts[start:stop], torch.cat(hidden))
         else:
             columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             shards.write_parquet(path, plan.keys[start:stop], plan.counts[start:stop], columns)
 
-    def head(folder: Path) -> Head:
-        return _write_head(folder, kept["head"])
+    def _states(self, side: Side, batch: list[Example]) -> Tensor:
+        if not isinstance(side, LMHead):
+            raise CacheError("--kind hidden needs a teacher whose head can be taken apart; this one gives logits: take --kind topk")
+        self._head = self._head or side
+        states = side.hidden.detach()
+        wrong = (~states.isfinite().all(-1)).nonzero()
+        check_finite(not len(wrong), place(batch, int(wrong[0])) if len(wrong) else "")
+        return states.to("cpu", getattr(torch, self._identity.dtype or "bfloat16"))
 
-    with torch.inference_mode():
-        return write_shards(
-            out, begun, plan, produce, started, report, head if identity.kind == "hidden" else None, options
-        )  # fmt: skip
+    def head(self, folder: Path) -> Head:
+        """Write the head of the teacher that has made a shard."""
+        assert self._head is not None
+        return _write_head(folder, self._head)
 
 
 def write_shards(
@@ -231,8 +269,7 @@ def write_shards(
         shard_bytes=begun.shard_bytes, batch_size=begun.batch_size, date=begun.date, options=dict(options or {}), version=begun.version,
     )  # fmt: skip
     try:
-        with _output(out) as output:
-            _check_others(output)
+        with opened(out) as output:
             files = [f"{number:06d}.{shards.suffix(begun.identity.kind)}" for number in range(len(plan.bounds))]
             output.check([*files, *([HEAD] if head else [])])
             manifest = _resumed(output, fresh)
@@ -269,14 +306,22 @@ def check_folder(out: Path) -> None:
         CacheError: the folder is in use, or holds something else.
     """
     try:
-        with _output(out) as output:
-            _check_others(output)
+        with opened(out):
+            pass
     except FileError as error:
         raise CacheError(str(error)) from None
 
 
-def _output(out: Path) -> Output:
-    return Output(out, "cache", adopt=lambda: _unmarked(out))
+@contextmanager
+def opened(out: Path) -> Iterator[Output]:
+    """A context that holds the folder of a cache, once it is known to be empty or a cache.
+
+    Raises:
+        FileError, CacheError: the folder is in use, or holds something else.
+    """
+    with Output(out, "cache", adopt=lambda: _unmarked(out)) as output:
+        _check_others(output)
+        yield output
 
 
 def _unmarked(out: Path) -> list[str]:
