@@ -192,7 +192,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and > 0, got {self.temperature}")
         optional = {f.name for f in dataclasses.fields(self) if f.default is None}
-        values = {name: getattr(self, name, None) for name in (*LEAST, *FINITE, *BELOW_1)}
+        values: dict[str, Any] = {name: getattr(self, name, None) for name in (*LEAST, *FINITE, *BELOW_1)}
         for name, value in values.items():
             if value is None and name in optional:
                 continue
