@@ -367,7 +367,7 @@ def test_configs_that_can_not_be_read(tmp_path: Path) -> None:
         ("m.yaml", "{student: x, data: y, teacher: [z, 3]}", "--teacher ['z', 3]: a path or name is needed"),
         ("h.yaml", "{student: x, data: y, max-steps: 10.5}", "max-steps: invalid int value: '10.5'"),
         ("i.yaml", "{student: x, data: y, temperature: true}", "--temperature: invalid float value: 'True'"),
-        ("j.yaml", "{student: x, data: y, ce-weight: [1, 2]}", "ce-weight: invalid float value: '[1, 2]'"),
+        ("j.yaml", "{student: x, data: y, ce-weight: [1, 2]}", "ce-weight in the config: one value is needed, not a list ([1, 2])"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
         result = train("train", "--config", str(tmp_path / name))

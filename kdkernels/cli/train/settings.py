@@ -21,6 +21,8 @@ SEVERAL = ("teacher", "data", "eval_data")
 """Options that can be given several times."""
 RESOLVED, BLOCK = "resolved.yaml", "record"
 """The file of every option of a run in its output folder; the block in it that names versions and content."""
+STRUCTURED = ("divergence", "feature_layers", "columns")
+"""Options of text that a file may give as a mapping or a list, which DistillationArguments reads."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -196,6 +198,8 @@ def _as_typed(name: str, value: Any, read: Any, hint: Any) -> Any:
     if isinstance(value, datetime.date) and str in kinds:  # YAML takes a plain 2026-11-28 for a date
         return value.isoformat()
     if isinstance(value, (list, Mapping)):
+        if name in STRUCTURED:
+            return value
         if not kinds & {list, dict} or (isinstance(value, Mapping) and dict not in kinds):
             what = "a list" if isinstance(value, list) else "a mapping"
             raise TrainError(f"{name.replace('_', '-')} in the config: one value is needed, not {what} ({_short(value)})")
