@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..data.agreement import check_templates, check_tokenizers
@@ -18,7 +20,7 @@ from ..teachers.source import TeacherSource
 from .arguments import DistillationArguments
 
 __all__ = [
-    "SavedConfig", "Untaught", "check_kept", "check_teacher_tokenizers", "teacher_source", "warn_of_missing", "warn_of_student",
+    "SavedConfig", "Untaught", "check_kept", "check_teacher_tokenizers", "seeded", "teacher_source", "warn_of_missing", "warn_of_student",
 ]  # fmt: skip
 
 PADDING = 1024
@@ -170,6 +172,15 @@ def _missing(teacher: Any, examples: Sequence[Example]) -> int:
     if not hasattr(teacher, "salt") or not hasattr(teacher, "__contains__"):
         return 0
     return sum(example.key(teacher.salt) not in teacher for example in examples)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A context whose draws depend on ``seed`` alone; afterwards the random state is what it was."""
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
 
 
 class Untaught(list[Any]):

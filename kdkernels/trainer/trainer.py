@@ -45,7 +45,7 @@ from .features import PROJECTORS, FeatureTap
 from .finite import check_numbers, not_finite
 from .objective import TERMS, Objective
 from .rollouts import chosen, rollouts
-from .setup import SavedConfig, Untaught, check_kept, check_teacher_tokenizers, teacher_source, warn_of_missing, warn_of_student
+from .setup import SavedConfig, Untaught, check_kept, check_teacher_tokenizers, seeded, teacher_source, warn_of_missing, warn_of_student
 from .windows import EpochEnd, LogWindow
 
 __all__ = ["DistillationTrainer"]
@@ -101,7 +101,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         live = self.teacher.models if isinstance(self.teacher, LiveTeacher) else []
         self.max_length = length_limit(args.max_length, map(text_config, [model, *live]), args.packing)
         self._embeddings = embedding_rows(model, *live)
-        features = FeatureTap(model, live[0], args.feature_layers, args.feature_loss) if args.feature_weight > 0 else None
+        features = None
+        if args.feature_weight > 0:
+            with seeded(args.seed):  # of the projectors' initial weights
+                features = FeatureTap(model, live[0], args.feature_layers, args.feature_loss)
         self.objective = Objective(
             HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse(args.divergence),
             args.temperature, args.t_squared, args.kd_weight, args.ce_weight, args.memory_budget,

@@ -115,7 +115,8 @@ def test_another_version_than_the_record_names_is_a_warning(finished: Path, tmp_
         ({"packing": "perhaps"}, "perhaps"),
         ({"packing": {"length": 3}}, "packing in the config: one value is needed, not a mapping"),
         ({"divergence": 3}, "divergence in the config: text is needed, not 3"),
-        ({"divergence": ["jsd"]}, "divergence in the config: one value is needed, not a list (['jsd'])"),
+        ({"divergence": ["jsd"]}, "divergence must be a name or a kdkernels divergence, got list"),
+        ({"overlong": ["drop"]}, "overlong in the config: one value is needed, not a list (['drop'])"),
         ({"lora-r": 2, "lora-target-modules": 3}, "lora-target-modules in the config: text or a list of texts is needed, not 3"),
         ({"lora-r": "two"}, "--lora-r: invalid int value: 'two'"),
         ({"student": 5}, "--student 5: a path or name is needed, as text"),
@@ -128,6 +129,13 @@ def test_values_of_a_config_that_do_not_fit(home: Path, tmp_path: Path, options:
     assert result.exit_code == 2, result.output
     assert len(result.output.splitlines()) == 1
     assert words in result.output
+
+
+def test_options_that_are_mappings_in_a_file_repeat_the_run(home: Path, tmp_path: Path) -> None:
+    options = {"divergence": {"name": "jsd", "beta": 0.3}, "feature_layers": [[0, 0]], "feature_weight": 0.5, "max_steps": 1}
+    run_in(home, tmp_path / "one", **options)
+    assert train("--config", tmp_path / "one" / "resolved.yaml", "--output-dir", tmp_path / "two").exit_code == 0
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
 def test_one_layer_name_of_a_config_is_a_list_of_one_and_a_plain_date_is_text() -> None:

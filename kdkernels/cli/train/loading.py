@@ -15,6 +15,7 @@ from transformers.integrations import deepspeed as zero
 from ...data.agreement import check_templates, check_tokenizers
 from ...teachers.adapters import find_adapter, quiet
 from ...teachers.loading import has_tokenizer, load, skeleton_of
+from ...trainer.setup import seeded
 from .settings import Settings, TrainError
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def with_lora(model: Any, settings: Settings) -> Any:
     import peft
 
     config = settings.adapter.config()
-    with torch.random.fork_rng([]), quiet():
-        torch.manual_seed(settings.args.seed)
+    with seeded(settings.args.seed), quiet():
         try:
             adapted = peft.get_peft_model(model, config)
         except ValueError as error:
