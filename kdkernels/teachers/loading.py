@@ -6,25 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import Adapter, adapted, check_fits, find_adapter
+from .quantization import check_quantization, quantization_config
 
 __all__ = ["TOKENIZER_FILES", "has_tokenizer", "load", "skeleton_of"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load(cls: Any, role: str, path: str, *, trainable: bool = False, **options: Any) -> Any:
+def load(cls: Any, role: str, path: str, *, trainable: bool = False, quantization: str | None = None, **options: Any) -> Any:
     """The config, tokenizer or model of a folder or hub name, by ``cls.from_pretrained``. Code that comes with a model is never run.
 
     Of an adapter the config is that of its base model, the tokenizer its own if it has one, and the model both together.
 
     Args:
         trainable: an adapter is loaded to be trained on.
+        quantization: a name of ``QUANTIZATIONS``, of a model; what an adapter adds is not quantised.
 
     Raises:
         ValueError: there is none, it can't be loaded, or weights of the model are missing. The message names the option, ``--role``.
     """
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"--{role} {path}: no such folder")
+    if quantization is not None:
+        check_quantization(f"--{role}-quantization", quantization)
+        options["quantization_config"] = quantization_config(quantization)
     adapter = find_adapter(role, path, options.get("revision"))
     if adapter is None or (cls.__name__ == "AutoTokenizer" and has_tokenizer(path)):
         return _load(cls, role, path, **options)

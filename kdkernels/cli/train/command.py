@@ -23,6 +23,9 @@ Every field of DistillationArguments and of transformers' TrainingArguments is a
 - a LoRA in place of all weights: `--lora-r 16`, `--lora-alpha`, `--lora-dropout`, `--lora-target-modules`, `--use-rslora`, `--use-dora`;
   `--merge` also writes the merged model
 
+- memory: `--student-quantization` (with a LoRA) and `--teacher-quantization`: bnb-4bit, bnb-8bit, int8 or int4; `--teacher-device`,
+  `--teacher-device-map`
+
 - samples while it runs: `--sample-every 100`, `--sample-prompts`
 
 - the student's own responses: `--on-policy-fraction`, `--sample-temperature`, `--max-new-tokens`

@@ -14,14 +14,16 @@ from transformers.integrations import deepspeed as zero
 
 from ...data.agreement import check_templates, check_tokenizers
 from ...teachers.adapters import find_adapter, quiet
+from ...teachers.jobs import device_of
 from ...teachers.loading import has_tokenizer, load, skeleton_of
 from ...trainer.setup import seeded
+from .options import MemoryOptions
 from .settings import Settings, TrainError
 
 if TYPE_CHECKING:
     from ...teachers.cache import CachedTeacher
 
-__all__ = ["cache_of", "check_data", "model_of", "student_of", "student_skeleton", "tokenizer_of"]
+__all__ = ["cache_of", "check_data", "model_of", "student_of", "student_skeleton", "teachers_of", "tokenizer_of"]
 
 FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate sets it, transformers reads it
 
@@ -62,12 +64,37 @@ def check_data(settings: Settings) -> None:
                 raise TrainError(f"--{name} {path}: {error}") from error
 
 
-def model_of(role: str, path: str, dtype: str) -> Any:
-    """A model with its weights, in its own dtype with "auto". Of an adapter as the student the adapter is trainable."""
+def model_of(role: str, path: str, dtype: str, **options: Any) -> Any:
+    """A model with its weights, in its own dtype with "auto"; ``options`` are those of ``load``."""
     with _whole() if role == "teacher" else nullcontext():
-        return load(
-            AutoModelForCausalLM, role, path, trainable=role == "student", dtype=dtype if dtype == "auto" else getattr(torch, dtype)
-        )
+        return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+
+
+def teachers_of(settings: Settings) -> list[Any]:
+    """The teachers with their weights, quantised and placed as the settings say."""
+    memory = settings.memory
+    options = _options(settings, memory.teacher_quantization, _placed(memory))
+    return [model_of(*model, **options) for model in settings.models[1:]]
+
+
+def _options(settings: Settings, quantization: str | None, device_map: Any) -> dict[str, Any]:
+    if quantization is not None and device_map is None and settings.args.device.type == "cuda":
+        device_map = {"": settings.args.device}  # it is quantised where it runs
+    options = {"quantization": quantization, "device_map": device_map}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _placed(memory: MemoryOptions) -> Any:
+    """
+    Raises:
+        TrainError: torch has no such device here.
+    """
+    if memory.teacher_device is not None:
+        try:
+            device_of(memory.teacher_device)
+        except ValueError as error:
+            raise TrainError(f"--teacher-device {str(error).removeprefix('--device ')}") from None
+    return memory.placement()
 
 
 def student_skeleton(settings: Settings) -> Any:
@@ -78,7 +105,12 @@ def student_skeleton(settings: Settings) -> Any:
     """
     role, path, _ = settings.models[0]
     model, options = skeleton_of(role, path), settings.adapter
-    adapter = find_adapter(role, path)
+    adapter, memory = find_adapter(role, path), settings.memory
+    _placed(memory)
+    if memory.student_quantization is not None and adapter is None and options.lora_r is None:
+        raise TrainError(f"--student-quantization {memory.student_quantization}: quantised weights can't be trained. Add --lora-r 16")
+    if given := [n for n in ("quantization", "device", "device_map") if getattr(memory, f"teacher_{n}") and not settings.teacher]:
+        raise TrainError(f"--teacher-{given[0].replace('_', '-')}, but no --teacher runs: leave it out")
     if options.lora_r is None:
         if options.merge and adapter is None:
             raise TrainError("--merge, but no adapter is trained: give --lora-r, or an adapter as the --student")
@@ -94,7 +126,8 @@ def student_skeleton(settings: Settings) -> Any:
 def student_of(settings: Settings, folder: Path | None = None) -> Any:
     """The model to train; of a training that has come to its end, that of its last checkpoint, ``folder``."""
     role, path, dtype = settings.models[0]
-    model = model_of(role, path if folder is None else str(folder), dtype)
+    options = _options(settings, settings.memory.student_quantization, None)
+    model = model_of(role, path if folder is None else str(folder), dtype, trainable=True, **options)
     return model if folder is not None or settings.adapter.lora_r is None else with_lora(model, settings)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-__all__ = ["GROUPS", "UNDECISIVE", "AdapterOptions", "ReportOptions", "default_of"]
+from ...teachers.quantization import QUANTIZATIONS, check_quantization
+
+__all__ = ["GROUPS", "UNDECISIVE", "AdapterOptions", "MemoryOptions", "ReportOptions", "default_of"]
+
+DEVICE_MAPS = ("auto", "balanced", "sequential")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,50 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True)
+class MemoryOptions:
+    """How the models lie in memory.
+
+    Raises:
+        ValueError: a quantisation that is unknown or that this machine lacks, a device map that is not one.
+    """
+
+    student_quantization: str | None = field(
+        default=None, metadata={"help": f"Of the frozen weights under an adapter: {', '.join(QUANTIZATIONS)}."}
+    )
+    teacher_quantization: str | None = field(default=None, metadata={"help": f"Of the teachers' weights: {', '.join(QUANTIZATIONS)}."})
+    teacher_device: str | None = field(default=None, metadata={"help": "Where the teachers run, as cuda:1. Default: with the student."})
+    teacher_device_map: str | None = field(
+        default=None, metadata={"help": "How a teacher is spread over devices: auto, balanced, sequential, or JSON of layers to devices."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("student_quantization", "teacher_quantization"):
+            value = getattr(self, name)
+            if value is not None:
+                check_quantization(f"--{name.replace('_', '-')}", value)
+        if self.teacher_device is not None and self.teacher_device_map is not None:
+            raise ValueError("--teacher-device and --teacher-device-map: give one of them")
+        self.placement()
+
+    def placement(self) -> Any:
+        """The ``device_map`` of the teachers; None where they stay with the student."""
+        if self.teacher_device is not None:
+            return {"": self.teacher_device}
+        given = self.teacher_device_map
+        if given is None or given in DEVICE_MAPS:
+            return given
+        try:
+            value = json.loads(given)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(
+                f'--teacher-device-map {given}: give {", ".join(DEVICE_MAPS)}, or JSON such as {{"model.layers.0": 0, "": "cpu"}}'
+            )
+        return value
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """What a training shows of its student while it runs.
 
@@ -85,7 +134,7 @@ def default_of(field: Any) -> Any:
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
-GROUPS: dict[str, type] = {"adapter": AdapterOptions, "reports": ReportOptions}
+GROUPS: dict[str, type] = {"adapter": AdapterOptions, "memory": MemoryOptions, "reports": ReportOptions}
 """The dataclasses, by the field of ``Settings`` that holds one."""
-UNDECISIVE = frozenset({"merge", "sample_every", "sample_prompts"})
+UNDECISIVE = frozenset({"merge", "sample_every", "sample_prompts", "teacher_device", "teacher_device_map"})
 """Options of ``GROUPS`` that may change when a training is resumed."""

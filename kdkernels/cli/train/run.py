@@ -22,7 +22,7 @@ from ...trainer.checkpoints import best_of, checkpoints, flaw, read_manifest
 from ...trainer.finite import NotFiniteError, check_numbers
 from ...trainer.trainer import DistillationTrainer
 from .callbacks import Bar, Interrupt, LogFile, Samples, reporting_under
-from .loading import cache_of, check_data, model_of, student_of, student_skeleton, tokenizer_of
+from .loading import cache_of, check_data, student_of, student_skeleton, teachers_of, tokenizer_of
 from .merged import write_merged
 from .output import LOG, MERGED, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
 from .record import Record, check_expected, resolved
@@ -112,7 +112,7 @@ class Training:
         self.trained = old is not None and is_last(checkpoint, total_steps(self.args, old.an_epoch))
         self.model = model_folder(checkpoint, self.args) if self.trained and checkpoint is not None else None
         student = student_of(settings, self.model)
-        teachers = [model_of(*model) for model in settings.models[1:]]
+        teachers = teachers_of(settings)
         with shown_warnings(console):
             self.trainer = OwnedTrainer(
                 model=student, teacher=teachers or None if cache is None else cache, args=self.args, train_dataset=settings.data,
@@ -159,7 +159,8 @@ class Training:
             self._summarise(None, not_finite={name: str(value) for name, value in error.values.items()}, steps=error.step)
             raise
         save_model(trainer, self.output, self.out)
-        show(self._summarise(after), self.console)
+        summary = self._summarise(after)
+        show(summary, self.console)
         if self.settings.adapter.merge:
             write_merged(self.settings, self.output, self.console)
         return 0

@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ...data.values import object_of, read_json
-from .options import GROUPS, AdapterOptions, ReportOptions
+from .options import GROUPS, AdapterOptions, MemoryOptions, ReportOptions
 
 __all__ = ["BLOCK", "RESOLVED", "Settings", "TrainError", "read_config", "read_settings"]
 
@@ -42,6 +42,7 @@ class Settings:
     student_dtype: str = "auto"
     teacher_dtype: str = "auto"
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     reports: ReportOptions = field(default_factory=ReportOptions)
     args: Any = None
     options: dict[str, Any] = field(default_factory=dict)
