@@ -25,7 +25,7 @@ from ..teachers.local import generate, prompt_ids
 from ..teachers.replies import seed_of
 from ..trainer import DistillationArguments, DistillationTrainer
 
-__all__ = ["Evaluation", "Sampling", "chat", "evaluate", "sample"]
+__all__ = ["Evaluation", "Sampling", "chat", "evaluate", "model_of", "sample"]
 
 FIGURES = {"divergence": "divergence", "cross_entropy": "cross-entropy", "top1_agreement": "same top token"}
 """What an evaluation reports of a student on a data set, and its name in a table."""
@@ -59,10 +59,10 @@ def evaluate(options: Evaluation) -> list[dict[str, Any]]:
     for other in others:
         check_tokenizers(tokenizer, other)
         check_templates(tokenizer, other, list(options.data))
-    teachers = [_model("teacher", path, options.teacher_dtype, "cpu") for path in options.teachers]
+    teachers = [model_of("teacher", path, options.teacher_dtype, "cpu") for path in options.teachers]
     found: list[dict[str, Any]] = []
     for student in options.students:
-        model = _model("student", student, options.student_dtype, device)
+        model = model_of("student", student, options.student_dtype, device)
         with tempfile.TemporaryDirectory() as folder:
             weights = {"kd_weight": 1.0, "ce_weight": 0.0} if teachers else {"kd_weight": 0.0, "ce_weight": 1.0}
             fixed = {"output_dir": folder, "use_cpu": device == "cpu", "report_to": "none", "disable_tqdm": True}
@@ -84,7 +84,8 @@ def evaluate(options: Evaluation) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: options.data.index(row["data"]))
 
 
-def _model(role: str, path: str, dtype: str, device: str) -> Any:
+def model_of(role: str, path: str, dtype: str, device: str) -> Any:
+    """A model to run, in eval mode on a device."""
     return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).to(device).eval()
 
 
@@ -123,7 +124,7 @@ def sample(
     for role, path in roles:
         tokenizer = load(AutoTokenizer, role, path)
         examples = load_examples(taken, tokenizer, prompts=True)
-        model = _model(role, path, how.dtype, device)
+        model = model_of(role, path, how.dtype, device)
         for row, example, fields in zip(made, examples, taken, strict=True):
             view = role == "teacher"
             ids = example.teacher_ids if view else example.student_ids
@@ -154,7 +155,7 @@ def chat(student: str, system: str, how: Sampling, turns: Iterator[str], write: 
     transformers.logging.disable_progress_bar()
     device = device_of(how.device)
     tokenizer = load(AutoTokenizer, "student", student)
-    model = _model("student", student, how.dtype, device)
+    model = model_of("student", student, how.dtype, device)
     begin = [{"role": "system", "content": system}] if system else []
     messages = list(begin)
     for turn in turns:

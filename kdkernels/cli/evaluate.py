@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from enum import Enum
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -58,8 +59,11 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     student: Annotated[list[str], typer.Option(help="Folder or hub name of a model or adapter. Several: all in one table.")],
-    data: Annotated[list[str], typer.Option(help="Rows, as for `kdkernels train`. Several: each for itself.")],
+    data: Annotated[list[str] | None, typer.Option(help="Rows, as for `kdkernels train`. Several: each for itself.")] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="Model to compare with. Several: an ensemble.")] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, as arc_easy,hellaswag. Needs `pip install 'kdkernels[lm-eval]'`.")] = "",
+    tasks_dir: Annotated[Path | None, typer.Option(help="Folder of further tasks, as lm-eval's YAML files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task, at most.")] = None,
     divergence: Annotated[str, typer.Option(help=DIVERGENCE)] = "forward_kl",
     temperature: Annotated[float, typer.Option(help="T > 0 of the divergence; it is not multiplied by T^2.")] = 1.0,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most. Default: what the models take.")] = None,
@@ -76,6 +80,8 @@ def evaluate(
     Every figure is a mean over the scored tokens of a data set, as `kdkernels train` prints it of its held-out data.
     """
     with failing():
+        if not data and not tasks:
+            raise ValueError("--data is missing (or --tasks)")
         from .comparison import FIGURES, Evaluation
         from .comparison import evaluate as measure
 
@@ -83,18 +89,36 @@ def evaluate(
             "divergence": divergence, "temperature": temperature, "max_length": max_length, "overlong": overlong.value,
             "per_device_eval_batch_size": batch_size, "columns": columns,
         }  # fmt: skip
-        rows = measure(Evaluation(student, teacher or [], data, arguments, student_dtype.value, teacher_dtype.value, device))
+        rows = harnessed = None
+        if tasks:
+            from .tasks import run_tasks
+
+            harnessed = run_tasks(student, tasks.split(","), tasks_dir, limit, batch_size, student_dtype.value, device)
+        if data:
+            rows = measure(Evaluation(student, teacher or [], data, arguments, student_dtype.value, teacher_dtype.value, device))
         if as_json:
             about = {"teacher": teacher or [], "divergence": divergence, "temperature": temperature}
-            typer.echo(json.dumps({**about, "rows": rows}, indent=1))
+            typer.echo(json.dumps({**about, "rows": rows or [], "tasks": harnessed or []}, indent=1))
             return
-        from rich.table import Table
+        where = console()
+        for made, names in ((rows, FIGURES), (harnessed, {})):
+            if made:
+                where.print(_table(made, names))
 
-        names = [name for name in FIGURES if name in rows[0]]
-        table = Table("data", "student", *(FIGURES[name] for name in names), "tokens", box=None)
-        for row in rows:
-            table.add_row(shown(row["data"]), shown(row["student"]), *(f"{row[name]:.4f}" for name in names), f"{row['tokens']:,}")
-        console().print(table)
+
+def _table(rows: list[dict[str, Any]], names: Mapping[str, str]) -> Any:
+    """A line for each row, a column for each field of any row; ``names`` of the columns where they differ from the fields."""
+    from rich.table import Table
+
+    fields = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*(names.get(name, name) for name in fields), box=None)
+    for row in rows:
+        table.add_row(*(_cell(row.get(name, "")) for name in fields))
+    return table
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else shown(value)
 
 
 def sample(

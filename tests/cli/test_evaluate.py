@@ -147,3 +147,34 @@ def test_samples_of_a_training_are_logged_and_change_nothing(home: Path, tmp_pat
     assert [sample["prompt"].strip() for sample in samples[2]] == prompts
     assert "step 4, sample: " in printed
     assert [line for line in log(tmp_path / "with") if "samples" not in line] == log(tmp_path / "without")
+
+
+def test_a_task_of_a_local_folder_is_evaluated(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"prompt": f"{word} cat", "right": index % 2} for index, word in enumerate(["red", "blue", "green", "one"])]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "colours.yaml").write_text(
+        f"task: colours\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{prompt}}'\ndoc_to_choice: [' dog', ' bird']\ndoc_to_target: right\n"
+        "metric_list:\n  - metric: acc\n"
+    )
+    words = ("evaluate", "--student", home / "student", "--tasks-dir", tmp_path, "--device", "cpu", "--batch-size", 1)
+    result = invoke(*words, "--tasks", "colours", "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["tasks"]
+    assert (row["task"], row["student"]) == ("colours", str(home / "student"))
+    assert 0 <= row["acc"] <= 1
+    unknown = invoke(*words, "--tasks", "shapes")
+    assert unknown.exit_code == 2
+    assert "--tasks shapes: lm-eval has no such task" in unknown.output
+
+
+def test_tasks_without_lm_eval_name_the_extra(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else find(name, *more))
+    result = invoke("evaluate", "--student", home / "student", "--tasks", "arc_easy")
+    assert result.exit_code == 2
+    assert "--tasks needs lm-eval: pip install 'kdkernels[lm-eval]'" in result.output
+    assert "--data is missing (or --tasks)" in invoke("evaluate", "--student", home / "student").output

@@ -1,7 +1,8 @@
-"""A local stub of the Hugging Face hub that serves data sets: enough of its API for ``datasets.load_dataset``."""
+"""A local stub of the Hugging Face hub: it serves data sets, for ``datasets.load_dataset``, and takes models, for ``upload_folder``."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -76,6 +77,63 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
+
+
+class Pushes(BaseHTTPRequestHandler):
+    """Takes models: ``server.pushed`` has the files of each by path. A name that begins with ``refused`` is refused."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.partition("?")[0].replace("%2F", "/").strip("/")
+        self.server.tokens.add(self.headers.get("Authorization"))  # type: ignore[attr-defined]
+        pushed: dict[str, dict[str, bytes]] = self.server.pushed  # type: ignore[attr-defined]
+        if path == "api/repos/create":
+            name = json.loads(body)["name"]
+            if name.startswith("refused"):
+                return self._send(403, {"error": "you may not"})
+            pushed.setdefault(f"me/{name}", {})
+            return self._send(200, {"url": f"http://{self.headers['Host']}/me/{name}", "id": f"me/{name}"})
+        repo, _, _ = path.removeprefix("api/models/").partition("/preupload" if "/preupload" in path else "/commit")
+        if "/preupload" in path:
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            return self._send(200, {"files": files})
+        if "/commit" in path:
+            entries = [json.loads(line) for line in body.splitlines()]
+            files = {entry["value"]["path"]: entry["value"]["content"] for entry in entries if entry["key"] == "file"}
+            pushed[repo] |= {name: base64.b64decode(content) for name, content in files.items()}
+            return self._send(200, {"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
+        return self._send(200, {"errors": [], "warnings": []})  # of a card
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].removeprefix("/api/models/")
+        self._send(200, {"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
+
+    def _send(self, status: int, value: Any) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def taking() -> Iterator[Any]:
+    """Take pushes in the place of the hub from this process; yields the server, with ``pushed`` and the ``tokens`` that came."""
+    import huggingface_hub
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pushes)
+    server.pushed, server.tokens = {}, set()  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with mock.patch.multiple(huggingface_hub.constants, ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_OFFLINE=False):
+            yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextmanager

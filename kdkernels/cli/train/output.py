@@ -18,9 +18,11 @@ from ...trainer.trainer import DistillationTrainer
 from .settings import RESOLVED, Settings, TrainError
 
 __all__ = [
+    "CARD",
     "FIGURE",
     "LOG",
     "MERGED",
+    "MODEL_FILES",
     "RECORD",
     "SUMMARY",
     "OwnedTrainer",
@@ -42,7 +44,7 @@ MODEL_FILES = (
 MERGED = "merged"
 """Folder of the whole model, where an adapter was trained."""
 CARD = "README.md"
-"""Written by peft; one of the user's stays."""
+"""The model's card, written by peft and for the hub; one of the user's stays."""
 UNFINISHED = ".model.unfinished"
 
 
@@ -165,17 +167,13 @@ def save_model(trainer: DistillationTrainer, output: Output | None, out: Path) -
         output.remove(UNFINISHED)
     trainer.accelerator.wait_for_everyone()
     folder = out / UNFINISHED
-    push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # it would be pushed from the unfinished folder
     trainer.save_model(str(folder))
-    trainer.args.push_to_hub = push
     trainer.accelerator.wait_for_everyone()  # each process adds its random state to the last checkpoint, too
     if output is not None:
         if (adapter := find_adapter("output-dir", str(folder))) is not None:
             (folder / BASE).write_text(describe_base(adapter), encoding="utf-8")
         put_in_place(folder, output)
     trainer.accelerator.wait_for_everyone()
-    if push:
-        trainer.push_to_hub(commit_message="Model save")
 
 
 def put_in_place(folder: Path, output: Output) -> None:

@@ -25,6 +25,7 @@ from .callbacks import Bar, Interrupt, LogFile, Samples, reporting_under
 from .loading import cache_of, check_data, student_of, student_skeleton, teachers_of, tokenizer_of
 from .merged import write_merged
 from .output import LOG, MERGED, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
+from .publish import Publication
 from .record import Record, check_expected, resolved
 from .resume import choose_learn, finished_summary, is_last, known_record, model_folder, starting_point
 from .settings import RESOLVED, Settings, TrainError
@@ -66,6 +67,7 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
     choose_learn(args, cache)
     record, old = known_record(settings, tokenizer)
     check_expected(settings, record, console)
+    publication = Publication.of(settings)
     if output is not None:
         for name in begun_checkpoints(output):
             output.remove(name)
@@ -78,12 +80,14 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
             show(summary, console)
             if settings.adapter.merge and not (out / MERGED).exists():
                 write_merged(settings, output, console)
+            if publication is not None:
+                publication.push(output, summary, console)
             return 0
         for note in old.notes(record):
             console.print(f"Note: another {note}: the last bits of the result may be others", markup=False)
         checkpoint = starting_point(args, total)
     with reporting_under(out):
-        return Training(settings, output, tokenizer, cache, console, record, old, checkpoint).run()
+        return Training(settings, output, tokenizer, cache, console, record, old, checkpoint).run(publication)
 
 
 class Training:
@@ -144,8 +148,8 @@ class Training:
         self.trainer.accelerator.wait_for_everyone()
         return self.out / checkpoint.name
 
-    def run(self) -> int:
-        """Train and write the summary; returns the exit status."""
+    def run(self, publication: Publication | None = None) -> int:
+        """Train, write the summary and push what was asked for; returns the exit status."""
         trainer = self.trainer
         self._begin()
         transformers.set_seed(self.args.seed)
@@ -163,6 +167,8 @@ class Training:
         show(summary, self.console)
         if self.settings.adapter.merge:
             write_merged(self.settings, self.output, self.console)
+        if publication is not None:
+            publication.push(self.output, summary, self.console)
         return 0
 
     def _begin(self) -> None:
