@@ -19,13 +19,32 @@ OLDER_TRITONS := $(TRITONS:%=$(VENV)/triton-%)
 # The folder for `make wheels`.
 DIST ?= dist
 
-.PHONY: demo test real ptx lint docs wheels bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
+.PHONY: demo test test-integrations real ptx lint docs wheels bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
 
 demo: $(VENV)/.built
 	$(BIN)/kdkernels demo
 
 test: $(VENV)/.built $(OLDER_TRITONS)
 	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -n 2 --cov=kdkernels --cov-report=term-missing:skip-covered
+
+# Patches for other trainers against the real packages, one environment each: INTEGRATIONS="trl" for one of them. Minutes, and a download each.
+# Python 3.11 or newer; the output is committed, in tests/integrations/results.
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+VENV_PACKAGES = "$$($(BIN)/python -c '$(PURELIB)')"
+INTEGRATIONS ?= $(basename $(notdir $(wildcard tests/integrations/requirements/*.txt)))
+ENVIRONMENTS := .venv-integrations
+
+test-integrations: $(INTEGRATIONS:%=test-integration-%)
+
+test-integration-%: $(ENVIRONMENTS)/%/.installed
+	set -o pipefail; $(ENVIRONMENTS)/$*/bin/python -m pytest -n 0 -q tests/integrations/test_$*.py 2>&1 | tee tests/integrations/results/$*.txt
+
+# Pinned packages, without what they ask for: torch and everything else that is not named comes from .venv, by a .pth file.
+$(ENVIRONMENTS)/%/.installed: tests/integrations/requirements/%.txt $(VENV)/.built
+	$(PYTHON) -m venv $(ENVIRONMENTS)/$*
+	printf '%s\n' "$(CURDIR)" $(VENV_PACKAGES) > "$$($(ENVIRONMENTS)/$*/bin/python -c '$(PURELIB)')/kdkernels-venv.pth"
+	$(ENVIRONMENTS)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
 
 # Every command with SmolLM2-135M, llama.cpp's server and `transformers serve`: ten minutes of two cores, after a download of 120 MB.
 real: $(VENV)/.built $(VENV)/smollm2
@@ -84,7 +103,7 @@ compute-sanitizer:
 	@$(if $(GPU),true,echo "make sanitize-gpu needs a GPU, and nvidia-smi lists none" >&2; exit 1)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(ENVIRONMENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

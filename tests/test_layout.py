@@ -41,6 +41,23 @@ def test_a_room_imports_from_rooms_before_it(room: str) -> None:
     assert not backwards
 
 
+GUESTS = ("integrations",)
+"""What other libraries' users import: it knows the loss and the tap, and nothing here knows it."""
+
+
+@pytest.mark.parametrize("guest", GUESTS)
+def test_guests_import_the_loss_and_the_tap_alone(guest: str) -> None:
+    files = sorted((PACKAGE / guest).rglob("*.py"))
+    assert len(files) > 1
+    beyond = {*ROOMS, *GUESTS} - {"tap", guest}
+    assert not {f"{file.name}: {name}" for file in files for name in imported(file) if name.partition(".")[0] in beyond}
+
+
+def test_nothing_imports_a_guest() -> None:
+    files = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] not in GUESTS]
+    assert not {f"{file.name}: {name}" for file in files for name in imported(file) if name.partition(".")[0] in GUESTS}
+
+
 def test_the_loss_imports_from_no_room() -> None:
     files = [file for file in PACKAGE.glob("*.py") if file.name != "__init__.py"]
     files += [file for room in LOSS for file in (PACKAGE / room).rglob("*.py")]

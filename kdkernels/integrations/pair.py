@@ -1,0 +1,141 @@
+"""A student and a teacher that a trainer of another library holds, and the loss between them without logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import JSD, ForwardKL, ReverseKL, cross_entropy, distillation_loss
+from ..divergences import Divergence
+from ..sides import Side
+from ..tap.head import HeadTap, Tapped
+from ..tap.patching import unwrap
+
+__all__ = ["IGNORED", "Options", "Pair", "Scored", "divergence_of_beta", "pair_of", "token_loss"]
+
+IGNORED = -100
+
+
+def divergence_of_beta(beta: float) -> Divergence:
+    """Return the divergence that GKD's beta names: 0 is forward KL, 1 reverse KL, anything between the JSD."""
+    if beta == 0:
+        return ForwardKL()
+    return ReverseKL() if beta == 1 else JSD(beta=beta)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The loss of a token: ``kd_weight * T^2 * D + ce_weight * CE``, T^2 only with ``t_squared``."""
+
+    divergence: Divergence | str = "forward_kl"
+    temperature: float = 1.0
+    t_squared: bool = True
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    memory_budget: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The positions that predict a token that counts.
+
+    Attributes:
+        rows: ``[n]`` int64, positions in the flattened ``[B * L]``.
+        labels: ``[n]``, the token that each of them predicts.
+    """
+
+    rows: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, shifted: bool = False) -> Scored:
+        """Find them.
+
+        Args:
+            labels: ``[B, L]``, -100 where nothing counts. Position i holds token i, or with ``shifted`` the token that i predicts.
+        """
+        if not shifted:
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        rows = (labels != IGNORED).flatten().nonzero().squeeze(1)
+        return cls(rows, labels.flatten()[rows])
+
+    @classmethod
+    def all_of(cls, input_ids: Tensor) -> Scored:
+        """Every position but the last of each sequence, for batches without labels."""
+        return cls.of(input_ids)
+
+
+class Pair:
+    """The head taps of a student and a teacher.
+
+    Args:
+        student, teacher: causal language models, or wrappers around them; the same model twice for self-distillation.
+        vocab_size: the real vocabulary, where a head is padded; columns beyond it are cut off.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, vocab_size: int | None = None) -> None:
+        self.student = HeadTap(student, vocab_size)
+        self.teacher = self.student if unwrap(teacher) is self.student.base else HeadTap(teacher, vocab_size)
+
+    def teacher_side(self, model: nn.Module, inputs: Mapping[str, Any], scored: Scored) -> Side:
+        """Run the teacher without gradients and return its side at the scored positions."""
+        with torch.no_grad():
+            tapped = self.teacher(model, **inputs)
+            with tapped.computing():
+                return tapped.side(scored.rows)
+
+    def loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        scored: Scored,
+        compute: Callable[[Side, Tapped], Tensor],
+        with_outputs: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """Run the student and compute the loss inside its forward pass, where sharded parameters are whole.
+
+        Args:
+            compute: takes the student's side at the scored positions.
+            with_outputs: let the model make its logits, and return its output.
+
+        Returns:
+            The loss, and the model's output or None.
+        """
+        if with_outputs:
+            outputs = model(**inputs)
+            tapped = Tapped(outputs, None, None)
+            return compute(tapped.side(scored.rows), tapped), outputs
+        return self.student(model, lambda tapped: compute(tapped.side(scored.rows), tapped), **inputs), None
+
+
+def pair_of(trainer: Any, student: nn.Module, teacher: nn.Module, vocab_size: int | None = None) -> Pair:
+    """Return the trainer's pair, made at the first call and again when it holds other models."""
+    pair = vars(trainer).get("_kdkernels_pair")
+    if not isinstance(pair, Pair) or pair.student.base is not unwrap(student) or pair.teacher.base is not unwrap(teacher):
+        pair = trainer._kdkernels_pair = Pair(student, teacher, vocab_size)
+    return pair
+
+
+def token_loss(
+    student: Side, teacher: Side, options: Options, labels: Tensor | None = None, num_items: float | Tensor | None = None
+) -> Tensor:
+    """Return the mean loss over ``num_items``, by default over the tokens given; 0 without tokens."""
+    if options.kd_weight == 0:
+        assert labels is not None
+        return options.ce_weight * cross_entropy(student, labels, num_items=num_items, memory_budget=options.memory_budget)
+    return distillation_loss(
+        student,
+        teacher,
+        divergence=options.divergence,
+        temperature=options.temperature,
+        t_squared=options.t_squared,
+        labels=labels if options.ce_weight else None,
+        kd_weight=options.kd_weight,
+        ce_weight=options.ce_weight,
+        num_items=num_items,
+        memory_budget=options.memory_budget,
+    )

@@ -1,0 +1,122 @@
+"""Runs of another library's trainer with and without a patch, and what has to agree between them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ARGUMENTS: dict[str, Any] = {
+    "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.5, "optim": "sgd", "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "report_to": "none",
+    "dataloader_pin_memory": False, "seed": 3, "bf16": False,
+}  # fmt: skip
+"""Three steps of SGD on a CPU. Adam would turn rounding in a gradient of 0 into a whole step."""
+BUDGET, ROWS = 16 << 10, 16
+"""Bytes for the chunk buffers, and more rows than fit into them at the vocabularies of the tests."""
+TIMES = ("runtime", "per_second", "step_time", "epoch", "total_flos", "tokens_per")
+
+
+def lines_for(heading: str) -> Any:
+    """Return the code that docs/integrations.md tells a user to add, compiled: the first block below a heading."""
+    page = Path(__file__).parents[2] / "docs" / "integrations.md"
+    _, _, section = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
+    code = section.partition("```python\n")[2].partition("```")[0]
+    assert code
+    return compile(code, str(page), "exec")
+
+
+def needs(*modules: str) -> pytest.MarkDecorator:
+    """Skip where one of the packages is not installed."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed: make test-integrations")
+
+
+class Allocations(TorchDispatchMode):
+    """The largest number of rows of any tensor ``[..., vocab]`` that an operation allocates."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.rows = vocab, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = function(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(returned):
+            large = isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[-1] == self.vocab
+            if large and leaf.untyped_storage().data_ptr() not in given:  # a transposed head is a view
+                self.rows = max(self.rows, leaf.numel() // self.vocab)
+        return returned
+
+
+@dataclass
+class Run:
+    """What a training run showed."""
+
+    losses: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    logs: list[dict[str, float]] = field(default_factory=list)
+    rows_of_logits: int = 0
+
+
+def run(trainer: Any, vocab: int) -> Run:
+    """Train and record."""
+    from transformers import TrainerCallback
+
+    found = Run()
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if not found.gradients:
+                found.gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Look())
+    with Allocations(vocab) as allocations:
+        trainer.train()
+    found.rows_of_logits = allocations.rows
+    found.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    found.weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    found.logs = [
+        {name: value for name, value in entry.items() if not any(time in name for time in TIMES)} for entry in trainer.state.log_history
+    ]
+    return found
+
+
+def assert_agree(unpatched: Run, patched: Run, tolerance: float = 1e-5) -> None:
+    """Losses, logged metrics, gradients of the first step and weights after the last are equal to a relative 1e-5 in float32."""
+    assert len(unpatched.losses) >= 3
+    assert min(unpatched.losses) > 1e-3
+    assert patched.losses == pytest.approx(unpatched.losses, rel=tolerance)
+    assert [entry.keys() for entry in patched.logs] == [entry.keys() for entry in unpatched.logs]
+    for ours, theirs in zip(patched.logs, unpatched.logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=10 * tolerance, abs=tolerance)
+    for name in ("gradients", "weights"):
+        ours, theirs = getattr(patched, name), getattr(unpatched, name)
+        assert ours.keys() == theirs.keys()
+        assert max(tensor.abs().max() for tensor in theirs.values()) > 1e-3
+        for key, expected in theirs.items():
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(
+                ours[key], expected, rtol=0, atol=tolerance * max(scale, 1e-3), msg=lambda text, k=key: f"{k}: {text}"
+            )
+
+
+def compare(build: Callable[[], Any], patch: Callable[..., Any], vocab: int) -> tuple[Run, Run]:
+    """Run the trainer unpatched, and again, built anew, under the patch; the two agree, and the second holds a chunk of logits at most."""
+    torch.manual_seed(0)
+    unpatched = run(build(), vocab)
+    torch.manual_seed(0)
+    with patch(memory_budget=BUDGET):
+        patched = run(build(), vocab)
+    assert_agree(unpatched, patched)
+    assert patched.rows_of_logits <= ROWS
+    return unpatched, patched
