@@ -30,19 +30,19 @@ test: $(VENV)/.built $(OLDER_TRITONS)
 # Patches for other trainers against the real packages, one environment each: INTEGRATIONS="trl" for one of them. Minutes, and a download each.
 # Python 3.11 or newer; the output is committed, in tests/integrations/results.
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
-VENV_PACKAGES = "$$($(BIN)/python -c '$(PURELIB)')"
 INTEGRATIONS ?= $(basename $(notdir $(wildcard tests/integrations/requirements/*.txt)))
 ENVIRONMENTS := .venv-integrations
 
 test-integrations: $(INTEGRATIONS:%=test-integration-%)
 
 test-integration-%: $(ENVIRONMENTS)/%/.installed
-	set -o pipefail; $(ENVIRONMENTS)/$*/bin/python -m pytest -n 0 -q tests/integrations/test_$*.py 2>&1 | tee tests/integrations/results/$*.txt
+	$(ENVIRONMENTS)/$*/bin/python -m tests.integrations.report $*
 
+.PRECIOUS: $(ENVIRONMENTS)/%/.installed
 # Pinned packages, without what they ask for: torch and everything else that is not named comes from .venv, by a .pth file.
 $(ENVIRONMENTS)/%/.installed: tests/integrations/requirements/%.txt $(VENV)/.built
 	$(PYTHON) -m venv $(ENVIRONMENTS)/$*
-	printf '%s\n' "$(CURDIR)" $(VENV_PACKAGES) > "$$($(ENVIRONMENTS)/$*/bin/python -c '$(PURELIB)')/kdkernels-venv.pth"
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PURELIB)')')" > "$$($(ENVIRONMENTS)/$*/bin/python -c '$(PURELIB)')/venv.pth"
 	$(ENVIRONMENTS)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 

@@ -41,7 +41,7 @@ def test_a_room_imports_from_rooms_before_it(room: str) -> None:
     assert not backwards
 
 
-GUESTS = ("integrations",)
+GUESTS = ("integrations", "compat")
 """What other libraries' users import: it knows the loss and the tap, and nothing here knows it."""
 
 

@@ -63,11 +63,6 @@ class Scored:
         rows = (labels != IGNORED).flatten().nonzero().squeeze(1)
         return cls(rows, labels.flatten()[rows])
 
-    @classmethod
-    def all_of(cls, input_ids: Tensor) -> Scored:
-        """Every position but the last of each sequence, for batches without labels."""
-        return cls.of(input_ids)
-
 
 class Pair:
     """The head taps of a student and a teacher.
@@ -84,7 +79,7 @@ class Pair:
     def teacher_side(self, model: nn.Module, inputs: Mapping[str, Any], scored: Scored) -> Side:
         """Run the teacher without gradients and return its side at the scored positions."""
         with torch.no_grad():
-            tapped = self.teacher(model, **inputs)
+            tapped: Tapped = self.teacher(model, **inputs)
             with tapped.computing():
                 return tapped.side(scored.rows)
 
@@ -121,7 +116,7 @@ def pair_of(trainer: Any, student: nn.Module, teacher: nn.Module, vocab_size: in
 
 
 def token_loss(
-    student: Side, teacher: Side, options: Options, labels: Tensor | None = None, num_items: float | Tensor | None = None
+    student: Side, teacher: Side, options: Options, labels: Tensor | None = None, num_items: int | Tensor | None = None
 ) -> Tensor:
     """Return the mean loss over ``num_items``, by default over the tokens given; 0 without tokens."""
     if options.kd_weight == 0:

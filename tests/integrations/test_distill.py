@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from patched import ARGUMENTS, BUDGET, ROWS, assert_agree, lines_for, run
+from patched import ARGUMENTS, BUDGET, ROWS, assert_agree, encoded, lines_for, run
 from torch.nn import functional as F
 from training import gradients, make_model, make_rows, make_tokenizer, trainers
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -18,15 +18,6 @@ from kdkernels.integrations import UnsupportedVersion
 from kdkernels.integrations.transformers import distill
 
 VOCAB = 192
-
-
-def encoded(rows: int = 12) -> list[dict[str, Any]]:
-    tokenizer, data = make_tokenizer(), []
-    for row in make_rows(rows):
-        prompt, response = (tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "response"))
-        response = [*response, tokenizer.eos_token_id]
-        data.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
-    return data
 
 
 def build(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training import make_rows, make_tokenizer
 
 ARGUMENTS: dict[str, Any] = {
     "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.5, "optim": "sgd", "lr_scheduler_type": "constant",
@@ -23,6 +24,16 @@ ARGUMENTS: dict[str, Any] = {
 BUDGET, ROWS = 16 << 10, 16
 """Bytes for the chunk buffers, and more rows than fit into them at the vocabularies of the tests."""
 TIMES = ("runtime", "per_second", "step_time", "epoch", "total_flos", "tokens_per")
+
+
+def encoded(rows: int = 12) -> list[dict[str, Any]]:
+    """Return prompts with responses as token ids, and labels for the responses."""
+    tokenizer, data = make_tokenizer(), []
+    for row in make_rows(rows):
+        prompt, response = (tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "response"))
+        response = [*response, tokenizer.eos_token_id]
+        data.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+    return data
 
 
 def lines_for(heading: str) -> Any:
