@@ -42,6 +42,7 @@ __all__ = [
     "SkewReverseKL",
     "SymmetricKL",
     "TotalVariation",
+    "of_beta",
     "parse",
     "resolve",
     "spelled",
@@ -431,6 +432,13 @@ def resolve(divergence: object) -> Divergence:
     if isinstance(divergence, type) and issubclass(divergence, Divergence):
         raise TypeError(f"divergence must be an instance: write {divergence.__name__}() instead of {divergence.__name__}")
     raise TypeError(f"divergence must be a name or a kdkernels divergence, got {type(divergence).__name__}")
+
+
+def of_beta(beta: float) -> Divergence:
+    """Return what GKD, TRL and Liger call the generalized JSD of ``beta``: forward KL at 0, reverse KL at 1, the JSD between them."""
+    if beta == 0:
+        return ForwardKL()
+    return ReverseKL() if beta == 1 else JSD(beta=beta)
 
 
 def parse(value: object) -> Divergence:

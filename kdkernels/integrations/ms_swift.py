@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import cross_entropy, token_logprobs, topk_logprobs
+from ..divergences import of_beta
 from ..sides import Side
 from ..tap.head import Tapped
 from ..tap.weights import logit_columns
-from .pair import Options, Pair, Scored, divergence_of_beta, pair_of, token_loss
+from .pair import Options, Pair, Scored, pair_of, token_loss
 from .patches import Framework, Patch, Source, Value, active_patch
 
 __all__ = ["patch"]
@@ -88,7 +89,7 @@ def _compute_loss(module: Any, jsd_loss: Callable[..., Tensor], memory_budget: i
 
         else:
             teacher = _teacher_side(module, self, pair, model, theirs, teacher_scored)
-            options = Options(divergence_of_beta(self.beta), self.temperature, t_squared=False, memory_budget=memory_budget)
+            options = Options(of_beta(self.beta), self.temperature, t_squared=False, memory_budget=memory_budget)
 
             def distance(student: Side) -> Tensor:
                 return token_loss(student, teacher, options)

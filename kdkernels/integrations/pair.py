@@ -9,22 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import JSD, ForwardKL, ReverseKL, cross_entropy, distillation_loss
+from .. import cross_entropy, distillation_loss
 from ..divergences import Divergence
 from ..sides import Side
 from ..tap.head import HeadTap, Tapped
 from ..tap.patching import unwrap
 
-__all__ = ["IGNORED", "Options", "Pair", "Scored", "divergence_of_beta", "pair_of", "token_loss"]
+__all__ = ["IGNORED", "Options", "Pair", "Scored", "pair_of", "token_loss"]
 
 IGNORED = -100
-
-
-def divergence_of_beta(beta: float) -> Divergence:
-    """Return the divergence that GKD's beta names: 0 is forward KL, 1 reverse KL, anything between the JSD."""
-    if beta == 0:
-        return ForwardKL()
-    return ReverseKL() if beta == 1 else JSD(beta=beta)
 
 
 @dataclass(frozen=True)

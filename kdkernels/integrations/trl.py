@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import LMHead, distillation_loss
+from ..divergences import of_beta
 from ..sides import Side
 from ..tap.head import Tapped
 from ..tap.weights import gathered, whole
-from .pair import Options, Scored, divergence_of_beta, pair_of, token_loss
+from .pair import Options, Scored, pair_of, token_loss
 from .patches import Framework, Patch, Source, Value, active_patch
 
 __all__ = ["patch"]
@@ -76,7 +77,7 @@ def _gkd_loss(gkd: Any, memory_budget: int | None) -> Any:
         if self.generalized_jsd_loss is not gkd.generalized_jsd_loss:  # a subclass has a loss of its own
             return original(self, model, inputs, return_outputs, num_items_in_batch)
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        options = Options(divergence_of_beta(self.beta), t_squared=False, memory_budget=memory_budget)
+        options = Options(of_beta(self.beta), t_squared=False, memory_budget=memory_budget)
         loss, outputs = _live_loss(self, model, texts, inputs["labels"], options, return_outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -91,7 +92,7 @@ def _gold_loss(gold: Any, memory_budget: int | None) -> Any:
         if other_tokenizer or self.generalized_jsd_loss is not gold.generalized_jsd_loss:
             return original(self, model, inputs, return_outputs, num_items_in_batch)
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        options = Options(divergence_of_beta(self.beta), self.temperature, t_squared=False, memory_budget=memory_budget)
+        options = Options(of_beta(self.beta), self.temperature, t_squared=False, memory_budget=memory_budget)
         everything = {**texts, **self._get_model_forward_kwargs(inputs)}
         loss, outputs = _live_loss(self, model, everything, inputs["labels"], options, return_outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -157,7 +158,7 @@ def _chunked_loss(memory_budget: int | None) -> Any:
                     teacher_logit_scale,
                     teacher_final_logit_softcapping,
                 ),
-                divergence=divergence_of_beta(beta),
+                divergence=of_beta(beta),
                 temperature=temperature,
                 t_squared=False,
                 num_items=num_items_in_batch,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import LMHead, distillation_loss
-from .jsd import divergence_of_beta
+from ...divergences import of_beta
 
 __all__ = ["LigerFusedLinearJSDFunction", "LigerFusedLinearJSDLoss", "liger_fused_linear_jsd"]
 
@@ -42,7 +42,7 @@ def liger_fused_linear_jsd(
     loss, stats = distillation_loss(
         LMHead(student_input, student_weight, student_bias),
         LMHead(teacher_input, teacher_weight, teacher_bias),
-        divergence=divergence_of_beta(beta),
+        divergence=of_beta(beta),
         temperature=temperature,
         t_squared=False,
         labels=true_labels,

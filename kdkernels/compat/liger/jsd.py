@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import JSD, ForwardKL, LMHead, ReverseKL, distillation_loss
-from ...divergences import Divergence
+from ... import LMHead, distillation_loss
+from ...divergences import of_beta
 
 __all__ = [
     "LigerFusedLinearJSD",
@@ -18,20 +18,12 @@ __all__ = [
     "LigerJSD",
     "LigerJSDFunction",
     "LigerKLDIVLoss",
-    "divergence_of_beta",
     "liger_fused_linear_jsd",
     "liger_jsd",
     "liger_kl_div",
 ]
 
 CHUNK_BYTES = 64 << 20
-
-
-def divergence_of_beta(beta: float) -> Divergence:
-    """Return what Liger's beta names: 0 is forward KL, 1 reverse KL, anything between the JSD."""
-    if beta == 0:
-        return ForwardKL()
-    return ReverseKL() if beta == 1 else JSD(beta=beta)
 
 
 def liger_fused_linear_jsd(
@@ -56,7 +48,7 @@ def liger_fused_linear_jsd(
     return distillation_loss(
         LMHead(student_input, student_weight),
         LMHead(teacher_input, teacher_weight),
-        divergence=divergence_of_beta(jsd_beta),
+        divergence=of_beta(jsd_beta),
         temperature=temperature,
         t_squared=False,
         labels=shift_labels,
