@@ -39,18 +39,16 @@ template <class Logit> KD_DEVICE Raw load_apart(const Logit* row, int column, in
 // kCount columns, `apart`, after bias, scale and softcap; -inf outside the row, unless all are inside (`whole`). As `transformed`, with
 // a branch for all columns and not for each.
 template <int kCount> KD_DEVICE void transform(float* z, const RowSide& side, int column, int apart, int vocab, bool whole) {
-    if (!side.plain()) {
-        if (side.bias) {
+    if (side.bias) {
 #pragma unroll
-            for (int i = 0; i < kCount; ++i)
-                if (const int at = column + i * apart; whole || (at >= 0 && at < vocab)) z[i] += side.bias[at];
-        }
+        for (int i = 0; i < kCount; ++i)
+            if (const int at = column + i * apart; whole || (at >= 0 && at < vocab)) z[i] += side.bias[at];
+    }
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) z[i] = rounded_product(z[i], side.scale);
-        if (side.softcap != 0.f) {
+    for (int i = 0; i < kCount; ++i) z[i] = rounded_product(z[i], side.scale);
+    if (side.softcap != 0.f) {
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) z[i] = rounded_product(side.softcap, tanh(z[i] / side.softcap));
-        }
+        for (int i = 0; i < kCount; ++i) z[i] = rounded_product(side.softcap, tanh(z[i] / side.softcap));
     }
     if (whole) return;
 #pragma unroll
