@@ -49,7 +49,7 @@ def run_rows(student: Tensor, teacher: Tensor, divergence: divergences.Divergenc
     problem = Problem(divergence, vocab, student_dtype=student.dtype, teacher_dtype=teacher.dtype, t_squared=False, **options)  # type: ignore[arg-type]
     dtype = problem.compute_dtype
     batch = RowBatch(
-        student, teacher, None, None, None, None, torch.empty(len(STATE), count, dtype=dtype), torch.empty(count, dtype=dtype), None,
+        student, teacher, None, None, None, None, torch.zeros(len(STATE), count, dtype=dtype), torch.empty(count, dtype=dtype), None,
         torch.empty(count, vocab, dtype=dz_dtype),
     )  # fmt: skip
     native.rows(problem, batch, FORWARD | Stage.GRADIENT)
