@@ -117,7 +117,7 @@ def cache(
     base_url: Annotated[str, typer.Option(help="Ask a server for topk (vLLM's prompt_logprobs), as http://localhost:8000/v1.")] = "",
     from_replies: Annotated[bool, typer.Option("--from-replies", help="topk of the teacher_logprobs in the data itself.")] = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most.")] = None,
-    overlong: Annotated[str, typer.Option(help="Longer examples: error, drop or truncate; as in training.")] = "error",
+    overlong: Annotated[str, typer.Option(help="Longer examples: error, drop, truncate or split; as in training.")] = "error",
     reasoning: Annotated[ReasoningChoice, typer.Option(help="Reasoning of a row, as in training.")] = ReasoningChoice.learn,
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
     learn: Annotated[LearnChoice | None, typer.Option(help="Turns of a conversation that are learnt, as in training.")] = None,

@@ -79,6 +79,17 @@ class Example:
             teacher_scored=self.teacher_scored[:count], turns=tuple(turn for turn in turns if turn[0]),
         )  # fmt: skip
 
+    def blocks(self, length: int) -> list[Example]:
+        """The example of one text in blocks of at most ``length`` tokens. Each begins with the last token of the one before, so that every
+        token but the first is scored once."""
+        ids = self.student_ids
+        blocks = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
+        scored = [range(len(block) - 1) for block in blocks]
+        return [
+            dataclasses.replace(self, student_ids=block, student_scored=every, teacher_ids=block, teacher_scored=every)
+            for block, every in zip(blocks, scored, strict=True)
+        ]
+
     def __len__(self) -> int:
         """Tokens of the longer view."""
         return max(len(self.student_ids), len(self.teacher_ids))

@@ -32,12 +32,18 @@ class Tally:
     cut: int = 0
     """Rows whose response was cut."""
     cut_tokens: int = 0
+    split: int = 0
+    """Rows of text that were split."""
+    blocks: int = 0
+    """Blocks that they were split into."""
     reasoning: Counter[str] = field(default_factory=Counter)
     """Rows with reasoning by how it is learnt: ``template`` (as the chat template writes it), ``tags`` or ``dropped``."""
 
     def of_lengths(self, max_length: int | None, kept: int, overlong: str) -> str | None:
         """A sentence about rows over the length; None if there are none."""
-        count = self.dropped + kept
+        count = self.dropped + kept - self.blocks + self.split
+        if self.split:
+            return f"{self.split} of {count} rows are over max_length={max_length}: split into {self.blocks:,} blocks"
         if overlong == "truncate" and self.cut + self.dropped:
             alone = f", and left out {self.dropped} whose prompt alone fills it" if self.dropped else ""
             over = f"{self.cut + self.dropped} of {count} rows are over max_length={max_length}"
@@ -91,8 +97,9 @@ def load_examples(
         source: a JSONL, JSON, CSV, Parquet or text file, a folder of them, a data set of the hub (``org/name[:SPLIT[:CONFIG]]``), several
             of these, a ``datasets.Dataset``, or a list of rows.
         max_length: tokens of the longer view, at most.
-        overlong: what happens to rows beyond it: ``"error"``, ``"drop"`` or ``"truncate"`` (the end of the response is cut off; a row
-            whose prompt alone fills the length is left out). A warning counts them.
+        overlong: what happens to rows beyond it: ``"error"``, ``"drop"``, ``"truncate"`` (the end is cut off; a row whose prompt alone
+            fills the length is left out) or ``"split"`` (a row of ``text`` becomes blocks in which each of its tokens but the first is
+            scored once). A warning counts them.
         date: what a chat template that writes the date writes into every row, such as ``"2026-11-28"``. Default: today.
         reasoning: ``"learn"``, or ``"drop"`` to learn the response alone.
         columns: names of columns for the fields of a row, as ``"prompt=question,response=answer"``. Other fields that would make a row
@@ -113,21 +120,7 @@ def load_examples(
         row.date = day
         if prompts and not _has_response(row):
             row.fields["response"] = "."
-        example = encode(row)
-        length = len(example)
-        if max_length is not None and length > max_length:
-            if overlong not in ("drop", "truncate"):
-                raise DataError(
-                    f"{row.where}: {length} tokens, more than max_length={max_length}: raise it if the models can take more, "
-                    "or choose overlong='drop' or overlong='truncate'"
-                )
-            shortened = None if overlong == "drop" else example.cut_to(max_length)
-            if shortened is None:
-                tally.dropped, tally.longest = tally.dropped + 1, max(tally.longest, length)
-                continue
-            tally.cut, tally.cut_tokens = tally.cut + 1, tally.cut_tokens + length - max_length
-            example = shortened
-        examples.append(example)
+        examples += _fitting(encode(row), row, max_length, overlong, tally)
     tally.reasoning.update(encode.thoughts)
     if not examples:
         raise DataError(f"no row is left: all {tally.dropped} are over max_length={max_length}")
@@ -140,6 +133,35 @@ def load_examples(
             stacklevel=2,
         )
     return examples
+
+
+def _fitting(example: Example, row: Row, max_length: int | None, overlong: str, tally: Tally) -> list[Example]:
+    """The example within ``max_length`` tokens: as it is, cut, in blocks, or none.
+
+    Raises:
+        DataError: it is longer, and ``overlong`` does not say what to do with such a row.
+    """
+    length = len(example)
+    if max_length is None or length <= max_length:
+        return [example]
+    over = f"{row.where}: {length} tokens, more than max_length={max_length}"
+    if overlong == "split":
+        if "text" not in row or max_length < 2:
+            reason = "only rows of 'text' are split" if "text" not in row else "a block needs 2 tokens"
+            raise DataError(f"{over}, and {reason}: raise it, or choose overlong='drop' or overlong='truncate'")
+        blocks = example.blocks(max_length)
+        tally.split, tally.blocks = tally.split + 1, tally.blocks + len(blocks)
+        return blocks
+    if overlong not in ("drop", "truncate"):
+        raise DataError(
+            f"{over}: raise it if the models can take more, or choose overlong='drop', overlong='truncate' or, for text, overlong='split'"
+        )
+    shortened = None if overlong == "drop" else example.cut_to(max_length)
+    if shortened is None:
+        tally.dropped, tally.longest = tally.dropped + 1, max(tally.longest, length)
+        return []
+    tally.cut, tally.cut_tokens = tally.cut + 1, tally.cut_tokens + length - max_length
+    return [shortened]
 
 
 def _has_response(row: Row) -> bool:

@@ -23,7 +23,7 @@ from .features import FeatureLoss
 
 __all__ = ["METRICS", "DistillationArguments", "metric_name"]
 
-Overlong = Literal["error", "drop", "truncate"]
+Overlong = Literal["error", "drop", "truncate", "split"]
 EnsembleMode = Literal["probs", "logits"]
 
 METRICS = {
@@ -112,7 +112,8 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         default=None, metadata={"help": "Tokens of prompt and response, in either view. Default: what both models can take."}
     )
     overlong: Overlong = field(
-        default="error", metadata={"help": "Rows over max_length: refuse the data, leave them out, or cut the end of the response off."}
+        default="error",
+        metadata={"help": "Rows over max_length: refuse the data, leave them out, cut the end off, or split rows of text into blocks."},
     )
     reasoning: Reasoning = field(
         default="learn",

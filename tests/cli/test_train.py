@@ -250,7 +250,7 @@ def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
     assert [dtype for _, _, dtype in narrow.models] == ["bfloat16", "auto", "auto"]
     result = train("train", "--config", str(tmp_path / "run.yaml"), "--teacher", str(home / "teacher"), "--max-steps", "2")
     assert result.exit_code == 0, result.output
-    assert "No held-out loss: no --eval-data was given. Training loss" in result.output
+    assert "No held-out loss: neither --eval-data nor --eval-fraction was given. Training loss" in result.output
 
 
 def test_numbers_and_paths_reach_the_arguments_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ Every field of DistillationArguments and of transformers' TrainingArguments is a
 - the loss: `--divergence` (a name, or `"jsd(beta=0.3)"`), `--temperature`, `--t-squared`, `--kd-weight`, `--ce-weight`, `--ce-weight-last`,
   `--feature-weight`, `--feature-layers`, `--feature-loss`, `--ensemble-mode`, `--kd-on-prompt`, `--vocab-size`, `--memory-budget`
 
-- the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`, `--columns`, `--learn`
+- the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`, `--columns`, `--learn`, `--eval-fraction`
 
 - a LoRA in place of all weights: `--lora-r 16`, `--lora-alpha`, `--lora-dropout`, `--lora-target-modules`, `--use-rslora`, `--use-dora`;
   `--merge` also writes the merged model
@@ -54,7 +54,7 @@ def train(
         list[str] | None,
         typer.Option(
             help="JSONL, JSON, CSV, Parquet or text file, a folder of them, or a data set of the hub, as org/name:SPLIT:CONFIG. Several: "
-            "all of their rows, one after another."
+            "all of their rows, one after another; or with shares of the draws, as a.jsonl=0.7."
         ),
     ] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="Held-out rows, evaluated before and after. Several: all.")] = None,

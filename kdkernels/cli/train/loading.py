@@ -37,7 +37,7 @@ def tokenizer_of(settings: Settings) -> Any:
     for role, path in having[1:]:
         other = load(AutoTokenizer, role, path)
         check_tokenizers(tokenizer, other)
-        check_templates(tokenizer, other, settings.data, settings.args.columns)
+        check_templates(tokenizer, other, settings.sources, settings.args.columns)
     return tokenizer
 
 
@@ -56,7 +56,7 @@ def check_data(settings: Settings) -> None:
     from ...teachers.cache import CacheError, read_text
     from ...teachers.cache.manifest import MANIFEST
 
-    for name, path in (*(("data", path) for path in settings.data), *(("eval-data", path) for path in settings.eval_data)):
+    for name, path in (*(("data", path) for path in settings.sources), *(("eval-data", path) for path in settings.eval_data)):
         if (Path(path) / MANIFEST).is_file():
             try:
                 read_text(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...teachers.quantization import QUANTIZATIONS, check_quantization
 
-__all__ = ["GROUPS", "UNDECISIVE", "AdapterOptions", "MemoryOptions", "ReportOptions", "default_of"]
+__all__ = ["GROUPS", "UNDECISIVE", "AdapterOptions", "MemoryOptions", "ReportOptions", "RowOptions", "default_of"]
 
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 
@@ -125,6 +125,24 @@ class ReportOptions:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: it must be an integer >= 1")
 
 
+@dataclass(frozen=True)
+class RowOptions:
+    """The choice of rows.
+
+    Raises:
+        ValueError: a value that makes no sense.
+    """
+
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of the rows to hold out for evaluations, chosen by a hash of each row's key or prompt."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise ValueError(f"--eval-fraction {self.eval_fraction:g}: it must be above 0 and below 1, such as 0.05")
+
+
 def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
@@ -134,7 +152,7 @@ def default_of(field: Any) -> Any:
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
-GROUPS: dict[str, type] = {"adapter": AdapterOptions, "memory": MemoryOptions, "reports": ReportOptions}
+GROUPS: dict[str, type] = {"adapter": AdapterOptions, "memory": MemoryOptions, "reports": ReportOptions, "rows": RowOptions}
 """The dataclasses, by the field of ``Settings`` that holds one."""
 UNDECISIVE = frozenset({"merge", "sample_every", "sample_prompts", "teacher_device", "teacher_device_map"})
 """Options of ``GROUPS`` that may change when a training is resumed."""

@@ -73,10 +73,9 @@ def check_output(output: Output, settings: Settings) -> None:
             f"--output-dir {output.path} holds checkpoints but no {RECORD}: {strange[0]} is of another program. Give another folder"
         )
     inputs = {f"--{role}": path for role, path, _ in settings.models} | {"--cache": settings.cache}
-    for name in ("data", "eval_data"):
-        given = getattr(settings, name)
-        for path in [given] if isinstance(given, str) else given or []:
-            inputs[f"--{name.replace('_', '-')}"] = path
+    for option, paths in (("--data", settings.sources), ("--eval-data", settings.eval_data)):
+        for path in paths:
+            inputs[option] = path
             _check(output, names, inputs)
     _check(output, names, inputs)
 

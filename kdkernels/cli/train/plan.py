@@ -12,16 +12,16 @@ import transformers
 from rich.console import Console
 
 from ... import losses
-from ...data.agreement import check_ids
 from ...data.collator import pack, with_prompt
 from ...data.example import Example
-from ...data.tokenization import Tally, length_limit, load_examples
+from ...data.tokenization import Tally, length_limit
 from ...divergences import parse
 from ...sides import Ensemble, LMHead, Sampled, Teacher, TopK
 from ...tap.patching import text_config
 from ...tap.weights import embedding_rows, head_width, logit_columns
 from ...teachers.loading import skeleton_of
 from ...trainer.checkpoints import step_of
+from .data import read_data
 from .loading import cache_of, check_data, student_skeleton, tokenizer_of
 from .output import RECORD
 from .record import check_expected
@@ -45,11 +45,8 @@ def plan(settings: Settings, console: Console) -> None:
     tally = Tally()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        examples = load_examples(
-            settings.data, tokenizer, max_length=limit, overlong=args.overlong, date=args.template_date, reasoning=args.reasoning,
-            columns=args.columns, learn=args.learn, tally=tally, prompts=args.on_policy_fraction == 1,
-        )  # fmt: skip
-    check_ids(examples, tokenizer, embedding_rows(*skeletons))
+        data = read_data(settings, tokenizer, cache, limit, embedding_rows(*skeletons), tally)
+    examples = data.train
     if args.kd_on_prompt:
         examples = list(map(with_prompt, examples))
     for (role, path, dtype), model in zip(settings.models, skeletons, strict=True):
@@ -73,6 +70,8 @@ def plan(settings: Settings, console: Console) -> None:
         f"data: {len(examples):,} examples in {len(rows):,} rows; {tokens:,} tokens, {scored:,} of them scored; "
         f"the longest example has {max(map(len, examples)):,}"
     )
+    if data.held_out is not None:
+        console.print(f"held out: {len(data.held_out):,} examples")
     console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs; {rhythm(args, steps)}")
     console.print(f"run: {_state(settings, tokenizer, steps, console)}", markup=False)
     _plan_memory(args, skeletons, cache, rows, console)

@@ -83,9 +83,14 @@ def card(settings: Settings, repo: str, summary: dict[str, Any]) -> ModelCard:
     """
     args, adapter = settings.args, settings.adapter
     teacher = [f"cache {_named(settings.cache)}"] if settings.cache else [_named(path) for path in settings.teacher]
+    sources = [_named(source) for source in settings.sources]
+    if settings.shares is not None:
+        sources = [f"{source} (share {share:g})" for source, share in zip(sources, settings.shares, strict=True)]
+    fraction = settings.rows.eval_fraction
     rows = {
-        "student": _named(settings.student), "teacher": ", ".join(teacher) or "none", "data": ", ".join(map(_named, settings.data)),
-        "held-out data": ", ".join(map(_named, settings.eval_data)) or "none", "loss": name_of_loss(args), "steps": f"{summary['steps']:,}",
+        "student": _named(settings.student), "teacher": ", ".join(teacher) or "none", "data": ", ".join(sources),
+        "held-out data": ", ".join(map(_named, settings.eval_data)) or (f"{fraction:g} of the data" if fraction else "none"),
+        "loss": name_of_loss(args), "steps": f"{summary['steps']:,}",
         "batch": f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} examples a step",
         "learning rate": f"{args.learning_rate:g}", "adapter": f"LoRA, r = {adapter.lora_r}" if adapter.lora_r else "none",
     }  # fmt: skip
@@ -106,7 +111,7 @@ def card(settings: Settings, repo: str, summary: dict[str, Any]) -> ModelCard:
         base_model=settings.student if not Path(settings.student).exists() else None,
         library_name="peft" if (Path(args.output_dir) / "adapter_config.json").is_file() else "transformers",
         pipeline_tag="text-generation",
-        datasets=[name.partition(":")[0] for name in settings.data if is_hub_name(name)] or None,
+        datasets=[name.partition(":")[0] for name in settings.sources if is_hub_name(name)] or None,
         tags=["kdkernels", "knowledge-distillation"],
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")

@@ -85,7 +85,7 @@ class Record:
             if error[0] is not None:
                 raise TrainError(error[0])
         content, files = found[0]
-        own = {name: getattr(settings, name) for name in ("student_dtype", "teacher_dtype")}
+        own = {name: getattr(settings, name) for name in ("student_dtype", "teacher_dtype")} | {"data_shares": settings.shares}
         groups = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(settings, group)).items()}
         decisive = {name: value for name, value in groups.items() if name not in UNDECISIVE}
         return cls({**own, **decisive, **settings_of(args)}, content, files, _machine(args))
@@ -183,7 +183,7 @@ def _content(settings: Settings, tokenizer: Any, known: Mapping[str, list[Any]])
         "cache": None if settings.cache is None else cache_content(Path(settings.cache)),
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": template_hash(tokenizer),
-        "data": data_content(settings.data),
+        "data": data_content(settings.sources),
         "eval_data": data_content(settings.eval_data),
     }
     return content, files

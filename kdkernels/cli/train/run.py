@@ -15,13 +15,18 @@ from typing import Any
 import transformers
 from rich.console import Console
 
+from ...data.tokenization import length_limit
 from ...support.files import Output
+from ...tap.patching import text_config
+from ...tap.weights import embedding_rows
 from ...teachers.adapters import CONFIG
+from ...teachers.loading import skeleton_of
 from ...trainer.arguments import METRICS, metric_name
 from ...trainer.checkpoints import best_of, checkpoints, flaw, read_manifest
 from ...trainer.finite import NotFiniteError, check_numbers
 from ...trainer.trainer import DistillationTrainer
 from .callbacks import Bar, Interrupt, LogFile, Samples, reporting_under
+from .data import RunData, read_data
 from .loading import cache_of, check_data, student_of, student_skeleton, teachers_of, tokenizer_of
 from .merged import write_merged
 from .output import LOG, MERGED, RECORD, SUMMARY, OwnedTrainer, begun_checkpoints, check_output, open_output, save_model
@@ -61,7 +66,7 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
     transformers.logging.disable_progress_bar()
     out = Path(args.output_dir)
     tokenizer = tokenizer_of(settings)
-    student_skeleton(settings)  # or an error, before any weights are read
+    skeletons = [student_skeleton(settings), *(skeleton_of("teacher", path) for path in settings.teacher)]
     check_data(settings)
     cache = cache_of(settings, tokenizer) if settings.cache else None
     choose_learn(args, cache)
@@ -86,8 +91,11 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
         for note in old.notes(record):
             console.print(f"Note: another {note}: the last bits of the result may be others", markup=False)
         checkpoint = starting_point(args, total)
+    limit = length_limit(args.max_length, map(text_config, skeletons), args.packing)
+    with shown_warnings(console):  # of data that can't be trained on, before any weights are read
+        data = read_data(settings, tokenizer, cache, limit, embedding_rows(*skeletons))
     with reporting_under(out):
-        return Training(settings, output, tokenizer, cache, console, record, old, checkpoint).run(publication)
+        return Training(settings, output, tokenizer, cache, console, record, old, checkpoint, data).run(publication)
 
 
 class Training:
@@ -109,6 +117,7 @@ class Training:
         record: Record,
         old: Record | None,
         checkpoint: Path | None,
+        data: RunData,
     ) -> None:
         self.settings, self.args, self.console, self.record, self.old = settings, settings.args, console, record, old
         self.output, self.out = output, Path(settings.args.output_dir)
@@ -119,8 +128,8 @@ class Training:
         teachers = teachers_of(settings)
         with shown_warnings(console):
             self.trainer = OwnedTrainer(
-                model=student, teacher=teachers or None if cache is None else cache, args=self.args, train_dataset=settings.data,
-                eval_dataset=settings.eval_data or None, processing_class=tokenizer,
+                model=student, teacher=teachers or None if cache is None else cache, args=self.args, train_dataset=data.train,
+                eval_dataset=data.held_out, processing_class=tokenizer,
                 callbacks=[self.bar, self.interrupt, log],
             )  # fmt: skip
         self.trainer.own(output)
@@ -157,7 +166,7 @@ class Training:
             self._train()
             if self.interrupt.stopped:
                 return self._interrupted()
-            after = trainer.evaluate() if self.settings.eval_data else None
+            after = trainer.evaluate() if trainer.eval_dataset is not None else None
             check_numbers(trainer.state.global_step, shown_metrics(after))
         except NotFiniteError as error:
             self._summarise(None, not_finite={name: str(value) for name, value in error.values.items()}, steps=error.step)
@@ -180,7 +189,7 @@ class Training:
                 self.console.print(f"Resuming at {self.checkpoint.name} of {self.out}")
         else:
             record.an_epoch = steps_per_epoch(len(self.trainer.train_dataset), args)
-            before = self.trainer.evaluate() if self.settings.eval_data else None
+            before = self.trainer.evaluate() if self.trainer.eval_dataset is not None else None
             check_numbers(0, shown_metrics(before))
             record.before = before and finite(before)
         record.settings["template_date"] = args.template_date

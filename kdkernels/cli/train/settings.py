@@ -11,8 +11,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from ...data.selection import read_shares
 from ...data.values import object_of, read_json
-from .options import GROUPS, AdapterOptions, MemoryOptions, ReportOptions
+from .options import GROUPS, AdapterOptions, MemoryOptions, ReportOptions, RowOptions
 
 __all__ = ["BLOCK", "RESOLVED", "Settings", "TrainError", "read_config", "read_settings"]
 
@@ -44,11 +45,22 @@ class Settings:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     reports: ReportOptions = field(default_factory=ReportOptions)
+    rows: RowOptions = field(default_factory=RowOptions)
     args: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     """Every option by name, as it was given or by default."""
     expected: Mapping[str, Any] | None = None
     """The block ``record`` of the config: what the run must have been made with."""
+
+    @property
+    def sources(self) -> list[str]:
+        """The files, folders and data sets of ``data``, without their shares."""
+        return read_shares(self.data)[0]
+
+    @property
+    def shares(self) -> list[float] | None:
+        """The shares of the draws from each source; None where there are none."""
+        return read_shares(self.data)[1]
 
     @property
     def models(self) -> list[tuple[str, str, str]]:
@@ -139,7 +151,13 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
         settings = Settings(**own, **groups, args=DistillationArguments(**fields), options=options, expected=expected)
     except (ValueError, TypeError, ImportError) as error:
         raise TrainError(" ".join(str(error).split())) from error
+    try:
+        read_shares(settings.data)
+    except ValueError as error:
+        raise TrainError(str(error)) from None
     args = settings.args
+    if settings.rows.eval_fraction is not None and settings.eval_data:
+        raise TrainError("--eval-fraction and --eval-data: held-out rows are those of one of them; leave the other out")
     for role, path, _ in settings.models:
         if Path(path).exists() and Path(path).resolve() == Path(args.output_dir).resolve():
             raise TrainError(f"--output-dir {args.output_dir} is the --{role}, which would be overwritten: choose another folder")

@@ -49,7 +49,9 @@ def show(summary: dict[str, Any], console: Console) -> None:
         console.print(f"Per token, over {after['eval_tokens']:,.0f} held-out tokens.")
     else:
         ends = [] if log is None else [f"{float(log[which]['loss']):.4f} at step {log[which]['step']}" for which in ("first", "last")]
-        console.print("No held-out loss: no --eval-data was given." + (f" Training loss {', '.join(ends)}." if ends else ""))
+        console.print(
+            "No held-out loss: neither --eval-data nor --eval-fraction was given." + (f" Training loss {', '.join(ends)}." if ends else "")
+        )
     for name in ("model", "checkpoint", "figure"):
         if summary[name]:
             console.print(f"{name}: {summary[name]}", soft_wrap=True)

@@ -1,0 +1,78 @@
+"""The examples of a run: rows of ``--data`` by their shares, and the rows that are held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...data.agreement import check_ids
+from ...data.example import Example
+from ...data.layouts import training_rows
+from ...data.rows import RowSource
+from ...data.selection import draw, hold_out
+from ...data.templates import date_of
+from ...data.tokenization import Tally, load_examples
+from .settings import Settings, TrainError
+
+__all__ = ["RunData", "read_data"]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Examples to train on, and those to evaluate on."""
+
+    train: list[Example]
+    held_out: list[Example] | None = None
+
+
+def read_data(
+    settings: Settings, tokenizer: Any, cache: Any, limit: int | None, embeddings: int | None, tally: Tally | None = None
+) -> RunData:
+    """Tokenise the data of a run. Sets ``template_date`` of its arguments, which a resumed run needs.
+
+    Args:
+        cache: in the teacher's place, or None.
+        limit: tokens of an example, at most.
+        embeddings: rows of the smallest embeddings of the models.
+        tally: counts rows to train on that were dropped, cut or split, and those with reasoning.
+
+    Raises:
+        DataError: a row that can't be trained on, or no row on one side of ``--eval-fraction``.
+    """
+    args = settings.args
+    day = date_of(tokenizer, args.template_date or getattr(cache, "date", None))
+    args.template_date = None if day is None else day.isoformat()
+
+    def examples(source: RowSource, columns: str | None, tally: Tally | None, prompts: bool) -> list[Example]:
+        made = load_examples(
+            source, tokenizer, max_length=limit, overlong=args.overlong, date=day, reasoning=args.reasoning, columns=columns,
+            learn=args.learn, tally=tally, prompts=prompts,
+        )  # fmt: skip
+        check_ids(made, tokenizer, embeddings)
+        return made
+
+    train, held_out, columns = _rows(settings)
+    return RunData(
+        examples(train, columns, tally, args.on_policy_fraction == 1),
+        None if held_out is None else examples(held_out, columns, None, False),
+    )
+
+
+def _rows(settings: Settings) -> tuple[RowSource, RowSource | None, str | None]:
+    """Rows to train on, held-out rows, and the names of columns that are still to be read."""
+    columns, shares, fraction = settings.args.columns, settings.shares, settings.rows.eval_fraction
+    if shares is None and fraction is None:
+        return settings.sources, settings.eval_data or None, columns
+    parts = [list(training_rows(source, columns)) for source in settings.sources]
+    held_out: list[Any] = [row for source in settings.eval_data for row in training_rows(source, columns)]
+    if fraction is not None:
+        train, held_out = hold_out((row for part in parts for row in part), fraction)
+        kept = {id(row) for row in train}
+        parts = [[row for row in part if id(row) in kept] for part in parts]
+    if shares is None:
+        return [row for part in parts for row in part], held_out or None, None
+    for name, part, share in zip(settings.sources, parts, shares, strict=True):
+        if share and not part:
+            raise TrainError(f"--data {name}={share:g}: all of its rows are held out: give a smaller --eval-fraction, or leave it out")
+    draws = draw([len(part) for part in parts], shares, settings.args.data_seed)
+    return [parts[source][row] for source, row in draws], held_out or None, None
