@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from kdkernels import cli
 from kdkernels.cli.demo import compare, corpus, figures, report, run, train
 from kdkernels.cli.demo.settings import DemoError, LossShape, ModelSize, Settings
+from kdkernels.cli.environment import environment
 from kdkernels.support import memory
 
 TINY = Settings.quick().changed(
@@ -360,7 +361,7 @@ def test_quick_prints_what_it_measured(quick: SimpleNamespace) -> None:
 
 def test_the_json_holds_what_a_second_run_needs(quick: SimpleNamespace) -> None:
     assert quick.record["settings"] == json.loads(json.dumps(asdict(Settings.quick())))
-    assert quick.record["environment"] == json.loads(json.dumps(cli.environment()))
+    assert quick.record["environment"] == json.loads(json.dumps(environment()))
     assert len(quick.record["corpus"]["sha256"]) == 64
 
 
