@@ -29,7 +29,7 @@ from kdkernels import divergences
 from kdkernels.backends import triton as triton_backend
 from kdkernels.backends.rows import FORWARD, STATE, RowBatch, Stage
 from kdkernels.divergences import Divergence
-from kdkernels.fused.problem import Problem
+from kdkernels.fused.call import Call
 
 from . import sass
 from .record_launches import AbsentDriver
@@ -114,7 +114,7 @@ def triton_cubin(divergence: Divergence, dtype: str, vocab: int) -> bytes:
     state, loss = torch.empty(len(STATE), 16), torch.empty(16)
     batch = RowBatch(student, teacher, None, None, None, None, state, loss=loss, dz=dz)
     with compiled_only() as kernels:
-        triton_backend.rows(Problem(divergence, vocab, temperature=2.0), batch, FORWARD | Stage.GRADIENT)
+        triton_backend.rows(Call(divergence, vocab, temperature=2.0), batch, FORWARD | Stage.GRADIENT)
     cubin: bytes = kernels[-1].asm["cubin"]
     return cubin
 

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import kdkernels.backends.triton as backend
 from kdkernels.backends import torch as torch_rows
-from kdkernels.fused.sources import SideRows
+from kdkernels.sides.head import HeadRows
 
 NAMES: dict[str, str] = {}
 
@@ -86,7 +86,7 @@ def start() -> None:
     for name in ("rows", "head_rows", "softmax_rows", "softmax_gradient_rows"):
         setattr(backend, name, _both(getattr(backend, name), getattr(torch_rows, name)))
     # As on a GPU: the gradient in the dtype of the products, over float32 logits.
-    SideRows.over_logits = lambda self, rows: self.buffer.view(self.dtype)[:rows, : self.vocab]  # type: ignore[method-assign]
+    HeadRows.dz_dtype = property(lambda head: head.dtype)  # type: ignore[assignment,method-assign]
 
 
 def save() -> None:

@@ -1,24 +1,25 @@
-"""``distillation_loss``: documentation and reduction. fused/checks.py checks the arguments, fused/engine.py runs the loop over chunks."""
+"""``distillation_loss``: its documentation and reduction. fused/checks.py checks the arguments, fused/engine.py runs the chunks."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Unpack
 
-from . import divergences, reference
+from . import divergences
 from .backends import selection
 from .backends.rows import STATS
 from .divergences import Divergence
 from .fused import engine, ops
-from .fused.checks import check_choices, check_numbers, device_of, has_value, prepare, storages
-from .fused.sources import check_values
-from .sides import Sampled, Side, Teacher, TopK
+from .fused.checks import Options, device_of, prepare
+from .sides import Side, Teacher
 
 __all__ = ["DistillationLoss", "Plan", "TokenStats", "distillation_loss", "plan"]
 
@@ -44,7 +45,7 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call would run.
+    """The plan of a call.
 
     Attributes:
         backend: its name.
@@ -151,22 +152,18 @@ def distillation_loss(
         TypeError, ValueError: an argument that makes no sense; the message names it, what was given, and the way out.
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
-    problem, inputs = prepare(
-        student, teacher, divergence, temperature, t_squared, labels, ignore_index, kd_weight, ce_weight, token_weights,
-        reduction, num_items, memory_budget, chunk_rows, logits_dtype, backend, return_stats,
+    options = Options(
+        divergence, temperature, t_squared, ignore_index, kd_weight, ce_weight, reduction, memory_budget, chunk_rows, logits_dtype, backend,
+        return_stats,
     )  # fmt: skip
-    if problem.backend == "reference":
-        check_values(problem, inputs)
-        loss, count, stats = reference.distillation_rows(problem, student, teacher, inputs.labels, inputs.token_weights, inputs.teacher)
-        if reduction != "none":
-            loss = loss.sum()
-    else:
-        loss, count, stats = ops.distillation_rows(problem, inputs)
+    check_num_items(num_items)
+    call, tensors = prepare(student, teacher, options, labels, token_weights)
+    loss, count, *more = ops.run(call, tensors)
     if reduction == "mean":
         loss = loss / mean_denominator(num_items, count, loss.dtype)
-    if stats is None:
+    if not return_stats:
         return loss
-    return loss, TokenStats(**dict(zip(STATS, stats.unbind(0), strict=True)))
+    return loss, TokenStats(**dict(zip(STATS, more[0].unbind(0), strict=True)))
 
 
 class DistillationLoss(nn.Module):
@@ -177,7 +174,7 @@ class DistillationLoss(nn.Module):
     """
 
     def __init__(self, **options: Any) -> None:
-        """Takes every keyword of ``distillation_loss`` that is not a tensor, and checks what can be checked without tensors."""
+        """Take every keyword of ``distillation_loss`` that is not a tensor, and check what can be checked without tensors."""
         super().__init__()
         unknown = set(options) - _MODULE_OPTIONS
         if unknown:
@@ -187,10 +184,9 @@ class DistillationLoss(nn.Module):
             )
         if "divergence" in options:
             options["divergence"] = divergences.resolve(options["divergence"])
-        check_numbers(**{k: v for k, v in options.items() if k in ("temperature", "kd_weight", "ce_weight")})
-        choices = ("reduction", "memory_budget", "chunk_rows", "ignore_index", "t_squared", "return_stats")
-        check_choices(**{k: v for k, v in options.items() if k in choices})
-        selection.check_name(options.get("backend", "auto"))
+        checked = Options(**options)
+        checked.check()
+        selection.check_name(checked.backend)
         self.options = options
 
     def forward(
@@ -208,44 +204,37 @@ class DistillationLoss(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
 
 
-_DEFAULTS: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(distillation_loss).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-}
-_MODULE_OPTIONS = _DEFAULTS.keys() - {"labels", "token_weights", "num_items"}
+_MODULE_OPTIONS = {f.name for f in fields(Options)}
+_TENSOR_OPTIONS = ("labels", "token_weights", "num_items")
 
 
 def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **options: Unpack[LossOptions]) -> Plan:
-    """What ``distillation_loss`` would run with the same arguments, without running it.
+    """Plan what ``distillation_loss`` would run with the same arguments, without running it.
 
     Tensors may be on the ``meta`` device, which plans as ``cpu``. With labels their valid tokens are counted (one synchronisation).
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as ``distillation_loss`` would.
     """
-    if unknown := set(options) - _DEFAULTS.keys():
-        raise TypeError(f"plan got {', '.join(sorted(unknown))}; it takes {', '.join(sorted(_DEFAULTS))}")
-    problem, inputs = prepare(student, teacher, **{**_DEFAULTS, **options, "return_stats": return_stats})
-    if inputs.student.device.type == "meta":
-        num_rows = math.prod(inputs.student.shape[:-1])
-    else:
-        _, num_rows = engine.check_and_select(problem, inputs)
-    one_sided, is_head = isinstance(teacher, (TopK, Sampled)), (inputs.student_weight is not None, inputs.teacher_weight is not None)
-    device = device_of(inputs.student)
-    dtypes = storages(problem, *is_head)
-    kernels = "head_rows" if one_sided else "rows"
-    not_chosen = selection.not_chosen(problem.backend, options.get("backend", "auto"), device, dtypes, kernels)
-    sizes = [d.itemsize for d, head in zip((problem.student_dtype, problem.teacher_dtype), is_head, strict=True) if head]
-    sizes += [member.dtype.itemsize for member in problem.members if member.has_weight]
-    gradient = problem.student_dtype.itemsize if problem.wants_grad and is_head[0] else 0
-    dense = num_rows * problem.vocab * (sum(sizes) + gradient)
-    if problem.backend == "reference":
+    if unknown := set(options) - _MODULE_OPTIONS - {*_TENSOR_OPTIONS}:
+        raise TypeError(f"plan got {', '.join(sorted(unknown))}; it takes {', '.join(sorted({*_MODULE_OPTIONS, *_TENSOR_OPTIONS}))}")
+    arguments: dict[str, Any] = dict(options)
+    labels, token_weights, num_items = (arguments.pop(name, None) for name in _TENSOR_OPTIONS)
+    chosen = Options(**arguments, return_stats=return_stats)
+    check_num_items(num_items)
+    call, tensors = prepare(student, teacher, chosen, labels, token_weights)
+    device = device_of(tensors.student.device)
+    num_rows = tensors.num_rows if tensors.student.is_meta else engine.select_rows(call, tensors).count
+    not_chosen = selection.not_chosen(call.backend, chosen.backend, device, call.storages, call.kernels)
+    sizes = [dtype.itemsize for form in (call.student, call.teacher) for dtype in form.heads]
+    gradient = call.student.dtype.itemsize if call.wants_grad and call.student.is_head else 0
+    dense = num_rows * call.vocab * (sum(sizes) + gradient)
+    if call.backend == "reference":
         return Plan("reference", num_rows, 1 if num_rows else 0, dense, dense, 0, not_chosen)
-    bytes_per_row = engine.row_bytes(problem, inputs)
-    chunks = engine.plan(problem, num_rows, bytes_per_row, device)
+    bytes_per_row = engine.row_bytes(call, tensors)
+    chunks = engine.plan(call, num_rows, bytes_per_row, device)
     held = min(chunks.rows, num_rows) * bytes_per_row
-    return Plan(problem.backend, chunks.rows, chunks.count, held, dense, max(0, dense - held), not_chosen)
+    return Plan(call.backend, chunks.rows, chunks.count, held, dense, max(0, dense - held), not_chosen)
 
 
 def mean_denominator(num_items: float | Tensor | None, count: Tensor, dtype: torch.dtype) -> Tensor | float:
@@ -265,3 +254,28 @@ def mean_denominator(num_items: float | Tensor | None, count: Tensor, dtype: tor
             raise ValueError(f"num_items is 0, but {valid} tokens are valid: pass the number of valid tokens of the whole batch")
     items = torch.as_tensor(num_items, dtype=dtype, device=count.device).detach().reshape(())
     return torch.where((items == 0) & (count == 0), torch.ones_like(items), items)
+
+
+def check_num_items(num_items: Any) -> None:
+    """A number, or a tensor of one, finite and >= 0. The value of a tensor is read only if that needs no wait."""
+    if num_items is None:
+        return
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got a tensor of shape {list(num_items.shape)}")
+        if num_items.dtype == torch.bool or num_items.is_complex():
+            raise TypeError(f"num_items must be a real number, got a tensor of {num_items.dtype}")
+        if num_items.device.type != "cpu" or not has_value(num_items):
+            return
+        num_items = num_items.item()
+    is_number = isinstance(num_items, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(num_items, bool)
+    if not is_number:
+        raise TypeError(f"num_items must be a number or a tensor of one, got {type(num_items).__name__}")
+    if not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items must be finite and >= 0, got {num_items}")
+
+
+def has_value(tensor: Tensor) -> bool:
+    """Return whether the host can read the numbers of ``tensor``: not in torch.compile, of a fake tensor, or inside torch.func."""
+    wrapped = not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor)
+    return not (wrapped or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta)

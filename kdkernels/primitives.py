@@ -1,5 +1,5 @@
-"""What else an LM head can be asked without holding ``[N, V]``: cross-entropy, log-probabilities, entropy, the most likely tokens,
-samples; and the softmax of logits that are there anyway.
+"""Other quantities of an LM head without holding ``[N, V]``: cross-entropy, log-probabilities, entropy, the most likely tokens,
+samples; and the softmax of given logits.
 
 Sides are those of ``distillation_loss``: ``LMHead(hidden [..., D], weight [V, D], ...)`` or logits ``[..., V]``, in float16, bfloat16,
 float32 or float64. Results per token are float32 (float64 for float64 sides). Common arguments:
@@ -17,14 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
-from .backends import selection
 from .fused import ops
-from .fused.checks import check_choices, check_count, check_generator, check_numbers, check_softmax, device_of, prepare, prepare_head
-from .fused.problem import SMALLEST_TEMPERATURE, Problem, Quantity
-from .fused.sources import Inputs, check_values
-from .losses import mean_denominator
+from .fused import softmax as softmax_of_logits
+from .fused.call import Quantity, Tensors
+from .fused.checks import Options, prepare, prepare_head, prepare_softmax
+from .losses import check_num_items, mean_denominator
 from .sides import Sampled, Side, TopK
+from .sides.side import check_floating
 
 __all__ = ["cross_entropy", "entropy", "log_softmax", "logsumexp", "sample", "softmax", "token_logprobs", "topk_logprobs"]
 
@@ -60,19 +59,10 @@ def cross_entropy(
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    problem, inputs = prepare(
-        student, None, "forward_kl", 1.0, True, labels, ignore_index, 0.0, 1.0, token_weights,
-        reduction, num_items, memory_budget, chunk_rows, logits_dtype, backend, False, "cross_entropy",
-    )  # fmt: skip
-    if problem.backend == "reference":
-        check_values(problem, inputs)
-        loss, count = reference.head_values(problem, student, inputs.labels), (labels != ignore_index).sum()
-        if inputs.token_weights is not None:
-            loss = torch.where(labels == ignore_index, torch.zeros_like(loss), loss * inputs.token_weights.to(loss.dtype))
-        if reduction != "none":
-            loss = loss.sum()
-    else:
-        loss, count, _ = ops.distillation_rows(problem, inputs)
+    check_num_items(num_items)
+    options = Options("forward_kl", 1.0, True, ignore_index, 0.0, 1.0, reduction, memory_budget, chunk_rows, logits_dtype, backend)
+    call, tensors = prepare(student, None, options, labels, token_weights, "cross_entropy")
+    loss, count, *_ = ops.run(call, tensors)
     return loss / mean_denominator(num_items, count, loss.dtype) if reduction == "mean" else loss
 
 
@@ -98,22 +88,24 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: ids that are no integers, of another shape, or outside the vocabulary; T <= 0.
     """
-    problem, inputs = prepare_head(side, "logprobs", temperature, memory_budget, chunk_rows, backend, ids)
-    return _values(problem, inputs, side)
+    options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
+    return ops.run(*prepare_head(side, "logprobs", options, ids))[0]
 
 
 def logsumexp(
     side: Side, temperature: float = 1.0, *, memory_budget: int | None = None, chunk_rows: int | None = None, backend: str = "auto"
 ) -> Tensor:
     """``log sum exp(z / T)`` over the vocabulary, ``[...]``: the logarithm of the partition function, as in z-loss."""
-    return _per_token(side, "logsumexp", temperature, memory_budget, chunk_rows, backend)
+    options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
+    return ops.run(*prepare_head(side, "logsumexp", options))[0]
 
 
 def entropy(
     side: Side, temperature: float = 1.0, *, memory_budget: int | None = None, chunk_rows: int | None = None, backend: str = "auto"
 ) -> Tensor:
     """Entropy of ``softmax(z / T)`` in nats, ``[...]``; -inf logits contribute 0."""
-    return _per_token(side, "entropy", temperature, memory_budget, chunk_rows, backend)
+    options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
+    return ops.run(*prepare_head(side, "entropy", options))[0]
 
 
 def topk_logprobs(
@@ -133,9 +125,10 @@ def topk_logprobs(
     Raises:
         TypeError, ValueError: k outside [1, V]; T <= 0.
     """
-    problem, inputs = prepare_head(side, "logsumexp", temperature, memory_budget, chunk_rows, backend, differentiable=False)
-    check_count("k", k, problem.vocab)
-    ids, logprobs = reference.topk(problem, side, k) if problem.backend == "reference" else ops.topk(problem, inputs, k)
+    options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
+    call, tensors = prepare_head(side, "topk", options, count=k)
+    _check_count("k", k, call.vocab)
+    ids, logprobs = ops.run(call, tensors)
     return TopK(ids, logprobs, temperature=temperature)
 
 
@@ -166,15 +159,13 @@ def sample(
     Raises:
         TypeError, ValueError: S < 1; T <= 0; a generator of another device.
     """
-    problem, inputs = prepare_head(side, "logsumexp", temperature, memory_budget, chunk_rows, backend, differentiable=False)
-    device = inputs.student.device
-    check_count("num_samples", num_samples)
-    check_generator(generator, device)
+    options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
+    call, tensors = prepare_head(side, "sample", options, count=num_samples)
+    device = tensors.student.device
+    _check_count("num_samples", num_samples)
+    _check_generator(generator, device)
     seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
-    if problem.backend == "reference":
-        ids = reference.sample(problem, side, seed, num_samples)
-    else:
-        ids = ops.sample(problem, inputs, seed, num_samples)
+    (ids,) = ops.run(call, Tensors({**tensors.named, "seed": seed}))
     return Sampled(ids, torch.ones((), dtype=torch.int32, device=device).expand(ids.shape))
 
 
@@ -196,7 +187,8 @@ def softmax(
     Raises:
         TypeError, ValueError: ``out`` does not fit, or shares only a part of its memory with the logits; T <= 0.
     """
-    return _softmax(logits, temperature, out, False, memory_budget, chunk_rows, backend)
+    options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
+    return _softmax(logits, out, "softmax", options)
 
 
 def log_softmax(
@@ -209,38 +201,65 @@ def log_softmax(
     backend: str = "auto",
 ) -> Tensor:
     """The logarithm of ``softmax``, with the same arguments."""
-    return _softmax(logits, temperature, out, True, memory_budget, chunk_rows, backend)
+    options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
+    return _softmax(logits, out, "log_softmax", options)
 
 
-def _per_token(
-    side: Side, quantity: Quantity, temperature: float, memory_budget: int | None, chunk_rows: int | None, backend: str
-) -> Tensor:
-    problem, inputs = prepare_head(side, quantity, temperature, memory_budget, chunk_rows, backend)
-    return _values(problem, inputs, side)
+def _softmax(logits: Tensor, out: Tensor | None, quantity: Quantity, options: Options) -> Tensor:
+    _check_softmax(logits, out)
+    return softmax_of_logits.run(prepare_softmax(logits, quantity, options), logits, out)
 
 
-def _values(problem: Problem, inputs: Inputs, side: Side) -> Tensor:
-    if problem.backend == "reference":
-        check_values(problem, inputs)
-        return reference.head_values(problem, side, inputs.labels)
-    return ops.distillation_rows(problem, inputs)[0]
+def _check_count(name: str, value: int, largest: int | None = None) -> None:
+    """An int of at least 1 and, if there is a largest, at most that."""
+    bounds = ">= 1" if largest is None else f"in [1, {largest}] (the vocabulary)"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (largest is not None and value > largest):
+        raise ValueError(f"{name} must be an int {bounds}, got {value!r}")
 
 
-def _softmax(
-    logits: Tensor,
-    temperature: float,
-    out: Tensor | None,
-    logarithm: bool,
-    memory_budget: int | None,
-    chunk_rows: int | None,
-    backend: str,
-) -> Tensor:
-    check_numbers(temperature=temperature)
-    check_choices(memory_budget=memory_budget, chunk_rows=chunk_rows)
-    check_softmax(logits, out)
-    chosen = selection.select(backend, device_of(logits), (logits.dtype, logits.dtype), "softmax_rows")
-    temperature = max(temperature, SMALLEST_TEMPERATURE)
-    if chosen != "reference":
-        return ops.softmax(logits, out, temperature, logarithm, memory_budget, chunk_rows, chosen)
-    result = reference.softmax(logits, temperature, logarithm)
-    return result if out is None else out.copy_(result)
+def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != device.type or (device.index is not None and generator.device.index not in (None, device.index)):
+        raise ValueError(f"generator is on {generator.device}, the side on {device}: make one with torch.Generator({str(device)!r})")
+
+
+def _check_softmax(logits: Tensor, out: Tensor | None) -> None:
+    """Logits ``[..., V]``, and a place for the result that fits."""
+    check_floating("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V > 0, got shape {list(logits.shape)}")
+    if out is None:
+        return
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
+        raise ValueError(
+            f"out must be {logits.dtype} of shape {list(logits.shape)} on {logits.device} like the logits, "
+            f"got {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    if torch.is_grad_enabled() and (logits.requires_grad or out.requires_grad):
+        raise ValueError("out= records no gradient: call it under torch.no_grad(), or leave out= away")
+    ops.refuse_tangents("out= records no forward-mode derivative: leave out= away", logits, out)
+    if out.stride(-1) != 1 and out.shape[-1] > 1:
+        raise ValueError(f"out must have unit stride in its last dimension, got strides {out.stride()}")
+    try:
+        rows = out.view(-1, out.shape[-1])
+    except RuntimeError:
+        raise ValueError(f"out must have one stride between all its rows, got strides {out.stride()} for {list(out.shape)}") from None
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(f"out must have memory of its own for every row, got strides {out.stride()} for {list(out.shape)}")
+    if out is logits or torch.compiler.is_compiling() or not out.numel():
+        return
+    same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
+    (a, b), (c, d) = _extent(out), _extent(logits)
+    if not same and a < d and c < b:
+        raise ValueError("out shares a part of its memory with the logits: pass out=logits itself, or a tensor of its own")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Address of the first byte, and of one beyond the last: tensors of different storages can share memory (NumPy, DLPack)."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (int(last) + 1) * tensor.element_size()

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
+import torch
 
+import kdkernels as kd
 from kdkernels import divergences
 
 ROOT = Path(__file__).parent.parent
@@ -114,3 +119,80 @@ def test_the_switch_of_the_compiled_kernels_covers_every_divergence() -> None:
     assert count is not None
     assert sorted(map(int, ids.values())) == list(range(int(count[1])))
     assert re.findall(r"case (\w+)::id:", header[count.start() :]) == list(ids)
+
+
+# ---- sizes
+
+
+CORE = [PACKAGE / f"{name}.py" for name in ("losses", "primitives", "reference", "divergences")] + [
+    *sorted((PACKAGE / "fused").glob("*.py")),
+    *sorted((PACKAGE / "sides").glob("*.py")),
+]
+
+
+def functions(file: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, lines without the docstring, parameters without self) of every function of a file."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        lines = (node.end_lineno or 0) - node.lineno + 1
+        if ast.get_docstring(node) is not None:
+            lines -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+        parameters = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        yield f"{file.name}: {node.name}", lines, len(parameters) - (parameters[:1] in (["self"], ["ctx"], ["cls"]))
+
+
+def test_the_core_stays_small() -> None:
+    """Sizes of the code between the user and the kernels."""
+    found = [function for file in CORE for function in functions(file)]
+    longest = max(found, key=lambda f: f[1])
+    public = {"distillation_loss", "cross_entropy"}
+    widest = max((f for f in found if f[0].split(": ")[1] not in public), key=lambda f: f[2])
+    call = sum(len((PACKAGE / "fused" / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in ("ops", "checks", "call"))
+    print(f"lines of ops, checks and call: {call}; longest function: {longest}; most parameters of a private function: {widest}")
+    assert call <= 750
+    assert longest[1] <= 60
+    assert widest[2] <= 8
+
+
+def test_the_arguments_of_the_ops_are_spelled_once() -> None:
+    assert sum(file.read_text(encoding="utf-8").count("SymInt[]") for file in CORE) == 1
+
+
+def test_only_its_own_file_asks_what_kind_a_side_is() -> None:
+    kinds = {"LMHead", "TopK", "Sampled", "Ensemble", "TeacherKind"}
+    asked = {
+        f"{file.name}:{node.lineno}"
+        for file in CORE
+        if file.parent.name != "sides"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and name.id in kinds
+    }
+    assert not asked
+
+
+def test_a_loss_crosses_few_files() -> None:
+    """Every file of the package with a function that runs between the loss and the gradient of the head, forward and backward."""
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    teacher = kd.LMHead(torch.randn(4, 6), torch.randn(16, 6))
+    crossed: dict[str, None] = {}
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and PACKAGE in file.parents:
+            crossed[file.relative_to(PACKAGE).as_posix()] = None
+
+    def step() -> None:
+        kd.distillation_loss(kd.LMHead(hidden, weight), teacher, backend="torch").backward()
+
+    step()  # imports
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    print(f"{len(crossed)} files: {', '.join(crossed)}")
+    assert {"losses.py", "fused/engine.py", "sides/head.py", "backends/torch.py"} <= crossed.keys()
+    assert len(crossed) <= 16

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..fused.problem import Problem
+from ..fused.call import Call
 from . import native
 from . import torch as torch_rows
 from .rows import HeadBatch, Stage
@@ -48,7 +48,7 @@ softmax_rows = native.cuda_softmax_rows
 softmax_gradient_rows = native.cuda_softmax_gradient_rows
 
 
-def head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
+def head_rows(problem: Call, batch: HeadBatch, stages: Stage) -> None:
     """Launches a batch of one side. More of the largest than shared memory has room for (4096) are found by torch's sort."""
     if batch.top_ids is not None and batch.top_ids.shape[1] > native.cuda_most_top():
         torch_rows.head_rows(problem, batch, stages)

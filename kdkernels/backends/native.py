@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..fused.problem import Problem
+from ..fused.call import Call
 from .rows import STATE, HeadBatch, RowBatch, Stage, Transform
 
 INTERFACE = 3
@@ -48,22 +48,22 @@ def missing() -> str | None:
     return _MISSING
 
 
-def state_scales(problem: Problem) -> tuple[float, float]:
+def state_scales(problem: Call) -> tuple[float, float]:
     """What the logits in a state are multiplied by to be logits: nothing."""
     return 1.0, 1.0
 
 
-def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
+def rows(problem: Call, batch: RowBatch, stages: Stage) -> None:
     """Runs a batch on ``torch.get_num_threads()`` threads, without the GIL."""
     _C.cpu_rows(_arguments(problem, batch, stages, "cpu"), torch.get_num_threads())
 
 
-def cuda_rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
+def cuda_rows(problem: Call, batch: RowBatch, stages: Stage) -> None:
     """Launches a batch on the current stream of its own device, and does not wait for it."""
     _launch(_C.cuda_rows, _arguments(problem, batch, stages, "cuda"), batch.student)
 
 
-def cuda_head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
+def cuda_head_rows(problem: Call, batch: HeadBatch, stages: Stage) -> None:
     """As ``cuda_rows``, of one side."""
     _launch(_C.cuda_head_rows, _head_arguments(problem, batch, stages, "cuda"), batch.logits)
 
@@ -88,7 +88,7 @@ def _launch(kernel: Callable[[_Arguments, int], None], arguments: _Arguments, wh
         kernel(arguments, torch.cuda.current_stream(where.device).cuda_stream)
 
 
-def _arguments(problem: Problem, batch: RowBatch, stages: Stage, device_type: str) -> _C.RowArguments:
+def _arguments(problem: Call, batch: RowBatch, stages: Stage, device_type: str) -> _C.RowArguments:
     a, b = problem.divergence.kernel_parameters
     count, vocab = batch.student.shape
     dtype = problem.compute_dtype
@@ -119,7 +119,7 @@ def _arguments(problem: Problem, batch: RowBatch, stages: Stage, device_type: st
     return args
 
 
-def head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
+def head_rows(problem: Call, batch: HeadBatch, stages: Stage) -> None:
     """Runs a batch of one side; threads as ``rows``."""
     _C.cpu_head_rows(_head_arguments(problem, batch, stages, "cpu"), torch.get_num_threads())
 
@@ -150,7 +150,7 @@ def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def _head_arguments(problem: Problem, batch: HeadBatch, stages: Stage, device_type: str) -> _C.HeadArguments:
+def _head_arguments(problem: Call, batch: HeadBatch, stages: Stage, device_type: str) -> _C.HeadArguments:
     count, vocab = batch.logits.shape
     dtype = problem.compute_dtype
     num_ids = 0 if batch.ids is None else batch.ids.shape[1]

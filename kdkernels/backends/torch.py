@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..fused import philox
-from ..fused.problem import Problem
+from ..fused.call import Call
 from ..reference import row_mean, row_top, transform
 from .rows import STATE, STATS, HeadBatch, RowBatch, Stage, Transform
 
@@ -23,18 +23,18 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | 
     return None
 
 
-def state_scales(problem: Problem) -> tuple[float, float]:
+def state_scales(problem: Call) -> tuple[float, float]:
     """What the logits in a state are multiplied by to be logits: nothing."""
     return 1.0, 1.0
 
 
-def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
+def rows(problem: Call, batch: RowBatch, stages: Stage) -> None:
     """Runs a batch tile by tile."""
     for r in _tiles(batch.student):
         _tile(problem, batch, r, stages)
 
 
-def head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
+def head_rows(problem: Call, batch: HeadBatch, stages: Stage) -> None:
     """Runs a batch of one side tile by tile."""
     for r in _tiles(batch.logits):
         _head_tile(problem, batch, r, stages)
@@ -104,7 +104,7 @@ def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
     return -(log_p * p).masked_fill_(p == 0, 0.0).sum(-1)
 
 
-def _tile(problem: Problem, batch: RowBatch, r: slice, stages: Stage) -> None:
+def _tile(problem: Call, batch: RowBatch, r: slice, stages: Stage) -> None:
     tile = _Tile(problem, batch, r)
     if Stage.NORMALISERS in stages:
         tile.find_normalisers()
@@ -121,7 +121,7 @@ def _tile(problem: Problem, batch: RowBatch, r: slice, stages: Stage) -> None:
 class _Tile:
     """Some rows of a batch, small enough for their temporaries to stay in cache."""
 
-    def __init__(self, problem: Problem, batch: RowBatch, r: slice) -> None:
+    def __init__(self, problem: Call, batch: RowBatch, r: slice) -> None:
         self.problem, self.batch, self.r = problem, batch, r
         self.divergence = problem.divergence
         self.student = _load(batch.student[r], batch.student_bias, problem.student, problem.compute_dtype)  # [C, V]
@@ -242,7 +242,7 @@ class _Tile:
         out.copy_(dz)
 
 
-def _head_tile(problem: Problem, batch: HeadBatch, r: slice, stages: Stage) -> None:
+def _head_tile(problem: Call, batch: HeadBatch, r: slice, stages: Stage) -> None:
     statistics = Stage.NORMALISERS in stages
     dtype = problem.compute_dtype
     z = _load(batch.logits[r], batch.bias, problem.student, dtype)

@@ -27,7 +27,8 @@ from .. import divergences, reference
 from ..backends import selection
 from ..backends.rows import FORWARD, STATE, RowBatch, Stage
 from ..fused import chunking, gemm
-from ..fused.problem import Problem
+from ..fused.call import Call
+from ..fused.work import Form
 from .cases import IGNORED, Case, Inputs, tensors
 from .cases import build as build_inputs
 from .peers import PEERS
@@ -277,9 +278,10 @@ def _rows(v: Variant, case: Case, inputs: Inputs) -> Step:
 
 def _row_kernels(v: Variant, case: Case, z_s: Tensor, z_t: Tensor, dz: Tensor, trained: Tensor) -> Callable[[], Tensor]:
     """One launch of the backend's ``rows``, which leaves ``dz`` as the gradient of ``trained``."""
-    problem = Problem(
-        divergences.resolve(case.divergence), case.v, temperature=case.temperature, student_dtype=dz.dtype, teacher_dtype=dz.dtype,
-        wants_input=True, backend=selection.select(v.name, z_s.device.type, (z_s.dtype, z_t.dtype)),
+    form = Form(dtype=dz.dtype)
+    problem = Call(
+        divergences.resolve(case.divergence), case.v, temperature=case.temperature, student=form, teacher=form, wants_input=True,
+        backend=selection.select(v.name, z_s.device.type, (z_s.dtype, z_t.dtype)),
     )  # fmt: skip
     loss = torch.empty(case.n, dtype=problem.compute_dtype, device=z_s.device)
     state = torch.empty(len(STATE), case.n, dtype=problem.compute_dtype, device=z_s.device)

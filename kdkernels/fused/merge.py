@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import MOST_SUMS, STATE, STATS
-from .problem import Problem
+from .call import Call
 
 Scales = tuple[float, float]
 """What turns the logits in a state into logits, for the student and the teacher: ``Backend.state_scales``."""
 
 
-def normalisers(problem: Problem, parts: Tensor, scales: Scales = (1.0, 1.0)) -> Tensor:
+def normalisers(problem: Call, parts: Tensor, scales: Scales = (1.0, 1.0)) -> Tensor:
     """The state of whole rows ``[len(STATE), C]``, from what ``Stage.NORMALISERS`` wrote for each slice."""
     whole = parts[0].clone()
     part, state = _by_name(parts.unbind(1)), _by_name(whole)
@@ -59,13 +59,13 @@ def cross_entropy(state: Tensor, scales: Scales = (1.0, 1.0)) -> Tensor:
     return row["expsum_one"].log() - (row["target"] - row["top_s"]) * scales[0]
 
 
-def divergence(problem: Problem, state: Tensor) -> Tensor:
+def divergence(problem: Call, state: Tensor) -> Tensor:
     """``[C]``, from a merged state."""
     row = _by_name(state)
     return problem.divergence.finish([row[f"sum_{i}"] for i in range(problem.divergence.num_sums)])[0]
 
 
-def loss(problem: Problem, state: Tensor, weight: Tensor | None, scales: Scales = (1.0, 1.0)) -> Tensor:
+def loss(problem: Call, state: Tensor, weight: Tensor | None, scales: Scales = (1.0, 1.0)) -> Tensor:
     """``[C]``, times the rows' weights, from a merged state."""
     value = divergence(problem, state)
     total = problem.value_scale * value if problem.kd_weight else torch.zeros_like(value)
@@ -74,7 +74,7 @@ def loss(problem: Problem, state: Tensor, weight: Tensor | None, scales: Scales 
     return total if weight is None else total * weight
 
 
-def statistics(problem: Problem, state: Tensor, parts: Tensor) -> Tensor:
+def statistics(problem: Call, state: Tensor, parts: Tensor) -> Tensor:
     """The token statistics ``[5, C]``, from a merged state and what ``Stage.SUMS`` wrote for each slice, ``[slices, 5, C]``."""
     part, row = dict(zip(STATS, parts.unbind(1), strict=True)), _by_name(state)
     values = {

@@ -1,191 +1,173 @@
-"""The custom ops and their autograd: the only file that knows ``ctx``.
+"""The custom ops and their autograd.
 
-An op and its gradient are two ops, so that torch.compile sees neither the chunk loop nor data-dependent shapes. The gradient's own
-derivative is not implemented, and says so (``_no_second_derivative``).
+A loss and its gradient are two ops, so that torch.compile sees neither the chunk loop nor data-dependent shapes. All ops take a call in
+its flat form (``call.flatten``). They are defined with ``Library.define``: importing them does not import torch._dynamo, and an eager
+call passes through a fraction of the Python that the ``custom_op`` decorator adds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
 
-from . import engine, heads, pages
-from .engine import Outputs
-from .problem import Problem, decode
-from .sources import Inputs
+from .. import reference
+from . import engine, one_side
+from .call import Call, Tensors, flatten, names_of, rename, restore
+from .engine import KEPT, Outputs
+from .work import check_values
 
+_LIBRARY: Any = library.Library("kdkernels", "DEF")  # type: ignore[no-untyped-call]
 # The ops look at labels on the host: CUDA graph capture by the compiler has to split around them.
-_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name))
+_CALL = "Tensor numbers, SymInt[] sizes, str text"
+
+Kernel = Callable[..., Any]
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    """Inside the ops every dtype is chosen by the problem: autocast must not change them again."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-@torch.library.custom_op("kdkernels::distill", mutates_args=(), tags=_TAGS)
-def distill(
-    student: Tensor,
-    student_weight: Tensor | None,
-    student_bias: Tensor | None,
-    teacher: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_ids: Tensor | None,
-    labels: Tensor | None,
-    token_weights: Tensor | None,
-    members: list[Tensor],
-    numbers: Tensor,
-    sizes: list[int],
-    spec: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (summed, or per token) or other quantity, number of valid tokens, statistics, and what backward needs: see ``engine.Outputs``.
+def define(name: str, tensors: str, results: str, kernel: Kernel, fake: Kernel, function: Any = None) -> Any:
+    """Define an op of tensors and a call, and return it.
 
     Args:
-        numbers: float64 on the host, ``Problem.numbers``.
-        sizes: ``Problem.sizes``.
-        spec: everything else that is no tensor, as ``Problem.encode`` writes it.
+        tensors, results: as in a schema.
+        kernel: takes the arguments, on any device.
+        fake: takes the same for tensors without values.
+        function: an ``autograd.Function``, which takes the op without autograd, the call, and the tensors one by one.
     """
-    problem = decode(spec, numbers.tolist(), sizes)
-    inputs = Inputs(
-        student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids, members
-    )
-    with _no_autocast(student):
-        return _astuple(engine.forward(problem, inputs))
+    _LIBRARY.define(f"{name}({tensors}, {_CALL}) -> {results}", tags=_TAGS)
+    op = getattr(torch.ops.kdkernels, name).default
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    library.register_fake(f"kdkernels::{name}", fake, lib=_LIBRARY)
+
+    def plain(tensors: Sequence[Tensor], *call: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(list(tensors), *call) if in_list else op(*tensors, *call)
+
+    def recorded(*arguments: Any) -> Any:
+        *tensors, numbers, sizes, text = (*arguments[0], *arguments[1:]) if in_list else arguments
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return function.apply(plain, numbers, sizes, text, *tensors)
+        return plain(tensors, numbers, sizes, text)
+
+    in_list = tensors.startswith("Tensor[]")
+    if function is not None:
+        _LIBRARY.impl(name, recorded, "Autograd")
+    return op
 
 
-@distill.register_fake
-def _(
-    student: Tensor,
-    student_weight: Tensor | None,
-    student_bias: Tensor | None,
-    teacher: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_ids: Tensor | None,
-    labels: Tensor | None,
-    token_weights: Tensor | None,
-    members: list[Tensor],
-    numbers: Tensor,
-    sizes: list[int],
-    spec: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = decode(spec, sizes=sizes)  # the chunks decide on a dtype
-    inputs = Inputs(
-        student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids, members
-    )
-    return _astuple(engine.empty_outputs(problem, inputs))
+def _opened(function: Callable[[Call, Tensors], Any]) -> Kernel:
+    """Make a kernel of a function of a call and its tensors. Every dtype is chosen by the call: autocast must not change them again."""
+
+    def kernel(tensors: Sequence[Tensor], numbers: Tensor, sizes: Sequence[int], text: str) -> Any:
+        call, named = restore(tensors, numbers, sizes, text)
+        if not torch.is_autocast_enabled(named.student.device.type):
+            return function(call, named)
+        with torch.autocast(named.student.device.type, enabled=False):
+            return function(call, named)
+
+    return kernel
 
 
-@torch.library.custom_op("kdkernels::distill_backward", mutates_args=(), tags=_TAGS)
-def distill_backward(
-    student: Tensor,
-    student_weight: Tensor | None,
-    student_bias: Tensor | None,
-    teacher: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_ids: Tensor | None,
-    labels: Tensor | None,
-    token_weights: Tensor | None,
-    members: list[Tensor],
-    state: Tensor,
-    d_student: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor,
-    upstream: Tensor,
-    numbers: Tensor,
-    sizes: list[int],
-    spec: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the student's tensors, empty where not wanted."""
-    problem = decode(spec, numbers.tolist(), sizes)
-    inputs = Inputs(
-        student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, token_weights, teacher_ids, members
-    )
-    saved = Outputs(upstream, upstream, upstream, state, d_student, d_weight, d_bias)
-    with _no_autocast(student):
-        return engine.backward(problem, inputs, saved, upstream)
+def _faked(function: Callable[[Call, Tensors], Any]) -> Kernel:
+    """The same for a function that looks at no numbers."""
+    return lambda tensors, numbers, sizes, text: function(*restore(tensors, None, sizes, text))
 
 
-@distill_backward.register_fake
-def _(
-    student: Tensor,
-    student_weight: Tensor | None,
-    student_bias: Tensor | None,
-    teacher: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_ids: Tensor | None,
-    labels: Tensor | None,
-    token_weights: Tensor | None,
-    members: list[Tensor],
-    state: Tensor,
-    d_student: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor,
-    upstream: Tensor,
-    numbers: Tensor,
-    sizes: list[int],
-    spec: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = decode(spec)
+def _empty_gradients(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of ``distill_backward``, undefined."""
 
-    def gradient(like: Tensor | None, wanted: bool) -> Tensor:
-        return student.new_empty(0) if like is None else like.new_empty(like.shape if wanted else (0,))
+    def gradient(name: str, wanted: bool) -> Tensor:
+        like = tensors.get(name)
+        return tensors.student.new_empty(0) if like is None else like.new_empty(like.shape if wanted else (0,))
 
-    return (
-        gradient(student, problem.wants_input),
-        gradient(student_weight, problem.wants_weight),
-        gradient(student_bias, problem.wants_bias),
-    )
+    student, weight, bias = (gradient(name, wanted) for name, wanted in _wanted(call).items())
+    return student, weight, bias
 
 
-def _astuple(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    o = outputs
-    return o.loss, o.count, o.stats, o.state, o.d_student, o.d_weight, o.d_bias
+def _wanted(call: Call) -> dict[str, bool]:
+    """Return which gradients are wanted, by the names of the tensors, in the order of ``distill_backward``."""
+    return {"student.input": call.wants_input, "student.weight": call.wants_weight, "student.bias": call.wants_bias}
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, members, numbers, sizes, spec = inputs
-    _, count, *kept = output
-    ctx.mark_non_differentiable(count, *kept)
-    ctx.set_materialize_grads(False)
-    ctx.sizes, ctx.spec, ctx.num_members = sizes, spec, len(members)
-    student, student_weight, student_bias, *others = tensors
-    others += members
-    if kept[1].dim() != 2:  # no row state, so backward only scales: the teachers and the labels need not be kept alive
-        others = [None] * len(others)
-    # The head is kept for the shape and dtype of its gradient; it is a parameter, alive anyway.
-    ctx.save_for_backward(student, student_weight, student_bias, *others, *kept[1:], numbers)
+_NAMES = {"distillation": "distillation_loss", "logprobs": "token_logprobs"}  # the others are called like their quantity
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
-    none = (None,) * 6, [None] * ctx.num_members, (None,) * 3
-    if upstream is None:
-        return (None, None, None, *none[0], none[1], *none[2])
-    problem = decode(ctx.spec)
-    *saved, state, d_student, d_weight, d_bias, numbers = ctx.saved_tensors
-    tensors, members = saved[:9], [m for m in saved[9:] if m is not None]
-    grads = distill_backward(*tensors, members, state, d_student, d_weight, d_bias, upstream, numbers, ctx.sizes, ctx.spec)
-    wanted = (problem.wants_input, problem.wants_weight, problem.wants_bias)
-    return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *none[0], none[1], *none[2])
-
-
-distill.register_autograd(_backward, setup_context=_setup_context)
-
-
-_FUNCTIONS = {"distillation": "distillation_loss", "logprobs": "token_logprobs"}  # the others are called like their quantity
-
-
-def _no_second_derivative(function: str) -> NoReturn:
+def _no_second_derivative(sizes: Sequence[int], text: str) -> NoReturn:
+    quantity = restore([], None, sizes, rename(Tensors({}), text))[0].quantity
     raise RuntimeError(
-        f"kdkernels.{function} has no second derivative: take its gradient without create_graph=True, or use "
+        f"kdkernels.{_NAMES.get(quantity, quantity)} has no second derivative: take its gradient without create_graph=True, or use "
         'backend="reference", which is plain torch and can be differentiated any number of times (and holds all logits)'
     )
+
+
+# ---- losses, and other quantities with a gradient
+
+
+class _Distill(torch.autograd.Function):
+    """The loss, which has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Kernel, numbers: Tensor, sizes: Sequence[int], text: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = Outputs(*op(tensors, numbers, sizes, text))
+        ctx.sizes, ctx.text = sizes, text
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        named = dict(zip(names_of(text), tensors, strict=True))
+        if outputs.state.dim() != 2:
+            # No row state, so backward only scales: the teachers and the labels need not be kept alive. The head is kept for the shape and
+            # dtype of its gradient; it is a parameter, alive anyway.
+            named = {name: tensor for name, tensor in named.items() if name.startswith("student.")}
+        named |= {f"saved.{name}": getattr(outputs, name) for name in KEPT}
+        ctx.names = tuple(named)
+        ctx.save_for_backward(numbers, *named.values())
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        names = names_of(ctx.text)
+        if upstream is None:
+            return (None,) * (4 + len(names))
+        numbers, *saved = ctx.saved_tensors
+        tensors = Tensors({**dict(zip(ctx.names, saved, strict=True)), "upstream": upstream})
+        arguments = list(tensors.named.values()), ctx.sizes, rename(tensors, ctx.text)
+        call, _ = restore(arguments[0], None, *arguments[1:])
+        gradients = distill_backward(arguments[0], numbers, *arguments[1:])
+        by_name = {name: gradient for (name, wanted), gradient in zip(_wanted(call).items(), gradients, strict=True) if wanted}
+        return None, None, None, None, *[by_name.get(name) for name in names]
+
+
+class Gradient(torch.autograd.Function):
+    """A gradient, which has none."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Kernel, numbers: Tensor, sizes: Sequence[int], text: str, *tensors: Tensor) -> Any:
+        ctx.sizes, ctx.text = sizes, text
+        return op(tensors, numbers, sizes, text)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> NoReturn:
+        _no_second_derivative(ctx.sizes, ctx.text)
+
+
+distill = define(
+    "distill",
+    "Tensor[] tensors",
+    f"({', '.join(f'Tensor {name}' for name in Outputs._fields)})",
+    _opened(lambda call, tensors: tuple(engine.forward(call, tensors))),
+    _faked(lambda call, tensors: tuple(engine.empty_outputs(call, tensors))),
+    _Distill,
+)
+distill_backward = define(
+    "distill_backward",
+    "Tensor[] tensors",
+    "(Tensor input, Tensor weight, Tensor bias)",
+    _opened(engine.backward),
+    _faked(_empty_gradients),
+    Gradient,
+)
 
 
 class _NoTangent(torch.autograd.Function):
@@ -219,173 +201,30 @@ def refuse_tangents(message: str, *tensors: Tensor | None) -> None:
             _NoTangent.apply(tensor, message)  # type: ignore[no-untyped-call]
 
 
-def _refuse_forward_mode(quantity: str, *tensors: Tensor | None) -> None:
+def refuse_forward_mode(call: Call, *tensors: Tensor | None) -> None:
     refuse_tangents(
-        f"kdkernels.{_FUNCTIONS.get(quantity, quantity)} has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode "
+        f"kdkernels.{_NAMES.get(call.quantity, call.quantity)} has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode "
         '(backward, grad, jacrev), or backend="reference", which is plain torch (and holds all logits)',
         *tensors,
     )
 
 
-def _setup_distill_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    quantity = decode(inputs[-1]).quantity
-    ctx.function = _FUNCTIONS.get(quantity, quantity)
+def run(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
+    """Compute the quantity of a call, by its op or by the reference: see ``reference.run`` for the results."""
+    if call.backend == "reference":
+        check_values(call, tensors)
+        return reference.run(call, tensors)
+    if call.quantity in ("topk", "sample"):  # ids: nothing to differentiate
+        tensors = Tensors({name: tensor.detach() for name, tensor in tensors.named.items()})
+        return topk_logprobs(*flatten(call, tensors)) if call.quantity == "topk" else (sample(*flatten(call, tensors)),)
+    refuse_forward_mode(call, *(tensors.get(name) for name in _wanted(call)))
+    return tuple(distill(*flatten(call, tensors))[:3])
 
 
-distill_backward.register_autograd(lambda ctx, *upstream: _no_second_derivative(ctx.function), setup_context=_setup_distill_backward)
+# ---- ids
 
 
-def distillation_rows(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss (summed, or per token), number of valid tokens (0-dim int64), statistics ``[5, ...]`` or None. Differentiable once."""
-    i = inputs
-    _refuse_forward_mode(problem.quantity, i.student, i.student_weight, i.student_bias)
-    loss, count, stats, *_ = distill(
-        i.student, i.student_weight, i.student_bias, i.teacher, i.teacher_weight, i.teacher_bias, i.teacher_ids, i.labels,
-        i.token_weights, list(i.members), _on_host(*problem.numbers), problem.sizes, problem.encode(),
-    )  # fmt: skip
-    return loss, count, stats if problem.return_stats else None
-
-
-def _on_host(*values: float) -> Tensor:
-    """A tensor: numbers given as such would be compiled in, and annealing them would recompile every step."""
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    return torch.stack([one * value for value in values])
-
-
-# ---- ids: nothing to differentiate
-
-
-@torch.library.custom_op("kdkernels::topk_logprobs", mutates_args=(), tags=_TAGS)
-def topk_op(
-    side: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: Tensor, sizes: list[int], spec: str, k: int
-) -> tuple[Tensor, Tensor]:
-    """Ids and log-probabilities of the k most likely tokens."""
-    with _no_autocast(side):
-        return heads.topk(decode(spec, numbers.tolist(), sizes), _one_side(side, weight, bias), k)
-
-
-@topk_op.register_fake
-def _(
-    side: Tensor, weight: Tensor | None, bias: Tensor | None, numbers: Tensor, sizes: list[int], spec: str, k: int
-) -> tuple[Tensor, Tensor]:
-    shape = (*side.shape[:-1], k)
-    return side.new_empty(shape, dtype=torch.int32), side.new_empty(shape, dtype=decode(spec).compute_dtype)
-
-
-@torch.library.custom_op("kdkernels::sample", mutates_args=(), tags=_TAGS)
-def sample_op(
-    side: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor, numbers: Tensor, sizes: list[int], spec: str, num_samples: int
-) -> Tensor:
-    """Ids of draws; ``seed`` is [] int64 on the side's device."""
-    with _no_autocast(side):
-        return heads.sample(decode(spec, numbers.tolist(), sizes), _one_side(side, weight, bias), seed, num_samples)
-
-
-@sample_op.register_fake
-def _(
-    side: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor, numbers: Tensor, sizes: list[int], spec: str, num_samples: int
-) -> Tensor:
-    return side.new_empty((*side.shape[:-1], num_samples), dtype=torch.int32)
-
-
-def _one_side(side: Tensor, weight: Tensor | None, bias: Tensor | None) -> Inputs:
-    return Inputs(side, weight, bias, None, None, None, None, None)
-
-
-def topk(problem: Problem, inputs: Inputs, k: int) -> tuple[Tensor, Tensor]:
-    """Ids ``[..., k]`` int32 and log-probabilities of the most likely tokens; no gradient."""
-    ids, logprobs = topk_op(*_detached(inputs), _on_host(*problem.numbers), problem.sizes, problem.encode(), k)
-    return ids, logprobs
-
-
-def sample(problem: Problem, inputs: Inputs, seed: Tensor, num_samples: int) -> Tensor:
-    """Ids ``[..., num_samples]`` int32 of draws; no gradient."""
-    ids: Tensor = sample_op(*_detached(inputs), seed, _on_host(*problem.numbers), problem.sizes, problem.encode(), num_samples)
-    return ids
-
-
-def _detached(inputs: Inputs) -> list[Tensor | None]:
-    return [None if t is None else t.detach() for t in (inputs.student, inputs.student_weight, inputs.student_bias)]
-
-
-# ---- softmax of given logits
-
-
-@torch.library.custom_op("kdkernels::softmax", mutates_args=(), tags=_TAGS)
-def softmax_op(logits: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
-    """``softmax(logits / T)`` or its logarithm, in the dtype of the logits; ``numbers`` is [1] float64 on the host: T."""
-    out = pages.recycled(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
-    heads.softmax(logits, None, out, numbers.item(), logarithm, memory_budget, chunk_rows, backend)
-    return out
-
-
-@softmax_op.register_fake
-def _(logits: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.custom_op("kdkernels::softmax_backward", mutates_args=(), tags=_TAGS)
-def softmax_backward(
-    y: Tensor, dy: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
-) -> Tensor:
-    """The gradient by the logits."""
-    out = pages.recycled(torch.empty(y.shape, dtype=y.dtype, device=y.device))
-    heads.softmax(y, dy, out, numbers.item(), logarithm, memory_budget, chunk_rows, backend)
-    return out
-
-
-@softmax_backward.register_fake
-def _(y: Tensor, dy: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str) -> Tensor:
-    return y.new_empty(y.shape)
-
-
-def _softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, numbers, *ctx.options = inputs
-    ctx.save_for_backward(output, numbers)
-
-
-def _softmax_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    output, numbers = ctx.saved_tensors
-    return softmax_backward(output, upstream, numbers, *ctx.options), None, None, None, None, None
-
-
-def _setup_softmax_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.function = "log_softmax" if inputs[3] else "softmax"
-
-
-softmax_op.register_autograd(_softmax_backward, setup_context=_softmax_setup)
-softmax_backward.register_autograd(lambda ctx, *upstream: _no_second_derivative(ctx.function), setup_context=_setup_softmax_backward)
-
-
-@torch.library.custom_op("kdkernels::softmax_out", mutates_args=("out",), tags=_TAGS)
-def softmax_out(
-    logits: Tensor | None, out: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
-) -> None:
-    """The same into ``out``, which without logits holds them."""
-    heads.softmax(out if logits is None else logits, None, out, numbers.item(), logarithm, memory_budget, chunk_rows, backend)
-
-
-@softmax_out.register_fake
-def _(
-    logits: Tensor | None, out: Tensor, numbers: Tensor, logarithm: bool, memory_budget: int | None, chunk_rows: int | None, backend: str
-) -> None:
-    return None
-
-
-def softmax(
-    logits: Tensor,
-    out: Tensor | None,
-    temperature: float,
-    logarithm: bool,
-    memory_budget: int | None,
-    chunk_rows: int | None,
-    backend: str,
-) -> Tensor:
-    """``softmax(logits / T)`` or its logarithm; into ``out``, which may be the logits, without a gradient."""
-    options = (_on_host(temperature), logarithm, memory_budget, chunk_rows, backend)
-    if out is None:
-        _refuse_forward_mode("log_softmax" if logarithm else "softmax", logits)
-        result: Tensor = softmax_op(logits, *options)
-        return result
-    softmax_out(None if out is logits else logits.detach(), out, *options)
-    return out
+topk_logprobs = define(
+    "topk_logprobs", "Tensor[] tensors", "(Tensor ids, Tensor logprobs)", _opened(one_side.topk), _faked(one_side.empty_topk)
+)
+sample = define("sample", "Tensor[] tensors", "Tensor", _opened(one_side.sample), _faked(one_side.empty_sample))

@@ -13,8 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..fused.checks import check_num_items
-from ..losses import mean_denominator
+from ..losses import check_num_items, mean_denominator
 from ..support.files import write_whole
 from ..tap.layers import LayerRecorder, decoder_layers
 from ..tap.patching import text_config, unwrap

@@ -12,7 +12,8 @@ import kdkernels as kd
 from kdkernels import divergences
 from kdkernels.backends import native
 from kdkernels.backends.rows import FORWARD, STATE, HeadBatch, RowBatch, Stage
-from kdkernels.fused.problem import Problem
+from kdkernels.fused.call import Call
+from kdkernels.fused.work import Form
 
 _C = pytest.importorskip("kdkernels._C")
 
@@ -46,7 +47,7 @@ def test_columns_equal_the_python_terms(divergence: divergences.Divergence) -> N
 
 def run_rows(student: Tensor, teacher: Tensor, divergence: divergences.Divergence, dz_dtype: torch.dtype, **options: float) -> RowBatch:
     count, vocab = student.shape
-    problem = Problem(divergence, vocab, student_dtype=student.dtype, teacher_dtype=teacher.dtype, t_squared=False, **options)  # type: ignore[arg-type]
+    problem = Call(divergence, vocab, student=Form(dtype=student.dtype), teacher=Form(dtype=teacher.dtype), t_squared=False, **options)  # type: ignore[arg-type]
     dtype = problem.compute_dtype
     batch = RowBatch(
         student, teacher, None, None, None, None, torch.zeros(len(STATE), count, dtype=dtype), torch.empty(count, dtype=dtype), None,
@@ -117,7 +118,7 @@ def test_what_the_compiled_code_would_touch_is_checked() -> None:
         run_rows(torch.randn(8, 4).t(), logits, kd.ForwardKL(), torch.float32)
     batch = RowBatch(logits, logits, None, None, None, None, torch.empty(len(STATE), 4), dz=torch.empty(4, 7))
     with pytest.raises(ValueError, match=r"dz must be .* of shape \[4, 8\]"):
-        native.rows(Problem(kd.ForwardKL(), 8), batch, FORWARD | Stage.GRADIENT)
+        native.rows(Call(kd.ForwardKL(), 8), batch, FORWARD | Stage.GRADIENT)
     arguments = _C.RowArguments()
     arguments.divergence = 99
     with pytest.raises(ValueError, match="id 99"):
@@ -131,7 +132,7 @@ def head_rows(logits: Tensor, **room: Tensor) -> HeadBatch:
     """Everything that the kernel of one side can be asked for."""
     count, vocab = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    problem = Problem(kd.ForwardKL(), vocab, quantity="entropy", temperature=1.3, student_dtype=logits.dtype, teacher_dtype=logits.dtype)
+    problem = Call(kd.ForwardKL(), vocab, quantity="entropy", temperature=1.3, student=Form(dtype=logits.dtype))
     ids = torch.arange(3 * count).view(count, 3) % vocab
     parts = {
         "entropy": torch.empty(count, dtype=dtype), "ids": ids, "logprobs": torch.empty(count, 3, dtype=dtype),

@@ -15,10 +15,11 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import selection
-from kdkernels.backends.rows import FORWARD, STATE, STATS, RowBatch, Stage, Transform
+from kdkernels.backends.rows import FORWARD, STATE, STATS, RowBatch, Stage
 from kdkernels.divergences import REGISTRY, Divergence
 from kdkernels.fused import merge
-from kdkernels.fused.problem import Problem
+from kdkernels.fused.call import Call
+from kdkernels.fused.work import Form
 
 ALL = FORWARD | Stage.GRADIENT
 CALLS = (
@@ -51,11 +52,11 @@ FEATURES = {
 }
 
 
-def problem_of(divergence: Divergence, features: Features, vocab: int, dtype: torch.dtype, backend: str) -> Problem:
-    transform = Transform(features.scale, features.softcap)
-    return Problem(
+def problem_of(divergence: Divergence, features: Features, vocab: int, dtype: torch.dtype, backend: str) -> Call:
+    form = Form(features.scale, features.softcap, dtype)
+    return Call(
         divergence, vocab, temperature=features.temperature, ce_weight=0.5 if features.labels else 0.0, has_labels=features.labels,
-        student=transform, teacher=transform, student_dtype=dtype, teacher_dtype=dtype, return_stats=features.stats, wants_input=True,
+        student=form, teacher=form, return_stats=features.stats, wants_input=True,
         backend=backend,
     )  # fmt: skip
 
@@ -104,7 +105,7 @@ def assert_same(actual: Iterable[Tensor | None], expected: Iterable[Tensor | Non
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def whole(module: Any, problem: Problem, batch: RowBatch) -> RowBatch:
+def whole(module: Any, problem: Call, batch: RowBatch) -> RowBatch:
     module.rows(problem, batch, ALL)
     return batch
 
@@ -151,7 +152,7 @@ def test_slices_of_the_columns_merge_into_the_whole(backend: str, divergence: st
         assert_same(sliced(module, problem, batch_of(given, dtype)), (together.loss, together.stats, together.dz), 256)
 
 
-def sliced(module: Any, problem: Problem, batch: RowBatch) -> tuple[Tensor, Tensor | None, Tensor]:
+def sliced(module: Any, problem: Call, batch: RowBatch) -> tuple[Tensor, Tensor | None, Tensor]:
     """Loss, statistics and gradient of rows whose columns two batches share."""
     parts, scales = [slice_of(batch, columns) for columns in SLICES], module.state_scales(problem)
     problems = [replace(problem, vocab=columns.stop - columns.start) for columns in SLICES]

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdkernels as kd
 from kdkernels.fused import chunking, engine, gemm, pages
+from kdkernels.fused.call import Call, Tensors
 from kdkernels.fused.chunking import ROW_MULTIPLE, Chunks, padded_vocab, plan_chunks
-from kdkernels.fused.problem import Problem
-from kdkernels.fused.sources import Inputs
+from kdkernels.sides.head import HeadForm
 from kdkernels.support import memory
 
 rows = st.integers(0, 5000)
@@ -177,22 +177,23 @@ def test_the_default_budget_grows_with_the_memory_of_a_gpu(gib: int | None, budg
 
 
 def test_a_large_gpu_takes_few_chunks_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, bytes_per_row, gpu = Problem(kd.ForwardKL(), 128_256), 2 * 4 * 128_256, torch.device("cuda")
-    assert engine.plan(problem, 8192, bytes_per_row, gpu).count == 8
+    call, bytes_per_row, gpu = Call(kd.ForwardKL(), 128_256), 2 * 4 * 128_256, torch.device("cuda")
+    assert engine.plan(call, 8192, bytes_per_row, gpu).count == 8
     monkeypatch.setattr(memory, "total_bytes", lambda device: 141 << 30)
-    assert engine.plan(problem, 8192, bytes_per_row, gpu).count == 2
-    assert engine.plan(replace(problem, memory_budget=1 << 30), 8192, bytes_per_row, gpu).count == 8
+    assert engine.plan(call, 8192, bytes_per_row, gpu).count == 2
+    assert engine.plan(replace(call, memory_budget=1 << 30), 8192, bytes_per_row, gpu).count == 8
 
 
 @pytest.mark.parametrize(("chunk_rows", "dtype"), [(8, torch.bfloat16), (4, torch.float32)])
 def test_a_gpu_accumulates_a_bfloat16_heads_gradient_in_float32_only_over_several_chunks(chunk_rows: int, dtype: torch.dtype) -> None:
     with FakeTensorMode():  # tensors of a GPU that need not be there
         hidden, weight, teacher = (torch.empty(n, 16, dtype=torch.bfloat16, device="cuda") for n in (8, 100, 8))
-        problem = Problem(
-            kd.ForwardKL(), 100, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16, wants_input=True, wants_weight=True,
-            chunk_rows=chunk_rows, backend="triton",
-        )  # fmt: skip
-        outputs = engine.empty_outputs(problem, Inputs(hidden, weight, None, teacher, weight, None, None, None))
+        form = HeadForm(dtype=torch.bfloat16)
+        call = Call(
+            kd.ForwardKL(), 100, student=form, teacher=form, wants_input=True, wants_weight=True, chunk_rows=chunk_rows, backend="triton"
+        )
+        named = {"student.input": hidden, "student.weight": weight, "teacher.input": teacher, "teacher.weight": weight}
+        outputs = engine.empty_outputs(call, Tensors(named))
     assert outputs.d_weight.dtype == dtype
 
 

@@ -203,7 +203,7 @@ def test_opcheck(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of the gradient op there is no gradient: that raises, by design.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     with torch.no_grad():
-        backward = tuple(a.detach() if isinstance(a, Tensor) else a for a in backward)
+        backward = ([t.detach() for t in backward[0]], *backward[1:])
         torch.library.opcheck(torch.ops.kdkernels.distill_backward.default, backward, test_utils=tests)
 
 

@@ -17,7 +17,7 @@ import kdkernels as kd
 from kdkernels.backends import selection
 from kdkernels.backends.rows import FORWARD, STATE, RowBatch, Stage
 from kdkernels.divergences import REGISTRY
-from kdkernels.fused.problem import Problem
+from kdkernels.fused.call import Call
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -148,7 +148,7 @@ def test_backward_sums_the_slopes_that_it_writes(name: str, device: str) -> None
     """Whatever rounds the saved normalisers otherwise (another compiler, another thread count) moves no gradient of total variation."""
     require(name, device)
     student, teacher = certain(12, 101, 1.5, device)
-    problem = Problem(kd.TotalVariation(), 101, temperature=1.5, t_squared=False, wants_input=True, backend=name)
+    problem = Call(kd.TotalVariation(), 101, temperature=1.5, t_squared=False, wants_input=True, backend=name)
     state, loss = torch.empty(len(STATE), 12, device=device), torch.empty(12, device=device)
     module = selection.load(name)
     module.rows(problem, RowBatch(student, teacher, None, None, None, None, state, loss=loss), FORWARD)

@@ -30,7 +30,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.backends import selection
 from kdkernels.divergences import Divergence
-from kdkernels.fused.sources import SideRows
+from kdkernels.sides.head import HeadRows
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -384,7 +384,7 @@ def test_weights_and_scales_do_not_overflow_float16(
     are on a CPU too."""
     require(engine_backend, device, torch.float16)
     if device_layout:
-        monkeypatch.setattr(SideRows, "over_logits", lambda side, rows: side.buffer.view(side.dtype)[:rows, : side.vocab])
+        monkeypatch.setattr(HeadRows, "dz_dtype", property(lambda head: head.dtype))
     student, teacher = heads((6,), 300, device, dtype=torch.float16, **sides)
     more: dict[str, Any] = {"divergence": d, "chunk_rows": 4, **options}
     if "token_weights" in more:  # ten to one

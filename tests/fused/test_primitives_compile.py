@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from oracle import make_side
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
-from kdkernels.fused import ops
+from kdkernels.fused import ops, softmax
 
 
 @pytest.fixture(autouse=True)
@@ -143,17 +144,19 @@ def test_bad_ids_still_raise_when_compiled() -> None:
 # ---- the ops themselves
 
 
-def captured(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], call: Callable[[], Tensor]) -> dict[str, tuple[Any, ...]]:
-    """The arguments that a real call hands to each op, so that they cannot drift apart from these tests."""
+def captured(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], call: Callable[[], Tensor], module: ModuleType = ops
+) -> dict[str, tuple[Any, ...]]:
+    """Return the arguments that a real call hands to each op, so that they cannot drift apart from these tests."""
     seen: dict[str, tuple[Any, ...]] = {}
     for name in names:
-        op = getattr(ops, name)
+        op = getattr(module, name)
 
         def recorded(*args: Any, op: Any = op, name: str = name) -> Any:
             seen[name] = args
             return op(*args)
 
-        monkeypatch.setattr(ops, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
     call().sum().backward()
     return seen
 
@@ -174,30 +177,31 @@ def test_opcheck(name: str, dim: int | None, frozen: bool, monkeypatch: pytest.M
         assert t is not None
         t.requires_grad_()
     seen = captured(monkeypatch, ("distill", "distill_backward"), lambda: FUNCTIONS[name](side))
-    args = tuple(a.detach() if isinstance(a, Tensor) else a for a in seen["distill_backward"])  # before opcheck traces it, and is seen
-    torch.library.opcheck(torch.ops.kdkernels.distill.default, seen["distill"])
+    tensors, *rest = seen["distill_backward"]
+    args = ([t.detach() for t in tensors], *rest)  # before opcheck traces it, and is seen
+    library.opcheck(torch.ops.kdkernels.distill.default, seen["distill"])
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.kdkernels.distill_backward.default, args, test_utils=GRADIENT_TESTS)
+        library.opcheck(torch.ops.kdkernels.distill_backward.default, args, test_utils=GRADIENT_TESTS)
 
 
 def test_opcheck_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(2, 3, 21, requires_grad=True)
     ops = torch.ops.kdkernels
-    seen = captured(monkeypatch, ("softmax_op", "softmax_backward"), lambda: kd.softmax(z, 2.0, backend="torch").square())
+    seen = captured(monkeypatch, ("softmax", "softmax_backward"), lambda: kd.softmax(z, 2.0, backend="torch").square(), softmax)
     args = tuple(a.detach() if isinstance(a, Tensor) else a for a in seen["softmax_backward"])  # before opcheck traces it, and is seen
-    torch.library.opcheck(ops.softmax.default, seen["softmax_op"])
-    torch.library.opcheck(ops.softmax_backward.default, args, test_utils=GRADIENT_TESTS)
-    _, *rest = seen["softmax_op"]
+    library.opcheck(ops.softmax.default, seen["softmax"])
+    library.opcheck(ops.softmax_backward.default, args, test_utils=GRADIENT_TESTS)
+    _, *rest = seen["softmax"]
     for logits in (z.detach(), None):
-        torch.library.opcheck(ops.softmax_out.default, (logits, z.detach().clone(), *rest))
+        library.opcheck(ops.softmax_out.default, (z.detach().clone(), logits, *rest))
 
 
 def test_opcheck_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_side((2, 3), 21, 8, bias=True)
     seen = captured(
         monkeypatch,
-        ("topk_op", "sample_op"),
+        ("topk_logprobs", "sample"),
         lambda: kd.topk_logprobs(head, 4, backend="torch").logprobs.requires_grad_() + kd.sample(head, 4, backend="torch").ids,
     )
-    torch.library.opcheck(torch.ops.kdkernels.topk_logprobs.default, seen["topk_op"])
-    torch.library.opcheck(torch.ops.kdkernels.sample.default, seen["sample_op"])
+    library.opcheck(torch.ops.kdkernels.topk_logprobs.default, seen["topk_logprobs"])
+    library.opcheck(torch.ops.kdkernels.sample.default, seen["sample"])

@@ -13,7 +13,9 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import native
-from kdkernels.fused import sources
+from kdkernels.fused.call import Call
+from kdkernels.fused.work import Form
+from kdkernels.sides.head import has_own_product
 
 _C = pytest.importorskip("kdkernels._C")
 if not _C.cpu_has_product():
@@ -93,10 +95,10 @@ def test_the_loss_takes_it(student_dtype: torch.dtype, chunk_rows: int | None, m
 
 def test_what_it_cannot_do_is_left_to_torch() -> None:
     odd, even = (make_side((4,), 30, d, seed=1, dtype=torch.bfloat16) for d in (7, 8))
-    problem = sources.Problem(kd.ForwardKL(), 30, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16, backend="native")
-    assert sources.has_own_product(problem, even.weight, torch.bfloat16)
-    assert not sources.has_own_product(problem, odd.weight, torch.bfloat16)
-    assert not sources.has_own_product(problem, even.weight.t().contiguous().t(), torch.bfloat16)
-    assert not sources.has_own_product(problem, even.weight, torch.float32)
+    call = Call(kd.ForwardKL(), 30, student=Form(dtype=torch.bfloat16), teacher=Form(dtype=torch.bfloat16), backend="native")
+    assert has_own_product(call, even.weight, torch.bfloat16)
+    assert not has_own_product(call, odd.weight, torch.bfloat16)
+    assert not has_own_product(call, even.weight.t().contiguous().t(), torch.bfloat16)
+    assert not has_own_product(call, even.weight, torch.float32)
     loss = kd.distillation_loss(odd, even, backend="native")
     assert loss.isfinite()

@@ -237,14 +237,14 @@ def test_warning_points_at_the_caller() -> None:
 def test_flags_of_bad_values_cost_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """One selection of rows per pass: each is a synchronisation on a GPU."""
     looks = 0
-    select = engine.check_and_select
+    select = engine.select_rows
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal looks
         looks += 1
         return select(*args, **kwargs)
 
-    monkeypatch.setattr(engine, "check_and_select", counted)
+    monkeypatch.setattr(engine, "select_rows", counted)
     side = student(hidden=torch.randn(N, DS, requires_grad=True))
     kd.distillation_loss(side, teacher(), labels=labels(), backend="torch").backward()
     assert looks == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from kdkernels.backends import torch as torch_backend
 from kdkernels.backends import triton as triton_backend
 from kdkernels.backends.rows import FORWARD, STATE, STATS, HeadBatch, RowBatch, Stage, Transform
 from kdkernels.divergences import Divergence
-from kdkernels.fused.problem import Problem
+from kdkernels.fused.call import Call
+from kdkernels.fused.work import Form
 
 ROWS = 3
 NAN = float("nan")
@@ -97,17 +98,16 @@ class Rows:
     stats: bool = False
 
     @property
-    def problem(self) -> Problem:
-        return Problem(
+    def problem(self) -> Call:
+        return Call(
             self.divergence,
             self.vocab,
             temperature=self.temperature,
             ce_weight=0.3 if self.labels else 0.0,
             has_labels=self.labels,
             return_stats=self.stats,
-            student=Transform(SCALE, CAPS[0]) if self.student_softcap else Transform(),
-            teacher=Transform(1 / SCALE, CAPS[1]) if self.teacher_softcap else Transform(),
-            student_dtype=DTYPES[self.gradient],
+            student=Form(SCALE, CAPS[0], DTYPES[self.gradient]) if self.student_softcap else Form(dtype=DTYPES[self.gradient]),
+            teacher=Form(1 / SCALE, CAPS[1]) if self.teacher_softcap else Form(),
         )
 
     def run(self) -> dict[str, float]:
@@ -194,7 +194,7 @@ class Head:
         dz = _over(logits, DTYPES[self.gradient])
         generator = torch.Generator().manual_seed(7)
         bias = torch.randn(self.vocab, generator=generator) if self.bias else None
-        transform = Transform(SCALE, CAPS[0]) if self.softcap else Transform()
+        form = Form(SCALE, CAPS[0]) if self.softcap else Form()
         ids = torch.randint(self.vocab, (ROWS, self.ids), generator=generator) if self.ids else None
         if ids is not None:
             ids[0, 0] = -1
@@ -203,7 +203,7 @@ class Head:
             upstream["entropy"] = torch.randn(ROWS, generator=generator)
         if ids is not None:
             upstream["logprobs"] = torch.randn(ids.shape, generator=generator)
-        problem = Problem(kd.ForwardKL(), self.vocab, "logsumexp", self.temperature, student=transform, student_dtype=DTYPES[self.gradient])
+        problem = Call(kd.ForwardKL(), self.vocab, "logsumexp", self.temperature, student=replace(form, dtype=DTYPES[self.gradient]))
         batch = HeadBatch(
             logits, bias, torch.full((ROWS,), NAN), torch.full((ROWS,), NAN),
             entropy=torch.full((ROWS,), NAN) if self.entropy else None,
@@ -221,7 +221,7 @@ class Head:
 
         def reference(dtype: torch.dtype) -> dict[str, Tensor]:
             leaf = exact.to(dtype, copy=True).requires_grad_()
-            x = transformed(leaf, bias, transform) / self.temperature
+            x = transformed(leaf, bias, form) / self.temperature
             log_q = torch.log_softmax(x, -1)
             values = {"log_sum": torch.logsumexp(x, -1), "entropy": -(log_q.exp() * log_q).sum(-1)}
             if ids is not None:
@@ -254,8 +254,8 @@ class Draws:
         exact = random_rows(self.vocab, 0).to(DTYPES[self.logits])
         logits = padded(exact, self.dense)
         bias = torch.randn(self.vocab, generator=torch.Generator().manual_seed(7)) if self.bias else None
-        transform = Transform(SCALE, CAPS[0]) if self.softcap else Transform()
-        problem = Problem(kd.ForwardKL(), self.vocab, "logsumexp", 0.8, student=transform)
+        form = Form(SCALE, CAPS[0]) if self.softcap else Form()
+        problem = Call(kd.ForwardKL(), self.vocab, "logsumexp", 0.8, student=form)
 
         def drawn(backend: Any) -> Tensor:
             draws = torch.full((ROWS, self.draws), -2, dtype=torch.int32)

@@ -33,9 +33,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import kdkernels.backends.triton as backend
-from kdkernels.backends.rows import FORWARD, STATE, STATS, HeadBatch, RowBatch, Stage, Transform
+from kdkernels.backends.rows import FORWARD, STATE, STATS, HeadBatch, RowBatch, Stage
 from kdkernels.divergences import REGISTRY, Divergence, LogitMSE
-from kdkernels.fused.problem import Problem
+from kdkernels.fused.call import Call
+from kdkernels.fused.work import Form
 
 VOCAB = 128256
 RAGGED = 50257
@@ -96,9 +97,9 @@ def row_kernel(divergence: Divergence, dtypes: str, mode: str, features: bool, v
     """A launch of the kernel of two sides."""
     student, teacher, dz = DTYPES[dtypes]
     statistics, gradient = MODES[mode]
-    transform = Transform(2.0, 30.0) if features else Transform()
-    problem = Problem(
-        divergence=divergence, vocab=vocab, student=transform, teacher=transform, student_dtype=student, teacher_dtype=teacher,
+    scale, softcap = (2.0, 30.0) if features else (1.0, None)
+    problem = Call(
+        divergence=divergence, vocab=vocab, student=Form(scale, softcap, student), teacher=Form(scale, softcap, teacher),
         ce_weight=0.5 if features else 0.0, has_labels=features,
     )  # fmt: skip
     numbers = torch.empty(vocab)
@@ -115,9 +116,7 @@ def row_kernel(divergence: Divergence, dtypes: str, mode: str, features: bool, v
 
 def head_kernels(logits: torch.dtype, features: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Launches of the kernels of one side."""
-    problem = Problem(
-        divergence=REGISTRY["forward_kl"](), vocab=VOCAB, student=Transform(2.0, 30.0) if features else Transform(), student_dtype=logits
-    )
+    problem = Call(divergence=REGISTRY["forward_kl"](), vocab=VOCAB, student=Form(2.0, 30.0, logits) if features else Form(dtype=logits))
     numbers = torch.empty(VOCAB)
     number, ids = numbers[:1], 100 if features else 1
     batch = HeadBatch(

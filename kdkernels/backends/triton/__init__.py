@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...fused.problem import Problem
+from ...fused.call import Call
 from .. import torch as torch_rows
 from ..rows import HeadBatch, RowBatch, Stage, Transform
 from .arithmetic import INTERPRETED as _INTERPRETED
@@ -39,13 +39,13 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | 
     return None if capability >= (8, 0) else f"it needs compute capability 8.0, {found}"
 
 
-def _transforms(problem: Problem) -> tuple[int, int]:
+def _transforms(problem: Call) -> tuple[int, int]:
     """What the kernel of two sides does to logits as it reads them. A positive scale is part of the factor of the differences between
     logits instead, where it costs nothing."""
     return _transform(problem.student, problem.student.scale > 0), _transform(problem.teacher, problem.teacher.scale > 0)
 
 
-def state_scales(problem: Problem) -> tuple[float, float]:
+def state_scales(problem: Call) -> tuple[float, float]:
     """What the logits in a state are multiplied by to be logits."""
     student, teacher = _transforms(problem)
     return 1.0 if student else problem.student.scale, 1.0 if teacher else problem.teacher.scale
@@ -63,7 +63,7 @@ def _factors(t: Transform, transform: int, *units: float) -> tuple[float, ...]:
     return tuple(min(unit if transform else unit * t.scale, _LARGEST) for unit in units)
 
 
-def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
+def rows(problem: Call, batch: RowBatch, stages: Stage) -> None:
     """One launch: a program per row."""
     count, vocab = batch.student.shape
     if not count:
@@ -94,7 +94,7 @@ def rows(problem: Problem, batch: RowBatch, stages: Stage) -> None:
         )  # fmt: skip
 
 
-def head_rows(problem: Problem, batch: HeadBatch, stages: Stage) -> None:
+def head_rows(problem: Call, batch: HeadBatch, stages: Stage) -> None:
     """A launch for statistics and gradient, another for draws. The largest are found by ``torch.topk``, which we do not beat."""
     count, vocab = batch.logits.shape
     if not count:

@@ -1,0 +1,293 @@
+"""One call: everything but its tensors (``Call``), its tensors by name (``Tensors``), and the flat form of both.
+
+A custom op takes a list of tensors, a tensor of numbers, symbolic sizes and a text. ``flatten`` writes a call as these four, and
+``restore`` reads it back.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import divergences
+from ..divergences import Divergence
+from .work import Form
+
+DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+SMALLEST_TEMPERATURE = 2.0**-100
+"""A smaller T is taken as this one: already here every logit but the largest has probability 0, and 1 / T fits into float32."""
+
+_FORMAT = 4
+"""Version of the ops' results, part of every text. Raise it when their shapes or dtypes change: torch.compile caches graphs on disk by
+their text, and must not find those of an older version of the package."""
+
+Quantity = Literal["distillation", "cross_entropy", "logprobs", "logsumexp", "entropy", "topk", "sample", "softmax", "log_softmax"]
+"""What is computed of each row: a loss between two sides, or one of the others of one side alone, the student."""
+
+_CLASSES: dict[str, type[Any]] = {}
+_FIELDS: dict[type[Any], tuple[tuple[str, str], ...]] = {}
+_T = TypeVar("_T")
+
+
+def flat(cls: type[_T]) -> type[_T]:
+    """Register a frozen dataclass as a part of a ``Call``: its flat form follows from its fields and their types."""
+    _CLASSES[cls.__name__] = cls
+    _FIELDS[cls] = tuple((f.name, str(f.type).partition(" ")[0]) for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+    return cls
+
+
+flat(Form)
+
+
+@flat
+@dataclass(frozen=True)
+class Call:
+    """Everything about a call that is not a tensor."""
+
+    divergence: Divergence
+    """Used in a distillation only, like ``teacher``, ``t_squared`` and the two weights."""
+    vocab: int
+    quantity: Quantity = "distillation"
+    temperature: float = 1.0
+    t_squared: bool = True
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    ignore_index: int = -100
+    student: Form = field(default_factory=Form)
+    teacher: Form = field(default_factory=Form)
+    logits_dtype: torch.dtype | None = None
+    count: int = 0
+    """Number of ids that are asked for in every row, by ``topk`` and ``sample``."""
+    per_token: bool = False
+    """``reduction="none"``: the loss is kept per token and upstream gradients differ between tokens."""
+    wants_input: bool = False
+    """The student's hidden states or logits require grad; the next two are for its head."""
+    wants_weight: bool = False
+    wants_bias: bool = False
+    return_stats: bool = False
+    has_labels: bool = False
+    memory_budget: int | None = None
+    chunk_rows: int | None = None
+    backend: str = "torch"
+
+    @property
+    def is_distillation(self) -> bool:
+        """Return whether there is a teacher."""
+        return self.quantity == "distillation"
+
+    @property
+    def wants_grad(self) -> bool:
+        """Return whether any of the student's tensors requires grad."""
+        return self.wants_input or self.wants_weight or self.wants_bias
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of statistics, losses and accumulators: float64 if a side is, else float32."""
+        return torch.float64 if torch.float64 in (self.student.dtype, self.teacher.dtype) else torch.float32
+
+    @property
+    def inv_temperature(self) -> float:
+        return 1.0 / self.temperature
+
+    @property
+    def value_scale(self) -> float:
+        """Multiplies the divergence in the loss."""
+        return self.kd_weight * (self.temperature**2 if self.t_squared else 1.0)
+
+    @property
+    def slope_scale(self) -> float:
+        """Multiplies ``g - q * sum(g)`` in the gradient by the student's logits."""
+        return self.value_scale * self.inv_temperature
+
+    @property
+    def needs_ce(self) -> bool:
+        return self.has_labels and (self.ce_weight != 0 or self.return_stats)
+
+    @property
+    def needs_ids(self) -> bool:
+        """Return whether the quantity is one of a few columns of a row: its label's, or those of its ids."""
+        return self.quantity in ("cross_entropy", "logprobs")
+
+    def storage(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype in which the logits of a chunk are stored that products in ``dtype`` make."""
+        return dtype if self.logits_dtype == dtype else self.compute_dtype
+
+    @property
+    def storages(self) -> tuple[torch.dtype, torch.dtype]:
+        """Dtypes of the logits that a row kernel reads, the student's and the teacher's."""
+        student = self.student.storage(self)
+        return student, self.teacher.storage(self) if self.kernels == "rows" else student
+
+    @property
+    def kernels(self) -> str:
+        """The kernels that it takes: ``"rows"`` of two sides, ``"head_rows"`` of one, or ``"softmax_rows"``."""
+        if self.quantity in ("softmax", "log_softmax"):
+            return "softmax_rows"
+        return "rows" if self.is_distillation and not self.teacher.is_sparse else "head_rows"
+
+    @property
+    def recomputes(self) -> bool:
+        """Return whether backward visits the rows again, instead of scaling the gradients that forward left."""
+        if self.student.is_head:
+            return self.per_token and (self.wants_weight or self.wants_bias)
+        return self.wants_input and (not (self.is_distillation and self.teacher.is_head) or self.student.dtype == torch.float16)
+
+    @property
+    def dz_scale(self) -> float:
+        """A power of two by which float16 logit gradients are multiplied while they are stored: small ones stay above the smallest step
+        of float16, and large weights or scales do not make the others overflow.
+
+        It takes the gradient of a row of weight 1 to at most 256 where slopes are bounded (by a few T), else to about 1: the quadratic
+        and the power families need the room.
+        """
+        if self.student.dtype != torch.float16:
+            return 1.0
+        unbounded, per_slope = False, self.inv_temperature
+        if self.is_distillation:
+            unbounded = self.divergence.unbounded_slopes
+            per_slope = abs(self.slope_scale) + (abs(self.ce_weight) if self.has_labels else 0.0)
+        size = per_slope * abs(self.student.scale)
+        exponent = math.ceil(math.log2(size)) if 0.0 < size < math.inf else 0
+        return 2.0 ** ((0 if unbounded else 8) - max(-100, min(100, exponent)))
+
+
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """The tensors of a call by name. Leading shapes agree; heads are whole, ``vocab`` of their rows are used.
+
+    - ``student.input``: ``[..., D]`` hidden states or ``[..., V]`` logits; ``student.weight``: ``[>= V, D]``; ``student.bias``: ``[>= V]``
+    - ``teacher.*``: as the kind of teacher names them
+    - ``labels``: ``[...]`` int64, or ids ``[..., K]``; ``token_weights``: ``[...]``; ``seed``: ``[]`` int64
+    - ``saved.*`` and ``upstream``: for backward, the results of forward (``engine.Outputs``) and the gradient by the loss
+    """
+
+    named: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.named[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of this name, or None."""
+        return self.named.get(name)
+
+    def of(self, owner: str) -> Tensors:
+        """The tensors whose names begin with ``owner`` and a dot, without that."""
+        begin = owner + "."
+        return Tensors({name[len(begin) :]: tensor for name, tensor in self.named.items() if name.startswith(begin)})
+
+    @property
+    def student(self) -> Tensor:
+        """Hidden states or logits of the student ``[..., D]``."""
+        return self.named["student.input"]
+
+    @property
+    def leading(self) -> torch.Size:
+        """The shape ``[...]`` of one number per token."""
+        return self.student.shape[:-1]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of tokens, valid or not."""
+        return math.prod(self.leading) if self.student.shape[-1] else 0
+
+    @property
+    def ids_per_row(self) -> int | None:
+        """K where ids are ``[..., K]``."""
+        labels = self.get("labels")
+        return None if labels is None or labels.dim() < self.student.dim() else labels.shape[-1]
+
+
+Flat = tuple[list[Tensor], Tensor, list[int], str]
+"""Tensors, float64 numbers on the host, sizes, and a text: the names of the tensors in order, a line break, and all the rest."""
+
+
+def flatten(call: Call, tensors: Tensors) -> Flat:
+    """Write a call as the arguments of a custom op.
+
+    Numbers and sizes may change from step to step. They are not part of the text, so that nothing is compiled again.
+    """
+    numbers: list[float] = []
+    sizes: list[int] = []
+    text = f"{_FORMAT} {_stripped(call, '', numbers, sizes)!r}"
+    return list(tensors.named.values()), _on_host(numbers), sizes, rename(tensors, text)
+
+
+def rename(tensors: Tensors, text: str) -> str:
+    """The text of the same call with other tensors."""
+    return " ".join(tensors.named) + "\n" + text.rpartition("\n")[2]
+
+
+def restore(tensors: Sequence[Tensor], numbers: Tensor | None, sizes: Sequence[int], text: str) -> tuple[Call, Tensors]:
+    """Read a call from the arguments of a custom op. Without ``numbers``, whose values a compiler does not have, they are arbitrary."""
+    values = None if numbers is None else iter(numbers.tolist())
+    call: Call = _filled(_template(text.partition("\n")[2]), values, iter(sizes))
+    return call, Tensors(dict(zip(names_of(text), tensors, strict=True)))
+
+
+def names_of(text: str) -> list[str]:
+    """Names of the tensors, in the order of the list."""
+    return text.partition("\n")[0].split()
+
+
+def _on_host(values: list[float]) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * value for value in values])  # a tensor of literals would be compiled in
+
+
+def _stripped(value: Any, kind: str, numbers: list[float], sizes: list[int]) -> Any:
+    """The structure of a value as nested tuples. Numbers and sizes are appended to their lists, and leave a zero of their type."""
+    if value is None:
+        return None
+    if kind == "float":
+        numbers.append(value)
+        return 0.0
+    if kind == "int":
+        sizes.append(value)
+        return 0
+    if isinstance(value, torch.dtype):
+        return "dtype", DTYPE_NAMES[value]
+    if isinstance(value, tuple):
+        return "tuple", *[_stripped(item, "", numbers, sizes) for item in value]
+    if isinstance(value, Divergence):
+        numbers.extend(value.parameters)
+        return "divergence", value.name, value.flags, tuple(0.0 for _ in value.parameters)
+    if type(value) in _FIELDS:
+        return type(value).__name__, *[_stripped(getattr(value, name), of, numbers, sizes) for name, of in _FIELDS[type(value)]]
+    return value
+
+
+@lru_cache(maxsize=256)
+def _template(spec: str) -> Any:
+    return ast.literal_eval(spec.partition(" ")[2])
+
+
+def _filled(template: Any, numbers: Iterator[float] | None, sizes: Iterator[int]) -> Any:
+    """The inverse of ``_stripped``."""
+    if isinstance(template, float):
+        return 1.0 if numbers is None else next(numbers)
+    if isinstance(template, int) and not isinstance(template, bool):
+        return next(sizes)
+    if not isinstance(template, tuple):
+        return template
+    kind, *parts = template
+    if kind == "dtype":
+        return DTYPES[parts[0]]
+    if kind == "tuple":
+        return tuple(_filled(part, numbers, sizes) for part in parts)
+    if kind == "divergence":
+        name, flags, parameters = parts
+        cls = divergences.REGISTRY[name]
+        return cls(**flags) if numbers is None else cls(*[next(numbers) for _ in parameters], **flags)
+    return _CLASSES[kind](*[_filled(part, numbers, sizes) for part in parts])
