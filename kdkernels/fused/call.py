@@ -27,7 +27,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 SMALLEST_TEMPERATURE = 2.0**-100
 """A smaller T is taken as this one: already here every logit but the largest has probability 0, and 1 / T fits into float32."""
 
-_FORMAT = 4
+_FORMAT = 5
 """Version of the ops' results, part of every text. Raise it when their shapes or dtypes change: torch.compile caches graphs on disk by
 their text, and must not find those of an older version of the package."""
 

@@ -67,7 +67,7 @@ def forward(call: Call, tensors: Tensors) -> Outputs:
     labels = selected.take(tensors.get("labels"), torch.int64, many) if call.needs_ce or call.needs_ids else None
     arrays = Arrays(
         stages=FORWARD,
-        state=torch.empty(_state_rows(call), count, dtype=dtype, device=device),
+        state=torch.zeros(_state_rows(call), count, dtype=dtype, device=device),  # a backend writes the rows that it needs
         weight=selected.take(tensors.get("token_weights"), dtype),
         labels=labels,
         loss=torch.empty((count,) if many is None else (count, many), dtype=dtype, device=device),

@@ -131,7 +131,8 @@ def coarsened(call: Call, targets: Targets, log_q: Tensor) -> Slopes:
     div = call.divergence
     terms = div.terms(log_q, log_p, q, p)
     value, coefficients = div.finish([term.sum(-1, keepdim=True) for term in terms[: div.num_sums]])
-    slope, total = div.slope(terms, coefficients), coefficients[0]
+    slope = div.slope(terms, coefficients)
+    total = slope.sum(-1, keepdim=True)  # the first coefficient, except where there is nothing
     nothing = (p == 0).all(-1)  # no id to renormalise over
     return Slopes(value[:, 0].masked_fill(nothing, 0.0), slope[:, -1] / rest_q - total[:, 0], (slope - q * total)[:, :-1])
 
