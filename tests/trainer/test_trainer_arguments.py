@@ -44,7 +44,7 @@ def make(tokenizer: Any, tmp_path: Path) -> Make:
         ({"on_policy_fraction": 0.5, "kd_weight": 0, "ce_weight": 1}, "learns from the divergence only"),
         ({"max_length": 0}, "max_length must be an integer >= 1, got 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 1, got 2.5"),
-        ({"overlong": "cut"}, "overlong must be one of error, drop, truncate, got 'cut'"),
+        ({"overlong": "cut"}, "overlong must be one of error, drop, truncate, split, got 'cut'"),
         ({"ensemble_mode": "mean"}, "ensemble_mode must be one of probs, logits, got 'mean'"),
         ({"memory_budget": -1}, "memory_budget must be a positive int"),
         ({"remove_unused_columns": True}, "would remove the teacher's view"),
