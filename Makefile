@@ -64,13 +64,9 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.report --check
 
-# The documentation site, into site/: half a minute. With a page that a browser shows: make docs && python3 -m http.server --directory site
-docs: $(VENV)/.docs
+# The documentation site, into site/, in ten seconds. To read it: python3 -m http.server --directory site
+docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
-$(VENV)/.docs: | $(VENV)/.installed
-	$(PIP) --editable ".[docs]" --no-build-isolation
-	touch $@
 
 # The sdist, and wheels for each Python 3.10 to 3.14 of this machine, each tried in a fresh environment: docs/release.md.
 wheels: $(VENV)/.installed
@@ -108,7 +104,7 @@ clean:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools pybind11 ninja
-	$(PIP) --no-build-isolation --editable ".[train,bench,test]"
+	$(PIP) --no-build-isolation --editable ".[train,bench,test,docs]"
 	touch $@
 
 $(VENV)/triton-%: | $(VENV)/.installed
