@@ -260,13 +260,15 @@ def _features_work(model: nn.Module, ids: torch.Tensor, options: dict[str, Any])
 
 HEADER = """# Model families
 
-Every causal family of transformers {version}: a small random model is built, and the loss and all gradients of its tapped side are
-compared with those of its dense logits. `python tests/support/families.py` draws this page, `pytest -m sweep` repeats the comparison.
+Check that your model family works without logits. The table has every causal family of transformers {version}: a small random model is built,
+and the loss and all gradients with the tap are compared with those from the model's dense logits. `pytest -m sweep` repeats the comparison,
+and `python tests/support/families.py` writes this page.
 
-- **tap**: hidden states and head are used, no logits exist. **dense**: the head can't be taken apart, the model's own logits are used,
-  with one warning that says why. **not run**: no such model could be built, or run on token ids alone.
-- Scale, soft cap and cut columns are measured on the model, for the values that its config had here. Empty: none.
-- Features: the outputs of its decoder layers are `[batch, length, width]`, so `feature_layers` works.
+- **tap**: the loss gets hidden states and head; the logits never exist.
+- **dense**: the head is not a plain linear layer, so the model's dense logits are used, with one warning giving the reason.
+- **not run**: such a model could not be built, or does not run on token ids alone.
+- Scale, soft cap and cut columns are measured on the model, with the values of the config in the test. An empty cell means none.
+- Features: "yes" if the outputs of the decoder layers are `[batch, length, width]`, so `feature_layers` works.
 
 {count}
 
