@@ -260,9 +260,9 @@ def _features_work(model: nn.Module, ids: torch.Tensor, options: dict[str, Any])
 
 HEADER = """# Model families
 
-Check that your model family works without logits. The table has every causal family of transformers {version}: a small random model is built,
-and the loss and all gradients with the tap are compared with those from the model's dense logits. `pytest -m sweep` repeats the comparison,
-and `python tests/support/families.py` writes this page.
+Check that your model family works without logits. The table has every causal family of transformers {version}: a small random model is
+built, and the loss and all gradients with the tap are compared with those from the model's dense logits. `pytest -m sweep` repeats the
+comparison, and `python tests/support/families.py` writes this page.
 
 - **tap**: the loss gets hidden states and head; the logits never exist.
 - **dense**: the head is not a plain linear layer, so the model's dense logits are used, with one warning giving the reason.
