@@ -85,7 +85,7 @@ def test_settings_that_no_training_can_have(tmp_path: Path, options: dict[str, A
         DistillationArguments(output_dir=str(tmp_path), use_cpu=True, **options)
 
 
-@pytest.mark.parametrize(("report", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")])
+@pytest.mark.parametrize(("report", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("trackio", "trackio")])
 def test_a_report_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: str, package: str) -> None:
     from transformers.integrations import integration_utils
 
