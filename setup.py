@@ -38,6 +38,7 @@ TARGETS = X86_TARGETS if platform.machine().lower() in ("x86_64", "amd64") else 
 
 # Every .cu file holds machine code for each of these, and the PTX of the newest for GPUs still to come.
 CUDA_TARGETS = ("80", "86", "89", "90a", "100", "120")
+SECONDS_PER_TARGET = 100  # of one core, measured on a 2.5 GHz server
 
 # Infinities and NaN mean what they mean: no -ffast-math. Loops only become SIMD code if exceptions and errno don't count.
 KERNEL_FLAGS = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd"
@@ -64,6 +65,15 @@ class Cuda:
         newest = max(self.targets, key=_generation)
         machine = [f"-gencode arch=compute_{t},code=sm_{t}" for t in self.targets]
         return " ".join([*machine, f"-gencode arch=compute_{_generation(newest)},code=compute_{_generation(newest)}"])
+
+    def announcement(self, cores: int) -> str:
+        """Return how long the build takes and how to shorten it."""
+        minutes = max(1, round(SECONDS_PER_TARGET * len(self.targets) / cores / 60))
+        return (
+            f"kdkernels: building CUDA kernels with {self.nvcc} for {', '.join(f'sm_{target}' for target in self.targets)}: "
+            f"about {minutes} minute{'s' * (minutes > 1)} on {cores} cores the first time. "
+            "KDKERNELS_CUDA=0 skips them; KDKERNELS_CUDA_ARCHS=90a builds for one GPU only"
+        )
 
 
 def find_cuda() -> Cuda | None:
@@ -119,6 +129,8 @@ class NinjaBuild(build_ext):
             print(f"kdkernels: {missing}; installing without the compiled kernels", file=sys.stderr)
             output.unlink(missing_ok=True)  # left by an earlier build, of other sources perhaps
             return
+        if cuda is not None:
+            print(cuda.announcement(os.cpu_count() or 1), file=sys.stderr)  # pip shows it with --verbose
         import ninja
         import pybind11
 

@@ -184,7 +184,9 @@ def test_touching_a_source_compiles_only_it(project: Path, nvcc: Path) -> None:
 
 def test_cuda_is_built_where_there_is_an_nvcc(project: Path, nvcc: Path) -> None:
     """By default for every target that it knows, and the newest one's PTX; never a runtime that wants a driver to load."""
-    build(project, KDKERNELS_CUDA="auto", CUDA_PATH=nvcc)
+    said = build(project, KDKERNELS_CUDA="auto", CUDA_PATH=nvcc)
+    assert re.search(r"building CUDA kernels with \S+nvcc for sm_80, sm_86, sm_90a: about \d+ minutes? on \d+ cores", said)
+    assert "KDKERNELS_CUDA=0 skips them" in said
     assert in_python(LOAD + "print(m.cuda_targets)", project) == "80;86;90a"
     log = (nvcc / "bin" / "nvcc.log").read_text()
     one = next(line for line in log.splitlines() if "one.cu" in line)
