@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 from kdkernels.bench import variants
 from kdkernels.bench.cases import Case, build
+from kdkernels.bench.timing import elapsed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,11 +43,9 @@ def test_speed(benchmark: Any, case: Case, name: str) -> None:
     floor, step = (variants.build(variant, case, inputs) for variant in ("floor", name))
 
     def seconds(run: variants.Step) -> float:
-        start = time.perf_counter()
-        run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        with elapsed(torch.device(DEVICE)) as timed:
+            run()
+        return timed.seconds
 
     floors: list[float] = []
 

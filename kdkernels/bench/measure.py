@@ -20,6 +20,7 @@ import torch
 from ..support.memory import peak_bytes
 from . import variants
 from .cases import Case, Inputs, build
+from .timing import milliseconds
 from .variants import Step, Variant, prepare
 
 WARMUP = 1
@@ -130,7 +131,7 @@ def time_interleaved(
             begins(variant)
             inputs.clear_gradients()
             try:
-                ms = _time_cuda(steps[variant], device) if device.type == "cuda" else _time_cpu(steps[variant])
+                ms = _time(steps[variant], device)
             except Exception as error:  # whatever it is, it is what this variant does with this case
                 failed[variant] = first_line(error)
                 del taken[variant], error
@@ -154,30 +155,13 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def _time_cpu(step: Step) -> float:
+def _time(step: Step, device: torch.device) -> float:
     prepare(step)
-    start = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _time_cuda(step: Step, device: torch.device) -> float:
-    # Twice the L2, so that a step does not start with the last one's data at hand; and again and again, half a millisecond in all, so
-    # that the GPU is still busy when the host has launched the step's first kernel: its time is not the host's.
-    prepare(step)
-    flushed = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-    for _ in range(16):
-        flushed.zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
+    return milliseconds(step, device)
 
 
 def _repeat(step: Callable[[], Any], device: torch.device, samples: int) -> list[float]:
-    timed = [(_time_cuda(step, device) if device.type == "cuda" else _time_cpu(step)) for _ in range(samples + 2)]
+    timed = [milliseconds(step, device) for _ in range(samples + 2)]
     return [round(ms, 4) for ms in timed[2:]]
 
 

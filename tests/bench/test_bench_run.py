@@ -62,15 +62,15 @@ def test_the_page_needs_nothing_else(measured: Path) -> None:
 
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The clock of the CPU raises Ctrl-C at its nth use."""
-    timer, count = measure._time_cpu, iter(range(10**6))
+    """Raise Ctrl-C at the nth use of the clock."""
+    timer, count = measure.milliseconds, iter(range(10**6))
 
-    def time_cpu(s: variants.Step) -> float:
+    def milliseconds(s: variants.Step, device: torch.device) -> float:
         if next(count) == step:
             raise KeyboardInterrupt
-        return timer(s)
+        return timer(s, device)
 
-    monkeypatch.setattr(measure, "_time_cpu", time_cpu)
+    monkeypatch.setattr(measure, "milliseconds", milliseconds)
 
 
 def test_an_interrupted_run_keeps_its_samples_and_is_finished(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

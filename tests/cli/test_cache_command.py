@@ -14,10 +14,10 @@ from caches import bytes_of, view
 from typer.testing import CliRunner
 
 from kdkernels import cli
+from kdkernels.bench.cache import measure
 from kdkernels.data.tokenization import load_examples
 from kdkernels.sides import LMHead
 from kdkernels.teachers.cache import CacheError, open_cache, read_text
-from kdkernels.teachers.cache.measure import measure
 from kdkernels.teachers.live import LiveTeacher
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})

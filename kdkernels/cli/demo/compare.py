@@ -9,7 +9,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import LMHead, distillation_loss, plan
+from ...bench.timing import elapsed
 from ...support.memory import peak_bytes
 from .settings import LossShape, Settings
 
@@ -128,13 +128,10 @@ def run(job: Job) -> Sample:
     seconds = value = 0.0
     for _ in ("warm-up", "timed"):
         student.hidden.grad = student.weight.grad = None
-        _synchronize(device)
-        started = time.perf_counter()
-        loss = loss_of(job, student, teacher, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        _synchronize(device)
-        seconds = time.perf_counter() - started
-        value = loss.item()
+        with elapsed(device) as timed:
+            loss = loss_of(job, student, teacher, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+        seconds, value = timed.seconds, loss.item()
     after = peak_bytes(device)
     return Sample(backend, value, seconds, None if before is None or after is None else after - before)
 
@@ -154,11 +151,6 @@ def _dense(job: Job, student: LMHead, teacher: LMHead, labels: Tensor) -> Tensor
         target = F.log_softmax((teacher.hidden @ teacher.weight.T) / t, dim=-1)  # [N, V]
     kl = F.kl_div(F.log_softmax(logits / t, dim=-1), target, log_target=True, reduction="batchmean")
     return job.kd_weight * t**2 * kl + job.ce_weight * F.cross_entropy(logits, labels)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _job(arguments: dict[str, Any]) -> Job:

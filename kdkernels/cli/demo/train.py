@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ... import LMHead, distillation_loss
+from ...bench.timing import elapsed
 from .settings import DemoError, ModelSize, Settings
 
 __all__ = ["Batches", "Curve", "Evaluation", "Loss", "build", "ce_loss", "compare_to_teacher", "fingerprint", "kd_loss", "train"]
@@ -154,15 +154,15 @@ def train(
     evaluated = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
     curve = Curve([], [0], [held_out_loss(model, held_out)], [])
     for step, batch in enumerate(batches, 1):
-        started = time.perf_counter()
-        loss = loss_of(model, batch[:, :-1], batch[:, 1:])
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        value = loss.item()
-        curve.step_seconds.append(time.perf_counter() - started)
+        with elapsed(batch.device) as timed:
+            loss = loss_of(model, batch[:, :-1], batch[:, 1:])
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            value = loss.item()
+        curve.step_seconds.append(timed.seconds)
         if not math.isfinite(value):
             raise DemoError(f"the training loss is {value} at step {step} of {steps}: try another --temperature or --divergence")
         curve.train.append(value)

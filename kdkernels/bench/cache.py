@@ -1,4 +1,4 @@
-"""Measure how fast a cache is written and read: ``python -m kdkernels.teachers.cache.measure --tokens 1000000``.
+"""Measure how fast a cache is written and read: ``python -m kdkernels.bench.cache --tokens 1000000``.
 
 The teacher is synthetic and costs no time, so that the format is measured. The same bytes in one plain file show the speed of the disk.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from . import shards
-from .manifest import Identity, Kind
-from .reader import open_cache
-from .writer import DEFAULT_SHARD_BYTES, Begun, Plan, bytes_per_token, write_shards
+from ..teachers.cache import shards
+from ..teachers.cache.manifest import Identity, Kind
+from ..teachers.cache.reader import open_cache
+from ..teachers.cache.writer import DEFAULT_SHARD_BYTES, Begun, Plan, bytes_per_token, write_shards
+from .timing import elapsed
 
 __all__ = ["measure"]
 
@@ -33,7 +33,7 @@ def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int =
     """
     import torch
 
-    from ...data.collator import View
+    from ..data.collator import View
 
     vocab, count = 151_936, -(-tokens // length)
     dtype = {"topk": "float16", "hidden": "bfloat16"}[kind]
@@ -54,9 +54,9 @@ def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int =
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
+        with elapsed() as timed_block:
+            yield
+        seconds[name] = timed_block.seconds
 
     def produce(path: Path, start: int, stop: int) -> None:
         made = length * (stop - start)
@@ -68,7 +68,7 @@ def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int =
     def head(out: Path) -> object:
         from safetensors.torch import save_file
 
-        from .manifest import Head
+        from ..teachers.cache.manifest import Head
 
         save_file({"weight": torch.zeros(1, 16 * k, dtype=torch.bfloat16)}, out / "head.safetensors")
         return Head.of(out / "head.safetensors", 1.0, None)
