@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..support.errors import counted
 from .example import Example
 from .forms import Learn, Reasoning, RowEncoder
 from .layouts import training_rows
@@ -59,7 +60,7 @@ class Tally:
             "tags": "learnt between <think> and </think>",
             "dropped": "left out (--reasoning drop)",
         }
-        return [f"reasoning of {self.reasoning[way]:,} rows: {words}" for way, words in ways.items() if self.reasoning[way]]
+        return [f"reasoning of {counted(self.reasoning[way], 'row')}: {words}" for way, words in ways.items() if self.reasoning[way]]
 
 
 def load_examples(

@@ -217,7 +217,7 @@ def test_reasoning_is_learnt_before_the_response(template: str, response: str, w
     alone = parts(words, {"messages": [ASK, FOUR]})
     assert parts(words, {"messages": [ASK], "response": "4", "reasoning": "sum"}, reasoning="drop", tally=tally)[:2] == alone[:2]
     assert parts(words, {"messages": [ASK], "response": "4", "reasoning": " "}) == alone
-    assert tally.of_reasoning()[-1] == "reasoning of 1 rows: left out (--reasoning drop)"
+    assert tally.of_reasoning()[-1] == "reasoning of 1 row: left out (--reasoning drop)"
 
 
 def test_reasoning_beside_a_prompt_of_text() -> None:

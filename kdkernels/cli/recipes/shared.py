@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from ...support.errors import counted
 from ...support.files import Output
 from ...support.terminal import console, say
 from ..asking import Asking
@@ -179,7 +180,7 @@ def finish(rows: Sequence[Row], tally: Tally, output: Output, **asked: Watched) 
             + (f". Options that change it: {options}" if options else "")
         )
     output.write_rows(ROWS, rows)
-    report(tally, f"{len(rows)} rows in {path}")
+    report(tally, f"{counted(len(rows), 'row')} in {path}")
     report_usage(**asked)
 
 

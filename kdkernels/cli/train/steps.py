@@ -9,6 +9,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import TrainerState
 
+from ...support.errors import counted
 from .settings import TrainError
 
 __all__ = ["rhythm", "steps_per_epoch", "total_steps"]
@@ -52,4 +53,4 @@ def rhythm(args: Any, steps: int) -> str:
 
     parts = [every("logs", "logging"), every("checkpoints", "save"), every("evaluations", "eval")]
     warmup = args.get_warmup_steps(steps)
-    return ", ".join([*parts, f"a warm-up of {warmup:,} steps" if warmup else "no warm-up"])
+    return ", ".join([*parts, f"a warm-up of {counted(warmup, 'step')}" if warmup else "no warm-up"])

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...support.errors import counted
 from ...support.files import Output
 from ...trainer import DistillationArguments
 from .callbacks import number
@@ -36,7 +37,7 @@ def training_log(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 def show(summary: dict[str, Any], console: Console) -> None:
     """Prints what ``summary.json`` holds."""
     before, after, log = summary["before"], summary["after"], summary["log"]
-    console.print(f"Trained {summary['steps']:,} steps.")
+    console.print(f"Trained {counted(summary['steps'], 'step')}.")
     if summary["best"] is not None:
         best = summary["best"]
         console.print(f"The model is the best by {best['metric']}, {best['value']:.4f}: {Path(best['checkpoint']).name}.")
@@ -46,7 +47,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
             if name in before and name in after:
                 table.add_row(label, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in (before[name], after[name])))
         console.print(table)
-        console.print(f"Per token, over {after['eval_tokens']:,.0f} held-out tokens.")
+        console.print(f"Per token, over {counted(int(after['eval_tokens']), 'held-out token')}.")
     else:
         ends = [] if log is None else [f"{float(log[which]['loss']):.4f} at step {log[which]['step']}" for which in ("first", "last")]
         console.print(
