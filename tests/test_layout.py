@@ -78,10 +78,12 @@ LOOP = {
 
 
 def test_the_training_loop_is_that_of_transformers() -> None:
-    tree = ast.parse((PACKAGE / "trainer" / "trainer.py").read_text(encoding="utf-8"))
-    (trainer,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DistillationTrainer")
-    methods = {node.name for node in trainer.body if isinstance(node, ast.FunctionDef)}
-    assert {"compute_loss", "prediction_step"} <= methods
+    methods: set[str] = set()
+    for name in ("trainer", "hooks"):
+        tree = ast.parse((PACKAGE / "trainer" / f"{name}.py").read_text(encoding="utf-8"))
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        methods |= {node.name for trainer in classes for node in trainer.body if isinstance(node, ast.FunctionDef)}
+    assert {"compute_loss", "prediction_step", "_save_checkpoint"} <= methods
     assert not methods & LOOP
 
 

@@ -28,7 +28,7 @@ from .arguments import DistillationArguments
 __all__ = [
     "BEFORE", "FREE", "CheckpointError", "begin", "check_same", "best_of",
     "checkpoints", "data_digest", "differences", "finish", "flaw", "is_unfinished", "last_whole",
-    "read_manifest", "rotate", "settings_of", "step_of", "teacher_digest",
+    "read_manifest", "settings_of", "step_of", "surplus", "teacher_digest",
 ]  # fmt: skip
 
 MANIFEST, FORMAT, VERSION = "checkpoint.json", "kdkernels-checkpoint", 1
@@ -225,12 +225,12 @@ def last_whole(out: Path) -> Path | None:
     return next((path for path in checkpoints(out) if flaw(path) is None), None)
 
 
-def rotate(out: Path, limit: int | None, keep: Collection[str]) -> None:
-    """Removes the oldest checkpoints beyond ``limit``, but none whose name is in ``keep``."""
-    if limit is not None and limit > 0:
-        others = [path for path in checkpoints(out) if path.name not in keep]
-        for path in others[max(limit - len(keep), 0) :]:
-            shutil.rmtree(path)
+def surplus(out: Path, limit: int | None, keep: Collection[str]) -> list[Path]:
+    """Return the oldest checkpoints beyond ``limit``, without those whose name is in ``keep``."""
+    if limit is None or limit <= 0:
+        return []
+    others = [path for path in checkpoints(out) if path.name not in keep]
+    return others[max(limit - len(keep), 0) :]
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from ..support.files import write_whole
 from ..tap.layers import LayerRecorder, decoder_layers
 from ..tap.patching import text_config, unwrap
 from ..tap.weights import gathered, sharded_like, whole
+from .hooks import ignore_when_saving
 
 __all__ = ["FeatureLoss", "FeatureTap", "LayerPair", "parse_layers"]
 
@@ -107,13 +108,13 @@ class FeatureTap:
         for pair in self.pairs:
             projectors[_name(pair)] = nn.Linear(student_width, teacher_width, bias=False, dtype=like.dtype, device=like.device)
         setattr(self._base, PROJECTORS, projectors)
-        self._base._keys_to_ignore_on_save = set(getattr(self._base, "_keys_to_ignore_on_save", None) or ()) | self._keys(projectors)
+        ignore_when_saving(self._base, self._keys(projectors), True)
 
     def detach(self) -> None:
         """Takes the projectors off the student."""
         projectors = self.projectors
         if projectors is not None:
-            self._base._keys_to_ignore_on_save = set(self._base._keys_to_ignore_on_save) - self._keys(projectors)
+            ignore_when_saving(self._base, self._keys(projectors), False)
             delattr(self._base, PROJECTORS)
 
     @staticmethod

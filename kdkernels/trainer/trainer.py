@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
 from ..data.agreement import check_ids
@@ -37,12 +38,13 @@ from .checkpoints import (
     finish,
     last_whole,
     read_manifest,
-    rotate,
     settings_of,
+    surplus,
     teacher_digest,
 )
 from .features import PROJECTORS, FeatureTap
 from .finite import check_numbers, not_finite
+from .hooks import HookedTrainer, uses_flash_attention
 from .objective import TERMS, Objective
 from .rollouts import chosen, rollouts
 from .setup import SavedConfig, Untaught, check_kept, check_teacher_tokenizers, seeded, teacher_source, warn_of_missing, warn_of_student
@@ -51,7 +53,7 @@ from .windows import EpochEnd, LogWindow
 __all__ = ["DistillationTrainer"]
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(HookedTrainer):
     """Distils ``teacher`` into ``model``.
 
     The loss of a step is a sum over its scored tokens divided by their number in the whole step, all micro-batches and ranks together, so
@@ -69,11 +71,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     Raises:
         TypeError, ValueError: arguments, models or data that do not fit together; the message names what, and the way out.
     """
-
-    model: Any
-    model_wrapped: Any
-    optimizer: Any
-    deepspeed: Any
 
     def __init__(
         self,
@@ -109,11 +106,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse(args.divergence),
             args.temperature, args.t_squared, args.kd_weight, args.ce_weight, args.memory_budget,
         )  # fmt: skip
-        attention = str(getattr(unwrap(model).config, "_attn_implementation", ""))
         collator = Collator(
             pad_id=pad_id(processing_class, self._embeddings),
             packed=args.packing,
-            flat=args.packing and "flash" in attention,
+            flat=args.packing and uses_flash_attention(unwrap(model)),
             kd_on_prompt=args.kd_on_prompt,
             salt=None if live or self.teacher is None else getattr(self.teacher, "salt", ""),
             keep=args.on_policy_fraction > 0,
@@ -207,7 +203,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             folder = Path(resume_from_checkpoint)
         if folder is not None:
             check_same(folder, self._identity())
-        self._forget_evaluation()
+        self.forget_evaluation()
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # transformers counts every folder of such a name
         try:
             return super().train(None if folder is None else str(folder), *args, **kwargs)
@@ -222,38 +218,20 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _content(self) -> dict[str, str]:
         return {"data": data_digest(self.train_dataset), "teacher": teacher_digest(self.teacher)}
 
-    def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: str | None, trial: Any
-    ) -> Any:
-        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+    def training_initialised(self, checkpoint: Path | None, max_steps: int) -> None:
         self._sums.zero_()
         self._logged = LogWindow(self.args.device, self.state.global_step)
-        if resume_from_checkpoint is not None:
-            manifest = read_manifest(Path(resume_from_checkpoint))
+        if checkpoint is not None:
+            manifest = read_manifest(checkpoint)
             self.state.compute_steps(self.args, max_steps)  # else those of the checkpoint
-            best = best_of(Path(resume_from_checkpoint), manifest)
+            best = best_of(checkpoint, manifest)
             self.state.best_model_checkpoint = None if best is None else str(best)
             self._logged = LogWindow.restored(manifest["log"], self.args.device)
             if self.args.process_index == 0:  # sums of all ranks
                 self._sums += torch.tensor(manifest["log"]["sums"], dtype=torch.float64, device=self.args.device)
-        return trained
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in the base class; then the learning rate is that of this step in this schedule, which may be longer than the checkpoint's."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        schedule = self.lr_scheduler
-        if checkpoint is not None and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-            rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
-            schedule._last_lr = rates
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+    def training_ended(self) -> None:
         self._check_finite()
-        return super()._finalize_training(*args, **kwargs)
 
     def _check_finite(self) -> None:
         """
@@ -264,17 +242,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         bad = int(self.accelerator.reduce(not_finite(self.model).to(self.args.device), "sum"))
         values = {"loss": loss, "weights": math.nan if bad else 0.0}
         check_numbers(self.state.global_step, values)
-
-    def _forget_evaluation(self) -> None:
-        """Undoes what an evaluation before the training leaves behind, which would keep it from being wrapped for one."""
-        if self.is_deepspeed_enabled and self.deepspeed is not None and self.optimizer is None:  # an engine for inference
-            self.deepspeed.destroy()
-            self.accelerator._models.remove(self.deepspeed)
-            self.accelerator.deepspeed_engine_wrapped = self.deepspeed = None
-            self.model_wrapped = self.model
-        elif self.model_wrapped is self.model and not self.is_fsdp_enabled:  # marked as prepared: DDP would not be put around it
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step; those that the student writes itself are written here, before tokens are counted."""
@@ -289,13 +256,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 )  # fmt: skip
                 if self._packing and self.max_length:  # what is written is not as long as what was there
                     written = pack([example for item in written for example in item], self.max_length)
-                batches[micro] = {**self._prepare_inputs(self.data_collator(written)), "on_policy": True}
+                batches[micro] = {**self.on_device(self.data_collator(written)), "on_policy": True}
                 wrote = True
-        return batches, self._get_num_items_in_batch(batches, device) if wrote else num_items
-
-    def _prepare_input(self, data: Any) -> Any:
-        """On this device, but in its own dtype under DeepSpeed too: the only floats are weights of tokens."""
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+        return batches, self.count_items(batches, device) if wrote else num_items
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -353,17 +316,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         scaled = self.accelerator.scaler is not None  # fp16 skips steps whose gradient overflows
         check_numbers(self.state.global_step, {n: logs[n] for n in ("loss", *(() if scaled else ("grad_norm",))) if n in logs})
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    @contextmanager
+    def outside_steps(self) -> Iterator[None]:
         self._logged.pause()  # evaluations and checkpoints are not training time
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        yield
         self._logged.resume()
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As in the base class. The best is saved where it is loaded at the end, also between two checkpoints."""
-        best = bool(super()._determine_best_metric(metrics, trial))
-        if best and self.args.load_best_model_at_end:
+    def best_found(self) -> None:
+        """Save the best where it is loaded at the end, also between two checkpoints."""
+        if self.args.load_best_model_at_end:
             self.control.should_save = True
-        return best
 
     @staticmethod
     def _means(sums: Tensor, objective: Objective) -> dict[str, float]:
@@ -403,10 +365,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._eval_sums.zero_()
         taught = not isinstance(dataloader.dataset, Untaught)
         self._evaluated = self.objective if taught else self.objective.without_teacher()
-        if self.accelerator.is_fsdp2 and not self.accelerator._models:  # before the training: accelerate shards a model with its optimizer
-            self.create_optimizer()
-            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            self.model_wrapped = self.model
+        self.shard_for_evaluation()
         config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config if self.is_deepspeed_enabled else {}
         kept = {name: part for name, part in config.items() if name == "optimizer"}
         device = self.args.device
@@ -427,7 +386,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """``(loss, None, None)``: the mean over this batch. What counts are the sums by item, without the copies that even out ranks."""
         self._check_packing(model)
         with torch.no_grad():
-            _, sums = self._evaluated(model, self._prepare_inputs(inputs), each=True)
+            _, sums = self._evaluated(model, self.on_device(inputs), each=True)
         own = sums.sum(0)
         self._eval_sums += self.accelerator.gather_for_metrics(sums).sum(0)
         return (own[TERMS.index("objective")] / own[TERMS.index("tokens")].clamp(min=1)).float(), None, None
@@ -438,43 +397,46 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """The student as ``from_pretrained`` reads it, and beside it ``projector.safetensors`` where features were distilled."""
         super().save_model(output_dir, _internal_call)
         if self.is_fsdp_enabled and not _internal_call and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))  # the base class leaves it at shards
+            self.save_gathered(output_dir)
         if self.objective.features is not None:
             self.objective.features.save(output_dir or self.args.output_dir, write=self.args.should_save)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is not None:
-            state_dict = {name: tensor for name, tensor in state_dict.items() if f"{PROJECTORS}." not in name}
-        with self._as_given:
-            super()._save(output_dir, state_dict)
+    def saving_weights(self) -> AbstractContextManager[None]:
+        return self._as_given
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in the base class, but for a training that is not finite; declared whole at its end, before older ones are removed.
+    def saved_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {name: tensor for name, tensor in state_dict.items() if f"{PROJECTORS}." not in name}
+
+    @contextmanager
+    def saving_checkpoint(self, folder: Path) -> Iterator[None]:
+        """Write a checkpoint of a finite training, declare it whole, then remove older ones.
 
         Raises:
             NotFiniteError: before anything is written.
         """
         self._check_finite()
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         first = self.args.process_index == 0
         if first:
+            self.claim_checkpoint(folder)
             begin(folder)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        yield
         log = {**self._logged.state(self.accelerator), "sums": self.accelerator.reduce(self._sums, "sum").tolist()}
         self.accelerator.wait_for_everyone()  # each rank adds files of its own
         if first:
             best = self.state.best_model_checkpoint and Path(self.state.best_model_checkpoint).name
             finish(folder, step=self.state.global_step, resumable=not self.args.save_only_model, best=best, log=log, **self._identity())
-            rotate(folder.parent, self._limit, {folder.name} | ({best} if best else set()))
+            for old in surplus(folder.parent, self._limit, {folder.name} | ({best} if best else set())):
+                self.remove_checkpoint(old)
         self.accelerator.wait_for_everyone()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.objective.features is not None:
-            self.objective.features.load(resume_from_checkpoint)
+    def claim_checkpoint(self, folder: Path) -> None:
+        """Prepare for a checkpoint that is about to be made. Called in the first process."""
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
+    def remove_checkpoint(self, folder: Path) -> None:
+        """Delete a checkpoint beyond ``save_total_limit``. Called in the first process."""
+        shutil.rmtree(folder)
+
+    def weights_loaded(self, folder: Path) -> None:
         if self.objective.features is not None:
-            self.objective.features.load(self.state.best_model_checkpoint)
+            self.objective.features.load(folder)

@@ -496,16 +496,17 @@ def test_a_teacher_is_loaded_whole_where_a_student_would_be_in_parts(home: Path,
     from transformers.integrations import deepspeed as zero
 
     from kdkernels.cli.train import loading
+    from kdkernels.trainer import hooks
 
     seen: dict[str, Any] = {}
 
     def load(cls: Any, role: str, path: str, **options: Any) -> None:
-        seen[role] = os.environ.get(loading.FSDP_LOADING), zero._hf_deepspeed_config_weak_ref
+        seen[role] = os.environ.get(hooks.FSDP_LOADING), zero._hf_deepspeed_config_weak_ref
 
     config = object()
     monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(zero, "_hf_deepspeed_config_weak_ref", config)
-    monkeypatch.setenv(loading.FSDP_LOADING, "true")
+    monkeypatch.setenv(hooks.FSDP_LOADING, "true")
     for role in ("teacher", "student"):
         loading.model_of(role, str(home / role), "auto")
     assert seen == {"teacher": ("false", None), "student": ("true", config)}

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations import deepspeed as zero
 
 from ...data.agreement import check_templates, check_tokenizers
 from ...teachers.adapters import find_adapter, quiet
 from ...teachers.jobs import device_of
 from ...teachers.loading import has_tokenizer, load, skeleton_of
+from ...trainer.hooks import loaded_whole
 from ...trainer.setup import seeded
 from .options import MemoryOptions
 from .settings import Settings, TrainError
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from ...teachers.cache import CachedTeacher
 
 __all__ = ["cache_of", "check_data", "model_of", "student_of", "student_skeleton", "teachers_of", "tokenizer_of"]
-
-FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate sets it, transformers reads it
 
 
 def tokenizer_of(settings: Settings) -> Any:
@@ -66,7 +62,7 @@ def check_data(settings: Settings) -> None:
 
 def model_of(role: str, path: str, dtype: str, **options: Any) -> Any:
     """A model with its weights, in its own dtype with "auto"; ``options`` are those of ``load``."""
-    with _whole() if role == "teacher" else nullcontext():
+    with loaded_whole() if role == "teacher" else nullcontext():
         return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
 
 
@@ -149,22 +145,3 @@ def with_lora(model: Any, settings: Settings) -> Any:
     config.base_model_name_or_path = str(Path(path).absolute()) if Path(path).is_dir() else path
     config.revision = None if Path(path).is_dir() else getattr(model.config, "_commit_hash", None)
     return adapted
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Models that are loaded in the block have all their weights on each rank.
-
-    Under ZeRO-3 and FSDP a model is loaded in parts, or on one rank, and put together when it is wrapped. Nothing wraps a teacher.
-    """
-    of_rank_0, partitioned = os.environ.get(FSDP_LOADING), zero._hf_deepspeed_config_weak_ref
-    os.environ[FSDP_LOADING] = "false"
-    zero.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        zero._hf_deepspeed_config_weak_ref = partitioned
-        if of_rank_0 is None:
-            del os.environ[FSDP_LOADING]
-        else:
-            os.environ[FSDP_LOADING] = of_rank_0

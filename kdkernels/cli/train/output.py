@@ -7,9 +7,6 @@ import os
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from ...support.files import FileError, Output
 from ...teachers.adapters import BASE, describe_base, find_adapter
@@ -117,42 +114,21 @@ def _has_state(checkpoint: Path) -> bool:
 
 
 class OwnedTrainer(DistillationTrainer):
-    """A trainer that saves to checkpoints of its own, and deletes no others.
+    """A trainer whose checkpoints are files of the command: named in its marker before they are made, and deleted only if named there.
 
-    transformers takes every folder ``checkpoint-NUMBER...`` for one of its own, so its limit is taken away and kept here.
+    Attributes:
+        output: None in all processes but the first.
     """
 
     output: Output | None = None
-    limit: int | None = None
 
-    def own(self, output: Output | None) -> None:
-        """Save to ``output``; None in all processes but the first."""
-        self.output, self.limit, self.args.save_total_limit = output, self.args.save_total_limit, None
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def claim_checkpoint(self, folder: Path) -> None:
         if self.output is not None:
-            _detach(self.output.claim(f"checkpoint-{self.state.global_step}"))
-        super()._save_checkpoint(model, trial)
-        if self.output is not None and self.limit is not None and self.limit > 0:
-            self._rotate(self.output, self.limit)
+            self.output.claim(folder.name)
 
-    def _rotate(self, output: Output, limit: int) -> None:
-        """Delete the oldest checkpoints beyond the limit, but neither the last nor the best."""
-        best = self.state.best_model_checkpoint
-        kept = {f"checkpoint-{self.state.global_step}"} | ({Path(best).name} if best else set())
-        own = [path.name for path in output.folder.glob("checkpoint-*") if step_of(path.name) is not None and path.name in output]
-        old = sorted((name for name in own if name not in kept), key=lambda name: step_of(name) or 0)
-        for name in old[: max(0, len(own) - max(limit, len(kept)))]:
-            output.remove(name)
-
-
-def _detach(folder: Path) -> None:
-    """Make the files of an existing folder safe to write over: none leads elsewhere, and none has a second name."""
-    for path in folder.rglob("*") if folder.is_dir() else ():
-        if path.is_symlink():
-            raise FileError(f"{path} is a symbolic link, and would be written through: remove it, or give another folder")
-        if path.is_file() and os.stat(path).st_nlink > 1:
-            path.unlink()  # the other name keeps the content
+    def remove_checkpoint(self, folder: Path) -> None:
+        if self.output is not None:
+            self.output.remove(folder.name)
 
 
 def save_model(trainer: DistillationTrainer, output: Output | None, out: Path) -> None:

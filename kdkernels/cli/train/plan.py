@@ -17,10 +17,12 @@ from ...data.example import Example
 from ...data.tokenization import Tally, length_limit
 from ...divergences import parse
 from ...sides import Ensemble, LMHead, Sampled, Teacher, TopK
+from ...support.errors import counted
 from ...tap.patching import text_config
 from ...tap.weights import embedding_rows, head_width, logit_columns
 from ...teachers.loading import skeleton_of
 from ...trainer.checkpoints import step_of
+from ...trainer.hooks import use_one_gpu
 from .data import read_data
 from .loading import cache_of, check_data, student_skeleton, tokenizer_of
 from .output import RECORD
@@ -62,17 +64,17 @@ def plan(settings: Settings, console: Console) -> None:
         console.print(sentence)
     rows = pack(examples, limit) if args.packing and limit else [(e,) for e in examples]
     scored, tokens = sum(len(e.student_scored) for e in examples), sum(len(e.student_ids) for e in examples)
-    args._n_gpu = min(args.n_gpu, 1)  # as the run takes them
+    use_one_gpu(args)
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     an_epoch = steps_per_epoch(len(rows), args)
     steps = total_steps(args, an_epoch)
     console.print(
-        f"data: {len(examples):,} examples in {len(rows):,} rows; {tokens:,} tokens, {scored:,} of them scored; "
+        f"data: {counted(len(examples), 'example')} in {counted(len(rows), 'row')}; {counted(tokens, 'token')}, {scored:,} of them scored; "
         f"the longest example has {max(map(len, examples)):,}"
     )
     if data.held_out is not None:
-        console.print(f"held out: {len(data.held_out):,} examples")
-    console.print(f"steps: {steps:,} of {a_step} rows each, {steps / an_epoch:.2f} epochs; {rhythm(args, steps)}")
+        console.print(f"held out: {counted(len(data.held_out), 'example')}")
+    console.print(f"steps: {steps:,} of {counted(a_step, 'row')} each, {steps / an_epoch:.2f} epochs; {rhythm(args, steps)}")
     console.print(f"run: {_state(settings, tokenizer, steps, console)}", markup=False)
     _plan_memory(args, skeletons, cache, rows, console)
 
@@ -89,7 +91,7 @@ def _state(settings: Settings, tokenizer: Any, steps: int, console: Console) -> 
     if checkpoint is None:
         return f"begins in {settings.args.output_dir}"
     remaining = steps - step_of(checkpoint)
-    return f"goes on from {checkpoint}, {remaining:,} steps remain" if remaining else f"is finished: {checkpoint} is its last step"
+    return f"goes on from {checkpoint}, {counted(remaining, 'step')} to go" if remaining else f"is finished: {checkpoint} is its last step"
 
 
 def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence[tuple[Example, ...]], console: Console) -> None:

@@ -24,6 +24,7 @@ from ...teachers.loading import skeleton_of
 from ...trainer.arguments import METRICS, metric_name
 from ...trainer.checkpoints import best_of, checkpoints, flaw, read_manifest
 from ...trainer.finite import NotFiniteError, check_numbers
+from ...trainer.hooks import use_one_gpu
 from ...trainer.trainer import DistillationTrainer
 from .callbacks import Bar, Interrupt, LogFile, Samples, reporting_under
 from .data import RunData, read_data
@@ -59,7 +60,7 @@ def run(settings: Settings, console: Console) -> int:
 def _run(settings: Settings, console: Console, output: Output | None) -> int:
     """Train into the folder that the first process holds; ``output`` is None in the others."""
     args = settings.args
-    args._n_gpu = min(args.n_gpu, 1)  # several are for torchrun: one process each
+    use_one_gpu(args)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     console = console if args.process_index == 0 else Console(quiet=True)
     transformers.logging.set_verbosity(transformers.logging.ERROR if args.log_level == "passive" else args.get_process_log_level())
@@ -132,7 +133,7 @@ class Training:
                 eval_dataset=data.held_out, processing_class=tokenizer,
                 callbacks=[self.bar, self.interrupt, log],
             )  # fmt: skip
-        self.trainer.own(output)
+        self.trainer.output = output
         reports = settings.reports
         if reports.sample_every is not None:
             prompts = prompts_of(self.trainer, reports.sample_prompts)
