@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..support.terminal import console, failing
+from ..support.terminal import console
 
 __all__ = ["merge", "register"]
 
@@ -37,7 +37,6 @@ def merge(
 
     The base model is the one that the adapter names in `base_model_name_or_path`.
     """
-    with failing():
-        from .train.merged import merge as write
+    from .train.merged import merge as write
 
-        write(adapter, out, dtype.value, console())
+    write(adapter, out, dtype.value, console())

@@ -138,20 +138,19 @@ def cache(
     """
     from ..teachers import jobs
 
-    with failing():
-        options = jobs.CacheOptions(
-            data=data, out=out, teacher=teacher, kind=kind.value, k=k, temperature=temperature, tokenizer=tokenizer or teacher,
-            max_length=max_length, overlong=overlong, reasoning=reasoning.value, columns=columns,
-            learn=None if learn is None else learn.value, batch_size=batch_size, dtype=dtype, precision=precision,
-            device=device, vocab_size=vocab_size, revision=revision, seed=seed, max_new_tokens=max_new_tokens, shard_bytes=shard_mib << 20,
-        )  # fmt: skip
-        if base_url or from_replies:
-            if kind is not CacheKind.topk or temperature not in (None, 1.0):
-                raise ValueError("--base-url and --from-replies give topk at temperature 1: leave --kind and --temperature")
-            model = server.http(base_url, teacher, api="completions") if base_url else None
-            jobs.cache_of_server(options, model, console())
-        else:
-            jobs.cache_of_model(options, console())
+    options = jobs.CacheOptions(
+        data=data, out=out, teacher=teacher, kind=kind.value, k=k, temperature=temperature, tokenizer=tokenizer or teacher,
+        max_length=max_length, overlong=overlong, reasoning=reasoning.value, columns=columns,
+        learn=None if learn is None else learn.value, batch_size=batch_size, dtype=dtype, precision=precision,
+        device=device, vocab_size=vocab_size, revision=revision, seed=seed, max_new_tokens=max_new_tokens, shard_bytes=shard_mib << 20,
+    )  # fmt: skip
+    if base_url or from_replies:
+        if kind is not CacheKind.topk or temperature not in (None, 1.0):
+            raise ValueError("--base-url and --from-replies give topk at temperature 1: leave --kind and --temperature")
+        model = server.http(base_url, teacher, api="completions") if base_url else None
+        jobs.cache_of_server(options, model, console())
+    else:
+        jobs.cache_of_model(options, console())
 
 
 CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a cache.")]
@@ -232,21 +231,20 @@ def generate(
     """
     from ..teachers import jobs
 
-    with failing():
-        teacher: Any
-        if base_url:
-            try:
-                extra = read_json(extra_body)
-            except ValueError as error:
-                raise ValueError(f"--extra-body {extra_body}: a JSON object is needed ({error})") from None
-            if not isinstance(extra, dict):
-                raise ValueError(f"--extra-body {extra_body}: a JSON object is needed")
-            teacher = asking.http(base_url, model, api=api.value, seed=seed, extra_body=extra)
-        else:
-            from transformers import AutoConfig
+    teacher: Any
+    if base_url:
+        try:
+            extra = read_json(extra_body)
+        except ValueError as error:
+            raise ValueError(f"--extra-body {extra_body}: a JSON object is needed ({error})") from None
+        if not isinstance(extra, dict):
+            raise ValueError(f"--extra-body {extra_body}: a JSON object is needed")
+        teacher = asking.http(base_url, model, api=api.value, seed=seed, extra_body=extra)
+    else:
+        from transformers import AutoConfig
 
-            from ..teachers.loading import load
+        from ..teachers.loading import load
 
-            load(AutoConfig, "model", model)  # or an error that names the option
-            teacher = asking.local(model, seed or 0)
-        jobs.generate(teacher, data, out, console(), max_tokens, temperature, tuple(stop or ()), logprobs, columns)
+        load(AutoConfig, "model", model)  # or an error that names the option
+        teacher = asking.local(model, seed or 0)
+    jobs.generate(teacher, data, out, console(), max_tokens, temperature, tuple(stop or ()), logprobs, columns)

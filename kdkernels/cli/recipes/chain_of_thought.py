@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ...support.terminal import failing
 from ..options import grouped
 from .shared import AnswerKind, Kind, MaxTokens, Rows, Samples, Student, Teacher, Temperature, finish, lengths, sampling, writing
 
@@ -51,7 +50,7 @@ def chain_of_thought(
     max_tokens: MaxTokens = 256,
 ) -> None:
     """Rationales of the teacher, kept if their final answer is the row's: Fine-tune-CoT, Distilling Step-by-Step, MT-CoT."""
-    with failing(), writing(files.out, "chain-of-thought", data=files.data, examples=examples) as output:
+    with writing(files.out, "chain-of-thought", data=files.data, examples=examples) as output:
         from ...recipes import chain_of_thought as recipe
         from ...recipes.rows import read_items
 

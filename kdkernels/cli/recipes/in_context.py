@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ...support.terminal import failing
 from ..options import grouped
 from .shared import MaxTokens, Rows, Teacher, finish, sampling, writing
 
@@ -39,7 +38,7 @@ def in_context(
 
     With a teacher (or server) the responses are its own, given the demonstrations; without, the rows'.
     """
-    with failing(), writing(files.out, "in-context", data=files.data, pool=pool) as output:
+    with writing(files.out, "in-context", data=files.data, pool=pool) as output:
         from ...recipes import in_context as recipe
         from ...recipes.rows import RecipeError, Tally, read_items
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...support.terminal import failing, say
+from ...support.terminal import say
 from ..options import grouped
 from .shared import KeyVariable, MaxTokens, Plain, Prompt, Seed, Teacher, report, report_usage, sampling, writing
 
@@ -45,7 +45,7 @@ def lion(
     The first call writes round-0/imitate.jsonl to train on. Each call with the student so trained judges it, makes new instructions, and
     writes the next round's imitate.jsonl. Whatever ends a call, the same call goes on.
     """
-    with failing(), writing(out, "lion", (), data=data) as output:
+    with writing(out, "lion", (), data=data) as output:
         from ...recipes import lion as recipe
         from ...recipes.rows import RecipeError, fingerprint, read_items
 

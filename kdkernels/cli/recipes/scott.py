@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ...support.terminal import console, failing, progress
+from ...support.terminal import console, progress
 from ..options import grouped
 from .shared import AnswerKind, Kind, MaxTokens, Rows, Student, finish, folder, lengths, writing
 
@@ -42,7 +42,7 @@ def scott(
     max_tokens: MaxTokens = 128,
 ) -> None:
     """SCOTT (Wang et al. 2023): contrastive rationales for right and wrong answers, factual and counterfactual rows."""
-    with failing(), writing(files.out, "scott", data=files.data) as output:
+    with writing(files.out, "scott", data=files.data) as output:
         from ...recipes import scott as recipe
         from ...recipes.chain_of_thought import balance
         from ...recipes.rows import RecipeError, Tally, cut_short, read_items

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ...support.terminal import failing
 from ..options import grouped
 from .shared import MaxTokens, Rows, Samples, Teacher, Temperature, finish, sampling, writing
 
@@ -26,7 +25,7 @@ def sequence(
     closest: Annotated[bool, typer.Option("--closest", help="Keep the sample that is closest to the row's response (by ROUGE-L).")] = False,
 ) -> None:
     """Sequence-level distillation (Kim and Rush 2016): the teacher's text as response."""
-    with failing(), writing(files.out, "sequence", data=files.data) as output:
+    with writing(files.out, "sequence", data=files.data) as output:
         from ...recipes.rows import read_items
         from ...recipes.sequence import sequence_level
 

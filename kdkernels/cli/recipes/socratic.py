@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import typer
 
-from ...support.terminal import failing
 from ..options import grouped
 from .shared import AnswerKind, Kind, MaxTokens, Rows, Samples, Teacher, Temperature, finish, sampling, writing
 
@@ -29,7 +28,7 @@ def socratic(
 
     Writes questioner.jsonl and solver.jsonl; rows.jsonl holds both, for one student that does both.
     """
-    with failing(), writing(files.out, "socratic", NAMES, data=files.data) as output:
+    with writing(files.out, "socratic", NAMES, data=files.data) as output:
         from ...recipes import socratic as recipe
         from ...recipes.rows import read_items
 

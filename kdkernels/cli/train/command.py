@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ...support.terminal import console, fail, failing
+from ...support.terminal import console, fail
 
 __all__ = ["EPILOG", "train"]
 
@@ -88,18 +88,17 @@ def train(
         "max_steps": max_steps,
         "save_steps": save_steps,
     }
-    with failing():
-        settings = read_settings({} if config is None else read_config(config), given, context.args)
-        if plan:
-            from .plan import plan as show
+    settings = read_settings({} if config is None else read_config(config), given, context.args)
+    if plan:
+        from .plan import plan as show
 
-            show(settings, console(soft_wrap=True))
-            return
-        from accelerate import PartialState
+        show(settings, console(soft_wrap=True))
+        return
+    from accelerate import PartialState
 
-        from .run import run
+    from .run import run
 
-        status = run(settings, console(soft_wrap=True))
-        PartialState().destroy_process_group()  # torch warns of one that the interpreter's end has to take down
+    status = run(settings, console(soft_wrap=True))
+    PartialState().destroy_process_group()  # torch warns of one that the interpreter's end has to take down
     if status:
         raise typer.Exit(status)
