@@ -27,7 +27,7 @@ demo: $(VENV)/.built
 test: $(VENV)/.built $(OLDER_TRITONS)
 	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -n 2
 
-# The same, and which lines no test runs: a fifth slower.
+# The same, slower, and which lines no test runs.
 coverage: $(VENV)/.built $(OLDER_TRITONS)
 	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -n 2 --cov=kdkernels --cov-report=term-missing:skip-covered
 

@@ -1,4 +1,4 @@
-"""Whether two runs agree within the spreads that they print: ``python -m benchmarks.agree A/results.json B/results.json``."""
+"""Compare two runs, within the spreads that they print: ``python -m benchmarks.agree A/results.json B/results.json``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def spreads(record: run.Record) -> Iterator[tuple[tuple[str, str], Spread]]:
 
 
 def compare(first: run.Record, second: run.Record) -> tuple[list[Pair], int]:
-    """What both runs timed, in the order of the first, and how much only one of them did."""
+    """Return the rows that both runs timed, in the order of the first, and the number of rows in one run only."""
     a, b = dict(spreads(first)), dict(spreads(second))
     return [Pair(*key, a[key], b[key]) for key in a if key in b], len(a.keys() ^ b.keys())
 

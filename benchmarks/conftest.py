@@ -32,7 +32,7 @@ def ratios(benchmarks: list[Any]) -> Ratios:
 
 
 def regressions(now: Ratios, baseline: Ratios) -> list[str]:
-    """What is slower than its baseline allows; nothing is said of what has none."""
+    """Return the cases that are slower than their baseline allows. Cases without a baseline are left out."""
     return [
         f"{case}: {name} takes {ratio:.2f} x the floor, and took {before:.2f}"
         for case, found in now.items()

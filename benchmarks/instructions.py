@@ -62,7 +62,7 @@ class Count:
 
 
 def count(label: dict[str, Any], sweeps: Sequence[tuple[Sequence[sass.Instruction], float]], usage: dict[str, int]) -> Count:
-    """From what each sweep executes a turn, and the pairs of columns a lane has in it."""
+    """Return the instructions per column pair from each sweep's turn and the column pairs of a lane in it."""
     pipes: dict[str, float] = {}
     for path, pairs in sweeps:
         for pipe, number in sass.pipes(path).items():

@@ -76,7 +76,7 @@ def _both(ours: Callable[..., None], torchs: Callable[..., None]) -> Callable[..
 
 
 def start() -> None:
-    """From here on every launch is compiled and none is made."""
+    """Compile every launch from now on, and run none."""
     driver.set_active(AbsentDriver(int(os.environ.get("KDKERNELS_RECORD_ARCH", "90"))))
     compiler.get_cache_key = _recorded(compiler.get_cache_key)
     run = JITFunction.run

@@ -36,7 +36,7 @@ class ReportError(RuntimeError):
 
 
 def ours(measured: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``backend="auto"`` would take: backends are measured in its order."""
+    """The backend that ``backend="auto"`` would select: backends are measured in its order."""
     return next((r for r in measured["results"] if is_ours(r["variant"]) and "samples_ms" in r), None)
 
 
@@ -51,7 +51,7 @@ def featured(records: Records) -> tuple[str, dict[str, Any]]:
 
 
 def single(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cases that are no points of a curve."""
+    """Return the cases that are not points of a curve."""
     return [measured for measured in record["cases"] if not measured["curve"]]
 
 
@@ -184,7 +184,7 @@ def loss_tables(records: Records, figures_at: str) -> str:
 
 
 def memory_tables(records: Records, figures_at: str) -> str:
-    """Of the curve over tokens: peaks, and what of them docs/memory.md does not account for."""
+    """Draw the peaks of the curve over tokens, and the part that docs/memory.md does not account for."""
     parts = []
     for machine, record in records.items():
         points = [m for m in record["cases"] if m["curve"] == "tokens"]
@@ -390,7 +390,7 @@ def report(root: Path, check: bool) -> list[str]:
         raise ReportError("benchmarks/results is empty, so nothing can be drawn or checked: run `make results` and commit what it writes")
     for machine, record in records.items():
         if record["status"] != "complete":
-            raise ReportError(f"benchmarks/results/{machine} is of a run that was cut short: finish it with `kdkernels bench --resume`")
+            raise ReportError(f"benchmarks/results/{machine} is from an interrupted run: finish it with `kdkernels bench --resume`")
     stale = []
     for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         path = file.relative_to(root).as_posix()

@@ -63,9 +63,9 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn of a loop does at least: that singles out the path of whole vectors, of which the shortest is taken.
+    """The minimum that one turn of a loop must do. It selects the path of whole vectors; the shortest such path is counted.
 
-    So branches of features that are off, of cases that are rare and of incomplete vectors do not count.
+    So branches for disabled features, rare cases and incomplete vectors do not count.
     """
 
     load: str
@@ -75,7 +75,7 @@ class Turn:
     transcendental: int = 0
     """Exponentials and logarithms."""
     stores: bool = False
-    """Whether it stores a vector of 8 or 16 bytes to global memory."""
+    """True if it must store a vector of 8 or 16 bytes to global memory."""
 
 
 def pipes(code: Sequence[Instruction]) -> Counter[str]:
@@ -90,7 +90,7 @@ def disassemble(binary: Path, cuobjdump: Path, functions: Sequence[str] = (), ar
 
 
 def resources(binary: Path, cuobjdump: Path, arch: str | None = None) -> dict[str, dict[str, int]]:
-    """For each kernel, by name, its registers (REG), spills (STACK), local (LOCAL) and shared memory (SHARED)."""
+    """Return the registers (REG), spills (STACK), local (LOCAL) and shared memory (SHARED) of each kernel, by name."""
     command = [str(cuobjdump), "--dump-resource-usage", *(["-arch", arch] if arch else []), str(binary)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name: re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line) for name, line in _RESOURCES.findall(out)}
@@ -98,7 +98,7 @@ def resources(binary: Path, cuobjdump: Path, arch: str | None = None) -> dict[st
 
 
 def parse(text: str) -> dict[str, list[Instruction]]:
-    """What ``cuobjdump -sass`` prints."""
+    """Parse the output of ``cuobjdump -sass``."""
     functions: dict[str, list[Instruction]] = {}
     code: list[Instruction] = []
     for line in text.splitlines():

@@ -23,7 +23,7 @@ TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 20.0)
 HIDDEN = {"teacher": (512, 512), "student": (64,)}
 STEPS, BATCH = 1500, 128
 HARD_WEIGHT = 0.1
-"""Of the cross-entropy beside soft targets, which weigh the rest: Hinton et al. found a considerably lower weight best."""
+"""Weight of the cross-entropy beside soft targets: Hinton et al. found a considerably lower weight best."""
 
 BatchLoss = Callable[[Tensor, Tensor], Tensor]
 """From logits ``[B, 10]`` and the images' numbers ``[B]``."""

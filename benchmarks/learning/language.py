@@ -38,12 +38,12 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "JSD, half on-policy": {"divergence": "jsd", "on_policy_fraction": 0.5, "max_new_tokens": LENGTH - PROMPT},
     "reverse KL, half on-policy": {"divergence": "reverse_kl", "on_policy_fraction": 0.5, "max_new_tokens": LENGTH - PROMPT},
 }
-"""What ``DistillationArguments`` a student has beside the common ones."""
+"""The ``DistillationArguments`` of each student beside the common ones."""
 
 
 @dataclass(frozen=True)
 class World:
-    """What all students share."""
+    """Data, teacher and settings that all students share."""
 
     tokenizer: PreTrainedTokenizerFast
     documents: list[list[int]]

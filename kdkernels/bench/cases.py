@@ -1,4 +1,4 @@
-"""What is measured: a case is plain data, and builds its own tensors."""
+"""Cases to measure: plain data that builds its own tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import LMHead
 from ..sides import Side
 
 LOGIT_STD = 3.0
-"""Of the random logits: peaked enough that no kernel gets away with a near-uniform softmax, as in a trained model."""
+"""Standard deviation of the random logits: peaked like a trained model's, so that no kernel profits from a near-uniform softmax."""
 
 IGNORED = -100
 
@@ -85,13 +85,13 @@ class Case:
 
     @property
     def flop(self) -> int:
-        """Of the matrix products: student logits, hidden gradient, head gradient if it is trained, teacher logits."""
+        """FLOPs of the matrix products: student logits, hidden gradient, head gradient if it is trained, teacher logits."""
         student = (2 if self.frozen_head else 3) * self.ds
         return 2 * self.valid * self.v * (student + (self.dt if self.operation == "distillation" else 0))
 
     @property
     def floor_bytes(self) -> int:
-        """That an operation on given logits has to move: read each side, write the gradient. 0 with heads, where products are the floor."""
+        """Bytes that an operation on given logits must move: read each side, write the gradient. 0 with heads (products)."""
         passes = 3 if self.operation == "distillation" else 2
         return 0 if self.has_heads else passes * self.valid * self.v * self.torch_dtype.itemsize
 
@@ -132,7 +132,7 @@ class Inputs:
             tensor.grad = None
 
     def double(self) -> Inputs:
-        """The same numbers in float64, with gradients of their own."""
+        """Return the same inputs in float64, as new leaves."""
 
         def side(s: Side) -> Side:
             wide = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors(s)]

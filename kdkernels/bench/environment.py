@@ -16,11 +16,11 @@ import torch
 import kdkernels
 
 ROOT = Path(__file__).parent.parent.parent
-"""Of the repository, where the package is not installed away from it."""
+"""The root of the repository, if the package runs from it."""
 
 
 def cpu_model() -> str:
-    """The CPU's name where the system tells it, else its architecture."""
+    """Return the CPU's name if the system reports it, else its architecture."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
@@ -30,7 +30,7 @@ def cpu_model() -> str:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -45,7 +45,7 @@ def machine(device: str) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return everything that the numbers depend on."""
     gpu = device != "cpu"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -1,6 +1,6 @@
-"""What one process measures: the time of interleaved variants, the peak memory of one, the rates of the machine.
+"""Measure in one process: the time of interleaved variants, the peak memory of one, the rates of the machine.
 
-Which processes there are, and what becomes of what they tell, is said in visits.py.
+visits.py starts the processes and records their events.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .variants import Step, Variant, prepare
 WARMUP = 1
 
 Event = dict[str, Any]
-"""What a process tells while it measures: plain data, since it may come out of another process.
+"""An event of a measuring process: plain data, since it may come from another process.
 
 ``{"variant", "doing"}``    what begins now; if the process dies of it, that is what this variant does
 ``{"variant", "row"}``      what the variant's row gains; in ``skipped`` the reason why it goes no further
@@ -58,7 +58,7 @@ class Job:
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> Job:
-        """From what ``dataclasses.asdict`` made of it."""
+        """Rebuild a job from its ``dataclasses.asdict``."""
         return cls(**{**saved, "case": Case(**saved["case"]), "variants": tuple(saved["variants"])})
 
     def samples_of(self, visit: int) -> int:
@@ -66,13 +66,13 @@ class Job:
         return len(range(visit - 1, self.samples, self.visits))
 
     def steps_of(self, visit: int) -> int:
-        """That progress counts: memory at first, then each time a check and the rounds."""
+        """Return the number of progress steps: memory first, then for each visit a check and the rounds."""
         rounds = WARMUP + self.samples_of(visit) if self.samples else 0
         return len(self.variants) * ((visit == 1) + 1 + rounds)
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
-    """With linear interpolation."""
+    """Return a quantile with linear interpolation."""
     ordered = sorted(samples)
     at = q * (len(ordered) - 1)
     low = int(at)
@@ -166,7 +166,7 @@ def _repeat(step: Callable[[], Any], device: torch.device, samples: int) -> list
 
 
 def rates(device: str, dtypes: Sequence[str], samples: int = 7) -> dict[str, Any]:
-    """What the machine does at best in this run: GB/s of a copy (bytes read and written), TFLOP/s of a large matrix product."""
+    """Measure the best rates of the machine: GB/s of a copy (bytes read and written), TFLOP/s of a large matrix product."""
     gpu = device != "cpu"
     at = torch.device(device)
     size = (1 << 30) if gpu else (256 << 20)
@@ -189,7 +189,7 @@ def visit(job: Job, names: Sequence[str], number: int, device: str, tell: Tell, 
     Args:
         names: variants that there still is something to measure of.
         number: of the visit, from 1.
-        tell: gets an ``Event`` whenever there is something to tell.
+        tell: called with each ``Event``.
         seconds_left: after them no further round begins once there is a sample.
     """
     case, deadline = job.case, time.monotonic() + seconds_left
@@ -255,7 +255,7 @@ def has_memory(variant: str) -> bool:
 
 
 def _reset_peak(device: str) -> None:
-    """From here on the peak is what comes; so far it may lie above what is held, of some import's temporaries."""
+    """Reset the peak: temporaries of imports may have raised it above the memory in use."""
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")
     else:
@@ -271,7 +271,7 @@ def _peak_bytes(device: str) -> int:
 
 
 def _peak_of(make: Callable[[], Step], inputs: Inputs, device: str) -> int | None:
-    """What building a step and running it once adds to the peak."""
+    """Return how much building a step and running it once adds to the peak."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         step = make()
         prepare(step)
@@ -288,11 +288,10 @@ def _peak_of(make: Callable[[], Step], inputs: Inputs, device: str) -> int | Non
 
 
 def peak_extra_bytes(variant: str, case: Case, device: str) -> int | None:
-    """How far one forward and backward pass raises the peak memory of this process, a fresh one, above what held the inputs.
+    """Return how far one forward and backward pass raises the peak memory of this fresh process above its inputs.
 
-    The gradients of the student's tensors count: they are part of what a loss leaves. So do, for the floor, the buffers that it
-    writes to. Code that loads on first use does not: a tiny case of the same variant runs before. None where the system does not
-    tell: on a CPU, Linux does.
+    The gradients of the student's tensors count, as a result of the loss; for the floor, the buffers that it writes to count. Code that
+    loads on first use does not: a tiny case of the same variant runs first. None where the system does not report it: on a CPU, Linux does.
     """
     tiny = replace(case, n=32, v=256)
     tiny_inputs = build(tiny, device)

@@ -19,7 +19,7 @@ STATUS = {
     "out of time": "Its budget of time ran out. What it had measured is here.",
     "complete": "",
 }
-"""What a record's ``status`` means to its reader; nothing, if it is complete."""
+"""Text for each ``status`` of a record; empty if it is complete."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2937; --soft: #4b5563; --faint: #d1d5db; --card: #f6f7f9; --ours: #2563eb;

@@ -14,7 +14,7 @@ from .. import JSD, LMHead
 from .cases import IGNORED, Case, Inputs
 
 _BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": JSD().beta}
-"""How all of them name divergences: ``beta``, in our sense (the mixture holds that much of the teacher)."""
+"""Names of divergences in the peers; ``beta`` is kdkernels' own (the teacher's share of the mixture)."""
 
 Loss = Callable[[], Tensor]
 

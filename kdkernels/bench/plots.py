@@ -1,4 +1,4 @@
-"""Which figures a record makes: plain data for ``figures``, by name. The report of a run and the documentation draw the same ones."""
+"""Select the figures of a record: plain data for ``figures``, by name. The report of a run and the documentation draw the same ones."""
 
 from __future__ import annotations
 

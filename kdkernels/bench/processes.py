@@ -1,7 +1,7 @@
-"""Measuring in a process of its own: ``ask`` starts one, and it tells what it finds as JSON, a line each.
+"""Measure in a separate process: ``ask`` starts one, which prints a line of JSON for each event.
 
-``python -m kdkernels.bench.processes REQUEST`` is that process. For each line it waits until a byte on stdin says that it was heard, and it
-ends with whoever asked, however that ends.
+``python -m kdkernels.bench.processes REQUEST`` is that process. After each line it waits for a byte on stdin, and it ends when the
+process that started it ends.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _main(request: Request) -> None:
     def listen() -> None:
         while os.read(0, 1):
             heard.release()
-        os._exit(1)  # whoever held the other end is gone, be it by SIGKILL
+        os._exit(1)  # the other end is closed: the parent has ended, possibly by SIGKILL
 
     threading.Thread(target=listen, daemon=True).start()
     # What libraries print must not come between the lines, nor may a process that they start keep the pipe open.

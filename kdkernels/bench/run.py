@@ -33,7 +33,7 @@ SCHEMA = 1
 FILE = "results.json"
 
 Record = dict[str, Any]
-"""What ``results.json`` holds: ``environment``, ``settings``, ``rates``, ``jobs`` as planned, ``cases`` as measured, in their order."""
+"""Content of ``results.json``: ``environment``, ``settings``, ``rates``, ``jobs`` as planned, ``cases`` as measured, in their order."""
 
 
 class BenchError(UserError):
@@ -88,7 +88,7 @@ def resume(out: Path) -> Record:
     """The record of a run that was cut short.
 
     Raises:
-        BenchError: there is none, or it is of another machine, another commit or other versions.
+        BenchError: there is no record, or another machine, another commit or other versions wrote it.
     """
     if not (out / FILE).exists():
         raise BenchError(f"--resume: {out} holds no {FILE}")
@@ -117,7 +117,7 @@ def load(at: Path) -> Record:
         record: Record = json.loads(file.read_text(encoding="utf-8"))
         schema = record["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchError(f"{file} is no record of a benchmark: {type(error).__name__}") from None
+        raise BenchError(f"{file} is not a record of a benchmark: {type(error).__name__}") from None
     if schema != SCHEMA:
         raise BenchError(f"{file} is of schema {schema}, and this version writes {SCHEMA}: give another --out")
     return record
@@ -214,7 +214,7 @@ def print_headline(console: Console, record: Record) -> None:
 
 
 def _one(job: Job, at: int, visit: int, record: Record, keep: Callable[[], None], progress: Progress, total: Any, seconds: float) -> None:
-    """A visit to a job, into the record, and what there is of it kept after every round."""
+    """Visit a job, record its samples, and save the record after every round."""
     start = progress.tasks[0].completed
     measured = record["cases"][at] if at < len(record["cases"]) else visits.new(job)
     of_visits = f", process {visit} of {job.visits}" if job.visits > 1 else ""
@@ -242,7 +242,7 @@ def _bars(console: Console) -> Iterator[Progress]:
 def _terminable() -> Iterator[None]:
     """A SIGTERM, as of a machine that is taken back, ends the run like Ctrl-C; so does a SIGINT that a script's ``&`` had ignored."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # whoever called has the say
+        yield  # the caller decides
         return
     previous = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

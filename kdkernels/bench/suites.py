@@ -17,7 +17,7 @@ PARTS = ("headline", "rows")
 """Suites for one question each: the whole loss at the sizes of the README, and the row kernels alone. A minute each on a GPU."""
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-"""Of a case if nobody says otherwise, by device."""
+"""Default samples of a case, by device."""
 
 SHAPES = [
     (8192, 128256, 2048, 4096),
@@ -49,12 +49,12 @@ def jobs(
     backends: list[str] | None = None,
     peers: list[str] | None = None,
 ) -> list[Job]:
-    """What a run measures.
+    """Return the jobs of a run.
 
     Args:
-        shapes, divergences, dtypes: if any is given, those cases and no others, at the suite's number of samples.
-        backends: of ours, by name; None takes those that "auto" may take.
-        peers: by name; None takes those that are installed and run there.
+        shapes, divergences, dtypes: if any is given, only those cases, with the suite's number of samples.
+        backends: names of backends; None takes those that "auto" may select.
+        peers: names of other libraries; None takes those that are installed and run on the device.
     """
     samples = SAMPLES[suite]
     of = _Cases(device, temperature, samples, backends, peers)
@@ -107,7 +107,7 @@ class _Cases:
         return first + [f"{name}/{self.dtype}" for name in first if self.dtype != "float32"]
 
     def smoke(self) -> list[Job]:
-        """With our best backend alone: the others are for when it cannot run."""
+        """Use only the best backend: the others are for machines where it cannot run."""
         best = _Cases(self.device, self.temperature, self.samples, self.ours[:1] if self.backends is None else self.backends, self.peers)
         n, v, ds, dt = (4096, 32000, 1024, 2048) if self.gpu else (512, 16000, 256, 512)
         heads = [best.job(Case(n, v, ds, dt, self.dtype, d), memory=d == FEW[0]) for d in FEW]

@@ -81,7 +81,7 @@ def below_floor(measured: Measured) -> list[str]:
 
 
 def is_rival(variant: str, case: Case) -> bool:
-    """Whether it is another library's way to compute this very case, not a bound of it."""
+    """Return whether a variant is another library's computation of this case, not a bound of it."""
     return variant in PEERS and operation_of(variant, case) == case.operation
 
 
@@ -100,7 +100,7 @@ def columns(measured: Measured) -> tuple[str, ...]:
 
 
 def largest_error(row: dict[str, Any]) -> float | None:
-    """Of a gradient."""
+    """Return the largest error of a gradient."""
     if row.get("gradient_error") is not None:
         return float(row["gradient_error"])
     return max((v for k, v in row.items() if k.startswith("gradient_of_")), default=None)

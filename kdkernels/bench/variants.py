@@ -102,7 +102,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def operation_of(variant: str, case: Case) -> str:
-    """What a variant computes: the case's operation, or, as a bound, its own."""
+    """Return the operation of a variant: the case's, or its own if it is a bound."""
     return PEERS[variant].operation if variant in PEERS else case.operation
 
 
@@ -127,14 +127,14 @@ def build(variant: str, case: Case, inputs: Inputs) -> Step:
 
 
 def peers_for(case: Case, device: str) -> list[str]:
-    """Those that can run the case, or a bound of it, and are installed."""
+    """Return the installed peers that can run the case or a bound of it."""
     return [name for name, peer in PEERS.items() if peer.cannot(case, device) is None]
 
 
 def backends_for(device: str, dtype: torch.dtype) -> list[str]:
-    """Those that "auto" may take, best first.
+    """Return the backends that "auto" may select, best first.
 
-    Not every backend that can run: with TRITON_INTERPRET=1 Triton can on a CPU, but there is nothing to time in an interpreter.
+    Not every backend that can run: with TRITON_INTERPRET=1 Triton runs on a CPU, but timing an interpreter is pointless.
     """
     return [n for n in selection.AUTO_ORDER.get(device, ("torch",)) if selection.unavailable(n, device, (dtype, dtype)) is None]
 
@@ -145,9 +145,9 @@ def compiled(backends: list[str]) -> list[str]:
 
 
 def default_variants(case: Case, device: str, backends: list[str] | None = None, peers: list[str] | None = None) -> list[str]:
-    """What a run measures if nobody says otherwise: the floor, the dense formula, peers that are installed, and our backends.
+    """Return the default variants: the floor, the dense formula, installed peers, and kdkernels' backends.
 
-    Ours are those that "auto" may take; the compiled ones with a bfloat16 head's logits in bfloat16 too.
+    The backends are those that "auto" may select; the compiled ones also with a bfloat16 head's logits in bfloat16.
     """
     ours = backends_for(device, case.torch_dtype) if backends is None else backends
     narrow = [f"{name}/{case.dtype}" for name in compiled(ours) if case.has_heads and case.dtype == "bfloat16"]
@@ -200,7 +200,7 @@ def errors(variant: str, case: Case, device: str) -> dict[str, float]:
 
 
 def check(variant: str, case: Case, device: str) -> float | None:
-    """That a variant computes the case's loss and gradients at all: a small relative of the case against float64.
+    """Check a variant's loss and gradients on a small version of the case against float64.
 
     Returns:
         The largest relative error of a gradient; None for the floor, which has no gradients.
@@ -244,11 +244,10 @@ def _ours(v: Variant, case: Case, inputs: Inputs) -> Step:
 
 
 def held(variant: str, case: Case, inputs: Inputs) -> dict[str, int]:
-    """What a pass of ours holds by design, in bytes (docs/memory.md), with the rows and number of its chunks.
+    """Return the bytes that a pass of kdkernels holds by design (docs/memory.md), with the rows and number of its chunks.
 
-    In forward the chunk buffers and the gradients as forward saves them, unscaled: hidden ``[N, Ds]`` in its own dtype (for float16
-    float32), head ``[V, Ds]`` in float32. In backward those and the ones that it returns, in the parameters' dtypes; no chunk buffer
-    any more.
+    Forward: the chunk buffers and the unscaled gradients that it saves: hidden ``[N, Ds]`` in its own dtype (float32 for float16),
+    head ``[V, Ds]`` in float32. Backward: these and the returned gradients in the parameters' dtypes, without chunk buffers.
     """
     p = kd.plan(inputs.student, inputs.teacher, **_call(Variant.parse(variant), case, inputs))
     size = case.torch_dtype.itemsize

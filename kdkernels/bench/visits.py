@@ -39,7 +39,7 @@ def new(job: Job) -> Measured:
 
 
 def without_unfinished(measured: Measured) -> Measured | None:
-    """What a run that was cut short can go on from: a visit's samples are taken by one process, or not at all. None: from nothing."""
+    """Return the part of an interrupted record that a run can continue from: whole visits only. None: nothing."""
     if measured["complete"]:
         return measured
     done = measured["visits_done"]
@@ -49,7 +49,7 @@ def without_unfinished(measured: Measured) -> Measured | None:
 
 
 def _keep_samples(row: dict[str, Any], visits: int) -> None:
-    """Those of the first visits."""
+    """Keep the samples of the first visits."""
     kept = [(ms, visit) for ms, visit in zip(row.pop("samples_ms", []), row.pop("visit", []), strict=True) if visit <= visits]
     if kept:
         row["samples_ms"], row["visit"] = map(list, zip(*kept, strict=True))
@@ -111,7 +111,7 @@ def visit(
 
 
 def _first_look(rows: dict[str, dict[str, Any]], job: Job, device: str, progress: Progress) -> None:
-    """What need not be tried, what does not survive it, and, on a CPU, how much memory the others take."""
+    """Find the variants to skip and those that fail, and on a CPU measure the memory of the others."""
     for name, row in rows.items():
         if (reason := _too_large(name, job.case, device)) is not None:
             row["skipped"] = reason
@@ -138,8 +138,8 @@ def _kind(variant: str, case: Case) -> tuple[str, str, str, bool]:
 
 
 def _is_news(variant: str, case: Case) -> bool:
-    """Whether another library has not yet been through a case of this kind. On a GPU it does so in a process of its own first: one that
-    dies there, or poisons its CUDA context, takes nothing with it."""
+    """Return whether another library runs a case of this kind for the first time. On a GPU it first runs in a process of its own, which
+    may crash or poison its CUDA context."""
     return variant in PEERS and _kind(variant, case) not in _survived
 
 
@@ -156,7 +156,7 @@ def peak_extra_bytes(variant: str, case: Case, device: str = "cpu") -> int | Non
 
 
 DENSE_BYTES_PER_LOGIT = {"floor": 2, "eager": 7, "compile": 7, "liger_kl": 4}
-"""How many [N, V] tensors (eager: of 4 bytes) these hold at once: enough to decide what not to try."""
+"""Number of [N, V] tensors (eager: of 4 bytes) held at once, to decide what to skip."""
 
 
 def _too_large(variant: str, case: Case, device: str) -> str | None:

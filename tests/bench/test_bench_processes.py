@@ -216,4 +216,4 @@ def test_two_runs_agree_where_their_spreads_overlap(tmp_path: Path, capsys: pyte
     with pytest.raises(typer.Exit) as missing:
         agree.main(tmp_path, tmp_path / "a")
     assert missing.value.exit_code == 2
-    assert "is no record" in capsys.readouterr().err
+    assert "is not a record" in capsys.readouterr().err

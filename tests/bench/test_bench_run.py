@@ -166,7 +166,7 @@ def test_resume_refuses_what_would_not_compare(tmp_path: Path) -> None:
     run.save(tmp_path, record)
     with pytest.raises(run.BenchError, match="measured with commit 0123456789"):
         run.resume(tmp_path)
-    for text, word in (("{", "no record"), ("[]", "no record"), ('{"schema": 99}', "schema 99")):
+    for text, word in (("{", "not a record"), ("[]", "not a record"), ('{"schema": 99}', "schema 99")):
         (tmp_path / run.FILE).write_text(text)
         with pytest.raises(run.BenchError, match=word):
             run.load(tmp_path)

@@ -73,7 +73,7 @@ def test_new_results_make_what_shows_them_stale(repository: Path) -> None:
 def test_results_of_a_run_that_was_cut_short_are_not_shown(repository: Path) -> None:
     file, record = record_of(repository)
     file.write_text(json.dumps({**record, "status": "interrupted"}))
-    with pytest.raises(report.ReportError, match="a-machine is of a run that was cut short"):
+    with pytest.raises(report.ReportError, match="a-machine is from an interrupted run"):
         report.report(repository, check=True)
 
 

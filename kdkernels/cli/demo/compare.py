@@ -29,7 +29,7 @@ LOSSES = ("fused", "dense")
 
 @dataclass(frozen=True)
 class Job:
-    """What a fresh process measures."""
+    """The request to a fresh process."""
 
     loss: str  # of LOSSES
     shape: LossShape
@@ -44,10 +44,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a fresh process measured: of one step, after one that warmed up.
+    """One step in a fresh process, after one that warms up.
 
-    ``peak_bytes`` is what the loss needed on top of its inputs: on the CPU how far the process's peak resident memory rose, on
-    CUDA that of the allocator. The gradients of the student's hidden states and head are part of it. None: cannot be told here.
+    ``peak_bytes`` is the memory of the loss beyond its inputs: the rise of the process's peak resident memory on the CPU, of the
+    allocator's peak on CUDA. It includes the gradients of the student's hidden states and head. None if it cannot be measured.
     """
 
     backend: str | None  # None for dense
@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one loss: medians of its processes. ``error`` says why the last of them failed; then there are no numbers."""
+    """Medians over the processes of one loss. ``error`` is the reason why the last of them failed; then there are no numbers."""
 
     backend: str | None = None
     value: float | None = None
@@ -144,7 +144,7 @@ def _fused(job: Job, student: LMHead, teacher: LMHead, labels: Tensor) -> Tensor
 
 
 def _dense(job: Job, student: LMHead, teacher: LMHead, labels: Tensor) -> Tensor:
-    """The same in plain torch, as training code writes it."""
+    """Compute the same loss in plain torch, as training code writes it."""
     t = job.temperature
     logits = student.hidden @ student.weight.T  # [N, V]
     with torch.no_grad():

@@ -53,7 +53,7 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """Of all names and texts: equal hashes are equal inputs to the training."""
+        """Return the hash of all names and texts: equal hashes mean equal inputs to the training."""
         digest = hashlib.sha256()
         for document in (*self.train, *self.held_out):
             # A file's name need not be UTF-8, unlike its text.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: tables on the terminal, files in a folder."""
+"""Write the output of a run: tables on the terminal, files in a folder."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class DemoError(UserError):
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Of a Llama model; its attention heads are ``head_dim`` wide."""
+    """Size of a Llama model; its attention heads are ``head_dim`` wide."""
 
     hidden: int
     layers: int
@@ -30,7 +30,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class LossShape:
-    """Of the fused-against-dense comparison: ``[rows, vocab]`` logits on both sides, and how many fresh processes measure each loss."""
+    """Shape of the comparison of fused and dense losses: ``[rows, vocab]`` logits on both sides, and the processes for each loss."""
 
     rows: int = 2048
     vocab: int = 32768
@@ -85,7 +85,7 @@ class Settings:
         )
 
     def changed(self, *, steps: int | None = None, vocab_size: int | None = None, **others: Any) -> Settings:
-        """With other values. None keeps what is there; the teacher's steps keep their ratio to the students'."""
+        """Return settings with other values. None keeps a value; the teacher's steps keep their ratio to the students'."""
         if steps is not None:
             others |= {"steps": steps, "teacher_steps": math.ceil(self.teacher_steps * steps / self.steps)}
         if vocab_size is not None:
