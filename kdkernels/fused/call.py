@@ -229,9 +229,15 @@ def rename(tensors: Tensors, text: str) -> str:
 
 def restore(tensors: Sequence[Tensor], numbers: Tensor | None, sizes: Sequence[int], text: str) -> tuple[Call, Tensors]:
     """Read a call from the arguments of a custom op. Without ``numbers``, whose values a compiler does not have, they are arbitrary."""
-    values = None if numbers is None else iter(numbers.tolist())
-    call: Call = _filled(_template(text.partition("\n")[2]), values, iter(sizes))
+    spec = text.partition("\n")[2]
+    call: Call = _filled(_template(spec), None, iter(sizes)) if numbers is None else _call(spec, tuple(numbers.tolist()), tuple(sizes))
     return call, Tensors(dict(zip(names_of(text), tensors, strict=True)))
+
+
+@lru_cache(maxsize=256)
+def _call(spec: str, numbers: tuple[float, ...], sizes: tuple[int, ...]) -> Call:
+    call: Call = _filled(_template(spec), iter(numbers), iter(sizes))
+    return call
 
 
 def names_of(text: str) -> list[str]:

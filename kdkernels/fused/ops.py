@@ -83,13 +83,13 @@ def _empty_gradients(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor, Tens
         like = tensors.get(name)
         return tensors.student.new_empty(0) if like is None else like.new_empty(like.shape if wanted else (0,))
 
-    student, weight, bias = (gradient(name, wanted) for name, wanted in _wanted(call).items())
+    wanted = call.wants_input, call.wants_weight, call.wants_bias
+    student, weight, bias = map(gradient, TRAINED, wanted)
     return student, weight, bias
 
 
-def _wanted(call: Call) -> dict[str, bool]:
-    """Return which gradients are wanted, by the names of the tensors, in the order of ``distill_backward``."""
-    return {"student.input": call.wants_input, "student.weight": call.wants_weight, "student.bias": call.wants_bias}
+TRAINED = ("student.input", "student.weight", "student.bias")
+"""Tensors with a gradient, in the order of the results of ``distill_backward``."""
 
 
 _NAMES = {"distillation": "distillation_loss", "logprobs": "token_logprobs"}  # the others are called like their quantity
@@ -132,11 +132,15 @@ class _Distill(torch.autograd.Function):
             return (None,) * (4 + len(names))
         numbers, *saved = ctx.saved_tensors
         tensors = Tensors({**dict(zip(ctx.names, saved, strict=True)), "upstream": upstream})
-        arguments = list(tensors.named.values()), ctx.sizes, rename(tensors, ctx.text)
-        call, _ = restore(arguments[0], None, *arguments[1:])
-        gradients = distill_backward(arguments[0], numbers, *arguments[1:])
-        by_name = {name: gradient for (name, wanted), gradient in zip(_wanted(call).items(), gradients, strict=True) if wanted}
-        return None, None, None, None, *[by_name.get(name) for name in names]
+        gradients = distill_backward(list(tensors.named.values()), numbers, ctx.sizes, rename(tensors, ctx.text))
+        by_name = dict(zip(TRAINED, gradients, strict=True))
+        return (
+            None,
+            None,
+            None,
+            None,
+            *[by_name.get(name) if needed else None for name, needed in zip(names, ctx.needs_input_grad[4:], strict=True)],
+        )
 
 
 class Gradient(torch.autograd.Function):
@@ -217,7 +221,7 @@ def run(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     if call.quantity in ("topk", "sample"):  # ids: nothing to differentiate
         tensors = Tensors({name: tensor.detach() for name, tensor in tensors.named.items()})
         return topk_logprobs(*flatten(call, tensors)) if call.quantity == "topk" else (sample(*flatten(call, tensors)),)
-    refuse_forward_mode(call, *(tensors.get(name) for name in _wanted(call)))
+    refuse_forward_mode(call, *(tensors.get(name) for name in TRAINED))
     return tuple(distill(*flatten(call, tensors))[:3])
 
 
