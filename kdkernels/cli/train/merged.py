@@ -46,7 +46,7 @@ def write_merged(settings: Settings, output: Output | None, console: Console) ->
     if output is None:
         return
     parts = merged_model("output-dir", str(output.folder), settings.models[0][2])
-    unfinished, place = _save(parts, output), output.claim(MERGED)
+    unfinished, place = _written(parts, output), output.claim(MERGED)
     output.remove(MERGED)
     os.replace(unfinished, place)
     console.print(f"merged model: {place}", soft_wrap=True)
@@ -61,11 +61,11 @@ def merge(adapter: str, out: Path, dtype: str, console: Console) -> None:
     transformers.logging.disable_progress_bar()
     with Output(out, "merge") as output:
         output.check([path.name for path in out.iterdir() if path.name != MARKER], {"ADAPTER": adapter})
-        put_in_place(_save(merged_model("adapter", adapter, dtype), output), output)
+        put_in_place(_written(merged_model("adapter", adapter, dtype), output), output)
     console.print(f"merged model: {out}", soft_wrap=True)
 
 
-def _save(parts: tuple[Any, Any], output: Output) -> Path:
+def _written(parts: tuple[Any, Any], output: Output) -> Path:
     """Save model and tokenizer to an unfinished folder of the output."""
     folder = output.claim(UNFINISHED)
     output.remove(UNFINISHED)
