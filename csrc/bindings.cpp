@@ -1,4 +1,4 @@
-// Python bindings: plain numbers and addresses. kdkernels/backends/native.py, the only importer, answers for what they point to.
+// Python bindings: plain numbers and addresses. kdkernels/backends/_extension.py, the only importer, answers for what they point to.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -64,7 +64,7 @@ template <class Args> void cuda_kernel(py::module_& m, const char* name, void (*
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled row kernels of kdkernels; use kdkernels.backends.native.";
+    m.doc() = "Compiled row kernels of kdkernels; use kdkernels.backends.cpu.";
 
     py::class_<kd::Side> side(m, "Side");
     side.def(py::init<>());
@@ -209,7 +209,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("major"), py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("rows"),
         py::arg("vocab"), py::arg("itemsize"), py::arg("sweeps"), py::arg("inputs") = 1, py::arg("threads") = kd::kTeamThreads,
         py::arg("more_shared") = 0, py::arg("clusters") = true, py::arg("draws") = 1);
-    m.attr("interface") = 3;  // see INTERFACE in kdkernels/backends/native.py
+    m.attr("interface") = 3;  // see INTERFACE in kdkernels/backends/_extension.py
     m.attr("cuda_most_top") = kd::kMostTop;
 
     m.def("cpu_isas", [] {

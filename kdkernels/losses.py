@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from . import divergences
 from .backends import selection
 from .backends.rows import STATS
+from .backends.selection import traits
 from .divergences import Divergence
 from .fused import engine, ops
 from .fused.checks import Options, device_of, prepare
@@ -245,7 +246,7 @@ def mean_denominator(num_items: float | Tensor | None, count: Tensor, dtype: tor
     """
     if num_items is None:
         return count.clamp(min=1)
-    if isinstance(num_items, Tensor) and num_items.device.type == "cpu" and has_value(num_items):
+    if isinstance(num_items, Tensor) and not traits(num_items.device).asynchronous and has_value(num_items):
         num_items = num_items.item()
     if not isinstance(num_items, Tensor):
         if num_items != 0:
@@ -265,7 +266,7 @@ def check_num_items(num_items: Any) -> None:
             raise ValueError(f"num_items must be one number, got a tensor of shape {list(num_items.shape)}")
         if num_items.dtype == torch.bool or num_items.is_complex():
             raise TypeError(f"num_items must be a real number, got a tensor of {num_items.dtype}")
-        if num_items.device.type != "cpu" or not has_value(num_items):
+        if traits(num_items.device).asynchronous or not has_value(num_items):
             return
         num_items = num_items.item()
     is_number = isinstance(num_items, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(num_items, bool)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
 
-from ..fused.call import Call
-from . import native
+from . import _extension
 from . import torch as torch_rows
-from .rows import HeadBatch, Stage
+from .rows import FORWARD, HeadBatch, RowBatch, Stage
+
+if TYPE_CHECKING:
+    from ..fused.call import Call
+
+DEVICE_TYPES = ("cuda",)
+_Arguments = TypeVar("_Arguments")
 
 
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why it cannot run there, or None."""
-    if (reason := native.missing()) is not None:
+    """Return why it cannot run there, or None."""
+    if (reason := _extension.missing()) is not None:
         return reason
-    targets = native.contents()["cuda targets"]
+    targets = _extension.contents()["cuda targets"]
     if not targets:
         return "the extension was built without CUDA: reinstall where nvcc is found, with KDKERNELS_CUDA=1"
     if device.type != "cuda":
@@ -37,20 +44,49 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | 
 
 
 def covers(targets: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a GPU runs one of the targets: machine code of its own generation (``"90a"``: of that very one), or the newest's PTX."""
+    """Return whether a GPU runs one of the targets: machine code of its generation (``"90a"``: of that very one), or the newest's PTX."""
     generations = [(divmod(int(t.rstrip("af")), 10), t[-1].isdigit()) for t in targets]
     runs = any((of == capability) if not plain else (of[0] == capability[0] and of[1] <= capability[1]) for of, plain in generations)
     return runs or capability >= max(of for of, _ in generations)
 
 
-rows = native.cuda_rows
-softmax_rows = native.cuda_softmax_rows
-softmax_gradient_rows = native.cuda_softmax_gradient_rows
+def state_scales(call: Call) -> tuple[float, float]:
+    """Return what the logits in a state are multiplied by to be logits: nothing."""
+    return 1.0, 1.0
 
 
-def head_rows(problem: Call, batch: HeadBatch, stages: Stage) -> None:
-    """Launches a batch of one side. More of the largest than shared memory has room for (4096) are found by torch's sort."""
-    if batch.top_ids is not None and batch.top_ids.shape[1] > native.cuda_most_top():
-        torch_rows.head_rows(problem, batch, stages)
-    else:
-        native.cuda_head_rows(problem, batch, stages)
+def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
+    """Launch a batch on the current stream of its own device, without waiting for it.
+
+    NORMALISERS and SUMS run together. Without them, GRADIENT sums slopes that jump again, whether SUMS are asked for or not.
+    """
+    _check_stages(stages)
+    _launch(_extension._C.cuda_rows, _extension.row_arguments(call, batch, stages, "cuda"), batch.student)
+
+
+def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
+    """Launch a batch of one side. More of the largest than shared memory has room for (4096) are found by torch's sort."""
+    if batch.top_ids is not None and batch.top_ids.shape[1] > _extension._C.cuda_most_top:
+        torch_rows.head_rows(call, batch, stages)
+        return
+    _launch(_extension._C.cuda_head_rows, _extension.head_arguments(call, batch, stages, "cuda"), batch.logits)
+
+
+def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """``softmax(x / T)`` or its logarithm."""
+    _launch(_extension._C.cuda_softmax_rows, _extension.softmax_arguments(x, None, out, temperature, logarithm, "cuda"), x)
+
+
+def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
+    """The gradient by x, from ``softmax_rows``' result and the gradient by it."""
+    _launch(_extension._C.cuda_softmax_rows, _extension.softmax_arguments(y, dy, out, temperature, logarithm, "cuda"), y)
+
+
+def _check_stages(stages: Stage) -> None:
+    if stages & FORWARD not in (FORWARD, Stage(0)) and stages != Stage.SUMS | Stage.GRADIENT:
+        raise NotImplementedError(f"the CUDA kernels find normalisers and sums in one call, and were asked for {stages!r}: use Triton's")
+
+
+def _launch(kernel: Callable[[_Arguments, int], None], arguments: _Arguments, where: Tensor) -> None:
+    with torch.cuda.device(where.device):
+        kernel(arguments, torch.cuda.current_stream(where.device).cuda_stream)

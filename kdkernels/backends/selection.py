@@ -1,60 +1,145 @@
-"""Which backend runs a call, and why not the others."""
+"""Traits of devices, the registry of backends, and which of them runs a call."""
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from .. import backends  # noqa: F401  (the package of the modules named below)
 from ..support.errors import UserError
+from . import Backend
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "torch"), "cpu": ("native", "torch")}
-"""What "auto" tries, in order, by device type; other devices run plain torch. The CUDA C++ kernels come second until they have been
-measured on a GPU: ``backend="cuda"`` runs them."""
+"""What "auto" tries, in order, by device type. On a device of another type it tries the backends of other packages that declare this type,
+then torch. The CUDA C++ kernels come second until they have been measured on a GPU: ``backend="cuda"`` runs them."""
 
 NAMES = ("cuda", "triton", "native", "torch", "reference")
+"""The built-in backends."""
+
+GROUP = "kdkernels.backends"
+"""Entry points of other packages' backends. They are read at the first unknown backend or device type, never at import."""
 
 _MODULES = {
     "cuda": "kdkernels.backends.cuda",
     "triton": "kdkernels.backends.triton",
-    "native": "kdkernels.backends.native",
+    "native": "kdkernels.backends.cpu",
     "torch": "kdkernels.backends.torch",
 }
+
+if TYPE_CHECKING:
+    from . import cpu, cuda, triton
+    from . import torch as torch_rows
+
+    _BUILT_IN: tuple[Backend, ...] = (cpu, cuda, triton, torch_rows)  # mypy: each module is a Backend
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Traits of a type of device. The defaults hold for a device that nothing is known of."""
+
+    wide_products: bool = False
+    """Its matrix product reads 16-bit operands and writes float32."""
+    host_memory: bool = False
+    """The host reads and writes its memory, and rows that are worked on in small tiles stay in a core's cache."""
+    asynchronous: bool = True
+    """A launch returns before the work is done, so that reading a result on the host waits."""
+    recycled_pages: bool = False
+    """Fresh memory costs page faults when it is first touched: the package keeps memory from call to call."""
+    graphs: bool = False
+    """Work can be captured into a CUDA graph, during which the host must not read anything."""
+    narrow_gradients: bool = False
+    """Logit gradients are held in the dtype of the products that they go into, even where the logits are wider."""
+    enough_rows: int | None = None
+    """Rows of a chunk beyond which the matrix products get no faster; None: not known."""
+    cheap_bytes: int = 0
+    """Chunk buffers up to this size are used in any case."""
+
+
+_CPU = Traits(host_memory=True, asynchronous=False, recycled_pages=True, enough_rows=1024, cheap_bytes=256 << 20)
+# ROCm's BLAS has no such product.
+_CUDA = Traits(wide_products=torch.version.hip is None, graphs=True, narrow_gradients=True, enough_rows=8192)
+_KNOWN = {"cpu": _CPU, "cuda": _CUDA}
+_UNKNOWN = Traits()
+
+
+def traits(device: torch.device | str) -> Traits:
+    """Return the traits of a device, or of a type of device."""
+    return _KNOWN.get(device.partition(":")[0] if isinstance(device, str) else device.type, _UNKNOWN)
+
+
+def capturing(device: torch.device) -> bool:
+    """Return whether the current stream is being captured into a CUDA graph."""
+    return traits(device).graphs and torch.cuda.is_current_stream_capturing()
 
 
 class BackendUnavailable(UserError):
     """A backend that was asked for by name cannot run here; the message says why."""
 
 
-def load(name: str) -> ModuleType:
-    """The module of a backend that is available."""
-    return importlib.import_module(_MODULES[name])
+@lru_cache(maxsize=1)
+def foreign() -> dict[str, EntryPoint]:
+    """Return the entry points of other packages' backends by name; those named like a built-in one, and "auto", are left out."""
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in (*NAMES, "auto")}
+
+
+@lru_cache(maxsize=64)
+def load(name: str) -> Backend:
+    """Return a backend by its name.
+
+    Raises:
+        ImportError: it cannot be imported, or lacks what every backend must have.
+    """
+    if name in _MODULES:
+        return cast(Backend, importlib.import_module(_MODULES[name]))
+    try:
+        backend = foreign()[name].load()
+    except (AttributeError, OSError) as error:  # no such object in the module; a shared library that cannot be loaded
+        raise ImportError(f"the entry point {name!r} of {GROUP} cannot be loaded: {error}") from error
+    lacks = [part for part in ("unavailable", "state_scales", "rows") if not callable(getattr(backend, part, None))]
+    if lacks:
+        raise ImportError(f"the entry point {name!r} of {GROUP} has no {', '.join(lacks)}: see kdkernels.backends.Backend")
+    return cast(Backend, backend)
+
+
+def auto_order(device_type: str) -> tuple[str, ...]:
+    """Return the backends that "auto" tries on a type of device, in order."""
+    if device_type in AUTO_ORDER:
+        return AUTO_ORDER[device_type]
+    return *(name for name in foreign() if device_type in _declared(name)), "torch"
+
+
+def _declared(name: str) -> tuple[str, ...]:
+    try:
+        return tuple(getattr(load(name), "DEVICE_TYPES", ()))
+    except ImportError:
+        return ()  # asked for by name, it says why
 
 
 def unavailable(name: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str | None:
-    """Why ``name`` cannot run on such tensors, or None.
+    """Return why ``name`` cannot run on such tensors, or None.
 
     Args:
-        name: one of ``NAMES``.
+        name: one of ``NAMES`` or ``foreign()``.
         device: the tensors'; ``"cuda"`` is the current GPU.
         dtypes: storage dtypes of the logits of both sides.
-        kernels: ``"rows"`` (two sides), ``"head_rows"`` (one side) or ``"softmax_rows"``, as in backends/__init__.py.
+        kernels: ``"rows"`` (two sides), ``"head_rows"`` (one side) or ``"softmax_rows"``, as in ``Backend``.
     """
     if name == "reference":
         return None
     try:
-        module = load(name)
+        backend = load(name)
     except ImportError as error:
         return f"cannot be imported: {error}"
-    reason: str | None = module.unavailable(_exactly(device), dtypes)
-    return reason if reason is not None or hasattr(module, kernels) else "it has kernels for the distillation loss only"
+    reason = backend.unavailable(_exactly(device), dtypes)
+    return reason if reason is not None or hasattr(backend, kernels) else "it has kernels for the distillation loss only"
 
 
 def _exactly(device: torch.device | str) -> torch.device:
-    """With the number of the GPU, which may be another by the next call where it is the current one."""
+    """Resolve "cuda" to an index. It means the current GPU, which can change between calls."""
     device = torch.device(device)
     if str(device) == "cuda" and torch.cuda.is_available():  # and not "cuda:0"
         return torch.device("cuda", torch.cuda.current_device())
@@ -62,15 +147,15 @@ def _exactly(device: torch.device | str) -> torch.device:
 
 
 def check_name(backend: str) -> None:
-    if backend != "auto" and backend not in NAMES:
-        raise ValueError(f"backend {backend!r} is unknown; valid names: auto, {', '.join(NAMES)}")
+    """Raise ValueError for a name that no backend has; the message lists the valid ones."""
+    if backend != "auto" and backend not in NAMES and backend not in foreign():
+        raise ValueError(f"backend {backend!r} is unknown; valid names: auto, {', '.join((*NAMES, *foreign()))}")
 
 
 @lru_cache(maxsize=256)
 def _select(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], kernels: str) -> str:
     if backend == "auto":
-        order = AUTO_ORDER.get(device.type, ("torch",))
-        return next(name for name in order if unavailable(name, device, dtypes, kernels) is None)
+        return next(name for name in auto_order(device.type) if unavailable(name, device, dtypes, kernels) is None)
     check_name(backend)
     if (reason := unavailable(backend, device, dtypes, kernels)) is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run here: {reason}")
@@ -78,7 +163,7 @@ def _select(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...],
 
 
 def select(backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str:
-    """The backend to run: the one that was asked for, or the best that can.
+    """Return the backend to run: the one that was asked for, or the best that can.
 
     Raises:
         ValueError: unknown name; the message lists the valid ones.
@@ -94,9 +179,9 @@ select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def not_chosen(
     chosen: str, backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows"
 ) -> dict[str, str]:
-    """For every backend other than the chosen one, the reason."""
+    """Return the reason for every built-in backend other than the chosen one, and for those of other packages that "auto" tried."""
     device_type = torch.device(device).type
-    order = AUTO_ORDER.get(device_type, ("torch",))
+    order = auto_order(device_type)
 
     def reason(name: str) -> str:
         if (why := unavailable(name, device, dtypes, kernels)) is not None:
@@ -107,4 +192,4 @@ def not_chosen(
             return f"{chosen} comes first"
         return "dense and slow: for checks only" if name == "reference" else f"never chosen by itself on {device_type}"
 
-    return {name: reason(name) for name in NAMES if name != chosen}
+    return {name: reason(name) for name in dict.fromkeys((*NAMES, *order)) if name != chosen}

@@ -12,32 +12,35 @@ from ..fused import philox
 from ..fused.call import Call
 from ..reference import row_mean, row_top, transform
 from .rows import STATE, STATS, HeadBatch, RowBatch, Stage, Transform
+from .selection import traits
 
-# Elements of a tile. A CPU core's L2 holds a few temporaries of it; a GPU wants enough work for a launch.
-_TILE = {"cpu": 1 << 18}
-_TILE_DEFAULT = 1 << 22
+CACHED_TILE, TILE = 1 << 18, 1 << 22
+"""Elements of a tile: a few temporaries of it stay in the L2 cache of a CPU's core; for other devices, enough work for a launch."""
+
+
+DEVICE_TYPES: tuple[str, ...] = ()
 
 
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """None: torch runs wherever the tensors are."""
+    """Return None: torch runs wherever the tensors are."""
     return None
 
 
-def state_scales(problem: Call) -> tuple[float, float]:
-    """What the logits in a state are multiplied by to be logits: nothing."""
+def state_scales(call: Call) -> tuple[float, float]:
+    """Return what the logits in a state are multiplied by to be logits: nothing."""
     return 1.0, 1.0
 
 
-def rows(problem: Call, batch: RowBatch, stages: Stage) -> None:
+def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
     """Runs a batch tile by tile."""
     for r in _tiles(batch.student):
-        _tile(problem, batch, r, stages)
+        _tile(call, batch, r, stages)
 
 
-def head_rows(problem: Call, batch: HeadBatch, stages: Stage) -> None:
+def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
     """Runs a batch of one side tile by tile."""
     for r in _tiles(batch.logits):
-        _head_tile(problem, batch, r, stages)
+        _head_tile(call, batch, r, stages)
 
 
 def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
@@ -65,7 +68,7 @@ def _widen(x: Tensor) -> Tensor:
 
 def _tiles(logits: Tensor) -> Iterator[slice]:
     count, vocab = logits.shape
-    rows = max(1, _TILE.get(logits.device.type, _TILE_DEFAULT) // vocab)
+    rows = max(1, (CACHED_TILE if traits(logits.device).host_memory else TILE) // vocab)
     return (slice(start, start + rows) for start in range(0, count, rows))
 
 
@@ -104,14 +107,14 @@ def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
     return -(log_p * p).masked_fill_(p == 0, 0.0).sum(-1)
 
 
-def _tile(problem: Call, batch: RowBatch, r: slice, stages: Stage) -> None:
-    tile = _Tile(problem, batch, r)
+def _tile(call: Call, batch: RowBatch, r: slice, stages: Stage) -> None:
+    tile = _Tile(call, batch, r)
     if Stage.NORMALISERS in stages:
         tile.find_normalisers()
     if not stages & ~Stage.NORMALISERS:
         return
     log_q, log_p, q, p = tile.arguments()
-    terms = problem.divergence.terms(log_q, log_p, q, p)
+    terms = call.divergence.terms(log_q, log_p, q, p)
     if Stage.SUMS in stages:
         tile.find_sums(terms)
     if Stage.GRADIENT in stages and batch.dz is not None:
@@ -121,13 +124,13 @@ def _tile(problem: Call, batch: RowBatch, r: slice, stages: Stage) -> None:
 class _Tile:
     """Some rows of a batch, small enough for their temporaries to stay in cache."""
 
-    def __init__(self, problem: Call, batch: RowBatch, r: slice) -> None:
-        self.problem, self.batch, self.r = problem, batch, r
-        self.divergence = problem.divergence
-        self.student = _load(batch.student[r], batch.student_bias, problem.student, problem.compute_dtype)  # [C, V]
-        self.teacher = _load(batch.teacher[r], batch.teacher_bias, problem.teacher, problem.compute_dtype)
+    def __init__(self, call: Call, batch: RowBatch, r: slice) -> None:
+        self.call, self.batch, self.r = call, batch, r
+        self.divergence = call.divergence
+        self.student = _load(batch.student[r], batch.student_bias, call.student, call.compute_dtype)  # [C, V]
+        self.teacher = _load(batch.teacher[r], batch.teacher_bias, call.teacher, call.compute_dtype)
         self.state = dict(zip(STATE, batch.state[:, r], strict=True))
-        self.labels = batch.labels[r].unsqueeze(-1) if batch.labels is not None and problem.needs_ce else None
+        self.labels = batch.labels[r].unsqueeze(-1) if batch.labels is not None and call.needs_ce else None
         self.weight = None if batch.weight is None else batch.weight[r]
         self.exponentials: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # x and exp(x) of the student, of the teacher
         self.softmaxes: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -138,7 +141,7 @@ class _Tile:
 
     def find_normalisers(self) -> None:
         """Write the normalisers of the rows to the state."""
-        state, inv_t = self.state, self.problem.inv_temperature
+        state, inv_t = self.state, self.call.inv_temperature
         if self.needs_softmax or self.labels is not None:
             state["top_s"][:] = self.student.amax(-1)
         if self.needs_softmax:
@@ -148,7 +151,7 @@ class _Tile:
             state["expsum_s"][:], state["expsum_t"][:] = student[1].sum(-1), teacher[1].sum(-1)
             self.exponentials = *student, *teacher
         if self.labels is not None:
-            shared = self.needs_softmax and self.problem.temperature == 1.0
+            shared = self.needs_softmax and self.call.temperature == 1.0
             state["expsum_one"][:] = state["expsum_s"] if shared else _exponentials(self.student, state["top_s"], 1.0)[1].sum(-1)
             target = self.student.gather(-1, self.labels.clamp(min=0)).masked_fill_(self.labels < 0, -math.inf)
             state["target"][:] = target.squeeze(-1)
@@ -161,7 +164,7 @@ class _Tile:
     def softmax(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-softmaxes and softmaxes at T of the student and the teacher."""
         if self.softmaxes is None:
-            state, inv_t = self.state, self.problem.inv_temperature
+            state, inv_t = self.state, self.call.inv_temperature
             x, e, u, f = self.exponentials or (
                 *_exponentials(self.student, state["top_s"], inv_t), *_exponentials(self.teacher, state["top_t"], inv_t),
             )  # fmt: skip
@@ -173,7 +176,7 @@ class _Tile:
         """What the divergence is given: its two arguments ``[C, V]`` and their exponentials, if these mean anything to it."""
         if self.divergence.normalizer == "softmax":
             return self.softmax()
-        inv_t, zero = self.problem.inv_temperature, torch.zeros_like(self.state["mean_s"])
+        inv_t, zero = self.call.inv_temperature, torch.zeros_like(self.state["mean_s"])
         centred = self.divergence.normalizer == "mean"
         x, u = (
             _over_temperature(z, self.state[mean] if centred else zero, inv_t)
@@ -183,7 +186,7 @@ class _Tile:
 
     def find_sums(self, terms: Sequence[Tensor]) -> None:
         """Write the sums of the rows to the state, and loss and statistics where there is room for them."""
-        problem, batch, r, state = self.problem, self.batch, self.r, self.state
+        call, batch, r, state = self.call, self.batch, self.r, self.state
         sums = [term.sum(-1) for term in terms[: self.divergence.num_sums]]
         for i, total in enumerate(sums):
             state[f"sum_{i}"][:] = total
@@ -192,9 +195,9 @@ class _Tile:
         if self.labels is not None:
             cross_entropy = state["expsum_one"].log() - (state["target"] - state["top_s"])
         if batch.loss is not None:
-            loss = problem.value_scale * divergence if problem.kd_weight else torch.zeros_like(divergence)
-            if self.labels is not None and problem.ce_weight:
-                loss = loss + problem.ce_weight * cross_entropy
+            loss = call.value_scale * divergence if call.kd_weight else torch.zeros_like(divergence)
+            if self.labels is not None and call.ce_weight:
+                loss = loss + call.ce_weight * cross_entropy
             batch.loss[r] = loss if self.weight is None else loss * self.weight
         if batch.stats is None:
             return
@@ -215,26 +218,26 @@ class _Tile:
 
     def write_gradient(self, out: Tensor, terms: Sequence[Tensor], q: Tensor) -> None:
         """Write the gradient by the student's logits, before bias, scale and softcap, from the sums in the state."""
-        problem, state = self.problem, self.state
-        if problem.kd_weight:
+        call, state = self.call, self.state
+        if call.kd_weight:
             sums = [state[f"sum_{i}"].unsqueeze(-1) for i in range(self.divergence.num_sums)]
             _, coefficients = self.divergence.finish(sums)
             dz = self.divergence.slope(terms, coefficients)
             if self.divergence.normalizer == "softmax":
                 # The slope may be a view of p; q is this tile's own.
                 dz = dz.sub_(q.mul_(coefficients[0]))
-            dz = dz.mul_(problem.slope_scale)
+            dz = dz.mul_(call.slope_scale)
         else:  # 0 times an infinite slope would be NaN
             dz = torch.zeros_like(self.student)
-        if problem.ce_weight and self.labels is not None:
+        if call.ce_weight and self.labels is not None:
             _, one = _exponentials(self.student, state["top_s"], 1.0)
-            dz.add_(one.div_(state["expsum_one"].unsqueeze(-1)), alpha=problem.ce_weight)
-            hit = torch.full_like(dz[:, :1], -problem.ce_weight).masked_fill_(self.labels < 0, 0.0)
+            dz.add_(one.div_(state["expsum_one"].unsqueeze(-1)), alpha=call.ce_weight)
+            hit = torch.full_like(dz[:, :1], -call.ce_weight).masked_fill_(self.labels < 0, 0.0)
             dz.scatter_add_(-1, self.labels.clamp(min=0), hit)
-        if problem.student.scale != 1.0:
-            dz.mul_(problem.student.scale)
-        if problem.student.softcap is not None:
-            dz.mul_(1 - (self.student / problem.student.softcap).square_())
+        if call.student.scale != 1.0:
+            dz.mul_(call.student.scale)
+        if call.student.softcap is not None:
+            dz.mul_(1 - (self.student / call.student.softcap).square_())
         if self.weight is not None:
             dz.mul_(self.weight.unsqueeze(-1))
         if self.batch.dz_scale != 1.0:
@@ -242,20 +245,20 @@ class _Tile:
         out.copy_(dz)
 
 
-def _head_tile(problem: Call, batch: HeadBatch, r: slice, stages: Stage) -> None:
+def _head_tile(call: Call, batch: HeadBatch, r: slice, stages: Stage) -> None:
     statistics = Stage.NORMALISERS in stages
-    dtype = problem.compute_dtype
-    z = _load(batch.logits[r], batch.bias, problem.student, dtype)
+    dtype = call.compute_dtype
+    z = _load(batch.logits[r], batch.bias, call.student, dtype)
     if statistics:
         batch.top[r] = z.amax(-1)
-        x, e = _exponentials(z, batch.top[r], problem.inv_temperature)
+        x, e = _exponentials(z, batch.top[r], call.inv_temperature)
         total = e.sum(-1)
         batch.log_sum[r] = total.log()
         log_q, q = _softmax(x, e, total)
         if batch.entropy is not None:
             batch.entropy[r] = _entropy(log_q, q)
     else:
-        log_q = _shifted(z, batch.top[r], batch.log_sum[r], problem.inv_temperature)
+        log_q = _shifted(z, batch.top[r], batch.log_sum[r], call.inv_temperature)
         q = log_q.exp()
     none = ids = None
     if batch.ids is not None and batch.logprobs is not None:
@@ -268,8 +271,8 @@ def _head_tile(problem: Call, batch: HeadBatch, r: slice, stages: Stage) -> None
     if batch.draws is not None and batch.seed is not None:
         # From the logits as they are stored, in double: see philox.draw.
         bias = None if batch.bias is None else batch.bias.double()
-        exact = _load(batch.logits[r], bias, problem.student, torch.float64)
-        exact = (exact - row_top(exact)).mul_(problem.inv_temperature)
+        exact = _load(batch.logits[r], bias, call.student, torch.float64)
+        exact = (exact - row_top(exact)).mul_(call.inv_temperature)
         ids_drawn = philox.draw(exact, batch.seed, batch.first_row + r.start, batch.draws.shape[1])
         batch.draws[r] = ids_drawn.masked_fill_(~torch.isfinite(batch.log_sum[r]).unsqueeze(-1), -1)
     if batch.dz is None or Stage.GRADIENT not in stages:
@@ -289,9 +292,9 @@ def _head_tile(problem: Call, batch: HeadBatch, r: slice, stages: Stage) -> None
     if d_ids is not None and ids is not None:
         # Accumulating index_put_ adds in a fixed order where ids repeat, unlike scatter_add_ on a GPU.
         dz.index_put_((torch.arange(len(ids), device=ids.device).unsqueeze(-1).expand_as(ids), ids), d_ids, accumulate=True)
-    dz.mul_(problem.student.scale * problem.inv_temperature * batch.dz_scale)
-    if problem.student.softcap is not None:
-        dz.mul_(1 - (z / problem.student.softcap).square_())
+    dz.mul_(call.student.scale * call.inv_temperature * batch.dz_scale)
+    if call.student.softcap is not None:
+        dz.mul_(1 - (z / call.student.softcap).square_())
     batch.dz[r].copy_(dz)
 
 

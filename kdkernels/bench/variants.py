@@ -136,7 +136,7 @@ def backends_for(device: str, dtype: torch.dtype) -> list[str]:
 
     Not every backend that can run: with TRITON_INTERPRET=1 Triton runs on a CPU, but timing an interpreter is pointless.
     """
-    return [n for n in selection.AUTO_ORDER.get(device, ("torch",)) if selection.unavailable(n, device, (dtype, dtype)) is None]
+    return [n for n in selection.auto_order(device) if selection.unavailable(n, device, (dtype, dtype)) is None]
 
 
 def compiled(backends: list[str]) -> list[str]:

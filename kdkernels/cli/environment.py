@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import native, selection
+from ..backends import _extension, selection
 from ..bench.environment import cpu_model
 
 __all__ = ["VARIABLES", "environment"]
@@ -73,7 +73,7 @@ def environment() -> dict[str, Any]:
             "torch threads": torch.get_num_threads(),
         },
         "devices": {"cpu": "always", **{f"cuda:{i}": name for i, name in enumerate(cuda)}},
-        "compiled extension": {what: " ".join(names) or "none" for what, names in native.contents().items()} or {"_C": "not there"},
+        "compiled extension": {what: " ".join(names) or "none" for what, names in _extension.contents().items()} or {"_C": "not there"},
         "backends": {device_type: _backends(device_type) for device_type in ("cpu", *(["cuda"] if cuda else []))},
         "environment variables": {name: os.environ.get(name, "not set") for name in VARIABLES},
     }

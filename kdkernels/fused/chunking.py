@@ -11,17 +11,15 @@ DEFAULT_BUDGET = 1 << 30
 ROW_MULTIPLE = 128
 """Matrix units work on tiles of 128 rows: a chunk that is no multiple of it wastes part of its last tile."""
 
-ENOUGH_ROWS = {"cpu": 1024, "cuda": 8192}
-"""Rows beyond which the matrix products get no faster, by device type: more would only take memory."""
 
-CHEAP_BYTES = {"cpu": 256 << 20}
-"""Buffers up to this size are taken all the same: each chunk less is a pass less over the head's gradient accumulator."""
+def useful_rows(enough_rows: int | None, cheap_bytes: int, bytes_per_row: int) -> int | None:
+    """Rows beyond which a larger chunk gains nothing; None: not known.
 
-
-def useful_rows(device_type: str, bytes_per_row: int) -> int | None:
-    """Rows beyond which a larger chunk gains nothing; None: not known."""
-    rows = ENOUGH_ROWS.get(device_type)
-    return None if rows is None else max(rows, CHEAP_BYTES.get(device_type, 0) // max(bytes_per_row, 1))
+    Args:
+        enough_rows: beyond these the matrix products get no faster, and more rows would only take memory.
+        cheap_bytes: buffers up to this size are used in any case: each chunk less is a pass less over the head's gradient accumulator.
+    """
+    return None if enough_rows is None else max(enough_rows, cheap_bytes // max(bytes_per_row, 1))
 
 
 def default_budget(device_memory: int | None) -> int:

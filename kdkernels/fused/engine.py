@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import FORWARD, STATE, STATS, Stage
+from ..backends.selection import traits
 from . import one_side, pages
 from .call import Call, Tensors
 from .work import Arrays, Gradients, Selected, Work, plan, select_rows
@@ -188,7 +189,7 @@ def _scaled(gradient: Tensor, factor: Tensor, like: Tensor | None) -> Tensor:
     out = pages.recycled(torch.empty_like(gradient, dtype=dtype))
     if not gradient.numel():
         return out
-    if gradient.is_cuda or dtype == gradient.dtype or factor.dim():
+    if not traits(gradient.device).host_memory or dtype == gradient.dtype or factor.dim():
         return torch.mul(gradient, factor, out=out)
     # On a CPU torch's loops that change the dtype on the way are not vectorised: block by block, in cache, it is two that are.
     step = max(1, BLOCK_ELEMENTS * gradient.shape[0] // gradient.numel())

@@ -11,12 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..backends.selection import traits
+
 _BLOCK_BYTES = 16 << 20  # of a widened block of the head
-
-
-def _writes_float32(device: torch.device) -> bool:
-    """True where a product of 16-bit operands can be written in float32: by CUDA's BLAS, not by ROCm's."""
-    return device.type == "cuda" and torch.version.hip is None
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -31,7 +28,7 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out[C, V] = hidden[C, D] @ weight[V, D].T``; out in the operands' dtype or wider."""
     if out.dtype == weight.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif _writes_float32(weight.device) and out.dtype == torch.float32:
+    elif traits(weight.device).wide_products and out.dtype == torch.float32:
         torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
@@ -48,7 +45,7 @@ def grad_hidden(dz: Tensor, weight: Tensor, scale: float | Tensor, out: Tensor |
     if dz.dtype == weight.dtype:
         if unscaled:
             return torch.mm(dz, weight, out=out if out is not None and out.dtype == dz.dtype else None)
-        if _writes_float32(weight.device):
+        if traits(weight.device).wide_products:
             product: Tensor = torch.ops.aten.mm.dtype(dz, weight, torch.float32)
             return product.mul_(scale)
     wide = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.promote_types(dz.dtype, torch.float32), device=dz.device)
@@ -64,7 +61,7 @@ def add_grad_weight(accumulator: Tensor, dz: Tensor, hidden: Tensor, first: bool
         torch.mm(dz.t(), hidden.to(dz.dtype), out=accumulator)
     elif dz.dtype == accumulator.dtype:
         accumulator.addmm_(dz.t(), hidden.to(dz.dtype), beta=beta)
-    elif _writes_float32(dz.device) and accumulator.dtype == torch.float32:
+    elif traits(dz.device).wide_products and accumulator.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(accumulator, dz.t(), hidden, torch.float32, beta=beta, out=accumulator)
     else:
         # Blocks small enough for the sum in float32 to find them in cache (adding 16 bits to 32 outright is not vectorised).

@@ -19,17 +19,17 @@ Scales = tuple[float, float]
 """What turns the logits in a state into logits, for the student and the teacher: ``Backend.state_scales``."""
 
 
-def normalisers(problem: Call, parts: Tensor, scales: Scales = (1.0, 1.0)) -> Tensor:
+def normalisers(call: Call, parts: Tensor, scales: Scales = (1.0, 1.0)) -> Tensor:
     """The state of whole rows ``[len(STATE), C]``, from what ``Stage.NORMALISERS`` wrote for each slice."""
     whole = parts[0].clone()
     part, state = _by_name(parts.unbind(1)), _by_name(whole)
     for side, scale in (("s", scales[0]), ("t", scales[1])):
         top, expsum = f"top_{side}", f"expsum_{side}"
         state[top][:] = part[top].amax(0)
-        state[expsum][:] = _moved(part[expsum], part[top], state[top], scale * problem.inv_temperature)
+        state[expsum][:] = _moved(part[expsum], part[top], state[top], scale * call.inv_temperature)
     state["expsum_one"][:] = _moved(part["expsum_one"], part["top_s"], state["top_s"], scales[0])
     state["target"][:] = part["target"].amax(0)
-    if problem.divergence.normalizer == "mean":
+    if call.divergence.normalizer == "mean":
         state["columns"][:] = part["columns"].sum(0)
         for mean in ("mean_s", "mean_t"):
             state[mean][:] = (part[mean] * part["columns"]).sum(0) / state["columns"].clamp(min=1)
@@ -59,26 +59,26 @@ def cross_entropy(state: Tensor, scales: Scales = (1.0, 1.0)) -> Tensor:
     return row["expsum_one"].log() - (row["target"] - row["top_s"]) * scales[0]
 
 
-def divergence(problem: Call, state: Tensor) -> Tensor:
+def divergence(call: Call, state: Tensor) -> Tensor:
     """``[C]``, from a merged state."""
     row = _by_name(state)
-    return problem.divergence.finish([row[f"sum_{i}"] for i in range(problem.divergence.num_sums)])[0]
+    return call.divergence.finish([row[f"sum_{i}"] for i in range(call.divergence.num_sums)])[0]
 
 
-def loss(problem: Call, state: Tensor, weight: Tensor | None, scales: Scales = (1.0, 1.0)) -> Tensor:
+def loss(call: Call, state: Tensor, weight: Tensor | None, scales: Scales = (1.0, 1.0)) -> Tensor:
     """``[C]``, times the rows' weights, from a merged state."""
-    value = divergence(problem, state)
-    total = problem.value_scale * value if problem.kd_weight else torch.zeros_like(value)
-    if problem.ce_weight:
-        total = total + problem.ce_weight * cross_entropy(state, scales)
+    value = divergence(call, state)
+    total = call.value_scale * value if call.kd_weight else torch.zeros_like(value)
+    if call.ce_weight:
+        total = total + call.ce_weight * cross_entropy(state, scales)
     return total if weight is None else total * weight
 
 
-def statistics(problem: Call, state: Tensor, parts: Tensor) -> Tensor:
+def statistics(call: Call, state: Tensor, parts: Tensor) -> Tensor:
     """The token statistics ``[5, C]``, from a merged state and what ``Stage.SUMS`` wrote for each slice, ``[slices, 5, C]``."""
     part, row = dict(zip(STATS, parts.unbind(1), strict=True)), _by_name(state)
     values = {
-        "divergence": divergence(problem, state),
+        "divergence": divergence(call, state),
         "cross_entropy": part["cross_entropy"][0],  # the same in every slice
         "student_entropy": part["student_entropy"].sum(0),
         "teacher_entropy": part["teacher_entropy"].sum(0),

@@ -16,6 +16,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from ..backends.selection import traits
+
 _HUGE = 2 << 20
 _ADVICE: int = getattr(mmap, "MADV_HUGEPAGE", -1) if sys.platform == "linux" else -1
 
@@ -30,7 +32,7 @@ def recycled(tensor: Tensor) -> Tensor:
 
     Small tensors, and those of other devices and other systems than Linux, are returned as they are.
     """
-    if _ADVICE < 0 or tensor.device.type != "cpu" or tensor.nbytes < 2 * _HUGE:
+    if _ADVICE < 0 or not traits(tensor.device).recycled_pages or tensor.nbytes < 2 * _HUGE:
         return tensor
     memory = _take(-(-tensor.nbytes // _HUGE) * _HUGE)
     view = memoryview(memory)

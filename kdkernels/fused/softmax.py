@@ -29,11 +29,11 @@ def write(call: Call, x: Tensor, dy: Tensor | None, out: Tensor) -> None:
     target = out.view(-1, call.vocab)
     backend, logarithm = selection.load(call.backend), call.quantity == "log_softmax"
     for start, stop in chunking.plan_chunks(len(target), copied, call.memory_budget, call.chunk_rows):
-        chunks = [s.take(start, stop) for s in sources]
-        if dy is None:
-            backend.softmax_rows(*chunks, target[start:stop], call.temperature, logarithm)
+        first, *more = [s.take(start, stop) for s in sources]
+        if more:
+            backend.softmax_gradient_rows(first, more[0], target[start:stop], call.temperature, logarithm)
         else:
-            backend.softmax_gradient_rows(*chunks, target[start:stop], call.temperature, logarithm)
+            backend.softmax_rows(first, target[start:stop], call.temperature, logarithm)
 
 
 def _new_softmax(x: Tensor, dy: Tensor | None, *flat: Any) -> Tensor:

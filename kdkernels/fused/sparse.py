@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import STATS, HeadBatch, Stage
+from ..backends.selection import traits
 from .call import Call, Tensors
 from .work import Arrays, Complaint, Form, Rows, Selected, Sink, StudentRows, Work
 
@@ -150,7 +151,7 @@ class Sparse(Work):
         ids = self._ids.take(start, stop).to(torch.int64)
         values = self._values.take(start, stop).to(part.state.dtype)
         step, row_bytes = len(logits), logits.shape[1] * logits.element_size()
-        if logits.device.type == "cpu":  # what goes through both calls together stays in cache
+        if traits(logits.device).host_memory:  # what goes through both calls together stays in cache
             step = max(1, _CACHE_BYTES // row_bytes)
         elif self.call.needs_ce and self.call.temperature != 1.0:  # cross-entropy's own gradient is beside what the plan counts
             step = max(1, _SPARE_BYTES // row_bytes)

@@ -12,6 +12,7 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wr
 
 from ..backends import selection
 from ..backends.rows import RowBatch, Stage, Transform
+from ..backends.selection import capturing, traits
 from ..support import memory
 from . import chunking, pages
 from .chunking import Chunks
@@ -99,7 +100,7 @@ def select_rows(call: Call, tensors: Tensors) -> Selected:
     index = None
     if labels is not None and valid is not None:
         complaints.append(_check_labels(call, labels, valid))
-    if not (tensors.student.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not capturing(tensors.student.device):
         if call.is_distillation:
             complaints += call.teacher.complaints(call, tensors.of("teacher"), valid)
         if weights is not None:
@@ -166,14 +167,14 @@ def _is_mapped(tensor: Tensor | None) -> bool:
 
 def plan(call: Call, num_rows: int, bytes_per_row: int, device: torch.device) -> Chunks:
     """The chunks of a call with ``num_rows`` valid rows."""
-    enough = chunking.useful_rows(device.type, bytes_per_row)
+    enough = chunking.useful_rows(traits(device).enough_rows, traits(device).cheap_bytes, bytes_per_row)
     budget = chunking.default_budget(memory.total_bytes(device)) if call.memory_budget is None else call.memory_budget
     return chunking.plan_chunks(num_rows, bytes_per_row, budget, call.chunk_rows, enough)
 
 
 def buffer(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[rows, width]``; on a CPU the same memory again for the same name."""
-    if device.type == "cpu":
+    if traits(device).recycled_pages:
         return pages.scratch(name, rows * width * dtype.itemsize).view(dtype).view(rows, width)
     return torch.empty(rows, width, dtype=dtype, device=device)
 

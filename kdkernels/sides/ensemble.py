@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..backends.selection import traits
 from ..divergences import Divergence
 from ..fused import chunking
 from ..fused.call import Call, Tensors, flat
@@ -161,7 +162,7 @@ class EnsembleRows:
     def _average(self, average: Tensor, member: Member, logits: Tensor, bias: Tensor | None) -> None:
         """Add a teacher's share, block by block."""
         call = self.call
-        step = max(1, (_TILE if average.device.type == "cpu" else _BLOCK) // call.vocab)
+        step = max(1, (_TILE if traits(average.device).host_memory else _BLOCK) // call.vocab)
         for first in range(0, len(logits), step):
             z, out = logits[first : first + step].to(call.compute_dtype), average[first : first + step]
             z = reference.transform(z if bias is None else z + bias, member.form)

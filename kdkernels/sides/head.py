@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import native
+from ..backends import OwnProduct, Product, selection
+from ..backends.selection import traits
 from ..divergences import Divergence
 from ..fused import chunking, gemm
 from ..fused.call import Call, Tensors, flat
@@ -78,7 +79,7 @@ class HeadRows:
         self.rows, self.dtype, self.vocab = Rows(tensors["input"], index), dtype, call.vocab
         self._weight, self._bias, self._bias_dtype = tensors["weight"], tensors.get("bias"), call.compute_dtype
         self.storage = call.storage(dtype)
-        self.product = native.product if has_own_product(call, self._weight, dtype) else gemm.logits
+        self.own_product = own_product(call, self._weight, dtype)
         self.buffer = self._weight.new_empty(0)
 
     # Cast lazily: callers that only need sizes must not copy the head.
@@ -117,13 +118,13 @@ class HeadRows:
     def logits(self, start: int, stop: int) -> Tensor:
         """``[C, V]`` before bias, scale and softcap."""
         out = self.buffer[: stop - start, : self.vocab]
-        self.product(self.hidden(start, stop), self.weight, out)
+        (self.own_product or gemm.logits)(self.hidden(start, stop), self.weight, out)
         return out
 
     @property
     def dz_dtype(self) -> torch.dtype:
         """Dtype of logit gradients: that of the matrix products, which read them, or (see gemm.py) as wide as the logits."""
-        return self.dtype if self._weight.is_cuda or self.product is native.product else self.storage
+        return self.dtype if traits(self._weight.device).narrow_gradients or self.own_product else self.storage
 
     def sink(self, call: Call, arrays: Arrays, gradients: Gradients) -> HeadSink:
         """Open the way of the gradients to hidden states, weight and bias."""
@@ -193,11 +194,10 @@ def _in_units(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return weight / unit, unit
 
 
-def has_own_product(call: Call, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether the backend multiplies a head of this weight in ``dtype`` itself, since the CPU's BLAS can't without widening it."""
-    if call.backend != "native" or weight.shape[1] % 2 or weight.stride(1) != 1:
-        return False
-    return native.has_product(dtype, call.storage(dtype))
+def own_product(call: Call, weight: Tensor, dtype: torch.dtype) -> Product | None:
+    """Return the backend's matrix product for a head in ``dtype``, if it has one that torch cannot do without widening the head."""
+    backend = None if call.backend == "reference" else selection.load(call.backend)
+    return backend.product_of(weight, dtype, call.storage(dtype)) if isinstance(backend, OwnProduct) else None
 
 
 def check_head(name: str, side: LMHead) -> Checked:

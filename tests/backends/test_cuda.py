@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdkernels.backends import native
+from kdkernels.backends import _extension
 from kdkernels.backends.cuda import covers
 from kdkernels.backends.rows import FORWARD, HeadBatch
 from kdkernels.divergences import ForwardKL
@@ -159,7 +159,7 @@ def test_a_seed_is_read_on_its_device() -> None:
     logits, state = torch.empty(3, 7, device="meta"), torch.empty(2, 3, device="meta")
     draws, seed = torch.empty(3, 2, dtype=torch.int32, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
     batch = HeadBatch(logits, None, state[0], state[1], draws=draws, seed=seed, first_row=5)
-    arguments = native._head_arguments(Call(ForwardKL(), vocab=7, quantity="logsumexp"), batch, FORWARD, "meta")
+    arguments = _extension.head_arguments(Call(ForwardKL(), vocab=7, quantity="logsumexp"), batch, FORWARD, "meta")
     assert (arguments.num_draws, arguments.first_row) == (2, 5)
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracle import make_labels, make_side
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdkernels as kd
 from kdkernels.backends import selection
+from kdkernels.backends.rows import RowBatch, Stage
+from kdkernels.backends.selection import traits
+from kdkernels.fused.call import Call
 
 F32 = (torch.float32, torch.float32)
 N, V = 300, 1024
@@ -177,8 +184,8 @@ def test_the_gpu_of_the_tensors_is_asked(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
     monkeypatch.setattr(torch.version, "hip", None)
     if name == "cuda":
-        monkeypatch.setattr(module.native, "missing", lambda: None)
-        monkeypatch.setattr(module.native, "contents", lambda: {"cuda targets": ["80", "90a"]})
+        monkeypatch.setattr(module._extension, "missing", lambda: None)
+        monkeypatch.setattr(module._extension, "contents", lambda: {"cuda targets": ["80", "90a"]})
     else:
         monkeypatch.setattr(module, "_INTERPRETED", False)
     for device in (torch.device("cuda:0"), "cuda:0", "cuda"):
@@ -189,3 +196,132 @@ def test_the_gpu_of_the_tensors_is_asked(name: str, monkeypatch: pytest.MonkeyPa
     current[0] = 1
     with pytest.raises(kd.BackendUnavailable, match=r"cuda:1 has .*7\.5"):
         selection.select(name, "cuda", F32)
+
+
+# ---- devices, and backends of other packages
+
+
+class Entry:
+    """An entry point of another package, with its backend as an object."""
+
+    def __init__(self, name: str, backend: object) -> None:
+        self.name, self.backend = name, backend
+
+    def load(self) -> object:
+        if isinstance(self.backend, Exception):
+            raise self.backend
+        return self.backend
+
+
+def elsewhere(**changes: object) -> SimpleNamespace:
+    """A backend of another package: torch's row kernels under another name, for devices of a type of their own."""
+    torch_rows = selection.load("torch")
+    parts = {name: getattr(torch_rows, name) for name in ("state_scales", "rows", "head_rows", "softmax_rows", "softmax_gradient_rows")}
+    return SimpleNamespace(**{"DEVICE_TYPES": ("xpu",), "unavailable": lambda device, dtypes: None, **parts, **changes})
+
+
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """Registers entry points; returns the list of the groups that are read from then on."""
+
+    def forget() -> None:
+        for cached in (selection.foreign, selection.load, selection._select):
+            cached.cache_clear()
+
+    def register(**backends: object) -> list[str]:
+        forget()
+        read: list[str] = []
+
+        def found(*, group: str) -> list[Entry]:
+            read.append(group)
+            return [Entry(name, backend) for name, backend in backends.items()]
+
+        monkeypatch.setattr(selection, "entry_points", found)
+        return read
+
+    yield register
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_backend_of_another_package_runs_by_name(entries: Callable[..., list[str]]) -> None:
+    calls: list[Stage] = []
+
+    def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
+        calls.append(stages)
+        selection.load("torch").rows(call, batch, stages)
+
+    read = entries(mine=elsewhere(rows=rows))
+    student, teacher = heads(8)
+    loss = kd.distillation_loss(student, teacher, backend="mine")
+    assert torch.equal(loss, kd.distillation_loss(student, teacher, backend="torch"))
+    assert calls
+    assert read == ["kdkernels.backends"], "once"
+    assert kd.plan(student, teacher, backend="mine").backend == "mine"
+    with pytest.raises(ValueError, match=r"'jax' is unknown; valid names: auto, .*, reference, mine"):
+        kd.distillation_loss(student, teacher, backend="jax")
+
+
+def test_entry_points_are_read_for_unknown_devices_and_names_only(entries: Callable[..., list[str]]) -> None:
+    read = entries(mine=elsewhere(DEVICE_TYPES=("cpu", "xpu")), other=elsewhere(DEVICE_TYPES=()))
+    assert selection.select("auto", "cpu", F32) in ("native", "torch"), "built-in backends come first"
+    assert selection.select("torch", "cpu", F32) == "torch"
+    assert not read
+    assert selection.select("auto", "xpu", F32) == "mine"
+    assert selection.select("auto", "hpu", F32) == "torch", "a type that no backend declares"
+    assert len(read) == 1
+
+
+def test_a_backend_of_another_package_that_cannot_run_is_passed_over(entries: Callable[..., list[str]]) -> None:
+    entries(
+        broken=ImportError("libsycl.so.8: cannot open"), partial=SimpleNamespace(DEVICE_TYPES=("xpu",), rows=print),
+        busy=elsewhere(unavailable=lambda device, dtypes: "it is Sunday"), torch=elsewhere(),
+        misnamed=AttributeError("module 'rows' has no attribute 'backend'"), unlinked=OSError("libcnrt.so: cannot open"),
+    )  # fmt: skip
+    assert selection.select("auto", "xpu", F32) == "torch"
+    assert selection.load("torch").__name__ == "kdkernels.backends.torch", "no entry point takes the name of a built-in backend"
+    reasons = {
+        "broken": "libsycl.so.8", "partial": "has no unavailable, state_scales", "busy": "it is Sunday",
+        "misnamed": "'misnamed' of kdkernels.backends cannot be loaded: .*'backend'", "unlinked": "libcnrt.so",
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        with pytest.raises(kd.BackendUnavailable, match=reason):
+            selection.select(name, "xpu", F32)
+    assert selection.not_chosen("torch", "auto", "xpu", F32)["busy"] == "it is Sunday"
+
+
+@pytest.mark.parametrize("device_type", ["xpu", "mps", "hpu", "privateuseone"])
+def test_an_unknown_device_has_careful_traits(device_type: str) -> None:
+    unknown = traits(device_type)
+    assert unknown.asynchronous
+    assert not any((unknown.wide_products, unknown.host_memory, unknown.recycled_pages, unknown.graphs, unknown.narrow_gradients))
+    assert selection.auto_order(device_type)[-1] == "torch"
+    for name in ("cuda", "triton", "native"):
+        assert name not in selection.auto_order(device_type)
+
+
+@pytest.mark.parametrize("device_type", ["xpu", "mps"])
+def test_tensors_of_an_unknown_device_are_given_to_torch(device_type: str) -> None:
+    with FakeTensorMode():
+        student, teacher = (torch.empty(8, V, device=device_type) for _ in range(2))
+        assert kd.distillation_loss(student, teacher).device.type == device_type
+        plan = kd.plan(student, teacher)
+    assert plan.backend == "torch"
+    assert set(plan.not_chosen) == {"cuda", "triton", "native", "reference"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engine_runs_with_the_traits_of_an_unknown_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that is described as a device that nothing is known of: same losses and gradients, in plain torch."""
+    results = []
+    for known in (selection._KNOWN, {}):
+        monkeypatch.setattr(selection, "_KNOWN", known)
+        student, teacher = heads(20, dtype)
+        for tensor in (student.hidden, student.weight):
+            tensor.requires_grad_()
+        loss = kd.distillation_loss(student, teacher, labels=make_labels((20,), V), ce_weight=0.3, chunk_rows=8, backend="torch")
+        loss.backward()
+        results.append((loss.detach(), student.hidden.grad, student.weight.grad))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-4}
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, **tolerance)

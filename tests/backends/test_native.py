@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import divergences
-from kdkernels.backends import native
+from kdkernels.backends import cpu
 from kdkernels.backends.rows import FORWARD, STATE, HeadBatch, RowBatch, Stage
 from kdkernels.fused.call import Call
 from kdkernels.fused.work import Form
@@ -53,7 +53,7 @@ def run_rows(student: Tensor, teacher: Tensor, divergence: divergences.Divergenc
         student, teacher, None, None, None, None, torch.zeros(len(STATE), count, dtype=dtype), torch.empty(count, dtype=dtype), None,
         torch.empty(count, vocab, dtype=dz_dtype),
     )  # fmt: skip
-    native.rows(problem, batch, FORWARD | Stage.GRADIENT)
+    cpu.rows(problem, batch, FORWARD | Stage.GRADIENT)
     return batch
 
 
@@ -118,7 +118,7 @@ def test_what_the_compiled_code_would_touch_is_checked() -> None:
         run_rows(torch.randn(8, 4).t(), logits, kd.ForwardKL(), torch.float32)
     batch = RowBatch(logits, logits, None, None, None, None, torch.empty(len(STATE), 4), dz=torch.empty(4, 7))
     with pytest.raises(ValueError, match=r"dz must be .* of shape \[4, 8\]"):
-        native.rows(Call(kd.ForwardKL(), 8), batch, FORWARD | Stage.GRADIENT)
+        cpu.rows(Call(kd.ForwardKL(), 8), batch, FORWARD | Stage.GRADIENT)
     arguments = _C.RowArguments()
     arguments.divergence = 99
     with pytest.raises(ValueError, match="id 99"):
@@ -142,7 +142,7 @@ def head_rows(logits: Tensor, **room: Tensor) -> HeadBatch:
         "draws": torch.empty(count, 4, dtype=torch.int32), "seed": torch.tensor(7),
     }  # fmt: skip
     batch = HeadBatch(logits, None, torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype), **{**parts, **room})
-    native.head_rows(problem, batch, FORWARD | Stage.GRADIENT)
+    cpu.head_rows(problem, batch, FORWARD | Stage.GRADIENT)
     return batch
 
 
@@ -172,7 +172,7 @@ def test_what_the_kernels_of_one_side_would_touch_is_checked() -> None:
     with pytest.raises(ValueError, match=r"entropy must be torch.float32 of shape \[4\]"):
         head_rows(logits, entropy=torch.empty(5))
     with pytest.raises(ValueError, match=r"out must be .* of shape \[4, 8\]"):
-        native.softmax_rows(logits, torch.empty(4, 9), 1.0, False)
+        cpu.softmax_rows(logits, torch.empty(4, 9), 1.0, False)
     arguments = _C.HeadArguments()
     arguments.rows, arguments.vocab, arguments.num_top = 1, 4, 5
     with pytest.raises(ValueError, match="the number of the largest"):

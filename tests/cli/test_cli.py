@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import kdkernels as kd
-from kdkernels.backends import native, selection
+from kdkernels.backends import _extension, selection
 from kdkernels.bench import processes
 from kdkernels.bench.environment import cpu_model
 from kdkernels.cli import environment, root
@@ -80,7 +80,7 @@ def test_env_as_json_says_the_same() -> None:
 
 
 def test_env_tells_no_path_and_no_user_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_MISSING", f"cannot load ({Path.home() / 'venv' / '_C.so'}: undefined symbol)")
+    monkeypatch.setattr(_extension, "_MISSING", f"cannot load ({Path.home() / 'venv' / '_C.so'}: undefined symbol)")
     found = environment.environment()
     assert found["backends"]["cpu"]["native"] == "not available: cannot load (_C.so: undefined symbol)"
     assert found["compiled extension"] == {"_C": "not there"}
@@ -104,9 +104,9 @@ def test_folders_are_cut_from_reasons(text: str, expected: str) -> None:
 
 
 def test_env_tells_what_the_extension_holds() -> None:
-    if native.missing() is not None:
+    if _extension.missing() is not None:
         pytest.skip("not compiled here")
-    assert native.contents()["cpu instruction sets"][-1] == "baseline"
+    assert _extension.contents()["cpu instruction sets"][-1] == "baseline"
     assert environment.environment()["compiled extension"]["cpu instruction sets"].endswith("baseline")
 
 
@@ -172,7 +172,7 @@ def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_backend_that_cannot_run_is_refused_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_MISSING", "no compiler was found")
+    monkeypatch.setattr(_extension, "_MISSING", "no compiler was found")
     selection._select.cache_clear()
     result = runner.invoke(root.app, ["demo", "--device", "cpu", "--backend", "native", "--out", str(tmp_path)])
     selection._select.cache_clear()

@@ -12,6 +12,7 @@ from oracle import error, make_labels, make_side, run, truth_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdkernels as kd
+from kdkernels.backends.selection import traits
 from kdkernels.fused import chunking, engine, gemm, pages
 from kdkernels.fused.call import Call, Tensors
 from kdkernels.fused.chunking import ROW_MULTIPLE, Chunks, padded_vocab, plan_chunks
@@ -151,11 +152,13 @@ def test_no_buffer_is_larger_than_planned(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("bytes_per_row", [0, 1, 1000, 256_000, 128_000, 10**9])
 def test_a_cpu_takes_what_is_cheap(bytes_per_row: int) -> None:
-    rows = chunking.useful_rows("cpu", bytes_per_row)
+    cpu = traits("cpu")
+    rows = chunking.useful_rows(cpu.enough_rows, cpu.cheap_bytes, bytes_per_row)
     assert rows is not None
-    assert rows >= chunking.ENOUGH_ROWS["cpu"]
-    assert rows == chunking.ENOUGH_ROWS["cpu"] or rows * bytes_per_row <= chunking.CHEAP_BYTES["cpu"]
-    assert chunking.useful_rows("mps", bytes_per_row) is None
+    assert cpu.enough_rows is not None
+    assert rows >= cpu.enough_rows
+    assert rows == cpu.enough_rows or rows * bytes_per_row <= cpu.cheap_bytes
+    assert chunking.useful_rows(traits("mps").enough_rows, traits("mps").cheap_bytes, bytes_per_row) is None
 
 
 def test_one_bfloat16_chunk_on_a_cpu_gives_what_several_accumulated_in_float32_do() -> None:

@@ -8,19 +8,19 @@ import sys
 
 import pytest
 
-from kdkernels.backends import native
+from kdkernels.backends import _extension
 
 CALL = """
 import torch, kdkernels as kd
-from kdkernels.backends import native
+from kdkernels.backends import cpu
 
-rows, chunks = native.rows, []
+rows, chunks = cpu.rows, []
 def counted(*arguments):
     chunks.append(None)
     rows(*arguments)
     if interruptible and len(chunks) == {begins_with}:
         print("in the middle", flush=True)
-native.rows, interruptible = counted, True
+cpu.rows, interruptible = counted, True
 
 student, teacher = (torch.zeros(4096, 16384, requires_grad=r) for r in (True, False))
 def call(n):
@@ -35,7 +35,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.skipif(native.missing() is not None, reason="the compiled kernels are not there")
+@pytest.mark.skipif(_extension.missing() is not None, reason="the compiled kernels are not there")
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("begins_with", [1, 4097], ids=["forward", "backward"])
 def test_an_interrupt_ends_the_call_at_the_next_chunk(begins_with: int) -> None:

@@ -12,10 +12,10 @@ from oracle import error, make_side, run, truth_of
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.backends import native
+from kdkernels.backends import cpu
 from kdkernels.fused.call import Call
 from kdkernels.fused.work import Form
-from kdkernels.sides.head import has_own_product
+from kdkernels.sides.head import own_product
 
 _C = pytest.importorskip("kdkernels._C")
 if not _C.cpu_has_product():
@@ -50,7 +50,7 @@ def test_any_shape(rows: int, columns: int, depth: int, threads: int) -> None:
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(33, 1000, 512), (9, 97, 2048), (17, 49, 2050), (8, 48, 5000)])
 def test_deep_and_wide(rows: int, columns: int, depth: int) -> None:
     a, b, out = operands(rows, columns, depth)
-    native.product(a, b, out)
+    cpu.product(a, b, out)
     check(a, b, out)
 
 
@@ -58,10 +58,10 @@ def test_strides_and_what_is_not_finite() -> None:
     a, b, out = operands(11, 60, 64)
     wide_a, wide_b = (torch.full((n, 100), math.nan, dtype=torch.bfloat16) for n in (11, 60))
     wide_a[:, 3:67], wide_b[:, 5:69] = a, b
-    native.product(wide_a[:, 3:67], wide_b[:, 5:69], out)
+    cpu.product(wide_a[:, 3:67], wide_b[:, 5:69], out)
     check(a, b, out)
     wide_a[4, 10], wide_b[7, 20] = math.nan, math.inf
-    native.product(wide_a[:, 3:67], wide_b[:, 5:69], out)
+    cpu.product(wide_a[:, 3:67], wide_b[:, 5:69], out)
     assert out[4].isnan().all()
     assert not out[:, 7].isfinite().any()
     rest = torch.ones_like(out, dtype=torch.bool)
@@ -72,7 +72,7 @@ def test_strides_and_what_is_not_finite() -> None:
 def test_an_odd_depth_is_refused() -> None:
     a, b, out = operands(2, 3, 5)
     with pytest.raises(ValueError, match="depth of the product must be even"):
-        native.product(a, b, out)
+        cpu.product(a, b, out)
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 16])
@@ -81,12 +81,12 @@ def test_the_loss_takes_it(student_dtype: torch.dtype, chunk_rows: int | None, m
     """For every bfloat16 head whose logits are held in float32, with the gradient as close to the truth as the widened product's."""
     student, teacher = make_side((40,), 300, 64, seed=1, dtype=student_dtype), make_side((40,), 300, 32, seed=2, dtype=torch.bfloat16)
     calls = []
-    product = native.product
-    monkeypatch.setattr(native, "product", lambda *tensors: (calls.append(tensors), product(*tensors))[1])
+    product = cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *tensors: (calls.append(tensors), product(*tensors))[1])
     truth = truth_of(student, teacher, {})
     ours = run(kd.distillation_loss, student, teacher, {"backend": "native", "chunk_rows": chunk_rows})
     assert len(calls) == (1 + (student_dtype == torch.bfloat16)) * (1 if chunk_rows is None else 3)
-    monkeypatch.setattr(native, "has_product", lambda *dtypes: False)
+    monkeypatch.setattr(cpu, "product_of", lambda *arguments: None)
     widened = run(kd.distillation_loss, student, teacher, {"backend": "native", "chunk_rows": chunk_rows})
     for name, true in truth.items():
         rounding = 2**-8 if name.startswith("d_") and student_dtype == torch.bfloat16 else 1e-6
@@ -96,9 +96,9 @@ def test_the_loss_takes_it(student_dtype: torch.dtype, chunk_rows: int | None, m
 def test_what_it_cannot_do_is_left_to_torch() -> None:
     odd, even = (make_side((4,), 30, d, seed=1, dtype=torch.bfloat16) for d in (7, 8))
     call = Call(kd.ForwardKL(), 30, student=Form(dtype=torch.bfloat16), teacher=Form(dtype=torch.bfloat16), backend="native")
-    assert has_own_product(call, even.weight, torch.bfloat16)
-    assert not has_own_product(call, odd.weight, torch.bfloat16)
-    assert not has_own_product(call, even.weight.t().contiguous().t(), torch.bfloat16)
-    assert not has_own_product(call, even.weight, torch.float32)
+    assert own_product(call, even.weight, torch.bfloat16)
+    assert not own_product(call, odd.weight, torch.bfloat16)
+    assert not own_product(call, even.weight.t().contiguous().t(), torch.bfloat16)
+    assert not own_product(call, even.weight, torch.float32)
     loss = kd.distillation_loss(odd, even, backend="native")
     assert loss.isfinite()

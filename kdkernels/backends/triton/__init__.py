@@ -21,8 +21,11 @@ _LOG2E = 1.0 / math.log(2.0)
 _LARGEST = torch.finfo(torch.float32).max
 
 
+DEVICE_TYPES = ("cuda",)
+
+
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why it cannot run there, or None."""
+    """Return why it cannot run there, or None."""
     if torch.float64 in dtypes:
         return "float64 is for the torch backend: Triton passes scalars in float32"
     if _INTERPRETED:
@@ -39,16 +42,16 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | 
     return None if capability >= (8, 0) else f"it needs compute capability 8.0, {found}"
 
 
-def _transforms(problem: Call) -> tuple[int, int]:
+def _transforms(call: Call) -> tuple[int, int]:
     """What the kernel of two sides does to logits as it reads them. A positive scale is part of the factor of the differences between
     logits instead, where it costs nothing."""
-    return _transform(problem.student, problem.student.scale > 0), _transform(problem.teacher, problem.teacher.scale > 0)
+    return _transform(call.student, call.student.scale > 0), _transform(call.teacher, call.teacher.scale > 0)
 
 
-def state_scales(problem: Call) -> tuple[float, float]:
-    """What the logits in a state are multiplied by to be logits."""
-    student, teacher = _transforms(problem)
-    return 1.0 if student else problem.student.scale, 1.0 if teacher else problem.teacher.scale
+def state_scales(call: Call) -> tuple[float, float]:
+    """Return what the logits in a state are multiplied by to be logits."""
+    student, teacher = _transforms(call)
+    return 1.0 if student else call.student.scale, 1.0 if teacher else call.teacher.scale
 
 
 def _transform(t: Transform, plain: bool) -> int:
@@ -63,17 +66,17 @@ def _factors(t: Transform, transform: int, *units: float) -> tuple[float, ...]:
     return tuple(min(unit if transform else unit * t.scale, _LARGEST) for unit in units)
 
 
-def rows(problem: Call, batch: RowBatch, stages: Stage) -> None:
+def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
     """One launch: a program per row."""
     count, vocab = batch.student.shape
     if not count:
         return
-    a, b = problem.divergence.kernel_parameters
-    functions = FUNCTIONS[problem.divergence.name]
-    transforms = _transforms(problem)
+    a, b = call.divergence.kernel_parameters
+    functions = FUNCTIONS[call.divergence.name]
+    transforms = _transforms(call)
     given = (batch.student_bias, batch.teacher_bias, batch.labels, batch.stats)
     launch = choose(vocab, any(transforms) or any(t is not None for t in given), functions.block_rows)
-    unit = problem.inv_temperature * (_LOG2E if problem.divergence.normalizer == "softmax" else 1.0)
+    unit = call.inv_temperature * (_LOG2E if call.divergence.normalizer == "softmax" else 1.0)
     with _on_device(batch.student):
         kd_rows_kernel[(count,)](
             batch.student, batch.teacher, batch.student_bias, batch.teacher_bias, batch.labels, batch.weight, batch.state, batch.loss,
@@ -81,44 +84,44 @@ def rows(problem: Call, batch: RowBatch, stages: Stage) -> None:
             batch.student.stride(0), batch.teacher.stride(0), 0 if batch.dz is None else batch.dz.stride(0),
             batch.state.stride(0), 0 if batch.stats is None else batch.stats.stride(0), vocab,
             a, b,
-            *_factors(problem.student, transforms[0], unit), *_factors(problem.teacher, transforms[1], unit),
-            *_factors(problem.student, transforms[0], _LOG2E, 1.0),
-            problem.value_scale, problem.slope_scale, problem.ce_weight,
-            problem.student.scale, problem.student.softcap or 0.0, problem.teacher.scale, problem.teacher.softcap or 0.0,
+            *_factors(call.student, transforms[0], unit), *_factors(call.teacher, transforms[1], unit),
+            *_factors(call.student, transforms[0], _LOG2E, 1.0),
+            call.value_scale, call.slope_scale, call.ce_weight,
+            call.student.scale, call.student.softcap or 0.0, call.teacher.scale, call.teacher.softcap or 0.0,
             batch.dz_scale,
-            TERMS=functions.terms, FINISH=functions.finish, SLOPE=functions.gradient, NUM_SUMS=problem.divergence.num_sums,
-            NORMALIZER=_NORMALIZERS[problem.divergence.normalizer], COEFFICIENT=problem.divergence.slope_sum,
-            STUDENT_TRANSFORM=transforms[0], TEACHER_TRANSFORM=transforms[1], KD=problem.kd_weight != 0,
+            TERMS=functions.terms, FINISH=functions.finish, SLOPE=functions.gradient, NUM_SUMS=call.divergence.num_sums,
+            NORMALIZER=_NORMALIZERS[call.divergence.normalizer], COEFFICIENT=call.divergence.slope_sum,
+            STUDENT_TRANSFORM=transforms[0], TEACHER_TRANSFORM=transforms[1], KD=call.kd_weight != 0,
             NORMALISERS=Stage.NORMALISERS in stages, SUMS=Stage.SUMS in stages, GRADIENT=Stage.GRADIENT in stages,
             R=launch.rows, W=launch.width, **launch.options,
         )  # fmt: skip
 
 
-def head_rows(problem: Call, batch: HeadBatch, stages: Stage) -> None:
+def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
     """A launch for statistics and gradient, another for draws. The largest are found by ``torch.topk``, which we do not beat."""
     count, vocab = batch.logits.shape
     if not count:
         return
     if batch.top_ids is not None:
-        torch_rows.head_rows(problem, batch, stages)
+        torch_rows.head_rows(call, batch, stages)
         return
-    t, transform = problem.student, _transform(problem.student, problem.student.scale == 1.0)
+    t, transform = call.student, _transform(call.student, call.student.scale == 1.0)
     launch = choose(vocab, features=True)
     num_ids = 0 if batch.ids is None else batch.ids.shape[1]
-    log2_factor = problem.inv_temperature * _LOG2E
+    log2_factor = call.inv_temperature * _LOG2E
     with _on_device(batch.logits):
         head_rows_kernel[(count,)](
             batch.logits, batch.bias, batch.top, batch.log_sum, batch.entropy, batch.ids, batch.logprobs,
             batch.d_lse, batch.d_entropy, batch.d_logprobs, batch.dz,
             batch.logits.stride(0), 0 if batch.dz is None else batch.dz.stride(0), vocab, num_ids,
-            problem.inv_temperature, log2_factor, t.scale, t.softcap or 0.0, t.scale * problem.inv_temperature * batch.dz_scale,
+            call.inv_temperature, log2_factor, t.scale, t.softcap or 0.0, t.scale * call.inv_temperature * batch.dz_scale,
             TRANSFORM=transform, NORMALISERS=Stage.NORMALISERS in stages, SUMS=Stage.SUMS in stages, GRADIENT=Stage.GRADIENT in stages,
             R=launch.rows, W=launch.width, IDS_BLOCK=min(64, 1 << max(0, num_ids - 1).bit_length()), **launch.options,
         )  # fmt: skip
         if batch.draws is not None and Stage.SUMS in stages:
             launch = choose_sample(vocab)
             exact = batch.logits.new_empty(3, dtype=torch.float64)
-            for slot, number in zip(exact, (problem.inv_temperature, t.scale, t.softcap or 0.0), strict=True):
+            for slot, number in zip(exact, (call.inv_temperature, t.scale, t.softcap or 0.0), strict=True):
                 slot.fill_(number)  # on the device: a copy from the host would wait, and no CUDA graph could record it
             sample_rows_kernel[(count * batch.draws.shape[1],)](
                 batch.logits, batch.bias, batch.top, batch.log_sum, batch.seed, exact, batch.draws,
