@@ -44,10 +44,12 @@ test-integration-%: $(ENVIRONMENTS)/%/.installed
 
 .PRECIOUS: $(ENVIRONMENTS)/%/.installed
 # Pinned packages, without what they ask for: torch and everything else that is not named comes from .venv, by a .pth file.
+# LLaMA-Factory imports torchaudio, whose compiled part is linked to CUDA; torchaudio does without it where there is no such file.
 $(ENVIRONMENTS)/%/.installed: tests/integrations/requirements/%.txt $(VENV)/.built
 	$(PYTHON) -m venv $(ENVIRONMENTS)/$*
 	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PURELIB)')')" > "$$($(ENVIRONMENTS)/$*/bin/python -c '$(PURELIB)')/venv.pth"
 	$(ENVIRONMENTS)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	rm -f $(ENVIRONMENTS)/$*/lib/python*/site-packages/torchaudio/lib/_torchaudio.so
 	touch $@
 
 # Every command with SmolLM2-135M, llama.cpp's server and `transformers serve`: ten minutes of two cores, after a download of 120 MB.
