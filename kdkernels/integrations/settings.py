@@ -20,7 +20,7 @@ SECTION = "kdkernels"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the section can hold.
+    """The keys of the section.
 
     Attributes:
         teacher: folder or hub name of the teacher.
