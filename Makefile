@@ -88,8 +88,10 @@ results: $(VENV)/.built
 	$(BIN)/python -m benchmarks.report
 
 # What a GPU machine without a network lacks for benchmarks/run_gpu.sh, into gpu-kit/: about fifteen minutes on two cores.
+# GPU_PYTHON: a Python of the version that the GPU machine has, with its headers.
+GPU_PYTHON ?= python3.12
 gpu-kit: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.gpu_kit build gpu-kit
+	$(BIN)/python -m benchmarks.gpu_kit build gpu-kit --python $(GPU_PYTHON)
 
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and fuzzed (tests/sanitize): two minutes.
 sanitize: $(VENV)/.built

@@ -52,6 +52,19 @@ def _run(*command: str | Path, **environment: str) -> None:
     subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env={**os.environ, **environment})
 
 
+def _version(python: str) -> str:
+    """Return the version of a Python as "3.12".
+
+    Raises:
+        SystemExit: it does not run.
+    """
+    try:
+        return _said(python, "-c", VERSION)
+    except (OSError, subprocess.CalledProcessError):
+        message = f"--python {python}: this command does not run. Give the path of a Python of the version that the GPU machine has"
+        raise SystemExit(f"{message}, or make gpu-kit GPU_PYTHON=PATH") from None
+
+
 @app.command()
 def build(
     kit: Annotated[Path, typer.Argument(help="Folder for the kit. It must not exist.")],
@@ -65,7 +78,7 @@ def build(
     """Build a kit: the extension, the Triton kernels, and wheels."""
     if kit.exists():
         raise SystemExit(f"{kit} exists: remove it, or name another folder")
-    about = {"commit": _said("git", "rev-parse", "HEAD"), "python": _said(python, "-c", VERSION), "arch": arch, "triton": triton}
+    about = {"commit": _said("git", "rev-parse", "HEAD"), "python": _version(python), "arch": arch, "triton": triton}
     with tempfile.TemporaryDirectory() as work:
         made = Path(work) / "kit"
         (made / "wheels").mkdir(parents=True)
