@@ -2,39 +2,73 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 
 from ..support.errors import UserError
 from . import Backend
 
-AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda", "torch"), "cpu": ("native", "torch")}
-"""What "auto" tries, in order, by device type. On a device of another type it tries the backends of other packages that declare this type,
-then torch. The CUDA C++ kernels come second until they have been measured on a GPU: ``backend="cuda"`` runs them."""
-
-NAMES = ("cuda", "triton", "native", "torch", "reference")
-"""The built-in backends."""
-
 GROUP = "kdkernels.backends"
 """Entry points of other packages' backends. They are read at the first unknown backend or device type, never at import."""
 
-_MODULES = {
-    "cuda": "kdkernels.backends.cuda",
-    "triton": "kdkernels.backends.triton",
-    "native": "kdkernels.backends.cpu",
-    "torch": "kdkernels.backends.torch",
-}
 
-if TYPE_CHECKING:
-    from . import cpu, cuda, triton
-    from . import torch as torch_rows
+@dataclass(frozen=True)
+class _BuiltIn:
+    """A backend of this package."""
 
-    _BUILT_IN: tuple[Backend, ...] = (cpu, cuda, triton, torch_rows)  # mypy: each module is a Backend
+    load: Callable[[], Backend]
+    """Imports its module, at the first use."""
+    auto: dict[str, int]
+    """Its place among those that "auto" tries, by device type."""
+
+
+_BUILT_IN: dict[str, _BuiltIn] = {}
+
+
+def _built_in(name: str, **auto: int) -> Callable[[Callable[[], Backend]], None]:
+    def register(load: Callable[[], Backend]) -> None:
+        _BUILT_IN[name] = _BuiltIn(load, auto)
+
+    return register
+
+
+# mypy checks that each of these modules is a Backend.
+# The CUDA C++ kernels come second until they have been measured on a GPU: ``backend="cuda"`` runs them.
+@_built_in("cuda", cuda=2)
+def _cuda() -> Backend:
+    from . import cuda
+
+    return cuda
+
+
+@_built_in("triton", cuda=1)
+def _triton() -> Backend:
+    from . import triton
+
+    return triton
+
+
+@_built_in("native", cpu=1)
+def _native() -> Backend:
+    from . import cpu
+
+    return cpu
+
+
+@_built_in("torch", cuda=3, cpu=2)
+def _torch() -> Backend:
+    from . import torch
+
+    return torch
+
+
+NAMES = (*_BUILT_IN, "reference")
+"""The built-in backends."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +127,8 @@ def load(name: str) -> Backend:
     Raises:
         ImportError: it cannot be imported, or lacks what every backend must have.
     """
-    if name in _MODULES:
-        return cast(Backend, importlib.import_module(_MODULES[name]))
+    if name in _BUILT_IN:
+        return _BUILT_IN[name].load()
     try:
         backend = foreign()[name].load()
     except (AttributeError, OSError) as error:  # no such object in the module; a shared library that cannot be loaded
@@ -106,9 +140,13 @@ def load(name: str) -> Backend:
 
 
 def auto_order(device_type: str) -> tuple[str, ...]:
-    """Return the backends that "auto" tries on a type of device, in order."""
-    if device_type in AUTO_ORDER:
-        return AUTO_ORDER[device_type]
+    """Return the backends that "auto" tries on a type of device, in order.
+
+    On a device that no built-in backend declares: those of other packages that declare it, then torch.
+    """
+    places = {name: built_in.auto[device_type] for name, built_in in _BUILT_IN.items() if device_type in built_in.auto}
+    if places:
+        return tuple(sorted(places, key=places.__getitem__))
     return *(name for name in foreign() if device_type in _declared(name)), "torch"
 
 
