@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,18 @@ from ..teachers.cache.writer import DEFAULT_SHARD_BYTES, Begun, Plan, bytes_per_
 from .timing import elapsed
 
 __all__ = ["measure"]
+
+
+def _top_tokens(rng: np.random.Generator, rows: int, k: int, vocab: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the columns of a shard of top-k tokens.
+
+    Nothing repeats within a shard, so that compression has no easier time than with real data. Most ids are small, as those of likely
+    tokens are: the earlier a tokenizer merged a token, the more often it occurs.
+    """
+    ids = (vocab ** rng.random((rows, k))).astype("<i4")
+    logprobs = -np.sort(rng.exponential(3.0, (rows, k)), axis=1)
+    logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
+    return {"ids": ids, "logprobs": logprobs.astype("<f2"), "log_mass": np.zeros((rows, 1), "<f4")}
 
 
 def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int = 64, length: int = 500, batch: int = 8) -> dict[str, float]:
@@ -43,12 +56,7 @@ def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int =
     token_bytes = bytes_per_token(identity, 16 * k)
     plan = Plan.of(keys, [length] * count, token_bytes, DEFAULT_SHARD_BYTES)
     most = length * max(stop - start for start, stop in plan.bounds)
-    # Nothing repeats within a shard, so that compression has no easier time than it would. Of the 64 most likely tokens most ids
-    # are small: the earlier a tokenizer merged a token, the more often it occurs.
-    ids = (vocab ** rng.random((most, k))).astype("<i4")
-    logprobs = -np.sort(rng.exponential(3.0, (most, k)), axis=1)
-    logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
-    block = {"ids": ids, "logprobs": logprobs.astype("<f2"), "log_mass": np.zeros((most, 1), "<f4")}
+    block = _top_tokens(rng, most, k, vocab)
     hidden = torch.randn(most if kind == "hidden" else 1, 16 * k, dtype=torch.bfloat16)
     seconds: dict[str, float] = {}
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..teachers.text import TextModel
+from ..teachers.text import Reply, TextModel
 from .rows import Item, RecipeError, Row, Sampling, Tally, ask, cut_short, fingerprint, keyed, read_jsonl, student_row
 
 __all__ = [
@@ -97,6 +97,41 @@ def vote(reply: str, labels: Sequence[str]) -> str | None:
     return min(found)[2] if found else None
 
 
+def _blanks(items: Sequence[Item], labels: Sequence[str], seed: int) -> list[tuple[Item, str, str, str]]:
+    """Return each item with each other label, its text with a blank, and the words that were there."""
+    asked = []
+    for item in items:
+        if item.text("label") not in labels:
+            raise RecipeError(f"{item.where}, field 'label': {item.text('label')!r} is none of {', '.join(labels)}")
+        for label in labels:
+            if label != item.text("label"):
+                try:
+                    masked, span = blanked(item.text("text"), f"{seed}/{item.key}/{label}")
+                except RecipeError as error:
+                    raise RecipeError(f"{item.where}, field 'text': {error}") from error
+                asked.append((item, label, masked, span))
+    return asked
+
+
+def _fillings(replies: Sequence[Reply], masked: str, span: str, tally: Tally) -> list[str]:
+    """Return the distinct texts with the blank filled in. The tally counts the replies, and why some were dropped."""
+    texts: list[str] = []
+    for reply in replies:
+        tally.candidates += 1
+        filled = " ".join(reply.text.split())
+        if reason := cut_short(reply):
+            tally.drop(reason)
+        elif not filled or BLANK in filled:
+            tally.drop("blank left empty")
+        elif filled.lower() == span.lower():
+            tally.drop("nothing changed")
+        elif (text := masked.replace(BLANK, filled)) in texts:
+            tally.drop("the same text again")
+        else:
+            texts.append(text)
+    return texts
+
+
 def counterfactuals(
     items: Sequence[Item],
     labels: Sequence[str],
@@ -114,37 +149,14 @@ def counterfactuals(
     Raises:
         RecipeError: a label that is not one of ``labels``, or a text that has no span to blank.
     """
-    tally, asked = Tally(rows=len(items)), []
-    for item in items:
-        if item.text("label") not in labels:
-            raise RecipeError(f"{item.where}, field 'label': {item.text('label')!r} is none of {', '.join(labels)}")
-        for label in labels:
-            if label != item.text("label"):
-                try:
-                    masked, span = blanked(item.text("text"), f"{seed}/{item.key}/{label}")
-                except RecipeError as error:
-                    raise RecipeError(f"{item.where}, field 'text': {error}") from error
-                asked.append((item, label, masked, span))
+    tally = Tally(rows=len(items))
+    asked = _blanks(items, labels, seed)
     prompts = [
         (f"{item.key}/{label}", [_user(fill_prompt(masked, context(item), label))]) for item, label, masked, _ in asked
     ]  # fmt: skip
     candidates: list[tuple[Item, str, str]] = []
     for (item, label, masked, span), replies in zip(asked, ask(generator, folder / "fill.jsonl", prompts, filling), strict=True):
-        texts: list[str] = []
-        for reply in replies:
-            tally.candidates += 1
-            filled = " ".join(reply.text.split())
-            if reason := cut_short(reply):
-                tally.drop(reason)
-            elif not filled or BLANK in filled:
-                tally.drop("blank left empty")
-            elif filled.lower() == span.lower():
-                tally.drop("nothing changed")
-            elif (text := masked.replace(BLANK, filled)) in texts:
-                tally.drop("the same text again")
-            else:
-                texts.append(text)
-        candidates += [(item, label, text) for text in texts]
+        candidates += [(item, label, text) for text in _fillings(replies, masked, span, tally)]
 
     def votes(texts: Sequence[tuple[Item, str]]) -> list[list[str]]:
         """Return, for each text, the label of each vote of the judge; [] if at most half of the votes name one."""

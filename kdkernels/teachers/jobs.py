@@ -34,7 +34,7 @@ from .http import HTTPModel, Refused
 from .loading import load
 from .progress import Watched, print_usage, watching
 from .replies import is_unmarked_log
-from .text import REFUSED, Counted, Reply
+from .text import REFUSED, Counted, Reply, Request
 
 __all__ = ["CacheOptions", "cache_of_model", "cache_of_server", "device_of", "generate", "options_of"]
 
@@ -151,24 +151,7 @@ def cache_of_model(options: CacheOptions, console: Console, extend: bool = False
         max_new_tokens=o.max_new_tokens if o.kind == "text" else None,
     )  # fmt: skip
     if o.kind == "text":
-        rows = [row.fields for row in training_rows(o.data, o.columns)]
-        with progress(console, "rows") as (start, advance, _):
-
-            def announce(plan: Plan) -> None:
-                console.print(f"text: {len(plan.source):,} rows of at most {o.max_new_tokens} tokens, about 4 bytes each")
-                start(len(plan.source))
-
-            write_text_cache(
-                model,
-                tokenizer,
-                rows,
-                o.out,
-                identity,
-                batch_size=o.batch_size,
-                rows_per_shard=ROWS_PER_SHARD,
-                started=announce,
-                report=advance,
-            )
+        _write_text(o, model, tokenizer, identity, console)
     else:
         head = columns * hidden_size * model.dtype.itemsize if o.kind == "hidden" and not extend else 0
         with progress(console, "tokens") as (start, advance, _):
@@ -185,6 +168,21 @@ def cache_of_model(options: CacheOptions, console: Console, extend: bool = False
                     options={"max_length": limit, "reasoning": o.reasoning, "learn": o.learn}, **common,
                 )  # fmt: skip
     console.print(f"{o.out}: complete")
+
+
+def _write_text(o: CacheOptions, model: Any, tokenizer: Any, identity: Identity, console: Console) -> None:
+    """Write a cache of the responses that a model writes."""
+    rows = [row.fields for row in training_rows(o.data, o.columns)]
+    with progress(console, "rows") as (start, advance, _):
+
+        def announce(plan: Plan) -> None:
+            console.print(f"text: {len(plan.source):,} rows of at most {o.max_new_tokens} tokens, about 4 bytes each")
+            start(len(plan.source))
+
+        write_text_cache(
+            model, tokenizer, rows, o.out, identity,
+            batch_size=o.batch_size, rows_per_shard=ROWS_PER_SHARD, started=announce, report=advance,
+        )  # fmt: skip
 
 
 def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Console) -> None:
@@ -288,25 +286,19 @@ def generate(
     log = out.with_name(out.name + ".log")
     with Output(out, "generate", beside=True, adopt=lambda: [out.name] if is_unmarked_log(log) else []) as output:
         output.check([out.name, out.name + LEFT_OUT], {"--data": data})
-        _generate(model, list(training_rows(data, columns)), output, log, console, max_tokens, temperature, stop, logprobs)
+        rows = list(training_rows(data, columns))
+        places = [row.where for row in rows]
+        requests = requests_of(
+            [row.fields for row in rows], max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs, places=places
+        )
+        replies = _generate(model, rows, requests, output, log, console)
+    _say_what_was_cut(console, replies, max_tokens)
+    print_usage(console, model.usage)
 
 
-def _generate(
-    model: Counted,
-    rows: Sequence[Row],
-    output: Output,
-    log: Path,
-    console: Console,
-    max_tokens: int,
-    temperature: float,
-    stop: tuple[str, ...],
-    logprobs: int,
-) -> None:
+def _generate(model: Counted, rows: Sequence[Row], requests: Sequence[Request], output: Output, log: Path, console: Console) -> list[Reply]:
+    """Write the rows with the model's replies, and return the replies that were not refused."""
     out = output.path
-    places = [row.where for row in rows]
-    requests = requests_of(
-        [row.fields for row in rows], max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs, places=places
-    )
     where = {request.key: request.where for request in requests}
 
     def list_left_out(reasons: Mapping[str, str]) -> Path:
@@ -331,8 +323,7 @@ def _generate(
     output.write_rows(out.name, [with_reply(row, reply) for row, reply in kept])
     refused = len(rows) - len(kept)
     console.print(f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out: see {left_out}" if refused else ""), markup=False)
-    _say_what_was_cut(console, [reply for _, reply in kept], max_tokens)
-    print_usage(console, model.usage)
+    return [reply for _, reply in kept]
 
 
 def _say_what_was_cut(console: Console, replies: Sequence[Reply], max_tokens: int) -> None:

@@ -167,23 +167,26 @@ def train_models(settings: Settings, data: Path | None, progress: Progress) -> d
         models[name]["top1_agreement"] = evaluations[name].top1_agreement.mean().item()
     difference = evaluations["student_kd"].cross_entropy - evaluations["student_ce"].cross_entropy
     return {
-        "corpus": {
-            "source": text.source,
-            "split": text.split,
-            "sha256": text.sha256,
-            "train_files": [d.name for d in text.train],
-            "held_out_files": [d.name for d in text.held_out],
-            "train_tokens": len(tokens.train),
-            "held_out_tokens": len(tokens.held_out),
-            "held_out_windows_tokens": batches.held_out[:, 1:].numel(),
-            "vocab_size": tokens.vocab,
-        },
+        "corpus": {**_record_of(text, tokens), "held_out_windows_tokens": batches.held_out[:, 1:].numel()},
         "models": models,
         "student_difference": {
             "kd_minus_ce": difference.mean().item(),
             "standard_error": (difference.std() / len(difference) ** 0.5).item(),
             "windows": len(difference),
         },
+    }
+
+
+def _record_of(text: corpus.Corpus, tokens: corpus.Tokens) -> dict[str, Any]:
+    return {
+        "source": text.source,
+        "split": text.split,
+        "sha256": text.sha256,
+        "train_files": [d.name for d in text.train],
+        "held_out_files": [d.name for d in text.held_out],
+        "train_tokens": len(tokens.train),
+        "held_out_tokens": len(tokens.held_out),
+        "vocab_size": tokens.vocab,
     }
 
 

@@ -127,53 +127,13 @@ def liger_fused_linear_cross_entropy(
         use_token_scaling: multiply each token's loss by its own probability, detached.
         accum_dtype, chunk_mem_const: without effect: gradients are accumulated in float32, in chunks of a fixed size.
     """
-    loss, z_loss, accuracy, predicted = _outputs(
+    loss, z_loss, accuracy, predicted = LigerFusedLinearCrossEntropyFunction.apply(
         input, weight, target, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss,
-        use_token_scaling, return_token_accuracy, return_predicted_tokens,
+        accum_dtype, use_token_scaling, return_token_accuracy, return_predicted_tokens,
     )  # fmt: skip
     if not (return_z_loss or return_token_accuracy or return_predicted_tokens):
         return loss
     return CrossEntropyOutput(loss, z_loss, accuracy, predicted)
-
-
-def _outputs(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weights: Tensor | None,
-    ignore_index: int,
-    z_scale: float,
-    label_smoothing: float,
-    reduction: str,
-    softcap: float | None,
-    return_z_loss: bool,
-    scale_tokens: bool,
-    return_accuracy: bool,
-    return_predicted: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}")
-    fused = class_weights is None and not (z_scale or label_smoothing or return_z_loss or scale_tokens)
-    if fused and not (return_accuracy or return_predicted):
-        return cross_entropy(LMHead(x, weight, bias, softcap=softcap), target, ignore_index, reduction=reduction), None, None, None
-    options = _Options(class_weights, ignore_index, z_scale, label_smoothing, softcap, scale_tokens)
-    entropy, z_loss, predicted = _Chunked.apply(x, weight, bias, target, options)  # type: ignore[no-untyped-call]
-    valid = target != ignore_index
-    count = valid.sum().clamp(min=1)
-    correct = torch.where(valid, (predicted == target).float(), 0.0)
-    if reduction != "none":
-        correct = correct.sum() / count
-        divisor = count if class_weights is None else class_weights[target[valid]].sum()
-        entropy, z_loss = entropy.sum(), z_loss.sum()
-        if reduction == "mean":
-            entropy, z_loss = entropy / divisor, z_loss / count
-    return (
-        entropy + z_loss,
-        z_loss if return_z_loss else None,
-        correct if return_accuracy else None,
-        predicted.masked_fill(~valid, -1) if return_predicted else None,
-    )
 
 
 class LigerFusedLinearCrossEntropyFunction:
@@ -198,10 +158,28 @@ class LigerFusedLinearCrossEntropyFunction:
         return_predicted_tokens: bool = False,
         *kernels: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        return _outputs(
-            input, weight, target, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss,
-            use_token_scaling, return_token_accuracy, return_predicted_tokens,
-        )  # fmt: skip
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}")
+        fused = ce_weight is None and not (lse_square_scale or label_smoothing or return_z_loss or use_token_scaling)
+        if fused and not (return_token_accuracy or return_predicted_tokens):
+            return cross_entropy(LMHead(input, weight, bias, softcap=softcap), target, ignore_index, reduction=reduction), None, None, None
+        options = _Options(ce_weight, ignore_index, lse_square_scale, label_smoothing, softcap, use_token_scaling)
+        entropy, z_loss, predicted = _Chunked.apply(input, weight, bias, target, options)  # type: ignore[no-untyped-call]
+        valid = target != ignore_index
+        count = valid.sum().clamp(min=1)
+        correct = torch.where(valid, (predicted == target).float(), 0.0)
+        if reduction != "none":
+            correct = correct.sum() / count
+            divisor = count if ce_weight is None else ce_weight[target[valid]].sum()
+            entropy, z_loss = entropy.sum(), z_loss.sum()
+            if reduction == "mean":
+                entropy, z_loss = entropy / divisor, z_loss / count
+        return (
+            entropy + z_loss,
+            z_loss if return_z_loss else None,
+            correct if return_token_accuracy else None,
+            predicted.masked_fill(~valid, -1) if return_predicted_tokens else None,
+        )
 
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
