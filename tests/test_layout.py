@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import pytest
-import torch
+from conftest import require
+from layout import CSRC, PACKAGE, ROOT, crossed, functions, lines_of, package_files, tree
 
-import kdkernels as kd
 from kdkernels import divergences
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "kdkernels"
 ROOMS = ("tap", "data", "teachers", "trainer", "recipes", "bench", "cli")
 """A room may import from those to its left, and from what every room stands on."""
 LOSS = ("support", "sides", "fused", "backends")
@@ -27,7 +22,7 @@ def imported(file: Path) -> set[str]:
     """The modules of this package that a file imports, as ``tap.head``; inside functions, too."""
     found: set[str] = set()
     here = ("kdkernels", *file.relative_to(PACKAGE).parts[:-1])
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -80,17 +75,11 @@ LOOP = {
 def test_the_training_loop_is_that_of_transformers() -> None:
     methods: set[str] = set()
     for name in ("trainer", "hooks"):
-        tree = ast.parse((PACKAGE / "trainer" / f"{name}.py").read_text(encoding="utf-8"))
-        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        module = tree(PACKAGE / "trainer" / f"{name}.py")
+        classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
         methods |= {node.name for trainer in classes for node in trainer.body if isinstance(node, ast.FunctionDef)}
     assert {"compute_loss", "prediction_step", "_save_checkpoint"} <= methods
     assert not methods & LOOP
-
-
-def test_no_file_is_too_long_to_read() -> None:
-    files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "csrc").rglob("*.h"), *(PACKAGE.parent / "csrc").rglob("*.c*")]
-    assert len(files) > 100
-    assert not {file.name: lines for file in files if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 500}
 
 
 # ---- what a new divergence touches
@@ -123,6 +112,36 @@ def test_the_switch_of_the_compiled_kernels_covers_every_divergence() -> None:
     assert re.findall(r"case (\w+)::id:", header[count.start() :]) == list(ids)
 
 
+# ---- what a new backend or side touches
+
+
+def test_backends_are_named_in_one_place() -> None:
+    """A backend of this package is a module and its entry in the registry: no list of them elsewhere in the code that runs a call."""
+    names = {"native", "triton"}  # "torch" is also a package, "cuda" a type of device, and "reference" has no row kernels
+    files = [*CORE, *sorted((PACKAGE / "backends").rglob("*.py"))]
+    named: dict[str, set[str]] = {}
+    for file in files:
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Constant) and node.value in names:
+                named.setdefault(file.relative_to(PACKAGE).as_posix(), set()).add(node.value)
+    assert named == {"backends/selection.py": names}
+
+
+def test_kinds_of_sides_are_known_in_their_folder_only() -> None:
+    """A kind is a file there and its export. The primitives return two of them."""
+    kinds = {"LMHead", "Logits", "TopK", "Sampled", "Ensemble"}
+    named = {
+        f"{file.relative_to(PACKAGE).as_posix()}: {alias.name}"
+        for file in CORE
+        if file.parent.name != "sides" and file.name != "primitives.py"
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name in kinds
+    }
+    assert not named
+
+
 # ---- sizes
 
 
@@ -132,29 +151,41 @@ CORE = [PACKAGE / f"{name}.py" for name in ("losses", "primitives", "reference",
 ]
 
 
-def functions(file: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, lines without the docstring, parameters without self) of every function of a file."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.FunctionDef):
-            continue
-        lines = (node.end_lineno or 0) - node.lineno + 1
-        if ast.get_docstring(node) is not None:
-            lines -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
-        parameters = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-        yield f"{file.name}: {node.name}", lines, len(parameters) - (parameters[:1] in (["self"], ["ctx"], ["cls"]))
+def test_no_file_is_too_long_to_read() -> None:
+    files = [*package_files(), *CSRC.rglob("*.h"), *CSRC.rglob("*.c*")]
+    assert len(files) > 100
+    assert not {file.name: lines for file in files if (lines := lines_of(file)) > 500}
 
 
-def test_the_core_stays_small() -> None:
-    """Sizes of the code between the user and the kernels."""
-    found = [function for file in CORE for function in functions(file)]
-    longest = max(found, key=lambda f: f[1])
-    public = {"distillation_loss", "cross_entropy"}
-    widest = max((f for f in found if f[0].split(": ")[1] not in public), key=lambda f: f[2])
-    call = sum(len((PACKAGE / "fused" / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in ("ops", "checks", "call"))
-    print(f"lines of ops, checks and call: {call}; longest function: {longest}; most parameters of a private function: {widest}")
-    assert call <= 750
-    assert longest[1] <= 60
-    assert widest[2] <= 8
+def test_functions_are_short() -> None:
+    found = [function for file in package_files() for function in functions(file)]
+    longest = max((f for f in found if not f.jit), key=lambda f: f.lines)
+    kernel = max((f for f in found if f.jit), key=lambda f: f.lines)
+    print(f"longest function: {longest}; of Triton's: {kernel}")
+    assert longest.lines <= 60
+    assert kernel.lines <= 63
+
+
+def test_functions_have_few_parameters() -> None:
+    """Not counted: what users call, and functions of Triton, where every array and every number is a parameter of its own."""
+    found = [function for file in package_files() for function in functions(file) if not function.jit]
+    core = [f for file in CORE for f in functions(file) if f.name.partition(": ")[2] not in ("distillation_loss", "cross_entropy")]
+    widest = max((*core, *(f for f in found if f.private)), key=lambda f: f.parameters)
+    print(f"most parameters of a private function: {widest}")
+    assert widest.parameters <= 8
+
+
+def test_the_code_between_the_loss_and_its_ops_is_small() -> None:
+    lines = sum(lines_of(PACKAGE / "fused" / f"{name}.py") for name in ("ops", "checks", "call"))
+    print(f"lines of ops, checks and call: {lines}")
+    assert lines <= 750
+
+
+def test_few_modules_stand_at_the_top() -> None:
+    public = {"__init__.py", "_version.py", "losses.py", "primitives.py", "divergences.py", "reference.py"}
+    documented = {"errors.py", "files.py"}  # import paths of kdkernels.support that docs name
+    assert {file.name for file in PACKAGE.glob("*.py")} == public | documented
+    assert len([*PACKAGE.glob("*/__init__.py")]) <= 13
 
 
 def test_the_arguments_of_the_ops_are_spelled_once() -> None:
@@ -167,7 +198,7 @@ def test_only_its_own_file_asks_what_kind_a_side_is() -> None:
         f"{file.name}:{node.lineno}"
         for file in CORE
         if file.parent.name != "sides"
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(file))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
         for name in ast.walk(node)
         if isinstance(name, ast.Name) and name.id in kinds
@@ -175,26 +206,17 @@ def test_only_its_own_file_asks_what_kind_a_side_is() -> None:
     assert not asked
 
 
-def test_a_loss_crosses_few_files() -> None:
-    """Every file of the package with a function that runs between the loss and the gradient of the head, forward and backward."""
-    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
-    teacher = kd.LMHead(torch.randn(4, 6), torch.randn(16, 6))
-    crossed: dict[str, None] = {}
+CROSSED = {"torch": 16, "native": 24, "triton": 18, "cuda": 31}
+"""Files between the loss and the gradient of the head, forward and backward, those of csrc included: may fall, must not rise."""
 
-    def profile(frame: FrameType, event: str, argument: object) -> None:
-        file = Path(frame.f_code.co_filename)
-        if event == "call" and PACKAGE in file.parents:
-            crossed[file.relative_to(PACKAGE).as_posix()] = None
 
-    def step() -> None:
-        kd.distillation_loss(kd.LMHead(hidden, weight), teacher, backend="torch").backward()
-
-    step()  # imports
-    sys.setprofile(profile)
-    try:
-        step()
-    finally:
-        sys.setprofile(None)
-    print(f"{len(crossed)} files: {', '.join(crossed)}")
-    assert {"losses.py", "fused/engine.py", "sides/head.py", "backends/torch.py"} <= crossed.keys()
-    assert len(crossed) <= 16
+@pytest.mark.parametrize("backend", CROSSED)
+def test_a_loss_crosses_few_files(backend: str) -> None:
+    require("native" if backend == "cuda" else backend, "cpu")
+    files = crossed(backend)
+    print(
+        f"{backend}: {files.count} files. On the way: {', '.join(files.on_the_way)}; in all: {', '.join((*files.python, *files.compiled))}"
+    )
+    assert {"losses.py", "fused/engine.py", "sides/head.py"} <= files.on_the_way.keys()
+    assert len(files.on_the_way) <= 7
+    assert files.count <= CROSSED[backend]
