@@ -1,7 +1,7 @@
-"""One call: everything but its tensors (``Call``), its tensors by name (``Tensors``), and the flat form of both.
+"""The arguments of one call: everything except tensors (``Call``), the tensors by name (``Tensors``), and the flat form of both.
 
-A custom op takes a list of tensors, a tensor of numbers, symbolic sizes and a text. ``flatten`` writes a call as these four, and
-``restore`` reads it back.
+The custom ops take a list of tensors, a tensor of numbers, symbolic sizes and a text. ``flatten`` converts a call to these four
+arguments, ``restore`` converts them back.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 SMALLEST_TEMPERATURE = 2.0**-100
-"""A smaller T is taken as this one: already here every logit but the largest has probability 0, and 1 / T fits into float32."""
+"""Smaller temperatures are raised to this one. Here all logits below the largest already have probability 0, and 1 / T fits in float32."""
 
 _FORMAT = 5
-"""Version of the ops' results, part of every text. Raise it when their shapes or dtypes change: torch.compile caches graphs on disk by
-their text, and must not find those of an older version of the package."""
+"""Version of the ops' results, part of every text. Increment it when a result's shape or dtype changes: torch.compile caches graphs on
+disk under this text and must not reuse a graph of an older version of the package."""
 
 Quantity = Literal["distillation", "cross_entropy", "logprobs", "logsumexp", "entropy", "topk", "sample", "softmax", "log_softmax"]
-"""What is computed of each row: a loss between two sides, or one of the others of one side alone, the student."""
+"""The quantity computed for each row: a loss between student and teacher, or a quantity of the student alone."""
 
 _CLASSES: dict[str, type[Any]] = {}
 _FIELDS: dict[type[Any], tuple[tuple[str, str], ...]] = {}
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 
 def flat(cls: type[_T]) -> type[_T]:
-    """Register a frozen dataclass as a part of a ``Call``: its flat form follows from its fields and their types."""
+    """Register a frozen dataclass that can be part of a ``Call``. Its flat form is derived from its fields and their types."""
     _CLASSES[cls.__name__] = cls
     _FIELDS[cls] = tuple((f.name, str(f.type).partition(" ")[0]) for f in dataclasses.fields(cls))  # type: ignore[arg-type]
     return cls
@@ -52,10 +52,10 @@ flat(Form)
 @flat
 @dataclass(frozen=True)
 class Call:
-    """Everything about a call that is not a tensor."""
+    """All arguments of a call except its tensors."""
 
     divergence: Divergence
-    """Used in a distillation only, like ``teacher``, ``t_squared`` and the two weights."""
+    """Used only for distillation, like ``teacher``, ``t_squared``, ``kd_weight`` and ``ce_weight``."""
     vocab: int
     quantity: Quantity = "distillation"
     temperature: float = 1.0
@@ -67,11 +67,11 @@ class Call:
     teacher: Form = field(default_factory=Form)
     logits_dtype: torch.dtype | None = None
     count: int = 0
-    """Number of ids that are asked for in every row, by ``topk`` and ``sample``."""
+    """Number of ids per row that ``topk`` or ``sample`` returns."""
     per_token: bool = False
-    """``reduction="none"``: the loss is kept per token and upstream gradients differ between tokens."""
+    """``reduction="none"``: one loss and one upstream gradient per token."""
     wants_input: bool = False
-    """The student's hidden states or logits require grad; the next two are for its head."""
+    """The student's hidden states or logits require grad. The next two fields are for its head."""
     wants_weight: bool = False
     wants_bias: bool = False
     return_stats: bool = False
@@ -82,7 +82,7 @@ class Call:
 
     @property
     def is_distillation(self) -> bool:
-        """Return whether there is a teacher."""
+        """Return whether the call has a teacher."""
         return self.quantity == "distillation"
 
     @property
@@ -92,7 +92,7 @@ class Call:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of statistics, losses and accumulators: float64 if a side is, else float32."""
+        """Dtype of statistics, losses and accumulators: float64 if either side is float64, else float32."""
         return torch.float64 if torch.float64 in (self.student.dtype, self.teacher.dtype) else torch.float32
 
     @property
@@ -101,12 +101,12 @@ class Call:
 
     @property
     def value_scale(self) -> float:
-        """Multiplies the divergence in the loss."""
+        """Factor of the divergence in the loss."""
         return self.kd_weight * (self.temperature**2 if self.t_squared else 1.0)
 
     @property
     def slope_scale(self) -> float:
-        """Multiplies ``g - q * sum(g)`` in the gradient by the student's logits."""
+        """Factor of ``g - q * sum(g)`` in the gradient by the student's logits."""
         return self.value_scale * self.inv_temperature
 
     @property
@@ -115,40 +115,39 @@ class Call:
 
     @property
     def needs_ids(self) -> bool:
-        """Return whether the quantity is one of a few columns of a row: its label's, or those of its ids."""
+        """Return whether the quantity needs the label's column or the columns of given ids."""
         return self.quantity in ("cross_entropy", "logprobs")
 
     def storage(self, dtype: torch.dtype) -> torch.dtype:
-        """Dtype in which the logits of a chunk are stored that products in ``dtype`` make."""
+        """Dtype in which a chunk stores logits that come from matrix products in ``dtype``."""
         return dtype if self.logits_dtype == dtype else self.compute_dtype
 
     @property
     def storages(self) -> tuple[torch.dtype, torch.dtype]:
-        """Dtypes of the logits that a row kernel reads, the student's and the teacher's."""
+        """Dtypes of the logits that a row kernel reads: the student's, then the teacher's."""
         student = self.student.storage(self)
         return student, self.teacher.storage(self) if self.kernels == "rows" else student
 
     @property
     def kernels(self) -> str:
-        """The kernels that it takes: ``"rows"`` of two sides, ``"head_rows"`` of one, or ``"softmax_rows"``."""
+        """Row kernels for this call: ``"rows"`` (two sides), ``"head_rows"`` (one side) or ``"softmax_rows"``."""
         if self.quantity in ("softmax", "log_softmax"):
             return "softmax_rows"
         return "rows" if self.is_distillation and not self.teacher.is_sparse else "head_rows"
 
     @property
     def recomputes(self) -> bool:
-        """Return whether backward visits the rows again, instead of scaling the gradients that forward left."""
+        """Return whether backward processes the rows again. Otherwise it only scales the gradients that forward computed."""
         if self.student.is_head:
             return self.per_token and (self.wants_weight or self.wants_bias)
         return self.wants_input and (not (self.is_distillation and self.teacher.is_head) or self.student.dtype == torch.float16)
 
     @property
     def dz_scale(self) -> float:
-        """A power of two by which float16 logit gradients are multiplied while they are stored: small ones stay above the smallest step
-        of float16, and large weights or scales do not make the others overflow.
+        """Power of two that multiplies logit gradients stored in float16, so that they neither underflow nor overflow.
 
-        It takes the gradient of a row of weight 1 to at most 256 where slopes are bounded (by a few T), else to about 1: the quadratic
-        and the power families need the room.
+        A row of weight 1 then has gradients of at most 256 if the divergence's slopes are bounded (by a few T), else about 1: the
+        quadratic and power families need the headroom. 1 for other dtypes.
         """
         if self.student.dtype != torch.float16:
             return 1.0
@@ -163,12 +162,12 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """The tensors of a call by name. Leading shapes agree; heads are whole, ``vocab`` of their rows are used.
+    """The tensors of a call by name. Leading shapes agree. Heads are not cut: only their first ``vocab`` rows are used.
 
     - ``student.input``: ``[..., D]`` hidden states or ``[..., V]`` logits; ``student.weight``: ``[>= V, D]``; ``student.bias``: ``[>= V]``
-    - ``teacher.*``: as the kind of teacher names them
+    - ``teacher.*``: names chosen by the kind of teacher
     - ``labels``: ``[...]`` int64, or ids ``[..., K]``; ``token_weights``: ``[...]``; ``seed``: ``[]`` int64
-    - ``saved.*`` and ``upstream``: for backward, the results of forward (``engine.Outputs``) and the gradient by the loss
+    - ``saved.*``: for backward, the results of forward (``engine.Outputs``); ``upstream``: the upstream gradient of the loss
     """
 
     named: dict[str, Tensor]
@@ -177,44 +176,44 @@ class Tensors:
         return self.named[name]
 
     def get(self, name: str) -> Tensor | None:
-        """The tensor of this name, or None."""
+        """Return the tensor with this name, or None."""
         return self.named.get(name)
 
     def of(self, owner: str) -> Tensors:
-        """The tensors whose names begin with ``owner`` and a dot, without that."""
+        """Return the tensors named ``owner.*``, with the prefix removed from their names."""
         begin = owner + "."
         return Tensors({name[len(begin) :]: tensor for name, tensor in self.named.items() if name.startswith(begin)})
 
     @property
     def student(self) -> Tensor:
-        """Hidden states or logits of the student ``[..., D]``."""
+        """The student's hidden states ``[..., D]`` or logits ``[..., V]``."""
         return self.named["student.input"]
 
     @property
     def leading(self) -> torch.Size:
-        """The shape ``[...]`` of one number per token."""
+        """The leading shape ``[...]``: one element per token."""
         return self.student.shape[:-1]
 
     @property
     def num_rows(self) -> int:
-        """Number of tokens, valid or not."""
+        """Number of tokens, including ignored ones."""
         return math.prod(self.leading) if self.student.shape[-1] else 0
 
     @property
     def ids_per_row(self) -> int | None:
-        """K where ids are ``[..., K]``."""
+        """K if ids are ``[..., K]``, else None."""
         labels = self.get("labels")
         return None if labels is None or labels.dim() < self.student.dim() else labels.shape[-1]
 
 
 Flat = tuple[list[Tensor], Tensor, list[int], str]
-"""Tensors, float64 numbers on the host, sizes, and a text: the names of the tensors in order, a line break, and all the rest."""
+"""Tensors, float64 numbers on the host, sizes, and a text: the tensor names in order, a line break, then the remaining structure."""
 
 
 def flatten(call: Call, tensors: Tensors) -> Flat:
-    """Write a call as the arguments of a custom op.
+    """Convert a call to the arguments of a custom op.
 
-    Numbers and sizes may change from step to step. They are not part of the text, so that nothing is compiled again.
+    Numbers and sizes can change at every step. They are not part of the text, so a change does not trigger recompilation.
     """
     numbers: list[float] = []
     sizes: list[int] = []
@@ -223,12 +222,12 @@ def flatten(call: Call, tensors: Tensors) -> Flat:
 
 
 def rename(tensors: Tensors, text: str) -> str:
-    """The text of the same call with other tensors."""
+    """Return the text for the same call with other tensors."""
     return " ".join(tensors.named) + "\n" + text.rpartition("\n")[2]
 
 
 def restore(tensors: Sequence[Tensor], numbers: Tensor | None, sizes: Sequence[int], text: str) -> tuple[Call, Tensors]:
-    """Read a call from the arguments of a custom op. Without ``numbers``, whose values a compiler does not have, they are arbitrary."""
+    """Convert the arguments of a custom op back to a call. ``numbers=None`` (while compiling) fills in arbitrary numbers."""
     spec = text.partition("\n")[2]
     call: Call = _filled(_template(spec), None, iter(sizes)) if numbers is None else _call(spec, tuple(numbers.tolist()), tuple(sizes))
     return call, Tensors(dict(zip(names_of(text), tensors, strict=True)))
@@ -241,7 +240,7 @@ def _call(spec: str, numbers: tuple[float, ...], sizes: tuple[int, ...]) -> Call
 
 
 def names_of(text: str) -> list[str]:
-    """Names of the tensors, in the order of the list."""
+    """Return the names of the tensors, in the order of the list."""
     return text.partition("\n")[0].split()
 
 
@@ -249,11 +248,11 @@ def _on_host(values: list[float]) -> Tensor:
     if not torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.float64, device="cpu")
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    return torch.stack([one * value for value in values])  # a tensor of literals would be compiled in
+    return torch.stack([one * value for value in values])  # torch.tensor(values) would bake the values into the graph
 
 
 def _stripped(value: Any, kind: str, numbers: list[float], sizes: list[int]) -> Any:
-    """The structure of a value as nested tuples. Numbers and sizes are appended to their lists, and leave a zero of their type."""
+    """Return the structure of a value as nested tuples. Numbers and sizes move to their lists; a zero of their type replaces them."""
     if value is None:
         return None
     if kind == "float":
@@ -280,7 +279,7 @@ def _template(spec: str) -> Any:
 
 
 def _filled(template: Any, numbers: Iterator[float] | None, sizes: Iterator[int]) -> Any:
-    """The inverse of ``_stripped``."""
+    """Rebuild a value from its structure: the inverse of ``_stripped``."""
     if isinstance(template, float):
         return 1.0 if numbers is None else next(numbers)
     if isinstance(template, int) and not isinstance(template, bool):

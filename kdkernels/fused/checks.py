@@ -1,4 +1,4 @@
-"""Arguments, checked and turned into a call and its tensors. Nothing is computed before everything has been looked at."""
+"""Check the public arguments and build a ``Call`` and its ``Tensors``. All checks run before any computation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .work import Form
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a loss or another quantity, as the user gives them; documented at ``distillation_loss``."""
+    """Options of a loss or another quantity, before checking. ``distillation_loss`` documents them."""
 
     divergence: Divergence | str = "forward_kl"
     temperature: float = 1.0
@@ -38,14 +38,14 @@ class Options:
     return_stats: bool = False
 
     def check(self) -> Divergence:
-        """Check the options by themselves, and return the divergence."""
+        """Check the options that do not depend on tensors, and return the divergence."""
         resolved = divergences.resolve(self.divergence)
         check_numbers(self.temperature, self.kd_weight, self.ce_weight)
         check_choices(self.reduction, self.memory_budget, self.chunk_rows, self.ignore_index, self.t_squared, self.return_stats)
         return resolved
 
     def call(self, divergence: Divergence, quantity: Quantity, student: Checked, teacher: Form | None = None) -> Call:
-        """The call of a quantity, without what depends on the tensors of other arguments."""
+        """Build the call for a quantity. The caller adds the fields that depend on labels and token weights."""
         grad = torch.is_grad_enabled()
         wants: dict[str, Any] = {f"wants_{name}": grad and tensor.requires_grad for name, tensor in student.tensors.items()}
         same = ("t_squared", "kd_weight", "ce_weight", "ignore_index", "logits_dtype", "return_stats", "memory_budget", "chunk_rows")
@@ -70,7 +70,7 @@ def prepare(
     token_weights: Tensor | None,
     quantity: Quantity = "distillation",
 ) -> tuple[Call, Tensors]:
-    """Check every argument of a loss. The cross-entropy of the student alone has no teacher."""
+    """Check all arguments of a loss. ``teacher`` is None for the student's cross-entropy alone."""
     divergence = options.check()
     student_side = check_side("student", student)
     teacher_side = None
@@ -80,16 +80,16 @@ def prepare(
     _check_token_weights(token_weights, student_side)
     forms = [student_side.form] if teacher_side is None else [student_side.form, teacher_side.form]
     _check_logits_dtype(options.logits_dtype, *forms)
-    theirs = {} if teacher_side is None else teacher_side.tensors
-    if torch.is_grad_enabled() and any(t.requires_grad for t in theirs.values()) and not torch.compiler.is_compiling():
+    teacher_tensors = {} if teacher_side is None else teacher_side.tensors
+    if torch.is_grad_enabled() and any(t.requires_grad for t in teacher_tensors.values()) and not torch.compiler.is_compiling():
         warnings.warn(
             "the teacher requires grad: it is detached, no gradient reaches it (compute it under torch.no_grad() to save memory)",
             stacklevel=3,
         )
     named = {f"student.{name}": tensor for name, tensor in student_side.tensors.items()}
-    named |= {f"teacher.{name}": tensor.detach() for name, tensor in theirs.items()}
+    named |= {f"teacher.{name}": tensor.detach() for name, tensor in teacher_tensors.items()}
     if labels is not None:
-        named["labels"] = labels.detach().to(torch.int64)  # an ignore_index of -100 is no uint8
+        named["labels"] = labels.detach().to(torch.int64)  # uint8 cannot hold an ignore_index of -100
     if token_weights is not None:
         named["token_weights"] = token_weights.detach()
     call = options.call(divergence, quantity, student_side, None if teacher_side is None else teacher_side.form)
@@ -97,13 +97,13 @@ def prepare(
 
 
 def prepare_head(side: Side, quantity: Quantity, options: Options, ids: Tensor | None = None, count: int = 0) -> tuple[Call, Tensors]:
-    """Check the arguments of a quantity of one side, per token; ``ids`` are ``[...]`` or ``[..., K]``."""
+    """Check the arguments of a per-token quantity of one side. ``ids``: ``[...]`` or ``[..., K]``."""
     divergence = options.check()
     checked = check_side("side", side)
     named = {f"student.{name}": tensor for name, tensor in checked.tensors.items()}
     if ids is not None:
         _check_ids(ids, checked)
-        named["labels"] = ids.detach().to(torch.int64)  # -1 is no uint8, and a vocabulary no int8
+        named["labels"] = ids.detach().to(torch.int64)  # uint8 cannot hold -1, int8 cannot hold the vocabulary
     call = replace(options.call(divergence, quantity, checked), has_labels=ids is not None, count=count, ignore_index=-1, per_token=True)
     if quantity in ("topk", "sample"):
         call = replace(call, wants_input=False, wants_weight=False, wants_bias=False)
@@ -111,19 +111,19 @@ def prepare_head(side: Side, quantity: Quantity, options: Options, ids: Tensor |
 
 
 def prepare_softmax(logits: Tensor, quantity: Quantity, options: Options) -> Call:
-    """Check the options of ``softmax`` and ``log_softmax``, whose tensors have been checked."""
+    """Check the options of ``softmax`` and ``log_softmax``. The caller has checked the tensors."""
     divergence = options.check()
     side = Checked(Form(dtype=logits.dtype), {"input": logits}, logits.shape[:-1], logits.device, logits.shape[-1])
     return _chosen(options.call(divergence, quantity, side), options.backend, side)
 
 
 def _chosen(call: Call, backend: str, side: Checked) -> Call:
-    """The call with the backend that will run it."""
+    """Return the call with its backend selected."""
     return replace(call, backend=selection.select(backend, device_of(side.device), call.storages, call.kernels))
 
 
 def device_of(device: torch.device) -> torch.device:
-    """Where it would be computed: ``meta`` plans as ``cpu``."""
+    """Return the device to plan for: ``cpu`` for ``meta`` tensors."""
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -132,7 +132,7 @@ def _check_labels(labels: Tensor | None, student: Checked, ce_weight: float) -> 
     if labels is not None and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if isinstance(ce_weight, (int, float)) and ce_weight != 0 and labels is None:
-        raise ValueError(f"ce_weight={ce_weight} needs labels: pass labels=[...], or ce_weight=0")
+        raise ValueError(f"ce_weight={ce_weight} needs labels: pass labels=, or set ce_weight=0")
 
 
 def _check_token_weights(weights: Tensor | None, student: Checked) -> None:

@@ -1,4 +1,4 @@
-"""How many rows of logits to hold at a time. Pure integers: no tensor, no device, no side effect."""
+"""Choose how many rows of logits to hold at a time. Pure integer functions: no tensors, no devices, no side effects."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 DEFAULT_BUDGET = 1 << 30
-"""Bytes for the chunk buffers of one call by default, on a CPU; on a GPU the least (``default_budget``)."""
+"""Default bytes for the chunk buffers of one call on a CPU; the minimum on a GPU (see ``default_budget``)."""
 
 ROW_MULTIPLE = 128
-"""Matrix units work on tiles of 128 rows: a chunk that is no multiple of it wastes part of its last tile."""
+"""Matrix units work on tiles of 128 rows. A chunk whose size is not a multiple of 128 wastes part of its last tile."""
 
 
 def useful_rows(enough_rows: int | None, cheap_bytes: int, bytes_per_row: int) -> int | None:
-    """Rows beyond which a larger chunk gains nothing; None: not known.
+    """Return the number of rows above which a larger chunk is not faster; None if unknown.
 
     Args:
-        enough_rows: beyond these the matrix products get no faster, and more rows would only take memory.
-        cheap_bytes: buffers up to this size are used in any case: each chunk less is a pass less over the head's gradient accumulator.
+        enough_rows: number of rows above which the matrix products are not faster, and more rows only cost memory.
+        cheap_bytes: buffers up to this size are always used, since fewer chunks mean fewer passes over the head's gradient accumulator.
     """
     return None if enough_rows is None else max(enough_rows, cheap_bytes // max(bytes_per_row, 1))
 
 
 def default_budget(device_memory: int | None) -> int:
-    """Return 1/32 of the GPU's memory, at least 1 GiB. ``device_memory`` is None where the device is not a GPU.
+    """Return 1/32 of the GPU's memory, at least 1 GiB. ``device_memory`` is None for a device that is not a GPU.
 
-    Every chunk reads and writes the whole accumulator of the head's gradient. At 1 GiB, eight chunks of a vocabulary of 128k spend as much
-    time on that as on a fifth of a product; at 1/32 of 141 GiB it is two.
+    Every chunk reads and writes the whole accumulator of the head's gradient. With 1 GiB, a vocabulary of 128k takes eight chunks, and
+    that traffic costs as much time as a fifth of a matrix product. With 1/32 of 141 GiB it takes two chunks.
     """
     return DEFAULT_BUDGET if device_memory is None else max(DEFAULT_BUDGET, device_memory // 32)
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """``num_rows`` rows in ``count`` chunks of at most ``rows`` rows, all of nearly the same size."""
+    """``num_rows`` rows split into ``count`` chunks of at most ``rows`` rows and of nearly equal size."""
 
     num_rows: int
     rows: int
@@ -53,17 +53,17 @@ def plan_chunks(
     chunk_rows: int | None = None,
     enough_rows: int | None = None,
 ) -> Chunks:
-    """The largest even chunks within the budget, in multiples of 128 where more than one chunk is needed.
+    """Return the largest even chunks within the budget. If more than one chunk is needed, their size is a multiple of 128.
 
     Args:
-        num_rows: rows there are, >= 0.
-        bytes_per_row: what one row takes in the chunk buffers; 0 if no side needs a buffer.
+        num_rows: total number of rows, >= 0.
+        bytes_per_row: bytes of one row in the chunk buffers; 0 if neither side needs a buffer.
         memory_budget: bytes for the buffers, default 1 GiB.
         chunk_rows: sets the rows per chunk directly; the budget is ignored.
-        enough_rows: rows beyond which nothing gets faster.
+        enough_rows: number of rows above which a chunk is not faster.
 
     Raises:
-        ValueError: the budget does not hold one row; the message says how much does.
+        ValueError: the budget is too small for one row; the message gives the minimum.
     """
     if chunk_rows is not None:
         return Chunks(num_rows, max(1, min(chunk_rows, num_rows)))
@@ -78,15 +78,15 @@ def plan_chunks(
     count = -(-num_rows // fits)
     even = -(-num_rows // count)
     rounded = -(-even // ROW_MULTIPLE) * ROW_MULTIPLE
-    if rounded > fits:  # one chunk more rather than a ragged size, unless the budget is below one tile
+    if rounded > fits:  # prefer one more chunk to a ragged size, unless the budget is below one tile
         rounded = fits // ROW_MULTIPLE * ROW_MULTIPLE or even
     return Chunks(num_rows, rounded)
 
 
 def padded_vocab(vocab: int, itemsize: int) -> int:
-    """Leading dimension of a ``[rows, vocab]`` buffer whose rows start at multiples of 64 bytes.
+    """Return the row stride, in elements, of a ``[rows, vocab]`` buffer whose rows are aligned to 64 bytes.
 
-    GEMMs and vector loads need 16 bytes; Triton also needs a multiple of 16 elements to know that a row has them.
+    GEMMs and vector loads need 16-byte alignment. Triton infers it only from a stride that is a multiple of 16 elements.
     """
     step = 64 // itemsize
     return -(-vocab // step) * step

@@ -1,17 +1,17 @@
-"""One call, chunk by chunk: multiply the valid rows, hand them to a backend, accumulate gradients. Knows no autograd.
+"""Run one call chunk by chunk: multiply the valid rows, run the backend's row kernels, accumulate gradients. Independent of autograd.
 
-Where the gradients come from:
+Where each gradient is computed:
 
-- student head, summed loss: hidden and head gradients in the forward pass, unscaled; backward scales them (``scale``).
-- student head, per-token loss: the hidden gradient in the forward pass, row by row linear in its upstream gradient; a trainable
-  head recomputes the chunks in backward, with the upstream gradients folded in (``recompute``).
-- dense student, dense teacher: ``recompute``, from the saved row state. It takes the same number of exponentials and bytes as
-  writing the gradient in forward and scaling it later, but no ``[N, V]`` is held in between.
-- dense student, teacher head: the logit gradient in the forward pass, scaled in backward; the teacher is multiplied once only. In
-  float16, which may not hold it before it is scaled, ``recompute`` again.
+- student head, summed loss: forward computes the hidden and head gradients, unscaled; backward scales them (``scale``).
+- student head, per-token loss: forward computes the hidden gradient, each row linear in its upstream gradient; for a trainable
+  head, backward recomputes the chunks with the upstream gradients folded in (``recompute``).
+- dense student, dense teacher: backward recomputes from the saved row state. This costs as many exponentials and bytes as writing
+  the gradient in forward and scaling it later, but no ``[N, V]`` gradient is stored between the passes.
+- dense student, teacher head: forward computes the logit gradient and backward scales it, so that the teacher is multiplied only
+  once. Float16 may not hold the unscaled gradient, so there backward recomputes.
 
-A quantity of one side (``Call.quantity``) goes the same way, without a teacher. Log-probabilities of several ids a row are not linear in
-one upstream number: see ``one_side.from_ids``.
+A quantity of one side (``Call.quantity``) takes the same path without a teacher. The gradient for several ids per row is not linear in
+one upstream number per row: see ``one_side.from_ids``.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from . import one_side, pages
 from .call import Call, Tensors
 from .work import Arrays, Gradients, Selected, Work, plan, select_rows
 
-BLOCK_ELEMENTS = 1 << 21  # of a block that stays in cache
+BLOCK_ELEMENTS = 1 << 21  # elements of a block that stays in cache
 
 
 class Outputs(NamedTuple):
-    """Results of a forward pass. Gradients that are not wanted are empty."""
+    """Results of a forward pass. Gradients that are not needed are empty."""
 
     loss: Tensor  # [] or, per token, [...], or [..., K]
     num_valid: Tensor  # [] int64: valid tokens
     stats: Tensor  # [5, ...] float32, or empty
-    state: Tensor  # [len(STATE), N]; of one side [2 + K, N] or (entropy) [3, N]. Undefined beyond the valid rows; [0] if it is not read
-    d_student: Tensor  # [..., Ds or V], unscaled; m, and what is for float16 hidden states, in the compute dtype
+    state: Tensor  # [len(STATE), N]; one side: [2 + K, N], entropy: [3, N]. Undefined beyond the valid rows; [0] if backward ignores it
+    d_student: Tensor  # [..., Ds or V], unscaled; in the compute dtype for ids [..., K] (it is m) and for float16 hidden states
     d_weight: Tensor  # [>= V, Ds] float32 or float64, unscaled
     d_bias: Tensor  # [>= V]
-    selected: Tensor  # [N] int64: flat indices of the valid rows, unless all are, then zeros. [0] if backward will not read it
-    num_selected: Tensor  # [] int64 on the host: valid tokens, again
+    selected: Tensor  # [N] int64: flat indices of the valid rows; zeros if all rows are valid; [0] if backward ignores it
+    num_selected: Tensor  # [] int64 on the host: a copy of num_valid
 
 
 KEPT = ("state", "d_student", "d_weight", "d_bias", "selected", "num_selected")
@@ -50,7 +50,7 @@ KEPT = ("state", "d_student", "d_weight", "d_bias", "selected", "num_selected")
 
 
 def forward(call: Call, tensors: Tensors) -> Outputs:
-    """Compute loss and statistics, and the gradients or the row state that backward will need."""
+    """Compute the loss, the statistics, and the gradients or row state that backward needs."""
     selected = select_rows(call, tensors)
     count = selected.count
     outputs = empty_outputs(call, tensors)
@@ -68,13 +68,13 @@ def forward(call: Call, tensors: Tensors) -> Outputs:
     labels = selected.take(tensors.get("labels"), torch.int64, many) if call.needs_ce or call.needs_ids else None
     arrays = Arrays(
         stages=FORWARD,
-        state=torch.zeros(_state_rows(call), count, dtype=dtype, device=device),  # a backend writes the rows that it needs
+        state=torch.zeros(_state_rows(call), count, dtype=dtype, device=device),  # the backend writes only the rows it needs
         weight=selected.take(tensors.get("token_weights"), dtype),
         labels=labels,
         loss=torch.empty((count,) if many is None else (count, many), dtype=dtype, device=device),
         stats=torch.empty(len(STATS), count, dtype=torch.float32, device=device) if call.return_stats else None,
     )
-    # A head's gradient is not linear in one upstream number when there is one per token.
+    # With one upstream gradient per token, the head's gradient is not a multiple of one number.
     gradients = Gradients(
         outputs.d_student if call.wants_input and (call.student.is_head or not call.recomputes) else None,
         outputs.d_weight if call.wants_weight and not call.per_token else None,
@@ -86,7 +86,7 @@ def forward(call: Call, tensors: Tensors) -> Outputs:
 
 
 def _store(call: Call, arrays: Arrays, selected: Selected, outputs: Outputs) -> None:
-    """Write the valid rows' results into outputs of the leading shape."""
+    """Write the results of the valid rows into outputs with the leading shape."""
     state, loss = arrays.state, arrays.loss
     assert loss is not None
     if outputs.state.dim() == 2:
@@ -103,17 +103,17 @@ def _store(call: Call, arrays: Arrays, selected: Selected, outputs: Outputs) -> 
 
 
 def backward(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the student's tensors, (hidden or logits, weight, bias), empty if not wanted.
+    """Return the gradients by the student's hidden states or logits, weight and bias. Those that are not needed are empty.
 
-    ``tensors`` also holds ``upstream`` and, as ``saved.*``, the results of forward that are ``KEPT``.
+    ``tensors`` also holds ``upstream`` and, as ``saved.*``, the ``KEPT`` results of forward.
     """
-    if tensors["saved.state"].dim() != 2:  # no row state: forward left the gradients themselves (and the teacher is not kept)
+    if tensors["saved.state"].dim() != 2:  # no row state: forward computed the gradients, and the teacher was not saved
         return scale(tensors)
     index, count = tensors["saved.selected"], int(tensors["saved.num_selected"])
     selected = Selected(index[:count] if count < len(index) else None, count)
     if not call.student.is_head:
         return recompute(call, tensors, selected)
-    # The hidden gradient was saved row by row.
+    # Forward saved the hidden gradient of each row.
     by_hidden = scale(tensors)[0] if tensors.ids_per_row is None else one_side.from_ids(call, tensors, selected)
     if not (call.wants_weight or call.wants_bias):
         return by_hidden, torch.empty_like(tensors["saved.d_weight"]), torch.empty_like(tensors["saved.d_bias"])
@@ -122,7 +122,7 @@ def backward(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def recompute(call: Call, tensors: Tensors, selected: Selected) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients that need the rows again, in their final dtypes and scale: (logits, weight, bias), empty if not wanted."""
+    """Recompute gradients from the rows, in final dtypes and scale: (logits, weight, bias). Those that are not needed are empty."""
     student, dtype, many = tensors.student, call.compute_dtype, tensors.ids_per_row
     factor = tensors["upstream"].to(dtype)
     if not call.per_token:
@@ -138,7 +138,8 @@ def recompute(call: Call, tensors: Tensors, selected: Selected) -> tuple[Tensor,
         d_student.zero_()
     stages, state = Stage.GRADIENT, tensors["saved.state"][: _state_rows(call), : selected.count]
     if call.divergence.slope_jumps:
-        # The products need not give forward's logits to the last bit, where a slope may jump: sum again. What was saved stays as it is.
+        # The products may differ from forward's logits in the last bit, and slopes that jump would not match the saved sums: sum again. The
+        # saved state is not modified.
         stages, state = Stage.SUMS | Stage.GRADIENT, state.clone()
     arrays = Arrays(
         stages=stages,
@@ -154,7 +155,7 @@ def recompute(call: Call, tensors: Tensors, selected: Selected) -> tuple[Tensor,
 
 
 def _sweep(call: Call, tensors: Tensors, selected: Selected, arrays: Arrays, gradients: Gradients) -> None:
-    """The loop over chunks of both passes."""
+    """Loop over the chunks; both passes use it."""
     student = call.student.student_rows(call, tensors.of("student"), selected.index)
     sink = None
     if gradients.wanted:
@@ -174,7 +175,7 @@ def _sweep(call: Call, tensors: Tensors, selected: Selected, arrays: Arrays, gra
 
 
 def scale(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients that forward left, times the upstream gradient, in their final dtypes; out of place, so that it can be done again."""
+    """Return forward's gradients times the upstream gradient, in final dtypes. Not in place: backward may run more than once."""
     upstream = tensors["upstream"]
     return (
         _scaled(tensors["saved.d_student"], upstream.unsqueeze(-1) if upstream.dim() else upstream, tensors.student),
@@ -184,14 +185,14 @@ def scale(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scaled(gradient: Tensor, factor: Tensor, like: Tensor | None) -> Tensor:
-    """Multiply in the wider dtype while writing in that of ``like``: no float32 copy of the whole in between."""
+    """Multiply in the wider dtype and write in the dtype of ``like``, without a float32 copy of the whole gradient."""
     dtype = gradient.dtype if like is None else like.dtype
     out = pages.recycled(torch.empty_like(gradient, dtype=dtype))
     if not gradient.numel():
         return out
     if not traits(gradient.device).host_memory or dtype == gradient.dtype or factor.dim():
         return torch.mul(gradient, factor, out=out)
-    # On a CPU torch's loops that change the dtype on the way are not vectorised: block by block, in cache, it is two that are.
+    # Torch does not vectorise CPU loops that multiply and convert. In blocks that stay in cache, these are two vectorised loops.
     step = max(1, BLOCK_ELEMENTS * gradient.shape[0] // gradient.numel())
     for start in range(0, gradient.shape[0], step):
         out[start : start + step].copy_(gradient[start : start + step] * factor)
@@ -199,7 +200,7 @@ def _scaled(gradient: Tensor, factor: Tensor, like: Tensor | None) -> Tensor:
 
 
 def empty_outputs(call: Call, tensors: Tensors) -> Outputs:
-    """Outputs of the right shapes and dtypes, undefined; also what the custom op tells the compiler."""
+    """Return uninitialised outputs with the right shapes and dtypes. The custom op's fake implementation uses them as well."""
     student, leading, dtype = tensors.student, tensors.leading, call.compute_dtype
     new, again, is_head = student.new_empty, call.recomputes, call.student.is_head
     num_rows = math.prod(leading)
@@ -207,7 +208,7 @@ def empty_outputs(call: Call, tensors: Tensors) -> Outputs:
     many = tensors.ids_per_row
     of_row = () if many is None else (many,)
     keeps_state = again or (keeps_input and many is not None)
-    # In float16 only backward's upstream gradient may take it to where it fits, as 1 / N or a gradient scaler does.
+    # The gradient may fit in float16 only after backward multiplies it by the upstream gradient (1 / N, or a gradient scaler's).
     wide = many is not None or (is_head and student.dtype == torch.float16)
     return Outputs(
         loss=new((*leading, *of_row) if call.per_token else (), dtype=dtype),
@@ -223,7 +224,7 @@ def empty_outputs(call: Call, tensors: Tensors) -> Outputs:
 
 
 def row_bytes(call: Call, tensors: Tensors) -> int:
-    """Bytes that one row takes in the chunk buffers of both sides."""
+    """Return the bytes of one row in the chunk buffers of both sides."""
     student = call.student.student_rows(call, tensors.of("student"), None)
     teacher = call.teacher.teacher_rows(call, tensors.of("teacher"), None) if call.is_distillation else None
     return student.bytes_per_row + (0 if teacher is None else teacher.bytes_per_row)
@@ -234,10 +235,10 @@ def _state_rows(call: Call) -> int:
 
 
 def _weight_accumulator(call: Call, tensors: Tensors, wanted: bool) -> Tensor:
-    """Memory for the head's gradient: in the compute dtype, which sums the chunks; in bfloat16 where one product makes all of it.
+    """Allocate the head's gradient: in the compute dtype to sum several chunks, in bfloat16 if a single product computes all of it.
 
-    That product sums in float32 and rounds once, as eager's does, and backward then moves a third less. A CPU's GEMM does so only where
-    its operands are bfloat16.
+    A single product sums in float32 and rounds once, as in eager mode, and backward then moves a third fewer bytes. A CPU's GEMM does so
+    only for bfloat16 operands.
     """
     weight = tensors.get("student.weight")
     out = _accumulator(weight, wanted, call, tensors.student)
@@ -249,7 +250,7 @@ def _weight_accumulator(call: Call, tensors: Tensors, wanted: bool) -> Tensor:
 
 
 def _accumulator(parameter: Tensor | None, wanted: bool, call: Call, like: Tensor) -> Tensor:
-    """Undefined, of the parameter's shape in the compute dtype; empty if not wanted."""
+    """Allocate an uninitialised accumulator with the parameter's shape, in the compute dtype; empty if not wanted."""
     return like.new_empty(parameter.shape if parameter is not None and wanted else (0,), dtype=call.compute_dtype)
 
 

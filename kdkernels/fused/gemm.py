@@ -1,7 +1,7 @@
-"""The matrix products of a fused-linear loss, written into buffers, with float32 accumulation wherever the device has it.
+"""The matrix products of a fused-linear loss, written into buffers, with float32 accumulation where the device supports it.
 
-CUDA's GEMM reads 16-bit operands and writes float32. The others have no such form: there, 16-bit operands of a float32 result
-are widened block by block, so that no float32 copy of a whole head ever exists.
+CUDA's GEMM reads 16-bit operands and writes float32. Other devices cannot: there, 16-bit operands of a float32 result are widened
+block by block, so that a float32 copy of the whole head never exists.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..backends.selection import traits
 
-_BLOCK_BYTES = 16 << 20  # of a widened block of the head
+_BLOCK_BYTES = 16 << 20  # bytes of a widened block of the head
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head ``[V, D]`` in blocks of rows, in ``dtype``."""
+    """Yield the head ``[V, D]`` in blocks of rows, converted to ``dtype``."""
     step = max(1, _BLOCK_BYTES // (weight.shape[1] * dtype.itemsize or 1))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
@@ -25,7 +25,7 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """``out[C, V] = hidden[C, D] @ weight[V, D].T``; out in the operands' dtype or wider."""
+    """Compute ``out[C, V] = hidden[C, D] @ weight[V, D].T``. ``out`` has the operands' dtype or a wider one."""
     if out.dtype == weight.dtype:
         torch.mm(hidden, weight.t(), out=out)
     elif traits(weight.device).wide_products and out.dtype == torch.float32:
@@ -37,9 +37,9 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def grad_hidden(dz: Tensor, weight: Tensor, scale: float | Tensor, out: Tensor | None = None) -> Tensor:
-    """``dz[C, V] @ weight[V, D] * scale`` in dz's dtype, in float32 where a scale must be applied to 16 bits.
+    """Return ``dz[C, V] @ weight[V, D] * scale`` in the dtype of dz, or in float32 if a scale applies to 16-bit values.
 
-    Written to ``out`` and returned as such where one product makes the result in its dtype; else ``out`` is not touched.
+    The result is in ``out`` if a single product can write it in that dtype. Otherwise ``out`` is unchanged.
     """
     unscaled = not isinstance(scale, Tensor) and scale == 1.0
     if dz.dtype == weight.dtype:
@@ -55,7 +55,7 @@ def grad_hidden(dz: Tensor, weight: Tensor, scale: float | Tensor, out: Tensor |
 
 
 def add_grad_weight(accumulator: Tensor, dz: Tensor, hidden: Tensor, first: bool) -> None:
-    """``accumulator[V, D] (+)= dz[C, V].T @ hidden[C, D]``; the accumulator is at least as wide as dz, and is not read when ``first``."""
+    """Compute ``accumulator[V, D] += dz[C, V].T @ hidden[C, D]``, or ``=`` if ``first``. The accumulator is at least as wide as dz."""
     beta = 0 if first else 1
     if dz.dtype == accumulator.dtype and first:
         torch.mm(dz.t(), hidden.to(dz.dtype), out=accumulator)
@@ -64,8 +64,8 @@ def add_grad_weight(accumulator: Tensor, dz: Tensor, hidden: Tensor, first: bool
     elif traits(dz.device).wide_products and accumulator.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(accumulator, dz.t(), hidden, torch.float32, beta=beta, out=accumulator)
     else:
-        # Blocks small enough for the sum in float32 to find them in cache (adding 16 bits to 32 outright is not vectorised).
-        # A sum over a chunk's rows need not fit into float16.
+        # The blocks stay in cache until they are added in float32 (torch does not vectorise adding 16-bit to 32-bit values).
+        # Not in float16: it may overflow in a sum over a chunk's rows.
         step = max(1, _BLOCK_BYTES // 4 // (hidden.shape[1] * accumulator.element_size() or 1))
         dtype = accumulator.dtype if dz.dtype == torch.float16 else dz.dtype
         hidden = hidden.to(dtype)

@@ -1,7 +1,7 @@
-"""Merge what slices of the columns say of the same rows, between the stages that run on each slice: see ``backends.rows.STATE``.
+"""Merge the row states of several slices of the columns, between the stages that run on each slice: see ``backends.rows.STATE``.
 
-The states of all slices come stacked, ``[slices, len(STATE), C]``, in the order of the columns. Slices are merged in this order, so that
-everybody who merges the same states gets the same bits.
+The states of all slices are stacked, ``[slices, len(STATE), C]``, in column order, and merged in that order. Every process that merges
+the same states gets the same bits.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..backends.rows import MOST_SUMS, STATE, STATS
 from .call import Call
 
 Scales = tuple[float, float]
-"""What turns the logits in a state into logits, for the student and the teacher: ``Backend.state_scales``."""
+"""Factors that convert logits stored in a state to logits, for the student and the teacher: ``Backend.state_scales``."""
 
 
 def normalisers(call: Call, parts: Tensor, scales: Scales = (1.0, 1.0)) -> Tensor:
-    """The state of whole rows ``[len(STATE), C]``, from what ``Stage.NORMALISERS`` wrote for each slice."""
+    """Return the state of whole rows ``[len(STATE), C]`` from the slices' states after ``Stage.NORMALISERS``."""
     whole = parts[0].clone()
     part, state = _by_name(parts.unbind(1)), _by_name(whole)
     for side, scale in (("s", scales[0]), ("t", scales[1])):
@@ -37,7 +37,7 @@ def normalisers(call: Call, parts: Tensor, scales: Scales = (1.0, 1.0)) -> Tenso
 
 
 def sums(parts: Tensor, starts: Sequence[int]) -> Tensor:
-    """The state of whole rows ``[len(STATE), C]``, from what ``Stage.SUMS`` wrote for each slice.
+    """Return the state of whole rows ``[len(STATE), C]`` from the slices' states after ``Stage.SUMS``.
 
     Args:
         starts: the first column of each slice.
@@ -54,19 +54,19 @@ def sums(parts: Tensor, starts: Sequence[int]) -> Tensor:
 
 
 def cross_entropy(state: Tensor, scales: Scales = (1.0, 1.0)) -> Tensor:
-    """``[C]`` at T = 1, from a merged state."""
+    """Return the cross-entropy ``[C]`` at T = 1 from a merged state."""
     row = _by_name(state)
     return row["expsum_one"].log() - (row["target"] - row["top_s"]) * scales[0]
 
 
 def divergence(call: Call, state: Tensor) -> Tensor:
-    """``[C]``, from a merged state."""
+    """Return the divergence ``[C]`` from a merged state."""
     row = _by_name(state)
     return call.divergence.finish([row[f"sum_{i}"] for i in range(call.divergence.num_sums)])[0]
 
 
 def loss(call: Call, state: Tensor, weight: Tensor | None, scales: Scales = (1.0, 1.0)) -> Tensor:
-    """``[C]``, times the rows' weights, from a merged state."""
+    """Return the loss ``[C]``, times the row weights, from a merged state."""
     value = divergence(call, state)
     total = call.value_scale * value if call.kd_weight else torch.zeros_like(value)
     if call.ce_weight:
@@ -75,7 +75,7 @@ def loss(call: Call, state: Tensor, weight: Tensor | None, scales: Scales = (1.0
 
 
 def statistics(call: Call, state: Tensor, parts: Tensor) -> Tensor:
-    """The token statistics ``[5, C]``, from a merged state and what ``Stage.SUMS`` wrote for each slice, ``[slices, 5, C]``."""
+    """Return the token statistics ``[5, C]`` from a merged state and the slices' statistics ``[slices, 5, C]`` of ``Stage.SUMS``."""
     part, row = dict(zip(STATS, parts.unbind(1), strict=True)), _by_name(state)
     values = {
         "divergence": divergence(call, state),
@@ -88,7 +88,7 @@ def statistics(call: Call, state: Tensor, parts: Tensor) -> Tensor:
 
 
 def log_sums(tops: Tensor, log_sums: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
-    """``top`` and ``log_sum`` of whole rows ``[C]`` of one side, from those of each slice ``[slices, C]``."""
+    """Return ``top`` and ``log_sum`` of whole rows ``[C]`` of one side from those of the slices ``[slices, C]``."""
     top = tops.amax(0)
     return top, torch.logsumexp((tops - top) * inv_temperature + log_sums, 0)
 
@@ -98,5 +98,5 @@ def _by_name(state: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
 
 
 def _moved(expsums: Tensor, tops: Tensor, top: Tensor, factor: float) -> Tensor:
-    """The sum of exponentials from ``top`` ``[C]``, from those of the slices from their own ``[slices, C]``."""
+    """Sum the slices' exponentials, rescaled from each slice's largest logit ``[slices, C]`` to the row's, ``top`` ``[C]``."""
     return (expsums * ((tops - top) * factor).exp()).sum(0)

@@ -1,4 +1,4 @@
-"""Quantities of one side: the work on its rows, and the primitives without a gradient."""
+"""Quantities of one side: row processing, ``topk`` and ``sample``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from .work import Rows, Selected, Work, plan
 
 
 class OneSided(Work):
-    """Rows of the student alone. ``arrays.loss`` is the quantity of the call, times the token weights if it is a loss.
+    """Rows of the student alone. ``arrays.loss`` receives the call's quantity, times the token weights if it is a loss.
 
-    With ``Stage.NORMALISERS`` a weight is a token's and the gradient is left for unit upstream gradients; else it is the upstream gradient.
+    With ``Stage.NORMALISERS``, ``arrays.weight`` holds token weights and the gradient is for upstream gradients of 1. Otherwise
+    ``arrays.weight`` holds the upstream gradients.
     """
 
     def rows(self, start: int, stop: int, logits: Tensor, dz: Tensor | None) -> None:
@@ -44,7 +45,7 @@ class OneSided(Work):
             part.loss.copy_(self._values(batch, part.loss, part.weight))
 
     def _values(self, batch: HeadBatch, like: Tensor, weight: Tensor | None) -> Tensor:
-        """The quantity of the rows, of the shape of ``like``."""
+        """Return the quantity of the rows, in the shape of ``like``."""
         if batch.logprobs is not None:
             values = batch.logprobs.view_as(like)
             if self.call.quantity == "cross_entropy":
@@ -54,10 +55,10 @@ class OneSided(Work):
 
 
 def from_ids(call: Call, tensors: Tensors, selected: Selected) -> Tensor:
-    """The hidden gradient of log-probabilities ``[..., K]``, ``sum_k g_k f_k W[id_k] - (sum_k g_k) m``; empty if not wanted.
+    """Return the hidden gradient of log-probabilities ``[..., K]``: ``sum_k g_k f_k W[id_k] - (sum_k g_k) m``; empty if not needed.
 
-    g is the upstream gradient, f the slope from the head's products to the logits over T, and ``m = (q f) @ W`` is what the forward pass
-    left as the student's gradient. The saved state is ``[2 + K, N]``: log-sum-exps in two parts, then log-probabilities.
+    g is the upstream gradient, f the derivative of ``logits / T`` by ``hidden @ W.T``, and ``m = (q f) @ W`` the student's gradient saved
+    by forward. The saved state is ``[2 + K, N]``: log-sum-exps in two parts, then log-probabilities.
     """
     student, many, transform = tensors.student, tensors.ids_per_row, call.student
     out = pages.recycled(student.new_empty(student.shape if call.wants_input else (0,)))
@@ -81,7 +82,7 @@ def from_ids(call: Call, tensors: Tensors, selected: Selected) -> Tensor:
     for start, stop in Chunks(count, block):
         part = source.take(start, stop) * -total[start:stop]
         for k in range(ids.shape[1]):
-            # Rounded as the head was for its product, under autocast.
+            # Under autocast the forward product used the head rounded to this dtype.
             chosen = weight[ids[start:stop, k].clamp(min=0)].to(transform.dtype).to(dtype)
             part.addcmul_(chosen, factor[start:stop, k : k + 1])
         target.put(start, stop, part)
@@ -89,7 +90,7 @@ def from_ids(call: Call, tensors: Tensors, selected: Selected) -> Tensor:
 
 
 def _chunks(call: Call, tensors: Tensors) -> Iterator[tuple[slice, HeadBatch]]:
-    """All rows of one side, chunk by chunk, with memory for their log-sum-exps."""
+    """Yield all rows of one side chunk by chunk, with buffers for their log-sum-exps."""
     side, device = call.student.student_rows(call, tensors.of("student"), None), tensors.student.device
     chunks = plan(call, tensors.num_rows, side.bytes_per_row, device)
     side.allocate(min(chunks.rows, tensors.num_rows), "student logits")
@@ -99,13 +100,13 @@ def _chunks(call: Call, tensors: Tensors) -> Iterator[tuple[slice, HeadBatch]]:
 
 
 def empty_topk(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Results of ``topk``, undefined."""
+    """Return uninitialised results for ``topk``."""
     new, shape = tensors.student.new_empty, (*tensors.leading, call.count)
     return new(shape, dtype=torch.int32), new(shape, dtype=call.compute_dtype)
 
 
 def topk(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Ids ``[..., k]`` int32 and their log-probabilities, the most likely first."""
+    """Return the ids ``[..., k]`` int32 of the most likely tokens and their log-probabilities, in falling order."""
     ids, logprobs = empty_topk(call, tensors)
     backend = selection.load(call.backend)
     for r, batch in _chunks(call, tensors):
@@ -115,12 +116,12 @@ def topk(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def empty_sample(call: Call, tensors: Tensors) -> Tensor:
-    """The result of ``sample``, undefined."""
+    """Return an uninitialised result for ``sample``."""
     return tensors.student.new_empty((*tensors.leading, call.count), dtype=torch.int32)
 
 
 def sample(call: Call, tensors: Tensors) -> Tensor:
-    """Ids ``[..., num_samples]`` int32; -1 in rows without a finite log-sum-exp."""
+    """Return drawn ids ``[..., num_samples]`` int32; -1 in rows whose log-sum-exp is not finite."""
     ids = empty_sample(call, tensors)
     backend = selection.load(call.backend)
     for r, batch in _chunks(call, tensors):

@@ -1,8 +1,8 @@
 """The custom ops and their autograd.
 
 A loss and its gradient are two ops, so that torch.compile sees neither the chunk loop nor data-dependent shapes. All ops take a call in
-its flat form (``call.flatten``). They are defined with ``Library.define``: importing them does not import torch._dynamo, and an eager
-call passes through a fraction of the Python that the ``custom_op`` decorator adds.
+its flat form (``call.flatten``). They are defined with ``Library.define`` instead of the ``custom_op`` decorator: that avoids importing
+torch._dynamo and most of the decorator's Python overhead in eager mode.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .engine import KEPT, Outputs
 from .work import check_values
 
 _LIBRARY: Any = library.Library("kdkernels", "DEF")  # type: ignore[no-untyped-call]
-# The ops look at labels on the host: CUDA graph capture by the compiler has to split around them.
+# The ops read flags and row counts on the host, so torch.compile must split CUDA graphs around them.
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name))
 _CALL = "Tensor numbers, SymInt[] sizes, str text"
 
@@ -29,13 +29,13 @@ Kernel = Callable[..., Any]
 
 
 def define(name: str, tensors: str, results: str, kernel: Kernel, fake: Kernel, function: Any = None) -> Any:
-    """Define an op of tensors and a call, and return it.
+    """Define and return a custom op whose arguments are tensors and a call.
 
     Args:
-        tensors, results: as in a schema.
-        kernel: takes the arguments, on any device.
-        fake: takes the same for tensors without values.
-        function: an ``autograd.Function``, which takes the op without autograd, the call, and the tensors one by one.
+        tensors, results: parts of the op's schema.
+        kernel: implementation for all devices.
+        fake: implementation for tensors without values.
+        function: ``autograd.Function`` whose arguments are the op without autograd, the call, and the tensors one by one.
     """
     _LIBRARY.define(f"{name}({tensors}, {_CALL}) -> {results}", tags=_TAGS)
     op = getattr(torch.ops.kdkernels, name).default
@@ -59,7 +59,7 @@ def define(name: str, tensors: str, results: str, kernel: Kernel, fake: Kernel, 
 
 
 def _opened(function: Callable[[Call, Tensors], Any]) -> Kernel:
-    """Make a kernel of a function of a call and its tensors. Every dtype is chosen by the call: autocast must not change them again."""
+    """Wrap a function of a call and its tensors as a kernel. Autocast is disabled: the call already chose all dtypes."""
 
     def kernel(tensors: Sequence[Tensor], numbers: Tensor, sizes: Sequence[int], text: str) -> Any:
         call, named = restore(tensors, numbers, sizes, text)
@@ -72,12 +72,12 @@ def _opened(function: Callable[[Call, Tensors], Any]) -> Kernel:
 
 
 def _faked(function: Callable[[Call, Tensors], Any]) -> Kernel:
-    """The same for a function that looks at no numbers."""
+    """Wrap a function of a call and its tensors as a fake kernel. The call's numbers are arbitrary there."""
     return lambda tensors, numbers, sizes, text: function(*restore(tensors, None, sizes, text))
 
 
 def _empty_gradients(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of ``distill_backward``, undefined."""
+    """Return uninitialised results for ``distill_backward``."""
 
     def gradient(name: str, wanted: bool) -> Tensor:
         like = tensors.get(name)
@@ -89,17 +89,17 @@ def _empty_gradients(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor, Tens
 
 
 TRAINED = ("student.input", "student.weight", "student.bias")
-"""Tensors with a gradient, in the order of the results of ``distill_backward``."""
+"""Differentiable tensors, in the order of the results of ``distill_backward``."""
 
 
-_NAMES = {"distillation": "distillation_loss", "logprobs": "token_logprobs"}  # the others are called like their quantity
+_NAMES = {"distillation": "distillation_loss", "logprobs": "token_logprobs"}  # other functions have their quantity's name
 
 
 def _no_second_derivative(sizes: Sequence[int], text: str) -> NoReturn:
     quantity = restore([], None, sizes, rename(Tensors({}), text))[0].quantity
     raise RuntimeError(
-        f"kdkernels.{_NAMES.get(quantity, quantity)} has no second derivative: take its gradient without create_graph=True, or use "
-        'backend="reference", which is plain torch and can be differentiated any number of times (and holds all logits)'
+        f"kdkernels.{_NAMES.get(quantity, quantity)} has no second derivative: compute its gradient without create_graph=True, or use "
+        'backend="reference", which is plain torch and can be differentiated any number of times (but stores all logits)'
     )
 
 
@@ -107,7 +107,7 @@ def _no_second_derivative(sizes: Sequence[int], text: str) -> NoReturn:
 
 
 class _Distill(torch.autograd.Function):
-    """The loss, which has a gradient."""
+    """Autograd of a loss or quantity."""
 
     @staticmethod
     def forward(ctx: Any, op: Kernel, numbers: Tensor, sizes: Sequence[int], text: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -117,8 +117,8 @@ class _Distill(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         named = dict(zip(names_of(text), tensors, strict=True))
         if outputs.state.dim() != 2:
-            # No row state, so backward only scales: the teachers and the labels need not be kept alive. The head is kept for the shape and
-            # dtype of its gradient; it is a parameter, alive anyway.
+            # Without row state, backward only scales gradients and needs neither teacher nor labels. The head is saved for the shape and
+            # dtype of its gradient; it is a parameter, so saving it costs no memory.
             named = {name: tensor for name, tensor in named.items() if name.startswith("student.")}
         named |= {f"saved.{name}": getattr(outputs, name) for name in KEPT}
         ctx.names = tuple(named)
@@ -144,7 +144,7 @@ class _Distill(torch.autograd.Function):
 
 
 class Gradient(torch.autograd.Function):
-    """A gradient, which has none."""
+    """Autograd of a gradient op: raises, because second derivatives are not supported."""
 
     @staticmethod
     def forward(ctx: Any, op: Kernel, numbers: Tensor, sizes: Sequence[int], text: str, *tensors: Tensor) -> Any:
@@ -175,7 +175,7 @@ distill_backward = define(
 
 
 class _NoTangent(torch.autograd.Function):
-    """Raises where forward-mode AD carries a tangent of its argument, at any level of torch.func: custom ops would drop it."""
+    """Raise if forward-mode AD carries a tangent of the argument, at any level of torch.func. Custom ops would silently drop it."""
 
     generate_vmap_rule = True
 
@@ -198,7 +198,7 @@ class _NoTangent(torch.autograd.Function):
 
 def refuse_tangents(message: str, *tensors: Tensor | None) -> None:
     """Raise ``RuntimeError(message)`` if forward-mode AD differentiates by one of the tensors."""
-    if forward_ad._current_level < 0:  # no dual level is open: the usual case, at no cost
+    if forward_ad._current_level < 0:  # fast path: no dual level is open
         return
     for tensor in tensors:
         if tensor is not None:
@@ -208,17 +208,17 @@ def refuse_tangents(message: str, *tensors: Tensor | None) -> None:
 def refuse_forward_mode(call: Call, *tensors: Tensor | None) -> None:
     refuse_tangents(
         f"kdkernels.{_NAMES.get(call.quantity, call.quantity)} has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode "
-        '(backward, grad, jacrev), or backend="reference", which is plain torch (and holds all logits)',
+        '(backward, grad, jacrev), or backend="reference", which is plain torch (but stores all logits)',
         *tensors,
     )
 
 
 def run(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
-    """Compute the quantity of a call, by its op or by the reference: see ``reference.run`` for the results."""
+    """Compute the quantity of a call with its op or the reference. ``reference.run`` documents the results."""
     if call.backend == "reference":
         check_values(call, tensors)
         return reference.run(call, tensors)
-    if call.quantity in ("topk", "sample"):  # ids: nothing to differentiate
+    if call.quantity in ("topk", "sample"):  # ids are not differentiable
         tensors = Tensors({name: tensor.detach() for name, tensor in tensors.named.items()})
         return topk_logprobs(*flatten(call, tensors)) if call.quantity == "topk" else (sample(*flatten(call, tensors)),)
     refuse_forward_mode(call, *(tensors.get(name) for name in TRAINED))

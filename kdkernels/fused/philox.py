@@ -1,7 +1,7 @@
-"""Random numbers by number, in plain torch: the definition that csrc/philox.h and the Triton kernel repeat.
+"""Counter-based random numbers in plain torch. csrc/philox.h and the Triton kernel implement the same definition.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a draw depends on the seed, its row, its
-column and its own number alone, so that neither chunks nor backends change it. 32-bit words are held in int64.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a draw depends only on the seed, its row, its
+column and its index, so chunking and backends do not change it. 32-bit words are stored in int64.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 LANES = 128
-"""Columns of one word of neighbouring counters: column 512 g + 128 w + lane has word w of counter 128 g + lane."""
+"""Number of neighbouring counters in a group: column 512 g + 128 w + lane uses word w of counter 128 g + lane."""
 
 _MASK = 0xFFFFFFFF
 
 _AT_ONCE = 1 << 18
-"""Elements of the draws that are made at once: a call of each operation for many draws of short rows, within a cache."""
+"""Elements processed at once: many draws of short rows share each torch operation, and the temporaries stay in cache."""
 
 
 def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words per counter; ``key`` is a 64-bit integer, the counter's words are in [0, 2^32)."""
+    """Return four words per counter. ``key`` is a 64-bit integer; the counter's words are in [0, 2^32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64: the low 64 bits are right whatever the sign
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64: the low 64 bits are correct for either sign
         c0, c1 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK
         c2, c3 = ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
@@ -31,13 +31,13 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
 
 
 def uniform(seed: Tensor, rows: Tensor, draws: Tensor, vocab: int) -> Tensor:
-    """``[R, V]`` float64 in (0, 1), good to 53 bits wherever in it.
+    """Return uniform numbers ``[R, V]`` float64 in (0, 1), each with a relative precision of 53 bits.
 
     Args:
         seed: [] int64, on the device of the result.
-        rows, draws: ``[R]`` int64: the number of a row within the call, and of a draw within that row.
+        rows, draws: ``[R]`` int64: indices of a row within the call and of a draw within that row.
     """
-    groups, lanes = -(-vocab // (4 * LANES)), min(LANES, vocab)  # of fewer columns than lanes the first words are enough
+    groups, lanes = -(-vocab // (4 * LANES)), min(LANES, vocab)  # with fewer columns than lanes, only first words are used
     slots = torch.arange(groups * lanes, device=rows.device).unsqueeze(0)
     row, draw = rows.unsqueeze(1), draws.unsqueeze(1)
     low_row, high_row = row & _MASK, row >> 32
@@ -51,10 +51,10 @@ def uniform(seed: Tensor, rows: Tensor, draws: Tensor, vocab: int) -> Tensor:
 
 
 def draw(x: Tensor, seed: Tensor, first_row: int, num_draws: int) -> Tensor:
-    """``[C, S]`` int64 exact draws from ``softmax(x)``, x ``[C, V]`` float64, as the winners of a race (Gumbel-max).
+    """Return ``[C, S]`` int64 exact draws from ``softmax(x)``, x ``[C, V]`` float64, by an exponential race (Gumbel-max).
 
-    Column v takes the time ``E_v / exp(x_v)``, E_v exponential, and the first one wins. The choice is made on doubles: the two
-    best are as good as never as close as their rounding, which differs between backends, so all of them choose alike.
+    Column v arrives at time ``E_v / exp(x_v)`` with E_v exponential, and the first arrival wins. Times are compared in float64: rounding
+    differs between backends, but the two best times are almost never that close, so all backends draw the same ids.
     """
     count, vocab = x.shape
     rows = torch.arange(first_row, first_row + count, device=x.device)

@@ -1,4 +1,4 @@
-"""The softmax of given logits: its chunks, and its ops with their autograd."""
+"""Softmax and log-softmax of a logits tensor: chunk loop, custom ops and autograd."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .work import Rows
 
 
 def write(call: Call, x: Tensor, dy: Tensor | None, out: Tensor) -> None:
-    """Write ``softmax(x / T)`` or its logarithm to ``out``; with ``dy`` x is that result, and the gradient by the logits goes there.
+    """Write ``softmax(x / T)`` or its logarithm to ``out``. With ``dy``, x is that result and ``out`` receives the gradient by the logits.
 
-    All ``[..., V]``; ``out`` has unit stride in its last dimension and one stride between its rows, and may be x or dy. Inputs
-    that don't are copied chunk by chunk.
+    All tensors are ``[..., V]``. ``out`` has unit stride in its last dimension and one stride between rows, and may be x or dy. Inputs
+    with other strides are copied chunk by chunk.
     """
     if not out.numel():
         return
@@ -50,7 +50,7 @@ def _softmax_into(out: Tensor, logits: Tensor | None, *flat: Any) -> None:
 
 
 class _Softmax(torch.autograd.Function):
-    """The softmax, whose gradient takes its result only."""
+    """Autograd of softmax. The gradient needs only the result."""
 
     @staticmethod
     def forward(ctx: Any, op: Kernel, numbers: Tensor, sizes: Sequence[int], text: str, logits: Tensor) -> Tensor:
@@ -72,11 +72,11 @@ def _empty(logits: Tensor, *flat: Any) -> Tensor:
 softmax = define("softmax", "Tensor logits", "Tensor", lambda x, *flat: _new_softmax(x, None, *flat), _empty, _Softmax)
 softmax_backward = define("softmax_backward", "Tensor y, Tensor dy", "Tensor", _new_softmax, _empty, Gradient)
 softmax_out = define("softmax_out", "Tensor(a!) out, Tensor? logits", "()", _softmax_into, lambda *flat: None)
-"""``softmax`` into ``out``, which without logits holds them."""
+"""``softmax`` into ``out``. Without ``logits``, ``out`` holds the logits and is overwritten."""
 
 
 def run(call: Call, logits: Tensor, out: Tensor | None) -> Tensor:
-    """``softmax(logits / T)`` or its logarithm; into ``out``, which may be the logits, without a gradient."""
+    """Return ``softmax(logits / T)`` or its logarithm. With ``out``, which may be the logits, there is no gradient."""
     tensors = Tensors({"student.input": logits})
     if call.backend == "reference":
         (result,) = reference.run(call, tensors)

@@ -1,9 +1,9 @@
-"""Losses against a teacher that gives K tokens a row: its most likely ones, or draws from it.
+"""Losses against a sparse teacher, which has K tokens per row: its most likely ones, or draws from it.
 
-Such a loss depends on the student's log-probabilities at the K ids alone, ``D(log q_1 .. log q_K)``, since what the student gives to
-all other tokens is ``1 - sum_k q_k``. So the kernels of one side do all of it: one call for the statistics of a row and the K
-log-probabilities, K-sized arithmetic here, and one call that writes the gradient, a multiple of q, over the logits. Its columns at the
-ids are then written again.
+Such a loss is a function of the student's log-probabilities at the K ids, ``D(log q_1 .. log q_K)``, because the probability of all
+other tokens together is ``1 - sum_k q_k``. The one-side kernels are therefore enough: one call computes the row's statistics and the K
+log-probabilities, the arithmetic on K values is here, and one call writes the gradient, a multiple of q, over the logits. The columns at
+the ids are then overwritten.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .work import Arrays, Complaint, Form, Rows, Selected, Sink, StudentRows, Wo
 
 _CACHE_BYTES = 16 << 20
 _SPARE_BYTES = 64 << 20
-_SORT_ELEMENTS = 1 << 21  # ids that are checked at a time: sorting takes more memory than what is sorted
+_SORT_ELEMENTS = 1 << 21  # ids checked at a time: sorting needs more memory than its input
 FLOOR = torch.finfo(torch.float32).eps
-"""Least probability of all other tokens together: rounding of the log-probabilities hides less."""
+"""Minimum for the total probability of all other tokens. Smaller values are lost in the rounding of the log-probabilities."""
 
 
 class Targets(NamedTuple):
-    """The teacher of n rows: probabilities of its ids and their logarithms ``[n, K]``, and of all other tokens together ``[n]``."""
+    """The teacher's probabilities in n rows: at its ids and their logarithms ``[n, K]``; ``rest``: of all other tokens together ``[n]``."""
 
     p: Tensor
     log_p: Tensor
@@ -36,7 +36,7 @@ class Targets(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """``D [n]``, and ``T dD/dz``: over ``q_v`` at tokens without an id ``[n]``, where it is the same for all, and at the ids ``[n, K]``."""
+    """``value [n]``: D; ``inside [n, K]``: ``T dD/dz`` at the ids; ``outside [n]``: ``T dD/dz_v / q_v`` at any token v outside the ids."""
 
     value: Tensor
     outside: Tensor
@@ -44,7 +44,7 @@ class Slopes(NamedTuple):
 
 
 class SparseForm(Form):
-    """A teacher that gives ``ids`` and ``values`` ``[..., K]``. Its kind says what they mean."""
+    """A teacher with ``ids`` and ``values`` ``[..., K]``. Each subclass defines their meaning."""
 
     kind: str
     """Name of the public class, for messages."""
@@ -60,27 +60,27 @@ class SparseForm(Form):
         return Sparse(call, student, Rows(tensors["values"], selected.index), Rows(tensors["ids"], selected.index), arrays, sink)
 
     def distinct(self, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and values ``[n, K]`` with every id of a row at most once."""
+        """Return ids and values ``[n, K]`` with each id at most once per row."""
         return ids.contiguous(), values
 
     def targets(self, ids: Tensor, values: Tensor) -> Targets:
-        """The teacher's probabilities, from ids ``[n, K]`` (-1 for none) and values ``[n, K]``."""
+        """Return the teacher's probabilities from ids ``[n, K]`` (-1 is padding) and values ``[n, K]``."""
         raise NotImplementedError
 
     def slopes(self, call: Call, log_q: Tensor, targets: Targets) -> Slopes:
-        """The divergence and its slopes, from log q at the ids ``[n, K]``, -inf at padding."""
+        """Return the divergence and its slopes. ``log_q``: ``[n, K]`` at the ids, -inf at padding."""
         raise NotImplementedError
 
     def bad_values(self, ids: Tensor, values: Tensor) -> Tensor:
-        """``[n, K]``: values that cannot be."""
+        """Return a mask ``[n, K]`` of invalid values."""
         raise NotImplementedError
 
     def bad_rows(self, ids: Tensor, values: Tensor) -> Tensor:
-        """``[n]``: rows whose values cannot be together."""
+        """Return a mask ``[n]`` of rows that are invalid as a whole."""
         raise NotImplementedError
 
     def complaint(self, ids: Tensor, values: Tensor) -> str:
-        """The first fault of rows that have one, in words."""
+        """Return an error message for the first fault. All the rows have one."""
         raise NotImplementedError
 
     def complaints(self, call: Call, tensors: Tensors, valid: Tensor | None) -> list[Complaint]:
@@ -88,9 +88,9 @@ class SparseForm(Form):
         bad = torch.empty(len(ids), dtype=torch.bool, device=ids.device)
         step = max(1, _SORT_ELEMENTS // ids.shape[1])
         for start in range(0, len(ids), step):
-            some, theirs = ids[start : start + step], values[start : start + step]
-            wrong = outside(some, call.vocab) | (self.bad_values(some, theirs) & (some >= 0))
-            bad[start : start + step] = wrong.any(-1) | self.bad_rows(some, theirs)
+            block_ids, block_values = ids[start : start + step], values[start : start + step]
+            wrong = outside(block_ids, call.vocab) | (self.bad_values(block_ids, block_values) & (block_ids >= 0))
+            bad[start : start + step] = wrong.any(-1) | self.bad_rows(block_ids, block_values)
         if valid is not None:
             bad &= valid.reshape(-1)
 
@@ -100,19 +100,19 @@ class SparseForm(Form):
                 return f"teacher {self.kind}.{self.complaint(ids[bad], values[bad])}"
             return (
                 f"teacher {self.kind}.ids contain {int(strange[0])} ({strange.numel()} such entries), outside the vocabulary "
-                f"[0, {call.vocab}) and not -1, which is padding: are they of the student's tokenizer?"
+                f"[0, {call.vocab}) and not -1, which is padding: check that they come from the student's tokenizer"
             )
 
         return [(bad.any(), message)]
 
 
 def outside(ids: Tensor, vocab: int) -> Tensor:
-    """Return which ids are neither a token nor padding."""
+    """Return a mask of the ids that are neither a token nor padding."""
     return (ids < -1) | (ids >= vocab)
 
 
 def linear(targets: Targets, log_q: Tensor, entropy: bool) -> Slopes:
-    """The forward KL over the ids alone; without the teacher's ``entropy`` the cross-entropy."""
+    """Return the forward KL over the ids; without the teacher's ``entropy`` term, the cross-entropy."""
     p, log_p, _ = targets
     terms = p * (log_p - log_q) if entropy else p * -log_q
     mass = p.sum(-1)
@@ -120,9 +120,9 @@ def linear(targets: Targets, log_q: Tensor, entropy: bool) -> Slopes:
 
 
 def coarsened(call: Call, targets: Targets, log_q: Tensor) -> Slopes:
-    """The call's divergence between two distributions over the ids and one more outcome, all other tokens together.
+    """Return the call's divergence between two distributions over K + 1 outcomes: the ids, and all other tokens together.
 
-    The slope of that outcome is shared by its tokens in proportion to their q.
+    The slope of the last outcome is distributed over its tokens in proportion to their q.
     """
     p, log_p, rest = targets
     q = log_q.exp()
@@ -133,7 +133,7 @@ def coarsened(call: Call, targets: Targets, log_q: Tensor) -> Slopes:
     terms = div.terms(log_q, log_p, q, p)
     value, coefficients = div.finish([term.sum(-1, keepdim=True) for term in terms[: div.num_sums]])
     slope = div.slope(terms, coefficients)
-    total = slope.sum(-1, keepdim=True)  # the first coefficient, except where there is nothing
+    total = slope.sum(-1, keepdim=True)  # equal to the first coefficient, except in rows without ids
     nothing = (p == 0).all(-1)  # no id to renormalise over
     return Slopes(value[:, 0].masked_fill(nothing, 0.0), slope[:, -1] / rest_q - total[:, 0], (slope - q * total)[:, :-1])
 
@@ -151,9 +151,9 @@ class Sparse(Work):
         ids = self._ids.take(start, stop).to(torch.int64)
         values = self._values.take(start, stop).to(part.state.dtype)
         step, row_bytes = len(logits), logits.shape[1] * logits.element_size()
-        if traits(logits.device).host_memory:  # what goes through both calls together stays in cache
+        if traits(logits.device).host_memory:  # small enough for the rows to stay in cache between the two calls
             step = max(1, _CACHE_BYTES // row_bytes)
-        elif self.call.needs_ce and self.call.temperature != 1.0:  # cross-entropy's own gradient is beside what the plan counts
+        elif self.call.needs_ce and self.call.temperature != 1.0:  # the chunk plan does not count the buffer of the cross-entropy gradient
             step = max(1, _SPARE_BYTES // row_bytes)
         for first in range(0, len(logits), max(step, 1)):
             r = slice(first, first + step)
@@ -168,22 +168,22 @@ class _Block:
     logits: Tensor  # [C, V]
     ids: Tensor  # [C, K] int64
     values: Tensor  # [C, K] in the compute dtype
-    arrays: Arrays  # whose state has 4 rows or more: log-sum-exps in two parts, at T and, where cross-entropy needs them apart, at 1
+    arrays: Arrays  # state [>= 4, C]: the log-sum-exp at T in two parts, then the one at T = 1 if the cross-entropy needs it
     dz: Tensor | None
 
     def __post_init__(self) -> None:
         self.call, state = self.work.call, self.arrays.state
         self.factor = torch.ones_like(state[0]) if self.arrays.weight is None else self.arrays.weight
         self.labels = self.arrays.labels if self.call.needs_ce else None
-        # Cross-entropy at T = 1 is one more id of the same calls; at another temperature it has calls of its own.
+        # At T = 1 the label is an extra id in the same kernel calls. At another temperature the cross-entropy needs separate calls.
         self.with_label = self.labels is not None and self.call.temperature == 1.0
         self.forward = self.arrays.stages & Stage.NORMALISERS | Stage.SUMS
 
     def run(self) -> None:
-        """Do everything for these rows."""
+        """Compute loss, statistics and gradients of these rows."""
         call, form = self.call, self.work.form
         cross_entropy, of_labels = torch.full_like(self.factor, math.nan), None
-        if self.labels is not None and not self.with_label:  # before the logits are written over
+        if self.labels is not None and not self.with_label:  # before the gradient overwrites the logits
             of_labels = torch.empty_like(self.dz) if self.dz is not None and call.ce_weight else None
             cross_entropy = self._cross_entropy(self.labels, of_labels)
         head = self._statistics()
@@ -204,7 +204,7 @@ class _Block:
         return HeadBatch(self.logits, self.work.student.bias, top, log_sum, **parts)  # type: ignore[arg-type]
 
     def _statistics(self) -> HeadBatch:
-        """Log-probabilities at the ids and, as the last one, at the label; entropy and the most likely token for statistics."""
+        """Compute log-probabilities at the ids and then at the label, and for statistics the entropy and the most likely token."""
         ids, factor = self.ids, self.factor
         if self.with_label and self.labels is not None:
             ids = torch.cat([ids, self.labels.unsqueeze(-1)], -1)
@@ -216,7 +216,7 @@ class _Block:
         return head
 
     def _cross_entropy(self, labels: Tensor, dz: Tensor | None) -> Tensor:
-        """``[C]`` at T = 1, and its share of the gradient into ``dz``."""
+        """Return the cross-entropy ``[C]`` at T = 1, and write its part of the gradient to ``dz``."""
         ids, state = labels.unsqueeze(-1).contiguous(), self.arrays.state
         logprobs = self.factor.new_empty(ids.shape)
         head = HeadBatch(self.logits, self.work.student.bias, state[2], state[3], ids=ids, logprobs=logprobs)
@@ -230,7 +230,7 @@ class _Block:
         """Write the loss and the statistics."""
         call, arrays = self.call, self.arrays
         if arrays.loss is not None:
-            # 0 times what is infinite would be NaN.
+            # 0 * inf would be NaN.
             total = call.value_scale * value if call.kd_weight else torch.zeros_like(value)
             arrays.loss.copy_((total + call.ce_weight * cross_entropy if call.ce_weight else total) * self.factor)
         if arrays.stats is not None and head.entropy is not None and head.top_ids is not None:
@@ -246,7 +246,7 @@ class _Block:
                 arrays.stats[row] = statistics[name]
 
     def _gradient(self, dz: Tensor, slopes: Slopes, log_q: Tensor, log_label: Tensor) -> None:
-        """Write the logit gradient over all columns as a multiple of q, then the columns at the ids and the label."""
+        """Write the logit gradient of all columns as a multiple of q, then overwrite the columns at the ids and the label."""
         call = self.call
         ce_weight = call.ce_weight if self.with_label else 0.0
         if call.kd_weight:
@@ -262,9 +262,9 @@ class _Block:
         self._put(dz, self.ids, log_q, inside)
 
     def _put(self, dz: Tensor, ids: Tensor, log_q: Tensor, slopes: Tensor) -> None:
-        """Write ``T dD/dz`` at ids ``[C, K]`` into its columns of dz; no id is there twice, -1 writes nothing.
+        """Write ``T dD/dz`` at ids ``[C, K]`` to their columns of dz. Ids are distinct within a row; -1 writes nothing.
 
-        The columns are written as such: as a multiple of q and what the kernel would add to it, digits would cancel.
+        The columns are overwritten: adding a correction to the multiple of q that the kernel wrote would lose digits to cancellation.
         """
         call, state = self.call, self.arrays.state
         values = slopes * (self.factor * (call.student.scale * call.inv_temperature * self.work.dz_scale)).unsqueeze(-1)

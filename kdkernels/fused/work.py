@@ -1,4 +1,4 @@
-"""The rows of a call: which of them are valid, how they are read and written, and the work on one chunk of them."""
+"""The rows of a call: selecting the valid ones, reading and writing them, and processing one chunk."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from .call import Call, Tensors
 
 Complaint = tuple[Tensor, Callable[[], str]]
-"""A flag ``[]`` on the device, and what is wrong if it is True."""
+"""A flag ``[]`` on the device, and a function that returns the error message if the flag is True."""
 
 
 class Rows:
-    """Selected rows of a ``[..., D]`` tensor, read and written a chunk at a time without flattening a copy of it."""
+    """Selected rows of a ``[..., D]`` tensor, read and written chunk by chunk without copying the whole tensor."""
 
     def __init__(self, tensor: Tensor, index: Tensor | None) -> None:
         self.tensor, self.index = tensor, index
         self.flat: Tensor | None
         try:
             self.flat = tensor.view(-1, tensor.shape[-1]) if tensor.shape[-1] else tensor.reshape(0, 0)
-        except RuntimeError:  # leading strides that no single row stride expresses, as of logits[:, :-1]
+        except RuntimeError:  # the leading strides do not merge into one row stride, for example logits[:, :-1]
             self.flat = None
 
     @property
@@ -41,7 +41,7 @@ class Rows:
         return self.flat is not None and self.index is None and self.flat.stride(-1) == 1
 
     def take(self, start: int, stop: int) -> Tensor:
-        """``[stop - start, D]``, unit stride along D: a view where there is one."""
+        """Return rows ``[stop - start, D]`` with unit stride along D, as a view if possible."""
         if self.sliceable and self.flat is not None:
             return self.flat[start:stop]
         index = self.index[start:stop] if self.index is not None else torch.arange(start, stop, device=self.tensor.device)
@@ -50,7 +50,7 @@ class Rows:
         return self.tensor[torch.unravel_index(index, self.tensor.shape[:-1])].contiguous()
 
     def put(self, start: int, stop: int, values: Tensor) -> None:
-        """Write ``[stop - start, D]``."""
+        """Write rows ``[stop - start, D]``."""
         if self.flat is None:
             raise ValueError("only a contiguous tensor can be written to")
         if self.index is None:
@@ -61,17 +61,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Selected:
-    """The valid rows: their flat indices (None for all) and their number."""
+    """The valid rows: their flat indices (None if all rows are valid) and their number."""
 
     index: Tensor | None
     count: int
 
     def take(self, values: Tensor | None, dtype: torch.dtype, per_row: int | None = None) -> Tensor | None:
-        """``[count]`` values of the valid rows, or ``[count, per_row]``."""
+        """Return the values of the valid rows, ``[count]`` or ``[count, per_row]``."""
         if values is None:
             return None
         flat = values.reshape(-1) if per_row is None else values.reshape(-1, per_row)
-        # An upstream gradient may be expanded.
+        # contiguous(): an upstream gradient may be an expanded tensor.
         return (flat if self.index is None else flat.index_select(0, self.index)).to(dtype).contiguous()
 
     def scatter(self, values: Tensor, out: Tensor) -> None:
@@ -85,14 +85,14 @@ class Selected:
 
 
 def select_rows(call: Call, tensors: Tensors) -> Selected:
-    """Select the rows with a label (all rows if there are no labels), and check labels, token weights and sparse teachers.
+    """Select the rows with a label (all rows without labels), and check labels, token weights and sparse teachers.
 
-    The one point where the host waits for the device, and only if there is something to look at: the flags of bad values are computed
-    before ``nonzero`` and read after it.
+    Only here does the host wait for the device, and only if there are values to check: the flags of bad values are computed before
+    ``nonzero`` and read after it.
 
     Raises:
-        ValueError: a label or id outside the vocabulary that is not ``ignore_index``; a negative or non-finite token weight; a sparse
-            teacher whose values are not those of a distribution.
+        ValueError: a label or id is outside the vocabulary and not ``ignore_index``; a token weight is negative or not finite; the
+            values of a sparse teacher are not a distribution.
     """
     labels, weights = tensors.get("labels"), tensors.get("token_weights")
     valid = None if labels is None else labels != call.ignore_index
@@ -121,10 +121,10 @@ def _check_labels(call: Call, labels: Tensor, valid: Tensor) -> Complaint:
 
     def message() -> str:
         wrong = labels[bad]
-        found = f"contain {int(wrong[0])} ({wrong.numel()} such entries), outside the vocabulary [0, {call.vocab}) and not"
+        problem = f"contain {int(wrong[0])} ({wrong.numel()} such entries), outside the vocabulary [0, {call.vocab}) and not"
         if call.quantity == "logprobs":
-            return f"ids {found} -1: -1 asks for nothing and gives 0"
-        return f"labels {found} ignore_index={call.ignore_index}: mask those positions with ignore_index, or correct vocab_size"
+            return f"ids {problem} -1: use -1 for padding, whose log-probability is 0"
+        return f"labels {problem} ignore_index={call.ignore_index}: mask those positions with ignore_index, or correct vocab_size"
 
     return bad.any(), message
 
@@ -145,8 +145,11 @@ def _check_weights(weights: Tensor, valid: Tensor | None) -> Complaint:
 
 
 def check_values(call: Call, tensors: Tensors) -> None:
-    """Make the checks of ``select_rows`` alone. Inside ``torch.func.vmap`` over labels, weights or a sparse teacher nothing can depend on
-    their values: there they are left to torch's own bounds checks."""
+    """Run only the checks of ``select_rows``.
+
+    They are skipped inside ``torch.func.vmap`` over labels, weights or a sparse teacher, where control flow cannot depend on values. Only
+    torch's bounds checks apply there.
+    """
     read = [tensors.get("labels"), tensors.get("token_weights")]
     if call.is_distillation and call.teacher.is_sparse:
         read += tensors.of("teacher").named.values()
@@ -155,7 +158,7 @@ def check_values(call: Call, tensors: Tensors) -> None:
 
 
 def _is_mapped(tensor: Tensor | None) -> bool:
-    """Return whether ``torch.func.vmap`` maps over it, at any level of torch.func."""
+    """Return whether ``torch.func.vmap`` maps over the tensor, at any level of torch.func."""
     if tensor is None or torch.compiler.is_compiling():
         return False
     while is_functorch_wrapped_tensor(tensor):
@@ -166,25 +169,25 @@ def _is_mapped(tensor: Tensor | None) -> bool:
 
 
 def plan(call: Call, num_rows: int, bytes_per_row: int, device: torch.device) -> Chunks:
-    """The chunks of a call with ``num_rows`` valid rows."""
+    """Return the chunks of a call with ``num_rows`` valid rows."""
     enough = chunking.useful_rows(traits(device).enough_rows, traits(device).cheap_bytes, bytes_per_row)
     budget = chunking.default_budget(memory.total_bytes(device)) if call.memory_budget is None else call.memory_budget
     return chunking.plan_chunks(num_rows, bytes_per_row, budget, call.chunk_rows, enough)
 
 
 def buffer(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[rows, width]``; on a CPU the same memory again for the same name."""
+    """Return an uninitialised ``[rows, width]`` tensor. On a CPU, calls with the same name share memory."""
     if traits(device).recycled_pages:
         return pages.scratch(name, rows * width * dtype.itemsize).view(dtype).view(rows, width)
     return torch.empty(rows, width, dtype=dtype, device=device)
 
 
 class TeacherRows(Protocol):
-    """The logits of one side, chunk by chunk: computed into a buffer, or read where they are."""
+    """The logits of one side, chunk by chunk: computed into a buffer, or read in place."""
 
     @property
     def bias(self) -> Tensor | None:
-        """``[V]``, to be added to the logits."""
+        """Bias ``[V]`` that the row kernels add to the logits, or None."""
 
     @property
     def bytes_per_row(self) -> int:
@@ -197,23 +200,23 @@ class TeacherRows(Protocol):
         """``[C, V]`` before bias, scale and softcap."""
 
     def release(self) -> None:
-        """Let go of the buffers."""
+        """Release the buffers."""
 
 
 class StudentRows(TeacherRows, Protocol):
-    """The same for a student, whose gradients are wanted."""
+    """The logits of a student, with the path of its gradients."""
 
     @property
     def dz_dtype(self) -> torch.dtype:
         """Dtype of the logit gradients."""
 
     def sink(self, call: Call, arrays: Arrays, gradients: Gradients) -> Sink:
-        """Open the way of the gradients from the logits to the student's tensors."""
+        """Return the sink that turns logit gradients into gradients of the student's tensors."""
 
 
 @dataclass
 class Gradients:
-    """Memory for the gradients by the student's tensors. Those that are None are not computed."""
+    """Output tensors for the gradients by the student's tensors. None means not computed."""
 
     input: Tensor | None = None
     weight: Tensor | None = None
@@ -221,46 +224,46 @@ class Gradients:
 
     @property
     def wanted(self) -> bool:
-        """Return whether there is one to compute."""
+        """Return whether any gradient must be computed."""
         return any(g is not None for g in (self.input, self.weight, self.bias))
 
 
 class Sink(Protocol):
-    """The way of the gradients from the logits of a chunk to the student's tensors."""
+    """Turns the logit gradients of each chunk into gradients of the student's tensors."""
 
     dz_scale: float
-    """Multiplies the logit gradients that ``add`` gets."""
+    """Factor included in the logit gradients passed to ``add``."""
 
     def dz(self, start: int, stop: int, logits: Tensor) -> Tensor:
-        """Memory for the logit gradients of a chunk ``[C, V]``; may lie over its logits."""
+        """Return memory for the logit gradients of a chunk ``[C, V]``. It may overlap the logits."""
 
     def add(self, start: int, stop: int, dz: Tensor) -> None:
-        """Take the logit gradients of a chunk."""
+        """Accumulate the logit gradients of a chunk."""
 
     def finish(self) -> None:
-        """Bring gradients, and the losses, to their own scale."""
+        """Undo the scaling of gradients and losses after the last chunk."""
 
 
 @dataclass
 class Arrays:
-    """What a pass reads and writes for each of n rows."""
+    """Inputs and outputs of a pass for n rows."""
 
     stages: Stage
-    """Asked of the backend. Without ``NORMALISERS`` the state is read."""
+    """Stages that the backend runs. Without ``NORMALISERS`` it reads the state."""
     state: Tensor  # [S, n]
-    weight: Tensor | None  # [n] token weights, with the upstream gradients in a backward pass
+    weight: Tensor | None  # [n] token weights; in a backward pass times the upstream gradients
     labels: Tensor | None  # [n] or [n, K]
     loss: Tensor | None = None  # [n] or [n, K], out
     stats: Tensor | None = None  # [5, n], out
 
     def part(self, rows: slice) -> Arrays:
-        """Some of the rows."""
+        """Return the arrays of some of the rows."""
         weight, labels, loss = (None if t is None else t[rows] for t in (self.weight, self.labels, self.loss))
         return Arrays(self.stages, self.state[:, rows], weight, labels, loss, None if self.stats is None else self.stats[:, rows])
 
 
 class Work:
-    """The rows of one pass over a call. Each of the three kinds of work (dense, sparse, of one side) says what is done with a chunk."""
+    """One pass over the rows of a call. The subclasses (dense, sparse, one side) define how a chunk is processed."""
 
     def __init__(self, call: Call, student: StudentRows, arrays: Arrays, sink: Sink | None) -> None:
         self.call, self.student, self.arrays, self.sink = call, student, arrays, sink
@@ -277,7 +280,7 @@ class Work:
         self.student.allocate(rows, "student logits")
 
     def chunk(self, start: int, stop: int) -> None:
-        """Do everything for the rows from start to stop."""
+        """Process the rows from start to stop."""
         logits = self.student.logits(start, stop)
         dz = None if self.sink is None else self.sink.dz(start, stop, logits)
         self.rows(start, stop, logits, dz)
@@ -290,7 +293,7 @@ class Work:
 
 
 class Dense(Work):
-    """Rows of two sides with logits."""
+    """A pass over two sides that both have logits."""
 
     def __init__(self, call: Call, student: StudentRows, teacher: TeacherRows, arrays: Arrays, sink: Sink | None) -> None:
         super().__init__(call, student, arrays, sink)
@@ -315,27 +318,27 @@ class Dense(Work):
 
 @dataclass(frozen=True)
 class Form(Transform):
-    """One side of a call without its tensors. Every kind of side has a subclass, in its own file in ``kdkernels/sides``.
+    """One side of a call without its tensors. Each kind of side has a subclass in its own file in ``kdkernels/sides``.
 
-    ``tensors`` are those of the side, by the names that the kind gives them: ``input``, ``weight``, ...
+    ``tensors`` arguments hold the side's tensors by the kind's names: ``input``, ``weight``, ...
     """
 
     dtype: torch.dtype = torch.float32
-    """Of logits that are given; of the matrix products of a head."""
+    """Dtype of a logits tensor, or of a head's matrix products."""
 
     @property
     def is_head(self) -> bool:
-        """Return whether matrix products make the logits."""
+        """Return whether the logits come from matrix products."""
         return False
 
     @property
     def heads(self) -> tuple[torch.dtype, ...]:
-        """Dtypes of the matrix products, one for each head."""
+        """Dtypes of the matrix products, one per head."""
         return (self.dtype,) if self.is_head else ()
 
     @property
     def is_sparse(self) -> bool:
-        """Return whether the row kernels get the student's logits only."""
+        """Return whether the teacher has ids instead of logits, so that the row kernels read only the student's logits."""
         return False
 
     def storage(self, call: Call) -> torch.dtype:
@@ -343,32 +346,32 @@ class Form(Transform):
         return self.dtype
 
     def student_rows(self, call: Call, tensors: Tensors, index: Tensor | None) -> StudentRows:
-        """Rows of a student, chunk by chunk."""
+        """Return the rows of a student."""
         raise NotImplementedError(f"{type(self).__name__} cannot be a student")
 
     def teacher_rows(self, call: Call, tensors: Tensors, index: Tensor | None) -> TeacherRows | None:
-        """Rows of a teacher's logits, chunk by chunk; None for a teacher without logits."""
+        """Return the rows of a teacher; None for a teacher without logits."""
         raise NotImplementedError
 
     def work(self, call: Call, tensors: Tensors, selected: Selected, student: StudentRows, arrays: Arrays, sink: Sink | None) -> Work:
-        """Work of a distillation against such a teacher: rows of two sides, unless the kind says otherwise."""
+        """Return the pass of a distillation against this teacher. The default needs logits on both sides."""
         teacher = self.teacher_rows(call, tensors, selected.index)
         assert teacher is not None
         return Dense(call, student, teacher, arrays, sink)
 
     def complaints(self, call: Call, tensors: Tensors, valid: Tensor | None) -> list[Complaint]:
-        """Checks of a teacher's values on its device, in the rows that are valid."""
+        """Check the values of a teacher in the valid rows, on its device."""
         return []
 
     def reference_logits(self, call: Call, tensors: Tensors, valid: Tensor | None) -> Tensor:
-        """``[..., V]`` in the compute dtype, in plain torch, with rows that are not valid zeroed first."""
+        """Return logits ``[..., V]`` in the compute dtype, in plain torch, with the inputs of invalid rows zeroed."""
         raise NotImplementedError
 
     def reference(self, call: Call, tensors: Tensors, z: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The divergence ``[...]`` from such a teacher, its entropy ``[...]`` and most likely token ``[..., 1]``, in plain torch.
+        """Return the divergence ``[...]``, the teacher's entropy ``[...]`` and its most likely token ``[..., 1]``, in plain torch.
 
         Args:
             z: ``[..., V]``, the student's logits.
-            valid: ``[...]``, False for rows that do not count.
+            valid: ``[...]``, False for ignored rows.
         """
         raise NotImplementedError
