@@ -1,7 +1,7 @@
 """The kinds of students and teachers, one file each.
 
-A kind brings its public class with its checks, and a ``Form``: its rows chunk by chunk and the bytes that they take, its reference formula,
-and the divergences that it is defined for. Nothing outside this folder asks what kind a side is.
+Each file has a public class with its checks, and a ``Form``: the side's rows chunk by chunk and their size in bytes, its reference
+formula, and the divergences that it supports. Code outside this folder does not depend on the kind of a side.
 """
 
 from __future__ import annotations
@@ -17,4 +17,4 @@ from .topk import Tail, TopK
 __all__ = ["Ensemble", "LMHead", "Sampled", "Side", "Tail", "Teacher", "TopK", "check_number", "check_side", "check_teacher"]
 
 Teacher: TypeAlias = Side | TopK | Sampled | Ensemble
-"""What a loss takes for a teacher."""
+"""Types that a loss accepts as its teacher."""

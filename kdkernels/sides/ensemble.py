@@ -1,4 +1,4 @@
-"""Several teachers as one."""
+"""Ensembles of teachers."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .side import Checked, TeacherKind, check_fit
 
 EnsembleMode = Literal["probs", "logits"]
 
-_TILE, _BLOCK = 1 << 18, 1 << 21  # elements at a time: with a few temporaries of it in a CPU core's cache; for other devices
+_TILE, _BLOCK = 1 << 18, 1 << 21  # elements per block: on a CPU a few temporaries must fit in a core's cache; on other devices
 
 
 @dataclass(frozen=True, eq=False)
 class Ensemble(TeacherKind):
-    """Several teachers as one: the weighted average of their probabilities, or of their logits. The two differ, so the mode has no default.
+    """A weighted average of several teachers: of their probabilities or of their logits. The two differ, so ``mode`` has no default.
 
     Args:
-        teachers: heads or logits, of one vocabulary and one leading shape; hidden sizes and dtypes may differ.
-        weights: one each, > 0, normalised to a sum of 1; None for equal ones.
+        teachers: heads or logits with the same vocabulary and leading shape; hidden sizes and dtypes may differ.
+        weights: one per teacher, > 0, normalised to a sum of 1; None for equal weights.
         mode: ``"probs"`` averages softmax(z / T) at the loss's temperature, ``"logits"`` averages z.
 
     Raises:
-        TypeError, ValueError: no teachers, or weights or a mode that make no sense.
+        TypeError, ValueError: the list of teachers is empty, or weights or mode are invalid.
     """
 
     teachers: Sequence[Side]
@@ -46,7 +46,7 @@ class Ensemble(TeacherKind):
         if isinstance(self.teachers, (Tensor, LMHead)) or not isinstance(self.teachers, Sequence):
             raise TypeError(f"Ensemble.teachers must be a list of LMHeads or logits, got {type(self.teachers).__name__}")
         if not self.teachers:
-            raise ValueError("Ensemble.teachers is empty: give one or more")
+            raise ValueError("Ensemble.teachers is empty: pass one or more teachers")
         if self.mode not in get_args(EnsembleMode):
             raise ValueError(f"Ensemble.mode must be one of {', '.join(map(repr, get_args(EnsembleMode)))}, got {self.mode!r}")
         if self.weights is None:
@@ -63,12 +63,12 @@ class Ensemble(TeacherKind):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The weights, with a sum of 1."""
+        """The weights, normalised to a sum of 1."""
         weights = self.weights or [1.0] * len(self.teachers)
         return tuple(float(w) / math.fsum(weights) for w in weights)
 
     def check(self, student: Checked, divergence: Divergence, temperature: float) -> Checked:
-        """Check every teacher by itself, then against the student."""
+        """Check each teacher alone, then against the student."""
         names = [f"teacher.teachers[{i}]" for i in range(len(self.teachers))]
         checked = [check_side(name, side) for name, side in zip(names, self.teachers, strict=True)]
         for name, side in zip(names, checked, strict=True):
@@ -92,7 +92,7 @@ class Member:
 @flat
 @dataclass(frozen=True)
 class EnsembleForm(DenseForm):
-    """Several teachers and what is averaged. Tensors of teacher i are ``i.input``, ``i.weight`` and ``i.bias``."""
+    """Several teachers and the averaging mode. The tensors of teacher i are ``i.input``, ``i.weight`` and ``i.bias``."""
 
     mode: str = "probs"
     members: tuple[Member, ...] = ()
@@ -111,13 +111,13 @@ class EnsembleForm(DenseForm):
     def teacher_rows(self, call: Call, tensors: Tensors, index: Tensor | None) -> EnsembleRows:
         rows = []
         for i, member in enumerate(self.members):
-            theirs = member.form.teacher_rows(call, tensors.of(str(i)), index)
-            assert theirs is not None
-            rows.append(theirs)
+            member_rows = member.form.teacher_rows(call, tensors.of(str(i)), index)
+            assert member_rows is not None
+            rows.append(member_rows)
         return EnsembleRows(self, call, rows, tensors["0.input"].device)
 
     def reference_logits(self, call: Call, tensors: Tensors, valid: Tensor | None) -> Tensor:
-        """T times the logarithm of the average where probabilities are averaged."""
+        """Return the average logits, or T times the logarithm of the average probabilities."""
         logits = [member.form.reference_logits(call, tensors.of(str(i)), valid) for i, member in enumerate(self.members)]
         shares = [member.share for member in self.members]
         if self.mode == "logits":
@@ -127,7 +127,7 @@ class EnsembleForm(DenseForm):
 
 
 class EnsembleRows:
-    """The average of several teachers' logits, chunk by chunk: each is multiplied into the same buffer, and averaged into another."""
+    """The average of several teachers, chunk by chunk. The teachers share one logits buffer; a second buffer accumulates the average."""
 
     bias = None
 
@@ -141,15 +141,15 @@ class EnsembleRows:
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes of a row of the average and of the largest teacher."""
+        """Bytes of one row: the average plus the largest teacher."""
         return self._width * self.call.compute_dtype.itemsize + max(rows.bytes_per_row for rows in self.members)
 
     def allocate(self, rows: int, name: str) -> None:
-        """Allocate the average's buffer; each teacher's is allocated in turn."""
+        """Allocate the average's buffer. ``logits`` allocates the teachers' buffers one after the other."""
         self.buffer = buffer(name, rows, self._width, self.call.compute_dtype, self.device)
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """``[C, V]``: the average logits, or T times the logarithm of the average probabilities."""
+        """Return ``[C, V]``: the average logits, or T times the logarithm of the average probabilities."""
         probs = self.form.mode == "probs"
         average = self.buffer[: stop - start, : self.call.vocab]
         average.fill_(-math.inf if probs else 0.0)
@@ -173,5 +173,5 @@ class EnsembleRows:
                 torch.logaddexp(out, log_p, out=out)
 
     def release(self) -> None:
-        """Let go of the buffer."""
+        """Release the buffer."""
         self.buffer = torch.empty(0)

@@ -1,4 +1,4 @@
-"""Hidden states with an LM head: logits and gradients are matrix products, a chunk at a time."""
+"""Hidden states with an LM head. Logits and gradients are matrix products, computed chunk by chunk."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .side import Checked, TeacherKind, check_fit, check_floating, check_number
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
-    """Hidden states and the head that would turn them into logits.
+    """Hidden states and the LM head that maps them to logits.
 
     ``z = hidden @ weight[:vocab_size].T + bias[:vocab_size]``, then ``z * scale``, then ``softcap * tanh(z / softcap)``.
 
     Args:
         hidden: ``[..., D]``, the last hidden states (after the final norm).
-        weight: ``[V, D]``, the LM head, same dtype as ``hidden`` (under autocast any).
+        weight: ``[V, D]``, the LM head, same dtype as ``hidden`` (any dtype under autocast).
         bias: ``[V]`` or None.
         scale: multiplies the logits (Cohere's ``logit_scale``; Granite's ``1 / logits_scaling``).
         softcap: soft cap of the logits (Gemma 2's ``final_logit_softcapping``), or None.
-        vocab_size: the real vocabulary where the head is padded (Qwen: 151936 / 152064): rows beyond it are cut off.
+        vocab_size: the real vocabulary size if the head is padded (Qwen: 151936 / 152064); rows beyond it are cut off.
     """
 
     hidden: Tensor
@@ -73,7 +73,7 @@ class HeadForm(DenseForm):
 
 
 class HeadRows:
-    """Logits of hidden states and a head, chunk by chunk, multiplied into a buffer."""
+    """Logits of hidden states and a head, computed chunk by chunk in a buffer."""
 
     def __init__(self, call: Call, dtype: torch.dtype, tensors: Tensors, index: Tensor | None) -> None:
         self.rows, self.dtype, self.vocab = Rows(tensors["input"], index), dtype, call.vocab
@@ -108,33 +108,34 @@ class HeadRows:
         self.buffer = buffer(name, rows, self._width, self.storage, self.rows.tensor.device)
 
     def release(self) -> None:
-        """Let go of the buffer."""
+        """Release the buffer."""
         self.buffer = self._weight.new_empty(0)
 
     def hidden(self, start: int, stop: int) -> Tensor:
-        """``[C, D]`` in the dtype of the matrix products."""
+        """Return hidden states ``[C, D]`` in the dtype of the matrix products."""
         return self.rows.take(start, stop).to(self.dtype)
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """``[C, V]`` before bias, scale and softcap."""
+        """Compute logits ``[C, V]`` before bias, scale and softcap."""
         out = self.buffer[: stop - start, : self.vocab]
         (self.own_product or gemm.logits)(self.hidden(start, stop), self.weight, out)
         return out
 
     @property
     def dz_dtype(self) -> torch.dtype:
-        """Dtype of logit gradients: that of the matrix products, which read them, or (see gemm.py) as wide as the logits."""
+        """Dtype of logit gradients: that of the products that read them, or, on devices without wide products, that of the logits."""
         return self.dtype if traits(self._weight.device).narrow_gradients or self.own_product else self.storage
 
     def sink(self, call: Call, arrays: Arrays, gradients: Gradients) -> HeadSink:
-        """Open the way of the gradients to hidden states, weight and bias."""
+        """Return the sink for gradients by hidden states, weight and bias."""
         return HeadSink(self, call, arrays, gradients)
 
 
 class HeadSink:
-    """Gradients by hidden states, weight and bias. Logit gradients lie over the logits, each row starting where its logits do.
+    """Gradients by hidden states, weight and bias. Logit gradients overwrite the logits; each row starts at the same address.
 
-    In float16 they are stored in units: row weights over their largest, times ``dz_scale``. Sums in float32 are multiplied back.
+    In float16 they are scaled to fit: row weights are divided by their largest (see ``_in_units``) and multiplied by ``dz_scale``.
+    ``finish`` undoes the scaling in float32.
     """
 
     def __init__(self, head: HeadRows, call: Call, arrays: Arrays, gradients: Gradients) -> None:
@@ -147,15 +148,15 @@ class HeadSink:
             arrays.weight, self.unit = _in_units(arrays.weight)
         self.restore: float | Tensor = 1.0 / self.dz_scale if self.unit is None else self.unit / self.dz_scale
         for accumulator in (gradients.weight, gradients.bias):
-            if accumulator is not None:  # the padded rows; all of it if no chunk will write it
+            if accumulator is not None:  # zero the padded rows, or everything if no chunk writes it
                 accumulator[0 if arrays.state.shape[1] == 0 else call.vocab :].zero_()
 
     def dz(self, start: int, stop: int, logits: Tensor) -> Tensor:
-        """``[C, V]`` over the buffer of the logits."""
+        """Return ``[C, V]`` in the memory of the logits."""
         return self.head.buffer.view(self.head.dz_dtype)[: stop - start, self.vocab]
 
     def add(self, start: int, stop: int, dz: Tensor) -> None:
-        """Multiply and add up a chunk."""
+        """Multiply the logit gradients of a chunk and add the products to the gradients."""
         if self.hidden is not None:
             into = self.hidden.take(start, stop) if self.hidden.sliceable else None
             product = gemm.grad_hidden(dz, self.head.weight, self.restore, into)
@@ -172,7 +173,7 @@ class HeadSink:
                 d_bias[self.vocab] += total
 
     def finish(self) -> None:
-        """Multiply back what is in units."""
+        """Undo the scaling of gradients and losses."""
         if self.unit is not None and self.arrays.loss is not None:
             self.arrays.loss.mul_(self.unit)
         if self.unit is not None or self.dz_scale != 1.0:
@@ -182,9 +183,10 @@ class HeadSink:
 
 
 def _in_units(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Row weights over a power of two that takes the largest to between 1/2 and 1, and that number, [] on their device.
+    """Return ``(weight / unit, unit)``: ``unit``, [] on the device, is a power of two such that the largest quotient is in [1/2, 1).
 
-    What has to fit into float16 is made with these; float32 numbers are then multiplied back. The host does not wait for it.
+    Values that must fit in float16 are computed with the quotients, and float32 results are multiplied by ``unit``. Does not
+    synchronise with the host.
     """
     if weight is None or not weight.numel():
         return weight, None
@@ -195,7 +197,7 @@ def _in_units(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def own_product(call: Call, weight: Tensor, dtype: torch.dtype) -> Product | None:
-    """Return the backend's matrix product for a head in ``dtype``, if it has one that torch cannot do without widening the head."""
+    """Return the backend's matrix product for a head in ``dtype``, or None. Only for products that make torch widen the head."""
     backend = None if call.backend == "reference" else selection.load(call.backend)
     return backend.product_of(weight, dtype, call.storage(dtype)) if isinstance(backend, OwnProduct) else None
 
@@ -213,8 +215,8 @@ def check_head(name: str, side: LMHead) -> Checked:
         raise ValueError(f"{name}.hidden has hidden size 0: shape {list(hidden.shape)}")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{name}.hidden has size {hidden.shape[-1]}, {name}.weight {list(weight.shape)} needs {weight.shape[1]}: the head is [V, D], "
-            "as nn.Linear keeps it"
+            f"{name}.hidden has size {hidden.shape[-1]}, {name}.weight {list(weight.shape)} needs {weight.shape[1]}: pass the head as "
+            "[V, D], like nn.Linear.weight"
         )
     if bias is not None:
         check_floating(f"{name}.bias", bias)
@@ -246,7 +248,7 @@ def _check_numbers(name: str, side: LMHead) -> int:
 
 
 def _product_dtype(name: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Dtype of the matrix products: autocast's, or that of both operands."""
+    """Return the dtype of the matrix products: autocast's, or the operands' common dtype."""
     device_type = hidden.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -258,7 +260,7 @@ def _product_dtype(name: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def check_side(name: str, side: object) -> Checked:
-    """Check a head or logits."""
+    """Check a student or teacher that is a head or a logits tensor."""
     if isinstance(side, LMHead):
         return check_head(name, side)
     if isinstance(side, Tensor):
@@ -267,7 +269,7 @@ def check_side(name: str, side: object) -> Checked:
 
 
 def check_teacher(teacher: object, student: Checked, divergence: Divergence, temperature: float) -> Checked:
-    """Check a teacher of any kind against the student and the options of the loss."""
+    """Check a teacher of any kind, alone and against the student and the options of the loss."""
     if isinstance(teacher, TeacherKind):
         return teacher.check(student, divergence, temperature)
     checked = check_side("teacher", teacher)

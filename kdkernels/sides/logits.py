@@ -1,4 +1,4 @@
-"""Logits that are given: a tensor ``[..., V]``."""
+"""A logits tensor ``[..., V]`` as a side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .side import Checked, check_floating
 
 
 class DenseForm(Form):
-    """A side whose logits can be computed, as a teacher."""
+    """A side with logits ``[..., V]``."""
 
     def reference(self, call: Call, tensors: Tensors, z: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         teacher = self.reference_logits(call, tensors, valid).detach()
@@ -27,7 +27,7 @@ class DenseForm(Form):
 @flat
 @dataclass(frozen=True)
 class LogitsForm(DenseForm):
-    """Given logits: no transform, and nothing to multiply."""
+    """A logits tensor, without transform or matrix product."""
 
     def student_rows(self, call: Call, tensors: Tensors, index: Tensor | None) -> LogitsRows:
         return LogitsRows(call, tensors, index)
@@ -40,7 +40,7 @@ class LogitsForm(DenseForm):
 
 
 class LogitsRows:
-    """Logits chunk by chunk, read where they are or copied."""
+    """Logits chunk by chunk, as views or copies."""
 
     bias = None
 
@@ -49,15 +49,15 @@ class LogitsRows:
 
     @property
     def bytes_per_row(self) -> int:
-        """0 where a chunk is a view."""
+        """Bytes of one row of a copy; 0 if chunks are views."""
         itemsize = self.rows.tensor.element_size()
         return 0 if self.rows.sliceable else chunking.padded_vocab(self.vocab, itemsize) * itemsize
 
     def allocate(self, rows: int, name: str) -> None:
-        """Allocate nothing: a copy of a chunk is made when it is read."""
+        """Do nothing: ``logits`` copies a chunk if necessary."""
 
     def release(self) -> None:
-        """Nothing was allocated."""
+        """Do nothing: there is no buffer."""
 
     def logits(self, start: int, stop: int) -> Tensor:
         """``[C, V]``."""
@@ -69,13 +69,13 @@ class LogitsRows:
         return self.rows.tensor.dtype
 
     def sink(self, call: Call, arrays: Arrays, gradients: Gradients) -> LogitsSink:
-        """The gradient is that by the logits itself."""
+        """Return the sink for the gradient by the logits."""
         assert gradients.input is not None
         return LogitsSink(Rows(gradients.input, self.rows.index))
 
 
 class LogitsSink:
-    """The gradient by given logits: written where it belongs, or copied there."""
+    """The gradient by a logits tensor, written in place or copied."""
 
     dz_scale = 1.0
 
@@ -83,16 +83,16 @@ class LogitsSink:
         self.gradient = gradient
 
     def dz(self, start: int, stop: int, logits: Tensor) -> Tensor:
-        """Memory for a chunk's gradient."""
+        """Return memory for the gradient of a chunk."""
         return self.gradient.take(start, stop) if self.gradient.sliceable else torch.empty_like(logits)
 
     def add(self, start: int, stop: int, dz: Tensor) -> None:
-        """Copy a chunk's gradient, unless it was written where it belongs."""
+        """Copy the gradient of a chunk, unless it was written in place."""
         if not self.gradient.sliceable:
             self.gradient.put(start, stop, dz)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the gradient already has its final scale."""
 
 
 def check_logits(name: str, logits: Tensor) -> Checked:

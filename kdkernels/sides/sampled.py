@@ -1,4 +1,4 @@
-"""Tokens drawn from a teacher."""
+"""Tokens sampled from a teacher."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .side import Checked, TeacherKind, check_beside, check_ids, check_sparse_fi
 
 @dataclass(frozen=True, eq=False)
 class Sampled(TeacherKind):
-    """Tokens drawn at each position, as ``sample`` gives them; an id may occur more than once.
+    """Tokens sampled at each position, as returned by ``sample``. An id may occur more than once.
 
     Args:
         ids: ``[..., S]`` integers; -1 is padding.
-        counts: ``[..., S]``: how often each was drawn (or its weight), >= 0.
+        counts: ``[..., S]``: number of times each id was drawn (or its weight), >= 0.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit together.
+        TypeError, ValueError: shapes, dtypes or devices do not match.
     """
 
     ids: Tensor
@@ -37,12 +37,12 @@ class Sampled(TeacherKind):
             raise TypeError(f"Sampled.counts must be numbers, got {self.counts.dtype}")
 
     def check(self, student: Checked, divergence: Divergence, temperature: float) -> Checked:
-        """Check that the loss is defined."""
+        """Check that the divergence supports this teacher."""
         check_sparse_fit("Sampled", self.ids, student)
         if "sampled" not in divergence.tails:
             raise ValueError(
-                f"{divergence.name} is not defined against a teacher of Sampled: only the forward KL is linear in the teacher's "
-                f"probabilities, so that draws estimate it without bias. Take {', '.join(defined_for('sampled'))}"
+                f"{divergence.name} is not defined for a Sampled teacher: only the forward KL is linear in the teacher's "
+                f"probabilities, so that draws estimate it without bias. Use {', '.join(defined_for('sampled'))}"
             )
         return Checked(SampledForm(), {"ids": self.ids.detach(), "values": self.counts.detach()}, student.leading, student.device)
 
@@ -50,16 +50,16 @@ class Sampled(TeacherKind):
 @flat
 @dataclass(frozen=True)
 class SampledForm(SparseForm):
-    """Draws; ``values`` are counts."""
+    """Sampled tokens; ``values`` are counts."""
 
     kind = "Sampled"
 
     def distinct(self, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Every id of a row once, with its counts added up; -1 fills the remaining places."""
+        """Merge repeated ids of a row by adding their counts. -1 fills the remaining columns."""
         ordered, order = ids.sort(dim=-1, stable=True)
         group = torch.zeros_like(ids)
         torch.cumsum(ordered[:, 1:] != ordered[:, :-1], -1, out=group[:, 1:])
-        # Accumulating index_put_ adds in a fixed order, unlike scatter_add_ on a GPU.
+        # index_put_(accumulate=True) adds in a fixed order, unlike scatter_add_ on a GPU.
         rows = torch.arange(len(ids), device=ids.device).unsqueeze(-1).expand_as(ids)
         total = torch.zeros_like(values).index_put_((rows, group), values.gather(-1, order), accumulate=True)
         return torch.full_like(ids, -1).scatter_(-1, group, ordered), total
@@ -71,11 +71,11 @@ class SampledForm(SparseForm):
         return Targets(p, p.log(), torch.zeros_like(p[:, 0]))
 
     def slopes(self, call: Call, log_q: Tensor, targets: Targets) -> Slopes:
-        """Slopes of the cross-entropy: the entropy of a few draws does not estimate the teacher's."""
+        """Return the slopes of the cross-entropy. The entropy of a few draws is not an estimate of the teacher's entropy."""
         return linear(targets, log_q, entropy=False)
 
     def bad_values(self, ids: Tensor, values: Tensor) -> Tensor:
-        """Negative or infinite counts, and NaN."""
+        """Return a mask of counts that are negative, infinite or NaN."""
         return ~((values >= 0) & (values < math.inf))
 
     def bad_rows(self, ids: Tensor, values: Tensor) -> Tensor:

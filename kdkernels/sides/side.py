@@ -1,4 +1,4 @@
-"""The parts that all kinds of sides share: their checks, and how a checked side is passed on."""
+"""Checks that all kinds of sides share, and the record of a checked side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..fused.work import Form
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """A side whose shapes and dtypes make sense: its form, its tensors by name, its leading shape and its vocabulary (0: any)."""
+    """A side after its checks: form, tensors by name, leading shape, device and vocabulary (0: any)."""
 
     form: Form
     tensors: dict[str, Tensor]
@@ -24,7 +24,7 @@ class Checked:
 
 
 class TeacherKind:
-    """Base of the kinds that are teachers only."""
+    """Base class of sides that can only be teachers."""
 
     def check(self, student: Checked, divergence: Divergence, temperature: float) -> Checked:
         """Check the teacher's tensors against the student's and the options of the loss."""
@@ -34,11 +34,11 @@ class TeacherKind:
 def check_number(name: str, value: object) -> None:
     """Raise ``TypeError`` unless the value is a Python number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} must be a Python number, got {type(value).__name__} (of a tensor take .item())")
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__} (use .item() to convert a tensor)")
 
 
 def check_floating(name: str, tensor: object) -> None:
-    """Raise ``TypeError`` unless it is a tensor of one of the four floating dtypes."""
+    """Raise ``TypeError`` unless the argument is a tensor of one of the four floating dtypes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPE_NAMES:
@@ -72,7 +72,7 @@ def check_ids(name: str, ids: Tensor) -> None:
 
 
 def check_beside(name: str, tensor: Tensor, ids: Tensor) -> None:
-    """Check that the values of a sparse teacher are of its ids' shape and device."""
+    """Check that the values of a sparse teacher have the shape and device of its ids."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.shape != ids.shape:

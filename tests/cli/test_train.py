@@ -430,7 +430,7 @@ def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, s
         result = train(*arguments, "--output-dir", str(tmp_path / "sparse"), "--cache", topk[0], "--divergence", "forward_kl", *more)
         assert result.exit_code == 0, result.output
     warm = [*arguments, "--output-dir", str(tmp_path / "warm"), "--cache", topk[0], "--divergence", "forward_kl", "--plan"]
-    assert "temperature=2.0, but the teacher's log-probabilities were taken at 1.0" in train(*warm, "--temperature", "2").output
+    assert "temperature=2.0, but the teacher's log-probabilities were computed at 1.0" in train(*warm, "--temperature", "2").output
     warm[warm.index(topk[0])] = str(tmp_path / "warmer")
     made = ["--out", str(tmp_path / "warmer"), *topk[1:], "--temperature", "2"]
     assert train("cache", "--teacher", str(home / "teacher"), "--data", str(both), *made).exit_code == 0
