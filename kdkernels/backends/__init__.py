@@ -1,4 +1,4 @@
-"""Row kernels: what a backend must have. ``selection`` finds the backends, describes the devices, and chooses a backend for a call."""
+"""Row kernels: the interface of a backend. ``selection`` finds the backends, describes devices, and chooses a backend for each call."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """Row kernels, as a module or an object. Another package adds its own by an entry point in the group ``kdkernels.backends``.
+    """Row kernels, as a module or an object. Other packages add a backend with an entry point in the group ``kdkernels.backends``.
 
-    ``head_rows`` (with the primitives of one side) and the two functions of softmax may be missing: these calls then go to another backend.
+    ``head_rows`` (the quantities of one side) and the two softmax functions are optional. Without them, another backend runs these calls.
     """
 
     @property
     def DEVICE_TYPES(self) -> Sequence[str]:
-        """Types of the devices that ``backend="auto"`` uses it for, such as ``("xpu",)``."""
+        """Device types for which ``backend="auto"`` uses this backend, such as ``("xpu",)``."""
 
     def unavailable(self, device: Device, dtypes: tuple[Dtype, ...]) -> str | None:
-        """Return why it cannot run on logits of these dtypes there, or None."""
+        """Return the reason why the backend cannot run on this device with logits of these dtypes, or None."""
 
     def state_scales(self, call: Call) -> tuple[float, float]:
-        """Return what the logits in its states are multiplied by to be logits, for the student and the teacher."""
+        """Return the factors that convert logits stored in a state to logits, for the student and the teacher."""
 
     def rows(self, call: Call, batch: RowBatch, stages: Stage) -> None:
-        """Run the named stages of each row. What an earlier stage writes to the state is read from there if the stage is not named."""
+        """Run the given stages on each row. The results of stages that are not given are read from the state."""
 
     def head_rows(self, call: Call, batch: HeadBatch, stages: Stage) -> None:
-        """Run the named stages of each row of one side.
+        """Run the given stages on each row of one side.
 
-        NORMALISERS: log-sum-exp. SUMS: entropy, log-probabilities, the largest, draws, whichever the batch has room for. GRADIENT: dz.
+        NORMALISERS: log-sum-exp. SUMS: entropy, log-probabilities, top-k and draws, each if the batch has a tensor for it. GRADIENT: dz.
         """
 
     def softmax_rows(self, x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
-        """Write ``softmax(x / T)``, or its logarithm, of ``[C, V]`` with unit stride along V; ``out`` may be x."""
+        """Write ``softmax(x / T)`` or its logarithm to ``out``. Both are ``[C, V]`` with unit stride along V; ``out`` may be x."""
 
     def softmax_gradient_rows(self, y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
-        """Write the gradient by x from that result and the gradient by it; ``out`` may be either."""
+        """Write the gradient by x to ``out``, from the softmax's result y and its gradient dy. ``out`` may be y or dy."""
 
 
 Product: TypeAlias = "Callable[[Tensor, Tensor, Tensor], None]"
@@ -52,7 +52,7 @@ Product: TypeAlias = "Callable[[Tensor, Tensor, Tensor], None]"
 
 @runtime_checkable
 class OwnProduct(Protocol):
-    """A backend that can also multiply hidden states and a head, where torch would widen the operands."""
+    """A backend that can multiply hidden states and a head in cases where torch would have to widen the operands."""
 
     def product_of(self, weight: Tensor, dtype: Dtype, result: Dtype) -> Product | None:
-        """Return its product for such a head, operands in ``dtype`` and ``out`` in ``result``; or None."""
+        """Return the product for this head with operands in ``dtype`` and ``out`` in ``result``, or None."""

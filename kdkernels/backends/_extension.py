@@ -1,4 +1,4 @@
-"""The compiled extension ``kdkernels._C``: its only importer, its argument records, and the check of every address that it is given."""
+"""The only importer of the compiled extension ``kdkernels._C``: builds its argument records and checks every tensor passed to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..fused.call import Call
 
 INTERFACE = 3
-"""Number of the compiled extension that this file calls: another one whenever the arguments or their meaning change."""
+"""Version of the compiled extension's interface. Increment it when the arguments or their meaning change."""
 
 _MISSING: str | None = None
 try:
@@ -22,27 +22,27 @@ try:
     if getattr(_C, "interface", 1) != INTERFACE:
         _MISSING = "the compiled extension kdkernels._C was built from other sources: run pip install again"
 except ImportError as error:
-    _MISSING = f"the compiled extension kdkernels._C is not there ({error}): reinstall where a C++17 compiler is found"
+    _MISSING = f"the compiled extension kdkernels._C cannot be imported ({error}): reinstall kdkernels with a C++17 compiler on PATH"
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NORMALIZERS = {"softmax": 0, "mean": 1, "none": 2}
 
 
 def contents() -> dict[str, list[str]]:
-    """Return the CPU instruction sets that are compiled in and that this processor runs, best first, and the CUDA targets.
+    """Return the compiled CPU instruction sets that this processor supports, best first, and the compiled CUDA targets.
 
-    Empty without the extension.
+    Returns an empty dict without the extension.
     """
     return {} if _MISSING else {"cpu instruction sets": _C.cpu_isas(), "cuda targets": _C.cuda_targets()}
 
 
 def missing() -> str | None:
-    """Return why the compiled extension cannot be used, or None."""
+    """Return the reason why the compiled extension cannot be used, or None."""
     return _MISSING
 
 
 def row_arguments(call: Call, batch: RowBatch, stages: Stage, device_type: str) -> _C.RowArguments:
-    """Return the record of a call of two sides."""
+    """Return the argument record of a call with two sides."""
     a, b = call.divergence.kernel_parameters
     count, vocab = batch.student.shape
     dtype = call.compute_dtype
@@ -109,7 +109,7 @@ def head_arguments(call: Call, batch: HeadBatch, stages: Stage, device_type: str
         args.first_row = batch.first_row
         if device_type == "cpu":
             args.seed = int(batch.seed) % 2**64
-        else:  # read there: nothing waits for it
+        else:  # pass the device pointer: reading the value would synchronise
             args.seed_at = address("seed", batch.seed.view(1), (1,), torch.int64)
     return args
 
@@ -117,7 +117,7 @@ def head_arguments(call: Call, batch: HeadBatch, stages: Stage, device_type: str
 def softmax_arguments(
     x: Tensor, dy: Tensor | None, out: Tensor, temperature: float, logarithm: bool, device_type: str
 ) -> _C.SoftmaxArguments:
-    """Return the record of a softmax, or with ``dy`` of its gradient."""
+    """Return the argument record of a softmax or, with ``dy``, of its gradient."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     args = _C.SoftmaxArguments()
     args.x = _side(x, None, Transform(), dtype, device_type)

@@ -1,4 +1,4 @@
-"""Row kernels in CUDA C++, of the same compiled extension as the CPU's: see csrc/cuda and docs/kernels.md."""
+"""The backend "cuda": row kernels in CUDA C++, in the compiled extension. See csrc/cuda and docs/kernels.md."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _Arguments = TypeVar("_Arguments")
 
 
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Return why it cannot run there, or None."""
+    """Return the reason why the backend cannot run on this device with logits of these dtypes, or None."""
     if (reason := _extension.missing()) is not None:
         return reason
     targets = _extension.contents()["cuda targets"]
     if not targets:
-        return "the extension was built without CUDA: reinstall where nvcc is found, with KDKERNELS_CUDA=1"
+        return "the extension was built without CUDA: reinstall with KDKERNELS_CUDA=1 and nvcc on PATH"
     if device.type != "cuda":
         return f"it needs a GPU, and the tensors are on {device.type}"
     if torch.float64 in dtypes:
-        return "float64 is for the torch backend: the CUDA kernels compute in float32"
+        return "the CUDA kernels compute in float32: use the torch backend for float64"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if torch.version.hip is not None:
@@ -38,34 +38,34 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | 
     if not covers(targets, capability):
         return (
             f"the extension was built for {', '.join(targets)}, and {device} has capability {'.'.join(map(str, capability))}: "
-            "reinstall with KDKERNELS_CUDA_ARCHS naming it"
+            f"reinstall with KDKERNELS_CUDA_ARCHS={''.join(map(str, capability))}"
         )
     return None
 
 
 def covers(targets: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Return whether a GPU runs one of the targets: machine code of its generation (``"90a"``: of that very one), or the newest's PTX."""
+    """Return whether a GPU can run one of the targets: machine code for its major version (``"90a"``: only 9.0), or the newest PTX."""
     generations = [(divmod(int(t.rstrip("af")), 10), t[-1].isdigit()) for t in targets]
     runs = any((of == capability) if not plain else (of[0] == capability[0] and of[1] <= capability[1]) for of, plain in generations)
     return runs or capability >= max(of for of, _ in generations)
 
 
 def state_scales(call: Call) -> tuple[float, float]:
-    """Return what the logits in a state are multiplied by to be logits: nothing."""
+    """Return 1 for both sides: states hold logits."""
     return 1.0, 1.0
 
 
 def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
-    """Launch a batch on the current stream of its own device, without waiting for it.
+    """Launch a batch on the current stream of its device, without synchronising.
 
-    NORMALISERS and SUMS run together. Without them, GRADIENT sums slopes that jump again, whether SUMS are asked for or not.
+    NORMALISERS and SUMS run together. Without them, GRADIENT always computes the sums of slopes that jump again, even without SUMS.
     """
     _check_stages(stages)
     _launch(_extension._C.cuda_rows, _extension.row_arguments(call, batch, stages, "cuda"), batch.student)
 
 
 def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
-    """Launch a batch of one side. More of the largest than shared memory has room for (4096) are found by torch's sort."""
+    """Launch a batch of one side. A top-k larger than shared memory can hold (4096) uses torch's sort."""
     if batch.top_ids is not None and batch.top_ids.shape[1] > _extension._C.cuda_most_top:
         torch_rows.head_rows(call, batch, stages)
         return
@@ -73,18 +73,18 @@ def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
 
 
 def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
-    """``softmax(x / T)`` or its logarithm."""
+    """Write ``softmax(x / T)`` or its logarithm to ``out``."""
     _launch(_extension._C.cuda_softmax_rows, _extension.softmax_arguments(x, None, out, temperature, logarithm, "cuda"), x)
 
 
 def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
-    """The gradient by x, from ``softmax_rows``' result and the gradient by it."""
+    """Write the gradient by x to ``out``, from the softmax's result y and its gradient dy."""
     _launch(_extension._C.cuda_softmax_rows, _extension.softmax_arguments(y, dy, out, temperature, logarithm, "cuda"), y)
 
 
 def _check_stages(stages: Stage) -> None:
     if stages & FORWARD not in (FORWARD, Stage(0)) and stages != Stage.SUMS | Stage.GRADIENT:
-        raise NotImplementedError(f"the CUDA kernels find normalisers and sums in one call, and were asked for {stages!r}: use Triton's")
+        raise NotImplementedError(f"the CUDA kernels cannot run {stages!r} alone: NORMALISERS and SUMS need one call; use backend='triton'")
 
 
 def _launch(kernel: Callable[[_Arguments, int], None], arguments: _Arguments, where: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Traits of devices, the registry of backends, and which of them runs a call."""
+"""Traits of devices, the registry of backends, and the choice of a backend for a call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..support.errors import UserError
 from . import Backend
 
 GROUP = "kdkernels.backends"
-"""Entry points of other packages' backends. They are read at the first unknown backend or device type, never at import."""
+"""Entry-point group for backends of other packages. It is read at the first unknown backend or device type, never at import."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class _BuiltIn:
     """A backend of this package."""
 
     load: Callable[[], Backend]
-    """Imports its module, at the first use."""
+    """Import the backend's module at its first use."""
     auto: dict[str, int]
-    """Its place among those that "auto" tries, by device type."""
+    """Position in the order of "auto", by device type."""
 
 
 _BUILT_IN: dict[str, _BuiltIn] = {}
@@ -38,7 +38,7 @@ def _built_in(name: str, **auto: int) -> Callable[[Callable[[], Backend]], None]
 
 
 # mypy checks that each of these modules is a Backend.
-# The CUDA C++ kernels come second until they have been measured on a GPU: ``backend="cuda"`` runs them.
+# The CUDA C++ kernels come second until they are measured on a GPU; ``backend="cuda"`` selects them.
 @_built_in("cuda", cuda=2)
 def _cuda() -> Backend:
     from . import cuda
@@ -73,24 +73,24 @@ NAMES = (*_BUILT_IN, "reference")
 
 @dataclass(frozen=True)
 class Traits:
-    """Traits of a type of device. The defaults hold for a device that nothing is known of."""
+    """Traits of a device type. The defaults are for unknown device types."""
 
     wide_products: bool = False
-    """Its matrix product reads 16-bit operands and writes float32."""
+    """The matrix product can read 16-bit operands and write float32."""
     host_memory: bool = False
-    """The host reads and writes its memory, and rows that are worked on in small tiles stay in a core's cache."""
+    """The memory is host memory, and rows processed in small tiles stay in a core's cache."""
     asynchronous: bool = True
-    """A launch returns before the work is done, so that reading a result on the host waits."""
+    """Launches are asynchronous: reading a result on the host waits for the device."""
     recycled_pages: bool = False
-    """Fresh memory costs page faults when it is first touched: the package keeps memory from call to call."""
+    """The first write to new memory causes page faults, so memory is reused between calls."""
     graphs: bool = False
-    """Work can be captured into a CUDA graph, during which the host must not read anything."""
+    """Work can be captured into a CUDA graph; during capture the host must not read device memory."""
     narrow_gradients: bool = False
-    """Logit gradients are held in the dtype of the products that they go into, even where the logits are wider."""
+    """Logit gradients are stored in the dtype of the products that read them, even if the logits are wider."""
     enough_rows: int | None = None
-    """Rows of a chunk beyond which the matrix products get no faster; None: not known."""
+    """Rows per chunk above which the matrix products are not faster; None if unknown."""
     cheap_bytes: int = 0
-    """Chunk buffers up to this size are used in any case."""
+    """Chunk buffers up to this size are always used."""
 
 
 _CPU = Traits(host_memory=True, asynchronous=False, recycled_pages=True, enough_rows=1024, cheap_bytes=256 << 20)
@@ -101,7 +101,7 @@ _UNKNOWN = Traits()
 
 
 def traits(device: torch.device | str) -> Traits:
-    """Return the traits of a device, or of a type of device."""
+    """Return the traits of a device or device type."""
     return _KNOWN.get(device.partition(":")[0] if isinstance(device, str) else device.type, _UNKNOWN)
 
 
@@ -111,12 +111,12 @@ def capturing(device: torch.device) -> bool:
 
 
 class BackendUnavailable(UserError):
-    """A backend that was asked for by name cannot run here; the message says why."""
+    """The backend selected by name cannot run here. The message gives the reason."""
 
 
 @lru_cache(maxsize=1)
 def foreign() -> dict[str, EntryPoint]:
-    """Return the entry points of other packages' backends by name; those named like a built-in one, and "auto", are left out."""
+    """Return the entry points of other packages' backends by name, without those named like a built-in backend or "auto"."""
     return {point.name: point for point in entry_points(group=GROUP) if point.name not in (*NAMES, "auto")}
 
 
@@ -125,7 +125,7 @@ def load(name: str) -> Backend:
     """Return a backend by its name.
 
     Raises:
-        ImportError: it cannot be imported, or lacks what every backend must have.
+        ImportError: the backend cannot be imported, or required functions are missing.
     """
     if name in _BUILT_IN:
         return _BUILT_IN[name].load()
@@ -140,9 +140,9 @@ def load(name: str) -> Backend:
 
 
 def auto_order(device_type: str) -> tuple[str, ...]:
-    """Return the backends that "auto" tries on a type of device, in order.
+    """Return the backends that "auto" tries on a device type, in order.
 
-    On a device that no built-in backend declares: those of other packages that declare it, then torch.
+    For device types that no built-in backend declares: the backends of other packages that declare it, then torch.
     """
     places = {name: built_in.auto[device_type] for name, built_in in _BUILT_IN.items() if device_type in built_in.auto}
     if places:
@@ -154,15 +154,15 @@ def _declared(name: str) -> tuple[str, ...]:
     try:
         return tuple(getattr(load(name), "DEVICE_TYPES", ()))
     except ImportError:
-        return ()  # asked for by name, it says why
+        return ()  # not for "auto"; selecting it by name raises the reason
 
 
 def unavailable(name: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str | None:
-    """Return why ``name`` cannot run on such tensors, or None.
+    """Return the reason why the backend ``name`` cannot run on such tensors, or None.
 
     Args:
         name: one of ``NAMES`` or ``foreign()``.
-        device: the tensors'; ``"cuda"`` is the current GPU.
+        device: device of the tensors; ``"cuda"`` is the current GPU.
         dtypes: storage dtypes of the logits of both sides.
         kernels: ``"rows"`` (two sides), ``"head_rows"`` (one side) or ``"softmax_rows"``, as in ``Backend``.
     """
@@ -185,7 +185,7 @@ def _exactly(device: torch.device | str) -> torch.device:
 
 
 def check_name(backend: str) -> None:
-    """Raise ValueError for a name that no backend has; the message lists the valid ones."""
+    """Raise ``ValueError`` for an unknown backend name. The message lists the valid names."""
     if backend != "auto" and backend not in NAMES and backend not in foreign():
         raise ValueError(f"backend {backend!r} is unknown; valid names: auto, {', '.join((*NAMES, *foreign()))}")
 
@@ -201,23 +201,23 @@ def _select(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...],
 
 
 def select(backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows") -> str:
-    """Return the backend to run: the one that was asked for, or the best that can.
+    """Return the backend to run: the one selected by name, or for "auto" the first that can run.
 
     Raises:
-        ValueError: unknown name; the message lists the valid ones.
-        BackendUnavailable: an explicit choice cannot run; only "auto" falls back.
+        ValueError: unknown name; the message lists the valid names.
+        BackendUnavailable: the backend selected by name cannot run. Only "auto" falls back.
     """
     return _select(backend, _exactly(device), dtypes, kernels)
 
 
-# As torch.compiler.assume_constant_result does, which imports torch._dynamo: two seconds more of every start.
+# Same as torch.compiler.assume_constant_result, which would import torch._dynamo and add two seconds to every start.
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def not_chosen(
     chosen: str, backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], kernels: str = "rows"
 ) -> dict[str, str]:
-    """Return the reason for every built-in backend other than the chosen one, and for those of other packages that "auto" tried."""
+    """Return the reason against each built-in backend that was not chosen, and against other packages' backends that "auto" tried."""
     device_type = torch.device(device).type
     order = auto_order(device_type)
 
@@ -225,9 +225,9 @@ def not_chosen(
         if (why := unavailable(name, device, dtypes, kernels)) is not None:
             return why
         if backend != "auto":
-            return f"backend={backend!r} was asked for"
+            return f"backend={backend!r} was selected"
         if name in order:
             return f"{chosen} comes first"
-        return "dense and slow: for checks only" if name == "reference" else f"never chosen by itself on {device_type}"
+        return "dense and slow: for checks only" if name == "reference" else f'"auto" never chooses it on {device_type}'
 
     return {name: reason(name) for name in dict.fromkeys((*NAMES, *order)) if name != chosen}

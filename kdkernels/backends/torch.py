@@ -1,4 +1,4 @@
-"""Row kernels in plain torch: any device, any dtype. Rows go through in tiles small enough for the temporaries to stay in cache."""
+"""The backend "torch": row kernels in plain torch for any device and dtype. Rows are processed in tiles whose temporaries fit in cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .rows import STATE, STATS, HeadBatch, RowBatch, Stage, Transform
 from .selection import traits
 
 CACHED_TILE, TILE = 1 << 18, 1 << 22
-"""Elements of a tile: a few temporaries of it stay in the L2 cache of a CPU's core; for other devices, enough work for a launch."""
+"""Elements of a tile. On a CPU a few temporaries of this size fit in a core's L2 cache; elsewhere a tile is enough work per launch."""
 
 
 DEVICE_TYPES: tuple[str, ...] = ()
@@ -27,24 +27,24 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | 
 
 
 def state_scales(call: Call) -> tuple[float, float]:
-    """Return what the logits in a state are multiplied by to be logits: nothing."""
+    """Return 1 for both sides: states hold logits."""
     return 1.0, 1.0
 
 
 def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
-    """Runs a batch tile by tile."""
+    """Run a batch tile by tile."""
     for r in _tiles(batch.student):
         _tile(call, batch, r, stages)
 
 
 def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
-    """Runs a batch of one side tile by tile."""
+    """Run a batch of one side tile by tile."""
     for r in _tiles(batch.logits):
         _head_tile(call, batch, r, stages)
 
 
 def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
-    """``softmax(x / T)`` or its logarithm."""
+    """Write ``softmax(x / T)`` or its logarithm to ``out``."""
     function = torch.log_softmax if logarithm else torch.softmax
     for r in _tiles(x):
         wide = _widen(x[r])
@@ -52,7 +52,7 @@ def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) ->
 
 
 def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
-    """The gradient by x, from ``softmax_rows``' result and the gradient by it."""
+    """Write the gradient by x to ``out``, from the softmax's result y and its gradient dy."""
     for r in _tiles(y):
         wide, upstream = _widen(y[r]), _widen(dy[r])
         if logarithm:
@@ -73,7 +73,7 @@ def _tiles(logits: Tensor) -> Iterator[slice]:
 
 
 def _load(z: Tensor, bias: Tensor | None, t: Transform, dtype: torch.dtype) -> Tensor:
-    """Logits of a tile in the compute dtype: a view of them if nothing had to be done."""
+    """Return the logits of a tile in the compute dtype, as a view if no conversion is necessary."""
     z = z.to(dtype)
     if bias is not None:
         z = z + bias
@@ -81,24 +81,24 @@ def _load(z: Tensor, bias: Tensor | None, t: Transform, dtype: torch.dtype) -> T
 
 
 def _exponentials(z: Tensor, top: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
-    """``x = (z - top) / T`` and exp(x), ``[C, V]``; a row without a finite largest logit is taken as it is."""
+    """Return ``x = (z - top) / T`` and exp(x), ``[C, V]``. In rows whose largest logit is -inf, top is not subtracted."""
     x = _over_temperature(z, top.masked_fill(top == -math.inf, 0.0), inv_temperature)
     return x, x.exp()
 
 
 def _softmax(x: Tensor, e: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-softmax and softmax from ``_exponentials`` and their sum ``[C]``, in place."""
+    """Compute log-softmax and softmax in place from the results of ``_exponentials`` and their sum ``[C]``."""
     total = total.unsqueeze(-1)
     return x.sub_(total.log()), e.div_(total)
 
 
 def _shifted(z: Tensor, top: Tensor, rest: Tensor, inv_temperature: float) -> Tensor:
-    """``(z - top) / T - rest``, the normaliser's two parts ``[C]``: see STATE."""
+    """Return ``(z - top) / T - rest``. ``top`` and ``rest`` ``[C]`` are the two parts of the normaliser: see STATE."""
     return _over_temperature(z, top, inv_temperature).sub_(rest.unsqueeze(-1))
 
 
 def _over_temperature(z: Tensor, top: Tensor, inv_temperature: float) -> Tensor:
-    """``(z - top) / T``, top ``[C]``."""
+    """Return ``(z - top) / T``, top ``[C]``."""
     difference = z - top.unsqueeze(-1)
     return difference if inv_temperature == 1.0 else difference.mul_(inv_temperature)
 
@@ -122,7 +122,7 @@ def _tile(call: Call, batch: RowBatch, r: slice, stages: Stage) -> None:
 
 
 class _Tile:
-    """Some rows of a batch, small enough for their temporaries to stay in cache."""
+    """A few rows of a batch, whose temporaries fit in cache."""
 
     def __init__(self, call: Call, batch: RowBatch, r: slice) -> None:
         self.call, self.batch, self.r = call, batch, r
@@ -132,7 +132,7 @@ class _Tile:
         self.state = dict(zip(STATE, batch.state[:, r], strict=True))
         self.labels = batch.labels[r].unsqueeze(-1) if batch.labels is not None and call.needs_ce else None
         self.weight = None if batch.weight is None else batch.weight[r]
-        self.exponentials: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # x and exp(x) of the student, of the teacher
+        self.exponentials: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # x and exp(x) of the student, then of the teacher
         self.softmaxes: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -140,7 +140,7 @@ class _Tile:
         return self.divergence.normalizer == "softmax" or self.batch.stats is not None
 
     def find_normalisers(self) -> None:
-        """Write the normalisers of the rows to the state."""
+        """Compute the normalisers of the rows and write them to the state."""
         state, inv_t = self.state, self.call.inv_temperature
         if self.needs_softmax or self.labels is not None:
             state["top_s"][:] = self.student.amax(-1)
@@ -156,13 +156,13 @@ class _Tile:
             target = self.student.gather(-1, self.labels.clamp(min=0)).masked_fill_(self.labels < 0, -math.inf)
             state["target"][:] = target.squeeze(-1)
         if self.divergence.normalizer == "mean":
-            kept = (self.student != -math.inf) | (self.teacher != -math.inf)
-            state["columns"][:] = kept.sum(-1)
+            present = (self.student != -math.inf) | (self.teacher != -math.inf)
+            state["columns"][:] = present.sum(-1)
             for name, z, other in (("mean_s", self.student, self.teacher), ("mean_t", self.teacher, self.student)):
                 state[name][:] = row_mean(z, other).squeeze(-1)
 
     def softmax(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-softmaxes and softmaxes at T of the student and the teacher."""
+        """Return log-softmax and softmax at T of the student and of the teacher."""
         if self.softmaxes is None:
             state, inv_t = self.state, self.call.inv_temperature
             x, e, u, f = self.exponentials or (
@@ -173,7 +173,7 @@ class _Tile:
         return self.softmaxes
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the divergence is given: its two arguments ``[C, V]`` and their exponentials, if these mean anything to it."""
+        """Return the divergence's arguments: log q and log p (or centred logits) ``[C, V]``, and q and p if the divergence uses them."""
         if self.divergence.normalizer == "softmax":
             return self.softmax()
         inv_t, zero = self.call.inv_temperature, torch.zeros_like(self.state["mean_s"])
@@ -185,7 +185,7 @@ class _Tile:
         return x, u, x, u
 
     def find_sums(self, terms: Sequence[Tensor]) -> None:
-        """Write the sums of the rows to the state, and loss and statistics where there is room for them."""
+        """Write the sums of the rows to the state, and loss and statistics if the batch has tensors for them."""
         call, batch, r, state = self.call, self.batch, self.r, self.state
         sums = [term.sum(-1) for term in terms[: self.divergence.num_sums]]
         for i, total in enumerate(sums):
@@ -224,10 +224,10 @@ class _Tile:
             _, coefficients = self.divergence.finish(sums)
             dz = self.divergence.slope(terms, coefficients)
             if self.divergence.normalizer == "softmax":
-                # The slope may be a view of p; q is this tile's own.
+                # In place: q and the slope, which may be a view of p, are temporaries of this tile.
                 dz = dz.sub_(q.mul_(coefficients[0]))
             dz = dz.mul_(call.slope_scale)
-        else:  # 0 times an infinite slope would be NaN
+        else:  # 0 * inf would be NaN
             dz = torch.zeros_like(self.student)
         if call.ce_weight and self.labels is not None:
             _, one = _exponentials(self.student, state["top_s"], 1.0)
@@ -269,7 +269,7 @@ def _head_tile(call: Call, batch: HeadBatch, r: slice, stages: Stage) -> None:
         top = largest(z, batch.top_ids.shape[1])
         batch.top_ids[r], batch.top_logprobs[r] = top, log_q.gather(-1, top)
     if batch.draws is not None and batch.seed is not None:
-        # From the logits as they are stored, in double: see philox.draw.
+        # In float64 from the stored logits: see philox.draw.
         bias = None if batch.bias is None else batch.bias.double()
         exact = _load(batch.logits[r], bias, call.student, torch.float64)
         exact = (exact - row_top(exact)).mul_(call.inv_temperature)
@@ -290,7 +290,7 @@ def _head_tile(call: Call, batch: HeadBatch, r: slice, stages: Stage) -> None:
     else:
         dz = q.mul_(constant.unsqueeze(-1))
     if d_ids is not None and ids is not None:
-        # Accumulating index_put_ adds in a fixed order where ids repeat, unlike scatter_add_ on a GPU.
+        # For repeated ids, index_put_(accumulate=True) adds in a fixed order, unlike scatter_add_ on a GPU.
         dz.index_put_((torch.arange(len(ids), device=ids.device).unsqueeze(-1).expand_as(ids), ids), d_ids, accumulate=True)
     dz.mul_(call.student.scale * call.inv_temperature * batch.dz_scale)
     if call.student.softcap is not None:
@@ -299,12 +299,12 @@ def _head_tile(call: Call, batch: HeadBatch, r: slice, stages: Stage) -> None:
 
 
 def largest(z: Tensor, k: int) -> Tensor:
-    """``[C, k]`` int64: columns of the k largest of each row, falling; among equals the first ones. NaN counts as -inf."""
+    """Return ``[C, k]`` int64: columns of each row's k largest values in falling order, ties by column. NaN counts as -inf."""
     z = z.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if z.dtype == torch.float64:
         return z.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    # topk says nothing of ties: so let there be none. A float32's bits, as an integer, order like it once negative ones are turned
-    # round; below them goes the column, rising ones first.
+    # torch.topk has no fixed order for ties, so build keys without ties: the high bits are the float32's bits, which as an integer sort
+    # like the float once negative ones are flipped; the low bits are the column, so that smaller columns come first.
     bits = (z + 0.0).view(torch.int32).to(torch.int64)  # -0.0 + 0.0 = 0.0
     ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
     columns = torch.arange(z.shape[1], device=z.device)

@@ -372,8 +372,8 @@ def test_plan_counts_the_students_logits_alone() -> None:
         ("renorm", "reverse_kl", "forward_kl, jsd, or tail='bucket'"),
         ("zero", "reverse_kl", "tail='bucket'"),
         ("zero", "jsd", "tail='bucket'"),
-        ("sampled", "reverse_kl", "Take forward_kl"),
-        ("sampled", "jsd", "Take forward_kl"),
+        ("sampled", "reverse_kl", "Use forward_kl"),
+        ("sampled", "jsd", "Use forward_kl"),
         ("bucket", "total_variation", "forward_kl, jsd, reverse_kl"),
     ],
 )

@@ -25,9 +25,9 @@ DEVICE_TYPES = ("cuda",)
 
 
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Return why it cannot run there, or None."""
+    """Return the reason why the backend cannot run on this device with logits of these dtypes, or None."""
     if torch.float64 in dtypes:
-        return "float64 is for the torch backend: Triton passes scalars in float32"
+        return "Triton passes scalars in float32: use the torch backend for float64"
     if _INTERPRETED:
         return None
     if device.type != "cuda":
@@ -35,47 +35,49 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | 
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     capability = torch.cuda.get_device_capability(device)
-    found = f"and {device} has {'.'.join(map(str, capability))}"
+    actual = f"but {device} has {'.'.join(map(str, capability))}"
     if torch.version.hip is not None:
-        # Others may run a program's warps on two L1 caches: whether a gradient may lie over its logits there has not been checked.
-        return None if capability[0] == 9 else f"of AMD's GPUs it needs gfx9 (CDNA), {found}"
-    return None if capability >= (8, 0) else f"it needs compute capability 8.0, {found}"
+        # Other GPUs may run the warps of a program on two L1 caches. Whether gradients can overwrite their logits there is untested.
+        return None if capability[0] == 9 else f"on AMD GPUs it needs gfx9 (CDNA), {actual}"
+    return None if capability >= (8, 0) else f"it needs compute capability 8.0, {actual}"
 
 
 def _transforms(call: Call) -> tuple[int, int]:
-    """What the kernel of two sides does to logits as it reads them. A positive scale is part of the factor of the differences between
-    logits instead, where it costs nothing."""
+    """Return the transforms that the two-side kernel applies to each side's logits as it reads them.
+
+    A positive scale is not one of them: it is part of the factor that multiplies differences of logits, at no cost.
+    """
     return _transform(call.student, call.student.scale > 0), _transform(call.teacher, call.teacher.scale > 0)
 
 
 def state_scales(call: Call) -> tuple[float, float]:
-    """Return what the logits in a state are multiplied by to be logits."""
+    """Return the factors that convert logits stored in a state to logits."""
     student, teacher = _transforms(call)
     return 1.0 if student else call.student.scale, 1.0 if teacher else call.teacher.scale
 
 
 def _transform(t: Transform, plain: bool) -> int:
-    """What a kernel does to a logit as it reads it: nothing if ``plain`` and without softcap."""
+    """Return the transform that a kernel applies to a logit as it reads it: none if ``plain`` and without softcap."""
     if t.softcap is not None:
         return int(CAPPED.value)
     return 0 if plain else int(SCALED.value)
 
 
 def _factors(t: Transform, transform: int, *units: float) -> tuple[float, ...]:
-    """What turns a logit, as a kernel has read it, into units; finite, so that 0 stays 0."""
+    """Return the factors from a logit, as the kernel reads it, to each of ``units``. They are finite, so that 0 stays 0."""
     return tuple(min(unit if transform else unit * t.scale, _LARGEST) for unit in units)
 
 
 def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
-    """One launch: a program per row."""
+    """Launch the two-side kernel once, with one program per row."""
     count, vocab = batch.student.shape
     if not count:
         return
     a, b = call.divergence.kernel_parameters
     functions = FUNCTIONS[call.divergence.name]
     transforms = _transforms(call)
-    given = (batch.student_bias, batch.teacher_bias, batch.labels, batch.stats)
-    launch = choose(vocab, any(transforms) or any(t is not None for t in given), functions.block_rows)
+    optional = (batch.student_bias, batch.teacher_bias, batch.labels, batch.stats)
+    launch = choose(vocab, any(transforms) or any(t is not None for t in optional), functions.block_rows)
     unit = call.inv_temperature * (_LOG2E if call.divergence.normalizer == "softmax" else 1.0)
     with _on_device(batch.student):
         kd_rows_kernel[(count,)](
@@ -98,7 +100,7 @@ def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
 
 
 def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
-    """A launch for statistics and gradient, another for draws. The largest are found by ``torch.topk``, which we do not beat."""
+    """Launch one kernel for statistics and gradient and one for draws. Top-k uses ``torch.topk``, which we do not beat."""
     count, vocab = batch.logits.shape
     if not count:
         return
@@ -122,7 +124,7 @@ def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
             launch = choose_sample(vocab)
             exact = batch.logits.new_empty(3, dtype=torch.float64)
             for slot, number in zip(exact, (call.inv_temperature, t.scale, t.softcap or 0.0), strict=True):
-                slot.fill_(number)  # on the device: a copy from the host would wait, and no CUDA graph could record it
+                slot.fill_(number)  # fill_ runs on the device; a host copy would synchronise and cannot be captured in a CUDA graph
             sample_rows_kernel[(count * batch.draws.shape[1],)](
                 batch.logits, batch.bias, batch.top, batch.log_sum, batch.seed, exact, batch.draws,
                 batch.logits.stride(0), vocab, batch.draws.shape[1], batch.first_row,
@@ -132,7 +134,7 @@ def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
 
 
 def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
-    """``softmax(x / T)`` or its logarithm, a program per row."""
+    """Write ``softmax(x / T)`` or its logarithm to ``out``, with one program per row."""
     count, vocab = x.shape
     launch = choose_softmax(vocab, 1)
     with _on_device(x):
@@ -143,7 +145,7 @@ def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) ->
 
 
 def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
-    """The gradient by x, from ``softmax_rows``' result and the gradient by it."""
+    """Write the gradient by x to ``out``, from the softmax's result y and its gradient dy."""
     count, vocab = y.shape
     launch = choose_softmax(vocab, 2)
     with _on_device(y):
@@ -154,5 +156,5 @@ def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float
 
 
 def _on_device(tensor: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device: make it the tensors' own. Does nothing for a CPU tensor."""
+    """Make the tensor's device current, because Triton launches on the current device. Does nothing for a CPU tensor."""
     return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)

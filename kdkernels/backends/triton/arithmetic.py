@@ -9,15 +9,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as it was when the kernels were decorated
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the value when the kernels were decorated
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the most negative finite float32
 NEGLIGIBLE = tl.constexpr(-256.0)  # 2 ** -256 is 0 in float32
 _NUMPY = tl.constexpr(INTERPRETED)
 FAST_LOG2 = tl.constexpr(not INTERPRETED and torch.version.hip is None)
-"""``lg2.approx``, one instruction, is NVIDIA's alone. Within [0.5, 2] it is off by up to 2**-22, whatever its result."""
+"""``lg2.approx`` is a single instruction that only NVIDIA has. Within [0.5, 2] its absolute error is up to 2**-22, even near log2(1)."""
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def fast_log2(x):
 
 @triton.jit
 def at_least(x, low):
-    """``max(x, low)``, and ``low`` where x is NaN: as a GPU's maximum is, and numpy's is not."""
+    """Return ``max(x, low)``, and ``low`` where x is NaN. This is a GPU's maximum; numpy's returns NaN."""
     if _NUMPY:
         x = tl.where(x != x, low, x)
     return tl.maximum(x, low)
@@ -38,7 +38,7 @@ def at_least(x, low):
 
 @triton.jit
 def exp2m1(x):
-    """``2 ** x - 1``: near 0 a series that is good to 2e-8, where the difference would lose digits."""
+    """Return ``2 ** x - 1``. Near 0, where the subtraction would lose digits, a series with an error of 2e-8."""
     t = x * LN2
     series = t * (1.0 + t * (0.5 + t * (0.16666667 + t * (0.041666668 + t * (0.008333334 + t * 0.0013888889)))))
     return tl.where(tl.abs(x) < 0.36, series, tl.exp2(x) - 1.0)

@@ -1,7 +1,7 @@
-"""The divergences as jit functions of a block of columns: the twins of the ``terms`` in ``kdkernels.divergences``.
+"""The divergences as jit functions of a block of columns: counterparts of the ``terms`` in ``kdkernels.divergences``.
 
-``log_q`` and ``log_p`` are base-2 logarithms here (of LogitMSE: the logits over T), a and b the parameters. Values and slopes are
-in natural units, as everywhere else.
+Here ``log_q`` and ``log_p`` are base-2 logarithms (for LogitMSE: logits / T), and a and b are the divergence's parameters. Values and
+slopes are in natural units, as everywhere else.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ NEAR = tl.constexpr(0.25)
 
 @triton.jit
 def mixture(weight_q, weight_p, log_q, log_p):
-    """Parts of ``m = weight_q * q + weight_p * p``, relative to the larger of q and p.
+    """Return the parts of ``m = weight_q * q + weight_p * p``, relative to the larger of q and p.
 
     Returns:
-        q_larger; size: ``log2(smaller / larger)``, finite also where one or both are 0; smaller: smaller / larger; log_m:
-        ``log2(m / larger)``.
+        q_larger: ``q > p``; size: ``log2(smaller / larger)``, finite even if one or both are 0; smaller: ``smaller / larger``;
+        log_m: ``log2(m / larger)``.
     """
     ratio = log_q - log_p
     q_larger = ratio >= 0.0
@@ -37,9 +37,9 @@ def mixture(weight_q, weight_p, log_q, log_p):
 
 @triton.jit
 def close_log_m(weight_q, weight_p, q_larger, size, log_m):
-    """``log_m`` with all its digits where q and p are close: there its series in ``size``, to the fourth order.
+    """Return ``log_m`` with full precision even if q and p are close: there a series in ``size``, to the fourth order.
 
-    What a logarithm near 1 rounds away does not cancel in a value, as it does in a gradient.
+    The rounding error of a logarithm near 1 cancels in a gradient but not in a value.
     """
     both = weight_q * weight_p
     share = tl.where(q_larger, weight_p, weight_q)
@@ -65,7 +65,7 @@ def reverse_kl(log_q, log_p, a, b):
 
 @triton.jit
 def reverse_kl_gradient(log_q, log_p, coefficient, scale, a, b):
-    """The coefficient, as the sum that it is, is in units of log 2: where q is 1, the difference from it is then exactly 0."""
+    """Keep the coefficient in units of log 2, like its sum. Then the difference is exactly 0 where q is 1."""
     q = tl.exp2(log_q)
     return (tl.where(q == 0.0, 0.0, log_q - log_p) - coefficient) * (q * (scale * LN2))
 
@@ -170,29 +170,29 @@ def logit_mse(x, u, a, b):
 
 @triton.jit
 def linear(sums, a, b):
-    """Value and coefficient of a row are its sums; where the value is NaN, so is the gradient."""
+    """Return the sums as value and coefficient of a row. A NaN value makes the gradient NaN as well."""
     return sums[0], tl.where(sums[0] == sums[0], sums[1], sums[0])
 
 
 @triton.jit
 def value_alone(sums, a, b):
-    """The sum of the slopes is known beforehand."""
+    """Return the sum as the value. The coefficient is not needed: the sum of the slopes is a known constant."""
     return sums[0], 0.0
 
 
 @dataclass(frozen=True)
 class Functions:
-    """A divergence in three functions: ``terms``, ``finish`` and the gradient that follows from ``slope``."""
+    """A divergence as three jit functions: ``terms``, ``finish`` and ``gradient``."""
 
     terms: Any
-    """``(log_q, log_p, a, b) -> (q, slope, sums)`` of a block of columns; ``sums``: the ``num_sums`` blocks to be summed over a row."""
+    """``(log_q, log_p, a, b) -> (q, slope, sums)`` of a block of columns; ``sums``: ``num_sums`` blocks that are summed over the row."""
     gradient: Any = None
-    """``(log_q, log_p, coefficients, scale, a, b) -> scale * T * dD/dz`` of a block of columns, if that is not
-    ``scale * (slope - q * coefficient)`` or takes fewer operations; else None."""
+    """``(log_q, log_p, coefficients, scale, a, b) -> scale * T * dD/dz`` of a block of columns, if that differs from
+    ``scale * (slope - q * coefficient)`` or needs fewer operations; else None."""
     finish: Any = linear
-    """``(sums, a, b) -> (value, coefficients)`` of a row: a number, or a tuple for ``gradient``."""
+    """``(sums, a, b) -> (value, coefficients)`` of a row. ``coefficients``: a number, or a tuple for ``gradient``."""
     block_rows: tuple[int, int] = (2, 2)
-    """Rows of a block, without and with features: as many as fit into the registers of every GPU that the kernels are compiled for."""
+    """Rows of a block, without and with features: the most that fit in the registers of every target GPU."""
 
 
 FUNCTIONS: dict[str, Functions] = {

@@ -1,4 +1,4 @@
-"""Row kernels of one side alone, and softmax: one program owns a row and reads it in blocks [R, W], as in kernel.py."""
+"""Row kernels of one side, and softmax. One program processes a row in blocks [R, W], as in kernel.py."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .kernel import CAPPED, joined, load_logits, moved_sum
 
 
 @triton.jit
-def statistics_block(found, x, factor, ENTROPY: tl.constexpr):
-    """Online softmax of lanes: largest logit, sum of ``e = 2 ** d`` for ``d = (x - largest) * factor``, and of ``e * d``."""
-    top, total, weighted = found
+def statistics_block(lanes, x, factor, ENTROPY: tl.constexpr):
+    """Update each lane's online softmax: largest logit, sum of ``e = 2 ** d`` with ``d = (x - largest) * factor``, sum of ``e * d``."""
+    top, total, weighted = lanes
     new = tl.maximum(top, tl.max(x, 0))
     if ENTROPY:
         shift = at_least((top - new) * factor, NEGLIGIBLE)
@@ -27,18 +27,18 @@ def statistics_block(found, x, factor, ENTROPY: tl.constexpr):
 
 @triton.jit
 def row_statistics(side, factor, vocab, TRANSFORM: tl.constexpr, ENTROPY: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """Largest logit, ``log2`` of the sum from there, and the entropy."""
+    """Return the largest logit, ``log2`` of the sum of exponentials relative to it, and the entropy."""
     row, bias, scale, softcap = side
     offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     whole = vocab // (R * W) * (R * W)
     zero = tl.zeros([W], tl.float32)
-    found = (tl.full([W], LOWEST, tl.float32), zero, zero)
+    lanes = (tl.full([W], LOWEST, tl.float32), zero, zero)
     for start in range(0, whole, R * W):
-        found = statistics_block(found, load_logits(row, bias, start + offsets, None, scale, softcap, TRANSFORM), factor, ENTROPY)
+        lanes = statistics_block(lanes, load_logits(row, bias, start + offsets, None, scale, softcap, TRANSFORM), factor, ENTROPY)
     if whole < vocab:
         mask = whole + offsets < vocab
-        found = statistics_block(found, load_logits(row, bias, whole + offsets, mask, scale, softcap, TRANSFORM), factor, ENTROPY)
-    top, total, weighted = found
+        lanes = statistics_block(lanes, load_logits(row, bias, whole + offsets, mask, scale, softcap, TRANSFORM), factor, ENTROPY)
+    top, total, weighted = lanes
     largest, total_of_row = joined(top, total, factor)
     log_sum = tl.log2(total_of_row)
     entropy = 0.0
@@ -51,7 +51,7 @@ def row_statistics(side, factor, vocab, TRANSFORM: tl.constexpr, ENTROPY: tl.con
 
 @triton.jit
 def slope_of(log_q, c0, c1, D_ENTROPY: tl.constexpr):
-    """``q * (c0 + c1 * log q)``, 0 where q is."""
+    """Return ``q * (c0 + c1 * log q)``; 0 where q is 0."""
     q = tl.exp2(log_q * LOG2E)
     if D_ENTROPY:
         return tl.where(q == 0.0, 0.0, q * (c0 + c1 * log_q))
@@ -61,7 +61,7 @@ def slope_of(log_q, c0, c1, D_ENTROPY: tl.constexpr):
 
 @triton.jit
 def log_probability(z, norm):
-    """``log q`` of a logit, from its row's ``(inv_temperature, top, log_sum)``."""
+    """Return ``log q`` of a logit from its row's ``(inv_temperature, top, log_sum)``."""
     return tl.fma(z - norm[1], norm[0], -norm[2])
 
 
@@ -74,7 +74,7 @@ def entropy_block(z, norm):
 
 @triton.jit
 def row_entropy(side, norm, vocab, TRANSFORM: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """``-sum q log q`` over these columns, of normalisers that an earlier launch has found."""
+    """Return ``-sum q log q`` over these columns with the normalisers of an earlier launch."""
     row, bias, scale, softcap = side
     offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     whole = vocab // (R * W) * (R * W)
@@ -95,7 +95,7 @@ def write_block(dz, side, columns, mask, norm, c0, c1, outer, TRANSFORM: tl.cons
     if TRANSFORM == CAPPED:
         bend = z / softcap
         g *= 1.0 - bend * bend
-    # dz may be narrower than the logits it lies over: the other warps must have read theirs first.
+    # dz may overwrite the logits with a narrower type: wait until all warps have read their logits.
     tl.debug_barrier()
     tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=mask)
 
@@ -109,7 +109,7 @@ def head_rows_kernel(
     ids,  # [C, K] int64, or None
     logprobs,  # [C, K] float32, or None
     d_lse, d_entropy, d_logprobs,  # [C], [C], [C, K] float32, or None
-    dz,  # [C, V], or None; may start where logits' row starts, in a type no wider
+    dz,  # [C, V], or None; rows may start at the logits' rows, in the same or a narrower type
     logits_stride, dz_stride, vocab, num_ids,
     inv_temperature,
     log2_factor,  # 1 / T, in units of log 2
@@ -151,11 +151,11 @@ def head_rows_kernel(
         for start in range(0, num_ids, IDS_BLOCK):
             k = start + slots
             chosen = tl.load(ids + k, mask=k < num_ids, other=-1)
-            wanted = chosen >= 0
-            z = load_logits(side[0], bias, chosen, wanted, scale, softcap, TRANSFORM)
-            tl.store(logprobs + k, tl.where(wanted, log_probability(z, norm), 0.0), mask=k < num_ids)
+            is_token = chosen >= 0
+            z = load_logits(side[0], bias, chosen, is_token, scale, softcap, TRANSFORM)
+            tl.store(logprobs + k, tl.where(is_token, log_probability(z, norm), 0.0), mask=k < num_ids)
             if d_logprobs is not None:
-                c0 -= tl.sum(tl.load(d_logprobs + k, mask=wanted, other=0.0), 0)
+                c0 -= tl.sum(tl.load(d_logprobs + k, mask=is_token, other=0.0), 0)
 
     if GRADIENT:
         dz += row * dz_stride
@@ -167,7 +167,7 @@ def head_rows_kernel(
         if whole < vocab:
             write_block(dz, side, whole + offsets, whole + offsets < vocab, norm, c0, c1, outer, TRANSFORM, D_ENTROPY)
         if d_logprobs is not None:
-            # The few columns at ids once more, with what comes on top; of equal ids each sums all of them and writes the same.
+            # Rewrite the columns at ids with d_logprobs added. Equal ids each sum all their d_logprobs and write the same value.
             tl.debug_barrier()
             for start in range(0, num_ids, IDS_BLOCK):
                 k = start + slots
@@ -184,7 +184,7 @@ def head_rows_kernel(
 
 @triton.jit
 def log1m(u):
-    """log(1 - u) in float64, 0 < u <= 1: what 1 - u rounds away is put back."""
+    """Return log(1 - u) in float64, 0 < u <= 1, corrected for the rounding of 1 - u."""
     w = 1.0 - u
     return tl.log(w) + ((-u) - (w - 1.0)) / tl.where(w == 0.0, 1.0, w)
 
@@ -193,7 +193,7 @@ def log1m(u):
 def race_block(
     best, winner, side, slots, mask_slots, vocab, key, counter, numbers, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The earliest arrival, and its column, so far and among the four columns of each of ``slots``, which are in groups of 128."""
+    """Update the earliest arrival and its column with the four columns of each of ``slots``, which are in groups of 128."""
     row, bias, scale, softcap = side
     draw, low_row, high_row = counter
     reference, log2_factor, inv_temperature_64, scale_64, softcap_64 = numbers
@@ -206,7 +206,7 @@ def race_block(
         z = load_logits(row, bias, columns, mask, scale, softcap, TRANSFORM)
         x = (z - reference) * log2_factor
         u = ((high[w] >> 8).to(tl.float32) + 4.5e-13) * 5.9604645e-08
-        # x is off by as much as logits are rounded.
+        # The error bound of x includes the rounding of the logits.
         margin = 2e-3 + 1e-6 * (tl.abs(z) + tl.abs(reference) + softcap) * log2_factor
         candidate = (x > float("-inf")) & ((x - fast_log2(u)) + margin > (best * LOG2E).to(tl.float32))
         some |= candidate.to(tl.int32)
@@ -250,14 +250,14 @@ def sample_rows_kernel(
     log2_factor,  # 1 / T, in units of log 2
     scale, softcap,
     TRANSFORM: tl.constexpr,
-    BLOCK: tl.constexpr,  # counters at a time, for 4 * BLOCK columns; a multiple of 128
+    BLOCK: tl.constexpr,  # counters per block, for 4 * BLOCK columns; a multiple of 128
 ):  # fmt: skip
-    """One draw of one row: see csrc/philox.h for the numbers, and csrc/cpu/heads.cpp for the race.
+    """Compute one draw of one row. csrc/philox.h defines the random numbers, csrc/cpu/heads.cpp the race.
 
-    An exponential time is longer than its uniform number u, so ``x - log u`` with x = (z - top) / T bounds what a column can reach:
-    float32 and 24 bits of u say which columns may beat the best so far, and those few are looked at in float64.
+    An exponential time is longer than its uniform number u, so ``x - log u`` with x = (z - top) / T is an upper bound for a column's
+    score. Float32 and 24 bits of u select the columns whose bound exceeds the best score so far; only these are computed in float64.
     """
-    # Of one dimension: a grid's others end at 65535.
+    # A one-dimensional grid: the other dimensions are limited to 65535.
     row = (tl.program_id(0) // num_draws).to(tl.int64)
     draw = tl.program_id(0) % num_draws
     side = (logits + row * logits_stride, bias, scale, softcap)
@@ -290,7 +290,7 @@ def load_block(row, columns, mask, other):
 
 @triton.jit
 def softmax_of(x, top, log_sum, factor, log2_factor, LOGARITHM: tl.constexpr):
-    """Softmax or its logarithm, from a row's largest logit and its log-sum from there, in units of log 2 or natural ones."""
+    """Return softmax or its logarithm from a row's largest logit and the log-sum relative to it, in units of log 2 or natural units."""
     if LOGARITHM:
         return tl.fma(x - top, factor, -log_sum)
     else:
@@ -301,9 +301,9 @@ def softmax_of(x, top, log_sum, factor, log2_factor, LOGARITHM: tl.constexpr):
 def softmax_rows_kernel(
     x, out,  # [C, V]; out may be x
     x_stride, out_stride, vocab,
-    factor, log2_factor,  # 1 / T, and in units of log 2
+    factor, log2_factor,  # 1 / T in natural units and in units of log 2
     LOGARITHM: tl.constexpr,
-    ONE_READ: tl.constexpr,  # a block holds a row
+    ONE_READ: tl.constexpr,  # a block holds a whole row
     R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -344,7 +344,7 @@ def gradient_of(p, d, total, inv_temperature, LOGARITHM: tl.constexpr):
 
 @triton.jit
 def softmax_gradient_rows_kernel(
-    y, dy, out,  # [C, V]; out may be one of the others
+    y, dy, out,  # [C, V]; out may be y or dy
     y_stride, dy_stride, out_stride, vocab, inv_temperature,
     LOGARITHM: tl.constexpr, ONE_READ: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip

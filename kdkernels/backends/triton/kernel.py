@@ -1,10 +1,10 @@
-"""The row kernel: one program owns a row pair and sweeps over it in blocks of columns, once for each stage.
+"""The row kernel of two sides. One program processes a student row and a teacher row in blocks of columns, with one sweep per stage.
 
-NORMALISERS finds the log-sum-exps, SUMS the sums of a divergence's columns, GRADIENT writes the gradient. A stage reads from the state
-what an earlier launch wrote there. If the sum of the slopes is known beforehand (``slope_sum``), SUMS and GRADIENT are one sweep.
+NORMALISERS computes the log-sum-exps, SUMS the divergence's sums over the columns, GRADIENT writes the gradient. Results of stages from
+an earlier launch are read from the state. If the sum of the slopes is a known constant (``slope_sum``), SUMS and GRADIENT share a sweep.
 
-A block is [R, W], W being 8 columns a thread: what is reduced along R stays within a thread, so that no sweep has a barrier but for
-writing in place. Whole blocks are read without masks; the remaining columns are masked blocks [1, W], which take fewer registers.
+A block is [R, W] with W = 8 columns * threads. Reductions along R stay within a thread, so a sweep has no barriers except for writing in
+place. Whole blocks are read without masks. The remaining columns are read as masked blocks [1, W], which need fewer registers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ NO_COLUMN = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def transformed(z, scale, softcap, TRANSFORM: tl.constexpr):
-    """``z``, ``z * scale``, or ``softcap * tanh(z * scale / softcap)``; tanh so that small logits keep their digits.
+    """Return ``z``, ``z * scale``, or ``softcap * tanh(z * scale / softcap)``, with a tanh that keeps the digits of small logits.
 
-    No product may be contracted into the difference from the largest, which must be exact for a small T: none ends in a product.
+    The result never ends in a product: contracting it into an FMA with the subtraction of the largest logit would make the difference
+    inexact, and a small T needs it exact.
     """
     if TRANSFORM == SCALED:
         z = tl.fma(z, scale, 0.0)
@@ -43,7 +44,7 @@ def transformed(z, scale, softcap, TRANSFORM: tl.constexpr):
 
 @triton.jit
 def load_logits(row, bias, columns, mask, scale, softcap, TRANSFORM: tl.constexpr):
-    """A block of logits in float32; -inf where ``mask``, which may be None, is false."""
+    """Load a block of logits in float32; -inf where ``mask`` is false. ``mask`` may be None."""
     if mask is None:
         z = tl.load(row + columns).to(tl.float32)
         if bias is not None:
@@ -61,7 +62,7 @@ def load_logits(row, bias, columns, mask, scale, softcap, TRANSFORM: tl.constexp
 
 @triton.jit
 def load_pair(student, teacher, columns, mask, TRANSFORMS: tl.constexpr):
-    """Both sides' logits of a block of columns. A side is ``(row, bias, scale, softcap)``."""
+    """Load a block of columns of both sides. A side is ``(row, bias, scale, softcap)``."""
     z = load_logits(student[0], student[1], columns, mask, student[2], student[3], TRANSFORMS[0])
     y = load_logits(teacher[0], teacher[1], columns, mask, teacher[2], teacher[3], TRANSFORMS[1])
     return z, y
@@ -69,20 +70,20 @@ def load_pair(student, teacher, columns, mask, TRANSFORMS: tl.constexpr):
 
 @triton.jit
 def moved_sum(total, top, new, z, factor):
-    """``total``, a sum of ``2 ** ((z - top) * factor)``, from ``new`` instead of ``top``, and with the block ``z``: [W], [R, W]."""
+    """Rescale ``total`` [W], a sum of ``2 ** ((z - top) * factor)``, from ``top`` to ``new``, and add the block ``z`` [R, W]."""
     return total * tl.exp2((top - new) * factor) + tl.sum(tl.exp2((z - new[None, :]) * factor), 0)
 
 
 @triton.jit
 def joined(top, total, factor):
-    """The largest logit of a row and the sum of exponentials from there, from those of its lanes [W]."""
+    """Reduce the lanes [W] to the row's largest logit and its sum of exponentials relative to it."""
     largest = tl.max(top, 0)
     return largest, tl.sum(total * tl.exp2((top - largest) * factor), 0)
 
 
 @triton.jit
-def normalise_block(found, student, teacher, factors, columns, mask, TRANSFORMS: tl.constexpr, CE: tl.constexpr):
-    top_s, sum_s, top_t, sum_t, sum_ce = found
+def normalise_block(lanes, student, teacher, factors, columns, mask, TRANSFORMS: tl.constexpr, CE: tl.constexpr):
+    top_s, sum_s, top_t, sum_t, sum_ce = lanes
     z, y = load_pair(student, teacher, columns, mask, TRANSFORMS)
     new_s = tl.maximum(top_s, tl.max(z, 0))
     new_t = tl.maximum(top_t, tl.max(y, 0))
@@ -97,19 +98,19 @@ def normalise_block(found, student, teacher, factors, columns, mask, TRANSFORMS:
 def normalisers(
     student, teacher, factors, vocab, TRANSFORMS: tl.constexpr, CE: tl.constexpr, R: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    """Largest logits and sums of exponentials from there: of the student, the teacher, and the student at T = 1."""
+    """Return largest logits and sums of exponentials relative to them: student, teacher, and student at T = 1."""
     offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     whole = vocab // (R * W) * (R * W)
     lowest = tl.full([W], LOWEST, tl.float32)  # finite, so that a lane without a logit above -inf has the sum 0
     zero = tl.zeros([W], tl.float32)
-    found = (lowest, zero, lowest, zero, zero)
+    lanes = (lowest, zero, lowest, zero, zero)
     for start in range(0, whole, R * W):
-        found = normalise_block(found, student, teacher, factors, start + offsets, None, TRANSFORMS, CE)
+        lanes = normalise_block(lanes, student, teacher, factors, start + offsets, None, TRANSFORMS, CE)
     for part in tl.static_range(R):
         if whole + part * W < vocab:
             columns = whole + part * W + tl.arange(0, W)[None, :]
-            found = normalise_block(found, student, teacher, factors, columns, columns < vocab, TRANSFORMS, CE)
-    top_s, sum_s, top_t, sum_t, sum_ce = found
+            lanes = normalise_block(lanes, student, teacher, factors, columns, columns < vocab, TRANSFORMS, CE)
+    top_s, sum_s, top_t, sum_t, sum_ce = lanes
     largest_s, total_s = joined(top_s, sum_s, factors[0])
     largest_t, total_t = joined(top_t, sum_t, factors[1])
     total_one = 0.0
@@ -119,47 +120,47 @@ def normalisers(
 
 
 @triton.jit
-def mean_block(found, student, teacher, columns, mask, TRANSFORMS: tl.constexpr):
+def mean_block(lanes, student, teacher, columns, mask, TRANSFORMS: tl.constexpr):
     z, y = load_pair(student, teacher, columns, mask, TRANSFORMS)
     skipped = (z == float("-inf")) & (y == float("-inf"))
     return (
-        found[0] + tl.sum(tl.where(skipped, 0.0, z), 0),
-        found[1] + tl.sum(tl.where(skipped, 0.0, y), 0),
-        found[2] + tl.sum(tl.where(skipped, 0.0, 1.0), 0),
+        lanes[0] + tl.sum(tl.where(skipped, 0.0, z), 0),
+        lanes[1] + tl.sum(tl.where(skipped, 0.0, y), 0),
+        lanes[2] + tl.sum(tl.where(skipped, 0.0, 1.0), 0),
     )
 
 
 @triton.jit
 def means(student, teacher, vocab, TRANSFORMS: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """Mean logits of both sides without the columns that are -inf on both, and the number of the others."""
+    """Return the mean logits of both sides over the columns that are not -inf on both, and the number of these columns."""
     offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     whole = vocab // (R * W) * (R * W)
     zero = tl.zeros([W], tl.float32)
-    found = (zero, zero, zero)
+    lanes = (zero, zero, zero)
     for start in range(0, whole, R * W):
-        found = mean_block(found, student, teacher, start + offsets, None, TRANSFORMS)
+        lanes = mean_block(lanes, student, teacher, start + offsets, None, TRANSFORMS)
     for part in tl.static_range(R):
         if whole + part * W < vocab:
             columns = whole + part * W + tl.arange(0, W)[None, :]
-            found = mean_block(found, student, teacher, columns, columns < vocab, TRANSFORMS)
-    count = tl.sum(found[2], 0)
+            lanes = mean_block(lanes, student, teacher, columns, columns < vocab, TRANSFORMS)
+    count = tl.sum(lanes[2], 0)
     size = tl.maximum(count, 1.0)
-    return tl.sum(found[0], 0) / size, tl.sum(found[1], 0) / size, count
+    return tl.sum(lanes[0], 0) / size, tl.sum(lanes[1], 0) / size, count
 
 
 @triton.jit
 def logarithm(z, norm, factor):
-    """What a divergence takes of a logit: ``log2 q``, or the logit over T less its row's mean.
+    """Return the divergence's argument for a logit: ``log2 q``, or ``z / T`` minus the row's mean.
 
-    Largest and log-sum are subtracted one after the other: their sum would be rounded to the step of the largest, which moves every
-    probability where logits are in the thousands.
+    The largest logit and the log-sum are subtracted in turn. Adding them first would round to the ulp of the largest logit, which
+    changes every probability if logits are in the thousands.
     """
     return tl.fma(z - norm[0], factor, -norm[1])
 
 
 @triton.jit
 def added(sums, columns, mask):
-    """Sums of lanes [W], with those of a block: columns that are not the row's may be NaN, and count for nothing."""
+    """Add a block to the sums of the lanes [W]. Columns outside the row may be NaN and are ignored."""
     out = ()
     for i in tl.static_range(len(sums)):
         column = columns[i] if mask is None else tl.where(mask, columns[i], 0.0)
@@ -197,7 +198,7 @@ def row_sums(
     student, teacher, norms, factors, softmaxes, vocab, a, b,
     TERMS: tl.constexpr, NUM_SUMS: tl.constexpr, TRANSFORMS: tl.constexpr, STATS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a divergence's columns; entropies of both sides, and the first columns of their largest logits, -1 if none."""
+    """Return the divergence's sums, the entropies of both sides, and the first columns with the largest logit (-1 if none)."""
     offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     whole = vocab // (R * W) * (R * W)
     zero = tl.zeros([W], tl.float32)
@@ -245,8 +246,8 @@ def gradient_block(
     """Write a block of the gradient.
 
     Args:
-        one: the student's normaliser at T = 1, its factor, and the label.
-        scales: of slopes, of cross-entropy, of both; and the coefficients.
+        one: (normaliser of the student at T = 1, its factor, label).
+        scales: (scale of slopes, scale of cross-entropy, scale of both, coefficients).
     """
     z, y = load_pair(student, teacher, columns, mask, TRANSFORMS)
     if KD:
@@ -265,7 +266,7 @@ def gradient_block(
     if TRANSFORMS[0] == CAPPED:
         bend = z / student[3]
         g *= 1.0 - bend * bend
-    # dz may be narrower than the logits it lies over: the other warps must have read theirs first.
+    # dz may overwrite the logits with a narrower type: wait until all warps have read their logits.
     tl.debug_barrier()
     tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=mask)
     return sums
@@ -277,7 +278,7 @@ def write_gradient(
     TERMS: tl.constexpr, SLOPE: tl.constexpr, NUM_SUMS: tl.constexpr, TRANSFORMS: tl.constexpr,
     KD: tl.constexpr, CE: tl.constexpr, SUM: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient; with SUM the sums of the divergence's columns too."""
+    """Write the gradient. With SUM, return the divergence's sums as well."""
     offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     whole = vocab // (R * W) * (R * W)
     sums = (tl.zeros([W], tl.float32),) * NUM_SUMS
@@ -301,7 +302,7 @@ def find_normalisers(
     student, teacher, factors, label, vocab,
     NORMALIZER: tl.constexpr, TRANSFORMS: tl.constexpr, CE: tl.constexpr, STATS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Largest logits and sums of exponentials, the target's logit, means: what ``save_normalisers`` writes."""
+    """Return largest logits and sums of exponentials, the target's logit, and means, as ``save_normalisers`` writes them."""
     exponentials = (0.0, 0.0, 0.0, 0.0, 0.0)
     if NORMALIZER == SOFTMAX or CE or STATS:
         if NORMALIZER != SOFTMAX:
@@ -317,9 +318,9 @@ def find_normalisers(
 
 
 @triton.jit
-def norms_of(found, factors, NORMALIZER: tl.constexpr, CE: tl.constexpr, STATS: tl.constexpr):
-    """Normalisers of the divergence, for both sides; of the student at T = 1; of both softmaxes at T, with their factors."""
-    exponentials, _target, centres = found
+def norms_of(row_state, factors, NORMALIZER: tl.constexpr, CE: tl.constexpr, STATS: tl.constexpr):
+    """Return the normalisers, with their factors: the divergence's for both sides, the student's at T = 1, both softmaxes' at T."""
+    exponentials, _target, centres = row_state
     one = (0.0, 0.0)
     if CE:
         one = (exponentials[0], tl.log2(exponentials[4]))
@@ -340,23 +341,23 @@ def norms_of(found, factors, NORMALIZER: tl.constexpr, CE: tl.constexpr, STATS: 
 def kd_rows_kernel(
     student, teacher,  # [C, V] logits
     student_bias, teacher_bias,  # [V] float32, or None
-    labels,  # [C] int64, -1 if not among these columns; or None
+    labels,  # [C] int64, -1 if not in these columns; or None
     weight,  # [C] float32, or None
     state,  # [len(STATE), C] float32: see rows.STATE
     loss,  # [C] float32, or None
     stats,  # [5, C] float32: see rows.STATS; or None
-    dz,  # [C, V], or None; may start where student's row starts, in a type no wider
+    dz,  # [C, V], or None; rows may start at the student's rows, in the same or a narrower type
     student_stride, teacher_stride, dz_stride, state_stride, stats_stride, vocab,
     a, b,
-    student_factor, teacher_factor,  # from a logit to what a divergence takes: over T, in units of log 2
-    one_factor, one_scale,  # from the student's logit to that at T = 1, in units of log 2, and in natural ones
+    student_factor, teacher_factor,  # from a logit to the divergence's argument: 1 / T, in units of log 2
+    one_factor, one_scale,  # from the student's logit as read to the logit at T = 1, in units of log 2 and in natural units
     value_scale, slope_scale, ce_weight,
     student_scale, student_softcap, teacher_scale, teacher_softcap, dz_scale,
     TERMS: tl.constexpr, FINISH: tl.constexpr, SLOPE: tl.constexpr, NUM_SUMS: tl.constexpr,  # see divergences.Functions
     NORMALIZER: tl.constexpr,
-    COEFFICIENT: tl.constexpr,  # the number, or None where it takes the sums
+    COEFFICIENT: tl.constexpr,  # the constant coefficient, or None if it depends on the sums
     STUDENT_TRANSFORM: tl.constexpr, TEACHER_TRANSFORM: tl.constexpr,  # 0, SCALED or CAPPED
-    KD: tl.constexpr,  # the divergence has a weight
+    KD: tl.constexpr,  # the divergence's weight is not 0
     NORMALISERS: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
@@ -373,18 +374,18 @@ def kd_rows_kernel(
     label = tl.load(labels + row) if CE else -1
 
     if NORMALISERS:
-        found = find_normalisers(student_side, teacher_side, factors, label, vocab, NORMALIZER, TRANSFORMS, CE, STATS, R, W)
-        save_normalisers(state, state_stride, found, NORMALIZER, CE, STATS)
+        row_state = find_normalisers(student_side, teacher_side, factors, label, vocab, NORMALIZER, TRANSFORMS, CE, STATS, R, W)
+        save_normalisers(state, state_stride, row_state, NORMALIZER, CE, STATS)
     else:
-        found = load_normalisers(state, state_stride, NORMALIZER, CE, STATS)
-    norms, one, softmaxes = norms_of(found, factors, NORMALIZER, CE, STATS)
+        row_state = load_normalisers(state, state_stride, NORMALIZER, CE, STATS)
+    norms, one, softmaxes = norms_of(row_state, factors, NORMALIZER, CE, STATS)
 
     value = 0.0
     coefficient = 0.0
     cross_entropy = float("nan")
     if SUMS:
         if CE:
-            cross_entropy = one[1] * LN2 - (found[1] - one[0]) * one_scale
+            cross_entropy = one[1] * LN2 - (row_state[1] - one[0]) * one_scale
         if STATS or (KD and not SUM_IN_GRADIENT):
             sums, more = row_sums(
                 student_side, teacher_side, norms, factors, softmaxes, vocab, a, b, TERMS, NUM_SUMS, TRANSFORMS, STATS, R, W

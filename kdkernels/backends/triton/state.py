@@ -1,4 +1,4 @@
-"""The state of a row: what a stage writes for the ones after it, and how they read it. See rows.STATE."""
+"""Save and load the state of a row between stages. See rows.STATE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..rows import STATE
 SOFTMAX = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 NONE = tl.constexpr(2)
-"""What is subtracted from the logits of a row: ``Divergence.normalizer``."""
+"""Quantity that is subtracted from the logits of a row: ``Divergence.normalizer``."""
 
 TOP_S = tl.constexpr(STATE.index("top_s"))
 EXPSUM_S = tl.constexpr(STATE.index("expsum_s"))
@@ -27,8 +27,8 @@ FIRST_SUM = tl.constexpr(STATE.index("sum_0"))
 
 
 @triton.jit
-def save_normalisers(state, stride, found, NORMALIZER: tl.constexpr, CE: tl.constexpr, STATS: tl.constexpr):
-    exponentials, target, centres = found
+def save_normalisers(state, stride, row_state, NORMALIZER: tl.constexpr, CE: tl.constexpr, STATS: tl.constexpr):
+    exponentials, target, centres = row_state
     if NORMALIZER == SOFTMAX or CE or STATS:
         tl.store(state + TOP_S * stride, exponentials[0])
         tl.store(state + EXPSUM_S * stride, exponentials[1])
@@ -45,7 +45,7 @@ def save_normalisers(state, stride, found, NORMALIZER: tl.constexpr, CE: tl.cons
 
 @triton.jit
 def load_normalisers(state, stride, NORMALIZER: tl.constexpr, CE: tl.constexpr, STATS: tl.constexpr):
-    """What an earlier launch has saved."""
+    """Load the normalisers that an earlier launch saved."""
     top_s = 0.0
     expsum_s = 0.0
     top_t = 0.0
