@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import require
 from layout import CSRC, PACKAGE, ROOT, crossed, functions, lines_of, package_files, tree
+from more_sides import Sharpened
 
+import kdkernels as kd
 from kdkernels import divergences
 
 ROOMS = ("tap", "data", "teachers", "trainer", "recipes", "bench", "cli")
@@ -140,6 +143,27 @@ def test_kinds_of_sides_are_known_in_their_folder_only() -> None:
         if alias.name in kinds
     }
     assert not named
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
+def test_a_kind_of_teacher_runs_from_its_own_file(backend: str) -> None:
+    """tests/support/more_sides.py is such a file: nothing else knows it."""
+    require(backend, "cpu")
+    results = []
+    logits, labels = torch.randn(3, 12), torch.tensor([4, -100, 0])
+    student = torch.randn(3, 12, requires_grad=True)
+    for teacher in (Sharpened(logits, 1.5), logits * 1.5):
+        loss = kd.distillation_loss(student, teacher, temperature=2.0, labels=labels, backend=backend)  # type: ignore[arg-type]
+        results.append((loss, *torch.autograd.grad(loss, student)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_files_that_the_page_on_the_architecture_names_are_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w/]+(?:\.(?:py|h|cpp)|/)(?![\w.#])", page)) - {"kdkernels/"}
+    assert len(named) > 25
+    assert not {name for name in named if not any((root / name).exists() for root in (ROOT, PACKAGE, CSRC))}
 
 
 # ---- sizes
