@@ -19,7 +19,7 @@ OLDER_TRITONS := $(TRITONS:%=$(VENV)/triton-%)
 # The folder for `make wheels`.
 DIST ?= dist
 
-.PHONY: demo test test-integrations real ptx lint docs wheels bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
+.PHONY: demo test test-integrations real ptx lint docs wheels hub-kernel bench results gpu-kit sanitize sanitize-gpu compute-sanitizer clean
 
 demo: $(VENV)/.built
 	$(BIN)/kdkernels demo
@@ -77,6 +77,10 @@ docs: $(VENV)/.installed
 # The sdist, and wheels for each Python 3.10 to 3.14 of this machine, each tried in a fresh environment: docs/release.md.
 wheels: $(VENV)/.installed
 	env -u KDKERNELS_CUDA_ARCHS $(BIN)/python release/wheels.py --out $(DIST)
+
+# The losses in Python and Triton as a kernel for Hugging Face's package kernels: docs/release.md.
+hub-kernel:
+	$(PYTHON) release/hub_kernel.py --out $(DIST)/hub-kernel
 
 # Has anything become slower against its own floor? Small shapes, minutes.
 bench: $(VENV)/.built

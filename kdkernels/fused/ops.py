@@ -20,7 +20,10 @@ from .call import Call, Tensors, flatten, names_of, rename, restore
 from .engine import KEPT, Outputs
 from .work import check_values
 
-_LIBRARY: Any = library.Library("kdkernels", "DEF")  # type: ignore[no-untyped-call]
+_NAMESPACE = __name__.partition(".")[0]
+"""Namespace of the ops: "kdkernels", or the name under which this copy of the package was loaded."""
+
+_LIBRARY: Any = library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 # The ops read flags and row counts on the host, so torch.compile must split CUDA graphs around them.
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name))
 _CALL = "Tensor numbers, SymInt[] sizes, str text"
@@ -38,9 +41,9 @@ def define(name: str, tensors: str, results: str, kernel: Kernel, fake: Kernel, 
         function: ``autograd.Function`` whose arguments are the op without autograd, the call, and the tensors one by one.
     """
     _LIBRARY.define(f"{name}({tensors}, {_CALL}) -> {results}", tags=_TAGS)
-    op = getattr(torch.ops.kdkernels, name).default
+    op = getattr(getattr(torch.ops, _NAMESPACE), name).default
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    library.register_fake(f"kdkernels::{name}", fake, lib=_LIBRARY)
+    library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
     def plain(tensors: Sequence[Tensor], *call: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
