@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     student: Annotated[list[str], typer.Option(help="Folder or hub name of a model or adapter. Several: all in one table.")],
-    data: Annotated[list[str] | None, typer.Option(help="Rows, as for `kdkernels train`. Several: each for itself.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Rows, as for `kdkernels train`, all in memory. Several: each for itself.")] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="Model to compare with. Several: an ensemble.")] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, as arc_easy,hellaswag. Needs `pip install 'kdkernels[lm-eval]'`.")] = "",
     tasks_dir: Annotated[Path | None, typer.Option(help="Folder of further tasks, as lm-eval's YAML files.")] = None,

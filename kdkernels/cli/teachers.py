@@ -104,7 +104,9 @@ def register(app: typer.Typer) -> None:
 
 def cache(
     server: Server,
-    data: Annotated[list[str], typer.Option(help="Rows: files, folders or data sets of the hub, as for `kdkernels train`.")],
+    data: Annotated[
+        list[str], typer.Option(help="Rows: files, folders or data sets of the hub, as for `kdkernels train`. All of them are in memory.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the cache: new, or of this command cut short.")],
     teacher: Annotated[str, typer.Option(help="Model: a folder or hub id; with --base-url the server's name of it.")] = "",
     kind: Annotated[

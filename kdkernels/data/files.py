@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
 from .values import object_of, read_json
 
-__all__ = ["SUFFIXES", "as_cells", "files_of", "rows_of"]
+__all__ = ["SUFFIXES", "as_cells", "files_of", "is_list", "rows_of", "text_bytes"]
 
 Numbered = Iterator[tuple[int, Any]]
 """Rows with their numbers, from 1."""
@@ -50,18 +52,41 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
-def rows_of(path: Path) -> Numbered:
+def rows_of(path: Path, after: int = 0) -> Numbered:
     """The rows of one file, by its suffix.
+
+    Args:
+        after: number of a row. Only the rows behind it are returned; those before are skipped as cheaply as the format allows.
 
     Raises:
         DataError: an unknown suffix, or content that is not of its format.
     """
     if path.is_dir():
-        yield from _saved(path)
+        yield from _saved(path, after)
     elif path.suffix not in SUFFIXES:
         raise DataError(f"{path}: unknown file extension; expected one of {', '.join(SUFFIXES)}")
     else:
-        yield from SUFFIXES[path.suffix](path)
+        yield from SUFFIXES[path.suffix](path, after)
+
+
+def text_bytes(path: Path) -> int:
+    """The size of a file's rows, uncompressed.
+
+    Raises:
+        DataError: content that is not of its format.
+    """
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.arrow"))
+    if path.suffix != ".parquet":
+        return path.stat().st_size
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            return sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not Parquet ({error})") from None
 
 
 def as_cells(path: Path) -> bool:
@@ -69,18 +94,20 @@ def as_cells(path: Path) -> bool:
     return path.suffix in (".csv", ".tsv")
 
 
-def _saved(folder: Path) -> Numbered:
+def _saved(folder: Path, after: int) -> Numbered:
     try:
         import datasets
     except ImportError:
         raise DataError(f"{folder} was saved by datasets, which is not installed: pip install datasets") from None
-    yield from enumerate(datasets.load_from_disk(str(folder)), 1)
+    dataset = datasets.load_from_disk(str(folder))
+    if after < len(dataset):
+        yield from enumerate(dataset.skip(after), after + 1)
 
 
-def _jsonl(path: Path) -> Numbered:
+def _jsonl(path: Path, after: int) -> Numbered:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if number <= after or not line.strip():
                 continue
             try:
                 fields = read_json(line)
@@ -89,12 +116,18 @@ def _jsonl(path: Path) -> Numbered:
             yield number, fields
 
 
-def _json(path: Path) -> Numbered:
-    """Rows of a list of objects, which are parsed one by one; or of a file with an object on each line."""
+def is_list(path: Path) -> bool:
+    """True for a JSON file that holds one list of rows."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
     with path.open("rb") as file:
-        start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not start.startswith(b"["):
-        yield from _jsonl(path)
+        return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _json(path: Path, after: int) -> Numbered:
+    """Rows of a list of objects, which are parsed one by one; or of a file with an object on each line."""
+    if not is_list(path):
+        yield from _jsonl(path, after)
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -113,7 +146,8 @@ def _json(path: Path) -> Numbered:
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise DataError(f"{path}, row {number}: not JSON ({reason})") from None
-        yield number, value
+        if number > after:
+            yield number, value
         more = text[at] == ","
         at = _skipped(text, at + 1) if more else at
     if text[at + 1 :].strip():
@@ -126,7 +160,7 @@ def _skipped(text: str, at: int) -> int:
     return at if match is None else match.end()
 
 
-def _csv(path: Path) -> Numbered:
+def _csv(path: Path, after: int) -> Numbered:
     """Rows of a table with a header. Every cell is text; an empty one is missing."""
     import pyarrow
     from pyarrow import csv
@@ -139,18 +173,25 @@ def _csv(path: Path) -> Numbered:
         text = csv.ConvertOptions(
             column_types=dict.fromkeys(names, pyarrow.string()), null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=True
         )
-        number = 0
-        for batch in csv.open_csv(path, read, parse, text):
-            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
-                yield number, row
+        yield from _of_batches(csv.open_csv(path, read, parse, text), 0, after)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not CSV in UTF-8 with a header ({str(error).splitlines()[0][:200]})") from None
 
 
-def _text(path: Path) -> Numbered:
+def _of_batches(batches: Iterable[Any], before: int, after: int) -> Numbered:
+    """Rows of Arrow's batches, of which the first begins behind row ``before``."""
+    for batch in batches:
+        skipped = min(max(after - before, 0), batch.num_rows)
+        yield from enumerate(batch.slice(skipped).to_pylist(), before + skipped + 1)
+        before += batch.num_rows
+
+
+def _text(path: Path, after: int) -> Numbered:
     """A row of ``text`` for each line that is not blank."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if number <= after:
+                continue
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
@@ -164,7 +205,7 @@ def _check_names(path: Path, names: list[str]) -> None:
         raise DataError(f"{path}: two columns have the name {max(names, key=names.count)!r}: leave one of the two out")
 
 
-def _parquet(path: Path) -> Numbered:
+def _parquet(path: Path, after: int) -> Numbered:
     import pyarrow
     from pyarrow import parquet
 
@@ -172,8 +213,10 @@ def _parquet(path: Path) -> Numbered:
         with parquet.ParquetFile(path) as file:
             _check_names(path, file.schema_arrow.names)
             decoders = {field.name: decoder for field in file.schema_arrow if (decoder := _decoder(field)) is not None}
-            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
+            ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
+            first = bisect(ends, after)
+            batches = file.iter_batches(1024, row_groups=range(first, len(ends)))
+            for number, row in _of_batches(batches, ends[first - 1] if first else 0, after):
                 try:
                     row.update({name: decoder(row[name]) for name, decoder in decoders.items()})
                 except ValueError as error:
@@ -185,7 +228,7 @@ def _parquet(path: Path) -> Numbered:
         raise DataError(f"{path}: not Parquet ({error})") from None
 
 
-SUFFIXES: dict[str, Callable[[Path], Numbered]] = {
+SUFFIXES: dict[str, Callable[[Path, int], Numbered]] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text,
 }  # fmt: skip
 """Readers of the formats, by the extension of the file."""

@@ -12,7 +12,7 @@ from .errors import DataError
 from .rows import Row, RowSource, read_rows
 from .values import as_json, read_json
 
-__all__ = ["Columns", "training_rows"]
+__all__ = ["Columns", "give_form", "training_rows"]
 
 FORMS = ("prompt", "response", "completion", "messages", "text", "conversations", "instruction", "input", "output", "system", "history")
 """Fields that make a row one form or another. With ``--columns`` only those are read that it names."""
@@ -71,13 +71,17 @@ class Columns:
         row.fields = fields
         row.names.update(self.named)
 
+    def unseen(self) -> list[str]:
+        """The pairs whose column was in no row so far."""
+        return [f"{field}={column}" for field, column in self.named.items() if field not in self._seen]
+
     def check_seen(self) -> None:
         """Check that every column was in some row.
 
         Raises:
             DataError: naming those that were in none.
         """
-        if unseen := [f"{field}={column}" for field, column in self.named.items() if field not in self._seen]:
+        if unseen := self.unseen():
             raise DataError(f"--columns {','.join(unseen)}: no row has such a column: correct the name, or leave it out")
 
 
@@ -92,17 +96,26 @@ def training_rows(source: RowSource, columns: str | Mapping[str, str] | None = N
     """
     named = None if columns is None else Columns(columns)
     for row in read_rows(source):
-        if named is not None:
-            named.rename(row)
-        if row.cells:
-            _read_cells(row)
-        if "conversations" in row:
-            _of_sharegpt(row)
-        if "instruction" in row and ("output" in row or not any(name in row for name in FORMS[:5])):
-            _of_alpaca(row)
+        give_form(row, named)
         yield row
     if named is not None:
         named.check_seen()
+
+
+def give_form(row: Row, named: Columns | None) -> None:
+    """Give a row the fields that trainings know.
+
+    Raises:
+        DataError: the row lacks a column, or is of Alpaca or ShareGPT and not in its form.
+    """
+    if named is not None:
+        named.rename(row)
+    if row.cells:
+        _read_cells(row)
+    if "conversations" in row:
+        _of_sharegpt(row)
+    if "instruction" in row and ("output" in row or not any(name in row for name in FORMS[:5])):
+        _of_alpaca(row)
 
 
 def _read_cells(row: Row) -> None:

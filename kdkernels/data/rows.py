@@ -11,13 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..support.memory import available_bytes
 from . import hub
 from .errors import DataError, places
-from .files import as_cells, files_of, rows_of
+from .files import as_cells, files_of, rows_of, text_bytes
 from .messages import WEIGHT, Turn, read_turns
 from .values import as_json, broken_text, is_date, place_of
 
-__all__ = ["DataError", "Row", "RowSource", "places", "read_rows"]
+__all__ = ["DataError", "Row", "RowSource", "check_fits", "numbered_rows", "parts_of", "places", "read_rows"]
+
+EXPANSION = 2
+"""Bytes of memory for a byte of text, at least: two views of 32-bit tokens of four letters. Measured: 1.9 (long rows) to 9 (short ones)."""
 
 
 class Row:
@@ -130,13 +134,39 @@ def _rows(source: RowSource) -> Iterator[Row]:
             yield part if isinstance(part, Row) else Row(part, f"row {number}")
 
 
+def parts_of(name: str | Path) -> list[str | Path]:
+    """The files of a name, or the name itself where it is that of a data set of the hub."""
+    return [name] if isinstance(name, str) and hub.is_hub_name(name) else list(files_of(Path(name)))
+
+
+def check_fits(source: RowSource) -> None:
+    """Check that the examples of the files in a source fit in memory.
+
+    Raises:
+        DataError: they do not; what ``read_rows`` raises of files that are not there.
+    """
+    names = [source] if isinstance(source, (str, Path)) else source if isinstance(source, (list, tuple)) else []
+    files = [part for name in names if isinstance(name, (str, Path)) for part in parts_of(name) if isinstance(part, Path)]
+    available = available_bytes() if files else None
+    sizes = {file: text_bytes(file) for file in files} if available is not None else {}
+    needed = EXPANSION * sum(sizes.values())
+    if available is not None and needed > available:
+        raise DataError(
+            f"{max(sizes, key=lambda file: sizes[file])}: the examples of the data take at least {needed / 2**30:,.1f} GiB of memory, and "
+            f"{available / 2**30:,.1f} GiB are free. Use `kdkernels train --streaming --max-steps N`, or give fewer rows"
+        )
+
+
+def numbered_rows(file: Path, after: int = 0) -> Iterator[tuple[int, Row]]:
+    """The rows of a file behind the row of number ``after``, each with its number."""
+    cells = as_cells(file)
+    return ((number, Row(fields, f"{file}, row {number}", cells)) for number, fields in rows_of(file, after))
+
+
 def _of_name(name: str | Path) -> Iterator[Row]:
     """The rows of a file, a folder or a data set of the hub."""
-    if isinstance(name, str) and hub.is_hub_name(name):
-        for number, fields in enumerate(hub.load(name), 1):
-            yield Row(fields, f"{name}, row {number}")
-        return
-    for file in files_of(Path(name)):
-        cells = as_cells(file)
-        for number, fields in rows_of(file):
-            yield Row(fields, f"{file}, row {number}", cells)
+    for part in parts_of(name):
+        if isinstance(part, str):
+            yield from (Row(fields, f"{part}, row {number}") for number, fields in enumerate(hub.load(part), 1))
+        else:
+            yield from (row for _, row in numbered_rows(part))

@@ -13,7 +13,7 @@ from .errors import DataError
 from .forms import ANSWERS, conversation_field
 from .rows import Row
 
-__all__ = ["draw", "hold_out", "read_shares"]
+__all__ = ["draw", "hold_out", "is_held_out", "read_shares"]
 
 
 def read_shares(sources: Sequence[str]) -> tuple[list[str], list[float] | None]:
@@ -91,10 +91,7 @@ def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]
     sides: tuple[list[Row], list[Row]] = [], []
     known: dict[str, bool] = {}
     for row in rows:
-        prompt = digest(_prompt(row))
-        key = row.fields.get("key")
-        decided_by = prompt if key is None else digest(str(key))
-        held = known.setdefault(prompt, int(decided_by[:16], 16) < fraction * 2**64)
+        held = known.setdefault(digest(_prompt(row)), is_held_out(row, fraction))
         sides[held].append(row)
     train, held_out = sides
     if not train or not held_out:
@@ -104,6 +101,13 @@ def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]
             "own (--eval-data)"
         )
     return train, held_out
+
+
+def is_held_out(row: Row, fraction: float) -> bool:
+    """Report the side of a row by a hash of its ``key``, else of its prompt, without regard to other rows."""
+    key = row.fields.get("key")
+    decided_by = digest(_prompt(row) if key is None else str(key))
+    return int(decided_by[:16], 16) < fraction * 2**64
 
 
 def _prompt(row: Row) -> Any:

@@ -13,10 +13,10 @@ from ..support.errors import counted
 from .example import Example
 from .forms import Learn, Reasoning, RowEncoder
 from .layouts import training_rows
-from .rows import DataError, Row, RowSource
+from .rows import DataError, Row, RowSource, check_fits
 from .templates import date_of
 
-__all__ = ["RULES", "Tally", "length_limit", "load_examples"]
+__all__ = ["RULES", "RowTokenizer", "Tally", "length_limit", "load_examples"]
 
 RULES = 2
 """Version of the rules that make a row into tokens. Raise it in a release that gives some row other tokens: a cache holds it."""
@@ -114,26 +114,69 @@ def load_examples(
     Raises:
         DataError: naming file, row and field.
     """
-    examples = []
-    tally, encode = tally if tally is not None else Tally(), RowEncoder(tokenizer, reasoning, learn)
-    day = date_of(tokenizer, date)  # one for all rows, though midnight may pass
-    for row in training_rows(source, columns):
-        row.date = day
-        if prompts and not _has_response(row):
-            row.fields["response"] = "."
-        examples += _fitting(encode(row), row, max_length, overlong, tally)
-    tally.reasoning.update(encode.thoughts)
-    if not examples:
-        raise DataError(f"no row is left: all {tally.dropped} are over max_length={max_length}")
-    if (warning := tally.of_lengths(max_length, len(examples), overlong)) is not None:
+    check_fits(source)
+    tokenize = RowTokenizer(
+        tokenizer, max_length=max_length, overlong=overlong, date=date, reasoning=reasoning, learn=learn, tally=tally, prompts=prompts
+    )
+    examples = [example for row in training_rows(source, columns) for example in tokenize(row)]
+    for warning in tokenize.warnings(len(examples)):
         warnings.warn(warning, stacklevel=2)
-    if encode.only_last:
-        warnings.warn(
-            f"of {encode.only_last:,} conversations only the last turn of the assistant is learnt, since the chat template writes an "
-            "earlier turn otherwise than the last: choose learn='last' to say so, or a template with {% generation %}",
-            stacklevel=2,
-        )
     return examples
+
+
+class RowTokenizer:
+    """Makes the examples of one row at a time.
+
+    Args:
+        tokenizer: of both models; the others as for ``load_examples``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        overlong: str = "error",
+        date: str | datetime.date | None = None,
+        reasoning: Reasoning = "learn",
+        learn: Learn | None = None,
+        tally: Tally | None = None,
+        prompts: bool = False,
+    ) -> None:
+        self.max_length, self.overlong, self.prompts = max_length, overlong, prompts
+        self.tally, self.encode = tally if tally is not None else Tally(), RowEncoder(tokenizer, reasoning, learn)
+        self.date = date_of(tokenizer, date)  # one for all rows, though midnight may pass
+
+    def __call__(self, row: Row) -> list[Example]:
+        """Return the examples of a row with the fields that trainings know: one, several of a text that is split, or none.
+
+        Raises:
+            DataError: naming file, row and field.
+        """
+        row.date = self.date
+        if self.prompts and not _has_response(row):
+            row.fields["response"] = "."
+        return _fitting(self.encode(row), row, self.max_length, self.overlong, self.tally)
+
+    def warnings(self, count: int) -> list[str]:
+        """Return sentences about the rows so far that were not taken as they are.
+
+        Args:
+            count: examples that were made of them.
+
+        Raises:
+            DataError: there are none.
+        """
+        self.tally.reasoning.update(self.encode.thoughts)
+        if not count:
+            raise DataError(f"no row is left: all {self.tally.dropped} are over max_length={self.max_length}")
+        sentences = [self.tally.of_lengths(self.max_length, count, self.overlong)]
+        if self.encode.only_last:
+            sentences.append(
+                f"of {self.encode.only_last:,} conversations only the last turn of the assistant is learnt, since the chat template writes "
+                "an earlier turn otherwise than the last: choose learn='last' to say so, or a template with {% generation %}"
+            )
+        return [sentence for sentence in sentences if sentence is not None]
 
 
 def _fitting(example: Example, row: Row, max_length: int | None, overlong: str, tally: Tally) -> list[Example]:

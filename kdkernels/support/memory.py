@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["peak_bytes", "total_bytes"]
+__all__ = ["available_bytes", "peak_bytes", "total_bytes"]
+
+GROUP = Path("/sys/fs/cgroup")
 
 
 @lru_cache(maxsize=64)
@@ -34,3 +36,24 @@ def peak_bytes(device: torch.device) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int | None:
+    """Memory that this process can still take without swapping, within the limit of its container; None without psutil."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    free = int(psutil.virtual_memory().available)
+    limit = _left_in_container()
+    return free if limit is None else min(free, limit)
+
+
+def _left_in_container() -> int | None:
+    """The limit of the control group less what its processes hold; None where there is no limit."""
+    try:
+        limit = int((GROUP / "memory.max").read_text())  # "max" without one
+        held = next(int(line.split()[1]) for line in (GROUP / "memory.stat").read_text().splitlines() if line.startswith("anon "))
+    except (OSError, ValueError, StopIteration):
+        return None
+    return max(limit - held, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from ..data.agreement import check_ids
 from ..data.collator import Collator, pack, pad_id
 from ..data.example import Example
+from ..data.streaming import ExampleStream
 from ..data.templates import date_of
 from ..data.tokenization import length_limit, load_examples
 from ..divergences import parse
@@ -51,6 +53,9 @@ from .setup import SavedConfig, Untaught, check_kept, check_teacher_tokenizers, 
 from .windows import EpochEnd, LogWindow
 
 __all__ = ["DistillationTrainer"]
+
+STREAM = "stream.json"
+"""The file of a checkpoint that holds the position in streamed data."""
 
 
 class DistillationTrainer(HookedTrainer):
@@ -92,6 +97,8 @@ class DistillationTrainer(HookedTrainer):
                 raise TypeError(f"{name} would never be called: no logits are kept, and the loss is that of the arguments")
         if isinstance(train_dataset, Mapping):
             raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): give one of its data sets")
+        if isinstance(train_dataset, ExampleStream):
+            args.train_sampling_strategy = "sequential"  # it is shuffled already
         check_teacher_tokenizers(processing_class, teacher_processing_class)
         self.teacher, self.vocab_size = teacher_source(model, teacher, args, processing_class)
         warn_of_student(model, processing_class, sharded=args.deepspeed_plugin is not None)
@@ -148,7 +155,7 @@ class DistillationTrainer(HookedTrainer):
             held_out: rows for an evaluation. They need a response, even where the student writes all that it is trained on; where a cache
                 lacks some of them, the evaluation is without a teacher.
         """
-        if source is None or (isinstance(source, list) and source and isinstance(source[0], tuple)):
+        if source is None or isinstance(source, ExampleStream) or (isinstance(source, list) and source and isinstance(source[0], tuple)):
             return source
         if isinstance(source, Mapping):
             return {name: self.items(part, held_out) for name, part in source.items()}
@@ -216,9 +223,17 @@ class DistillationTrainer(HookedTrainer):
 
     @functools.cached_property
     def _content(self) -> dict[str, str]:
-        return {"data": data_digest(self.train_dataset), "teacher": teacher_digest(self.teacher)}
+        data = self.train_dataset
+        return {
+            "data": data.identity if isinstance(data, ExampleStream) else data_digest(data), "teacher": teacher_digest(self.teacher),
+        }  # fmt: skip
 
     def training_initialised(self, checkpoint: Path | None, max_steps: int) -> None:
+        if isinstance(self.train_dataset, ExampleStream):
+            if checkpoint is None:
+                self.train_dataset.begin()
+            else:
+                self.train_dataset.restore(json.loads((checkpoint / STREAM).read_bytes()))
         self._sums.zero_()
         self._logged = LogWindow(self.args.device, self.state.global_step)
         if checkpoint is not None:
@@ -245,6 +260,8 @@ class DistillationTrainer(HookedTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step; those that the student writes itself are written here, before tokens are counted."""
+        if isinstance(self.train_dataset, ExampleStream):
+            self.train_dataset.forget(self.state.global_step)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         args, wrote = self.args, False
         for micro, batch in enumerate(batches):
@@ -424,6 +441,8 @@ class DistillationTrainer(HookedTrainer):
         log = {**self._logged.state(self.accelerator), "sums": self.accelerator.reduce(self._sums, "sum").tolist()}
         self.accelerator.wait_for_everyone()  # each rank adds files of its own
         if first:
+            if isinstance(self.train_dataset, ExampleStream):
+                (folder / STREAM).write_text(json.dumps(self.train_dataset.state(self.state.global_step)), encoding="utf-8")
             best = self.state.best_model_checkpoint and Path(self.state.best_model_checkpoint).name
             finish(folder, step=self.state.global_step, resumable=not self.args.save_only_model, best=best, log=log, **self._identity())
             for old in surplus(folder.parent, self._limit, {folder.name} | ({best} if best else set())):

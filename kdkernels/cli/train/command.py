@@ -18,7 +18,8 @@ Every field of DistillationArguments and of transformers' TrainingArguments is a
 - the loss: `--divergence` (a name, or `"jsd(beta=0.3)"`), `--temperature`, `--t-squared`, `--kd-weight`, `--ce-weight`, `--ce-weight-last`,
   `--feature-weight`, `--feature-layers`, `--feature-loss`, `--ensemble-mode`, `--kd-on-prompt`, `--vocab-size`, `--memory-budget`
 
-- the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`, `--columns`, `--learn`, `--eval-fraction`
+- the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`, `--columns`, `--learn`, `--eval-fraction`;
+  `--streaming` (with `--max-steps`) reads `--data` as it is needed, shuffled in a `--shuffle-buffer` of 10,000 examples
 
 - a LoRA in place of all weights: `--lora-r 16`, `--lora-alpha`, `--lora-dropout`, `--lora-target-modules`, `--use-rslora`, `--use-dora`;
   `--merge` also writes the merged model
@@ -35,6 +36,8 @@ Examples:
 - `kdkernels train --teacher big/ --student small/ --data rows.jsonl --eval-data held-out.jsonl --output-dir out --max-steps 1000`
 
 - `kdkernels train --config run.yaml --learning-rate 1e-4` - options over a file's
+
+- `kdkernels train --config run.yaml --streaming --max-steps 100000` - data that does not fit in memory
 
 - `kdkernels train --config run.yaml --lora-r 16 --merge` - an adapter, and the model that it makes of the student
 

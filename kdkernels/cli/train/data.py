@@ -10,9 +10,12 @@ from ...data.example import Example
 from ...data.layouts import training_rows
 from ...data.rows import RowSource
 from ...data.selection import draw, hold_out
+from ...data.streaming import ExampleStream
 from ...data.templates import date_of
-from ...data.tokenization import Tally, load_examples
+from ...data.tokenization import RowTokenizer, Tally, load_examples
+from ...support.files import digest
 from .settings import Settings, TrainError
+from .streamed import held_out_rows, stream_of
 
 __all__ = ["RunData", "read_data"]
 
@@ -21,12 +24,18 @@ __all__ = ["RunData", "read_data"]
 class RunData:
     """Examples to train on, and those to evaluate on."""
 
-    train: list[Example]
+    train: list[Example] | ExampleStream
     held_out: list[Example] | None = None
 
 
 def read_data(
-    settings: Settings, tokenizer: Any, cache: Any, limit: int | None, embeddings: int | None, tally: Tally | None = None
+    settings: Settings,
+    tokenizer: Any,
+    cache: Any,
+    limit: int | None,
+    embeddings: int | None,
+    tally: Tally | None = None,
+    content: Any = None,
 ) -> RunData:
     """Tokenise the data of a run. Sets ``template_date`` of its arguments, which a resumed run needs.
 
@@ -35,6 +44,7 @@ def read_data(
         limit: tokens of an example, at most.
         embeddings: rows of the smallest embeddings of the models.
         tally: counts rows to train on that were dropped, cut or split, and those with reasoning.
+        content: digests of the data, which a streamed run is known by.
 
     Raises:
         DataError: a row that can't be trained on, or no row on one side of ``--eval-fraction``.
@@ -42,20 +52,23 @@ def read_data(
     args = settings.args
     day = date_of(tokenizer, args.template_date or getattr(cache, "date", None))
     args.template_date = None if day is None else day.isoformat()
+    options = {"max_length": limit, "overlong": args.overlong, "date": day, "reasoning": args.reasoning, "learn": args.learn}
+    prompts = args.on_policy_fraction == 1  # are enough
 
-    def examples(source: RowSource, columns: str | None, tally: Tally | None, prompts: bool) -> list[Example]:
-        made = load_examples(
-            source, tokenizer, max_length=limit, overlong=args.overlong, date=day, reasoning=args.reasoning, columns=columns,
-            learn=args.learn, tally=tally, prompts=prompts,
-        )  # fmt: skip
+    def examples(source: RowSource, columns: str | None, **more: Any) -> list[Example]:
+        made = load_examples(source, tokenizer, columns=columns, **options, **more)
         check_ids(made, tokenizer, embeddings)
         return made
 
+    if settings.rows.streaming:
+        held = held_out_rows(settings)
+        evaluated = None if held is None else examples(*held)
+        tokenize = RowTokenizer(tokenizer, **options, tally=tally, prompts=prompts)
+        stream = stream_of(settings, tokenize, lambda made: check_ids(made, tokenizer, embeddings), limit, digest(content))
+        return RunData(stream, evaluated)
     train, held_out, columns = _rows(settings)
-    return RunData(
-        examples(train, columns, tally, args.on_policy_fraction == 1),
-        None if held_out is None else examples(held_out, columns, None, False),
-    )
+    trained = examples(train, columns, tally=tally, prompts=prompts)
+    return RunData(trained, None if held_out is None else examples(held_out, columns))
 
 
 def _rows(settings: Settings) -> tuple[RowSource, RowSource | None, str | None]:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ...data.agreement import check_templates, check_tokenizers
+from ...data.rows import check_fits
 from ...teachers.adapters import find_adapter, quiet
 from ...teachers.jobs import device_of
 from ...teachers.loading import has_tokenizer, load, skeleton_of
@@ -17,6 +18,7 @@ from ...trainer.hooks import loaded_whole
 from ...trainer.setup import seeded
 from .options import MemoryOptions
 from .settings import Settings, TrainError
+from .streamed import first_rows
 
 if TYPE_CHECKING:
     from ...teachers.cache import CachedTeacher
@@ -33,7 +35,7 @@ def tokenizer_of(settings: Settings) -> Any:
     for role, path in having[1:]:
         other = load(AutoTokenizer, role, path)
         check_tokenizers(tokenizer, other)
-        check_templates(tokenizer, other, settings.sources, settings.args.columns)
+        check_templates(tokenizer, other, first_rows(settings) if settings.rows.streaming else settings.sources, settings.args.columns)
     return tokenizer
 
 
@@ -48,7 +50,12 @@ def cache_of(settings: Settings, tokenizer: Any) -> CachedTeacher:
 
 
 def check_data(settings: Settings) -> None:
-    """Where the data is a cache of text, it is whole."""
+    """Check that data which is read as a whole fits in memory, and that a cache of text is whole.
+
+    Raises:
+        DataError, TrainError: it is not.
+    """
+    check_fits([*settings.eval_data, *([] if settings.rows.streaming else settings.sources)])
     from ...teachers.cache import CacheError, read_text
     from ...teachers.cache.manifest import MANIFEST
 

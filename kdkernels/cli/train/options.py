@@ -137,8 +137,19 @@ class RowOptions:
         default=None,
         metadata={"help": "Share of the rows to hold out for evaluations, chosen by a hash of each row's key or prompt."},
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read --data as it is needed, for data that does not fit in memory. Needs --max-steps."}
+    )
+    shuffle_buffer: int = field(
+        default=10_000,
+        metadata={"help": "With --streaming: examples in memory that the next one is drawn from; 1 keeps the order of the rows."},
+    )
 
     def __post_init__(self) -> None:
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"--shuffle-buffer {self.shuffle_buffer}: it must be an integer >= 1")
+        if not self.streaming and self.shuffle_buffer != RowOptions.shuffle_buffer:
+            raise ValueError("--shuffle-buffer without --streaming: rows in memory are shuffled as a whole. Leave it out")
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
             raise ValueError(f"--eval-fraction {self.eval_fraction:g}: it must be above 0 and below 1, such as 0.05")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from ... import losses
 from ...data.collator import pack, with_prompt
 from ...data.example import Example
+from ...data.streaming import ExampleStream
 from ...data.tokenization import Tally, length_limit
 from ...divergences import parse
 from ...sides import Ensemble, LMHead, Sampled, Teacher, TopK
@@ -23,23 +25,27 @@ from ...tap.weights import embedding_rows, head_width, logit_columns
 from ...teachers.loading import skeleton_of
 from ...trainer.checkpoints import step_of
 from ...trainer.hooks import use_one_gpu
-from .data import read_data
+from .data import RunData, read_data
 from .loading import cache_of, check_data, student_skeleton, tokenizer_of
 from .output import RECORD
 from .record import check_expected
 from .resume import choose_learn, known_record, requested, starting_point
 from .settings import Settings
-from .steps import rhythm, steps_per_epoch, total_steps
+from .steps import items_per_step, rhythm, steps_per_epoch, total_steps
 
 __all__ = ["plan"]
+
+FIRST = 100
+"""Items of streamed data that a plan counts."""
 
 
 def plan(settings: Settings, console: Console) -> None:
     """Shows models, tokens, steps and memory of a run, without loading a weight or writing a file."""
     args = settings.args
     transformers.logging.set_verbosity_error()
-    tokenizer = tokenizer_of(settings)
+    use_one_gpu(args)
     check_data(settings)
+    tokenizer = tokenizer_of(settings)
     skeletons = [student_skeleton(settings), *(skeleton_of("teacher", path) for path in settings.teacher)]
     cache = cache_of(settings, tokenizer) if settings.cache else None
     choose_learn(args, cache)
@@ -48,7 +54,7 @@ def plan(settings: Settings, console: Console) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         data = read_data(settings, tokenizer, cache, limit, embedding_rows(*skeletons), tally)
-    examples = data.train
+    examples = list(chain.from_iterable(islice(data.train, FIRST))) if isinstance(data.train, ExampleStream) else data.train
     if args.kd_on_prompt:
         examples = list(map(with_prompt, examples))
     for (role, path, dtype), model in zip(settings.models, skeletons, strict=True):
@@ -63,20 +69,30 @@ def plan(settings: Settings, console: Console) -> None:
     for sentence in [*(str(warning.message) for warning in said), *tally.of_reasoning()]:
         console.print(sentence)
     rows = pack(examples, limit) if args.packing and limit else [(e,) for e in examples]
+    steps = _plan_steps(args, data, rows, console)
+    console.print(f"run: {_state(settings, tokenizer, steps, console)}", markup=False)
+    _plan_memory(args, skeletons, cache, rows, console)
+
+
+def _plan_steps(args: Any, data: RunData, rows: Sequence[tuple[Example, ...]], console: Console) -> int:
+    """Show the data and the steps of a run; return the number of steps.
+
+    Args:
+        rows: of the whole data, or the first of a stream.
+    """
+    streamed, examples = isinstance(data.train, ExampleStream), list(chain.from_iterable(rows))
     scored, tokens = sum(len(e.student_scored) for e in examples), sum(len(e.student_ids) for e in examples)
-    use_one_gpu(args)
-    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    an_epoch = steps_per_epoch(len(rows), args)
+    an_epoch = steps_per_epoch(len(data.train if streamed else rows), args)
     steps = total_steps(args, an_epoch)
     console.print(
-        f"data: {counted(len(examples), 'example')} in {counted(len(rows), 'row')}; {counted(tokens, 'token')}, {scored:,} of them scored; "
-        f"the longest example has {max(map(len, examples)):,}"
+        f"data: {'streamed; the first ' if streamed else ''}{counted(len(examples), 'example')} in {counted(len(rows), 'row')}; "
+        f"{counted(tokens, 'token')}, {scored:,} of them scored; the longest example has {max(map(len, examples)):,}"
     )
     if data.held_out is not None:
         console.print(f"held out: {counted(len(data.held_out), 'example')}")
-    console.print(f"steps: {steps:,} of {counted(a_step, 'row')} each, {steps / an_epoch:.2f} epochs; {rhythm(args, steps)}")
-    console.print(f"run: {_state(settings, tokenizer, steps, console)}", markup=False)
-    _plan_memory(args, skeletons, cache, rows, console)
+    epochs = "" if streamed else f", {steps / an_epoch:.2f} epochs"
+    console.print(f"steps: {steps:,} of {counted(items_per_step(args), 'row')} each{epochs}; {rhythm(args, steps)}")
+    return steps
 
 
 def _state(settings: Settings, tokenizer: Any, steps: int, console: Console) -> str:

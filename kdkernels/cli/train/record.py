@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -49,7 +49,7 @@ class Record:
     Attributes:
         settings: the arguments that decide what is trained, and the dtypes of the models.
         content: digests of models, cache, tokenizer and data.
-        files: of each file of a model its sha256 with the status of the file when it was read.
+        files: of each file of a model or of data its sha256 with the status of the file when it was read.
         machine: what decides the bits of a result, but not what is trained.
         an_epoch: steps per epoch.
         before: metrics of the evaluation before the first step.
@@ -183,8 +183,8 @@ def _content(settings: Settings, tokenizer: Any, known: Mapping[str, list[Any]])
         "cache": None if settings.cache is None else cache_content(Path(settings.cache)),
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": template_hash(tokenizer),
-        "data": data_content(settings.sources),
-        "eval_data": data_content(settings.eval_data),
+        "data": data_content(settings.sources, known, files, settings.rows.streaming),
+        "eval_data": data_content(settings.eval_data, known, files),
     }
     return content, files
 
@@ -214,17 +214,25 @@ def same_content(name: str, then: Any, now: Any) -> bool:
     return all(then[part] == now[part] for part in ("identity", "head")) and bool(then["shards"][:common] == now["shards"][:common])
 
 
-def data_content(paths: Iterable[str]) -> list[str]:
-    """sha256 of each file, or over the files and names of a folder; of a data set of the hub its split, configuration and commit."""
-    return [identity_of(path) if is_hub_name(path) else _of_path(Path(path)) for path in paths]
+def data_content(
+    paths: Iterable[str], known: Mapping[str, list[Any]] | None = None, files: dict[str, list[Any]] | None = None, streamed: bool = False
+) -> list[str]:
+    """sha256 of each file, or over the files and names of a folder; of a data set of the hub its split, configuration and commit.
+
+    Args:
+        known: ``files`` of an earlier record: a file whose status has not changed since is not read again.
+        files: gets an entry for each file.
+    """
+    known, files = known or {}, {} if files is None else files
+    return [identity_of(path, streamed) if is_hub_name(path) else _of_path(Path(path), known, files) for path in paths]
 
 
-def _of_path(path: Path) -> str:
+def _of_path(path: Path, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
     if not path.exists():
         raise TrainError(f"{path}: no such file or folder")
-    if not path.is_dir():
-        return digest_file(path)
-    return digest({f.name: digest_file(f) for f in sorted(path.iterdir()) if f.is_file()})
+    found = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+    taken = _read(found, known, files)
+    return digest(taken) if path.is_dir() else taken[path.name]
 
 
 def _model(role: str, path: str, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
@@ -239,11 +247,15 @@ def _model(role: str, path: str, known: Mapping[str, list[Any]], files: dict[str
 
 
 def _files(path: str, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
-    found = model_files(Path(path))
+    return digest(_read(model_files(Path(path)), known, files))
+
+
+def _read(found: Sequence[Path], known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> dict[str, str]:
+    """sha256 of each file by name; each gets an entry in ``files``."""
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         taken = dict(zip(found, pool.map(lambda file: _sha256(file, known.get(str(file.resolve()))), found), strict=True))
     files.update({str(file.resolve()): entry for file, entry in taken.items()})
-    return digest({file.name: entry[0] for file, entry in taken.items()})
+    return {file.name: entry[0] for file, entry in taken.items()}
 
 
 def _sha256(path: Path, known: list[Any] | None) -> list[Any]:

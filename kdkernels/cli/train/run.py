@@ -66,9 +66,9 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
     transformers.logging.set_verbosity(transformers.logging.ERROR if args.log_level == "passive" else args.get_process_log_level())
     transformers.logging.disable_progress_bar()
     out = Path(args.output_dir)
+    check_data(settings)
     tokenizer = tokenizer_of(settings)
     skeletons = [student_skeleton(settings), *(skeleton_of("teacher", path) for path in settings.teacher)]
-    check_data(settings)
     cache = cache_of(settings, tokenizer) if settings.cache else None
     choose_learn(args, cache)
     record, old = known_record(settings, tokenizer)
@@ -94,7 +94,7 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
         checkpoint = starting_point(args, total)
     limit = length_limit(args.max_length, map(text_config, skeletons), args.packing)
     with shown_warnings(console):  # of data that can't be trained on, before any weights are read
-        data = read_data(settings, tokenizer, cache, limit, embedding_rows(*skeletons))
+        data = read_data(settings, tokenizer, cache, limit, embedding_rows(*skeletons), content=record.content["data"])
     with reporting_under(out):
         return Training(settings, output, tokenizer, cache, console, record, old, checkpoint, data).run(publication)
 

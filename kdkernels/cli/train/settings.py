@@ -156,6 +156,8 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     except ValueError as error:
         raise TrainError(str(error)) from None
     args = settings.args
+    if settings.rows.streaming:
+        _check_streaming(settings)
     if settings.rows.eval_fraction is not None and settings.eval_data:
         raise TrainError("--eval-fraction and --eval-data: held-out rows are those of one of them; leave the other out")
     for role, path, _ in settings.models:
@@ -166,6 +168,30 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     if not settings.cache and not settings.teacher and (args.kd_weight > 0 or args.feature_weight > 0):
         raise TrainError("--teacher is missing (a model's folder or name; several times for several), or --cache")
     return settings
+
+
+def _check_streaming(settings: Settings) -> None:
+    """
+    Raises:
+        TrainError: options that need all rows before the training.
+    """
+    args = settings.args
+    if args.max_steps < 1:
+        raise TrainError("--streaming needs --max-steps: how many rows there are is not known before they are read")
+    if settings.cache:
+        raise TrainError("--cache with --streaming: a training checks first that its cache holds every row. Leave --streaming out")
+    if args.dataloader_num_workers:
+        raise TrainError(
+            f"--dataloader-num-workers {args.dataloader_num_workers} with --streaming: the rows are read in the training's own process. "
+            "Leave it 0"
+        )
+    if args.auto_find_batch_size:
+        raise TrainError("--auto-find-batch-size with --streaming: the data can't be rewound. Give --per-device-train-batch-size")
+    for kind in ("eval", "save", "logging"):
+        if getattr(args, f"{kind}_strategy") == "epoch":
+            raise TrainError(f"--{kind}-strategy epoch with --streaming: no epoch is known. Choose steps, and --{kind}-steps")
+    if settings.reports.sample_every is not None and not settings.eval_data and settings.rows.eval_fraction is None:
+        raise TrainError("--sample-every with --streaming takes its prompts from held-out rows: give --eval-data or --eval-fraction")
 
 
 def _check_not_missing(own: Mapping[str, Any]) -> None:

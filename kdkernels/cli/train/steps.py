@@ -12,7 +12,13 @@ from transformers import TrainerState
 from ...support.errors import counted
 from .settings import TrainError
 
-__all__ = ["rhythm", "steps_per_epoch", "total_steps"]
+__all__ = ["items_per_step", "rhythm", "steps_per_epoch", "total_steps"]
+
+
+def items_per_step(args: Any) -> int:
+    """Rows of an optimizer step, in all processes."""
+    processes = 1 if args.accelerator_config.split_batches else args.world_size
+    return int(args.train_batch_size * args.gradient_accumulation_steps * processes)
 
 
 def steps_per_epoch(rows: int, args: Any) -> int:

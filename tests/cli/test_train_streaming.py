@@ -1,0 +1,161 @@
+"""``kdkernels train --streaming``: killed and resumed to the same bits, held-out rows, plans, and options that are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from runs import killed_at, log, run_in, summary, weights
+
+pytest.importorskip("transformers")
+
+from kdkernels.cli.train import streamed
+from kdkernels.cli.train.settings import TrainError, read_settings
+from kdkernels.data import rows as reading
+from kdkernels.data.rows import DataError
+
+ROOT = Path(__file__).parents[2]
+STREAMED: dict[str, Any] = {"streaming": True, "shuffle_buffer": 5}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 7 steps over 24 rows, the second pass begun."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run_in(home, out, max_steps=7, **STREAMED)
+    return out
+
+
+def test_a_run_that_was_killed_continues_to_the_same_bits(home: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = json.dumps({
+        "teacher": [str(home / "teacher")], "student": str(home / "student"), "data": [str(home / "train.jsonl")], "output_dir": str(out),
+        "max_steps": 7, "save_steps": 1, "learning_rate": 1e-2, "logging_steps": 2, "use_cpu": True, "per_device_train_batch_size": 4,
+        **STREAMED,
+    })  # fmt: skip
+    (tmp_path / "run.json").write_text(given)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "kdkernels.cli", "train", "--config", str(tmp_path / "run.json")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "checkpoint-2").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (out / "summary.json").exists()
+    assert "Resuming at checkpoint-" in run_in(home, out, max_steps=7, **STREAMED)
+    assert weights(out) == weights(finished)
+    assert log(out) == log(finished)
+
+
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        (3, {"data": ["train.jsonl=3", "held-out.jsonl=1"], "packing": True, "max_length": 32}),
+        (2, {"eval_fraction": 0.3, "on_policy_fraction": 0.5, "max_new_tokens": 3, "data_seed": 4}),
+    ],
+)
+def test_mixed_packed_and_held_out_streams_continue_to_the_same_bits(
+    home: Path, tmp_path: Path, step: int, options: dict[str, Any]
+) -> None:
+    options = {**options, "data": [str(home / name) for name in options.get("data", ["train.jsonl"])], "max_steps": 4, **STREAMED}
+    run_in(home, tmp_path / "whole", **options)
+    resumed = killed_at(step, tmp_path / "whole", tmp_path / "resumed")
+    run_in(home, resumed, **options)
+    assert weights(resumed) == weights(tmp_path / "whole")
+    assert summary(resumed)["after"] == summary(tmp_path / "whole")["after"]
+
+
+def test_a_longer_run_continues_and_other_data_or_order_is_refused(home: Path, finished: Path, tmp_path: Path) -> None:
+    out = killed_at(5, finished, tmp_path / "out")
+    for options, named in (({"shuffle_buffer": 6}, r"--shuffle-buffer \(5 then, 6 now\)"), ({"data_seed": 9}, "--data-seed"),
+                           ({"streaming": False, "shuffle_buffer": 10_000}, r"--streaming \(True then, False now\)")):  # fmt: skip
+        with pytest.raises(TrainError, match=f"a run with another .*{named}"):
+            run_in(home, out, max_steps=7, **{**STREAMED, **options})
+    other = shutil.copytree(home, tmp_path / "home")
+    with (other / "train.jsonl").open("a") as file:
+        file.write('{"prompt": "one ", "response": "two"}\n')
+    with pytest.raises(TrainError, match=r"another --data \(its content changed\)"):
+        run_in(other, out, max_steps=7, **STREAMED)
+    run_in(home, out, max_steps=8, **STREAMED)
+    assert summary(out)["steps"] == 8
+
+
+def test_held_out_rows_are_not_trained_on_and_are_limited(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "MOST_HELD_OUT", 3)
+    options = {"eval_fraction": 0.4, "max_steps": 1, **STREAMED}
+    printed = run_in(home, tmp_path / "out", **options)
+    assert "Warning: --eval-fraction 0.4 holds out more than 3 rows: the first are evaluated, the others left out" in printed
+    with pytest.raises(DataError, match="no row is left to train on: all are too long or held out"):
+        run_in(home, tmp_path / "none", **{**options, "eval_fraction": 0.999999})
+    with pytest.raises(DataError, match="--eval-fraction 1e-09: no row is held out"):
+        run_in(home, tmp_path / "none", **{**options, "eval_fraction": 1e-9})
+
+
+def test_a_plan_reads_the_first_rows(home: Path, tmp_path: Path) -> None:
+    import io
+
+    from rich.console import Console
+
+    from kdkernels.cli.train.plan import plan
+
+    given = {
+        "teacher": [str(home / "teacher")], "student": str(home / "student"), "data": [str(home / "train.jsonl")],
+        "output_dir": str(tmp_path / "out"), "max_steps": 5, "use_cpu": True, "columns": "prompt=prompt,response=response,weight=wieght",
+        "per_device_train_batch_size": 4, **STREAMED,
+    }  # fmt: skip
+    written = io.StringIO()
+    plan(read_settings(given, {}, []), Console(file=written, width=500))
+    assert "data: streamed; the first 20 examples in 20 rows" in written.getvalue()
+    assert "steps: 5 of 4 rows each; logs" in written.getvalue()
+    assert "--columns weight=wieght: none of the first rows has such a column" in written.getvalue()
+    given["shuffle_buffer"] = 100
+    with pytest.raises(DataError, match="--columns weight=wieght: no row has such a column"):
+        plan(read_settings(given, {}, []), Console(file=written, width=500))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": -1}, "--streaming needs --max-steps: how many rows there are is not known before they are read"),
+        ({"cache": "c", "teacher": []}, "--cache with --streaming: .* Leave --streaming out"),
+        ({"dataloader_num_workers": 2}, "--dataloader-num-workers 2 with --streaming: .* Leave it 0"),
+        ({"auto_find_batch_size": True}, "--auto-find-batch-size with --streaming: .* Give --per-device-train-batch-size"),
+        ({"save_strategy": "epoch"}, "--save-strategy epoch with --streaming: no epoch is known. Choose steps, and --save-steps"),
+        ({"eval_strategy": "epoch", "eval_data": ["e"]}, "--eval-strategy epoch with --streaming"),
+        ({"sample_every": 2}, "--sample-every with --streaming takes its prompts from held-out rows: give --eval-data or --eval-fraction"),
+        ({"shuffle_buffer": 0}, "--shuffle-buffer 0: it must be an integer >= 1"),
+        ({"streaming": False, "shuffle_buffer": 5}, "--shuffle-buffer without --streaming: .* Leave it out"),
+    ],
+)
+def test_options_that_need_all_rows_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    given = {"teacher": ["t"], "student": "s", "data": ["d.jsonl"], "output_dir": str(tmp_path), "max_steps": 3, **STREAMED, **options}
+    with pytest.raises(TrainError, match=message):
+        read_settings(given, {}, [])
+
+
+def test_data_that_does_not_fit_is_refused_before_anything_is_loaded(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "available_bytes", lambda: 1000)
+    nothing = str(tmp_path / "no-model")
+    for options in (
+        {},
+        {"data": [str(home / "held-out.jsonl"), str(home / "train.jsonl")]},
+        {**STREAMED, "eval_data": [str(home / "train.jsonl")]},
+    ):
+        with pytest.raises(DataError, match=r"train.jsonl: the examples of the data take at least .* --streaming --max-steps N"):
+            run_in(home, tmp_path / "out", **{"student": nothing, "teacher": [nothing], **options})
+    run_in(home, tmp_path / "out", max_steps=1, **STREAMED)
