@@ -1,6 +1,6 @@
 """Fused knowledge-distillation losses at vocabulary scale: ``import kdkernels as kd``; start at ``kd.distillation_loss``.
 
-Each name is imported when it is first used: the command's ``--help`` needs no torch.
+Names are imported at their first use, so that the command's ``--help`` does not import torch.
 """
 
 from typing import TYPE_CHECKING
@@ -60,12 +60,12 @@ __all__ = [
 ]
 
 _MODULES = ("losses", "primitives", "divergences", "sides", "backends.selection")
-"""The modules that define the public names."""
+"""Public names by the module that defines them."""
 
-if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts any name
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
 
     def __getattr__(name):
-        """Import a public name, or a module of this package, at its first use."""
+        """Import a public name or a module of this package at its first use."""
         from importlib import import_module
 
         if name in __all__ and name != "trainer":

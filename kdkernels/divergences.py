@@ -5,15 +5,15 @@ the vocabulary of a function ``f(log q, log p)`` of one column. With ``g = df / 
 
     T * dD/dz_student = g - q * sum(g)
 
-so such a divergence is the pair (value, slope) = (f, g), and nothing else in the package knows which one is computed. In general a
-divergence is at most four sums over the columns (``terms``), a function of these sums that gives the value and the row's coefficients
-(``finish``), and the slope of a column given the coefficients (``slope``).
+so such a divergence is the pair (value, slope) = (f, g), and the rest of the package does not depend on which divergence it is. In
+general a divergence has three parts: at most four sums over the columns (``terms``), a function from these sums to the value and the
+row's coefficients (``finish``), and the slope of a column given the coefficients (``slope``).
 
-Adding ``c * q`` to every slope changes no gradient; each form below uses that freedom, and adds to f terms that sum to zero, so
+Adding ``c * q`` to every slope does not change the gradient. Each form below uses this freedom, and adds terms to f that sum to zero, so
 that no digits are lost near p = q: every column of a value is then >= 0.
 
-Columns with p = 0 or q = 0 contribute their limit (``0 log 0 = 0``); where both are 0 the column is skipped. A teacher that
-gives mass to a column where the student has none makes ForwardKL infinite, as its definition says.
+Columns with p = 0 or q = 0 contribute their limit (``0 log 0 = 0``). Columns where both are 0 are skipped. If q = 0 and p > 0 in a column,
+ForwardKL is infinite, as its definition says.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Tail = Literal["bucket", "renorm", "zero", "sampled"]
 
 
 def _number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
-    """Checks that a parameter is a finite float in the open interval (low, high)."""
+    """Check that a parameter is a finite number in the open interval (low, high)."""
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low < value < high
     if not ok:
         bounds = "a finite number" if math.isinf(low) else f"in the open interval ({low:g}, {high:g})"
@@ -62,70 +62,72 @@ def _number(name: str, value: object, low: float = -math.inf, high: float = math
 
 @dataclass(frozen=True)
 class Divergence:
-    """Base of all divergences. ``name`` is the string accepted wherever a divergence is; ``id`` is its number in compiled code."""
+    """Base class of all divergences. ``name`` is its string form in arguments; ``id`` is its number in compiled code."""
 
     name: ClassVar[str]
     id: ClassVar[int]
     slope_sum: ClassVar[float | None] = None
-    """``sum(g)`` where it is known before the row is read, else None: then kernels need one more sweep."""
+    """``sum(g)`` if it is a known constant, else None. With None, kernels need one more sweep."""
     slope_jumps: ClassVar[bool] = False
-    """The slope is not a continuous function of q and p: backward must sum the very slopes that it writes."""
+    """The slope is not a continuous function of q and p, so backward must sum the same slopes that it writes."""
     unbounded_slopes: ClassVar[bool] = False
-    """The slopes have no bound of a few units: float16 gradients need more room above 1."""
+    """The slopes are not bounded by a few units, so float16 gradients need more headroom."""
     tails: ClassVar[tuple[Tail, ...]] = ()
-    """Sparse teachers that it is defined for, by what stands for the tokens that they do not name: see ``TopK`` and ``Sampled``."""
+    """Sparse teachers that the divergence supports: tails of ``TopK``, and ``"sampled"`` for ``Sampled``."""
     normalizer: ClassVar[Normalizer] = "softmax"
-    """What is subtracted from x and u to give the two arguments: their log-sum-exp, their mean, or nothing."""
+    """Quantity that is subtracted from x and u to get the two arguments: their log-sum-exp, their mean, or nothing."""
 
     @property
     def parameters(self) -> tuple[float, ...]:
-        """The parameters that are numbers, in order (they come before the flags)."""
+        """Numeric parameters, in field order (they come before the flags)."""
         return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "float")
 
     @property
     def flags(self) -> dict[str, bool]:
-        """The parameters that are flags and not numbers."""
+        """Boolean parameters, by name."""
         return {f.name: bool(getattr(self, f.name)) for f in dataclasses.fields(self) if f.type == "bool"}
 
     @property
     def kernel_parameters(self) -> tuple[float, float]:
-        """``(a, b)`` as kernels receive them: both parameters, or the only one and 1 minus it, which float32 cannot form from it
-        without losing digits where it is close to 1."""
+        """``(a, b)`` as passed to kernels: the two parameters, or a single one and ``1 - a``.
+
+        ``1 - a`` is computed here in float64, because float32 would lose digits for a close to 1.
+        """
         first, *rest = *self.parameters, 0.0
         return first, rest[0] if len(self.parameters) == 2 else 1.0 - first
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """``[..., V]``, ``[..., V]`` -> ``[..., V]``: f as the papers write it; differentiable; the definition the others answer to."""
+        """Return f for each column, ``[..., V]``, as written in the papers; differentiable. All other forms must agree with it."""
         raise NotImplementedError
 
     def reference_value(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """``[..., V]``, ``[..., V]`` -> ``[...]``: the divergence itself; the sum of ``reference`` unless it is a function of sums."""
+        """Return the divergence ``[...]`` of arguments ``[..., V]``: the sum of ``reference``, unless it is another function of sums."""
         return self.reference(log_q, log_p).sum(-1)
 
     @property
     def num_sums(self) -> int:
-        """How many of the ``terms``, the first ones, are summed over the columns: 1 to 4."""
+        """Number of leading ``terms`` that are summed over the columns: 1 to 4."""
         return 2 if self.slope_sum is None else 1
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, ...]:
-        """The columns' (value, slope), ``[..., V]`` each, from the logarithms and their exponentials; loses no digits near p = q.
+        """Return the columns' (value, slope), ``[..., V]`` each, from the logarithms and their exponentials, accurate near p = q.
 
-        Other divergences return whatever ``finish`` and ``slope`` are to be given.
+        Divergences that override ``finish`` or ``slope`` return the terms that these need.
         """
         raise NotImplementedError
 
     def finish(self, sums: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The value of a row and its coefficients, of which the first is the sum of the slopes, from the ``num_sums`` sums."""
+        """Return the value of a row and its coefficients from the ``num_sums`` sums. The first coefficient is the sum of the slopes."""
         return sums[0], (sums[1] if self.slope_sum is None else torch.full_like(sums[0], self.slope_sum),)
 
     def slope(self, terms: Sequence[Tensor], coefficients: Sequence[Tensor]) -> Tensor:
-        """``[..., V]``: the columns' slopes from ``terms`` and the row's coefficients ``[..., 1]``."""
+        """Return the columns' slopes ``[..., V]`` from ``terms`` and the row's coefficients ``[..., 1]``."""
         return terms[1]
 
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """``KL(p || q) = sum p (log p - log q)``, the loss of Hinton et al. 2015 (arXiv:1503.02531), entropy of the teacher included."""
+    """``KL(p || q) = sum p (log p - log q)``, the loss of Hinton et al. 2015 (arXiv:1503.02531), with the teacher's entropy."""
 
     name = "forward_kl"
     id = 0
@@ -184,7 +186,7 @@ class SymmetricKL(Divergence):
 class JSD(Divergence):
     """Generalised Jensen-Shannon divergence ``b KL(p || m) + (1 - b) KL(q || m)``, ``m = b p + (1 - b) q``, ``0 < b < 1``.
 
-    b as in GKD (arXiv:2306.13649). It vanishes as b tends to 0 or 1, so those are errors: ask for ForwardKL or ReverseKL.
+    b as in GKD (arXiv:2306.13649). The divergence tends to 0 for b -> 0 and b -> 1, so these values raise: use ForwardKL or ReverseKL.
     """
 
     beta: float = 0.5
@@ -196,8 +198,8 @@ class JSD(Divergence):
         if self.beta in (0, 1):
             other = "ForwardKL()" if self.beta == 0 else "ReverseKL()"
             raise ValueError(
-                f"JSD(beta) must be in the open interval (0, 1), got {self.beta!r}: the divergence itself is 0 there; "
-                f"libraries that treat it as a limit mean {other} (beta = 0 is ForwardKL, beta = 1 is ReverseKL)"
+                f"JSD(beta) must be in the open interval (0, 1), got {self.beta!r}: the divergence is 0 there. "
+                f"Libraries that accept it mean {other} (beta = 0 is ForwardKL, beta = 1 is ReverseKL)"
             )
         _number("JSD(beta)", self.beta, 0.0, 1.0)
 
@@ -261,7 +263,7 @@ class SkewReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """``1/2 sum |p - q|``; f-DISTILL (arXiv:2307.15190). Its slope is undefined at p = q, where 0 is taken."""
+    """``1/2 sum |p - q|``; f-DISTILL (arXiv:2307.15190). Its slope is undefined at p = q; kdkernels uses 0."""
 
     name = "total_variation"
     id = 6
@@ -277,14 +279,16 @@ class TotalVariation(Divergence):
 
 
 APART = -1.0
-"""log(q / p), or of their powers, below which the slope of a power divergence is the difference of its two parts as they are: where q is
-that much smaller, nothing cancels in it, and the differences of both from p, which serve near p = q, would leave nothing of it but their
-rounding."""
+"""Threshold for log(q / p), or for the log-ratio of their powers, in the slope of a power divergence.
+
+Below it, the slope is the plain difference of its two parts: q is so much smaller that nothing cancels. Above it, both parts are written
+as differences from p, which is accurate near p = q but would leave only rounding errors for small q.
+"""
 
 
 @dataclass(frozen=True)
 class AlphaDivergence(Divergence):
-    """``(sum p^a q^(1-a) - 1) / (a (a - 1))``, a other than 0 and 1 (Amari 1985). Its limits there are ReverseKL and ForwardKL."""
+    """``(sum p^a q^(1-a) - 1) / (a (a - 1))``, a != 0, 1 (Amari 1985). The limits at 0 and 1 are ReverseKL and ForwardKL."""
 
     alpha: float = 0.5
     name = "alpha_divergence"
@@ -298,7 +302,7 @@ class AlphaDivergence(Divergence):
             raise ValueError(f"AlphaDivergence(alpha) must not be 0 or 1, got {self.alpha!r}: the limit there is {other}")
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        # (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)): the subtracted terms sum to the 1 of the definition.
+        # (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)): the subtracted terms sum to 1, as in the definition.
         a = self.alpha
         skipped = (log_q == -math.inf) & (log_p == -math.inf)
         lq, lp = (torch.where(skipped, torch.zeros_like(x), x) for x in (log_q, log_p))
@@ -311,7 +315,7 @@ class AlphaDivergence(Divergence):
         q_larger = ratio >= 0
         larger = torch.maximum(q, p)
         size = ratio.abs().neg_()  # log(smaller / larger)
-        weight = choose(q_larger, a, 1 - a, ratio)  # of the smaller one in p^a q^(1-a)
+        weight = choose(q_larger, a, 1 - a, ratio)  # exponent of the smaller one in p^a q^(1-a)
         power = weight * size
         grown, shrunk = torch.expm1(power), torch.expm1(size)
         empty = larger == 0
@@ -323,7 +327,7 @@ class AlphaDivergence(Divergence):
 
 @dataclass(frozen=True)
 class ABDivergence(Divergence):
-    """``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]``, none of a, b, a + b zero.
+    """``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]``; a, b and a + b must not be 0.
 
     Cichocki et al. 2011; for distillation ABKD (arXiv:2505.04560), whose recommended pair is the default.
     """
@@ -337,35 +341,35 @@ class ABDivergence(Divergence):
     def __post_init__(self) -> None:
         _number("ABDivergence(alpha)", self.alpha)
         _number("ABDivergence(beta)", self.beta)
-        # In float32, where kernels add them up, a sum this small is 0.
+        # Kernels add alpha and beta in float32, where a sum this small is 0.
         if 0 in (self.alpha, self.beta) or math.isclose(self.alpha, -self.beta, rel_tol=1e-6):
             raise ValueError(
-                f"ABDivergence needs alpha, beta and alpha + beta other than 0, got alpha={self.alpha!r}, beta={self.beta!r}; "
-                "its limits (1, 0) and (0, 1) are ForwardKL() and ReverseKL()"
+                f"ABDivergence: alpha, beta and alpha + beta must not be 0, got alpha={self.alpha!r}, beta={self.beta!r}; "
+                "for the limits (1, 0) and (0, 1) use ForwardKL() and ReverseKL()"
             )
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         a, b = self.alpha, self.beta
         s = a + b
         no_q, no_p = log_q == -math.inf, log_p == -math.inf
-        # A negative power of 0 is infinite, and so is its column, of whose terms the largest is positive.
-        known = no_q | no_p if s < 0 else no_q & no_p
-        lq, lp = (torch.where(known, torch.zeros_like(x), x) for x in (log_q, log_p))
+        # A negative power of 0 makes its column infinite: the largest of the column's terms is positive.
+        excluded = no_q | no_p if s < 0 else no_q & no_p
+        lq, lp = (torch.where(excluded, torch.zeros_like(x), x) for x in (log_q, log_p))
         column = ((a * lp + b * lq).exp() - a / s * (s * lp).exp() - b / s * (s * lq).exp()) / (-a * b)
-        return torch.where(known, choose(no_q & no_p, 0.0, math.inf, column), column)
+        return torch.where(excluded, choose(no_q & no_p, 0.0, math.inf, column), column)
 
     def terms(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.alpha, self.beta
         s = a + b
-        # Larger and smaller are the powers: with a + b < 0 that of the smaller probability is the larger one.
+        # "Larger" and "smaller" refer to the powers: for a + b < 0, the smaller probability has the larger power.
         ratio = (log_q - log_p).mul_(s)
         q_larger = ratio >= 0
         larger = torch.exp(torch.maximum(s * log_q, s * log_p))
         size = ratio.abs().neg_()  # log(smaller / larger)
-        weight = choose(q_larger, a / s, b / s, ratio)  # of the smaller one in p^a q^b
+        weight = choose(q_larger, a / s, b / s, ratio)  # exponent of the smaller one in p^a q^b
         power = weight * size
         grown, shrunk = torch.expm1(power), torch.expm1(size)
-        # By the logarithms: small powers of a q and p that underflow still count.
+        # From the logarithms: if q and p underflow, their small powers are still above 0.
         empty = (log_q == -math.inf) & (log_p == -math.inf)
         value = zero_where(empty, (grown - weight * shrunk).mul_(larger)).div_(-a * b)
         # (p^a q^b - q^(a+b)) / larger
@@ -375,7 +379,7 @@ class ABDivergence(Divergence):
 
 @dataclass(frozen=True)
 class LogitMSE(Divergence):
-    """``1/2 sum (x - u)^2`` of the logits over T; with ``centered`` each row's mean is taken off first.
+    """``1/2 sum (x - u)^2`` of the logits over T; with ``centered`` each row's mean is subtracted first.
 
     Logit matching: Ba & Caruana 2014 (arXiv:1312.6184); Kim et al. 2021 (arXiv:2105.08919).
     """
@@ -383,7 +387,7 @@ class LogitMSE(Divergence):
     centered: bool = False
     name = "logit_mse"
     id = 9
-    slope_sum = 0.0  # centred slopes sum to 0; uncentred ones are not projected at all
+    slope_sum = 0.0  # centred slopes sum to 0; uncentred slopes are not projected
     unbounded_slopes = True
 
     def __post_init__(self) -> None:
@@ -412,16 +416,16 @@ REGISTRY: dict[str, type[Divergence]] = {
 
 
 def defined_for(tail: str) -> tuple[str, ...]:
-    """Names of the divergences that are defined against a sparse teacher with this tail, sorted."""
+    """Return the sorted names of the divergences that support a sparse teacher with this tail."""
     return tuple(sorted(name for name, cls in REGISTRY.items() if tail in cls.tails))
 
 
 def resolve(divergence: object) -> Divergence:
-    """A divergence from itself or from its snake-case name, with default parameters.
+    """Return the divergence for a snake-case name, with default parameters. An instance is returned unchanged.
 
     Raises:
-        ValueError: unknown name; the message lists the valid ones.
-        TypeError: neither a string nor a divergence.
+        ValueError: unknown name; the message lists the valid names.
+        TypeError: the argument is neither a string nor a divergence.
     """
     if isinstance(divergence, Divergence):
         return divergence
@@ -435,18 +439,18 @@ def resolve(divergence: object) -> Divergence:
 
 
 def of_beta(beta: float) -> Divergence:
-    """Return what GKD, TRL and Liger call the generalized JSD of ``beta``: forward KL at 0, reverse KL at 1, the JSD between them."""
+    """Return the generalized JSD of GKD, TRL and Liger: forward KL for ``beta`` = 0, reverse KL for 1, the JSD between them."""
     if beta == 0:
         return ForwardKL()
     return ReverseKL() if beta == 1 else JSD(beta=beta)
 
 
 def parse(value: object) -> Divergence:
-    """A divergence from itself, a name, a name with parameters ``"jsd(beta=0.3)"``, or a mapping ``{"name": "jsd", "beta": 0.3}``.
+    """Return the divergence for an instance, a name, text such as ``"jsd(beta=0.3)"``, or a mapping ``{"name": "jsd", "beta": 0.3}``.
 
     Raises:
-        ValueError: no such name or parameter, or a parameter out of range; the message says what is valid.
-        TypeError: none of these.
+        ValueError: unknown name or parameter, or a parameter out of range; the message lists what is valid.
+        TypeError: the argument has another type.
     """
     if isinstance(value, Mapping):
         parameters = dict(value)
@@ -456,14 +460,14 @@ def parse(value: object) -> Divergence:
     else:
         return resolve(value)
     cls = type(resolve(name))
-    known = [f.name for f in dataclasses.fields(cls)]
-    if unknown := [p for p in parameters if p not in known]:
-        raise ValueError(f"divergence {name!r} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    if unknown := [p for p in parameters if p not in names]:
+        raise ValueError(f"divergence {name!r} has no parameter {unknown[0]!r}; it has: {', '.join(names) or 'none'}")
     return cls(**parameters)
 
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:
-    """``"jsd(beta=0.3)"`` as ``("jsd", {"beta": 0.3})``."""
+    """Parse ``"jsd(beta=0.3)"`` as ``("jsd", {"beta": 0.3})``."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args and all(k.arg for k in call.keywords)):
@@ -471,13 +475,13 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
         return call.func.id, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(
-            f"divergence {text!r} can't be read: write a name, or a name with parameters such as 'jsd(beta=0.3)'; "
+            f"divergence {text!r} cannot be parsed: write a name, or a name with parameters such as 'jsd(beta=0.3)'; "
             f"names: {', '.join(REGISTRY)}"
         ) from None
 
 
 def spelled(divergence: Divergence) -> str:
-    """The inverse of ``parse``: a string, so that arguments can be kept as JSON."""
+    """Return the divergence as text, so that arguments can be saved as JSON: the inverse of ``parse``."""
     values = dataclasses.asdict(divergence)
     changed = {k: v for k, v in values.items() if v != getattr(type(divergence)(), k)}
     return divergence.name + (f"({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else "")

@@ -1,4 +1,4 @@
-"""The errors that a script catches; ``support/errors.py`` defines them."""
+"""Errors for scripts to catch. ``support/errors.py`` defines them."""
 
 from .support.errors import UserError, listed
 

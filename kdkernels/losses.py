@@ -1,4 +1,4 @@
-"""``distillation_loss``: its documentation and reduction. fused/checks.py checks the arguments, fused/engine.py runs the chunks."""
+"""``distillation_loss``: documentation and reduction. fused/checks.py checks the arguments, fused/engine.py runs the chunks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["DistillationLoss", "Plan", "TokenStats", "distillation_loss", "plan"
 
 @dataclass(frozen=True, eq=False)
 class TokenStats:
-    """Per token, detached, float32, of the leading shape; 0 for invalid tokens. At T = ``temperature`` except ``cross_entropy``.
+    """Statistics per token: detached float32 tensors with the leading shape, 0 for invalid tokens, at T = ``temperature``.
 
     Attributes:
-        divergence: D itself, without ``kd_weight``, T^2 or token weights, in nats.
-        cross_entropy: of the labels at T = 1, in nats; NaN without labels.
-        student_entropy: in nats.
-        teacher_entropy: in nats.
-        top1_agreement: 1.0 where both sides' most likely tokens are the same, else 0.0.
+        divergence: D in nats, without ``kd_weight``, T^2 or token weights.
+        cross_entropy: cross-entropy of the labels in nats, at T = 1; NaN without labels.
+        student_entropy: entropy of the student's distribution in nats.
+        teacher_entropy: entropy of the teacher's distribution in nats.
+        top1_agreement: 1.0 where the most likely tokens of both sides are equal, else 0.0.
     """
 
     divergence: Tensor
@@ -49,14 +49,14 @@ class Plan:
     """The plan of a call.
 
     Attributes:
-        backend: its name.
+        backend: name of the backend.
         rows_per_chunk: valid rows in a chunk.
         num_chunks: number of chunks.
-        buffer_bytes: size of the chunk buffers, which is all that is held of the logits.
-        dense_bytes: what the same call would hold as ``[N, V]`` logits of the sides that have a head, in the dtype of their
-            matrix products, and the student's logit gradient.
+        buffer_bytes: size of the chunk buffers. No other memory is used for logits.
+        dense_bytes: size of the dense ``[N, V]`` logits of the sides with a head, in the dtype of their matrix products, plus the
+            student's logit gradient.
         saved_bytes: ``dense_bytes - buffer_bytes``, at least 0.
-        not_chosen: for every other backend the reason.
+        not_chosen: for every other backend, the reason why it was not chosen.
     """
 
     backend: str
@@ -69,7 +69,7 @@ class Plan:
 
 
 class LossOptions(TypedDict, total=False):
-    """Every keyword of ``distillation_loss`` but ``return_stats``, for type checkers; what they mean is documented there."""
+    """Keywords of ``distillation_loss`` except ``return_stats``, for type checkers. ``distillation_loss`` documents them."""
 
     divergence: Divergence | str
     temperature: float
@@ -115,43 +115,43 @@ def distillation_loss(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Distillation loss between a student and a teacher over the vocabulary, without ever holding ``[N, V]`` logits.
+    """Compute the distillation loss between a student and a teacher over the vocabulary without storing ``[N, V]`` logits.
 
-    Per valid token ``kd_weight * T^2 * D(teacher, student; T) + ce_weight * CE(labels; T = 1)`` (Hinton et al. 2015,
-    arXiv:1503.02531), times its weight. The gradient for the student's hidden states, head or logits, whichever require it, is
-    exact; the teacher gets none.
+    The loss of a valid token is ``kd_weight * T^2 * D(teacher, student; T) + ce_weight * CE(labels; T = 1)`` (Hinton et al. 2015,
+    arXiv:1503.02531), times its token weight. The student's hidden states, head or logits get exact gradients if they require them. The
+    teacher gets no gradient.
 
     Args:
         student: ``LMHead(hidden [..., Ds], weight [V, Ds], ...)`` or logits ``[..., V]``.
         teacher: ``LMHead(hidden [..., Dt], weight [V, Dt], ...)`` or logits ``[..., V]``; same leading shape and vocabulary,
-            any hidden size and dtype. Or what was kept of one: ``TopK`` (forward KL; reverse KL and JSD where its ``tail`` defines them)
-            or ``Sampled`` (forward KL, less the teacher's entropy, which draws do not tell). Or an ``Ensemble``. Detached.
+            any hidden size and dtype. Or a ``TopK`` (forward KL; reverse KL and JSD if defined for its ``tail``), a ``Sampled``
+            (forward KL minus the teacher's entropy, which draws do not determine), or an ``Ensemble``. Always detached.
         divergence: a name (see ``kdkernels.divergences.REGISTRY``) or an instance such as ``JSD(beta=0.3)``.
-        temperature: T > 0, divides both sides' logits in the divergence. Below 2^-100 it is taken as 2^-100, which gives the limit.
-        t_squared: multiply the divergence and its gradient by T^2, so that its weight against cross-entropy does not depend on T.
-        labels: ``[...]`` integers; position i holds the target of position i (nothing is shifted here).
-        ignore_index: tokens with this label are invalid: dropped before any matrix product, loss 0, gradient 0.
+        temperature: T > 0, divides both sides' logits in the divergence. Values below 2^-100 are raised to 2^-100, which gives the limit.
+        t_squared: multiply the divergence and its gradient by T^2, so that its weight relative to the cross-entropy does not depend on T.
+        labels: ``[...]`` integers; position i holds the target of position i (labels are not shifted).
+        ignore_index: tokens with this label are invalid: they are dropped before any matrix product, with loss 0 and gradient 0.
         kd_weight: weight of the divergence, >= 0.
         ce_weight: weight of the cross-entropy, >= 0; above 0 it needs ``labels``.
-        token_weights: ``[...]`` floats >= 0, multiply each token's total; constants (no gradient).
+        token_weights: ``[...]`` floats >= 0 that multiply the loss of each token; constants (no gradient).
         reduction: ``"mean"`` over ``num_items``, ``"sum"``, or ``"none"`` (the leading shape).
         num_items: denominator of ``"mean"``, int or 0-dim tensor; default: the number of valid tokens of this call. Pass the
-            count of the whole batch when accumulating gradients or training on several ranks. A tensor on a GPU is not checked: 0
+            number for the whole batch when you accumulate gradients or train on several ranks. A tensor on a GPU is not checked: 0
             gives infinity or NaN.
         memory_budget: bytes for the chunk buffers. Default: 1 GiB; on a GPU 1/32 of its memory, if that is more.
-        chunk_rows: rows per chunk outright, instead of a budget.
-        logits_dtype: storage of chunk logits. None is float32 (float64 for float64 inputs), from 16-bit operands too;
-            ``torch.bfloat16`` halves buffers and traffic for bfloat16 heads, at the price of rounded logits.
-        backend: ``"auto"`` takes the best that can run (see ``plan``); a name is honoured or raises.
+        chunk_rows: sets the rows per chunk directly; ``memory_budget`` is ignored.
+        logits_dtype: dtype of the chunk's logits. None is float32 (float64 for float64 inputs), even for 16-bit operands.
+            ``torch.bfloat16`` halves buffers and memory traffic for bfloat16 heads, but rounds the logits.
+        backend: ``"auto"`` selects the best backend that can run (see ``plan``). A name selects that backend or raises.
         return_stats: also return a ``TokenStats``.
 
     Returns:
-        The loss in float32 (float64 if a side is float64): 0-dim, or the leading shape with ``reduction="none"``; with
-        ``return_stats`` a pair of it and the ``TokenStats``. Without a valid token it is 0.0, and backpropagates zeros.
+        The loss in float32 (float64 if a side is float64): 0-dim, or the leading shape with ``reduction="none"``. With
+        ``return_stats``, a pair of the loss and the ``TokenStats``. Without valid tokens, the loss is 0.0 and its gradients are 0.
 
     Raises:
-        TypeError, ValueError: an argument that makes no sense; the message names it, what was given, and the way out.
-        BackendUnavailable: ``backend`` names one that cannot run here.
+        TypeError, ValueError: an invalid argument; the message gives its name, its value and what to do.
+        BackendUnavailable: the backend selected by ``backend`` cannot run here.
     """
     options = Options(
         divergence, temperature, t_squared, ignore_index, kd_weight, ce_weight, reduction, memory_budget, chunk_rows, logits_dtype, backend,
@@ -168,14 +168,14 @@ def distillation_loss(
 
 
 class DistillationLoss(nn.Module):
-    """``distillation_loss`` as a module: keywords here, tensors in the call.
+    """``distillation_loss`` as a module: options in the constructor, tensors in the call.
 
     >>> loss_fn = DistillationLoss(divergence="jsd", temperature=2.0)
     >>> loss = loss_fn(LMHead(h_s, w_s), LMHead(h_t, w_t), labels=labels)
     """
 
     def __init__(self, **options: Any) -> None:
-        """Take every keyword of ``distillation_loss`` that is not a tensor, and check what can be checked without tensors."""
+        """Accept every keyword of ``distillation_loss`` that is not a tensor, and check the options as far as possible without tensors."""
         super().__init__()
         unknown = set(options) - _MODULE_OPTIONS
         if unknown:
@@ -198,7 +198,7 @@ class DistillationLoss(nn.Module):
         token_weights: Tensor | None = None,
         num_items: int | Tensor | None = None,
     ) -> Any:
-        """The loss, or with ``return_stats`` a pair: see ``distillation_loss``."""
+        """Return the loss or, with ``return_stats``, a pair: see ``distillation_loss``."""
         return distillation_loss(student, teacher, labels=labels, token_weights=token_weights, num_items=num_items, **self.options)
 
     def extra_repr(self) -> str:
@@ -210,12 +210,12 @@ _TENSOR_OPTIONS = ("labels", "token_weights", "num_items")
 
 
 def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **options: Unpack[LossOptions]) -> Plan:
-    """Plan what ``distillation_loss`` would run with the same arguments, without running it.
+    """Return the backend, chunks and memory of a ``distillation_loss`` call with the same arguments, without running it.
 
-    Tensors may be on the ``meta`` device, which plans as ``cpu``. With labels their valid tokens are counted (one synchronisation).
+    Tensors may be on the ``meta`` device, which is planned as ``cpu``. With labels, the valid tokens are counted (one synchronisation).
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as ``distillation_loss`` would.
+        TypeError, ValueError, BackendUnavailable: same as ``distillation_loss``.
     """
     if unknown := set(options) - _MODULE_OPTIONS - {*_TENSOR_OPTIONS}:
         raise TypeError(f"plan got {', '.join(sorted(unknown))}; it takes {', '.join(sorted({*_MODULE_OPTIONS, *_TENSOR_OPTIONS}))}")
@@ -239,10 +239,10 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
 
 
 def mean_denominator(num_items: float | Tensor | None, count: Tensor, dtype: torch.dtype) -> Tensor | float:
-    """The denominator of the mean. It is 1 for a call without valid tokens and 0 items, which then gives 0 instead of NaN.
+    """Return the denominator of the mean. It is 1 for 0 items without valid tokens, so that the mean is 0 instead of NaN.
 
     Raises:
-        ValueError: 0 items, but valid tokens. A 0 that the host cannot read without waiting gives infinity or NaN instead.
+        ValueError: ``num_items`` is 0 but there are valid tokens. If reading it would synchronise, the mean is infinity or NaN instead.
     """
     if num_items is None:
         return count.clamp(min=1)
@@ -258,7 +258,7 @@ def mean_denominator(num_items: float | Tensor | None, count: Tensor, dtype: tor
 
 
 def check_num_items(num_items: Any) -> None:
-    """A number, or a tensor of one, finite and >= 0. The value of a tensor is read only if that needs no wait."""
+    """Check that ``num_items`` is one finite number >= 0. A tensor's value is read only if that does not synchronise."""
     if num_items is None:
         return
     if isinstance(num_items, Tensor):
@@ -277,6 +277,6 @@ def check_num_items(num_items: Any) -> None:
 
 
 def has_value(tensor: Tensor) -> bool:
-    """Return whether the host can read the numbers of ``tensor``: not in torch.compile, of a fake tensor, or inside torch.func."""
+    """Return whether the host can read the values of ``tensor``: False in torch.compile, for fake tensors, and inside torch.func."""
     wrapped = not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor)
     return not (wrapped or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta)

@@ -1,15 +1,15 @@
-"""Other quantities of an LM head without holding ``[N, V]``: cross-entropy, log-probabilities, entropy, the most likely tokens,
-samples; and the softmax of given logits.
+"""Quantities of an LM head without storing ``[N, V]`` logits: cross-entropy, log-probabilities, log-sum-exp, entropy, top-k tokens and
+samples; and the softmax of a logits tensor.
 
-Sides are those of ``distillation_loss``: ``LMHead(hidden [..., D], weight [V, D], ...)`` or logits ``[..., V]``, in float16, bfloat16,
+Sides are ``LMHead(hidden [..., D], weight [V, D], ...)`` or logits ``[..., V]``, as for ``distillation_loss``, in float16, bfloat16,
 float32 or float64. Results per token are float32 (float64 for float64 sides). Common arguments:
 
-- ``temperature``: T > 0, divides the logits. Below 2^-100 it is taken as 2^-100, which gives the limit: the largest logit.
-- ``memory_budget``: bytes for the chunk buffers, as of ``distillation_loss``; ``chunk_rows`` sets the rows per chunk directly.
-- ``backend``: ``"auto"`` takes the best that can run; a name is honoured or raises ``BackendUnavailable``.
+- ``temperature``: T > 0, divides the logits. Values below 2^-100 are raised to 2^-100, which gives the limit: the largest logit.
+- ``memory_budget``: bytes for the chunk buffers, see ``distillation_loss``; ``chunk_rows`` sets the rows per chunk directly.
+- ``backend``: ``"auto"`` selects the best backend that can run. A name selects that backend or raises ``BackendUnavailable``.
 
-Gradients reach hidden states, head and bias, or logits, whichever require it, and are exact for any upstream gradient. The hidden
-gradient is found in the forward pass; a trainable head recomputes the chunks of logits in backward.
+Hidden states, head and bias, or logits, get exact gradients for any upstream gradient if they require them. The forward pass computes the
+hidden gradient; for a trainable head, backward recomputes the chunks of logits.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def cross_entropy(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy of the labels in nats, ``-log softmax(z)[label]`` per valid token, times its weight.
+    """Return the cross-entropy of the labels in nats: ``-log softmax(z)[label]`` per valid token, times its weight.
 
-    The gradient is found in the forward pass, chunk by chunk, so that forward and backward take three matrix products (two with a
-    frozen head), as in ``distillation_loss``, whose remarks on the arguments hold here.
+    The forward pass computes the gradient chunk by chunk, so that forward and backward take three matrix products (two with a frozen
+    head). ``distillation_loss`` describes the arguments in more detail.
 
     Args:
         student: an ``LMHead`` or logits ``[..., V]``.
-        labels: ``[...]`` integers; position i holds the target of position i (nothing is shifted here).
-        ignore_index: tokens with this label are dropped before any matrix product: loss 0, gradient 0.
+        labels: ``[...]`` integers; position i holds the target of position i (labels are not shifted).
+        ignore_index: tokens with this label are dropped before any matrix product, with loss 0 and gradient 0.
         token_weights: ``[...]`` floats >= 0; constants.
         reduction: ``"mean"`` over ``num_items`` (default: the number of valid tokens), ``"sum"``, or ``"none"`` (the leading shape).
-        logits_dtype: storage of chunk logits; ``torch.bfloat16`` halves them for bfloat16 heads.
+        logits_dtype: dtype of the chunk's logits; ``torch.bfloat16`` halves their size for bfloat16 heads.
 
     Raises:
-        TypeError, ValueError: an argument that makes no sense; the message names it.
+        TypeError, ValueError: an invalid argument; the message names it.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
@@ -75,18 +75,18 @@ def token_logprobs(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``log softmax(z / T)`` at the given tokens, in nats: of one per position, or of K.
+    """Return ``log softmax(z / T)`` in nats at given tokens: one or K per position.
 
     Args:
         side: an ``LMHead`` or logits ``[..., V]``.
-        ids: ``[...]`` or ``[..., K]`` integers in [0, V); -1 gives 0, with gradient 0. Rows without another id are dropped before any
-            matrix product.
+        ids: ``[...]`` or ``[..., K]`` integers in [0, V); -1 gives 0 with gradient 0. Rows with only -1 are dropped before any matrix
+            product.
 
     Returns:
-        The shape of ``ids``.
+        Log-probabilities in the shape of ``ids``.
 
     Raises:
-        TypeError, ValueError: ids that are no integers, of another shape, or outside the vocabulary; T <= 0.
+        TypeError, ValueError: ids are not integers, have a wrong shape, or are outside the vocabulary; T <= 0.
     """
     options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
     return ops.run(*prepare_head(side, "logprobs", options, ids))[0]
@@ -95,7 +95,7 @@ def token_logprobs(
 def logsumexp(
     side: Side, temperature: float = 1.0, *, memory_budget: int | None = None, chunk_rows: int | None = None, backend: str = "auto"
 ) -> Tensor:
-    """``log sum exp(z / T)`` over the vocabulary, ``[...]``: the logarithm of the partition function, as in z-loss."""
+    """Return ``log sum exp(z / T)`` over the vocabulary, ``[...]``: the logarithm of the partition function, as in z-loss."""
     options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
     return ops.run(*prepare_head(side, "logsumexp", options))[0]
 
@@ -103,7 +103,7 @@ def logsumexp(
 def entropy(
     side: Side, temperature: float = 1.0, *, memory_budget: int | None = None, chunk_rows: int | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Entropy of ``softmax(z / T)`` in nats, ``[...]``; -inf logits contribute 0."""
+    """Return the entropy of ``softmax(z / T)`` in nats, ``[...]``. Logits of -inf contribute 0."""
     options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
     return ops.run(*prepare_head(side, "entropy", options))[0]
 
@@ -111,16 +111,15 @@ def entropy(
 def topk_logprobs(
     side: Side, k: int, temperature: float = 1.0, *, memory_budget: int | None = None, chunk_rows: int | None = None, backend: str = "auto"
 ) -> TopK:
-    """The k most likely tokens, the first one first, and their ``log softmax(z / T)``, over the whole vocabulary. Detached.
+    """Return the k most likely tokens in falling order, with ``log softmax(z / T)`` over the whole vocabulary. Detached.
 
-    Among equal logits the lower id comes first, on every backend. A NaN is ordered as -inf, which comes last; its row's log-probabilities
-    are all NaN.
+    Ties are ordered by rising id on every backend. NaN logits sort last, like -inf, and make all log-probabilities of their row NaN.
 
     Args:
         k: in [1, V].
 
     Returns:
-        ``TopK`` of ids int32 and log-probabilities, ``[..., k]``, and T.
+        ``TopK`` with int32 ids and log-probabilities ``[..., k]``, and the temperature.
 
     Raises:
         TypeError, ValueError: k outside [1, V]; T <= 0.
@@ -142,22 +141,22 @@ def sample(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Sampled:
-    """Independent draws from ``softmax(z / T)``, with replacement. Detached.
+    """Draw independent samples from ``softmax(z / T)``, with replacement. Detached.
 
-    Exact, by the Gumbel-max trick inside the row kernel, without ``[N, V]`` of noise. One seed is drawn from the generator; what
-    is random about a column is then a function of seed, row, column and number of the draw (Philox4x32-10), and the choice is made in
-    double precision. So the same state of the generator gives the same ids whatever the chunks and the backend, as far as these agree
-    on the logits: a matrix product of other shape may round them otherwise, which changes about one draw in millions.
+    Draws are exact: the row kernel uses the Gumbel-max trick without storing ``[N, V]`` noise. One seed is drawn from the generator. The
+    random numbers are a function of seed, row, column and draw index (Philox4x32-10), and the winner is chosen in float64. The same
+    generator state therefore gives the same ids for all chunk sizes and backends, as long as the logits are equal: a matrix product of
+    another shape may round them differently, which changes about one draw in millions.
 
     Args:
         num_samples: S >= 1 draws per position.
-        generator: of the side's device; default: that device's own.
+        generator: a generator on the side's device; default: the device's global generator.
 
     Returns:
-        ``Sampled`` of ids int32 ``[..., S]`` (-1 where the log-sum-exp of a row is not finite), each counted once.
+        ``Sampled`` with int32 ids ``[..., S]``, each with count 1. Ids are -1 in rows whose log-sum-exp is not finite.
 
     Raises:
-        TypeError, ValueError: S < 1; T <= 0; a generator of another device.
+        TypeError, ValueError: S < 1; T <= 0; the generator is on another device.
     """
     options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
     call, tensors = prepare_head(side, "sample", options, count=num_samples)
@@ -178,14 +177,14 @@ def softmax(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``softmax(logits / T)`` over the last dimension, in the dtype of the logits, computed in float32 (float64).
+    """Return ``softmax(logits / T)`` over the last dimension, in the dtype of the logits, computed in float32 (float64 for float64).
 
     Args:
         logits: ``[..., V]``.
-        out: where to write it, of the same shape and dtype; ``out=logits`` works in place. Records no gradient.
+        out: tensor for the result, with the shape and dtype of the logits. ``out=logits`` works in place. Records no gradient.
 
     Raises:
-        TypeError, ValueError: ``out`` does not fit, or shares only a part of its memory with the logits; T <= 0.
+        TypeError, ValueError: ``out`` has a wrong shape, dtype or layout, or partially overlaps the logits; T <= 0.
     """
     options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
     return _softmax(logits, out, "softmax", options)
@@ -200,7 +199,7 @@ def log_softmax(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The logarithm of ``softmax``, with the same arguments."""
+    """Return the logarithm of ``softmax``, with the same arguments."""
     options = Options(temperature=temperature, memory_budget=memory_budget, chunk_rows=chunk_rows, backend=backend)
     return _softmax(logits, out, "log_softmax", options)
 
@@ -211,7 +210,7 @@ def _softmax(logits: Tensor, out: Tensor | None, quantity: Quantity, options: Op
 
 
 def _check_count(name: str, value: int, largest: int | None = None) -> None:
-    """An int of at least 1 and, if there is a largest, at most that."""
+    """Check that a value is an int >= 1 and, if ``largest`` is given, <= ``largest``."""
     bounds = ">= 1" if largest is None else f"in [1, {largest}] (the vocabulary)"
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (largest is not None and value > largest):
         raise ValueError(f"{name} must be an int {bounds}, got {value!r}")
@@ -227,7 +226,7 @@ def _check_generator(generator: torch.Generator | None, device: torch.device) ->
 
 
 def _check_softmax(logits: Tensor, out: Tensor | None) -> None:
-    """Logits ``[..., V]``, and a place for the result that fits."""
+    """Check the logits ``[..., V]``, and shape, dtype, layout and memory of ``out``."""
     check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V > 0, got shape {list(logits.shape)}")
@@ -241,8 +240,8 @@ def _check_softmax(logits: Tensor, out: Tensor | None) -> None:
             f"got {out.dtype} {list(out.shape)} on {out.device}"
         )
     if torch.is_grad_enabled() and (logits.requires_grad or out.requires_grad):
-        raise ValueError("out= records no gradient: call it under torch.no_grad(), or leave out= away")
-    ops.refuse_tangents("out= records no forward-mode derivative: leave out= away", logits, out)
+        raise ValueError("out= records no gradient: call it under torch.no_grad(), or omit out=")
+    ops.refuse_tangents("out= records no forward-mode derivative: omit out=", logits, out)
     if out.stride(-1) != 1 and out.shape[-1] > 1:
         raise ValueError(f"out must have unit stride in its last dimension, got strides {out.stride()}")
     try:
@@ -250,16 +249,16 @@ def _check_softmax(logits: Tensor, out: Tensor | None) -> None:
     except RuntimeError:
         raise ValueError(f"out must have one stride between all its rows, got strides {out.stride()} for {list(out.shape)}") from None
     if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
-        raise ValueError(f"out must have memory of its own for every row, got strides {out.stride()} for {list(out.shape)}")
+        raise ValueError(f"the rows of out must not overlap, got strides {out.stride()} for {list(out.shape)}")
     if out is logits or torch.compiler.is_compiling() or not out.numel():
         return
     same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
     (a, b), (c, d) = _extent(out), _extent(logits)
     if not same and a < d and c < b:
-        raise ValueError("out shares a part of its memory with the logits: pass out=logits itself, or a tensor of its own")
+        raise ValueError("out partially overlaps the logits: pass out=logits, or a tensor with separate memory")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Address of the first byte, and of one beyond the last: tensors of different storages can share memory (NumPy, DLPack)."""
+    """Return the addresses of the first byte and one past the last. Different storages can share memory (NumPy, DLPack)."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (int(last) + 1) * tensor.element_size()

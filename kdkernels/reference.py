@@ -1,4 +1,4 @@
-"""The dense definition of every quantity: plain tensor operations, gradients by autograd, no kernel. The oracle of the tests."""
+"""Dense reference of every quantity in plain torch, with gradients by autograd. The tests compare all kernels with it."""
 
 from __future__ import annotations
 
@@ -16,59 +16,59 @@ from .fused.call import Call, Tensors
 
 
 def run(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
-    """Compute the quantity of a call, with the results of the ops.
+    """Compute the quantity of a call. The results match those of the ops.
 
-    They are (loss, number of valid tokens, statistics ``[5, ...]`` if wanted) of a loss, (ids, log-probabilities) of the most likely
-    tokens, and one tensor of every other quantity.
+    Returns (loss, number of valid tokens, statistics ``[5, ...]`` if the call returns them) for a loss, (ids, log-probabilities) for top-k
+    tokens, and one tensor for other quantities.
     """
     return _QUANTITIES.get(call.quantity, _values)(call, tensors)
 
 
 def transform(z: Tensor, t: Transform) -> Tensor:
-    """``z * scale``, then ``softcap * tanh(z / softcap)``."""
+    """Return ``z * scale``, then ``softcap * tanh(z / softcap)``."""
     if t.scale != 1.0:
         z = z * t.scale
     return z if t.softcap is None else t.softcap * torch.tanh(z / t.softcap)
 
 
 def normalize(x: Tensor, other: Tensor, divergence: Divergence) -> Tensor:
-    """The argument of a divergence's formula: ``[..., V]`` logits over T, less the row's normaliser."""
+    """Return the argument of a divergence's formula: logits ``[..., V]`` over T, minus the row's normaliser."""
     if divergence.normalizer == "softmax":
         return torch.log_softmax(x, dim=-1)
     return x - row_mean(x, other) if divergence.normalizer == "mean" else x
 
 
 def row_mean(x: Tensor, other: Tensor) -> Tensor:
-    """The mean of each row ``[..., 1]``, over the columns that are finite on at least one side."""
+    """Return the mean of each row ``[..., 1]`` over the columns that are not -inf on both sides."""
     skipped = (x == -math.inf) & (other == -math.inf)
-    kept = torch.where(skipped, torch.zeros_like(x), x)
-    return kept.sum(-1, keepdim=True) / (~skipped).sum(-1, keepdim=True).clamp(min=1)
+    values = torch.where(skipped, torch.zeros_like(x), x)
+    return values.sum(-1, keepdim=True) / (~skipped).sum(-1, keepdim=True).clamp(min=1)
 
 
 def over_temperature(z: Tensor, call: Call) -> Tensor:
-    """``[..., V]`` logits over T, less the row's largest, which no softmax notices: for small T the quotients alone would be too coarse."""
+    """Return ``(z - max(z)) / T``, ``[..., V]``. Softmax is the same, and for small T, z / T alone would be rounded too coarsely."""
     return (z - row_top(z)) * call.inv_temperature
 
 
 def row_top(z: Tensor) -> Tensor:
-    """The largest logit of each row ``[..., 1]``, a constant; 0 for rows where it is not finite."""
+    """Return the largest logit of each row ``[..., 1]``, detached; 0 for rows where it is not finite."""
     top = z.detach().amax(-1, keepdim=True)
     return torch.where(torch.isfinite(top), top, torch.zeros_like(top))
 
 
 def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Rows ``[..., D]`` with zeros for those that are not valid: a NaN there reaches nothing."""
+    """Return rows ``[..., D]`` with invalid rows zeroed, so that a NaN there does not reach any result."""
     return x if valid is None else torch.where(valid.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
-    """Entropy in nats, of log-probabilities ``[..., V]``."""
+    """Return the entropy ``[...]`` in nats of log-probabilities ``[..., V]``."""
     p = log_p.exp()
     return -torch.where(p == 0, torch.zeros_like(p), p * log_p).sum(-1)
 
 
 def dense_divergence(call: Call, student: Tensor, teacher: Tensor) -> Tensor:
-    """The divergence ``[...]`` between logits ``[..., V]`` of two sides."""
+    """Return the divergence ``[...]`` between logits ``[..., V]`` of two sides."""
     div = call.divergence
     if div.normalizer == "softmax":
         x, u = over_temperature(student, call), over_temperature(teacher, call)
@@ -78,17 +78,17 @@ def dense_divergence(call: Call, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Outcomes(NamedTuple):
-    """The tokens that a sparse teacher names, ``[..., K]``."""
+    """Student and teacher at the ids of a sparse teacher, ``[..., K]``."""
 
-    x: Tensor  # [..., V], the student's logits over T
+    x: Tensor  # [..., V]: the student's logits over T
     ids: Tensor  # int64, 0 for padding
-    named: Tensor  # False for padding and in rows that do not count
-    log_q: Tensor  # the student's, -inf for padding
-    values: Tensor  # the teacher's
+    named: Tensor  # False for padding and in ignored rows
+    log_q: Tensor  # the student's log-probabilities, -inf for padding
+    values: Tensor  # the teacher's log-probabilities or counts
 
 
 def named_outcomes(call: Call, ids: Tensor, values: Tensor, padding: float, z: Tensor, valid: Tensor | None) -> Outcomes:
-    """Student and teacher at the ids ``[..., K]`` of a sparse teacher; the values of padded ids become ``padding``."""
+    """Return student and teacher at the ids ``[..., K]`` of a sparse teacher. The values of padded ids become ``padding``."""
     x = over_temperature(z, call)
     log_q = torch.log_softmax(x, -1)
     named = ids >= 0 if valid is None else (ids >= 0) & valid.unsqueeze(-1)
@@ -99,9 +99,9 @@ def named_outcomes(call: Call, ids: Tensor, values: Tensor, padding: float, z: T
 
 
 def log_rest(outcomes: Outcomes, floor: float) -> Tensor:
-    """``[..., 1]``: the student's log-probability of all other tokens together, at least log(floor).
+    """Return the student's log-probability of all other tokens together ``[..., 1]``, at least log(floor).
 
-    The clamp stops no gradient: the log-sum-exp of all tokens has its own, and that of the others, sum q_v / rest, is taken with the
+    Gradients flow even where the clamp applies: the gradient of the log-sum-exp over the other tokens is q_v / rest, computed with the
     clamped rest.
     """
     x, ids, named = outcomes.x, outcomes.ids, outcomes.named
@@ -119,12 +119,12 @@ def _student_logits(call: Call, tensors: Tensors, valid: Tensor | None) -> Tenso
 
 
 def _distillation(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
-    """Loss, number of valid tokens, and statistics if they are wanted."""
+    """Return the loss, the number of valid tokens, and the statistics if the call returns them."""
     labels = tensors.get("labels")
     valid = None if labels is None else labels != call.ignore_index
     z = _student_logits(call, tensors, valid)
     divergence, teacher_entropy, most_likely = call.teacher.reference(call, tensors.of("teacher"), z, valid)
-    # Without weight 0, with gradient 0: 0 times an infinite divergence has neither.
+    # With kd_weight = 0, value and gradient must be 0; 0 * inf would be NaN.
     loss = call.value_scale * divergence if call.kd_weight else z.masked_fill(torch.ones_like(z, dtype=torch.bool), 0.0).sum(-1)
     cross_entropy = torch.full_like(divergence, math.nan)
     if labels is not None:
@@ -147,7 +147,7 @@ def _distillation(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
 
 
 def _reduced(call: Call, tensors: Tensors, loss: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight the tokens' losses ``[...]``, and sum them unless they are kept per token; and the number of valid tokens."""
+    """Weight the losses ``[...]``, sum them unless they are per token, and count the valid tokens."""
     weights = tensors.get("token_weights")
     if weights is not None:
         loss = loss * (weights.to(loss.dtype) if valid is None else torch.where(valid, weights.to(loss.dtype), 0.0))
@@ -159,7 +159,7 @@ def _reduced(call: Call, tensors: Tensors, loss: Tensor, valid: Tensor | None) -
 
 
 def _values(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
-    """A quantity of one side per token, ``[...]`` or ``[..., K]``. It is 0 at ids that ask for nothing."""
+    """Return a quantity of one side per token, ``[...]`` or ``[..., K]``; 0 at ids of -1."""
     ids, many = tensors.get("labels"), tensors.ids_per_row
     index = None if ids is None else ids.long() if many is not None else ids.long().unsqueeze(-1)
     none = None if index is None else index == call.ignore_index
@@ -183,7 +183,7 @@ def _values(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
 
 
 def _topk(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Ids ``[..., k]`` and their log-probabilities, falling; among equals the lower id first, NaN as -inf."""
+    """Return ids ``[..., k]`` and log-probabilities in falling order, ties by rising id, NaN as -inf."""
     z = _student_logits(call, tensors, None).detach()
     order = torch.where(torch.isnan(z), torch.full_like(z, -math.inf), z).sort(dim=-1, descending=True, stable=True).indices
     order = order[..., : call.count]
@@ -191,7 +191,7 @@ def _topk(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _sample(call: Call, tensors: Tensors) -> tuple[Tensor]:
-    """Ids ``[..., num_samples]``; -1 in rows without a finite log-sum-exp."""
+    """Return drawn ids ``[..., num_samples]``; -1 in rows whose log-sum-exp is not finite."""
     z = _student_logits(call, tensors, None).detach().to(torch.float64)
     x = over_temperature(z, call).flatten(0, -2)
     ids = philox.draw(x, tensors["seed"], 0, call.count)
@@ -200,7 +200,7 @@ def _sample(call: Call, tensors: Tensors) -> tuple[Tensor]:
 
 
 def _softmax(call: Call, tensors: Tensors) -> tuple[Tensor]:
-    """``softmax(logits / T)`` or its logarithm, in the dtype of the logits."""
+    """Return ``softmax(logits / T)`` or its logarithm, in the dtype of the logits."""
     logits = tensors.student
     x = over_temperature(logits.to(torch.promote_types(logits.dtype, torch.float32)), call)
     return ((torch.log_softmax(x, -1) if call.quantity == "log_softmax" else torch.softmax(x, -1)).to(logits.dtype),)

@@ -103,7 +103,7 @@ def test_rows_without_an_id_are_not_read(k: int | None, dim: int | None, any_bac
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_ids_of_any_integer_dtype(dtype: torch.dtype, any_backend: str, device: str) -> None:
-    """A narrow one holds neither the vocabulary's size nor, without a sign, the -1 that asks for nothing."""
+    """Narrow ids cannot hold the vocabulary size, and unsigned ids cannot hold -1."""
     z = torch.randn(2, 70_000, device=device)
     ids = torch.tensor([torch.iinfo(dtype).max % 70_000, 3], device=device)
     expected = kd.token_logprobs(z, ids, backend=any_backend)
@@ -286,9 +286,9 @@ def test_deterministic(backend: str, device: str) -> None:
         (lambda s: kd.softmax(s, out=[]), TypeError, "out must be a tensor, got list"),
         (lambda s: kd.softmax(s, out=torch.empty(20, 3).t()), ValueError, "out must have unit stride"),
         (lambda s: kd.softmax(s.view(3, 1, 20).expand(3, 2, 20), out=torch.empty(3, 3, 20)[:, :-1]), ValueError, "one stride between"),
-        (lambda s: kd.softmax(s, out=torch.empty(1, 20).expand(3, 20)), ValueError, "out must have memory of its own for every row"),
+        (lambda s: kd.softmax(s, out=torch.empty(1, 20).expand(3, 20)), ValueError, "the rows of out must not overlap"),
         (lambda s: kd.topk_logprobs(kd.LMHead(s[:, :0], torch.ones(20, 0)), 1), ValueError, r"hidden has hidden size 0: shape \[3, 0\]"),
-        (lambda s: kd.softmax(s[:2], out=s[1:]), ValueError, "out shares a part of its memory with the logits"),
+        (lambda s: kd.softmax(s[:2], out=s[1:]), ValueError, "out partially overlaps the logits"),
         (lambda s: kd.softmax(s.requires_grad_(), out=torch.empty(3, 20)), ValueError, "out= records no gradient"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ def make(tokenizer: Any, tmp_path: Path) -> Make:
     [
         ({"divergence": "kl"}, "divergence 'kl' is unknown; valid names: forward_kl"),
         ({"divergence": "jsd(gamma=1)"}, "divergence 'jsd' has no parameter 'gamma'; it has: beta"),
-        ({"divergence": "jsd(0.3)"}, "can't be read: write a name, or a name with parameters such as"),
+        ({"divergence": "jsd(0.3)"}, "cannot be parsed: write a name, or a name with parameters such as"),
         ({"divergence": "jsd(beta=1)"}, "in the open interval"),
         ({"temperature": 0}, "temperature must be finite and > 0, got 0"),
         ({"ce_weight": -1}, "ce_weight must be finite and >= 0, got -1"),
