@@ -20,9 +20,7 @@ from .call import Call, Tensors, flatten, names_of, rename, restore
 from .engine import KEPT, Outputs
 from .work import check_values
 
-_NAMESPACE = __name__.partition(".")[0]
-"""Namespace of the ops: "kdkernels", or the name under which this copy of the package was loaded."""
-
+_NAMESPACE = __name__.partition(".")[0]  # "kdkernels", or the name under which this copy of the package was loaded
 _LIBRARY: Any = library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 # The ops read flags and row counts on the host, so torch.compile must split CUDA graphs around them.
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name))
