@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """Row kernels, as a module or an object. Other packages add a backend with an entry point in the group ``kdkernels.backends``.
 
-    ``head_rows`` (the quantities of one side) and the two softmax functions are optional. Without them, another backend runs these calls.
+    ``head_rows`` (the quantities of one side) and the two softmax functions are optional. Without them, ``backend="auto"`` runs these calls
+    with another backend, and this backend's name raises ``BackendUnavailable``.
     """
 
     @property

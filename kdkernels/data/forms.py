@@ -1,4 +1,4 @@
-"""Rows in each of their forms to examples: the student's view, the teacher's view, and the response that both score."""
+"""Make examples from rows: the student's view, the teacher's view, and the positions that both score."""
 
 from __future__ import annotations
 

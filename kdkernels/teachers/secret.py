@@ -12,22 +12,22 @@ from urllib.parse import quote
 __all__ = ["Secret"]
 
 SHORTEST = 8
-"""Shorter keys (EMPTY, none, x) are not secrets, and are words that a text may hold."""
+"""Shorter keys (EMPTY, none, x) are placeholders that occur in ordinary text. They are not redacted."""
 CUT = "[key]"
 GAP = (
     r"(?:[\s\x00\u00ad\u200b-\u200d\u2060\ufeff]|\\+[nrt]|\\+(?:u00|x)00|\\+u(?:00[aA][dD]|200[b-dB-D]|2060|[fF]{2}[eE][fF])"
     r"|%0[0aAdD9]|%20)*"
 )
-"""What can stand between two characters of a key that is still readable: line breaks, spaces, characters of no width, the zero bytes of
+"""What may separate two characters of a key while the key stays readable: line breaks, spaces, characters of no width, the zero bytes of
 UTF-16, or the escapes of these."""
 _BASE64 = {"+": r"(?:[-+]|%2[Bb])", "-": r"(?:[-+]|%2[Bb])", "/": r"(?:[/_]|%2[Ff])", "_": r"(?:[/_]|%2[Ff])"}
 
 
 class Secret:
-    """``value``, found in any of the forms that a server may repeat it in.
+    """A key, and a pattern for every form in which a server may repeat it.
 
-    Those are: as it is, escaped for JSON, URLs or HTML (any of its characters, once or several times), with spaces or line breaks inside,
-    in hexadecimal digits, and in base64, also as a part of a longer text.
+    The forms: unchanged, escaped for JSON, URLs or HTML (any of its characters, once or several times), with spaces or line breaks inside,
+    in hexadecimal digits, and in base64, also when the key is part of a longer encoded text.
     """
 
     def __init__(self, value: str) -> None:
@@ -35,11 +35,11 @@ class Secret:
         self._pattern = re.compile("|".join((_escaped(value), _hexadecimal(value), *_base64(value)))) if secret else None
 
     def redact(self, text: str) -> str:
-        """``text`` with ``[key]`` in the place of the secret."""
+        """Replace the secret in ``text`` by ``[key]``."""
         return text if self._pattern is None or len(text) < SHORTEST else self._pattern.sub(CUT, text)
 
     def redact_entry(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """An entry of a log of replies, without the secret in its texts and in its tokens, one by one or joined."""
+        """Redact the texts and tokens of a log entry. The secret may be spread over several tokens."""
         if self._pattern is None:
             return dict(entry)
         clean: dict[str, Any] = {name: self.redact(value) if isinstance(value, str) else value for name, value in entry.items()}

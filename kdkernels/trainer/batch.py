@@ -19,8 +19,8 @@ class Batch:
     """A batch on the student's device, with n scored tokens.
 
     transformers and accelerate move, split and count batches as mappings, so a collator returns a mapping, and the objective reads it
-    into a ``Batch``. It may hold other keys. Without ``teacher_input_ids`` the teacher sees what the student sees; without ``sizes``
-    each example is an item.
+    into a ``Batch``. The mapping may hold other keys. Without ``teacher_input_ids`` the teacher reads the student's tokens. An item is one
+    or more examples that are averaged together; without ``sizes``, each example is an item.
     """
 
     student: View
@@ -28,7 +28,7 @@ class Batch:
     labels: Tensor  # [n] int64
     token_weights: Tensor  # [n]
     sizes: tuple[int, ...]  # examples of each item
-    response: Tensor | None = None  # [n] bool: False for a token of the prompt; None: every token is of a response
+    response: Tensor | None = None  # [n] bool: False for prompt tokens; None if all tokens are response tokens
     on_policy: bool = False  # the student wrote the responses
 
     @classmethod

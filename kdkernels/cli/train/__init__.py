@@ -1,1 +1,1 @@
-"""The command ``kdkernels train``: options, a plan, a run that goes on where it was interrupted."""
+"""The command ``kdkernels train``: options, a plan, training that resumes after an interruption."""

@@ -1,4 +1,4 @@
-"""Writing a cache. A finished shard is on disk and never made again: shards are fixed sets of examples, each written whole, then listed.
+"""Write a cache. Shards are fixed sets of examples. Each is written whole, then listed in the manifest, and never made again once listed.
 
 The bytes do not depend on where a run was cut: batches never cross a shard, draws are seeded by the example, and no file holds a time of
 day. (A GPU whose sums differ from run to run can differ in the last bit.)
