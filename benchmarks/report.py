@@ -23,6 +23,7 @@ from kdkernels.bench.plots import machine_line
 from kdkernels.bench.table import DIVERGENCE_NAMES, best_peer, is_ours, is_rival, median, name_of
 
 from . import model
+from .learning import comparison, guide
 from .learning.table import table as learning_table
 
 Records = dict[str, dict[str, Any]]
@@ -335,6 +336,11 @@ def other_blocks(results: Path) -> dict[str, Callable[[Records, str], str]]:
     }
     for name, record in experiments.items():
         blocks[f"learning {name}"] = lambda *_, record=record: learning_table(record)
+    for source, name in ((guide, "steps"), (comparison, "pair")):
+        file = results / "guide" / f"{name}.json"
+        if file.exists():
+            drawn = source.blocks(json.loads(file.read_text(encoding="utf-8")))
+            blocks |= {block: lambda *_, draw=draw: draw() for block, draw in drawn.items()}
     return blocks
 
 

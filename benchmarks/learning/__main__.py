@@ -16,7 +16,9 @@ from kdkernels.bench.environment import environment
 from . import digits
 from .table import table
 
+ENVIRONMENT = ("machine", "cpu", "torch", "kdkernels", "commit", "date")
 RESULTS = Path(__file__).parents[1] / "results" / "learning"
+GUIDE = RESULTS.with_name("guide")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Seeds = Annotated[int, typer.Option(min=2, help="How many, from 0; the spread is over them.")]
@@ -25,7 +27,7 @@ Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 
 def _write(name: str, seeds: int, runs: list[dict[str, Any]], settings: dict[str, Any], out: Path) -> None:
     where = environment("cpu")
-    record = {"environment": {k: where[k] for k in ("machine", "cpu", "torch", "kdkernels", "commit", "date")}, "settings": settings}
+    record = {"environment": {k: where[k] for k in ENVIRONMENT}, "settings": settings}
     record["runs"] = runs
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -65,6 +67,72 @@ def language_command(seeds: Seeds = 3, out: Out = RESULTS) -> None:
     settings = {"steps": language.STEPS, "rows": language.ROWS, "prompt": language.PROMPT, "length": language.LENGTH,
                 "teacher_steps": s.teacher_steps, "students": language.STUDENTS}  # fmt: skip
     _write("language", seeds, runs, settings, out)
+
+
+@app.command("sentences")
+def sentences_command(folder: Annotated[Path, typer.Argument(help="Gets train-prompts.jsonl and held-out-prompts.jsonl.")]) -> None:
+    """Write the prompts of the guide's task: sentences about orders, each to be answered by its colour and item."""
+    from . import sentences
+
+    sentences.write_prompts(folder)
+
+
+@app.command("student")
+def student_command(
+    teacher: Annotated[Path, typer.Argument(help="Folder of a Llama model.")],
+    student: Annotated[Path, typer.Argument(help="Folder to write.")],
+    layers: Annotated[int, typer.Option(help="How many of the teacher's layers, evenly spaced.")] = 6,
+) -> None:
+    """Make a student of some of a teacher's layers."""
+    from . import sentences
+
+    sentences.make_student(teacher, student, layers)
+
+
+@app.command("exact")
+def exact_command(texts: Annotated[Path, typer.Argument(help="What kdkernels sample --json printed.")]) -> None:
+    """Print for each model the share of rows that it answers word for word as the data does."""
+    from . import guide
+
+    for name, share in guide.exact_match(guide.load(texts)).items():
+        Console().print(f"{name}: {share:.1f} % of the answers are the data's", highlight=False)
+
+
+Folder = Annotated[Path, typer.Argument(help="Working folder; holds the teacher, or gets it.")]
+
+
+@app.command("guide")
+def guide_command(folder: Folder, threads: Annotated[int, typer.Option(help="Of each command.")] = 2, out: Out = GUIDE) -> None:
+    """Run the commands of docs/guide.md, and record what they print."""
+    from . import guide, pair
+
+    where = environment("cpu")
+    record: dict[str, Any] = {"environment": {k: where[k] for k in ENVIRONMENT}, "threads": threads, "steps": []}
+    for step in guide.run(folder, guide.steps(pair.LAYERS, pair.ROWS, pair.RATE), threads):
+        record["steps"].append(step)
+        Console().print(f"$ {step['command']}\n{step['printed']}\n[{step['seconds']} s]", markup=False, highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "steps.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command("pair")
+def pair_command(folder: Folder, seeds: Seeds = 3, out: Out = GUIDE) -> None:
+    """Train the guide's student with each loss, three quarters of an hour; in a folder that `guide` has filled. Goes on where it ended."""
+    from . import pair
+
+    torch.set_num_threads(1)
+    of, runs = pair.Pair(folder), folder / "runs"
+    runs.mkdir(exist_ok=True)
+    for name, run, seed in pair.planned(seeds):
+        file = runs / name
+        if not file.exists():
+            curve = of.train(run, seed)
+            file.write_text(json.dumps(curve) + "\n", encoding="utf-8")
+            Console().print(f"{file.stem}: {curve[-1]}", highlight=False)
+    where = environment("cpu")
+    record = {"environment": {k: where[k] for k in ENVIRONMENT}, "settings": pair.settings(), **pair.collect(runs, seeds)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "pair.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""The guide's pair: its data, its student, its held-out figures, and the comparison at equal steps and equal time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from training import make_model
+from transformers import AutoModelForCausalLM
+
+from benchmarks.learning import comparison, guide, pair, sentences
+from kdkernels.data.example import Example
+
+
+def test_no_pair_of_colour_and_thing_is_on_both_sides() -> None:
+    train, held_out = sentences.sentences()
+    assert (len(set(train)), len(set(held_out))) == (sentences.TRAIN, sentences.HELD_OUT)
+
+    def pairs(side: list[str]) -> set[tuple[str, str]]:
+        words = [sentence.replace(".", "").replace(",", "").split() for sentence in side]
+        return {(next(w for w in row if w in sentences.COLOURS), next(w for w in row if w in sentences.THINGS)) for row in words}
+
+    assert not pairs(train) & pairs(held_out)
+    assert sentences.sentences() == (train, held_out)
+
+
+def test_only_the_teacher_reads_the_example(tmp_path: Path) -> None:
+    sentences.write_prompts(tmp_path)
+    row = json.loads((tmp_path / "held-out-prompts.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert [turn["role"] for turn in row["messages"]] == ["system", "user"]
+    assert row["teacher_messages"] == [*sentences.EXAMPLE, row["messages"][1]]
+
+
+def test_a_student_has_the_layers_that_were_chosen(tmp_path: Path) -> None:
+    assert sentences.spread(4, 30) == [0, 10, 19, 29]
+    teacher, tokenizer = make_model(32, 5, 64, intermediate_size=64), tiny.tokenizer()
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="expected 2 to 5"):
+        sentences.make_student(tmp_path / "teacher", tmp_path / "student", 6)
+    sentences.make_student(tmp_path / "teacher", tmp_path / "student", 3)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    for index, layer in zip((0, 2, 4), student.model.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(teacher.model.layers[index].parameters(), layer.parameters(), strict=True))
+    student.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)  # its cache has a place for each layer
+
+
+def greedy_examples(model: Any) -> list[Example]:
+    """Return answers that the model writes itself, and the same with another last token."""
+    model.generation_config.eos_token_id = None
+    prompts = [torch.tensor([[first, first + 3, first + 1]]) for first in range(3, 7)]
+    written = [model.generate(prompt, max_new_tokens=4, do_sample=False)[0].tolist() for prompt in prompts]
+    written += [[*ids[:-1], (ids[-1] + 1) % model.config.vocab_size] for ids in written]
+    return [Example(ids, range(2, 6), [7, *ids], range(3, 7)) for ids in written]
+
+
+@torch.no_grad()
+def test_exact_match_is_that_of_greedy_decoding() -> None:
+    student, teacher = tiny.model(64, seed=0).eval(), tiny.model(64, seed=1).eval()
+    examples = greedy_examples(student)
+    figures = pair.HeldOut(examples, teacher).measure(student)
+    assert figures[comparison.EXACT] == 50.0
+    q, p = (
+        torch.cat([
+            model(torch.tensor([list(getattr(e, f"{view}_ids"))])).logits[0, list(getattr(e, f"{view}_scored"))].log_softmax(-1)
+            for e in examples
+        ])
+        for model, view in ((student, "student"), (teacher, "teacher"))
+    )  # fmt: skip
+    assert figures[comparison.KL] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-3)
+
+
+def curve(*seconds: float, exact: float) -> list[dict[str, float]]:
+    """Return a curve whose exact match rises from 0 to ``exact`` on a line over its points."""
+    share = [index / (len(seconds) - 1) for index in range(len(seconds))]
+    return [
+        {"step": 16.0 * i, comparison.CPU: t, comparison.EXACT: s * exact, comparison.CE: 1 - s, comparison.KL: 1 - s}
+        for i, (t, s) in enumerate(zip(seconds, share, strict=True))
+    ]
+
+
+def test_figures_at_a_time_are_on_the_line_between_two_points() -> None:
+    slow = curve(0.0, 10.0, 30.0, exact=80.0)
+    assert comparison.at_time(slow, 20.0)[comparison.EXACT] == pytest.approx(60.0)
+    assert comparison.at_time(slow, 30.0)[comparison.EXACT] == comparison.at_time(slow, 99.0)[comparison.EXACT] == 80.0
+
+
+def test_equal_time_is_that_of_the_fastest_run() -> None:
+    record = {"curves": [{"cross-entropy": curve(0.0, 10.0, exact=50.0), "slow": curve(0.0, 20.0, exact=80.0)}]}
+    assert comparison.equal_steps(record)[0]["slow"][comparison.EXACT] == 80.0
+    (run,) = comparison.equal_time(record)
+    assert run["cross-entropy"][comparison.EXACT] == 50.0
+    assert run["slow"][comparison.EXACT] == pytest.approx(40.0)
+
+
+def test_a_gain_is_counted_in_deviations_of_the_difference() -> None:
+    runs = [{"cross-entropy": {comparison.CE: 2.0 + d}, "better": {comparison.CE: 1.0 - d}} for d in (-0.1, 0.0, 0.1)]
+    assert comparison.gains(runs, comparison.CE)["better"] == pytest.approx(1.0 / 0.02**0.5)
+
+
+def test_answers_are_compared_word_for_word() -> None:
+    texts = [["a", "b"], ["a ", "a"]]
+    rows = [{"response": "a", "texts": [{"model": f"m{i}", "text": text} for i, text in enumerate(row)]} for row in texts]
+    assert guide.exact_match(rows) == {"m0": 100.0, "m1": 50.0}
+
+
+def test_a_transcript_shows_the_command_and_what_stayed_on_the_terminal() -> None:
+    assert guide.printed("10 %\r100 %  \n\n\x1b[1mdone\x1b[0m\n") == "100 %\ndone"
+    step = {"name": "x", "command": "kdkernels train --a 1 --b 2", "printed": "done", "seconds": 3, "CPU seconds": 2}
+    assert guide.transcript({"steps": [step]}, "x") == (
+        "```sh\nkdkernels train --a 1 --b 2\n```\n\n```text\ndone\n```\n\n3 s by the clock, 2 s of CPU time."
+    )
+    assert guide.wrapped("kdkernels train --a 1 --b 2", width=22) == "kdkernels train --a 1 \\\n    --b 2"
