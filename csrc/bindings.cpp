@@ -10,7 +10,7 @@
 
 #include "cpu/product.h"
 #include "cpu/rows.h"
-#include "cuda/rows.h"
+#include "cuda/interface.h"
 #include "divergence.h"
 
 namespace py = pybind11;

@@ -1,8 +1,8 @@
-// What a launch asks of the driver, and how often: kernels.h against a runtime that records its calls.
+// What a launch asks of the driver, and how often: launchers.h against a runtime that records its calls.
 #include <thread>
 #include <vector>
 
-#include "cuda/kernels.h"
+#include "cuda/launchers.h"
 #include "harness.h"
 
 namespace {

@@ -25,7 +25,7 @@ CSRC = ROOT / "csrc"
 
 SOURCES = {
     "native": ("bindings.cpp", "cpu/dispatch.cpp", "cpu/rows.cpp"),
-    "cuda": ("bindings.cpp", "cuda/launch.cu", "cuda/rows_f32.cu"),
+    "cuda": ("bindings.cpp", "cuda/two_sides.cu", "cuda/two_sides_f32.cu"),
 }
 """The compiled files that a loss of float32 heads goes through."""
 

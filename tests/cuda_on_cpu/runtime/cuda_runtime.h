@@ -1,4 +1,4 @@
-// The part of the CUDA runtime that csrc/cuda/kernels.h calls, as a record of the calls.
+// The part of the CUDA runtime that csrc/cuda/launchers.h calls, as a record of the calls.
 #pragma once
 #include <atomic>
 #include <cstddef>

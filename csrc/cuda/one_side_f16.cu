@@ -1,5 +1,5 @@
 // The kernels of one side for logits in f16.
-#include "teams.h"
+#include "one_side_launchers.h"
 
 namespace kd {
 bool launch_heads_f16(HeadKernel k, const Heads& a, const Launch& l, cudaStream_t stream) { return launch_heads<half>(k, a, l, stream); }

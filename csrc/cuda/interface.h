@@ -1,7 +1,7 @@
 // The CUDA row kernels as the bindings see them: no CUDA header.
 #pragma once
 #include "../params.h"
-#include "launch.h"
+#include "heuristics.h"
 
 namespace kd {
 

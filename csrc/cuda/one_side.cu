@@ -1,6 +1,6 @@
 // From a call's arguments to launches of the kernels of one side.
-#include "rows.h"
-#include "teams.h"
+#include "interface.h"
+#include "one_side_launchers.h"
 
 namespace kd {
 namespace {

@@ -3,8 +3,8 @@
 #include <array>
 #include <mutex>
 
-#include "kernels.h"
-#include "rows.h"
+#include "launchers.h"
+#include "interface.h"
 
 namespace kd {
 namespace {

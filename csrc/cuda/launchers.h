@@ -1,4 +1,4 @@
-// Launches the row kernels of one logit dtype: each .cu beside this file instantiates it for one.
+// Launches the row kernels of two sides for one logit dtype: each two_sides_*.cu beside this file instantiates them for one.
 #pragma once
 #include <cuda_runtime.h>
 

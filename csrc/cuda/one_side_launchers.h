@@ -1,8 +1,8 @@
-// Launches the kernels of one side for one logit dtype: each heads_*.cu beside this file instantiates them for one.
+// Launches the kernels of one side for one logit dtype: each one_side_*.cu beside this file instantiates them for one.
 #pragma once
 #include "draws.h"
 #include "head.h"
-#include "kernels.h"
+#include "launchers.h"
 #include "softmax.h"
 #include "top.h"
 
