@@ -67,6 +67,7 @@ ptx: $(VENV)/.installed $(OLDER_TRITONS)
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.report --check
 

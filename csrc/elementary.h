@@ -53,8 +53,10 @@ KD_INLINE float exp_tail(float r) {
     return 0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333340e-3f + r * (1.3888889e-3f + r * 1.9841270e-4f))));
 }
 KD_INLINE double exp_tail(double r) {
+    // clang-format off
     return 0.5 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 + r * (1.0 / 5040 + r * (1.0 / 40320 +
            r * (1.0 / 362880 + r * (1.0 / 3628800 + r * (1.0 / 39916800 + r * (1.0 / 479001600 + r / 6227020800.0))))))))));
+    // clang-format on
 }
 
 // x = n ln 2 + r; gives 2^n and (exp(r) - 1). x within [low, high].
@@ -122,8 +124,10 @@ KD_INLINE float log_tail(float z) {
     return 6.6666667e-1f + z * (4.0000000e-1f + z * (2.8571430e-1f + z * (2.2222222e-1f + z * 1.8181819e-1f)));
 }
 KD_INLINE double log_tail(double z) {
+    // clang-format off
     return 2.0 / 3 + z * (2.0 / 5 + z * (2.0 / 7 + z * (2.0 / 9 + z * (2.0 / 11 + z * (2.0 / 13 + z * (2.0 / 15 +
            z * (2.0 / 17 + z * (2.0 / 19 + z * 2.0 / 21))))))));
+    // clang-format on
 }
 
 // log of a normal positive number.

@@ -21,11 +21,13 @@ enum Stage : int { kNormalisers = 1, kSums = 2, kGradient = 4 };
 
 // Rows of the state: see STATE in kdkernels/backends/rows.py. The CUDA kernels keep logarithms of sums in units of log 2 where the
 // others keep the sums, and a mean where the others keep the largest; so their names for these rows differ.
+// clang-format off
 enum StateRow : int {
     kTopS, kExpSumS, kTopT, kExpSumT, kExpSumOne, kTarget, kMeanS, kMeanT, kColumns, kBestS, kBestT, kFirstSum,
     kStateRows = kFirstSum + 4,
     kRestS = kExpSumS, kRestT = kExpSumT, kRestCe = kExpSumOne, kTopCe = kColumns, kSlopeSum = kFirstSum + 1,
 };
+// clang-format on
 
 struct RowArguments {
     Side student, teacher;

@@ -37,7 +37,9 @@ constexpr int64_t kPackedBytes = 384 << 10;  // of a task: with a tile's rows, l
 KD_BF16 inline void transpose(const uint32_t* const (&rows)[kLanes], int64_t at, uint32_t* out) {
     __m512i r[kLanes], t[kLanes];
     KD_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = _mm512_loadu_si512(rows[i] + at);
+    // clang-format off: a loop after KD_UNROLL
     KD_UNROLL for (int i = 0; i < kLanes; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    // clang-format on
     KD_UNROLL for (int i = 0; i < kLanes; i += 4) {
         r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
         r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
@@ -71,9 +73,11 @@ KD_BF16 void tile(const uint16_t* a, int64_t a_stride, const uint32_t* packed, i
     __m512 sum[R][kRegisters];
     __mmask16 there[kRegisters];
     for (int j = 0; j < kRegisters; ++j) there[j] = __mmask16((1u << std::clamp<int64_t>(columns - j * kLanes, 0, kLanes)) - 1);
+    // clang-format off
     KD_UNROLL for (int i = 0; i < R; ++i)
         KD_UNROLL for (int j = 0; j < kRegisters; ++j)
             sum[i][j] = add ? _mm512_maskz_loadu_ps(there[j], out + i * out_stride + j * kLanes) : _mm512_setzero_ps();
+    // clang-format on
     for (int64_t k = 0; k < pairs; ++k, packed += kColumns) {
         __m512bh b[kRegisters];
         KD_UNROLL for (int j = 0; j < kRegisters; ++j) b[j] = (__m512bh)_mm512_load_si512(packed + j * kLanes);
@@ -84,8 +88,10 @@ KD_BF16 void tile(const uint16_t* a, int64_t a_stride, const uint32_t* packed, i
             KD_UNROLL for (int j = 0; j < kRegisters; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], both, b[j]);
         }
     }
+    // clang-format off
     KD_UNROLL for (int i = 0; i < R; ++i)
         KD_UNROLL for (int j = 0; j < kRegisters; ++j) _mm512_mask_storeu_ps(out + i * out_stride + j * kLanes, there[j], sum[i][j]);
+    // clang-format on
 }
 
 using Tile = decltype(&tile<kRows>);

@@ -45,6 +45,7 @@ template <class T> KD_DEVICE T shuffle_xor(T value, int mask) {
     return value;
 }
 
+// clang-format off: an instruction of PTX is a line
 #ifndef KD_NO_CLUSTERS
 KD_DEVICE int cluster_rank() { unsigned r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return int(r); }
 KD_DEVICE int cluster_size() { unsigned r; asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r)); return int(r); }
@@ -91,6 +92,7 @@ template <class T> KD_DEVICE void store_remote(T* local, int rank, const T& valu
 KD_DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 KD_DEVICE float log2_fast(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 KD_DEVICE float reciprocal_fast(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// clang-format on
 
 // A product that is not contracted into an FMA with what follows.
 KD_DEVICE float rounded_product(float x, float y) { return __fmul_rn(x, y); }
