@@ -71,9 +71,7 @@ PYBIND11_MODULE(_C, m) {
     field(side, "logits", address(&kd::Side::logits));
     field(side, "bias", address(&kd::Side::bias));
     field(side, "dtype", code(&kd::Side::dtype));
-    side.def_readwrite("stride", &kd::Side::stride)
-        .def_readwrite("scale", &kd::Side::scale)
-        .def_readwrite("softcap", &kd::Side::softcap);
+    side.def_readwrite("stride", &kd::Side::stride).def_readwrite("scale", &kd::Side::scale).def_readwrite("softcap", &kd::Side::softcap);
 
     using Args = kd::RowArguments;
     py::class_<Args> args(m, "RowArguments");
@@ -157,8 +155,8 @@ PYBIND11_MODULE(_C, m) {
         [](uintptr_t a, uintptr_t b, uintptr_t out, int64_t rows, int64_t columns, int64_t depth, int64_t a_stride, int64_t b_stride,
            int64_t out_stride, int threads) {
             const py::gil_scoped_release release;
-            kd::cpu_product({reinterpret_cast<const uint16_t*>(a), reinterpret_cast<const uint16_t*>(b), reinterpret_cast<float*>(out), rows,
-                             columns, depth, a_stride, b_stride, out_stride},
+            kd::cpu_product({reinterpret_cast<const uint16_t*>(a), reinterpret_cast<const uint16_t*>(b), reinterpret_cast<float*>(out),
+                             rows, columns, depth, a_stride, b_stride, out_stride},
                             threads);
         },
         py::arg("a"), py::arg("b"), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a_stride"),
@@ -199,12 +197,11 @@ PYBIND11_MODULE(_C, m) {
         [](int major, int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int64_t rows, int64_t vocab, int itemsize,
            int sweeps, int inputs, int threads, size_t more_shared, bool clusters, int64_t draws) {
             const kd::GpuLimits gpu{major, multiprocessors, shared_per_block, shared_per_multiprocessor};
-            const kd::TeamLaunch t =
-                kd::choose_team(gpu, {rows, vocab, itemsize, sweeps, inputs, threads, more_shared, clusters ? kd::largest_cluster(major) : 0, draws});
+            const kd::TeamLaunch t = kd::choose_team(
+                gpu, {rows, vocab, itemsize, sweeps, inputs, threads, more_shared, clusters ? kd::largest_cluster(major) : 0, draws});
             return py::dict(py::arg("kept") = t.kept_at > 0, py::arg("cluster") = t.launch.cluster, py::arg("threads") = t.launch.threads,
                             py::arg("blocks") = t.launch.blocks, py::arg("shared_bytes") = t.launch.shared_bytes,
-                            py::arg("kept_at") = t.kept_at, py::arg("kept_bytes") = t.kept_bytes,
-                            py::arg("draw_parts") = t.draw_parts);
+                            py::arg("kept_at") = t.kept_at, py::arg("kept_bytes") = t.kept_bytes, py::arg("draw_parts") = t.draw_parts);
         },
         py::arg("major"), py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("rows"),
         py::arg("vocab"), py::arg("itemsize"), py::arg("sweeps"), py::arg("inputs") = 1, py::arg("threads") = kd::kTeamThreads,

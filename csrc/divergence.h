@@ -139,7 +139,8 @@ struct AlphaDivergence : SlopeSumUnknown {
     static constexpr int id = 7;
     static constexpr const char* name = "alpha_divergence";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
-        const Real ratio = (log_q - log_p) * kUnit<Real>, size = -magnitude(ratio), per_value = Real(-1) / (a * rest), per_slope = Real(-1) / a;
+        const Real ratio = (log_q - log_p) * kUnit<Real>, size = -magnitude(ratio), per_value = Real(-1) / (a * rest),
+                   per_slope = Real(-1) / a;
         const bool q_larger = ratio >= Real(0);
         const Real larger = q > p ? q : p;
         const Real power = q_larger ? a : rest;

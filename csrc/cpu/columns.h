@@ -131,7 +131,8 @@ template <class Real, class F> KD_INLINE void write_row(int64_t vocab, void* out
 
 // The gradient by the logits before softcap and scale, from that by the logits z: times `outer` and, with a cap, 1 - (z / cap)^2.
 template <class Real>
-void write_gradient(const Real* __restrict g, const Real* __restrict z, Real outer, Real per_cap, int64_t vocab, void* out, Dtype dtype, int64_t offset) {
+void write_gradient(const Real* __restrict g, const Real* __restrict z, Real outer, Real per_cap, int64_t vocab, void* out, Dtype dtype,
+                    int64_t offset) {
     if (per_cap != Real(0)) {
         write_row<Real>(vocab, out, dtype, offset, [=](int64_t v) KD_INLINE_LAMBDA {
             const Real bend = z[v] * per_cap;

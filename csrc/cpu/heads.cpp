@@ -83,9 +83,8 @@ template <class Real> void find_largest(const Real* __restrict z, int64_t vocab,
 // whose float32 arithmetic differs in the last place agree all the same. The reference is the logit of one column.
 template <class Real> double exact_logit(const HeadArguments& a, int64_t row, int64_t v) {
     double z = 0;
-    with_dtype(a.side.dtype, [&](auto format) {
-        z = double(widen(static_cast<const decltype(format)*>(a.side.logits)[row * a.side.stride + v]));
-    });
+    with_dtype(a.side.dtype,
+               [&](auto format) { z = double(widen(static_cast<const decltype(format)*>(a.side.logits)[row * a.side.stride + v])); });
     if (a.side.bias) z += double(static_cast<const Real*>(a.side.bias)[v]);
     z *= a.side.scale;
     return a.side.softcap != 0 ? a.side.softcap * std::tanh(z / a.side.softcap) : z;
@@ -94,7 +93,8 @@ KD_INLINE double log_exponential(uint32_t high, uint32_t low) { return std::log(
 
 // e: exp((z - top) / T), 0 from vocab to the end of its group. As E_v > u_v, only columns with u_v < e_v * exp(top - best) can
 // beat the best so far (top and best from the reference, the largest): one product and one comparison a column decide that on 24 bits, and a handful are then looked at.
-template <class Real> int32_t draw_one(const HeadArguments& a, int64_t row, int64_t draw, const Real* __restrict e, Real top, int64_t argmax) {
+template <class Real> int32_t draw_one(const HeadArguments& a, int64_t row, int64_t draw, const Real* __restrict e, Real top,
+                                       int64_t argmax) {
     const int64_t number = a.first_row + row, groups = (a.vocab + kGroup - 1) / kGroup;
     const auto low_word = [&](int64_t v) {
         return words(a.seed, number, draw, uint32_t(v / kGroup * kWordColumns + v % kWordColumns), 1).w[v % kGroup / kWordColumns];
@@ -180,12 +180,14 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
         shift = at<Real>(a.top, row), rest = at<Real>(a.log_sum, row), entropy = at<Real>(a.entropy, row);
     }
     const int64_t* const ids = a.ids ? a.ids + row * a.num_ids : nullptr;
-    for (int64_t k = 0; k < a.num_ids; ++k) static_cast<Real*>(a.logprobs)[row * a.num_ids + k] = ids[k] < 0 ? Real(0) : (z[ids[k]] - shift) * inv_t - rest;
+    for (int64_t k = 0; k < a.num_ids; ++k)
+        static_cast<Real*>(a.logprobs)[row * a.num_ids + k] = ids[k] < 0 ? Real(0) : (z[ids[k]] - shift) * inv_t - rest;
 
     if (a.num_top) {
         Heap<Real> heap{spare, a.top_ids + row * a.num_top, a.num_top};
         find_largest(z, vocab, spare + a.num_top, heap);
-        for (int64_t k = 0; k < a.num_top; ++k) static_cast<Real*>(a.top_logprobs)[row * a.num_top + k] = (heap.value[k] - shift) * inv_t - rest;
+        for (int64_t k = 0; k < a.num_top; ++k)
+            static_cast<Real*>(a.top_logprobs)[row * a.num_top + k] = (heap.value[k] - shift) * inv_t - rest;
     }
     if (a.num_draws) {
         for (int64_t v = vocab; v < width; ++v) e[v] = 0;

@@ -69,7 +69,8 @@ KD_BF16 void pack(const uint16_t* b, int64_t stride, int64_t columns, int64_t pa
 
 // out[R, columns] = or += a[R, 2 pairs] packed
 template <int R>
-KD_BF16 void tile(const uint16_t* a, int64_t a_stride, const uint32_t* packed, int64_t pairs, float* out, int64_t out_stride, int64_t columns, bool add) {
+KD_BF16 void tile(const uint16_t* a, int64_t a_stride, const uint32_t* packed, int64_t pairs, float* out, int64_t out_stride,
+                  int64_t columns, bool add) {
     __m512 sum[R][kRegisters];
     __mmask16 there[kRegisters];
     for (int j = 0; j < kRegisters; ++j) there[j] = __mmask16((1u << std::clamp<int64_t>(columns - j * kLanes, 0, kLanes)) - 1);
@@ -99,7 +100,9 @@ constexpr Tile kTiles[kRows] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, til
 
 }  // namespace
 
-bool cpu_has_product() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }
+bool cpu_has_product() {
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
 
 void cpu_product(const ProductArguments& p, int threads) {
     if (!cpu_has_product()) throw std::invalid_argument("this processor has no AVX-512 BF16 instructions");
@@ -116,12 +119,13 @@ void cpu_product(const ProductArguments& p, int threads) {
         do {  // once where the depth is 0: zeros
             const int64_t pairs = std::min(depth, p.depth - from) / 2, size = kColumns * pairs;
             for (int64_t i = first; i < last; ++i)
-                pack(p.b + i * kColumns * p.b_stride + from, p.b_stride, std::min(kColumns, p.columns - i * kColumns), pairs, packed + (i - first) * size);
+                pack(p.b + i * kColumns * p.b_stride + from, p.b_stride, std::min(kColumns, p.columns - i * kColumns), pairs,
+                     packed + (i - first) * size);
             for (int64_t row = 0; row < p.rows; row += kRows) {
                 const Tile run = kTiles[std::min<int64_t>(kRows, p.rows - row) - 1];
                 for (int64_t i = first; i < last; ++i)
-                    run(p.a + row * p.a_stride + from, p.a_stride, packed + (i - first) * size, pairs, p.out + row * p.out_stride + i * kColumns,
-                        p.out_stride, p.columns - i * kColumns, from > 0);
+                    run(p.a + row * p.a_stride + from, p.a_stride, packed + (i - first) * size, pairs,
+                        p.out + row * p.out_stride + i * kColumns, p.out_stride, p.columns - i * kColumns, from > 0);
             }
             from += depth;
         } while (from < p.depth);

@@ -101,7 +101,8 @@ template <class Real, class D> struct Row {
         } else {
             columns.s.top = n[kMeanS], columns.t.top = n[kMeanT];
         }
-        const Real per_sum_s = exponentials ? Real(1.0 / n[kExpSumS]) : Real(1), per_sum_t = exponentials ? Real(1.0 / n[kExpSumT]) : Real(1);
+        const Real per_sum_s = exponentials ? Real(1.0 / n[kExpSumS]) : Real(1),
+                   per_sum_t = exponentials ? Real(1.0 / n[kExpSumT]) : Real(1);
         if (a.stages & kSums) {
             find_sums(per_sum_s, per_sum_t);
         } else {
@@ -167,7 +168,8 @@ template <class Real, class D> struct Row {
         }
         if (!a.stats) return;
         const auto entropy = [&](const Real* z, const Real* p, Norm<Real> norm) {
-            return -sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return p[v] == Real(0) ? Real(0) : p[v] * norm(z[v], inv_t); });
+            return -sum_columns<Real>(vocab,
+                                      [&](int64_t v) KD_INLINE_LAMBDA { return p[v] == Real(0) ? Real(0) : p[v] * norm(z[v], inv_t); });
         };
         n[kBestS] = Real(find(s.z, n[kTopS], vocab)), n[kBestT] = Real(find(s.y, n[kTopT], vocab));
         save(kBestS, 2);

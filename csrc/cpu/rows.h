@@ -16,11 +16,11 @@ inline constexpr int64_t head_scratch(const HeadArguments& a) { return 2 * ((a.v
 
 // One row, or rows [begin, end), on the calling thread. Scratch holds, of the compute type, kScratchRows rows, head_scratch
 // elements, and two rows.
-#define KD_DECLARE(isa)                                                                \
-    namespace isa {                                                                    \
-    void rows(const RowArguments&, int64_t begin, int64_t end, void* scratch);         \
-    void head_row(const HeadArguments&, int64_t row, void* scratch);                   \
-    void softmax_row(const SoftmaxArguments&, int64_t row, void* scratch);             \
+#define KD_DECLARE(isa)                                                        \
+    namespace isa {                                                            \
+    void rows(const RowArguments&, int64_t begin, int64_t end, void* scratch); \
+    void head_row(const HeadArguments&, int64_t row, void* scratch);           \
+    void softmax_row(const SoftmaxArguments&, int64_t row, void* scratch);     \
     }
 KD_DECLARE(avx512)
 KD_DECLARE(avx2)

@@ -16,9 +16,12 @@ namespace kd {
 // not wait for one of them.
 template <class Work> void hand_out(int64_t items, int64_t threads, size_t scratch_bytes, Work&& work_on) {
     // Allocated here, where running out of memory can still be reported: not in a thread.
-    struct Free { void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); } };
+    struct Free {
+        void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+    };
     std::vector<std::unique_ptr<void, Free>> scratch;
-    for (int64_t i = 0; i < std::max<int64_t>(std::min(threads, items), 1); ++i) scratch.emplace_back(::operator new(scratch_bytes, std::align_val_t(64)));
+    for (int64_t i = 0; i < std::max<int64_t>(std::min(threads, items), 1); ++i)
+        scratch.emplace_back(::operator new(scratch_bytes, std::align_val_t(64)));
 
     std::atomic<int64_t> next{0};
     const auto work = [&](void* memory) {

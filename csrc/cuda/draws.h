@@ -88,16 +88,20 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 
         float second = -infinity();
         int column = -1;
         bool extreme = false;
-        for_columns(d, [&](const float* z) { if (sums) mine.sums.template add<kCount>(z, c, false); },
-                    [&](float z, int at, uint32_t high) {
-                        const float time = fmaf(z, c, -log2_exponential(high));
-                        const bool odd = high + a.extreme < 2 * a.extreme && at < a.vocab;
-                        extreme = extreme || odd;
-                        const float judged = odd ? -infinity() : time;
-                        second = fmaxf(second, fminf(mine.best, judged));
-                        column = judged > mine.best ? at : column;
-                        mine.best = fmaxf(mine.best, judged);
-                    });
+        for_columns(
+            d,
+            [&](const float* z) {
+                if (sums) mine.sums.template add<kCount>(z, c, false);
+            },
+            [&](float z, int at, uint32_t high) {
+                const float time = fmaf(z, c, -log2_exponential(high));
+                const bool odd = high + a.extreme < 2 * a.extreme && at < a.vocab;
+                extreme = extreme || odd;
+                const float judged = odd ? -infinity() : time;
+                second = fmaxf(second, fminf(mine.best, judged));
+                column = judged > mine.best ? at : column;
+                mine.best = fmaxf(mine.best, judged);
+            });
         const Part all = team.reduce(mine, [&](Part& x, const Part& o) { x.sums.merge(o.sums, c), x.best = fmaxf(x.best, o.best); });
         if (d == part) log_q = statistics_of(a, team, all.sums, part == 0);
         const float margin = a.time_error + 3e-6f * c * (fabsf(log_q.top) + a.side.softcap), floor = all.best - margin;

@@ -83,7 +83,8 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
     };
 
     Part mine;
-    if (a.statistics) sweep<Sweep::first>(slice, a.side, kept, [&](const float* z, int) { mine.sums.template add<S::kCount>(z, c, a.entropy); });
+    if (a.statistics)
+        sweep<Sweep::first>(slice, a.side, kept, [&](const float* z, int) { mine.sums.template add<S::kCount>(z, c, a.entropy); });
     for_ids([&](int k, int id) {  // logits now, before anybody writes over them
         logprobs[k] = id < 0 ? 0.f : transformed(to_float(slice.row[id]), a.side, id);
         if (d_logprobs && id >= 0) mine.upstream += d_logprobs[k];
@@ -95,7 +96,9 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
         entropy = a.statistics ? all.sums.entropy() : a.entropy[row];
         if (a.statistics && team.reports()) a.entropy[row] = entropy;
     }
-    for_ids([&](int k, int id) { if (id >= 0) logprobs[k] = log_q(logprobs[k]); });
+    for_ids([&](int k, int id) {
+        if (id >= 0) logprobs[k] = log_q(logprobs[k]);
+    });
     if (!a.dz) return;
 
     const float d_entropy = a.d_entropy ? a.d_entropy[row] : 0.f;
@@ -130,7 +133,8 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
             on_top += d_logprobs[j], first = first && j >= k;
         }
         if (!first) return;
-        const float l = logprobs[k], z = per_cap != 0.f ? (l + log_q.rest) / a.per_t + log_q.top : 0.f;  // within the cap: no digits are lost
+        const float l = logprobs[k],
+                    z = per_cap != 0.f ? (l + log_q.rest) / a.per_t + log_q.top : 0.f;  // within the cap: no digits are lost
         store_dz_at<Logit>(dz, a.dz_dtype, id, gradient(l, z, on_top));
     });
 }

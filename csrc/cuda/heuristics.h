@@ -62,7 +62,8 @@ inline Launch choose_launch(const GpuLimits& gpu, int64_t rows, int64_t vocab, i
     }
     // Few rows: more CTAs for each of them, as long as every warp has a whole chunk.
     const int64_t places = int64_t(gpu.multiprocessors) * per_multiprocessor;
-    while (cluster * 2 <= largest && rows * cluster * 2 <= places && vocab >= int64_t(cluster) * 2 * warps * (kChunkBytes / itemsize)) cluster *= 2;
+    while (cluster * 2 <= largest && rows * cluster * 2 <= places && vocab >= int64_t(cluster) * 2 * warps * (kChunkBytes / itemsize))
+        cluster *= 2;
     const int slots = ring_slots(vocab, itemsize, warps, cluster, room);
     const int64_t clusters = std::min<int64_t>(rows, std::max<int64_t>(places / cluster, 1));
     return {true, cluster, slots, kOneReadThreads, clusters * cluster, one_read_shared_bytes(warps, slots, cluster), gpu.shared_per_block};
@@ -121,7 +122,8 @@ inline TeamLaunch choose_team(const GpuLimits& gpu, const TeamShape& s) {
     }
     if (!keeps) cluster = 1;
     // Few rows: more CTAs for each, as long as every thread has a whole step. Without shared memory a second sweep is one CTA's.
-    while ((keeps || s.sweeps < 2) && cluster * 2 <= largest && s.rows * cluster * 2 <= gpu.multiprocessors && vectors >= int64_t(cluster) * 2 * threads * kVectors)
+    while ((keeps || s.sweeps < 2) && cluster * 2 <= largest && s.rows * cluster * 2 <= gpu.multiprocessors &&
+           vectors >= int64_t(cluster) * 2 * threads * kVectors)
         cluster *= 2;
     TeamLaunch t;
     t.draw_parts = int(std::min(s.draws, std::max<int64_t>(1, gpu.multiprocessors * 2 / (s.rows * cluster))));

@@ -109,7 +109,11 @@ template <class T> KD_DEVICE T from_float(float x) {
 }
 // Two numbers in one word, the first in the low half.
 template <class T> using Pair = std::conditional_t<std::is_same_v<T, half>, __half2, __nv_bfloat162>;
-template <class T> KD_DEVICE Pair<T> pair_of(uint32_t word) { Pair<T> p; memcpy(&p, &word, 4); return p; }
+template <class T> KD_DEVICE Pair<T> pair_of(uint32_t word) {
+    Pair<T> p;
+    memcpy(&p, &word, 4);
+    return p;
+}
 // The larger of each; a number, if one of the two is.
 template <class T> KD_DEVICE uint32_t larger_pair(uint32_t x, uint32_t y) {
     const Pair<T> larger = __hmax2(pair_of<T>(x), pair_of<T>(y));

@@ -30,7 +30,9 @@ inline int prepare(const void* function, const Launch& l, const cudaLaunchConfig
     const std::tuple shape(device, function, l.cluster, l.threads, l.shared_bytes);
     const std::lock_guard lock(mutex);
     if (const auto at = known.find(shape); at != known.end()) return at->second;
-    if (l.shared_limit) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_limit), "shared memory of the row kernel");
+    if (l.shared_limit)
+        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_limit),
+              "shared memory of the row kernel");
     if (l.cluster > 8) check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of 16");
     int fit = 1;
     if (config.numAttrs && cudaOccupancyMaxActiveClusters(&fit, function, &config) != cudaSuccess) {
@@ -41,7 +43,8 @@ inline int prepare(const void* function, const Launch& l, const cudaLaunchConfig
 }
 
 // False if no cluster of that size fits on this GPU: the caller then asks for a smaller one.
-template <class Arguments> bool launch(void (*kernel)(Arguments), const std::type_identity_t<Arguments>& a, const Launch& l, cudaStream_t stream) {
+template <class Arguments> bool launch(void (*kernel)(Arguments), const std::type_identity_t<Arguments>& a, const Launch& l,
+                                       cudaStream_t stream) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(l.blocks)), config.blockDim = dim3(unsigned(l.threads));
     config.dynamicSmemBytes = l.shared_bytes, config.stream = stream;

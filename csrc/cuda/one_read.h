@@ -70,7 +70,8 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         unsigned char* const slot = ring + load_slot * kSlotBytes;
         mbarrier_expect(&landed[load_slot], 2 * bytes);
         bulk_load(slot, static_cast<const Logit*>(a.student.logits) + load_row * a.student.stride + column, bytes, &landed[load_slot]);
-        bulk_load(slot + kChunkBytes, static_cast<const Logit*>(a.teacher.logits) + load_row * a.teacher.stride + column, bytes, &landed[load_slot]);
+        bulk_load(slot + kChunkBytes, static_cast<const Logit*>(a.teacher.logits) + load_row * a.teacher.stride + column, bytes,
+                  &landed[load_slot]);
         if (++load_slot == a.slots) load_slot = 0;
         if (++load_chunk == span.chunks) load_chunk = 0, load_row += cluster_count();
     };

@@ -5,7 +5,9 @@
 namespace kd {
 namespace {
 
-RowSide side_of(const Side& s) { return {s.logits, static_cast<const float*>(s.bias), s.stride, s.dtype, float(s.scale), float(s.softcap)}; }
+RowSide side_of(const Side& s) {
+    return {s.logits, static_cast<const float*>(s.bias), s.stride, s.dtype, float(s.scale), float(s.softcap)};
+}
 
 void check_vocabulary(int64_t vocab) {
     if (vocab >= int64_t(1) << 30) throw std::invalid_argument("a vocabulary of 2^30 or more");
@@ -14,10 +16,12 @@ void check_vocabulary(int64_t vocab) {
 Heads heads_of(const HeadArguments& h) {
     if (h.double_precision || h.side.dtype == Dtype::f64 || (h.dz && h.dz_dtype == Dtype::f64))
         throw std::invalid_argument("the CUDA row kernels compute in float32");
-    if (h.dz && h.dz_dtype != h.side.dtype && h.side.dtype != Dtype::f32) throw std::invalid_argument("dz must have the dtype of 16-bit logits");
+    if (h.dz && h.dz_dtype != h.side.dtype && h.side.dtype != Dtype::f32)
+        throw std::invalid_argument("dz must have the dtype of 16-bit logits");
     if (h.num_ids >= int64_t(1) << 30) throw std::invalid_argument("2^30 ids or more");
     if (h.num_top < 0 || h.num_top > std::min<int64_t>(h.vocab, kMostTop))
-        throw std::invalid_argument("the number of the largest must be between 0 and the vocabulary, and " + std::to_string(kMostTop) + " at most");
+        throw std::invalid_argument("the number of the largest must be between 0 and the vocabulary, and " + std::to_string(kMostTop) +
+                                    " at most");
     check_vocabulary(h.vocab);
     Heads a{};
     a.side = side_of(h.side);
@@ -49,7 +53,9 @@ template <class Run> void launch_fitting(TeamShape shape, Run&& run) {
 void cuda_head_rows(const HeadArguments& h, void* stream) {
     if (h.rows <= 0 || h.vocab <= 0) return;
     Heads a = heads_of(h);
-    const auto launch_one = a.side.dtype == Dtype::f32 ? launch_heads_f32 : a.side.dtype == Dtype::bf16 ? launch_heads_bf16 : launch_heads_f16;
+    const auto launch_one = a.side.dtype == Dtype::f32    ? launch_heads_f32
+                            : a.side.dtype == Dtype::bf16 ? launch_heads_bf16
+                                                          : launch_heads_f16;
     const int itemsize = size_of(a.side.dtype), clusters = largest_cluster(limits_of_current().major);
     const auto run = [&](HeadKernel kernel, const TeamShape& shape) {
         launch_fitting(shape, [&](const TeamLaunch& t) {
@@ -60,21 +66,25 @@ void cuda_head_rows(const HeadArguments& h, void* stream) {
     // The gradient, which may lie over the logits, comes last.
     if (a.num_top) {
         a.top_capacity = top_capacity(a.num_top);
-        run(HeadKernel::top, {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .sweeps = 2, .more_shared = top_shared_bytes(a.top_capacity)});
+        run(HeadKernel::top,
+            {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .sweeps = 2, .more_shared = top_shared_bytes(a.top_capacity)});
     }
     if (a.num_draws)
-        run(HeadKernel::draw, {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .threads = kDrawThreads, .largest = clusters, .draws = a.num_draws});
+        run(HeadKernel::draw,
+            {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .threads = kDrawThreads, .largest = clusters, .draws = a.num_draws});
     if (a.num_ids || a.entropy || a.dz || !(a.num_top || a.num_draws)) {
         const bool twice = a.statistics && a.dz;
         // A gradient over logits that no CTA has kept is one CTA's.
-        run(HeadKernel::head, {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .sweeps = twice ? 2 : 1, .largest = a.statistics ? clusters : 0});
+        run(HeadKernel::head,
+            {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .sweeps = twice ? 2 : 1, .largest = a.statistics ? clusters : 0});
     }
 }
 
 void cuda_softmax_rows(const SoftmaxArguments& s, void* stream) {
     if (s.rows <= 0 || s.vocab <= 0) return;
     if (s.double_precision || s.x.dtype == Dtype::f64) throw std::invalid_argument("the CUDA row kernels compute in float32");
-    if (s.out_dtype != s.x.dtype || (s.backward && s.dy.dtype != s.x.dtype)) throw std::invalid_argument("softmax rows must have one dtype");
+    if (s.out_dtype != s.x.dtype || (s.backward && s.dy.dtype != s.x.dtype))
+        throw std::invalid_argument("softmax rows must have one dtype");
     check_vocabulary(s.vocab);
     Softmaxes a{};
     a.x = side_of(s.x), a.dy = side_of(s.dy);
@@ -82,8 +92,14 @@ void cuda_softmax_rows(const SoftmaxArguments& s, void* stream) {
     if (!s.backward) a.dy.logits = nullptr;
     a.out = s.out, a.out_stride = s.out_stride, a.rows = s.rows, a.vocab = int(s.vocab);
     a.per_t = float(s.inv_temperature), a.logarithm = s.logarithm;
-    const auto launch_one = s.x.dtype == Dtype::f32 ? launch_softmax_f32 : s.x.dtype == Dtype::bf16 ? launch_softmax_bf16 : launch_softmax_f16;
-    const TeamShape shape{.rows = a.rows, .vocab = a.vocab, .itemsize = size_of(s.x.dtype), .sweeps = 2, .inputs = s.backward ? 2 : 1,
+    const auto launch_one = s.x.dtype == Dtype::f32    ? launch_softmax_f32
+                            : s.x.dtype == Dtype::bf16 ? launch_softmax_bf16
+                                                       : launch_softmax_f16;
+    const TeamShape shape{.rows = a.rows,
+                          .vocab = a.vocab,
+                          .itemsize = size_of(s.x.dtype),
+                          .sweeps = 2,
+                          .inputs = s.backward ? 2 : 1,
                           .largest = largest_cluster(limits_of_current().major)};
     launch_fitting(shape, [&](const TeamLaunch& t) {
         a.kept_at = int(t.kept_at), a.kept_bytes = int(t.kept_bytes);

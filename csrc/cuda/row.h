@@ -105,7 +105,8 @@ struct Tail {
     }
     // Statistics of kCount columns, `stride` apart.
     template <int kCount>
-    KD_DEVICE void add(const float* z, const float* y, const Norm& norm_s, const Norm& norm_t, const LogSums& sums, int column, int stride) {
+    KD_DEVICE void add(const float* z, const float* y, const Norm& norm_s, const Norm& norm_t, const LogSums& sums, int column,
+                       int stride) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             const int at = column + i * stride;
@@ -154,7 +155,8 @@ template <bool kFull> struct Gradient {
         }
         if (label >= 0) {
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) g[i] += (ce_weight * outer) * (exp2_fast(at_one(z[i])) - (column + i * stride == label ? 1.f : 0.f));
+            for (int i = 0; i < kCount; ++i)
+                g[i] += (ce_weight * outer) * (exp2_fast(at_one(z[i])) - (column + i * stride == label ? 1.f : 0.f));
         }
         if (per_cap == 0.f) return;  // z may be infinite
 #pragma unroll

@@ -64,7 +64,8 @@ template <class Logit> struct Slice {
     int steps;           // of its threads, each of which takes kVectors in a step
 
     KD_DEVICE Slice(const void* logits, int64_t offset, int vocab, const Team& team)
-        : row(static_cast<const Logit*>(logits) + offset), vocab(vocab), lead(int(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(Logit))) {
+        : row(static_cast<const Logit*>(logits) + offset), vocab(vocab),
+          lead(int(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(Logit))) {
         const int vectors = (vocab + lead + kVec - 1) / kVec, share = (vectors + team.size - 1) / team.size;
         begin = share * team.rank < vectors ? share * team.rank : vectors;
         end = begin + share < vectors ? begin + share : vectors;

@@ -58,7 +58,8 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) softmax_gradient_row
 #pragma unroll
         for (int j = 0; j < kVectors; ++j)
 #pragma unroll
-            for (int i = 0; i < S::kVec; ++i) mine += a.logarithm ? logit_of<Logit>(dy[j], i) : logit_of<Logit>(y[j], i) * logit_of<Logit>(dy[j], i);
+            for (int i = 0; i < S::kVec; ++i)
+                mine += a.logarithm ? logit_of<Logit>(dy[j], i) : logit_of<Logit>(y[j], i) * logit_of<Logit>(dy[j], i);
     });
     const float total = team.reduce(mine, [](float& x, float o) { x += o; });
     pairs(true, [&](const Raw* y, const Raw* dy, int step) {

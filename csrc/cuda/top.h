@@ -77,7 +77,8 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) top_rows(const Heads
         sweep<Sweep::again>(slice, a.side, kept, [&](const float* z, int step) {
 #pragma unroll
             for (int i = 0; i < S::kCount; ++i)
-                if (const int column = slice.column(step, i / S::kVec) + i % S::kVec; slice.inside(column)) body(uint64_t(ordered(z[i])) << 32 | uint32_t(~column));
+                if (const int column = slice.column(step, i / S::kVec) + i % S::kVec; slice.inside(column))
+                    body(uint64_t(ordered(z[i])) << 32 | uint32_t(~column));
         });
     };
 
@@ -117,7 +118,9 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) top_rows(const Heads
         if (found <= a.top_capacity) break;
         do {
             rank.narrow(s, [&](auto&& count) {
-                for_keys([&](uint64_t key) { if (key >= bound) count(key); });
+                for_keys([&](uint64_t key) {
+                    if (key >= bound) count(key);
+                });
             });
         } while (k - rank.left + rank.sharing > a.top_capacity);
         bound = rank.bound;

@@ -46,7 +46,8 @@ template <class Logit> KD_DEVICE void load_neighbours(float* z, const Logit* fro
     for (int j = 0; j < kLoads; ++j) unpack<Logit>(z + j * kVec, raw[j]);
 }
 // z of kTwoReadColumns columns, `stride` apart, after bias, scale and softcap; -inf beyond the row, unless all are in it (`whole`).
-template <class Logit> KD_DEVICE void load_columns(float* z, const RowSide& side, int64_t row, int column, int stride, int vocab, bool whole) {
+template <class Logit> KD_DEVICE void load_columns(float* z, const RowSide& side, int64_t row, int column, int stride, int vocab,
+                                                   bool whole) {
     const auto* const logits = static_cast<const Logit*>(side.logits) + row * side.stride;
     if (stride == 1 && whole) {
         load_neighbours(z, logits + column);

@@ -13,7 +13,9 @@ bool starts_at_16(const void* p, int64_t stride, Dtype dtype) {
     return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * size_of(dtype) % 16 == 0;
 }
 
-RowSide side_of(const Side& s) { return {s.logits, static_cast<const float*>(s.bias), s.stride, s.dtype, float(s.scale), float(s.softcap)}; }
+RowSide side_of(const Side& s) {
+    return {s.logits, static_cast<const float*>(s.bias), s.stride, s.dtype, float(s.scale), float(s.softcap)};
+}
 
 Rows rows_of(const RowArguments& r) {
     if (r.double_precision || r.student.dtype == Dtype::f64 || r.teacher.dtype == Dtype::f64 || (r.dz && r.dz_dtype == Dtype::f64))
@@ -34,8 +36,7 @@ Rows rows_of(const RowArguments& r) {
     a.dz_scale = float(r.dz_scale);
     a.normalizer = r.normalizer, a.statistics = r.statistics;
     a.aligned = starts_at_16(r.student.logits, r.student.stride, r.student.dtype) &&
-                starts_at_16(r.teacher.logits, r.teacher.stride, r.teacher.dtype) &&
-                (!r.dz || starts_at_16(r.dz, r.dz_stride, r.dz_dtype));
+                starts_at_16(r.teacher.logits, r.teacher.stride, r.teacher.dtype) && (!r.dz || starts_at_16(r.dz, r.dz_stride, r.dz_dtype));
     return a;
 }
 
