@@ -11,6 +11,7 @@ import torch
 from conftest import require
 from layout import CSRC, PACKAGE, ROOT, crossed, functions, lines_of, package_files, tree
 from more_sides import Sharpened
+from sanitize.mutate import MUTANTS
 
 import kdkernels as kd
 from kdkernels import divergences
@@ -113,6 +114,11 @@ def test_the_switch_of_the_compiled_kernels_covers_every_divergence() -> None:
     assert count is not None
     assert sorted(map(int, ids.values())) == list(range(int(count[1])))
     assert re.findall(r"case (\w+)::id:", header[count.start() :]) == list(ids)
+
+
+def test_every_mutant_has_its_place_in_the_sources() -> None:
+    """``make sanitize`` takes minutes to find out."""
+    assert not [mutant.name for mutant in MUTANTS if mutant.old not in (CSRC / mutant.file).read_text(encoding="utf-8")]
 
 
 # ---- what a new backend or side touches
