@@ -135,13 +135,8 @@ class _Distill(torch.autograd.Function):
         tensors = Tensors({**dict(zip(ctx.names, saved, strict=True)), "upstream": upstream})
         gradients = distill_backward(list(tensors.named.values()), numbers, ctx.sizes, rename(tensors, ctx.text))
         by_name = dict(zip(TRAINED, gradients, strict=True))
-        return (
-            None,
-            None,
-            None,
-            None,
-            *[by_name.get(name) if needed else None for name, needed in zip(names, ctx.needs_input_grad[4:], strict=True)],
-        )
+        wanted = zip(names, ctx.needs_input_grad[4:], strict=True)
+        return None, None, None, None, *[by_name.get(name) if needed else None for name, needed in wanted]
 
 
 class Gradient(torch.autograd.Function):
