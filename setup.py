@@ -140,6 +140,10 @@ class NinjaBuild(build_ext):
         headers = build / "pybind11"
         headers.unlink(missing_ok=True)
         headers.symlink_to(pybind11.get_include())
+        for report in build.glob("cuda_*.o.log"):
+            source = report.name.removeprefix("cuda_").removesuffix(".o.log")
+            if not (ROOT / "csrc" / "cuda" / f"{source}.cu").exists():
+                report.unlink()
         (build / "build.ninja").write_text(ninja_file(compiler, cuda))
         try:
             subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build], check=True)

@@ -180,6 +180,10 @@ def test_touching_a_source_compiles_only_it(project: Path, nvcc: Path) -> None:
     assert after("cpu/dispatch.cpp") == {"dispatch.o", "_C.so"}
     assert after("params.h") == {"bindings.o", "_C.so"}
     assert compiled(build(project, **cuda)) == set()
+    # The compiler's reports are those of the sources that are there.
+    (project / "csrc" / "cuda" / "two.cu").rename(project / "csrc" / "cuda" / "three.cu")
+    assert compiled(build(project, **cuda)) == {"cuda_three.o", "_C.so"}
+    assert {report.name for report in project.glob("build/ninja-*/*.log")} == {"cuda_one.o.log", "cuda_three.o.log"}
 
 
 def test_cuda_is_built_where_there_is_an_nvcc(project: Path, nvcc: Path) -> None:
