@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from ..data.agreement import check_templates, check_tokenizers
 from ..data.layouts import training_rows
+from ..data.rows import check_fits
 from ..data.tokenization import load_examples
 from ..support.files import digest
 from ..support.terminal import shown
@@ -54,6 +55,7 @@ def evaluate(options: Evaluation) -> list[dict[str, Any]]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = device_of(options.device)
+    check_fits(options.data)
     roles = [*(("student", path) for path in options.students), *(("teacher", path) for path in options.teachers)]
     tokenizer, *others = [load(AutoTokenizer, role, path) for role, path in roles]
     for other in others:

@@ -231,8 +231,10 @@ def generate(
     Each reply is logged as it comes, so that a run cut short goes on without asking, or paying, twice. The API key is read from the
     environment and is never written.
     """
+    from ..data.rows import check_fits
     from ..teachers import jobs
 
+    check_fits(data)
     teacher: Any
     if base_url:
         try:

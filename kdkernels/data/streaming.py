@@ -184,7 +184,7 @@ class ExampleStream(Dataset[Item]):
 
     def state(self, step: int) -> State:
         """Return what the training needs to continue after ``step`` steps, and forget the items of those."""
-        self._forget(step * self.a_step)
+        self.forget(step)
         return {
             "first": self._first, "items": [list(map(_to_json, item)) for item in self._items],
             "packed": [list(map(_to_json, item)) for item in self._packed], "drawn": list(self._drawn),
@@ -206,10 +206,7 @@ class ExampleStream(Dataset[Item]):
 
     def forget(self, step: int) -> None:
         """Free the items of the first ``step`` steps."""
-        self._forget(step * self.a_step)
-
-    def _forget(self, index: int) -> None:
-        while self._first < index:
+        while self._first < step * self.a_step:
             if not self._items:
                 self._items.append(self._next())
             self._items.popleft()

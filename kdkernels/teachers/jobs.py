@@ -19,7 +19,7 @@ from ..data.ending import ended
 from ..data.example import Example
 from ..data.forms import Learn, Reasoning
 from ..data.layouts import training_rows
-from ..data.rows import Row
+from ..data.rows import Row, check_fits
 from ..data.tokenization import length_limit, load_examples
 from ..support.files import Output
 from ..support.terminal import progress, shown
@@ -128,6 +128,7 @@ def cache_of_model(options: CacheOptions, console: Console, extend: bool = False
 
     o = options
     check_folder(o.out)
+    check_fits(o.data)
     of_teacher = o.tokenizer == o.teacher
     tokenizer = load(AutoTokenizer, "teacher" if of_teacher else "tokenizer", o.tokenizer, revision=o.revision if of_teacher else None)
     limit = length_limit(o.max_length, [load(AutoConfig, "teacher", o.teacher, revision=o.revision).get_text_config()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,14 +15,23 @@ from typing import Any
 import pytest
 import runs
 import torch
+from rich.console import Console
 from runs import killed_at, log, run_in, summary, weights
+from training import make_tokenizer
+from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 
+from kdkernels.cli.root import app
 from kdkernels.cli.train import streamed
-from kdkernels.cli.train.settings import TrainError, read_settings
+from kdkernels.cli.train.data import RunData, read_data
+from kdkernels.cli.train.loading import check_data
+from kdkernels.cli.train.plan import plan
+from kdkernels.cli.train.settings import Settings, TrainError, read_settings
 from kdkernels.data import rows as reading
+from kdkernels.data.layouts import training_rows
 from kdkernels.data.rows import DataError
+from kdkernels.data.selection import is_held_out
 
 ROOT = Path(__file__).parents[2]
 STREAMED: dict[str, Any] = {"streaming": True, "shuffle_buffer": 5}
@@ -30,6 +40,17 @@ STREAMED: dict[str, Any] = {"streaming": True, "shuffle_buffer": 5}
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_home(tmp_path_factory.mktemp("home"))
+
+
+def options_of(home: Path, folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "teacher": [str(home / "teacher")], "student": str(home / "student"), "data": [str(home / "train.jsonl")], "max_steps": 7,
+        "output_dir": str(folder / "out"), "use_cpu": True, "per_device_train_batch_size": 4, **STREAMED, **more,
+    }  # fmt: skip
+
+
+def settings_of(home: Path, folder: Path, **more: Any) -> Settings:
+    return read_settings(options_of(home, folder, **more), {}, [])
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +63,8 @@ def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_that_was_killed_continues_to_the_same_bits(home: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    given = json.dumps({
-        "teacher": [str(home / "teacher")], "student": str(home / "student"), "data": [str(home / "train.jsonl")], "output_dir": str(out),
-        "max_steps": 7, "save_steps": 1, "learning_rate": 1e-2, "logging_steps": 2, "use_cpu": True, "per_device_train_batch_size": 4,
-        **STREAMED,
-    })  # fmt: skip
-    (tmp_path / "run.json").write_text(given)
+    options = options_of(home, tmp_path, save_steps=1, learning_rate=1e-2, logging_steps=2)
+    (tmp_path / "run.json").write_text(json.dumps(options))
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "kdkernels.cli", "train", "--config", str(tmp_path / "run.json")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -62,19 +79,13 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(home: Path, finished: 
     assert log(out) == log(finished)
 
 
-@pytest.mark.parametrize(
-    ("step", "options"),
-    [
-        (3, {"data": ["train.jsonl=3", "held-out.jsonl=1"], "packing": True, "max_length": 32}),
-        (2, {"eval_fraction": 0.3, "on_policy_fraction": 0.5, "max_new_tokens": 3, "data_seed": 4}),
-    ],
-)
-def test_mixed_packed_and_held_out_streams_continue_to_the_same_bits(
-    home: Path, tmp_path: Path, step: int, options: dict[str, Any]
-) -> None:
-    options = {**options, "data": [str(home / name) for name in options.get("data", ["train.jsonl"])], "max_steps": 4, **STREAMED}
+def test_mixed_packed_and_held_out_streams_continue_to_the_same_bits(home: Path, tmp_path: Path) -> None:
+    options = {
+        "data": [f"{home}/train.jsonl=3", f"{home}/held-out.jsonl=1"], "eval_fraction": 0.3, "packing": True, "max_length": 32,
+        "on_policy_fraction": 0.5, "max_new_tokens": 3, "data_seed": 4, "max_steps": 3, **STREAMED,
+    }  # fmt: skip
     run_in(home, tmp_path / "whole", **options)
-    resumed = killed_at(step, tmp_path / "whole", tmp_path / "resumed")
+    resumed = killed_at(2, tmp_path / "whole", tmp_path / "resumed")
     run_in(home, resumed, **options)
     assert weights(resumed) == weights(tmp_path / "whole")
     assert summary(resumed)["after"] == summary(tmp_path / "whole")["after"]
@@ -97,35 +108,31 @@ def test_a_longer_run_continues_and_other_data_or_order_is_refused(home: Path, f
 
 def test_held_out_rows_are_not_trained_on_and_are_limited(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "MOST_HELD_OUT", 3)
-    options = {"eval_fraction": 0.4, "max_steps": 1, **STREAMED}
-    printed = run_in(home, tmp_path / "out", **options)
-    assert "Warning: --eval-fraction 0.4 holds out more than 3 rows: the first are evaluated, the others left out" in printed
+
+    def data(fraction: float) -> RunData:
+        return read_data(settings_of(home, tmp_path, eval_fraction=fraction), make_tokenizer(), None, None, None)
+
+    with pytest.warns(UserWarning, match=r"--eval-fraction 0.4 holds out more than 3 rows: the first are evaluated, the others left out"):
+        read = data(0.4)
+    assert len(read.held_out or ()) == 3
+    trained = {example.where for item in read.train for example in item}
+    held_out = {row.where for row in training_rows(home / "train.jsonl") if is_held_out(row, 0.4)}
+    assert not trained & held_out
+    assert len(trained | held_out) == runs.ROWS
     with pytest.raises(DataError, match="no row is left to train on: all are too long or held out"):
-        run_in(home, tmp_path / "none", **{**options, "eval_fraction": 0.999999})
+        data(0.999999)
     with pytest.raises(DataError, match="--eval-fraction 1e-09: no row is held out"):
-        run_in(home, tmp_path / "none", **{**options, "eval_fraction": 1e-9})
+        data(1e-9)
 
 
 def test_a_plan_reads_the_first_rows(home: Path, tmp_path: Path) -> None:
-    import io
-
-    from rich.console import Console
-
-    from kdkernels.cli.train.plan import plan
-
-    given = {
-        "teacher": [str(home / "teacher")], "student": str(home / "student"), "data": [str(home / "train.jsonl")],
-        "output_dir": str(tmp_path / "out"), "max_steps": 5, "use_cpu": True, "columns": "prompt=prompt,response=response,weight=wieght",
-        "per_device_train_batch_size": 4, **STREAMED,
-    }  # fmt: skip
-    written = io.StringIO()
-    plan(read_settings(given, {}, []), Console(file=written, width=500))
-    assert "data: streamed; the first 20 examples in 20 rows" in written.getvalue()
-    assert "steps: 5 of 4 rows each; logs" in written.getvalue()
+    columns, written = "prompt=prompt,response=response,weight=wieght", io.StringIO()
+    plan(settings_of(home, tmp_path, columns=columns), Console(file=written, width=500))
+    assert "data: streamed; the first 28 examples in 28 rows" in written.getvalue()
+    assert "steps: 7 of 4 rows each; logs" in written.getvalue()
     assert "--columns weight=wieght: none of the first rows has such a column" in written.getvalue()
-    given["shuffle_buffer"] = 100
     with pytest.raises(DataError, match="--columns weight=wieght: no row has such a column"):
-        plan(read_settings(given, {}, []), Console(file=written, width=500))
+        plan(settings_of(home, tmp_path, columns=columns, shuffle_buffer=100), Console(file=written, width=500))
 
 
 @pytest.mark.parametrize(
@@ -158,4 +165,22 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_loaded(home: Path,
     ):
         with pytest.raises(DataError, match=r"train.jsonl: the examples of the data take at least .* --streaming --max-steps N"):
             run_in(home, tmp_path / "out", **{"student": nothing, "teacher": [nothing], **options})
-    run_in(home, tmp_path / "out", max_steps=1, **STREAMED)
+    check_data(settings_of(home, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "--student", "no-model"], ["cache", "--teacher", "no-model", "--out", "cache", "--kind", "text"],
+        ["cache", "--teacher", "no-model", "--out", "cache"], ["generate", "--model", "no-model", "--out", "rows.jsonl"],
+    ],
+)  # fmt: skip
+def test_other_commands_refuse_data_that_does_not_fit(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr(reading, "available_bytes", lambda: 1000)
+    monkeypatch.chdir(tmp_path)
+    refused = CliRunner().invoke(app, [*command, "--data", str(home / "train.jsonl")])
+    assert refused.exit_code == 2
+    assert "train.jsonl: the examples of the data take at least" in " ".join(refused.output.split())
+    assert not list(tmp_path.glob("[!.]*")), "nothing is written"

@@ -183,7 +183,7 @@ def test_data_of_the_hub_is_streamed_by_commit(tmp_path: Path) -> None:
             running = source([name], buffer=4)
             expected = [next(running) for _ in range(60)]
             assert {example.key() for example in expected[:23]} == {example.key() for example in plain}
-            for position in (0, 12, 19, 23, 40):
+            for position in (12, 40):
                 begun, resumed = source([name], buffer=4), source([name], buffer=4)
                 for _ in range(position):
                     next(begun)
