@@ -123,7 +123,8 @@ def _rows(source: RowSource) -> Iterator[Row]:
     parts = [source] if isinstance(source, (str, Path)) else source
     if not hasattr(parts, "__len__"):
         raise DataError(
-            f"data of type {type(source).__name__} has no length: give a list, a datasets.Dataset or a file; streams are not supported"
+            f"data of type {type(source).__name__} has no length: give a list, a datasets.Dataset or a file, or name the files or the data "
+            "set of the hub to `kdkernels train --streaming`"
         )
     if isinstance(parts, Mapping):
         raise DataError(f"data is a mapping of {', '.join(map(str, parts))}: give one of its parts, such as one split of a DatasetDict")
