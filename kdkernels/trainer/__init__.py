@@ -9,7 +9,7 @@ _WHERE = {"DistillationArguments": ".arguments", "DistillationTrainer": ".traine
 
 
 def __getattr__(name: str) -> Any:
-    """On demand, because what needs no transformers should not wait for it."""
+    """Import on demand, so that code without transformers does not wait for it."""
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_WHERE[name], __name__), name)

@@ -1,4 +1,4 @@
-"""The arguments of a distillation: ``transformers.TrainingArguments`` with those of the loss, the data and the rollouts."""
+"""``DistillationArguments``: ``transformers.TrainingArguments`` plus arguments of the loss, the data and the rollouts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METRICS = {
     "loss": False, "divergence": False, "cross_entropy": False, "student_entropy": False, "teacher_entropy": False,
     "top1_agreement": True, "feature_loss": False,
 }  # fmt: skip
-"""Metrics of an evaluation: True where greater is better."""
+"""Metrics of an evaluation; True if greater is better."""
 
 
 def metric_name(metric: str) -> str | None:
@@ -44,19 +44,19 @@ LEAST = {
     "gradient_accumulation_steps": 1, "eval_accumulation_steps": 1, "torch_empty_cache_steps": 1, "dataloader_prefetch_factor": 1,
     "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
 }  # fmt: skip
-"""The least value of each integer."""
+"""Minimum of each integer argument."""
 FINITE = (
     "kd_weight", "ce_weight", "ce_weight_last", "feature_weight", "sample_temperature", "learning_rate", "weight_decay", "max_grad_norm",
     "neftune_noise_alpha", "adam_epsilon", "eval_delay",
 )  # fmt: skip
-"""Numbers that must be finite and >= 0."""
+"""Arguments that must be finite and >= 0."""
 BELOW_1 = ("adam_beta1", "adam_beta2")
-"""Numbers that must be >= 0 and < 1."""
+"""Arguments that must be >= 0 and < 1."""
 MAX_SEED = 2**32 - 1
 
 
 def _pairs(layers: Any) -> str:
-    """Return pairs of layers as text, which JSON keeps."""
+    """Return pairs of layers as text, which JSON can represent."""
     if isinstance(layers, str):
         return layers
     try:
@@ -75,14 +75,14 @@ def _is_count(value: float) -> bool:
 
 @dataclass
 class DistillationArguments(TrainingArguments):  # type: ignore[misc]
-    """``transformers.TrainingArguments`` and, per scored token, the loss
+    """``transformers.TrainingArguments`` plus the arguments of a distillation. The loss per scored token is
 
-    ``kd_weight * T^2 * D(teacher, student; T) + ce_weight * CE(labels) + feature_weight * (feature loss)``,
+    ``kd_weight * T^2 * D(teacher, student; T) + ce_weight * CE(labels) + feature_weight * (feature loss)``.
 
-    in which ``ce_weight`` moves on a line to ``ce_weight_last`` at the last step, where that is given.
+    With ``ce_weight_last``, ``ce_weight`` changes linearly and reaches ``ce_weight_last`` at the last step.
 
     Raises:
-        ValueError: a value that makes no sense; the message names the argument, the value and the way out.
+        ValueError: an invalid value; the message gives the argument, its value and what to do.
     """
 
     divergence: str = field(
@@ -95,31 +95,31 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy of the data's own tokens, at T = 1."})
     ce_weight_last: float | None = field(
         default=None,
-        metadata={"help": "ce_weight moves on a line to this at the last step. Default: it stays. Evaluations take ce_weight."},
+        metadata={"help": "ce_weight changes linearly to this value at the last step. Default: constant. Evaluations use ce_weight."},
     )
     feature_weight: float = field(default=0.0, metadata={"help": "Weight of the feature loss between mapped layers."})
     feature_layers: str = field(
         default="all",
-        metadata={"help": "Which layers learn from which: student:teacher pairs such as 2:4,5:11, counted from 0; all; or last."},
+        metadata={"help": "Mapped layers: student:teacher pairs such as 2:4,5:11, counted from 0; all; or last."},
     )
-    feature_loss: FeatureLoss = field(default="mse", metadata={"help": "What compares the mapped layers."})
+    feature_loss: FeatureLoss = field(default="mse", metadata={"help": "Distance between the mapped layers."})
     on_policy_fraction: float = field(
         default=0.0, metadata={"help": "Share of the batches whose responses the student writes itself (GKD's lambda)."}
     )
     sample_temperature: float = field(default=1.0, metadata={"help": "Temperature of the student's own responses; 0 is greedy."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Length of the student's own responses, at most."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Maximum length of the student's own responses."})
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of prompt and response, in either view. Default: what both models can take."}
+        default=None, metadata={"help": "Maximum tokens of prompt and response, in either view. Default: the models' limit."}
     )
     overlong: Overlong = field(
         default="error",
-        metadata={"help": "Rows over max_length: refuse the data, leave them out, cut the end off, or split rows of text into blocks."},
+        metadata={"help": "Rows over max_length: raise an error, drop them, cut off the end, or split rows of text into blocks."},
     )
     reasoning: Reasoning = field(
         default="learn",
         metadata={
             "help": "Reasoning of a row: learn it, as the chat template writes reasoning_content or else between <think> and </think>, or "
-            "drop it and learn the response alone."
+            "drop it and learn only the response."
         },
     )
     learn: Learn | None = field(
@@ -136,34 +136,36 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             "another form are then not read."
         },
     )
-    packing: bool = field(default=False, metadata={"help": "Several examples in a row of max_length; none attends to another."})
+    packing: bool = field(
+        default=False, metadata={"help": "Pack several examples into a row of max_length, without attention between them."}
+    )
     vocab_size: int | None = field(
         default=None,
-        metadata={"help": "Real size of the vocabulary; columns beyond it are cut off. Default: the tokenizer's, where the models differ."},
+        metadata={"help": "Real vocabulary size; columns beyond it are cut off. Default: the tokenizer's, if the models differ."},
     )
     template_date: str | None = field(
         default=None,
         metadata={"help": "Date for chat templates that write it, such as 2026-11-28. Default: the cache's; else the day the run began."},
     )
     kd_on_prompt: bool = field(default=False, metadata={"help": "The divergence scores prompts too; the cross-entropy never does."})
-    memory_budget: int | None = field(default=None, metadata={"help": "Bytes for the loss's chunk buffers; default: see docs/memory.md."})
+    memory_budget: int | None = field(default=None, metadata={"help": "Bytes for the loss's chunk buffers. Default: see docs/memory.md."})
 
     ensemble_mode: EnsembleMode = field(
-        default="probs", metadata={"help": "Of several teachers: the average of probabilities, or of logits."}
+        default="probs", metadata={"help": "Several teachers: average their probabilities or their logits."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it: the collator makes what the models need."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the collator returns only what the models need."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
-    greater_is_better: bool | None = field(default=None, metadata={"help": "Of metric_for_best_model. Default: as the metric is."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave it: a loss that is not finite ends the training."})
+    greater_is_better: bool | None = field(default=None, metadata={"help": "Direction of metric_for_best_model. Default: the metric's."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not needed: a loss that is not finite ends the training."})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the fields without the hub's token: transformers saves them beside the model, as ``training_args.bin``."""
+        """Return the fields without the hub's token, because transformers saves them with the model as ``training_args.bin``."""
         return {**self.__dict__, "hub_token": None}
 
     def __post_init__(self) -> None:
         self.divergence = spelled(parse(self.divergence))
         self._check_numbers()
-        if getattr(self, "data_seed", None) is None:  # else the order of the data would follow whatever seed torch was given last
+        if getattr(self, "data_seed", None) is None:  # otherwise the order of the data would depend on torch's last seed
             self.data_seed = self.seed
         self.feature_layers = _pairs(self.feature_layers)
         self.columns = None if self.columns is None else str(Columns(self.columns))
@@ -224,9 +226,10 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         self._check_lengths()
 
     def _check_terms(self) -> None:
-        """
+        """Check the weights of the loss.
+
         Raises:
-            ValueError: weights of the loss of which nothing can be learnt.
+            ValueError: nothing can be learnt with these weights.
         """
         if self.kd_weight == self.ce_weight == self.feature_weight == 0 and not self.ce_weight_last:
             raise ValueError("kd_weight, ce_weight and feature_weight are all 0: there is nothing to learn from; give one a weight")
@@ -240,9 +243,10 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             )
 
     def _check_lengths(self) -> None:
-        """
+        """Check the numbers of steps and epochs.
+
         Raises:
-            ValueError: a number of steps or epochs that no training can have.
+            ValueError: an invalid number of steps or epochs.
         """
         if self.max_steps != -1 and (not _is_int(self.max_steps) or self.max_steps < 1):
             raise ValueError(f"max_steps must be an integer >= 1, or -1 for the steps of num_train_epochs, got {self.max_steps}")
@@ -259,15 +263,15 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"warmup_steps must be an integer >= 0, or a share of all steps between 0 and 1, got {self.warmup_steps}")
 
     def _check_parts(self) -> None:
-        """Build reports, optimizer and schedule once, on nothing, to find what is missing before a model is loaded.
+        """Build reports, optimizer and schedule once with a dummy parameter, to detect errors before a model is loaded.
 
         Raises:
-            ValueError: an unknown name, a package that is not installed, or settings that do not fit.
+            ValueError: an unknown name, a package that is not installed, or incompatible settings.
         """
         with _naming(f"report_to={','.join(self.report_to or [])}"):
             for callback in get_reporting_integration_callbacks(self.report_to):
                 callback()
-        if not self.optim_target_modules:  # else it is looked for in the model
+        if not self.optim_target_modules:  # with it, the optimizer searches the model
             with _naming(f"optim={getattr(self.optim, 'value', self.optim)}, optim_args={self.optim_args!r}"):
                 Trainer.get_optimizer_cls_and_kwargs(self, nn.Linear(1, 1))
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
@@ -279,7 +283,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
 
 @contextmanager
 def _naming(arguments: str) -> Iterator[None]:
-    """Name the arguments in errors of transformers."""
+    """Add the names of the arguments to errors of transformers."""
     try:
         yield
     except (ImportError, RuntimeError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A batch as the objective reads it."""
+"""The batch that the objective reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Batch:
-        """Read the mapping that a :class:`~kdkernels.data.collator.Collator` returns."""
+        """Convert the mapping that a :class:`~kdkernels.data.collator.Collator` returns."""
         student = view_of(inputs)
         teacher = view_of(inputs, "teacher_") if "teacher_input_ids" in inputs else student
         labels = inputs["labels"].flatten()[student.scored + 1]
@@ -41,6 +41,6 @@ class Batch:
         return cls(student, teacher, labels, inputs["token_weights"], sizes, inputs.get("response"), bool(inputs.get("on_policy")))
 
     def item_indices(self) -> Tensor:
-        """Return for each scored token the index of its item, ``[n]`` int64."""
+        """Return the index of the item of each scored token, ``[n]`` int64."""
         example_items = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
         return torch.repeat_interleave(example_items, torch.tensor(self.student.counts)).to(self.student.scored.device)

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not taken, and the settings that a resumed training shares with the one that it goes on with.
+"""Complete checkpoints, and the comparison of a resumed training with its checkpoint.
 
-``checkpoint.json`` is written twice: first, as the mark of a folder that this package makes and may remove; last, with the size and a
-digest of every other file, once all of them are on disk. A folder without the second is not a checkpoint.
+``checkpoint.json`` is written twice. The first version marks a folder that kdkernels created and may remove. The second, written after all
+other files are on disk, has the size and digest of each. A folder without the second version is not a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -49,23 +49,24 @@ FREE = frozenset({
     "label_names", "length_column_name", "resume_from_checkpoint", "restore_callback_states_from_checkpoint",
     "memory_budget", "use_cpu",
 })  # fmt: skip
-"""Arguments that may change when a training is resumed; every other decides what is trained. docs/trainer.md lists them."""
+"""Arguments that may change when a training is resumed. All others affect the result. docs/trainer.md lists them."""
 
 BEFORE = {**{f.name: f.default for f in dataclasses.fields(DistillationArguments)}, "learn": "last"}
-"""The values of arguments that a checkpoint or record does not know: those of the time before they were there."""
+"""Values of arguments that are missing in a checkpoint or record because they were added later."""
 
 OF_THE_BEST = frozenset({
     "save_strategy", "save_steps", "eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better",
 })  # fmt: skip
-"""Of those, what decides where an evaluation does: the best checkpoint is loaded at the end, or the learning rate follows a metric."""
+"""Arguments among these that do affect the result if evaluations do: with the best checkpoint loaded at the end, or with a learning rate
+that follows a metric."""
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint that is not whole, or of another training; the message names what differs and the way out."""
+    """The checkpoint is incomplete or belongs to another training. The message says what differs and what to do."""
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """The arguments that decide what is trained, as JSON; of a field that names a file of settings its content."""
+    """Return the arguments that affect the result, as JSON. A field that names a settings file is replaced by the file's content."""
     fields = json.loads(args.to_json_string())
     evaluation_decides = args.load_best_model_at_end or fields["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy")
     free = FREE - OF_THE_BEST if evaluation_decides else FREE
@@ -77,14 +78,14 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings with unlike values, by name. One that only a newer or older release knows counts as its default."""
+    """Return the settings with different values, by name. A setting that is missing on one side counts as its default."""
     names = [*now, *(name for name in then if name not in now)]
     values = {name: (then.get(name, defaults.get(name)), now.get(name, defaults.get(name))) for name in names}
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
 
 def data_digest(items: Iterable[Item]) -> str:
-    """sha256 of the tokens, scored positions and weights of all items and their turns, in order."""
+    """Return the sha256 of tokens, scored positions and weights of all items and their turns, in order."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{len(item)}\0".encode())
@@ -99,7 +100,7 @@ def data_digest(items: Iterable[Item]) -> str:
 
 
 def teacher_digest(teacher: Any) -> str:
-    """sha256 of a cache's salt, or over a sample of 64 values of each weight of the models; of None of nothing."""
+    """Return a sha256 for the teacher: of a cache's salt, of 64 sampled values of each weight of a model, or of nothing for None."""
     digest = hashlib.sha256(str(getattr(teacher, "salt", "")).encode())
     for model in teacher.models if isinstance(teacher, LiveTeacher) else []:
         for name, weight in model.state_dict().items():
@@ -111,12 +112,13 @@ def teacher_digest(teacher: Any) -> str:
 
 
 def check_same(folder: Path, now: Mapping[str, Any]) -> None:
-    """
+    """Check that a training can resume from a checkpoint.
+
     Args:
-        now: settings, data and teacher of the training that would go on from ``folder``.
+        now: settings, data and teacher of the resumed training.
 
     Raises:
-        CheckpointError: ``folder`` is not a whole checkpoint, or of another training.
+        CheckpointError: ``folder`` is not a complete checkpoint, or belongs to another training.
     """
     then = read_manifest(folder)
     changed = differences(then["settings"], now["settings"], BEFORE)
@@ -130,21 +132,21 @@ def check_same(folder: Path, now: Mapping[str, Any]) -> None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The folders ``checkpoint-STEP`` that this package has made in ``out``, newest step first."""
+    """Return the folders ``checkpoint-STEP`` in ``out`` that kdkernels created, newest step first."""
     named = [path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in named if not path.is_symlink() and _manifest(path)), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """The number in ``checkpoint-STEP``."""
+    """Return the step of a folder ``checkpoint-STEP``."""
     return int(folder.name.rpartition("-")[2])
 
 
 def begin(folder: Path) -> None:
-    """Makes the folder of a checkpoint, with its mark.
+    """Create the folder of a checkpoint, with its mark.
 
     Raises:
-        CheckpointError: something else is there.
+        CheckpointError: the path exists and was not created by kdkernels.
     """
     if folder.exists() or folder.is_symlink():
         if folder.is_symlink() or not _manifest(folder):
@@ -155,7 +157,7 @@ def begin(folder: Path) -> None:
 
 
 def finish(folder: Path, **facts: Any) -> None:
-    """Declares the checkpoint whole, once every file of it is on disk."""
+    """Mark the checkpoint as complete. All its files must be on disk."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         with path.open("rb") as file:
@@ -167,10 +169,10 @@ def finish(folder: Path, **facts: Any) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What ``finish`` has written.
+    """Read the manifest that ``finish`` wrote.
 
     Raises:
-        CheckpointError: the folder is not a whole checkpoint; the message says why.
+        CheckpointError: the folder is not a complete checkpoint; the message gives the reason.
     """
     if reason := flaw(folder):
         raise CheckpointError(f"{folder} is not a whole checkpoint: {reason}")
@@ -178,7 +180,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def flaw(folder: Path) -> str | None:
-    """The reason why ``folder`` can't be resumed from; None for a whole checkpoint, whose best checkpoint is whole too."""
+    """Return the reason why training cannot resume from ``folder``; None if it and its best checkpoint are complete."""
     if not folder.is_dir():
         return "no such folder"
     manifest = _manifest(folder)
@@ -192,7 +194,7 @@ def flaw(folder: Path) -> str | None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """True for a checkpoint whose writing was cut off."""
+    """Return True for a checkpoint whose writing was interrupted."""
     return "files" not in (_manifest(folder) or {"files": {}})
 
 
@@ -216,17 +218,17 @@ def _flaw_of_best(folder: Path, manifest: Mapping[str, Any]) -> str | None:
 
 
 def best_of(folder: Path, manifest: Mapping[str, Any]) -> Path | None:
-    """The best checkpoint so far, beside ``folder``."""
+    """Return the best checkpoint so far, in the same folder as ``folder``."""
     return None if manifest["best"] is None else folder.with_name(manifest["best"])
 
 
 def last_whole(out: Path) -> Path | None:
-    """The newest checkpoint in ``out`` that can be resumed from."""
+    """Return the newest checkpoint in ``out`` that training can resume from."""
     return next((path for path in checkpoints(out) if flaw(path) is None), None)
 
 
 def surplus(out: Path, limit: int | None, keep: Collection[str]) -> list[Path]:
-    """Return the oldest checkpoints beyond ``limit``, without those whose name is in ``keep``."""
+    """Return the oldest checkpoints beyond ``limit``, except those named in ``keep``."""
     if limit is None or limit <= 0:
         return []
     others = [path for path in checkpoints(out) if path.name not in keep]

@@ -1,7 +1,7 @@
-"""Feature distillation: hidden states of mapped decoder layers, student against teacher.
+"""Feature distillation: a loss between hidden states of mapped decoder layers of student and teacher.
 
-Where widths differ, the student's features pass a learned linear projector first (Romero et al. 2015, FitNets; Jiao et al. 2020, TinyBERT),
-which is no part of the student that is saved.
+If the widths differ, a learned linear projector maps the student's features to the teacher's width (Romero et al. 2015, FitNets; Jiao et
+al. 2020, TinyBERT). The projector is not saved with the student.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ FILE = "projector.safetensors"
 
 
 def parse_layers(layers: str | Sequence[LayerPair], student_layers: int, teacher_layers: int) -> list[LayerPair]:
-    """Pairs of layer indices, counted from 0, of a map.
+    """Return pairs of layer indices, counted from 0.
 
     Args:
         layers: pairs ``(student, teacher)``, the same as text (``"2:4,5:11"``), ``"last"``, or ``"all"``: every student layer with the
-            teacher layer that is as deep. Negative indices count from the end.
-        student_layers, teacher_layers: how many there are.
+            teacher layer at the same relative depth. Negative indices count from the end.
+        student_layers, teacher_layers: numbers of layers.
 
     Raises:
-        ValueError: text that is none of these, no pair, or an index out of range.
+        ValueError: invalid text, an empty list, or an index out of range.
     """
     if isinstance(layers, str):
         text = layers.strip()
@@ -62,19 +62,19 @@ def _index(index: int, count: int, whose: str) -> int:
 
 
 class FeatureTap:
-    """Distance between the features of mapped layers, over the scored tokens.
+    """Distance between the features of mapped layers over the scored tokens.
 
-    Build it before ``Trainer.__init__``: where widths differ, projectors become a part of the student (``kd_projectors``), so that
-    optimiser and wrappers see them. ``save_pretrained`` leaves them out; :meth:`save` keeps them.
+    Build it before ``Trainer.__init__``: if widths differ, projectors are added to the student (``kd_projectors``), so that optimiser and
+    wrappers see them. ``save_pretrained`` omits them; :meth:`save` writes them.
 
     Args:
         student, teacher: transformers models, or PEFT models or wrappers around them.
         layers: see :func:`parse_layers`.
-        kind: per token and pair, over the teacher's width: ``"mse"``: mean of squared differences; ``"cosine"``: 1 - cosine similarity;
-            ``"normalized_mse"``: mse after layer normalisation of both, without scale and shift.
+        kind: distance per token and pair, over the teacher's width: ``"mse"``: mean of squared differences; ``"cosine"``: 1 - cosine
+            similarity; ``"normalized_mse"``: mse after layer normalisation of both, without scale and shift.
 
     Raises:
-        ValueError: an unknown ``kind``, a layer that isn't there.
+        ValueError: an unknown ``kind``, or a layer that does not exist.
 
     Example::
 
@@ -96,7 +96,7 @@ class FeatureTap:
 
     @property
     def projectors(self) -> nn.ModuleDict | None:
-        """``"student_teacher"`` -> linear layer ``[Dt, Ds]``, at home in the student; None where widths are equal."""
+        """Linear layers ``[Dt, Ds]`` by ``"student_teacher"``, registered in the student; None if all widths are equal."""
         return getattr(self._base, PROJECTORS, None)
 
     def _attach(self, student_width: int, teacher_width: int) -> None:
@@ -111,7 +111,7 @@ class FeatureTap:
         ignore_when_saving(self._base, self._keys(projectors), True)
 
     def detach(self) -> None:
-        """Takes the projectors off the student."""
+        """Remove the projectors from the student."""
         projectors = self.projectors
         if projectors is not None:
             ignore_when_saving(self._base, self._keys(projectors), False)
@@ -130,16 +130,17 @@ class FeatureTap:
         num_items: int | Tensor | None = None,
         token_weights: Tensor | None = None,
     ) -> Tensor:
-        """Mean over the pairs of layers of the sum over tokens, divided by ``num_items``: 0-dim float32 (float64 for float64 features).
+        """Return the mean over layer pairs of (sum over tokens / ``num_items``): 0-dim float32 (float64 for float64 features).
 
         Args:
-            student, teacher: what the recorders kept: layer -> ``[B, L, D]``, batch and length of each model's own view.
+            student, teacher: recorded features by layer, ``[B, L, D]``, with the batch and length of each model's view.
             student_rows, teacher_rows: ``[n]`` int64, positions of the same n tokens in the flattened ``[B * L]`` of each view.
-            num_items: the denominator, as of :func:`~kdkernels.distillation_loss`; default: n.
+            num_items: the denominator, see :func:`~kdkernels.distillation_loss`; default: n.
             token_weights: ``[n]``, multiplies each token's distance.
 
         Raises:
-            ValueError: rows of unlike count, a layer that was not recorded, features of unlike width; ``num_items`` < 0, or 0 for tokens.
+            ValueError: different numbers of rows, a layer that was not recorded, features of different widths; ``num_items`` < 0, or 0
+                although there are tokens.
         """
         if student_rows.shape != teacher_rows.shape:
             raise ValueError(
@@ -164,7 +165,7 @@ class FeatureTap:
         return total / len(self.pairs) / mean_denominator(num_items, count, total.dtype)
 
     def save(self, directory: str | Path, write: bool = True) -> None:
-        """Writes ``projector.safetensors``, whole or not at all. Where the student is sharded every rank calls it, one with ``write``."""
+        """Write ``projector.safetensors`` atomically. If the student is sharded, every rank must call it, one of them with ``write``."""
         from safetensors.torch import save_file
 
         if self.projectors is None:
@@ -177,11 +178,11 @@ class FeatureTap:
             write_whole(path, lambda temporary: save_file(state, temporary, metadata={"kind": self.kind}))
 
     def load(self, directory: str | Path) -> None:
-        """Reads what :meth:`save` has written.
+        """Read the projectors that :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: there are projectors, but no file.
-            ValueError: the file is of another map of layers, or of other widths.
+            FileNotFoundError: the file is missing.
+            ValueError: the file has other layers or widths.
         """
         from safetensors.torch import load_file
 
@@ -190,11 +191,11 @@ class FeatureTap:
         path = Path(directory) / FILE
         state = load_file(path)
         with gathered(list(self.projectors.parameters()), modified=True), torch.no_grad():
-            own = dict(self.projectors.named_parameters())
-            expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
-            if expected != found:
-                raise ValueError(f"{path} holds {found}, but feature_layers and the models' widths ask for {expected}")
-            for name, parameter in own.items():
+            parameters = dict(self.projectors.named_parameters())
+            expected, actual = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (parameters, state))
+            if expected != actual:
+                raise ValueError(f"{path} has {actual}, but feature_layers and the models' widths need {expected}")
+            for name, parameter in parameters.items():
                 parameter.copy_(sharded_like(parameter, state[name]))
 
 
@@ -205,7 +206,7 @@ def _name(pair: LayerPair) -> str:
 def _width(base: nn.Module) -> int:
     width = getattr(text_config(base), "hidden_size", None)
     if width is None:
-        raise ValueError(f"{type(base).__name__} has no one hidden size: its features can't be tapped, set feature_weight=0")
+        raise ValueError(f"{type(base).__name__} has no config.hidden_size, so features cannot be recorded: set feature_weight=0")
     return int(width)
 
 
@@ -218,7 +219,7 @@ def _rows(features: dict[int, Tensor], layer: int, rows: Tensor, whose: str) -> 
 
 
 def _distance(kind: FeatureLoss, s: Tensor, t: Tensor) -> Tensor:
-    """``[n]``, of ``[n, D]`` features"""
+    """Return the distance ``[n]`` between features ``[n, D]``."""
     dtype = torch.float64 if torch.float64 in (s.dtype, t.dtype) else torch.float32
     s, t = s.to(dtype), t.to(dtype)
     if kind == "cosine":

@@ -1,4 +1,4 @@
-"""NaN and infinity in a training: found in its loss, its gradient norm and its weights, and the end of it."""
+"""Detect NaN and infinity in the loss, the gradient norm and the weights, and end the training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["NotFiniteError", "check_numbers", "not_finite"]
 
 
 class NotFiniteError(UserError):
-    """A training that came to NaN or infinity; nothing of it is saved.
+    """The training reached NaN or infinity. Nothing is saved after that.
 
     Attributes:
-        step: steps taken when it was noticed.
-        values: what was not finite, by name.
+        step: number of steps at the time of detection.
+        values: the values that are not finite, by name.
     """
 
     def __init__(self, step: int, values: Mapping[str, float | str]) -> None:
@@ -33,7 +33,8 @@ class NotFiniteError(UserError):
 
 
 def check_numbers(step: int, values: Mapping[str, float]) -> None:
-    """
+    """Check that all values are finite.
+
     Raises:
         NotFiniteError: one of ``values`` is NaN or infinite.
     """
@@ -43,12 +44,12 @@ def check_numbers(step: int, values: Mapping[str, float]) -> None:
 
 
 def not_finite(model: nn.Module) -> Tensor:
-    """Number of trainable parameters (tensors) that hold NaN or infinity, 0-dim on the model's device; of shards, those of this rank."""
+    """Return the number of trainable tensors with NaN or infinity, 0-dim on the model's device. Of shards, only this rank's count."""
     flags = [~torch.isfinite(_local(p)).all() for p in model.parameters() if p.requires_grad]
     return torch.stack([flag.to(flags[0].device) for flag in flags]).sum() if flags else torch.zeros((), dtype=torch.int64)
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """The values that this rank holds: of a DTensor (FSDP) or a ZeRO-3 parameter its shard."""
+    """Return the values on this rank: the local shard of a DTensor (FSDP) or a ZeRO-3 parameter."""
     value = getattr(parameter, "ds_tensor", parameter).detach()
     return value.to_local() if hasattr(value, "to_local") else value

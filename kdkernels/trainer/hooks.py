@@ -1,7 +1,7 @@
-"""The private methods and attributes of transformers' trainer, and of accelerate under it, that this package depends on.
+"""Every use of private methods and attributes of transformers' trainer and of accelerate.
 
-``DistillationTrainer`` fills in the hooks of ``HookedTrainer``, which have public names. Checked with transformers 5.24 and accelerate
-1.15: with another release, look here first.
+``DistillationTrainer`` overrides the hooks of ``HookedTrainer``, which have public names. Tested with transformers 5.24 and accelerate
+1.15. If another release fails, look here first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate sets it, transform
 
 
 class HookedTrainer(Trainer):  # type: ignore[misc]
-    """A ``transformers.Trainer`` with hooks. By default each hook does nothing."""
+    """A ``transformers.Trainer`` with hooks. The default hooks do nothing."""
 
     model: Any
     model_wrapped: Any
@@ -31,34 +31,34 @@ class HookedTrainer(Trainer):  # type: ignore[misc]
     deepspeed: Any
 
     def training_initialised(self, checkpoint: Path | None, max_steps: int) -> None:
-        """Called when the state of a training is set up, from ``checkpoint`` if it is given, before the first step."""
+        """Called before the first step, after the training state was set up (from ``checkpoint``, if given)."""
 
     def training_ended(self) -> None:
         """Called after the last step, before the best model is loaded."""
 
     def outside_steps(self) -> AbstractContextManager[None]:
-        """Return a context for logs, evaluations and checkpoints between two steps."""
+        """Return the context in which logs, evaluations and checkpoints between two steps run."""
         return nullcontext()
 
     def best_found(self) -> None:
-        """Called when an evaluation is the best so far."""
+        """Called after an evaluation that is the best so far."""
 
     def saving_checkpoint(self, folder: Path) -> AbstractContextManager[None]:
-        """Return a context in which a checkpoint is written to ``folder``."""
+        """Return the context in which a checkpoint is written to ``folder``."""
         return nullcontext()
 
     def saving_weights(self) -> AbstractContextManager[None]:
-        """Return a context in which the model is written to a folder."""
+        """Return the context in which the model is written to a folder."""
         return nullcontext()
 
     def saved_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the weights to save, of all of the model."""
+        """Return the weights to save, given the weights of the whole model."""
         return state_dict
 
     def weights_loaded(self, folder: Path) -> None:
-        """Called when the weights of a checkpoint were loaded, to resume or as the best."""
+        """Called after the weights of a checkpoint were loaded, to resume or as the best model."""
 
-    # transformers calls the following.
+    # Called by transformers
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: str | None, trial: Any
@@ -68,7 +68,7 @@ class HookedTrainer(Trainer):  # type: ignore[misc]
         return result
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both; then set the learning rate of this step in this schedule, which may be longer than the checkpoint's."""
+        """Load both, then set this step's learning rate from the new schedule, which may be longer than the checkpoint's."""
         super()._load_optimizer_and_scheduler(checkpoint)
         schedule = self.lr_scheduler
         if checkpoint is not None and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
@@ -111,10 +111,10 @@ class HookedTrainer(Trainer):  # type: ignore[misc]
         self.weights_loaded(Path(str(self.state.best_model_checkpoint)))
 
     def _prepare_input(self, data: Any) -> Any:
-        """Move a tensor to this device in its own dtype. transformers casts floats under DeepSpeed; here they are weights of tokens."""
+        """Move a tensor to this device without casting. Under DeepSpeed, transformers would cast floats, which here are token weights."""
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
-    # DistillationTrainer calls the following.
+    # Called by DistillationTrainer
 
     def on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a batch on this device."""
@@ -122,11 +122,11 @@ class HookedTrainer(Trainer):  # type: ignore[misc]
         return moved
 
     def count_items(self, batches: Sequence[Any], device: torch.device) -> Any:
-        """Return the number of scored tokens of the micro-batches of a step, as transformers counts them."""
+        """Return the number of scored tokens in the micro-batches of a step, in transformers' format."""
         return self._get_num_items_in_batch(batches, device)
 
     def save_gathered(self, output_dir: str | None) -> None:
-        """Save a sharded model as one, where transformers leaves it in shards."""
+        """Save a sharded model as a whole model in cases where transformers would save shards."""
         self._save(output_dir, self.accelerator.get_state_dict(self.model))
 
     def shard_for_evaluation(self) -> None:
@@ -137,38 +137,38 @@ class HookedTrainer(Trainer):  # type: ignore[misc]
             self.model_wrapped = self.model
 
     def forget_evaluation(self) -> None:
-        """Undo what an evaluation before the training leaves behind, which would keep the model from being wrapped for the training."""
-        if self.is_deepspeed_enabled and self.deepspeed is not None and self.optimizer is None:  # an engine for inference
+        """Undo the effects of an evaluation before the training, which would prevent wrapping the model for the training."""
+        if self.is_deepspeed_enabled and self.deepspeed is not None and self.optimizer is None:  # an inference engine
             self.deepspeed.destroy()
             self.accelerator._models.remove(self.deepspeed)
             self.accelerator.deepspeed_engine_wrapped = self.deepspeed = None
             self.model_wrapped = self.model
-        elif self.model_wrapped is self.model and not self.is_fsdp_enabled:  # marked as prepared: DDP would not be put around it
+        elif self.model_wrapped is self.model and not self.is_fsdp_enabled:  # marked as prepared, so that DDP would not wrap it
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
 
 
 def use_one_gpu(args: Any) -> None:
-    """Set TrainingArguments to one GPU a process: several are for torchrun."""
+    """Make TrainingArguments use one GPU per process. Use torchrun for several GPUs."""
     args._n_gpu = min(args.n_gpu, 1)
 
 
 def uses_flash_attention(model: Any) -> bool:
-    """Report whether a model's attention takes packed rows without padding."""
+    """Return whether a model's attention supports packed rows without padding."""
     return "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
 
 def ignore_when_saving(model: Any, names: set[str], ignored: bool) -> None:
-    """Make ``save_pretrained`` leave out weights of these names, or take them again."""
-    known = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    model._keys_to_ignore_on_save = known | names if ignored else known - names
+    """Make ``save_pretrained`` omit the weights with these names, or include them again."""
+    keys = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    model._keys_to_ignore_on_save = keys | names if ignored else keys - names
 
 
 @contextmanager
 def loaded_whole() -> Iterator[None]:
-    """Load models in this context with all their weights on each rank.
+    """Load models with all their weights on every rank.
 
-    Under ZeRO-3 and FSDP a model is loaded in parts, or on one rank, and put together when it is wrapped. Nothing wraps a teacher.
+    Under ZeRO-3 and FSDP, models are loaded in parts or on one rank and completed when they are wrapped, but teachers are never wrapped.
     """
     of_rank_0, partitioned = os.environ.get(FSDP_LOADING), zero._hf_deepspeed_config_weak_ref
     os.environ[FSDP_LOADING] = "false"

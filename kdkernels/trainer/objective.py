@@ -1,4 +1,4 @@
-"""The loss of one batch: both models run on their views, and the loss is computed inside the student's forward pass."""
+"""The loss of one batch. Both models run on their views; the loss is computed inside the student's forward pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["TERMS", "Objective"]
 
 STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")
 TERMS = (*STATS, "feature_loss", "aux_loss", "objective", "tokens")
-"""What is summed over scored tokens for logs and evaluation. ``objective`` is what is minimised, every weight included."""
+"""Quantities summed over scored tokens for logs and evaluations. ``objective`` is the minimised loss with all weights."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,27 @@ class Objective:
     memory_budget: int | None = None
 
     def without_teacher(self) -> Objective:
-        """The cross-entropy alone."""
+        """Return the objective with the cross-entropy alone."""
         return dataclasses.replace(self, teacher=None, features=None, feature_weight=0.0, kd_weight=0.0, ce_weight=1.0)
 
     def __call__(
         self, model: nn.Module, inputs: Mapping[str, Any], each: bool = False, num_items: Tensor | int = 1, ranks: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """
+        """Run both models and compute the loss of a batch.
+
         Args:
-            model: the student, or the wrapper that has to see its forward pass.
+            model: the student, or the wrapper whose forward pass must run.
             inputs: a batch of a :class:`~kdkernels.data.collator.Collator`, on the student's device.
-            each: keep the items of the batch apart.
-            num_items: denominator of the loss, 0-dim, of all ``ranks``, over which a wrapper will average its gradient. The division
-                is inside the forward pass, since FSDP's mixed precision rounds its output, and the gradient that goes in.
+            each: return the terms per item.
+            num_items: denominator of the loss, 0-dim, for all ``ranks`` over which a wrapper averages the gradient. The division is
+                inside the forward pass because FSDP's mixed precision rounds the output and the incoming gradient.
 
         Returns:
-            The loss, 0-dim, and ``TERMS`` as float64, detached: their sums ``[len(TERMS)]``, or ``[items, len(TERMS)]`` with ``each``.
+            The loss, 0-dim, and the detached float64 sums of ``TERMS``: ``[len(TERMS)]``, or ``[items, len(TERMS)]`` with ``each``.
         """
         batch = Batch.of(inputs)
         view = batch.student
-        if self.tap.columns is None:  # before features are recorded
+        if self.tap.columns is None:  # before feature recording starts
             self.tap.prepare(model, view.input_ids)
             if isinstance(self.teacher, LiveTeacher):
                 self.teacher.prepare(batch.teacher.input_ids)
@@ -96,7 +97,7 @@ class Objective:
         sums = torch.zeros(count, len(TERMS), dtype=torch.float64, device=scored.device)
 
         def add(name: str, values: Tensor) -> None:
-            """Add values of tokens ``[n]``, or a sum over all of them."""
+            """Add token values ``[n]``, or their sum."""
             values = values.detach().double().reshape(-1)
             sums[:, TERMS.index(name)].index_add_(0, groups[: len(values)], values)
 
@@ -115,7 +116,7 @@ class Objective:
                 sums[group, TERMS.index("feature_loss")] = part.detach()
                 sums[group, TERMS.index("objective")] += self.feature_weight * part.detach()
         if tapped.aux_loss is not None and not each:
-            # A mean over this pass: weighted by its tokens, so that it does not grow with the number of passes.
+            # aux_loss is a mean over this pass. Weight it by the number of tokens, so that it does not grow with the number of passes.
             auxiliary = tapped.aux_loss * scored.numel()
             loss = loss + auxiliary
             add("aux_loss", auxiliary)
@@ -123,7 +124,7 @@ class Objective:
         return loss, sums if each else sums[0]
 
     def _token_loss(self, student: Side, targets: Any, batch: Batch, reduction: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of the tokens, and for each token the values that ``STATS`` names."""
+        """Return the loss of the tokens, and the statistics ``STATS`` of each token."""
         labels = batch.labels
         common: dict[str, Any] = {
             "token_weights": batch.token_weights,
@@ -134,7 +135,7 @@ class Objective:
         hard = labels if batch.response is None else labels.masked_fill(~batch.response, IGNORED)
         ce_weight = 0.0 if batch.on_policy else self.ce_weight
         if self.kd_weight == 0:
-            weights = common.pop("token_weights") if reduction == "none" else 1  # the metrics of an evaluation have none
+            weights = common.pop("token_weights") if reduction == "none" else 1  # evaluation metrics are not weighted
             cross_entropy = primitives.cross_entropy(student, hard, **common)
             return cross_entropy * weights * ce_weight, {"cross_entropy": cross_entropy}
         together = hard is labels

@@ -1,4 +1,4 @@
-"""The student's own responses: what on-policy distillation trains on (GKD, Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
+"""Responses sampled from the student, for on-policy distillation (GKD, Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
 
 With the reverse KL and ``on_policy_fraction=1`` each rollout token carries the exact KL(student || teacher) over the vocabulary, as in
 MiniLLM (Gu et al. 2024, https://arxiv.org/abs/2306.08543), but without its policy-gradient term: the samples are constants.
@@ -27,7 +27,7 @@ __all__ = ["chosen", "rollouts"]
 
 
 def chosen(fraction: float, *place: int) -> bool:
-    """Whether the student writes the responses of the batch at this place (seed, step, micro-batch): the same on every rank."""
+    """Return whether the student writes the responses of the batch at ``place`` (seed, step, micro-batch). Equal on all ranks."""
     return random.Random("/".join(map(str, place))).random() < fraction
 
 
@@ -35,21 +35,21 @@ def rollouts(
     model: nn.Module, items: Sequence[Item], tokenizer: Any, *, temperature: float, max_new_tokens: int, max_length: int | None,
     vocab_size: int | None, place: Sequence[int],
 ) -> list[Item]:  # fmt: skip
-    """The items with responses that ``model`` samples: up to and with the first end-of-text token, in both views. Of a conversation with
-    several learnt turns it writes the last, and only that is scored.
+    """Return the items with responses sampled from ``model``, up to and including the first end-of-text token, in both views.
 
-    Prompts are padded on the left. The draws depend on ``place`` (seed, step, micro-batch, rank) alone; the global random state stays as
-    it was. Where the model is in shards, every rank has to call this, whatever its prompts.
+    In a conversation with several learnt turns, only the last is sampled and scored. Prompts are padded on the left. The draws depend
+    only on ``place`` (seed, step, micro-batch, rank), and the global random state is restored. If the model is sharded, every rank must
+    call this, even without prompts.
     """
     examples = [example for item in items for example in item]
     prompts = [example.student_ids[: example.prompts()[0]] for example in examples]
     room = max_new_tokens
     if max_length is not None:
         room = min(room, max_length - max(max(e.prompts()) for e in examples))
-    full = room < 1  # a prompt that fills the row leaves no room for another response than the data's
+    full = room < 1  # no room after the prompt: keep the data's response
     if full and not is_sharded(model):
         return list(items)
-    if full:  # the other ranks can't do without this one's shards
+    if full:  # run the model anyway: the other ranks need this rank's shards
         prompts, room = [prompt[-1:] for prompt in prompts], 1
     device = next(model.parameters()).device
     pad = pad_id(tokenizer, embedding_rows(model))
@@ -69,7 +69,7 @@ def rollouts(
 
 
 def _sampling(stops: list[int], pad: int, temperature: float, room: int, never: range) -> Any:
-    """Plain sampling from softmax(z / temperature), of all columns but those of padding."""
+    """Configure plain sampling from softmax(z / temperature) over all columns except padding."""
     from transformers import GenerationConfig
 
     return GenerationConfig(

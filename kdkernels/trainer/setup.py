@@ -1,4 +1,4 @@
-"""What has to be known, and to fit, before a training begins: vocabularies, lengths, teachers."""
+"""Checks before a training begins: vocabularies, tokenizers, teachers, caches."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = [
 ]  # fmt: skip
 
 PADDING = 1024
-"""Columns of logits beyond the tokenizer's tokens that padding explains: most heads have a few hundred, Phi-2's has 905."""
+"""Largest number of logit columns beyond the tokenizer's tokens that counts as padding. Most heads have a few hundred, Phi-2's has 905."""
 
 
 def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments, tokenizer: Any) -> tuple[TeacherSource | None, int]:
-    """The teacher as a source, and the real size of the vocabulary.
+    """Return the teacher as a source, and the real size of the vocabulary.
 
-    Where heads are padded to different sizes, the tokenizer's size is taken, with a warning that says so.
+    If the heads are padded to different sizes, the tokenizer's size is used, with a warning.
 
     Raises:
-        TypeError: a teacher that is none.
-        ValueError: no teacher where one is needed; vocabularies that can't be cut to one size; options that this teacher can't serve.
+        TypeError: the teacher has an unsupported type.
+        ValueError: the teacher is missing, the vocabularies cannot be cut to one size, or the teacher does not support the options.
     """
     _check_causal("model", student)
     if teacher is None:
@@ -62,16 +62,16 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
 def _check_causal(role: str, model: nn.Module) -> None:
     base: Any = unwrap(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False) or not getattr(base, "can_generate", lambda: True)():
-        raise TypeError(f"{role} is a {type(base).__name__} and no causal language model: load one with AutoModelForCausalLM")
+        raise TypeError(f"{role} is a {type(base).__name__} , not a causal language model: load one with AutoModelForCausalLM")
 
 
 def _check_models(models: Sequence[nn.Module], student: nn.Module, args: DistillationArguments) -> None:
     for model in models:
         _check_causal("teacher", model)
     if any(unwrap(model) is unwrap(student) for model in models):
-        raise ValueError("teacher is the student itself, which would be frozen: give a copy of it")
+        raise ValueError("teacher is the student itself, which would be frozen: pass a copy of it")
     if len(models) > 1 and args.feature_weight > 0:
-        raise ValueError("feature_weight > 0 needs one teacher: the features of several have no average")
+        raise ValueError("feature_weight > 0 needs one teacher: features of several teachers cannot be averaged")
 
 
 def _check_source(source: Any, args: DistillationArguments) -> None:
@@ -80,9 +80,9 @@ def _check_source(source: Any, args: DistillationArguments) -> None:
         raise TypeError(f"teacher must be a model, a list of models or a teacher source (with targets and vocab_size), got {kind}")
     for name in ("on_policy_fraction", "feature_weight"):
         if getattr(args, name) > 0:
-            raise ValueError(f"{name}={getattr(args, name)} needs a teacher that runs, and this one is a {kind}: give a model")
+            raise ValueError(f"{name}={getattr(args, name)} needs a teacher that runs, but the teacher is a {kind}: pass a model")
     if args.kd_on_prompt and hasattr(source, "salt"):
-        raise ValueError("kd_on_prompt=True: a cache holds targets of responses only; give a model as the teacher")
+        raise ValueError("kd_on_prompt=True: a cache has targets for responses only; pass a model as the teacher")
     if hasattr(source, "check_loss") and args.kd_weight > 0:
         source.check_loss(args.divergence, args.temperature)
 
@@ -91,14 +91,14 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
     narrowest = min(student, *teachers)
     if wanted is not None:
         if wanted > narrowest:
-            raise ValueError(f"vocab_size={wanted}, but the narrowest of the models has {narrowest} columns of logits: give that or less")
+            raise ValueError(f"vocab_size={wanted}, but the narrowest of the models has {narrowest} columns of logits: use that or less")
         if fixed and wanted != teachers[0]:
-            raise ValueError(f"vocab_size={wanted}, but the teacher's targets are over {teachers[0]} tokens: leave it out")
+            raise ValueError(f"vocab_size={wanted}, but the teacher's targets are over {teachers[0]} tokens: omit vocab_size")
         return wanted
     if len({student, *teachers}) == 1:
         return student
     size, what = (teachers[0], "teacher's targets have") if fixed else (len(tokenizer), "tokenizer has")
-    theirs = ", ".join(map(str, teachers))
+    widths = ", ".join(map(str, teachers))
     if fixed and len(tokenizer) <= narrowest < size:
         raise ValueError(
             f"the teacher's targets are over {size} columns, the student has {student} of logits, the tokenizer {len(tokenizer)} tokens: "
@@ -106,39 +106,41 @@ def _vocabulary(student: int, teachers: Sequence[int], wanted: int | None, token
         )
     if size > narrowest:
         raise ValueError(
-            f"the student has {student} columns of logits, the teacher {theirs}, and the real vocabulary is {size}: a model lacks tokens "
+            f"the student has {student} columns of logits, the teacher {widths}, and the real vocabulary is {size}: a model lacks tokens "
             "of the other; distillation across vocabularies is not supported"
         )
     if (excess := max(student, *teachers) - size) > PADDING:
         raise ValueError(
-            f"the student has {student} columns of logits, the teacher {theirs}, and the {what} {size} tokens: {excess} more are not "
+            f"the student has {student} columns of logits, the teacher {widths}, and the {what} {size} tokens: {excess} more are not "
             "padding, so the two seem to have different tokenizers. Take models of one tokenizer; if the first ids of both do mean the "
             "same, give vocab_size"
         )
     warnings.warn(
-        f"student and teacher pad their vocabulary differently ({student} and {theirs} columns): cut to the real {size}", stacklevel=4
+        f"student and teacher pad their vocabulary differently ({student} and {widths} columns): cut to the real {size}",
+        stacklevel=4,
     )
     return size
 
 
 def check_teacher_tokenizers(student: Any, teachers: Any) -> None:
-    """
+    """Check that the teachers' tokenizers agree with the student's.
+
     Args:
-        teachers: the tokenizer of the teacher, or those of several; None where they are not given.
+        teachers: the tokenizer of the teacher, or a list for several teachers; None if not given.
 
     Raises:
-        ValueError: a tokenizer that gives other ids than the student's, or writes a conversation differently.
+        ValueError: a tokenizer assigns other ids than the student's, or formats a conversation differently.
     """
-    given = teachers if isinstance(teachers, (list, tuple)) else [teachers]
+    tokenizers = teachers if isinstance(teachers, (list, tuple)) else [teachers]
     conversation = [{"messages": [{"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}]}]
-    for teacher in given:
+    for teacher in tokenizers:
         if teacher is not None:
             check_tokenizers(student, teacher)
             check_templates(student, teacher, conversation)
 
 
 def warn_of_student(student: nn.Module, tokenizer: Any, sharded: bool) -> None:
-    """Warns of what makes a student learn badly: trainable weights in 16 bits, and a tokenizer without an end.
+    """Warn about trainable 16-bit weights and a tokenizer without an end-of-text token, with which a student learns badly.
 
     Args:
         sharded: DeepSpeed keeps float32 copies of 16-bit weights.
@@ -159,16 +161,17 @@ def warn_of_student(student: nn.Module, tokenizer: Any, sharded: bool) -> None:
 
 
 def check_kept(teacher: Any, examples: Sequence[Example], **options: Any) -> None:
-    """
+    """Check that a cache has targets for all examples.
+
     Raises:
-        ValueError: a cache that does not hold all of the examples, naming the rows.
+        ValueError: targets are missing; the message names the rows.
     """
     if hasattr(teacher, "require"):
         teacher.require(examples, **options)
 
 
 def _missing(teacher: Any, examples: Sequence[Example]) -> int:
-    """Number of examples that a cache lacks; 0 for any other teacher."""
+    """Return the number of examples that are missing in a cache; 0 for any other teacher."""
     if not hasattr(teacher, "salt") or not hasattr(teacher, "__contains__"):
         return 0
     return sum(example.key(teacher.salt) not in teacher for example in examples)
@@ -176,7 +179,7 @@ def _missing(teacher: Any, examples: Sequence[Example]) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A context whose draws depend on ``seed`` alone; afterwards the random state is what it was."""
+    """Run a block with random state ``seed``, and restore the random state afterwards."""
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -184,11 +187,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Untaught(list[Any]):
-    """Items of held-out rows for which a cache holds no targets: only their cross-entropy can be evaluated."""
+    """Items of held-out rows without targets in the cache. Only their cross-entropy can be evaluated."""
 
 
 def warn_of_missing(teacher: Any, examples: Sequence[Example]) -> bool:
-    """True if the teacher has targets for all held-out examples; else a warning says how many it lacks and what follows."""
+    """Return True if the teacher has targets for all held-out examples. Otherwise warn and return False."""
     missing = _missing(teacher, examples)
     if missing:
         warnings.warn(
@@ -200,9 +203,9 @@ def warn_of_missing(teacher: Any, examples: Sequence[Example]) -> bool:
 
 
 class SavedConfig:
-    """A context in which a model is saved with its config, and that of its generation, as they were given to the trainer.
+    """A context in which a model is saved with its original config and generation config.
 
-    transformers turns ``use_cache`` off and takes special tokens from the tokenizer, for the training only.
+    For the training, transformers turns ``use_cache`` off and copies special tokens from the tokenizer.
     """
 
     def __init__(self, model: nn.Module) -> None:

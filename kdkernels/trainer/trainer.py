@@ -59,10 +59,10 @@ STREAM = "stream.json"
 
 
 class DistillationTrainer(HookedTrainer):
-    """Distils ``teacher`` into ``model``.
+    """Distil ``teacher`` into ``model``.
 
-    The loss of a step is a sum over its scored tokens divided by their number in the whole step, all micro-batches and ranks together, so
-    it does not depend on how the step is split. A mixture-of-experts student's own auxiliary loss is added, averaged over the same tokens.
+    The loss of a step is the sum over its scored tokens divided by their number in the whole step, over all micro-batches and ranks, so
+    it does not depend on how the step is split. For a mixture-of-experts student, its auxiliary loss is added, averaged over these tokens.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -71,10 +71,10 @@ class DistillationTrainer(HookedTrainer):
         train_dataset, eval_dataset: rows, a ``datasets.Dataset``, a file (see ``load_examples``), or ``Example`` objects; for evaluation
             also a dictionary of several.
         processing_class: the tokenizer of both models.
-        teacher_processing_class: the teacher's own tokenizer, or those of several: compared with ``processing_class``.
+        teacher_processing_class: the teacher's tokenizer, or a list for several teachers, to be compared with ``processing_class``.
 
     Raises:
-        TypeError, ValueError: arguments, models or data that do not fit together; the message names what, and the way out.
+        TypeError, ValueError: arguments, models or data do not match; the message says which, and what to do.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class DistillationTrainer(HookedTrainer):
         if not isinstance(args, DistillationArguments):
             raise TypeError(f"args must be DistillationArguments, got {type(args).__name__}")
         if processing_class is None:
-            raise TypeError("processing_class is missing: give the tokenizer of student and teacher")
+            raise TypeError("processing_class is missing: pass the tokenizer of student and teacher")
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
-                raise TypeError(f"{name} would never be called: no logits are kept, and the loss is that of the arguments")
+                raise TypeError(f"{name} would never be called: logits are not stored, and the arguments define the loss. Omit it")
         if isinstance(train_dataset, Mapping):
-            raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): give one of its data sets")
+            raise TypeError(f"train_dataset is a mapping ({', '.join(map(str, train_dataset))}): pass one of its data sets")
         if isinstance(train_dataset, ExampleStream):
             args.train_sampling_strategy = "sequential"  # it is shuffled already
         check_teacher_tokenizers(processing_class, teacher_processing_class)
@@ -107,7 +107,7 @@ class DistillationTrainer(HookedTrainer):
         self._embeddings = embedding_rows(model, *live)
         features = None
         if args.feature_weight > 0:
-            with seeded(args.seed):  # of the projectors' initial weights
+            with seeded(args.seed):  # for the initial weights of the projectors
                 features = FeatureTap(model, live[0], args.feature_layers, args.feature_loss)
         self.objective = Objective(
             HeadTap(model, self.vocab_size), self.teacher, features, args.feature_weight, parse(args.divergence),
@@ -126,7 +126,7 @@ class DistillationTrainer(HookedTrainer):
         self.tokenizer, self._overlong, self._packing = processing_class, args.overlong, args.packing
         self._reasoning, self._columns = args.reasoning, args.columns
         day = date_of(processing_class, args.template_date or getattr(self.teacher, "date", None))
-        # In the saved arguments: a resumed run writes the same prompts.
+        # Saved in the arguments, so that a resumed run uses the same date in its prompts.
         self._date = args.template_date = None if day is None else day.isoformat()
         self._learn = args.learn = args.learn or getattr(self.teacher, "learn", None)
         self._as_given, self._prompts_suffice = SavedConfig(model), args.on_policy_fraction == 1
@@ -143,17 +143,17 @@ class DistillationTrainer(HookedTrainer):
         self._evaluated = self.objective
         self._checked = not args.packing
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # else "runs" here, for an evaluation
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # otherwise an evaluation creates ./runs
                 callback.logging_dir = str(Path(args.output_dir, "runs"))
         if isinstance(self.teacher, LiveTeacher):
             self.teacher.place(args.device)
 
     def items(self, source: Any, held_out: bool = False) -> Any:
-        """The items of batches, from anything that holds rows.
+        """Return the items of batches for any source of rows.
 
         Args:
-            held_out: rows for an evaluation. They need a response, even where the student writes all that it is trained on; where a cache
-                lacks some of them, the evaluation is without a teacher.
+            held_out: rows for an evaluation. They need a response even if the student writes all its training responses. If some are
+                missing in a cache, the evaluation is without a teacher.
         """
         if source is None or isinstance(source, ExampleStream) or (isinstance(source, list) and source and isinstance(source[0], tuple)):
             return source
@@ -189,15 +189,15 @@ class DistillationTrainer(HookedTrainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class.
+        """Train, like the base class.
 
         Args:
-            resume_from_checkpoint: a checkpoint of the same training, or True for the newest whole one of the output folder.
+            resume_from_checkpoint: a checkpoint of the same training, or True for the newest complete one in the output folder.
 
         Raises:
-            ValueError: a student of which nothing is trained; a checkpoint that is not whole, or of other settings, data or teacher
-                (``CheckpointError``).
-            NotFiniteError: loss, gradient norm or weights came to NaN or infinity. The checkpoints before that stay.
+            ValueError: no parameter of the student is trainable, or (``CheckpointError``) the checkpoint is incomplete or has other
+                settings, data or teacher.
+            NotFiniteError: loss, gradient norm or weights reached NaN or infinity. Earlier checkpoints remain.
         """
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("every parameter of the student is frozen: unfreeze some, or load its adapter with is_trainable=True")
@@ -211,14 +211,17 @@ class DistillationTrainer(HookedTrainer):
         if folder is not None:
             check_same(folder, self._identity())
         self.forget_evaluation()
-        self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # transformers counts every folder of such a name
+        self._limit, self.args.save_total_limit = (
+            self.args.save_total_limit,
+            None,
+        )  # transformers counts every checkpoint-* folder
         try:
             return super().train(None if folder is None else str(folder), *args, **kwargs)
         finally:
             self.args.save_total_limit = self._limit
 
     def _identity(self) -> dict[str, Any]:
-        """Settings, data and teacher of this training, as a checkpoint keeps them."""
+        """Return settings, data and teacher of this training, as saved in checkpoints."""
         return {"settings": settings_of(self.args), **self._content}
 
     @functools.cached_property
@@ -238,7 +241,7 @@ class DistillationTrainer(HookedTrainer):
         self._logged = LogWindow(self.args.device, self.state.global_step)
         if checkpoint is not None:
             manifest = read_manifest(checkpoint)
-            self.state.compute_steps(self.args, max_steps)  # else those of the checkpoint
+            self.state.compute_steps(self.args, max_steps)  # otherwise the checkpoint's values would be used
             best = best_of(checkpoint, manifest)
             self.state.best_model_checkpoint = None if best is None else str(best)
             self._logged = LogWindow.restored(manifest["log"], self.args.device)
@@ -249,9 +252,10 @@ class DistillationTrainer(HookedTrainer):
         self._check_finite()
 
     def _check_finite(self) -> None:
-        """
+        """Check the losses since the last log and the trained weights.
+
         Raises:
-            NotFiniteError: on every rank, where the losses since the last log or a trained weight are not finite.
+            NotFiniteError: on every rank, if one of them is not finite.
         """
         loss = self.accelerator.reduce(self._logged.loss, "mean").item()
         bad = int(self.accelerator.reduce(not_finite(self.model).to(self.args.device), "sum"))
@@ -259,7 +263,7 @@ class DistillationTrainer(HookedTrainer):
         check_numbers(self.state.global_step, values)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of a step; those that the student writes itself are written here, before tokens are counted."""
+        """Return the micro-batches of a step. On-policy responses are sampled here, before tokens are counted."""
         if isinstance(self.train_dataset, ExampleStream):
             self.train_dataset.forget(self.state.global_step)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -271,7 +275,7 @@ class DistillationTrainer(HookedTrainer):
                     self.model, batch["items"], self.tokenizer, temperature=args.sample_temperature, max_new_tokens=args.max_new_tokens,
                     max_length=self.max_length, vocab_size=self.vocab_size, place=(*place, args.process_index),
                 )  # fmt: skip
-                if self._packing and self.max_length:  # what is written is not as long as what was there
+                if self._packing and self.max_length:  # the sampled responses have other lengths
                     written = pack([example for item in written for example in item], self.max_length)
                 batches[micro] = {**self.on_device(self.data_collator(written)), "on_policy": True}
                 wrote = True
@@ -280,7 +284,7 @@ class DistillationTrainer(HookedTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
-        """Sum over the batch's scored tokens divided by ``num_items_in_batch``, those of the whole step."""
+        """Return the sum over the batch's scored tokens divided by ``num_items_in_batch``, their number in the whole step."""
         self._check_packing(model)
         self._logged.begin()
         items = num_items_in_batch if num_items_in_batch is not None else inputs["scored"].numel()
@@ -294,8 +298,10 @@ class DistillationTrainer(HookedTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def objective_now(self) -> Objective:
-        """The objective of this step: with the ``ce_weight`` that the line to ``ce_weight_last`` has here. Evaluations take the first, so
-        that they can be compared."""
+        """Return the objective of this step, with ``ce_weight`` on the line to ``ce_weight_last``.
+
+        Evaluations use the initial ``ce_weight``, so that they can be compared.
+        """
         first, last = self.args.ce_weight, self.args.ce_weight_last
         if last is None:
             return self.objective
@@ -312,16 +318,16 @@ class DistillationTrainer(HookedTrainer):
         self._checked = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms of the loss, averaged over the scored tokens of all ranks since the last log, and speed and memory.
+        """Add to the log: the terms of the loss, averaged over the scored tokens of all ranks since the last log; speed; memory.
 
         Raises:
-            NotFiniteError: after the log, of a loss or gradient norm that is NaN or infinite.
+            NotFiniteError: after logging, if the loss or the gradient norm is NaN or infinite.
         """
         steps = self.state.global_step - self._logged.step
         if "loss" in logs and steps > 0:
             logs["loss"] = self.accelerator.reduce(self._logged.loss, "mean").item() / steps
             logs.update(self._means(self.accelerator.reduce(self._sums, "sum"), self.objective))
-            logs.pop("objective")  # the same as the loss, averaged over tokens instead of steps
+            logs.pop("objective")  # equals the loss, but averaged over tokens instead of steps
             logs["valid_tokens"] = tokens = logs.pop("tokens")
             logs["tokens_per_second"] = tokens / max(self._logged.seconds(), 1e-9)
             if (peak := peak_bytes(self.args.device)) is not None:
@@ -335,18 +341,18 @@ class DistillationTrainer(HookedTrainer):
 
     @contextmanager
     def outside_steps(self) -> Iterator[None]:
-        self._logged.pause()  # evaluations and checkpoints are not training time
+        self._logged.pause()  # evaluations and checkpoints do not count as training time
         yield
         self._logged.resume()
 
     def best_found(self) -> None:
-        """Save the best where it is loaded at the end, also between two checkpoints."""
+        """Save the best model if it is loaded at the end, even between two checkpoints."""
         if self.args.load_best_model_at_end:
             self.control.should_save = True
 
     @staticmethod
     def _means(sums: Tensor, objective: Objective) -> dict[str, float]:
-        """The mean of each term of the objective, by name; and the number of tokens."""
+        """Return the mean of each term of the objective by name, and the number of tokens."""
         values = dict(zip(TERMS, sums.tolist(), strict=True))
         tokens = values.pop("tokens")
         if objective.kd_weight == 0:
@@ -360,14 +366,14 @@ class DistillationTrainer(HookedTrainer):
     # Evaluation
 
     def eval_metrics(self) -> list[str]:
-        """Names of the metrics that evaluations report, without ``eval_``."""
+        """Return the names of the metrics that evaluations report, without ``eval_``."""
         if isinstance(self.eval_dataset, Untaught):
             return ["cross_entropy"]
         means = self._means(torch.zeros(len(TERMS)), self.objective)
         return ["loss", *(name for name in means if name in METRICS)]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """As in the base class, for rows as well; every metric is a mean over all scored tokens."""
+        """Evaluate, like the base class, also on rows. Every metric is a mean over all scored tokens."""
         named = eval_dataset is None or isinstance(eval_dataset, str)
         metrics: dict[str, float] = super().evaluate(
             eval_dataset if named else self.items(eval_dataset, held_out=True), ignore_keys, metric_key_prefix
@@ -375,7 +381,7 @@ class DistillationTrainer(HookedTrainer):
         return metrics
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """The metrics of ``evaluate``, for rows as well. Its predictions are None: no logits are made."""
+        """Return the metrics of ``evaluate``, also for rows. The predictions are None because logits are not stored."""
         return super().predict(self.items(test_dataset, held_out=True), ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -384,15 +390,15 @@ class DistillationTrainer(HookedTrainer):
         self._evaluated = self.objective if taught else self.objective.without_teacher()
         self.shard_for_evaluation()
         config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config if self.is_deepspeed_enabled else {}
-        kept = {name: part for name, part in config.items() if name == "optimizer"}
+        optimizer = {name: part for name, part in config.items() if name == "optimizer"}
         device = self.args.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is trained does not depend on evaluations
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # evaluations must not affect the training
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        config.update(kept)  # transformers drops it for an engine that only evaluates
+        config.update(optimizer)  # transformers removes it for an evaluation-only engine
         means = self._means(self._eval_sums, self._evaluated)
-        means.pop("aux_loss", None)  # it is a mean over a batch, not over tokens
+        means.pop("aux_loss", None)  # a mean over batches, not over tokens
         means["loss"] = means.pop("objective")
-        if not taught:  # not the loss that is trained
+        if not taught:  # not the training loss
             del means["loss"], output.metrics[f"{metric_key_prefix}_loss"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
@@ -400,7 +406,10 @@ class DistillationTrainer(HookedTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """``(loss, None, None)``: the mean over this batch. What counts are the sums by item, without the copies that even out ranks."""
+        """Return ``(loss, None, None)``, the mean over this batch.
+
+        The metrics use the sums per item instead, without the copies that pad the last batch across ranks.
+        """
         self._check_packing(model)
         with torch.no_grad():
             _, sums = self._evaluated(model, self.on_device(inputs), each=True)
@@ -411,7 +420,7 @@ class DistillationTrainer(HookedTrainer):
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The student as ``from_pretrained`` reads it, and beside it ``projector.safetensors`` where features were distilled."""
+        """Save the student for ``from_pretrained``, and ``projector.safetensors`` if features were distilled."""
         super().save_model(output_dir, _internal_call)
         if self.is_fsdp_enabled and not _internal_call and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             self.save_gathered(output_dir)
@@ -426,7 +435,7 @@ class DistillationTrainer(HookedTrainer):
 
     @contextmanager
     def saving_checkpoint(self, folder: Path) -> Iterator[None]:
-        """Write a checkpoint of a finite training, declare it whole, then remove older ones.
+        """Write a checkpoint if the training is finite, mark it as complete, then remove older ones.
 
         Raises:
             NotFiniteError: before anything is written.
@@ -439,7 +448,7 @@ class DistillationTrainer(HookedTrainer):
         self.accelerator.wait_for_everyone()
         yield
         log = {**self._logged.state(self.accelerator), "sums": self.accelerator.reduce(self._sums, "sum").tolist()}
-        self.accelerator.wait_for_everyone()  # each rank adds files of its own
+        self.accelerator.wait_for_everyone()  # each rank writes some files
         if first:
             if isinstance(self.train_dataset, ExampleStream):
                 (folder / STREAM).write_text(json.dumps(self.train_dataset.state(self.state.global_step)), encoding="utf-8")
@@ -450,7 +459,7 @@ class DistillationTrainer(HookedTrainer):
         self.accelerator.wait_for_everyone()
 
     def claim_checkpoint(self, folder: Path) -> None:
-        """Prepare for a checkpoint that is about to be made. Called in the first process."""
+        """Prepare the folder of a new checkpoint. Called in the first process."""
 
     def remove_checkpoint(self, folder: Path) -> None:
         """Delete a checkpoint beyond ``save_total_limit``. Called in the first process."""

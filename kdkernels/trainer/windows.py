@@ -1,4 +1,4 @@
-"""Between two logs: the losses and the time since the last one, also across a resume; and where an epoch ends."""
+"""Losses and time since the last log, also across a resume; and actions at the end of an epoch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["EpochEnd", "LogWindow"]
 
 
 class LogWindow:
-    """The steps since a log: the sum of their losses and their time.
+    """The steps since the last log: sum of losses and training time.
 
     Args:
-        device: of the losses.
-        step: of the last log.
+        device: device of the losses.
+        step: step of the last log.
     """
 
     def __init__(self, device: torch.device, step: int = 0) -> None:
@@ -28,18 +28,18 @@ class LogWindow:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], device: torch.device) -> LogWindow:
-        """What :meth:`state` has described."""
+        """Return the window that :meth:`state` saved."""
         window = cls(device, state["step"])
         window.loss += state["loss"]
         window._passed = state["seconds"]
         return window
 
     def state(self, accelerator: Any) -> dict[str, Any]:
-        """As JSON; the loss is the mean over all ranks, each of which calls this."""
+        """Return the window as JSON, with the mean loss over all ranks. Every rank must call this."""
         return {"step": self.step, "loss": accelerator.reduce(self.loss, "mean").item(), "seconds": self._passed}
 
     def begin(self) -> None:
-        """Starts the clock, unless it runs."""
+        """Start the clock if it is not running."""
         if self._since is None:
             self._since = time.perf_counter()
 
@@ -56,9 +56,9 @@ class LogWindow:
 
 
 class EpochEnd(DefaultFlowCallback):  # type: ignore[misc]
-    """Does what is due at the end of an epoch at its last step, so that a checkpoint of that step comes after it.
+    """Run the end-of-epoch actions at the epoch's last step, before the checkpoint of that step.
 
-    transformers evaluates once the epoch is over, and a run that is resumed at that checkpoint would never do it.
+    transformers evaluates after the epoch, so a run resumed from that checkpoint would skip the evaluation.
     """
 
     def __init__(self) -> None:

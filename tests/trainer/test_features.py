@@ -271,7 +271,7 @@ def test_projectors_are_the_students_but_not_saved_with_it(tmp_path: Path) -> No
     for name, value in before.items():
         torch.testing.assert_close(other.projectors.state_dict()[name], value)
 
-    with pytest.raises(ValueError, match="but feature_layers and the models' widths ask for"):
+    with pytest.raises(ValueError, match="but feature_layers and the models' widths need"):
         FeatureTap(again, teacher, "0:0").load(tmp_path)
     with pytest.raises(FileNotFoundError):
         other.load(tmp_path / "elsewhere")

@@ -140,7 +140,7 @@ def test_teachers_that_can_not_serve(make: Make) -> None:
     for options, message in (
         ({"on_policy_fraction": 0.5}, "on_policy_fraction=0.5 needs a teacher that runs"),
         ({"feature_weight": 0.5}, "feature_weight=0.5 needs a teacher that runs"),
-        ({"kd_on_prompt": True}, "a cache holds targets of responses only"),
+        ({"kd_on_prompt": True}, "a cache has targets for responses only"),
         ({"vocab_size": 100}, "the teacher's targets are over 192 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -158,7 +158,7 @@ def test_teachers_that_can_not_serve(make: Make) -> None:
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=192, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     for other in (t5, causal.model, LlamaForSequenceClassification(causal.config)):
         for given in ({"student": other}, {"teacher": other}):
-            with pytest.raises(TypeError, match=f"is a {type(other).__name__} and no causal language model"):
+            with pytest.raises(TypeError, match=f"is a {type(other).__name__}, not a causal language model"):
                 make(**given)
     student = make_model(16)
     with pytest.raises(ValueError, match="every parameter of the student is frozen"):
