@@ -1,1 +1,1 @@
-"""From rows of text to batches: examples of a student's view and a teacher's view of one response."""
+"""Convert rows of text to batches. An example has a student's view and a teacher's view of one response."""

@@ -1,4 +1,4 @@
-"""Checks that teacher and student read the same: one set of tokens, texts split in one way, one chat template, ids that both have."""
+"""Checks that teacher and student agree: same tokens, same splitting of text, same chat template, ids with embeddings in both."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PROBE = 'The quick brown fox: 3.14 ± "déjà vu"\n\tdef f(x): return x ** 2  # 
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
-    """Special and added tokens count as any others; an id that only one of the two has does no harm.
+    """Check that two tokenizers agree, including special and added tokens. Ids that only one of them has are ignored.
 
     Raises:
-        DataError: an id stands for different tokens, with how many such there are, or texts are split differently.
+        DataError: an id stands for different tokens (with the number of such ids), or texts are split differently.
     """
     if student is teacher:
         return
@@ -37,7 +37,7 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
 
 
 def _differing(one: Mapping[str, int], other: Mapping[str, int]) -> set[int]:
-    """Ids of ``one`` that stand for another token in ``other``, or whose token has another id there."""
+    """Return the ids of ``one`` that stand for another token in ``other``, or whose token has another id there."""
     tokens = {id: token for token, id in other.items()}
     return {id for token, id in one.items() if other.get(token, id) != id or tokens.get(id, token) != token}
 
@@ -54,12 +54,13 @@ def _difference(student: Any, teacher: Any, differing: list[int]) -> str:
 
 
 def check_ids(examples: Iterable[Example], tokenizer: Any, embeddings: int | None) -> None:
-    """
+    """Check that every token id of the examples has an embedding in both models.
+
     Args:
-        embeddings: rows of the smallest embeddings of the models; None if that is not known.
+        embeddings: rows of the models' smallest embedding; None if unknown.
 
     Raises:
-        DataError: an example with a token that a model has no embedding of, with its row.
+        DataError: a token of an example has no embedding in a model; the message names the row.
     """
     if embeddings is None:
         return
@@ -74,9 +75,10 @@ def check_ids(examples: Iterable[Example], tokenizer: Any, embeddings: int | Non
 
 
 def check_templates(student: Any, teacher: Any, source: RowSource, columns: str | None = None) -> None:
-    """
+    """Check that both chat templates agree on the first conversation of the data.
+
     Raises:
-        DataError: the chat templates of the two write the first conversation of the data differently, with the first token that differs.
+        DataError: the templates format it differently; the message gives the first token that differs.
     """
     if student is teacher or student.chat_template == teacher.chat_template or None in (student.chat_template, teacher.chat_template):
         return

@@ -1,4 +1,4 @@
-"""Batches: the student's view and the teacher's view of the same examples, padded or packed."""
+"""Collate examples into batches, padded or packed, with the student's view and the teacher's view."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ __all__ = ["IGNORED", "Collator", "Item", "View", "left_padded", "pack", "pad_id
 
 IGNORED = -100
 Item = tuple[Example, ...]
-"""What a row of a batch is made of: one example, or several that are packed."""
+"""Content of one row of a batch: an example, or several packed examples."""
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A batch as one of the two models sees it. Both views score the same tokens in the same order.
+    """One model's view of a batch. Both views score the same tokens in the same order.
 
-    Rows may be packed: ``position_ids`` then start anew with each example.
+    Rows may be packed; ``position_ids`` then restart at 0 for each example.
     """
 
     input_ids: Tensor  # [B, L]
-    attention_mask: Tensor | None  # [B, L], 1 for a token; None where rows are packed without padding
-    position_ids: Tensor | None  # [B, L], given where rows are packed
+    attention_mask: Tensor | None  # [B, L], 1 for a token; None if rows are packed without padding
+    position_ids: Tensor | None  # [B, L] for packed rows, else None
     scored: Tensor  # [n] int64: positions in the flattened [B * L] whose next token is scored
     keys: tuple[str, ...] = ()
-    """Of each example, in order of ``scored``: what a cache finds it by."""
+    """Cache key of each example, in order of ``scored``."""
     counts: tuple[int, ...] = ()
-    """Of each example, how many of ``scored`` are its own; they add up to n."""
+    """Number of scored tokens of each example; they add up to n."""
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[Item]:
-    """Rows of at most ``max_length`` tokens in either view: each example goes to the open row that it fills best."""
+    """Pack examples into rows of at most ``max_length`` tokens in either view, each into the open row that it fills best."""
     rows: list[tuple[list[Example], int]] = []
-    open_rows: list[int] = []  # a few only, so that a large data set takes linear time
+    open_rows: list[int] = []  # limited in number, so that packing takes linear time
     for example in examples:
         size = len(example)
         fitting = [i for i in open_rows if rows[i][1] + size <= max_length]
@@ -56,23 +56,23 @@ def pack(examples: Sequence[Example], max_length: int) -> list[Item]:
 
 @dataclass(frozen=True)
 class Collator:
-    """Items to a batch of tensors.
+    """Convert items to a batch of tensors.
 
-    The batch holds ``input_ids``, ``attention_mask`` (padded rows) or ``position_ids`` (packed ones) and ``labels`` of the student's view,
-    the same with ``teacher_`` before it, and of the n scored tokens: ``scored`` and ``teacher_scored`` (positions in the flattened view),
-    ``token_weights``, and ``response`` (False where a token of the prompt is scored); ``counts`` of them per example, ``sizes`` of the
-    items in examples. ``labels`` hold scored tokens only, so what is counted is what is scored.
+    The batch has ``input_ids``, ``attention_mask`` (padded rows) or ``position_ids`` (packed rows) and ``labels`` of the student's view,
+    and the same with prefix ``teacher_``. For the n scored tokens it has ``scored`` and ``teacher_scored`` (positions in the flattened
+    views), ``token_weights``, and ``response`` (False for scored tokens of the prompt). ``counts`` are scored tokens per example,
+    ``sizes`` examples per item. ``labels`` contain only scored tokens, so that transformers counts the scored tokens.
 
     Args:
-        pad_id: of positions without a token.
-        packed: rows hold several examples, so each starts at position 0 and no mask is given.
-        flat: all rows of a packed batch in one, without padding: what flash attention needs.
-        kd_on_prompt: prompts are scored too, where both views have the same one.
-        salt: of the keys that a cache finds examples by; None for no keys.
-        keep: the batch holds its items too, for a student that writes its own responses.
-        multiple: the teacher's rows are padded to a multiple of it, but not beyond ``limit`` positions. With 16 a CPU's attention has no
-            remainder that it adds up in another order, so that what a teacher makes of an example does not depend on the batch, and a
-            cache of it is what it would have said, bit for bit.
+        pad_id: id for positions without a token.
+        packed: rows have several examples; each starts at position 0, and there is no mask.
+        flat: put all rows of a packed batch into one row without padding, for flash attention.
+        kd_on_prompt: score prompts as well. Both views must have the same prompt.
+        salt: salt of the cache keys; None for no keys.
+        keep: include the items in the batch, for a student that writes its own responses.
+        multiple: pad the teacher's rows to a multiple of this, but not beyond ``limit`` positions. With 16, a CPU's attention has no
+            remainder with another summation order, so that the teacher's results do not depend on the batch and equal those of a cache
+            bit for bit.
     """
 
     pad_id: int = 0
@@ -120,12 +120,12 @@ class Collator:
         scored = []
         for number, row in enumerate(rows):
             start = 0
-            for example, own in zip(row, ids[number], strict=True):
-                tokens[number, start : start + len(own)] = torch.tensor(own)
-                positions[number, start : start + len(own)] = torch.arange(len(own))
+            for example, example_ids in zip(row, ids[number], strict=True):
+                tokens[number, start : start + len(example_ids)] = torch.tensor(example_ids)
+                positions[number, start : start + len(example_ids)] = torch.arange(len(example_ids))
                 scored.append(torch.tensor(getattr(example, f"{side}_scored"), dtype=torch.int64) + number * length + start)
-                start += len(own)
-            positions[number, start:] = torch.arange(length - start)  # padding is one more example
+                start += len(example_ids)
+            positions[number, start:] = torch.arange(length - start)  # padding counts as another example
         view = {f"{prefix}input_ids": tokens, f"{prefix}scored": torch.cat(scored)}
         if self.packed:
             view[f"{prefix}position_ids"] = positions
@@ -135,18 +135,18 @@ class Collator:
 
 
 def _positions(example: Example) -> Tensor:
-    """The scored positions of the student's view ``[n]``."""
+    """Return the scored positions of the student's view ``[n]``."""
     return torch.tensor(example.student_scored, dtype=torch.int64)
 
 
 def _token_weights(examples: Sequence[Example]) -> Tensor:
-    """The weight of each scored token: that of its row times that of its turn."""
+    """Return the weight of each scored token: row weight times turn weight."""
     counts, weights = zip(*((count, e.weight * weight) for e in examples for count, weight in e.parts), strict=True)
     return torch.repeat_interleave(torch.tensor(weights), torch.tensor(counts))
 
 
 def view_of(batch: Mapping[str, Any], prefix: str = "") -> View:
-    """The student's view of a batch, or with ``"teacher_"`` the teacher's."""
+    """Return the student's view of a batch or, with ``"teacher_"``, the teacher's view."""
     get = batch.get
     return View(
         batch[f"{prefix}input_ids"], get(f"{prefix}attention_mask"), get(f"{prefix}position_ids"), batch[f"{prefix}scored"],
@@ -155,14 +155,16 @@ def view_of(batch: Mapping[str, Any], prefix: str = "") -> View:
 
 
 def pad_id(tokenizer: Any, embeddings: int | None = None) -> int:
-    """The id that fills positions without a token. Which one makes no difference, so where the tokenizer's is beyond the ``embeddings`` of
-    the models (a pad token that was added to the tokenizer alone), it is 0."""
-    wanted = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
-    return wanted if embeddings is None or wanted < embeddings else 0
+    """Return the id for positions without a token. Its value does not affect results.
+
+    It is 0 if the tokenizer's pad id is beyond the models' ``embeddings`` (a pad token that was added only to the tokenizer).
+    """
+    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+    return pad if embeddings is None or pad < embeddings else 0
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask ``[B, L]`` int64 of prompts to be continued: each ends in the last column."""
+    """Return token ids and attention mask ``[B, L]`` int64 of prompts for generation. Each prompt ends in the last column."""
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), pad)
     mask = torch.zeros_like(ids)
@@ -173,7 +175,7 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
 
 
 def with_prompt(example: Example) -> Example:
-    """The example with its prompt scored too.
+    """Return the example with its prompt scored as well.
 
     Raises:
         ValueError: the two views have different prompts.

@@ -1,4 +1,4 @@
-"""Text to token ids: what a tokenizer puts before a text, and text where it stands after another one."""
+"""Convert text to token ids: with a begin-of-text token, and text that continues another text."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ __all__ = ["TextEncoder", "added_ids"]
 
 
 def added_ids(tokenizer: Any) -> set[int]:
-    """Ids of the tokenizer's special and added tokens."""
+    """Return the ids of the tokenizer's special and added tokens."""
     return {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
 
 
 class TextEncoder:
-    """Encodes text with one tokenizer: all of it, and nothing after it.
+    """Encode text with one tokenizer, without tokens after the text.
 
-    Some tokenizers put an end-of-text token (or a separator) after every text, which does not belong between prompt and response.
+    Some tokenizers append an end-of-text token (or a separator), which must not stand between prompt and response.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.begin = _begin(tokenizer)
-        """Ids that the tokenizer puts before every text, such as a begin-of-text token."""
+        """Ids that the tokenizer adds before a text, such as a begin-of-text token."""
         self.begin_text: str = tokenizer.decode(self.begin) if self.begin else ""
         apart = [str(token) for token in tokenizer.added_tokens_decoder.values() if not (token.normalized or token.single_word)]
         self._apart = re.compile("|".join(map(re.escape, sorted(filter(None, apart), key=len, reverse=True))) or r"(?!)")
 
     def __call__(self, text: str, begin: bool) -> list[int]:
-        """Ids of ``text``; with ``begin`` those of the tokenizer before it, unless the text begins with them already."""
+        """Return the ids of ``text``. With ``begin``, add the tokenizer's leading ids unless the text already starts with them."""
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return ids if not begin or ids[: len(self.begin)] == self.begin else [*self.begin, *ids]
 
     def pieces(self, parts: Sequence[str], begin: bool) -> list[list[int]]:
-        """Ids of each part where it stands after those before it.
+        """Return the ids of each part as a continuation of the earlier parts.
 
-        SentencePiece begins a text with a space of its own, which later parts must not get. Where a token would span two parts, the later
-        one is tokenised apart, so that a response is what follows the ids that the model is asked with.
+        SentencePiece adds a space at the start of a text, which later parts must not get. If a token would span two parts, the later part
+        is tokenised separately, so that a response starts right after the ids of its prompt.
         """
         first, *others = parts
         ids, context = [self(first, begin)], self._since_added(first)
@@ -48,19 +48,19 @@ class TextEncoder:
         return ids
 
     def _since_added(self, text: str) -> str:
-        """The end of a text from its last added token on: tokenizers split there first, so what stands before it changes nothing."""
+        """Return the text from its last added token on. Tokenizers split there first, so the text before it does not affect the rest."""
         last = self.last_added(text)
         return text if last is None else text[last.start() :]
 
     def last_added(self, text: str) -> re.Match[str] | None:
-        """The last special or added token in a text."""
+        """Return the last special or added token in a text."""
         last = None
         for last in self._apart.finditer(text):  # noqa: B007
             pass
         return last
 
     def without_begin(self, text: str) -> str:
-        """``text`` without the begin-of-text token that is written at its start."""
+        """Return ``text`` without a begin-of-text token at its start."""
         return text.removeprefix(self.begin_text) if self.begin_text else text
 
 

@@ -1,4 +1,4 @@
-"""Finish reasons: whether a response ended by itself, so that its end can be learnt."""
+"""Finish reasons: decide whether a response is complete, so that its end can be learnt."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ WHOLE = frozenset({
 
 
 def ended(finish_reason: object) -> bool:
-    """True if a response with this ``finish_reason`` ended by itself; None, of a row that does not say, counts as ended.
+    """Return True if a response with this ``finish_reason`` is complete. None (the row has no reason) counts as complete.
 
-    Every other reason is a cut: ``length``, ``content_filter``, ``abort``, and reasons that nobody has heard of.
+    Every other reason means that the response was cut: ``length``, ``content_filter``, ``abort``, and unknown reasons.
     """
     return finish_reason is None or (isinstance(finish_reason, str) and finish_reason.casefold() in WHOLE)

@@ -1,4 +1,4 @@
-"""The error about data, and the places of rows in messages."""
+"""``DataError``, and the formatting of row positions in messages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ MOST_NAMED = 20
 
 
 class DataError(ValueError):
-    """Data that can't be trained on. The message names the file, the row and the field."""
+    """The data cannot be used. The message names the file, the row and the field."""
 
 
 def places(wheres: Iterable[str], most: int = MOST_NAMED) -> str:
-    """Rows by file and number, such as ``train.jsonl, rows 3, 17; held.jsonl, row 2``; the first ``most`` of them, then how many more."""
+    """Return rows as text, such as ``train.jsonl, rows 3, 17; held.jsonl, row 2``: the first ``most``, then the number of others."""
     rows: dict[str, list[str]] = {}
     every = list(wheres)
     for where in every[:most]:

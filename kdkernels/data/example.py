@@ -13,13 +13,13 @@ __all__ = ["Example"]
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of both views and the positions that are scored in each.
+    """Token ids of both views, and the scored positions in each.
 
     Position t scores token t + 1. Both views score the same tokens in the same order:
     ``student_ids[t + 1] == teacher_ids[u + 1]`` for each pair ``(t, u)`` of ``student_scored`` and ``teacher_scored``.
 
     Raises:
-        ValueError: views that score different tokens, or a position that has no next token.
+        ValueError: the views score different tokens, or a scored position has no next token.
     """
 
     student_ids: Sequence[int]
@@ -28,15 +28,15 @@ class Example:
     teacher_scored: Sequence[int]
     weight: float = 1.0
     task: str | None = None
-    """Rows of one task share a denominator where a recipe asks for that."""
+    """Task of the row. Recipes can use one denominator per task."""
     where: str = field(default="", compare=False)
-    """The row that it was made from, such as ``train.jsonl, row 3``; for errors."""
+    """Source row for error messages, such as ``train.jsonl, row 3``."""
     turns: tuple[tuple[int, float], ...] = ()
-    """Scored tokens and weight of each learnt turn, in order; empty: all are one turn of weight 1. Not part of the key."""
+    """Scored tokens and weight of each learnt turn, in order. Empty means one turn of weight 1. Not part of the key."""
     unlearnt: tuple[range, ...] = ()
-    """Positions of the student's view that are never scored: those of turns of weight 0."""
+    """Positions of the student's view that are never scored: turns of weight 0."""
     date: str | None = field(default=None, compare=False)
-    """The date that the chat template could write into it, such as ``2026-11-28``; None for a template without a date."""
+    """Date for the chat template, such as ``2026-11-28``; None for a template without a date."""
 
     def __post_init__(self) -> None:
         if len(self.student_scored) != len(self.teacher_scored):
@@ -59,12 +59,12 @@ class Example:
         return self.turns or ((len(self.student_scored), 1.0),)
 
     def prompts(self) -> tuple[int, int]:
-        """Tokens of the student's view and of the teacher's before the last learnt turn."""
+        """Tokens before the last learnt turn, in the student's and the teacher's view."""
         first = len(self.student_scored) - self.parts[-1][0]
         return self.student_scored[first] + 1, self.teacher_scored[first] + 1
 
     def cut_to(self, length: int) -> Example | None:
-        """The example with its longer view cut to ``length`` tokens, both views by as many; None if no scored token remains."""
+        """Return the example with its longer view cut to ``length`` tokens and the other by as many; None if no scored token remains."""
         cut = len(self) - length
         student, teacher = self.student_ids[: len(self.student_ids) - cut], self.teacher_ids[: len(self.teacher_ids) - cut]
         count = sum(t < len(student) - 1 for t in self.student_scored)
@@ -80,8 +80,10 @@ class Example:
         )  # fmt: skip
 
     def blocks(self, length: int) -> list[Example]:
-        """The example of one text in blocks of at most ``length`` tokens. Each begins with the last token of the one before, so that every
-        token but the first is scored once."""
+        """Split the example of one text into blocks of at most ``length`` tokens.
+
+        Each block begins with the last token of the previous one, so that every token except the first is scored once.
+        """
         ids = self.student_ids
         blocks = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
         scored = [range(len(block) - 1) for block in blocks]
@@ -91,11 +93,11 @@ class Example:
         ]
 
     def __len__(self) -> int:
-        """Tokens of the longer view."""
+        """Return the number of tokens of the longer view."""
         return max(len(self.student_ids), len(self.teacher_ids))
 
     def key(self, salt: str = "") -> str:
-        """sha256 of both views and ``salt`` (a cache's manifest hash): the same wherever and whenever the example turns up."""
+        """Return the sha256 of both views and ``salt`` (a cache's manifest hash). It does not depend on the example's position."""
         digest = hashlib.sha256(salt.encode())
         for part in (self.student_ids, self.student_scored, self.teacher_ids, self.teacher_scored):
             digest.update(struct.pack(f"<q{len(part)}q", len(part), *part))

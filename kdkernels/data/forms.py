@@ -28,9 +28,9 @@ TEACHER_FIELDS = ("teacher_messages", "teacher_prompt", "demonstrations")
 
 @dataclass(frozen=True)
 class Views:
-    """Tokens of a row: what each model reads first, and the parts that follow in both views.
+    """Tokens of a row: the prefix of each view, and the parts that follow in both views.
 
-    A part has the weight of a turn that is learnt, 0 for a turn that is not, or None for what lies between turns.
+    The weight of a part is > 0 for a learnt turn, 0 for a turn that is not learnt, and None for text between turns.
     """
 
     student: Ids
@@ -38,7 +38,7 @@ class Views:
     parts: Sequence[tuple[Ids, float | None]]
 
     def example(self, weight: float, task: str | None, where: str, date: str | None) -> Example:
-        """The example that scores the learnt parts; tokens after the last of them are left out."""
+        """Return the example that scores the learnt parts. Tokens after the last learnt part are dropped."""
         last = max(number for number, (ids, of_turn) in enumerate(self.parts) if ids and of_turn)
         parts = self.parts[: last + 1]
         response = [token for ids, _ in parts for token in ids]
@@ -65,11 +65,11 @@ class Views:
 
 
 class RowEncoder:
-    """Makes an :class:`Example` of each row. See ``load_examples`` for the forms.
+    """Convert rows to :class:`Example` objects. See ``load_examples`` for the forms.
 
     Args:
-        reasoning: ``"learn"`` or ``"drop"`` what a row has of thoughts.
-        learn: ``"all"`` turns of the assistant or the ``"last"``; None for all where the chat template allows it.
+        reasoning: ``"learn"`` or ``"drop"`` the reasoning of a row.
+        learn: ``"all"`` turns of the assistant or the ``"last"``; None for all if the chat template allows it.
     """
 
     def __init__(self, tokenizer: Any, reasoning: Reasoning = "learn", learn: Learn | None = None) -> None:
@@ -77,14 +77,15 @@ class RowEncoder:
         self.encode, self.facts, self.eos = TextEncoder(tokenizer), template_facts(tokenizer), tokenizer.eos_token_id
         self.turns = TurnWriter(tokenizer, self.encode)
         self.only_last = 0
-        """Conversations of which only the last turn is learnt, since the chat template writes an earlier one otherwise."""
+        """Number of conversations whose last turn alone is learnt, because the chat template formats earlier turns differently."""
         self.thoughts = Counter[str]()
-        """Rows with reasoning, by what became of it: ``template``, ``tags`` or ``dropped``."""
+        """Number of rows with reasoning by treatment: ``template``, ``tags`` or ``dropped``."""
 
     def __call__(self, row: Row) -> Example:
-        """
+        """Convert one row.
+
         Raises:
-            DataError: a row that can't be used, or that can be read in two ways.
+            DataError: the row cannot be used, or its form is ambiguous.
         """
         _check_one_form(row)
         if conversation_field(row) is not None:
@@ -120,13 +121,13 @@ class RowEncoder:
         if "teacher_messages" in row:
             teacher = self.encode(render(self.tokenizer, self._shown_to_teacher(row, []), row, "teacher_messages"), begin=False)
         elif "teacher_prompt" in row or "demonstrations" in row:
-            asked = row.text("teacher_prompt") if "teacher_prompt" in row else prompt
-            shown = [*("".join(demo) + "\n\n" for demo in _demonstrations(row)), asked]
+            teacher_prompt = row.text("teacher_prompt") if "teacher_prompt" in row else prompt
+            shown = [*("".join(demo) + "\n\n" for demo in _demonstrations(row)), teacher_prompt]
             teacher = self.encode("".join(map(self.encode.without_begin, shown)), begin=True)
         return Views(student, teacher, [(response, 1.0)])
 
     def _with_thoughts(self, prompt: str, response: str, thoughts: str) -> str:
-        """The response with its reasoning in tags before it."""
+        """Return the response, preceded by its reasoning in tags."""
         if not thoughts:
             return response
         if self.reasoning == "drop":
@@ -152,10 +153,10 @@ class RowEncoder:
         return self._last_turn(row, messages, answer, weight, name)
 
     def _all_turns(self, row: Row, messages: list[Turn], weights: list[float], name: str) -> Views | None:
-        """The views in which every turn of the assistant is learnt; None where it is its only one, or the template has no such view.
+        """Return the views in which every turn of the assistant is learnt; None for a single turn or an unsuitable template.
 
         Raises:
-            DataError: all turns were asked for, and the template writes an earlier one otherwise than the last.
+            DataError: ``learn="all"``, but the template formats an earlier turn differently from the last.
         """
         messages = [*messages[:-1], _with_thoughts(messages[-1], _thoughts(row), row, name)]
         reasons = any("reasoning_content" in turn for turn in messages if turn["role"] == "assistant")
@@ -175,18 +176,18 @@ class RowEncoder:
             return None
         if reasons:
             self.thoughts["dropped" if self.reasoning == "drop" else "template" if self.facts.reasoning else "tags"] += 1
-        (first, *others), given = self.encode.pieces([part.text for part in parts], begin=False), parts[1:]
-        learnt = [(ids, part.weight) for ids, part in zip(others, given, strict=True)]
-        if given[-1].ends and self.eos is not None:
-            learnt[-1] = self._with_eos(learnt[-1][0]), given[-1].weight
+        first, *others = self.encode.pieces([part.text for part in parts], begin=False)
+        learnt = [(ids, part.weight) for ids, part in zip(others, parts[1:], strict=True)]
+        if parts[-1].ends and self.eos is not None:
+            learnt[-1] = self._with_eos(learnt[-1][0]), parts[-1].weight
         return Views(first, first, learnt)
 
     def _last_turn(self, row: Row, messages: list[Turn], answer: Turn, weight: float, name: str) -> Views:
-        """The views in which the assistant's ``answer`` to ``messages`` is learnt."""
+        """Return the views in which the assistant's ``answer`` to ``messages`` is learnt."""
         cut_short = _cut_short(row)
         prefix, response = self.turns.split(messages, answer, row, name)
-        told, end = self.turns.up_to_end(response, answer, cut_short)
-        student, ids = self.encode.pieces([prefix, told + end], begin=False)
+        turn_text, end = self.turns.up_to_end(response, answer, cut_short)
+        student, ids = self.encode.pieces([prefix, turn_text + end], begin=False)
         ids = ids if end or cut_short else self._with_eos(ids)
         shown, their_name = self._shown_to_teacher(row, messages), "teacher_messages" if "teacher_messages" in row else name
         if "reasoning_content" in answer:
@@ -200,7 +201,7 @@ class RowEncoder:
         return Views(student, self.encode(their_prefix, begin=False), [(ids, weight)])
 
     def _answer(self, row: Row, messages: list[Turn], weights: list[float], name: str) -> tuple[Turn, float]:
-        """The assistant's turn that is learnt, taken out of ``messages`` where it is their last, and its weight."""
+        """Return the learnt turn of the assistant and its weight. If it is the last of ``messages``, remove it there."""
         weight = 1.0
         field = next((name for name in ANSWERS if name in row), None)
         if field is not None and isinstance(row.fields[field], list):
@@ -223,7 +224,7 @@ class RowEncoder:
         return _with_thoughts(answer, _thoughts(row), row, field), weight
 
     def _shown_to_teacher(self, row: Row, messages: list[Turn]) -> list[Turn]:
-        """What the teacher reads before the response: ``messages``, which the student reads, unless the row says otherwise."""
+        """Return the teacher's messages before the response: the student's ``messages``, unless the row has others."""
         if "teacher_messages" in row:
             messages = row.messages("teacher_messages")
             if messages[-1]["role"] == "assistant":
@@ -240,16 +241,17 @@ class RowEncoder:
 
 
 def conversation_field(row: Row) -> str | None:
-    """Name of the field that holds the row's conversation; None for a row of plain text."""
+    """Return the name of the field with the row's conversation; None for a row of plain text."""
     if "messages" in row:
         return "messages"
     return "prompt" if isinstance(row.fields.get("prompt"), list) else None
 
 
 def _check_one_form(row: Row) -> None:
-    """
+    """Check that the row has exactly one form.
+
     Raises:
-        DataError: the row can be read in two ways.
+        DataError: the form of the row is ambiguous.
     """
 
     def refuse(name: str, other: str) -> DataError:
@@ -260,8 +262,8 @@ def _check_one_form(row: Row) -> None:
     if "text" in row:
         if others := [name for name in ("prompt", "messages", *ANSWERS, "reasoning") if name in row]:
             raise refuse(others[0], repr(row.name("text")))
-        if given := [name for name in TEACHER_FIELDS if name in row]:
-            raise row.error(given[0], "a row of 'text' is one text for both models: give 'prompt' and 'response' instead")
+        if fields := [name for name in TEACHER_FIELDS if name in row]:
+            raise row.error(fields[0], "a row of 'text' is one text for both models: give 'prompt' and 'response' instead")
     if len(answers) == 2:
         raise refuse(answers[1], repr(row.name(answers[0])))
     if "teacher_messages" in row and "teacher_prompt" in row:
@@ -274,7 +276,7 @@ def _check_one_form(row: Row) -> None:
 
 
 def _repeats_a_question(row: Row) -> bool:
-    """True if ``prompt`` is the text of one of the user's turns, as in data sets that keep the question in a column of its own."""
+    """Return True if ``prompt`` repeats one of the user's turns, as in data sets with a separate question column."""
     return any(turn["role"] == "user" and turn.get("content") == row.fields["prompt"] for turn in row.messages("messages"))
 
 
@@ -286,20 +288,20 @@ def _spoken(row: Row, name: str) -> str:
 
 
 def _thoughts(row: Row) -> str:
-    """The row's field ``reasoning``; empty where there is none."""
+    """Return the row's field ``reasoning``, or empty text."""
     value = row.fields.get("reasoning", "")
     return row.text("reasoning") if not isinstance(value, str) or value.strip() else ""
 
 
 def _with_thoughts(answer: Turn, thoughts: str, row: Row, field: str) -> Turn:
-    """The assistant's turn with the row's field ``reasoning``."""
+    """Return the assistant's turn with the row's field ``reasoning`` added."""
     if thoughts and answer.get("reasoning_content", thoughts) != thoughts:
         raise row.error("reasoning", f"the assistant's turn in {field!r} has other thoughts: leave one of the two out")
     return {**answer, "reasoning_content": thoughts} if thoughts else answer
 
 
 def _learns_every_turn(row: Row, messages: list[Turn]) -> bool:
-    """True if the row is a conversation that ends with the assistant, and nothing beside it says what is learnt."""
+    """Return True if the row is a conversation that ends with the assistant, without other fields that define the response."""
     beside = any(name in (*ANSWERS, "demonstrations") or name.startswith("teacher_") for name in row.fields)
     return messages[-1]["role"] == "assistant" and not beside
 
@@ -309,12 +311,12 @@ def _without_thoughts(turn: Turn) -> Turn:
 
 
 def _cut_short(row: Row) -> bool:
-    """True if the teacher was stopped in the middle of its response, after which no end may be learnt."""
+    """Return True if the teacher's response was cut, so that its end must not be learnt."""
     return not ended(row.fields.get("finish_reason"))
 
 
 def _demonstrations(row: Row) -> list[str | tuple[str, str]]:
-    """Each demonstration: text as it is, or a question and its answer."""
+    """Return each demonstration: plain text, or a question and its answer."""
     value = row.sound("demonstrations") if "demonstrations" in row else []
     demonstrations: list[str | tuple[str, str]] = []
     for demo in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:

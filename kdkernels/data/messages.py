@@ -1,4 +1,4 @@
-"""Chat messages in one form, however a row spells them, and the spellings that chat templates take."""
+"""Normalise chat messages of different spellings, and return the spellings that chat templates accept."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 __all__ = ["WEIGHT", "Turn", "is_empty", "read_turns", "spellings"]
 
 Turn = dict[str, Any]
-"""``role``; ``content`` as text; ``tool_calls``, whose arguments are objects; ``reasoning_content``. What is empty or null is left out, and
-so is ``weight``."""
+"""A message with ``role``, ``content`` as text, ``tool_calls`` with objects as arguments, and ``reasoning_content``. Empty or null fields
+and ``weight`` are removed."""
 READ = ("content", "tool_calls", "reasoning")
-"""Fields of a message that are read in more than one spelling."""
+"""Message fields with more than one accepted spelling."""
 WEIGHT = "weight"
-"""The field of a message that multiplies the loss of its turn: no part of what models, templates and servers read."""
+"""Message field that multiplies the loss of its turn. Models, templates and servers do not get it."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 Refuse = Callable[[str], Exception]
 
 
 def read_turns(value: Any, refuse: Refuse) -> list[Turn]:
-    """The turns of a conversation.
+    """Return the turns of a conversation in normalised form.
 
     Args:
-        refuse: makes the error to raise, from what is wrong.
+        refuse: returns the error to raise for a description of the problem.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise refuse('a list of {"role": ..., "content": ...} is needed')
@@ -50,10 +50,10 @@ def _turn(message: Any, number: int, refuse: Refuse) -> Turn:
 
 
 def _with_reasoning(turn: Turn, reasoning: Any, number: int, refuse: Refuse) -> Turn:
-    """Servers name the thoughts ``reasoning_content`` or ``reasoning``, some both."""
+    """Return the message with ``reasoning_content``. Servers use ``reasoning_content`` or ``reasoning``, some both."""
     thoughts = turn.pop("reasoning_content", None)
     if thoughts and reasoning and thoughts != reasoning:
-        raise refuse(f"message {number} has two texts of thoughts, 'reasoning' and 'reasoning_content': leave one of them out")
+        raise refuse(f"message {number} has different texts in 'reasoning' and 'reasoning_content': remove one of them")
     thoughts = thoughts or reasoning
     if thoughts is not None and not isinstance(thoughts, str):
         raise refuse(f"message {number}: reasoning_content must be text")
@@ -61,7 +61,7 @@ def _with_reasoning(turn: Turn, reasoning: Any, number: int, refuse: Refuse) -> 
 
 
 def _part(part: Any, number: int, refuse: Refuse) -> str:
-    """The text of one part of a content that is a list."""
+    """Return the text of one part of a content list."""
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
@@ -72,7 +72,7 @@ def _part(part: Any, number: int, refuse: Refuse) -> str:
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object; text that is not JSON of one stays."""
+    """Return a tool call with an object as arguments. Text that is not a JSON object is unchanged."""
     made = dict(call)
     if isinstance(made.get("function"), Mapping):
         made["function"] = _call(made["function"])
@@ -86,7 +86,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _written(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are JSON text."""
+    """Return a tool call with JSON text as arguments."""
     made = dict(call)
     if isinstance(made.get("function"), Mapping):
         made["function"] = _written(made["function"])
@@ -96,16 +96,17 @@ def _written(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_empty(turn: Turn) -> bool:
-    """True for a turn that says nothing: neither text nor tool calls."""
+    """Return True for a turn with neither text nor tool calls."""
     return not turn.get("content", "").strip() and not turn.get("tool_calls")
 
 
 def spellings(turns: Sequence[Turn], parts: bool = False) -> Iterator[list[Turn]]:
-    """The conversation as transformers documents it for templates; then, if it has tool calls, as some templates need it: with an empty
-    content beside them, and with their arguments as JSON text too.
+    """Yield the conversation in the spellings that chat templates accept, the one documented by transformers first.
+
+    For conversations with tool calls, other spellings follow: with an empty content next to the calls, and with arguments as JSON text.
 
     Args:
-        parts: contents as lists of parts, for a template that takes nothing else.
+        parts: contents as lists of parts, for templates that accept only these.
     """
     plain = [_as_parts(turn) for turn in turns] if parts else [dict(turn) for turn in turns]
     yield plain

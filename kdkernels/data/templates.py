@@ -1,4 +1,4 @@
-"""Chat templates: conversations as text, rendered for a fixed date, and how a template writes an assistant's turn."""
+"""Chat templates: render conversations for a fixed date, and detect how a template formats the assistant's turns."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _DATED = """\
 {{- written.text -}}
 {%- endmacro -%}
 """
-"""Put before a template: hides the function of this name that transformers gives to templates, which reads the clock."""
+"""Prefix for templates. It replaces transformers' ``strftime_now``, which reads the clock."""
 _CODES = "aAbBcdDeFfGhHIjmMpRSTuUVwWxXyYzZ"
 
 
 def writes_date(tokenizer: Any) -> bool:
-    """True if the chat template asks for the date (``strftime_now``), as those of Llama 3, gpt-oss and Granite do."""
+    """Return True if the chat template writes the date (``strftime_now``), like those of Llama 3, gpt-oss and Granite."""
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 
 def date_of(tokenizer: Any, date: str | datetime.date | None = None) -> datetime.date | None:
-    """The date that the tokenizer's chat template writes: ``date`` or today. None for a template without a date.
+    """Return the date for the tokenizer's chat template: ``date`` or today. None for a template without a date.
 
     Raises:
-        ValueError: text that is not a date such as 2026-11-28.
+        ValueError: ``date`` is not a date such as 2026-11-28.
     """
     if not writes_date(tokenizer):
         return None
@@ -54,10 +54,10 @@ def date_of(tokenizer: Any, date: str | datetime.date | None = None) -> datetime
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """How a chat template writes the assistant's turn, measured on a conversation of two turns."""
+    """Properties of a chat template's assistant turns, measured on a conversation of two turns."""
 
     end: int | None = None
-    """Id of the first special or added token after the content: where the turn ends. None if the template writes none."""
+    """Id of the first special or added token after the content, which ends the turn. None if the template does not write one."""
     parts: bool = False
     """True if contents must be lists of parts."""
     reasoning: bool = False
@@ -69,33 +69,33 @@ _MEASURED: WeakKeyDictionary[Any, tuple[Any, TemplateFacts]] = WeakKeyDictionary
 
 
 def template_facts(tokenizer: Any) -> TemplateFacts:
-    """The facts of the tokenizer's chat template; measured again when the template or the tokens change."""
+    """Return the properties of the tokenizer's chat template. They are measured again if the template or the tokens change."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return TemplateFacts()
     state = str(template), len(tokenizer)
-    known = _MEASURED.get(tokenizer)
-    if known is None or known[0] != state:
-        known = _MEASURED[tokenizer] = state, _measured(tokenizer)
-    return known[1]
+    cached = _MEASURED.get(tokenizer)
+    if cached is None or cached[0] != state:
+        cached = _MEASURED[tokenizer] = state, _measured(tokenizer)
+    return cached[1]
 
 
 def _measured(tokenizer: Any) -> TemplateFacts:
-    asked, answer = {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}
+    question, answer = {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}
 
     def written(parts: bool, **more: str) -> str:
-        turns = next(spellings([asked, {**answer, **more}], parts))
+        turns = next(spellings([question, {**answer, **more}], parts))
         try:
             return _rendered(tokenizer, turns, prompt=False, date=None)
-        except Exception:  # a template may raise what it likes; then nothing is known of it
+        except Exception:  # templates can raise any exception; its properties are then unknown
             return ""
 
     def whole(text: str) -> bool:
         return ASKED in text and ANSWERED in text
 
     parts = not whole(written(False)) and whole(written(True))
-    _, found, tail = written(parts).rpartition(ANSWERED)
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+    _, answer_text, tail = written(parts).rpartition(ANSWERED)
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if answer_text else []
     ends = added_ids(tokenizer)
     return TemplateFacts(
         end=next((id for id in ids if id in ends), None), parts=parts, reasoning=THOUGHT in written(parts, reasoning_content=THOUGHT)
@@ -103,31 +103,30 @@ def _measured(tokenizer: Any) -> TemplateFacts:
 
 
 def opens_thoughts(prompt: str) -> int | None:
-    """Where the ``<think>`` begins that ends a prompt, as some templates have it; None for a prompt that does not open thoughts."""
-    found = re.search(r"<think>\s*\Z", prompt)
-    return None if found is None else found.start()
+    """Return the position of a ``<think>`` at the end of a prompt, which some templates write; else None."""
+    match = re.search(r"<think>\s*\Z", prompt)
+    return None if match is None else match.start()
 
 
 def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt: bool = True, date: datetime.date | None = None, **fields: Any) -> str:
-    """The conversation as the tokenizer's chat template writes it on ``date`` at midnight (default: today).
+    """Render a conversation with the tokenizer's chat template, for midnight of ``date`` (default: today).
 
     Args:
-        prompt: end where the assistant's turn begins.
+        prompt: add the generation prompt, which starts the assistant's turn.
         fields: further variables of the template, such as ``tools``.
     """
     return _spelled(tokenizer, turns, lambda spelled: _rendered(tokenizer, spelled, prompt, date, **fields))
 
 
 def marks_turns(tokenizer: Any, tools: Any = None) -> bool:
-    """True if the chat template marks the assistant's turns by ``{% generation %}``."""
+    """Return True if the chat template marks the assistant's turns with ``{% generation %}``."""
     return _MARK.search(str(tokenizer.get_chat_template(tools=tools))) is not None
 
 
 def marked_text(
     tokenizer: Any, turns: Sequence[Turn], *, date: datetime.date | None = None, tools: Any = None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as the chat template writes it, and the first and last character (exclusive) of each block that it marks by
-    ``{% generation %}``."""
+    """Render a conversation, and return the start and end (exclusive) of each block marked with ``{% generation %}``."""
 
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -142,13 +141,13 @@ def marked_text(
 
 
 def _spelled(tokenizer: Any, turns: Sequence[Turn], write: Callable[[list[Turn]], Written]) -> Written:
-    """What ``write`` makes of the first spelling of the turns that the chat template takes."""
+    """Return the result of ``write`` for the first spelling of the turns that the chat template accepts."""
     plain, *others = spellings(turns, template_facts(tokenizer).parts)
     try:
         return write(plain)
-    except Exception:  # a template may raise what it likes
+    except Exception:  # templates can raise any exception
         for spelled in others:
-            with suppress(Exception):  # the error about the plain spelling is the one to show
+            with suppress(Exception):  # show the error for the plain spelling
                 return write(spelled)
         raise
 
@@ -160,7 +159,7 @@ def _rendered(tokenizer: Any, turns: list[Turn], prompt: bool, date: datetime.da
 
 
 def _dated(tokenizer: Any, date: datetime.date | None, tools: Any) -> dict[str, Any]:
-    """Fields that have the chat template write ``date``; none for a template without a date."""
+    """Return template variables that set the date; empty for a template without a date."""
     day = date_of(tokenizer, date)
     if day is None:
         return {}
@@ -168,7 +167,7 @@ def _dated(tokenizer: Any, date: datetime.date | None, tools: Any) -> dict[str, 
 
 
 def _written(day: datetime.date) -> dict[str, str]:
-    """What each code of ``strftime`` stands for at midnight of ``day``; replaced in this order."""
+    """Return the text of each ``strftime`` code for midnight of ``day``, in replacement order."""
     midnight = datetime.datetime.combine(day, datetime.time())
     codes = {f"%{letter}": midnight.strftime(f"%{letter}") for letter in _CODES}
     unpadded = {f"%-{code[1]}": str(int(text)) for code, text in codes.items() if text.isdecimal()}

@@ -1,4 +1,4 @@
-"""The assistant's turns in a conversation that a chat template has written: where each begins and ends, and which of them are learnt."""
+"""Find the assistant's turns in the text of a chat template: their start, their end, and their weights."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ class Part:
 
     text: str
     weight: float | None = None
-    """Of a turn of the assistant; None for what stands between two."""
+    """Weight of a turn of the assistant; None for text between turns."""
     ends: bool = False
-    """True for a last turn that lacks the token that ends it."""
+    """True for a last turn without its end token."""
 
 
 class TurnWriter:
-    """Writes conversations with one tokenizer's chat template."""
+    """Render conversations with one tokenizer's chat template."""
 
     def __init__(self, tokenizer: Any, encode: TextEncoder) -> None:
         self.tokenizer, self.encode, self.facts = tokenizer, encode, template_facts(tokenizer)
         ends = [tokenizer.convert_ids_to_tokens(end) for end in (self.facts.end, tokenizer.eos_token_id) if end is not None]
         self.ends: list[str] = list(dict.fromkeys(ends))
-        """Texts of the tokens that end a turn, the template's own first."""
+        """Texts of the tokens that can end a turn, the template's end token first."""
 
     def without_end(self, turn: Turn) -> Turn:
-        """The turn without an end token that its content was given already, since the template writes one."""
+        """Return the turn without an end token in its content, because the template adds one."""
         content = turn.get("content", "").rstrip()
         end = next((end for end in self.ends if content.endswith(end)), None)
         return turn if end is None else {**turn, "content": content.removesuffix(end)}
 
     def split(self, messages: list[Turn], answer: Turn, row: Row, name: str) -> tuple[str, str]:
-        """The text that a model is given, and what it should write: the template with the answer, less the template that asks for it.
+        """Return prompt and response text: the template without the answer, and the rest of the template with it.
 
         Raises:
-            DataError: of the row's field ``name``: no turn comes before the answer, or the template does not put the answer after it.
+            DataError: about the row's field ``name``: there is no turn before the answer, or the text does not start with the prompt.
         """
         parts = self._split(messages, answer, row, name)
         if isinstance(parts, str):
@@ -55,7 +55,7 @@ class TurnWriter:
         return parts
 
     def _split(self, messages: list[Turn], answer: Turn, row: Row, name: str) -> tuple[str, str] | str:
-        """As ``split``, but the first difference where the answer does not follow."""
+        """Like ``split``, but return the first difference if the rendered text does not start with the prompt."""
         if not messages:
             raise row.error(name, "there is no turn before the response")
         prefix = render(self.tokenizer, messages, row, name)
@@ -65,43 +65,43 @@ class TurnWriter:
             response = whole[len(prefix) :]
             written = not thoughts or (self.facts.reasoning and thoughts.strip() in response)
             return prefix, response if written else tagged(prefix, thoughts) + response
-        # A prompt may open thoughts that the template leaves out of an answer.
+        # The generation prompt may end with <think> although the template removes thoughts from answers.
         if opening is not None and whole.startswith(prefix[:opening]):
             return prefix, tagged(prefix, thoughts) + whole[opening:]
         return first_difference(self.tokenizer, prefix, whole)
 
-    def up_to_end(self, told: str, turn: Turn, cut_short: bool = False) -> tuple[str, str]:
-        """The text of a turn, and the token that ends it: what templates write behind that is not what a model generates.
+    def up_to_end(self, turn_text: str, turn: Turn, cut_short: bool = False) -> tuple[str, str]:
+        """Return the text of a turn and its end token. Models do not generate text that templates write after the end token.
 
         Args:
-            cut_short: the teacher was stopped in the middle of it, so no end is learnt.
+            cut_short: the teacher's response was cut, so its end is not learnt.
         """
         content = turn.get("content", "").strip()
-        if cut_short and content and content in told:
-            return told[: told.rfind(content) + len(content)], ""
-        text, end = self._ended(told)
+        if cut_short and content and content in turn_text:
+            return turn_text[: turn_text.rfind(content) + len(content)], ""
+        text, end = self._ended(turn_text)
         return text, "" if cut_short else end
 
-    def _ended(self, told: str) -> tuple[str, str]:
-        end = next((end for end in self.ends if end in told), None)
+    def _ended(self, turn_text: str) -> tuple[str, str]:
+        end = next((end for end in self.ends if end in turn_text), None)
         if end is not None:
-            return told[: told.rfind(end)], end
-        last = self.encode.last_added(told) if self.facts.end is not None else None
-        if last is not None and not told[last.end() :].strip():  # another end than most turns have, as calls of built-in tools do
-            return told[: last.start()], last[0]
-        return told, ""
+            return turn_text[: turn_text.rfind(end)], end
+        last = self.encode.last_added(turn_text) if self.facts.end is not None else None
+        if last is not None and not turn_text[last.end() :].strip():  # an unusual end token, for example after calls of built-in tools
+            return turn_text[: last.start()], last[0]
+        return turn_text, ""
 
     # All turns of a conversation
 
     def every(self, messages: list[Turn], weights: Sequence[float], row: Row, name: str, cut_short: bool) -> list[Part] | str | None:
-        """The parts of a conversation that ends with the assistant, every turn of the assistant one of them.
+        """Split a conversation that ends with the assistant into parts, with one part for each turn of the assistant.
 
         Returns:
-            The parts; in words the first difference between an earlier turn and what the template writes of it later; None for a
-            conversation with one turn of the assistant in a template that does not mark it.
+            The parts. Or text with the first difference, if the template later formats an earlier turn differently. Or None for a
+            single turn of the assistant in a template without marks.
 
         Raises:
-            DataError: a turn that is empty, or every turn with weight 0.
+            DataError: a turn is empty, or every turn has weight 0.
         """
         numbers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
         turns = [self.without_end(turn) if turn["role"] == "assistant" else turn for turn in messages]
@@ -122,7 +122,7 @@ class TurnWriter:
     def _of_prefixes(
         self, turns: list[Turn], numbers: list[int], weights: Sequence[float], row: Row, name: str, cut_short: bool
     ) -> list[Part] | str | None:
-        """Each turn from the generation prompt to its end token. A first message of the assistant, which nothing asks for, is only read."""
+        """Take each turn from the generation prompt to its end token. A first message by the assistant is not learnt."""
         numbers = [number for number in numbers if number]
         if len(numbers) < 2:
             return None
@@ -135,18 +135,18 @@ class TurnWriter:
             if not prefix.startswith(text):
                 return first_difference(self.tokenizer, text, prefix)
             last = number == numbers[-1]
-            told, end = self.up_to_end(response, turns[number], cut_short and last)
-            parts += [Part(prefix[len(text) :]), Part(told + end, weights[number], ends=last and not end and not cut_short)]
-            text = prefix + told + end
+            turn_text, end = self.up_to_end(response, turns[number], cut_short and last)
+            parts += [Part(prefix[len(text) :]), Part(turn_text + end, weights[number], ends=last and not end and not cut_short)]
+            text = prefix + turn_text + end
         return parts
 
     def _of_marks(
         self, turns: list[Turn], numbers: list[int], weights: Sequence[float], row: Row, name: str, cut_short: bool
     ) -> list[Part] | None:
-        """The blocks that the template marks, each with the end token behind it; None where it leaves a turn's thoughts out.
+        """Return the marked blocks, each with the end token after it; None if the template removes the thoughts of a turn.
 
         Raises:
-            DataError: weights of turns that the template does not mark one by one.
+            DataError: messages have weights, but the template does not mark each turn separately.
         """
         text, marks = marked_text(self.tokenizer, turns, date=row.date, tools=_tools(row))
         thoughts = [turns[number].get("reasoning_content", "").strip() for number in numbers]
@@ -165,37 +165,37 @@ class TurnWriter:
         parts, at = [], 0
         for (start, stop), weight in zip(marks, of_turns, strict=True):
             last = stop == marks[-1][1]
-            told, end = self.up_to_end(text[start:stop], turns[numbers[-1]] if last else {}, cut_short and last)
+            turn_text, end = self.up_to_end(text[start:stop], turns[numbers[-1]] if last else {}, cut_short and last)
             behind = text[stop:].lstrip()
             if not end and not (cut_short and last) and (end := next((end for end in self.ends if behind.startswith(end)), "")):
-                told = text[start : len(text) - len(behind)]
-            parts += [Part(text[at:start]), Part(told + end, weight, ends=last and not end and not cut_short)]
-            at = start + len(told + end)
+                turn_text = text[start : len(text) - len(behind)]
+            parts += [Part(text[at:start]), Part(turn_text + end, weight, ends=last and not end and not cut_short)]
+            at = start + len(turn_text + end)
         return parts
 
 
 def tagged(prompt: str, thoughts: str) -> str:
-    """Thoughts in tags; the first tag is left out where the prompt ends with it."""
+    """Return thoughts in tags, without the first tag if the prompt ends with it."""
     return ("<think>" if opens_thoughts(prompt) is None else "") + thoughts + "</think>"
 
 
 def render(tokenizer: Any, turns: Sequence[Turn], row: Row, name: str, prompt: bool = True) -> str:
-    """The conversation as the tokenizer's chat template writes it; with ``prompt`` up to where the assistant's turn begins.
+    """Render a conversation with the tokenizer's chat template; with ``prompt``, add the generation prompt.
 
     Raises:
-        DataError: of the row's field ``name``: there is no template, or it refuses.
+        DataError: about the row's field ``name``: there is no template, or the template raises.
     """
     if tokenizer.chat_template is None:
         raise row.error(name, "the tokenizer has no chat template: set tokenizer.chat_template, or give rows with 'prompt' and 'response'")
     write = partial(chat_text, tokenizer, turns, prompt=prompt, date=row.date, tools=_tools(row))
     try:
         return write()
-    except Exception as error:  # a template may raise what it likes
+    except Exception as error:  # templates can raise any exception
         raise row.error(name, f"the chat template refuses it: {error}") from error
 
 
 def _tools(row: Row) -> list[Any] | None:
-    """A list of tools, or JSON text of one; None for an empty list, which templates tell from there being none."""
+    """Return the list of tools, which may be JSON text. None for an empty list, because templates treat it differently from no tools."""
     tools = row.sound("tools") if "tools" in row else None
     if isinstance(tools, str):
         with suppress(ValueError):  # text that is not JSON is refused below
@@ -206,7 +206,7 @@ def _tools(row: Row) -> list[Any] | None:
 
 
 def first_difference(tokenizer: Any, one: str, other: str, other_tokenizer: Any = None) -> str:
-    """In words: the first token in which two texts differ."""
+    """Return a description of the first token in which two texts differ."""
     a, b = (t(text, add_special_tokens=False)["input_ids"] for t, text in ((tokenizer, one), (other_tokenizer or tokenizer, other)))
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     shown = [

@@ -1,4 +1,4 @@
-"""Values of rows: the same whether they come from JSON text or from Arrow's columns, in which every object has every field."""
+"""Normalise values of rows, so that JSON text and Arrow columns (where every object has every field) give the same values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DATES = (datetime.date, datetime.time, datetime.timedelta)
 
 
 def as_json(value: Any) -> Any:
-    """``value`` without the fields of objects that are null, at every depth. Null elements of lists stay: no column adds any."""
+    """Return ``value`` without null fields of objects, at every depth. Null elements of lists remain, because columns do not add them."""
     if isinstance(value, Mapping):
         return {str(name): as_json(part) for name, part in value.items() if part is not None}
     if isinstance(value, (list, tuple)):
@@ -22,10 +22,10 @@ def as_json(value: Any) -> Any:
 
 
 def read_json(text: str | bytes) -> Any:
-    """The value of JSON text.
+    """Parse JSON text.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply, or has an object with two values of one name.
+        ValueError: the text is not JSON, is nested too deeply, or has an object with a repeated name.
     """
     try:
         return json.loads(text, object_pairs_hook=object_of)
@@ -34,10 +34,10 @@ def read_json(text: str | bytes) -> Any:
 
 
 def object_of(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    """An object of names and values.
+    """Build an object from names and values.
 
     Raises:
-        ValueError: two values of one name. Some readers take the first, others the last.
+        ValueError: a name is repeated. JSON readers disagree on which value counts.
     """
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -48,12 +48,12 @@ def object_of(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def is_date(value: Any) -> bool:
-    """True for a date, time or duration, which a column can hold and JSON can't."""
+    """Return True for a date, time or duration, which columns can contain but JSON cannot."""
     return isinstance(value, DATES)
 
 
 def broken_text(value: Any) -> bool:
-    """True for text with half of a surrogate pair, such as an emoji that was cut: no encoding has it, so no tokenizer takes it."""
+    """Return True for text with half of a surrogate pair (a cut emoji), which no tokenizer can encode."""
     if not isinstance(value, str):
         return False
     try:
@@ -64,7 +64,7 @@ def broken_text(value: Any) -> bool:
 
 
 def place_of(value: Any, wrong: Callable[[Any], bool], name: str) -> tuple[str, Any] | None:
-    """Path and value of the first leaf that is ``wrong``, such as ``messages[1].content``; None if all are right."""
+    """Return path (such as ``messages[1].content``) and value of the first leaf for which ``wrong`` is true; else None."""
     if isinstance(value, Mapping):
         parts = ((f".{key}", part) for key, part in value.items())
     elif isinstance(value, (list, tuple)):

@@ -62,7 +62,7 @@ def teacher_source(student: nn.Module, teacher: Any, args: DistillationArguments
 def _check_causal(role: str, model: nn.Module) -> None:
     base: Any = unwrap(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False) or not getattr(base, "can_generate", lambda: True)():
-        raise TypeError(f"{role} is a {type(base).__name__} , not a causal language model: load one with AutoModelForCausalLM")
+        raise TypeError(f"{role} is a {type(base).__name__}, not a causal language model: load one with AutoModelForCausalLM")
 
 
 def _check_models(models: Sequence[nn.Module], student: nn.Module, args: DistillationArguments) -> None:
