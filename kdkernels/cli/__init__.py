@@ -1,4 +1,4 @@
-"""The ``kdkernels`` command: one file or folder for each subcommand. ``root.py`` puts them together."""
+"""The ``kdkernels`` command: one file or folder per subcommand. ``root.py`` assembles them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Import the command at the first use of ``app`` or ``main``, so that a module of a subcommand can be imported alone."""
+    """Import the command at the first use of ``app`` or ``main``, so that a subcommand's module can be imported alone."""
     if name in ("app", "main"):
         from . import root
 

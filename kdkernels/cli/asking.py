@@ -1,4 +1,4 @@
-"""How a model of text is asked: the options of every command that asks one."""
+"""Options for querying a text model, shared by all commands that do so."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["Asking", "Server"]
 
 PANEL = "How it is asked"
-"""Of the help: apart from what a command asks for."""
+"""Heading of these options in the help."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """How a server is asked."""
+    """Options for requests to a server."""
 
     concurrency: Annotated[int, typer.Option(rich_help_panel=PANEL, help="With --base-url: requests in flight, at most.")] = 64
     timeout: Annotated[float, typer.Option(rich_help_panel=PANEL, help="With --base-url: seconds for one whole answer.")] = 60.0
@@ -40,10 +40,10 @@ class Server:
     ] = "OPENAI_API_KEY"
 
     def http(self, base_url: str, model: str, **options: Any) -> HTTPModel:
-        """A model there.
+        """Return the server's model.
 
         Raises:
-            ValueError: an option that makes no sense.
+            ValueError: an invalid option.
         """
         from ..teachers.http import HTTPModel
 
@@ -59,12 +59,12 @@ class Server:
 
 @dataclass(frozen=True, kw_only=True)
 class Asking(Server):
-    """How text is asked for, of a server or in this process."""
+    """Options for text generation by a server or in this process."""
 
     skip_refused: Annotated[
         bool,
         typer.Option(
-            "--skip-refused", rich_help_panel=PANEL, help="With --base-url: leave out rows that the server refuses, and say how many."
+            "--skip-refused", rich_help_panel=PANEL, help="With --base-url: skip rows that the server refuses, and report their number."
         ),
     ] = False
     batch_size: Annotated[int, typer.Option(rich_help_panel=PANEL, help="Without a server: rows at a time.")] = 8
@@ -74,7 +74,7 @@ class Asking(Server):
         return super().http(base_url, model, skip_refused=self.skip_refused, **options)
 
     def local(self, model: str, seed: int) -> LocalModel:
-        """A model of a folder or hub id."""
+        """Return a model from a folder or hub id, run in this process."""
         from ..teachers.jobs import device_of
         from ..teachers.local import LocalModel
 

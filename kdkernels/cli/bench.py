@@ -1,4 +1,4 @@
-"""``kdkernels bench``. What it measures is imported when it runs."""
+"""``kdkernels bench``. The benchmarks are imported when the command runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPE_CHOICES = ("float32", "bfloat16", "float16")
 
 
 class Suite(str, Enum):
-    """How much ``bench`` measures."""
+    """Suites of ``bench``."""
 
     smoke = "smoke"
     standard = "standard"
@@ -56,7 +56,7 @@ def bench(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tokens, vocabulary and both hidden sizes, N,V,Ds,Dt; or N,V for given logits. May be repeated; replaces the suite's."
+            help="Tokens, vocabulary and both hidden sizes, N,V,Ds,Dt; or N,V for plain logits. May be repeated; replaces the suite's."
         ),
     ] = None,
     divergence: Annotated[list[str] | None, typer.Option(help=f"{DIVERGENCE} May be repeated; replaces the suite's.")] = None,

@@ -1,4 +1,4 @@
-"""Models beside each other on data: what ``kdkernels evaluate``, ``kdkernels sample`` and ``kdkernels chat`` do."""
+"""Compare models on data: the work of ``kdkernels evaluate``, ``kdkernels sample`` and ``kdkernels chat``."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from ..trainer import DistillationArguments, DistillationTrainer
 __all__ = ["Evaluation", "Sampling", "chat", "evaluate", "model_of", "sample"]
 
 FIGURES = {"divergence": "divergence", "cross_entropy": "cross-entropy", "top1_agreement": "same top token"}
-"""What an evaluation reports of a student on a data set, and its name in a table."""
+"""Metrics of a student on a data set, and their names in a table."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Options of ``kdkernels evaluate``, whose help describes them."""
+    """Options of ``kdkernels evaluate``. Its help describes them."""
 
     students: Sequence[str]
     teachers: Sequence[str]
@@ -47,10 +47,10 @@ class Evaluation:
 
 
 def evaluate(options: Evaluation) -> list[dict[str, Any]]:
-    """Return one row for each student and data set: means over all scored tokens, by the loss path of the training.
+    """Return one row per student and data set, with means over all scored tokens, computed with the training's loss.
 
     Raises:
-        ValueError: models that do not fit together, rows that can't be read, figures that are not finite.
+        ValueError: models do not match, rows cannot be read, or metrics are not finite.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -62,7 +62,7 @@ def evaluate(options: Evaluation) -> list[dict[str, Any]]:
         check_tokenizers(tokenizer, other)
         check_templates(tokenizer, other, list(options.data))
     teachers = [model_of("teacher", path, options.teacher_dtype, "cpu") for path in options.teachers]
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for student in options.students:
         model = model_of("student", student, options.student_dtype, device)
         with tempfile.TemporaryDirectory() as folder:
@@ -81,19 +81,19 @@ def evaluate(options: Evaluation) -> list[dict[str, Any]]:
                     raise ValueError(
                         f"--student {student} on {path}: {FIGURES[bad[0]]} is {figures[bad[0]]}: look at the weights and dtypes"
                     )
-                found.append({"data": path, "student": student, **figures, "tokens": int(metrics["eval_tokens"])})
+                rows.append({"data": path, "student": student, **figures, "tokens": int(metrics["eval_tokens"])})
         del model, trainer
-    return sorted(found, key=lambda row: options.data.index(row["data"]))
+    return sorted(rows, key=lambda row: options.data.index(row["data"]))
 
 
 def model_of(role: str, path: str, dtype: str, device: str) -> Any:
-    """A model to run, in eval mode on a device."""
+    """Load a model in eval mode on a device."""
     return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).to(device).eval()
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How texts are drawn."""
+    """Options of text generation."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -111,23 +111,23 @@ class Sampling:
 def sample(
     roles: Sequence[tuple[str, str]], data: Sequence[str], rows: int, how: Sampling, columns: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return for each of the first ``rows`` rows of each data set its prompt, its response, and what each model writes in its place.
+    """Return prompt, response, and each model's own response for the first ``rows`` rows of each data set.
 
     Args:
-        roles: option and path of each model, in order. A teacher reads the teacher's view of a row.
+        roles: option name and path of each model, in order. Teachers read the teacher's view of a row.
     """
     if rows < 1:
         raise ValueError(f"--rows {rows}: it must be an integer >= 1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = device_of(how.device)
-    taken = [dict(row.fields) for path in data for row in islice(training_rows([path], columns), rows)]
-    made: list[dict[str, Any]] = [{} for _ in taken]
+    raw_rows = [dict(row.fields) for path in data for row in islice(training_rows([path], columns), rows)]
+    made: list[dict[str, Any]] = [{} for _ in raw_rows]
     for role, path in roles:
         tokenizer = load(AutoTokenizer, role, path)
-        examples = load_examples(taken, tokenizer, prompts=True)
+        examples = load_examples(raw_rows, tokenizer, prompts=True)
         model = model_of(role, path, how.dtype, device)
-        for row, example, fields in zip(made, examples, taken, strict=True):
+        for row, example, fields in zip(made, examples, raw_rows, strict=True):
             view = role == "teacher"
             ids = example.teacher_ids if view else example.student_ids
             prompt = ids[: example.prompts()[view]]
@@ -148,10 +148,10 @@ def _write(model: Any, tokenizer: Any, prompt: Sequence[int], how: Sampling, str
 
 
 def chat(student: str, system: str, how: Sampling, turns: Iterator[str], write: Callable[[str], object]) -> None:
-    """Answer each of ``turns`` after the conversation so far. ``/reset`` forgets it, ``/exit`` ends.
+    """Answer each of ``turns`` in one conversation. ``/reset`` clears the conversation, ``/exit`` ends it.
 
     Args:
-        write: gets parts of the answers as they come, with what a terminal would obey escaped.
+        write: receives parts of the answers as they are generated, with terminal control characters escaped.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -16,9 +16,9 @@ def register(app: typer.Typer) -> None:
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> None:
-    """Show versions, devices, and which backends can run here and why not the others.
+    """Show versions, devices, the backends that can run here, and why others cannot.
 
-    Paste its output into a bug report. It holds no user name, host name or path.
+    Paste the output into a bug report. It does not contain user names, host names or paths.
     """
     from .environment import VARIABLES, environment
 

@@ -22,7 +22,7 @@ VARIABLES = {
     "KDKERNELS_CUDA": "read when building: auto, 0 (leave the CUDA kernels out), 1 (an error without nvcc)",
     "KDKERNELS_CUDA_ARCHS": 'read when building: CUDA targets such as "80;90a"; default: 80, 86, 89, 90a, 100, 120, those that nvcc knows',
 }
-"""Every environment variable that kdkernels reads, and what it does."""
+"""All environment variables that kdkernels reads, with a description."""
 _FOLDERS = re.compile(r"(?<!\w)(?:[A-Za-z]:)?[/\\](?:[^\s:'\"()/\\]+[/\\])*(?=[^\s/\\])")
 
 
@@ -42,7 +42,7 @@ def _cuda_devices() -> list[str]:
 
 
 def _backends(device_type: str) -> dict[str, str]:
-    """Return what "auto" takes for float32 logits on such a device, and for every backend whether it can run."""
+    """Return the backend that "auto" selects for float32 logits on this device, and the status of every backend."""
     dtypes = (torch.float32, torch.float32)
     status = {"auto": selection.select("auto", device_type, dtypes)}
     for name in selection.NAMES:
@@ -52,12 +52,12 @@ def _backends(device_type: str) -> dict[str, str]:
 
 
 def _without_folders(text: str) -> str:
-    """Shorten absolute paths to the file's name: an import error may hold some, and a bug report must not."""
+    """Shorten absolute paths to file names. Import errors may contain paths, which do not belong in a bug report."""
     return _FOLDERS.sub("", text)
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, platform, devices, backends and environment variables: what a bug report needs, without paths or secrets."""
+    """Return versions, platform, devices, backends and environment variables for a bug report, without paths or secrets."""
     cuda = _cuda_devices()
     return {
         "versions": {

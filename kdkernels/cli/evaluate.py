@@ -1,4 +1,4 @@
-"""``kdkernels evaluate``, ``kdkernels sample`` and ``kdkernels chat``. What they do is imported when they run."""
+"""``kdkernels evaluate``, ``kdkernels sample`` and ``kdkernels chat``. Their implementation is imported when they run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAT_EXAMPLES = "Example: `kdkernels chat --student out`. `/reset` begins anew, 
 
 
 class Dtype(str, Enum):
-    """Of a model's weights."""
+    """Dtype of a model's weights."""
 
     auto = "auto"
     float32 = "float32"
@@ -37,7 +37,7 @@ class Dtype(str, Enum):
 
 
 class Overlong(str, Enum):
-    """What is done with rows over ``--max-length``."""
+    """Treatment of rows over ``--max-length``."""
 
     error = "error"
     drop = "drop"
@@ -47,7 +47,7 @@ class Overlong(str, Enum):
 AsDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-NewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.")]
+NewTokens = Annotated[int, typer.Option(help="Maximum tokens of an answer.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -63,21 +63,21 @@ def evaluate(
     teacher: Annotated[list[str] | None, typer.Option(help="Model to compare with. Several: an ensemble.")] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, as arc_easy,hellaswag. Needs `pip install 'kdkernels[lm-eval]'`.")] = "",
     tasks_dir: Annotated[Path | None, typer.Option(help="Folder of further tasks, as lm-eval's YAML files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples of each task, at most.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum examples of each task.")] = None,
     divergence: Annotated[str, typer.Option(help=DIVERGENCE)] = "forward_kl",
     temperature: Annotated[float, typer.Option(help="T > 0 of the divergence; it is not multiplied by T^2.")] = 1.0,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most. Default: what the models take.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Maximum tokens of an example. Default: the models' limit.")] = None,
     overlong: Annotated[Overlong, typer.Option(help="Longer rows: error, drop or truncate.")] = Overlong.error,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
-    student_dtype: Annotated[Dtype, typer.Option(help="Of the students' weights; auto: as saved.")] = Dtype.float32,
-    teacher_dtype: Annotated[Dtype, typer.Option(help="Of the teacher's weights; auto: as saved.")] = Dtype.auto,
+    student_dtype: Annotated[Dtype, typer.Option(help="Dtype of the students' weights; auto: as saved.")] = Dtype.float32,
+    teacher_dtype: Annotated[Dtype, typer.Option(help="Dtype of the teacher's weights; auto: as saved.")] = Dtype.auto,
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
     device: AsDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure students on data: divergence from a teacher, cross-entropy, and how often both have the same top token.
 
-    Every figure is a mean over the scored tokens of a data set, as `kdkernels train` prints it of its held-out data.
+    Every metric is a mean over the scored tokens of a data set, like the held-out metrics of `kdkernels train`.
     """
     with failing():
         if not data and not tasks:
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def _table(rows: list[dict[str, Any]], names: Mapping[str, str]) -> Any:
-    """A line for each row, a column for each field of any row; ``names`` of the columns where they differ from the fields."""
+    """Return a table with one line per row and one column per field. ``names`` are column titles for some of the fields."""
     from rich.table import Table
 
     fields = list(dict.fromkeys(name for row in rows for name in row))
@@ -134,7 +134,7 @@ def sample(
     device: AsDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Show what models write for the prompts of data, side by side, with the data's own response."""
+    """Show the models' responses to the prompts of data, side by side with the data's responses."""
     with failing():
         from .comparison import Sampling
         from .comparison import sample as draw
@@ -165,7 +165,7 @@ def chat(
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")] = Dtype.auto,
     device: AsDevice = "auto",
 ) -> None:
-    """Talk to a model on the terminal, by its chat template. Nothing is kept."""
+    """Chat with a model on the terminal, with its chat template. Nothing is saved."""
     with failing():
         from .comparison import Sampling
         from .comparison import chat as talk
@@ -175,7 +175,7 @@ def chat(
 
 
 def _turns() -> Iterator[str]:
-    """Lines of the user, until the input ends."""
+    """Yield the user's lines until the input ends."""
     with suppress(EOFError):
         while True:
             yield input("> ")

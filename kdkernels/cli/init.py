@@ -24,7 +24,7 @@ Examples:
 
 FULL, LORA, LORA_CACHED = "all weights", "a LoRA", "a LoRA, from a cache"
 USABLE = 0.8
-"""Share of the memory for weights, gradients and optimizer; activations and the loss's buffers take the rest."""
+"""Share of the memory for weights, gradients and optimizer states. Activations and loss buffers use the rest."""
 
 
 def register(app: typer.Typer) -> None:
@@ -37,19 +37,19 @@ def init(
     teacher: Annotated[str, typer.Option(help="Folder or hub name of the model to learn from.")] = "",
     data: Annotated[list[str] | None, typer.Option(help="Rows to train on, as for `kdkernels train`. Several: all of them.")] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="Held-out rows.")] = None,
-    memory: Annotated[float | None, typer.Option(help="GiB of the device. Default: what the GPU here has, else the computer.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of the device. Default: memory of the GPU here, else of this machine.")] = None,
     output_dir: Annotated[str, typer.Option(help="Folder of the run.")] = "out",
     out: Annotated[Path, typer.Option(help="The config to write: a new file that ends in .yaml.")] = Path("run.yaml"),
 ) -> None:
     """Write a commented config for `kdkernels train`, from a few questions or from these options.
 
-    Sizes of the models decide whether all weights are trained, or a LoRA. Only configs are read, no weights.
+    The sizes of the models decide whether all weights or a LoRA are trained. Only configs are read, not weights.
     """
     with failing():
         if out.suffix not in (".yaml", ".yml"):
             raise ValueError(f"--out {out}: the name of a config ends in .yaml")
         if os.path.lexists(out):
-            raise ValueError(f"--out {out} is there already: give another name, or move it away")
+            raise ValueError(f"--out {out} already exists: choose another name, or move it away")
         answers = {"student": student, "teacher": teacher, "data": data or []}
         for name, question in (("student", "Model to train"), ("teacher", "Model to learn from"), ("data", "File of rows to train on")):
             if not answers[name]:
@@ -72,18 +72,18 @@ def _ask(name: str, question: str) -> str:
 
 
 def _sizes(student: str, teacher: str) -> tuple[int, int]:
-    """Parameters of the student, and bytes of the teacher as it is saved."""
+    """Return the number of parameters of the student, and the bytes of the teacher in its saved dtype."""
     import torch
 
     from ..teachers.loading import skeleton_of
 
-    ours, theirs = skeleton_of("student", student), skeleton_of("teacher", teacher)
-    dtype = getattr(theirs.config, "dtype", None) or torch.float32
-    return sum(p.numel() for p in ours.parameters()), sum(p.numel() for p in theirs.parameters()) * dtype.itemsize
+    student_model, teacher_model = skeleton_of("student", student), skeleton_of("teacher", teacher)
+    dtype = getattr(teacher_model.config, "dtype", None) or torch.float32
+    return sum(p.numel() for p in student_model.parameters()), sum(p.numel() for p in teacher_model.parameters()) * dtype.itemsize
 
 
 def _memory() -> float:
-    """GiB of the GPU that torch would take, else of this computer."""
+    """Return the GiB of torch's current GPU, or of this machine without a GPU."""
     import torch
 
     from ..support.memory import total_bytes
@@ -93,10 +93,10 @@ def _memory() -> float:
 
 
 def choose(parameters: int, teacher_bytes: int, memory: float) -> str | None:
-    """What of the student can be trained in so many GiB; None if nothing can.
+    """Return how the student can be trained in this memory; None if it does not fit.
 
-    All weights take 16 bytes a parameter: float32 weight, gradient and the two states of Adam. A LoRA takes 2, of frozen bfloat16, and
-    about a hundredth of the parameters is trained.
+    Training all weights takes 16 bytes per parameter: float32 weight, gradient and two Adam states. A LoRA takes 2 bytes per frozen
+    bfloat16 parameter, and trains about a hundredth of the number of parameters.
     """
     usable = memory * USABLE * 2**30
     adapter = parameters * 2 + parameters * 16 / 100
@@ -108,10 +108,10 @@ def choose(parameters: int, teacher_bytes: int, memory: float) -> str | None:
 
 
 def config_text(answers: dict[str, Any], parameters: int, teacher_bytes: int, memory: float) -> str:
-    """The text of a config.
+    """Return the text of a config.
 
     Raises:
-        ValueError: not even a LoRA of the student fits.
+        ValueError: the student does not fit, not even with a LoRA.
     """
     import yaml
 
@@ -127,7 +127,7 @@ def config_text(answers: dict[str, Any], parameters: int, teacher_bytes: int, me
         text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).removesuffix("...\n").rstrip()
         return f"{name}: {text}" + (f"  # {comment}" if comment else "")
 
-    theirs = f"{teacher_bytes / 2**30:,.2f} GiB as it is saved"
+    teacher_size = f"{teacher_bytes / 2**30:,.2f} GiB as it is saved"
     parts = [
         "# For `kdkernels train --config THIS FILE`; `--plan` shows steps and memory first. Options are in docs/trainer.md.",
         "",
@@ -135,12 +135,12 @@ def config_text(answers: dict[str, Any], parameters: int, teacher_bytes: int, me
     ]
     if way == LORA_CACHED:
         parts += [
-            f"# The teacher ({theirs}) does not fit beside the student in {gib}. Make a cache first, and train from it:",
+            f"# The teacher ({teacher_size}) does not fit beside the student in {gib}. Make a cache first, and train from it:",
             f"# kdkernels cache --teacher {answers['teacher']} --data ... --out cache",
             line("cache", "cache"),
         ]
     else:
-        parts.append(line("teacher", answers["teacher"], theirs))
+        parts.append(line("teacher", answers["teacher"], teacher_size))
     parts.append(line("data", answers["data"]))
     held_out = answers["eval_data"]
     parts += [line("eval-data", held_out)] if held_out else ["# eval-data: held-out.jsonl  # rows that are evaluated before and after"]

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 class Dtype(str, Enum):
-    """In which the merged weights are saved."""
+    """Dtype of the saved merged weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -31,11 +31,11 @@ class Dtype(str, Enum):
 def merge(
     adapter: Annotated[str, typer.Argument(help="Folder or hub name of an adapter, as `kdkernels train --lora-r` or peft saves it.")],
     out: Annotated[Path, typer.Option(help="Folder of the merged model: new, or of this command.")],
-    dtype: Annotated[Dtype, typer.Option(help="Of the saved weights. The sum is made in float32 and rounded once.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the saved weights. They are summed in float32 and rounded once.")] = Dtype.float32,
 ) -> None:
     """Merge an adapter into its base model, and write the whole model with its tokenizer.
 
-    The base model is the one that the adapter names in `base_model_name_or_path`.
+    The base model is the adapter's `base_model_name_or_path`.
     """
     from .train.merged import merge as write
 

@@ -1,6 +1,6 @@
-"""Options that several commands share. Nothing here imports torch: ``--help`` must not wait for it.
+"""Options that several commands share. This module must not import torch, so that ``--help`` is fast.
 
-A command takes a group of options as one argument, a dataclass whose fields are options. ``grouped`` shows typer the fields instead.
+A command can take a group of options as one dataclass argument. ``grouped`` presents the dataclass's fields to typer as options.
 """
 
 from __future__ import annotations

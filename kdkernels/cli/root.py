@@ -1,4 +1,4 @@
-"""The ``kdkernels`` command. Each subcommand imports torch and other large packages when it runs, so that ``--help`` is quick."""
+"""The ``kdkernels`` command. Subcommands import torch and other large packages only when they run, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {shown(' '.join(str(message).split()))}\n"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character of a file's name
+            stream.reconfigure(errors="backslashreplace")  # file names may contain characters outside the terminal's encoding
     app()

@@ -1,4 +1,4 @@
-"""Students on the tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness): ``kdkernels evaluate --tasks``."""
+"""Run students on tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) for ``kdkernels evaluate --tasks``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["run_tasks"]
 def run_tasks(
     students: Sequence[str], tasks: Sequence[str], folder: Path | None, limit: int | None, batch_size: int, dtype: str, device: str
 ) -> list[dict[str, Any]]:
-    """Return one row for each student and task, with the task's metrics.
+    """Return one row per student and task, with the task's metrics.
 
     Args:
-        folder: of further tasks, as YAML files.
-        limit: examples of a task, at most.
+        folder: folder of further tasks, as YAML files.
+        limit: maximum number of examples per task.
 
     Raises:
-        ValueError: lm-eval is not installed, or has no such task.
+        ValueError: lm-eval is not installed, or does not have the task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--tasks needs lm-eval: pip install 'kdkernels[lm-eval]'")
@@ -39,7 +39,7 @@ def run_tasks(
     manager = TaskManager(include_path=None if folder is None else str(folder))
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise ValueError(f"--tasks {unknown[0]}: lm-eval has no such task{'' if folder is None else f', nor has {folder}'}")
-    found = []
+    rows = []
     for student in students:
         model = model_of("student", student, dtype, device_of(device))
         harness = HFLM(pretrained=model, tokenizer=load(AutoTokenizer, "student", student), batch_size=batch_size)
@@ -48,5 +48,5 @@ def run_tasks(
         )["results"]  # fmt: skip
         for task, metrics in results.items():
             values = {name.partition(",")[0]: value for name, value in metrics.items() if isinstance(value, float) and "stderr" not in name}
-            found.append({"task": task, "student": student, **values})
-    return sorted(found, key=lambda row: row["task"])
+            rows.append({"task": task, "student": student, **values})
+    return sorted(rows, key=lambda row: row["task"])

@@ -1,4 +1,4 @@
-"""The commands ``kdkernels cache`` and ``kdkernels generate``. What they do is imported inside them."""
+"""The commands ``kdkernels cache`` and ``kdkernels generate``. Their implementation is imported when they run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LearnChoice(str, Enum):
 
 
 class CacheKind(str, Enum):
-    """What is kept of the teacher."""
+    """Kinds of caches."""
 
     topk = "topk"
     sampled = "sampled"
@@ -37,7 +37,7 @@ class CacheKind(str, Enum):
 
 
 class Api(str, Enum):
-    """Which of the server's two interfaces."""
+    """Interfaces of a server."""
 
     chat = "chat"
     completions = "completions"
@@ -55,8 +55,8 @@ and temperature, for training and evaluation
 
 - `kdkernels cache --from-replies --tokenizer big-model --data answers.jsonl --out top20` - of `kdkernels generate --logprobs 20`
 
-The same command again goes on where it was cut short. `kdkernels cache info DIR` shows what a cache holds, `cache verify DIR` reads all
-of it, and `cache extend DIR --teacher T --data more.jsonl` adds examples.
+Run the same command again to continue an interrupted run. `kdkernels cache info DIR` describes a cache, `cache verify DIR` checks all its
+files, and `cache extend DIR --teacher T --data more.jsonl` adds examples.
 """
 
 EXTEND_EXAMPLES = "Example: `kdkernels cache extend big-top64 --teacher big-model --data more.jsonl`"
@@ -70,12 +70,12 @@ Examples:
 
 - `kdkernels generate --model ./big-model --data prompts.jsonl --out answers.jsonl` - in this process, without a server
 
-The same command again asks for nothing that the log, the output's name with `.log`, holds already.
+Run the same command again to continue an interrupted run. Answers in the log, the output's name with `.log`, are not requested again.
 """
 
 
 class CacheCommands(Commands):
-    """``kdkernels cache``: its subcommands, and without the name of one the command that makes a cache."""
+    """``kdkernels cache`` with its subcommands. Without a subcommand, it creates a cache."""
 
     DEFAULT = "cache"
 
@@ -88,12 +88,12 @@ class CacheCommands(Commands):
 
     def resolve_command(self, context: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(context, args)
-        return "" if name == self.DEFAULT else name, command, rest  # in messages it is `kdkernels cache`
+        return "" if name == self.DEFAULT else name, command, rest  # messages show `kdkernels cache`
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
-    caches = typer.Typer(name="cache", cls=CacheCommands, help="Run a teacher over the data once, and keep what it says.")
+    caches = typer.Typer(name="cache", cls=CacheCommands, help="Run a teacher over the data once, and save its outputs.")
     caches.command(CacheCommands.DEFAULT, epilog=CACHE_EXAMPLES, hidden=True)(grouped(cache))
     caches.command()(info)
     caches.command()(verify)
@@ -107,17 +107,17 @@ def cache(
     data: Annotated[
         list[str], typer.Option(help="Rows: files, folders or data sets of the hub, as for `kdkernels train`. All of them are in memory.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the cache: new, or of this command cut short.")],
-    teacher: Annotated[str, typer.Option(help="Model: a folder or hub id; with --base-url the server's name of it.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the cache: a new one, or that of an interrupted run.")],
+    teacher: Annotated[str, typer.Option(help="Model: a folder or hub id; with --base-url the server's model name.")] = "",
     kind: Annotated[
         CacheKind,
         typer.Option(help="topk: likeliest tokens. sampled: draws. hidden: last hidden states. text: responses written by the teacher."),
     ] = CacheKind.topk,
-    k: Annotated[int, typer.Option("-k", "--k", help="Entries a token of topk; draws a token of sampled.")] = 64,
-    temperature: Annotated[float | None, typer.Option(help="Of topk, sampled (default 1) or text (default 0, greedy).")] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="topk: entries per token. sampled: draws per token.")] = 64,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of topk, sampled (default 1) or text (default 0, greedy).")] = None,
     tokenizer: Annotated[str, typer.Option(help="Of the data. Default: the teacher's.")] = "",
     base_url: Annotated[str, typer.Option(help="Ask a server for topk (vLLM's prompt_logprobs), as http://localhost:8000/v1.")] = "",
-    from_replies: Annotated[bool, typer.Option("--from-replies", help="topk of the teacher_logprobs in the data itself.")] = False,
+    from_replies: Annotated[bool, typer.Option("--from-replies", help="Make a topk cache from the teacher_logprobs in the data.")] = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most.")] = None,
     overlong: Annotated[str, typer.Option(help="Longer examples: error, drop, truncate or split; as in training.")] = "error",
     reasoning: Annotated[ReasoningChoice, typer.Option(help="Reasoning of a row, as in training.")] = ReasoningChoice.learn,
@@ -125,18 +125,18 @@ def cache(
     learn: Annotated[LearnChoice | None, typer.Option(help="Turns of a conversation that are learnt, as in training.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the teacher: auto (as saved), float32, bfloat16 or float16. hidden keeps it.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Of log-probabilities in topk: float16 or float32.")] = "float16",
+    precision: Annotated[str, typer.Option(help="Dtype of log-probabilities in topk: float16 or float32.")] = "float16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    vocab_size: Annotated[int | None, typer.Option(help="Real size of the vocabulary, where the head is padded.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Real vocabulary size, if the head is padded.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
-    seed: Annotated[int, typer.Option(help="Of draws and sampled text.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Of text, at most.")] = 256,
-    shard_mib: Annotated[int, typer.Option(help="Size of a shard before compression: what a kill costs, at most.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of draws and sampled text.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of a response with --kind text.")] = 256,
+    shard_mib: Annotated[int, typer.Option(help="Size of a shard before compression: a kill loses at most one.")] = 128,
 ) -> None:
-    """Run a teacher over the data once, and keep what it says for any number of trainings.
+    """Run a teacher over the data once, and save its outputs for any number of trainings.
 
-    Writes a folder: `manifest.json` and shards with their sha256. Train on it with `kdkernels train --cache FOLDER`. Whatever ends it
-    early, the same command finishes it, with the same bytes as a run that was never cut.
+    Writes a folder with `manifest.json` and shards with their sha256. Train on it with `kdkernels train --cache FOLDER`. If the command
+    is interrupted, run it again: it continues, and the result has the same bytes as an uninterrupted run.
     """
     from ..teachers import jobs
 
@@ -159,7 +159,7 @@ CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a ca
 
 
 def info(folder: CacheFolder, as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> None:
-    """Show what a cache holds: teacher, tokenizer, kind, examples, tokens, shards. Only its manifest is read."""
+    """Show teacher, tokenizer, kind, examples, tokens and shards of a cache. Reads only its manifest."""
     with failing():
         from ..teachers.cache.inspection import described
 
@@ -173,22 +173,22 @@ def info(folder: CacheFolder, as_json: Annotated[bool, typer.Option("--json", he
 
 
 def verify(folder: CacheFolder) -> None:
-    """Read all of a cache and compare each file with its sha256. Names every file that is damaged or missing; status 1 if there is one."""
+    """Compare every file of a cache with its sha256. Lists damaged and missing files, and exits with status 1 if there are any."""
     with failing():
         from ..teachers.cache.inspection import damage
 
-        found = damage(folder)
-        for line in found:
+        problems = damage(folder)
+        for line in problems:
             say(line)
-        if found:
+        if problems:
             raise typer.Exit(1)
         say(f"{folder}: whole")
 
 
 def extend(
     folder: CacheFolder,
-    teacher: Annotated[str, typer.Option(help="The model that the cache was made with: a folder or hub id. Its content is compared.")],
-    data: Annotated[list[str], typer.Option(help="Rows: files, folders or data sets of the hub. Those that the cache holds are left out.")],
+    teacher: Annotated[str, typer.Option(help="The model that the cache was made with: a folder or hub id. Its content is checked.")],
+    data: Annotated[list[str], typer.Option(help="Rows: files, folders or data sets of the hub. Rows in the cache are skipped.")],
     tokenizer: Annotated[str, typer.Option(help="Of the data. Default: the teacher's.")] = "",
     overlong: Annotated[str, typer.Option(help="Examples over the cache's --max-length: error, drop or truncate.")] = "error",
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
@@ -196,10 +196,10 @@ def extend(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
 ) -> None:
-    """Add examples to a cache, with the settings that it was made with.
+    """Add examples to a cache, with the cache's settings.
 
-    New shards are added, none is changed. Cut short at any moment, the cache is whole, and the same command goes on. A training from the
-    cache goes on too.
+    Adds new shards and does not change existing ones. The cache stays valid if the command is interrupted; run it again to continue.
+    Trainings from the cache can also continue.
     """
     from ..teachers import jobs
 
@@ -213,23 +213,23 @@ def extend(
 
 def generate(
     asking: Asking,
-    model: Annotated[str, typer.Option(help="The server's name of it; without --base-url a folder or hub id, run in this process.")],
+    model: Annotated[str, typer.Option(help="With --base-url: the server's model name. Without: a folder or hub id, run in this process.")],
     data: Annotated[str, typer.Option(help="Rows with prompt or messages: a file, a folder, or a data set of the hub.")],
-    out: Annotated[Path, typer.Option(help="JSONL of training rows; written when all are answered.")],
-    base_url: Annotated[str, typer.Option(help="Of an OpenAI-compatible server, as http://localhost:8000/v1.")] = "",
-    api: Annotated[Api, typer.Option(help="chat, or completions, which gets the prompt as it is.")] = Api.chat,
-    logprobs: Annotated[int, typer.Option(help="Alternatives a token to keep, 0 for none.")] = 0,
-    max_tokens: Annotated[int, typer.Option(help="Of a response, at most.")] = 256,
+    out: Annotated[Path, typer.Option(help="JSONL file of training rows, written when all rows are answered.")],
+    base_url: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server, such as http://localhost:8000/v1.")] = "",
+    api: Annotated[Api, typer.Option(help="chat, or completions, which sends the prompt unchanged.")] = Api.chat,
+    logprobs: Annotated[int, typer.Option(help="Alternatives per token to save, 0 for none.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of a response.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response. May be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of draws.")] = None,
-    extra_body: Annotated[str, typer.Option(help="JSON of further fields for the server.")] = "{}",
+    extra_body: Annotated[str, typer.Option(help="Further fields for the server, as JSON.")] = "{}",
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
 ) -> None:
-    """Have a teacher write the responses, over an OpenAI-compatible server or in this process.
+    """Generate responses with a teacher, on an OpenAI-compatible server or in this process.
 
-    Each reply is logged as it comes, so that a run cut short goes on without asking, or paying, twice. The API key is read from the
-    environment and is never written.
+    Each reply is logged at once, so that an interrupted run continues without requesting, or paying for, a reply twice. The API key is
+    read from the environment and is never written.
     """
     from ..data.rows import check_fits
     from ..teachers import jobs
@@ -249,6 +249,6 @@ def generate(
 
         from ..teachers.loading import load
 
-        load(AutoConfig, "model", model)  # or an error that names the option
+        load(AutoConfig, "model", model)  # raises an error that names the option
         teacher = asking.local(model, seed or 0)
     jobs.generate(teacher, data, out, console(), max_tokens, temperature, tuple(stop or ()), logprobs, columns)

@@ -177,7 +177,7 @@ def test_a_written_config_fits_the_memory_and_is_read(
         assert planned.exit_code == 0, planned.output
     again = invoke_init(*paths)
     assert again.exit_code == 2
-    assert "is there already" in again.output
+    assert "already exists" in again.output
 
 
 @pytest.mark.parametrize(
