@@ -1,4 +1,4 @@
-"""What ``kdkernels train`` adds to the training loop: an end at the user's wish, a bar or lines, and a log in a file."""
+"""Callbacks of ``kdkernels train``: interruption, progress bar, log file, samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Bar", "Interrupt", "LogFile", "Samples", "log_line", "number", "repo
 
 
 class Interrupt(TrainerCallback):  # type: ignore[misc]
-    """Ends the training on Ctrl-C or SIGTERM: the first lets the step end and a checkpoint be saved, a second one ends it at once."""
+    """End the training on Ctrl-C or SIGTERM: the first signal finishes the step and saves a checkpoint, the second ends at once."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -47,7 +47,7 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
         self._caught = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if args.world_size > 1:  # the signal may have come to any of the ranks
+        if args.world_size > 1:  # any of the ranks may have received the signal
             caught = torch.tensor(float(self._caught), device=args.device)
             torch.distributed.all_reduce(caught)
             self._caught = bool(caught > 0)
@@ -57,13 +57,13 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.stopped:  # in the middle of an epoch, whose end the resumed run comes to
+        if self.stopped:  # in the middle of an epoch; the resumed run reaches its end
             control.should_log = control.should_evaluate = control.should_save = False
         return control
 
 
 class Bar(TrainerCallback):  # type: ignore[misc]
-    """Shows the training: a progress bar on a terminal, else a line for each log and each evaluation. A context that removes the bar."""
+    """Show a progress bar on a terminal, else one line per log and evaluation. Leaving the context removes the bar."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -97,7 +97,7 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 
 
 def log_line(logs: Mapping[str, Any], state: Any) -> str | None:
-    """A log of the training, or an evaluation, in one line; None for other logs."""
+    """Return a training log or an evaluation as one line; None for other logs."""
     where = f"step {state.global_step} of {state.max_steps}" if state.global_step else "before training"
     if "loss" in logs:
         shown = [name for name in (*METRICS, "grad_norm", "learning_rate") if name in logs]
@@ -109,9 +109,9 @@ def log_line(logs: Mapping[str, Any], state: Any) -> str | None:
 
 
 class LogFile(TrainerCallback):  # type: ignore[misc]
-    """Appends each log and evaluation to a JSONL file of the output, one object a line, with its step; NaN and infinity as text.
+    """Append each log and evaluation with its step to a JSONL file in the output folder. NaN and infinity are written as text.
 
-    Where the training begins, lines of later steps go: a killed run had written them.
+    When the training begins, lines of later steps are removed, which a killed run may have written.
     """
 
     def __init__(self, output: Output | None, name: str) -> None:
@@ -132,19 +132,19 @@ class LogFile(TrainerCallback):  # type: ignore[misc]
             self.append({"step": state.global_step, **{name: number(value) for name, value in logs.items()}})
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line, in the first process."""
+        """Write one line, only in the first process."""
         if self._output is not None:
             with self._output.claim(self._name).open("a", encoding="utf-8") as file:
                 file.write(line_of(row) + "\n")
 
 
 class Samples(TrainerCallback):  # type: ignore[misc]
-    """Has the student answer a few prompts every few steps, greedily; the answers go to the log and the console.
+    """Generate the student's greedy answers to a few prompts every few steps, for the log and the console.
 
     Args:
-        every: steps between two.
-        prompts: token ids of each.
-        log: gets a line for each time.
+        every: steps between two samples.
+        prompts: token ids of each prompt.
+        log: receives one line per sampling step.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         if state.global_step % self._every:
             return
         device = args.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the training is the same without samples
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # samples must not affect the training
             texts = generate(model, self._tokenizer, self._prompts, [0] * len(self._prompts), max_tokens=self._max_tokens)
         samples = [
             {"prompt": self._tokenizer.decode(prompt, skip_special_tokens=True), "text": text.text}
@@ -169,13 +169,13 @@ class Samples(TrainerCallback):  # type: ignore[misc]
 
 
 def number(value: Any) -> Any:
-    """A value as JSON has it: NaN and infinity as text."""
+    """Return a value that JSON can represent, with NaN and infinity as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
 def reporting_under(out: Path) -> Iterator[None]:
-    """TensorBoard, Weights & Biases, MLflow and SwanLab write under ``out`` in this context, unless their own variables say otherwise."""
+    """Make TensorBoard, Weights & Biases, MLflow and SwanLab write to ``out``, unless their environment variables are set."""
     places = {"TENSORBOARD_LOGGING_DIR": "runs", "WANDB_DIR": "", "MLFLOW_TRACKING_URI": "mlruns", "SWANLAB_LOG_DIR": "swanlog"}
     added = {name: str((out / place).absolute()) for name, place in places.items() if name not in os.environ}
     os.environ.update(added)

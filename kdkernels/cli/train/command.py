@@ -1,4 +1,4 @@
-"""``kdkernels train``. What it needs is imported when it runs."""
+"""``kdkernels train``. Its implementation is imported when it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Every field of DistillationArguments and of transformers' TrainingArguments is a
 - the data: `--max-length`, `--overlong`, `--packing`, `--template-date`, `--reasoning`, `--columns`, `--learn`, `--eval-fraction`;
   `--streaming` (with `--max-steps`) reads `--data` as it is needed, shuffled in a `--shuffle-buffer` of 10,000 examples
 
-- a LoRA in place of all weights: `--lora-r 16`, `--lora-alpha`, `--lora-dropout`, `--lora-target-modules`, `--use-rslora`, `--use-dora`;
+- a LoRA instead of all weights: `--lora-r 16`, `--lora-alpha`, `--lora-dropout`, `--lora-target-modules`, `--use-rslora`, `--use-dora`;
   `--merge` also writes the merged model
 
 - memory: `--student-quantization` (with a LoRA) and `--teacher-quantization`: bnb-4bit, bnb-8bit, int8 or int4; `--teacher-device`,
@@ -35,15 +35,15 @@ Examples:
 
 - `kdkernels train --teacher big/ --student small/ --data rows.jsonl --eval-data held-out.jsonl --output-dir out --max-steps 1000`
 
-- `kdkernels train --config run.yaml --learning-rate 1e-4` - options over a file's
+- `kdkernels train --config run.yaml --learning-rate 1e-4` - options override the file's
 
 - `kdkernels train --config run.yaml --streaming --max-steps 100000` - data that does not fit in memory
 
-- `kdkernels train --config run.yaml --lora-r 16 --merge` - an adapter, and the model that it makes of the student
+- `kdkernels train --config run.yaml --lora-r 16 --merge` - an adapter, and the merged model
 
 - `kdkernels train --config run.yaml --plan` - models, tokens, steps and memory, without training
 
-- `torchrun --nproc-per-node 8 -m kdkernels.cli train --config run.yaml` - a process for each GPU
+- `torchrun --nproc-per-node 8 -m kdkernels.cli train --config run.yaml` - one process per GPU
 """
 
 
@@ -51,7 +51,7 @@ def train(
     context: typer.Context,
     teacher: Annotated[list[str] | None, typer.Option(help="Folder or hub name of a causal language model. Several: an ensemble.")] = None,
     student: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the model to train, or of an adapter to train on; its tokenizer is used.")
+        str | None, typer.Option(help="Folder or hub name of the model to train, or of an adapter to continue; its tokenizer is used.")
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -61,18 +61,18 @@ def train(
         ),
     ] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="Held-out rows, evaluated before and after. Several: all.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Folder of `kdkernels cache`, in place of a teacher.")] = None,
-    output_dir: Annotated[str | None, typer.Option(help="For checkpoints, the trained model and the summary.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: those of --num-train-epochs.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder of `kdkernels cache`, used instead of a teacher.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder for checkpoints, the trained model and the summary.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: from --num-train-epochs.")] = None,
     save_steps: Annotated[float | None, typer.Option(help="Steps between checkpoints.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of options; those given here win.")] = None,
-    student_dtype: Annotated[str | None, typer.Option(help="Of its weights: auto (float32), float32, bfloat16 or float16.")] = None,
-    teacher_dtype: Annotated[str | None, typer.Option(help="Of its weights: auto (as saved), float32, bfloat16 or float16.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Show models, tokens, steps and memory, and train nothing.")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of options. Options on the command line override it.")] = None,
+    student_dtype: Annotated[str | None, typer.Option(help="Student weights: auto (float32), float32, bfloat16 or float16.")] = None,
+    teacher_dtype: Annotated[str | None, typer.Option(help="Teacher weights: auto (as saved), float32, bfloat16 or float16.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show models, tokens, steps and memory without training.")] = False,
 ) -> None:
     """Distil a teacher (or several, or a cache of one) into a student, two causal language models with one tokenizer.
 
-    The same command again goes on where an interrupted run stopped. Ctrl-C saves a checkpoint first.
+    Run the same command again to continue an interrupted run. Ctrl-C saves a checkpoint first.
     """
     missing = [name for name in ("transformers", "accelerate", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
@@ -102,6 +102,6 @@ def train(
     from .run import run
 
     status = run(settings, console(soft_wrap=True))
-    PartialState().destroy_process_group()  # torch warns of one that the interpreter's end has to take down
+    PartialState().destroy_process_group()  # otherwise torch warns at the interpreter's exit
     if status:
         raise typer.Exit(status)

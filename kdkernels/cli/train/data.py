@@ -1,4 +1,4 @@
-"""The examples of a run: rows of ``--data`` by their shares, and the rows that are held out."""
+"""The examples of a run: rows of ``--data``, drawn by shares, and held-out rows."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def read_data(
     """Tokenise the data of a run. Sets ``template_date`` of its arguments, which a resumed run needs.
 
     Args:
-        cache: in the teacher's place, or None.
-        limit: tokens of an example, at most.
-        embeddings: rows of the smallest embeddings of the models.
-        tally: counts rows to train on that were dropped, cut or split, and those with reasoning.
+        cache: the cache used instead of a teacher, or None.
+        limit: maximum tokens of an example.
+        embeddings: rows of the models' smallest embedding.
+        tally: counts training rows that were dropped, cut or split, and rows with reasoning.
         content: digests of the data, which a streamed run is known by.
 
     Raises:
-        DataError: a row that can't be trained on, or no row on one side of ``--eval-fraction``.
+        DataError: a row cannot be used, or one side of ``--eval-fraction`` has no rows.
     """
     args = settings.args
     day = date_of(tokenizer, args.template_date or getattr(cache, "date", None))
@@ -72,7 +72,7 @@ def read_data(
 
 
 def _rows(settings: Settings) -> tuple[RowSource, RowSource | None, str | None]:
-    """Rows to train on, held-out rows, and the names of columns that are still to be read."""
+    """Return training rows, held-out rows, and the names of columns that are still to be read."""
     columns, shares, fraction = settings.args.columns, settings.shares, settings.rows.eval_fraction
     if shares is None and fraction is None:
         return settings.sources, settings.eval_data or None, columns
@@ -80,8 +80,8 @@ def _rows(settings: Settings) -> tuple[RowSource, RowSource | None, str | None]:
     held_out: list[Any] = [row for source in settings.eval_data for row in training_rows(source, columns)]
     if fraction is not None:
         train, held_out = hold_out((row for part in parts for row in part), fraction)
-        kept = {id(row) for row in train}
-        parts = [[row for row in part if id(row) in kept] for part in parts]
+        training_ids = {id(row) for row in train}
+        parts = [[row for row in part if id(row) in training_ids] for part in parts]
     if shares is None:
         return [row for part in parts for row in part], held_out or None, None
     for name, part, share in zip(settings.sources, parts, shares, strict=True):

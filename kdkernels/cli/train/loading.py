@@ -1,4 +1,4 @@
-"""Models, tokenizers and caches by their paths, with errors that name the option."""
+"""Load models, tokenizers and caches from paths. Errors name the option."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["cache_of", "check_data", "model_of", "student_of", "student_skeleton
 
 
 def tokenizer_of(settings: Settings) -> Any:
-    """The student's, once it is known that the teachers' agree with it; a folder that holds none is taken to have the others'."""
+    """Return the student's tokenizer after checking that the teachers' agree. A folder without a tokenizer counts as agreeing."""
     having = [(role, path) for role, path, _ in settings.models if has_tokenizer(path) or find_adapter(role, path) is not None]
     if not having:
-        raise TrainError(f"--student {settings.student}: the folder holds no tokenizer: save it there with tokenizer.save_pretrained")
+        raise TrainError(f"--student {settings.student}: the folder has no tokenizer: save it there with tokenizer.save_pretrained")
     tokenizer = load(AutoTokenizer, *having[0])
     for role, path in having[1:]:
         other = load(AutoTokenizer, role, path)
@@ -40,7 +40,7 @@ def tokenizer_of(settings: Settings) -> Any:
 
 
 def cache_of(settings: Settings, tokenizer: Any) -> CachedTeacher:
-    """The cache in the teacher's place, once it is known to be whole and made with this tokenizer."""
+    """Return the cache after checking that it is complete and was made with this tokenizer."""
     from ...teachers.cache import CacheError, open_cache
 
     try:
@@ -50,7 +50,7 @@ def cache_of(settings: Settings, tokenizer: Any) -> CachedTeacher:
 
 
 def check_data(settings: Settings) -> None:
-    """Check that data which is read as a whole fits in memory, and that a cache of text is whole.
+    """Check that data fits in memory unless it is streamed, and that a cache of text is complete.
 
     Raises:
         DataError, TrainError: it is not.
@@ -68,13 +68,13 @@ def check_data(settings: Settings) -> None:
 
 
 def model_of(role: str, path: str, dtype: str, **options: Any) -> Any:
-    """A model with its weights, in its own dtype with "auto"; ``options`` are those of ``load``."""
+    """Load a model with its weights, in its saved dtype for "auto". ``options`` are passed to ``load``."""
     with loaded_whole() if role == "teacher" else nullcontext():
         return load(AutoModelForCausalLM, role, path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
 
 
 def teachers_of(settings: Settings) -> list[Any]:
-    """The teachers with their weights, quantised and placed as the settings say."""
+    """Load the teachers with their weights, quantised and placed according to the settings."""
     memory = settings.memory
     options = _options(settings, memory.teacher_quantization, _placed(memory))
     return [model_of(*model, **options) for model in settings.models[1:]]
@@ -82,15 +82,16 @@ def teachers_of(settings: Settings) -> list[Any]:
 
 def _options(settings: Settings, quantization: str | None, device_map: Any) -> dict[str, Any]:
     if quantization is not None and device_map is None and settings.args.device.type == "cuda":
-        device_map = {"": settings.args.device}  # it is quantised where it runs
+        device_map = {"": settings.args.device}  # quantise on the device where it runs
     options = {"quantization": quantization, "device_map": device_map}
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _placed(memory: MemoryOptions) -> Any:
-    """
+    """Move a teacher to its device.
+
     Raises:
-        TrainError: torch has no such device here.
+        TrainError: torch does not have this device.
     """
     if memory.teacher_device is not None:
         try:
@@ -101,10 +102,10 @@ def _placed(memory: MemoryOptions) -> Any:
 
 
 def student_skeleton(settings: Settings) -> Any:
-    """The student without weights, with the adapter that it is trained by.
+    """Return the student without weights, with its adapter.
 
     Raises:
-        ValueError, TrainError: an adapter for another model, or options of an adapter that do not fit this student.
+        ValueError, TrainError: the adapter is for another model, or the adapter options do not match this student.
     """
     role, path, _ = settings.models[0]
     model, options = skeleton_of(role, path), settings.adapter
@@ -112,8 +113,8 @@ def student_skeleton(settings: Settings) -> Any:
     _placed(memory)
     if memory.student_quantization is not None and adapter is None and options.lora_r is None:
         raise TrainError(f"--student-quantization {memory.student_quantization}: quantised weights can't be trained. Add --lora-r 16")
-    if given := [n for n in ("quantization", "device", "device_map") if getattr(memory, f"teacher_{n}") and not settings.teacher]:
-        raise TrainError(f"--teacher-{given[0].replace('_', '-')}, but no --teacher runs: leave it out")
+    if used := [n for n in ("quantization", "device", "device_map") if getattr(memory, f"teacher_{n}") and not settings.teacher]:
+        raise TrainError(f"--teacher-{used[0].replace('_', '-')}, but no --teacher runs: leave it out")
     if options.lora_r is None:
         if options.merge and adapter is None:
             raise TrainError("--merge, but no adapter is trained: give --lora-r, or an adapter as the --student")
@@ -127,7 +128,7 @@ def student_skeleton(settings: Settings) -> Any:
 
 
 def student_of(settings: Settings, folder: Path | None = None) -> Any:
-    """The model to train; of a training that has come to its end, that of its last checkpoint, ``folder``."""
+    """Return the model to train; for a finished training, the model of its last checkpoint, ``folder``."""
     role, path, dtype = settings.models[0]
     options = _options(settings, settings.memory.student_quantization, None)
     model = model_of(role, path if folder is None else str(folder), dtype, trainable=True, **options)
@@ -135,10 +136,10 @@ def student_of(settings: Settings, folder: Path | None = None) -> Any:
 
 
 def with_lora(model: Any, settings: Settings) -> Any:
-    """``model`` with a fresh LoRA, whose initial weights depend on the seed alone.
+    """Return ``model`` with a new LoRA, whose initial weights depend only on the seed.
 
     Raises:
-        TrainError: options that do not fit the model, such as the name of a layer that it lacks.
+        TrainError: the options do not match the model, for example a layer name that does not exist.
     """
     import peft
 

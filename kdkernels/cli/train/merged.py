@@ -1,4 +1,4 @@
-"""The whole model that an adapter and its base make: what ``--merge`` and ``kdkernels merge`` write."""
+"""Merge an adapter into its base model, for ``--merge`` and ``kdkernels merge``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ UNFINISHED = ".merged.unfinished"
 
 
 def merged_model(role: str, adapter: str, dtype: str) -> tuple[Any, Any]:
-    """Base model and adapter as one model, and its tokenizer. The sum is made in float32 and rounded once.
+    """Return base model and adapter as one model, and its tokenizer. The weights are summed in float32 and rounded once.
 
     Raises:
-        ValueError, TrainError: ``adapter`` is not an adapter, or one that can't be loaded or merged.
+        ValueError, TrainError: ``adapter`` is not an adapter, or cannot be loaded or merged.
     """
     if find_adapter(role, adapter) is None:
         raise TrainError(f"--{role} {adapter}: there is no {CONFIG}: a whole model has nothing to merge")
@@ -38,10 +38,10 @@ def merged_model(role: str, adapter: str, dtype: str) -> tuple[Any, Any]:
 
 
 def write_merged(settings: Settings, output: Output | None, console: Console) -> None:
-    """Write the merged model of a finished training beside its adapter.
+    """Write the merged model of a finished training to the folder of its adapter.
 
     Args:
-        output: None in all processes but the first, which do nothing.
+        output: the output folder in the first process; None in the others, which do nothing.
     """
     if output is None:
         return
@@ -56,7 +56,7 @@ def merge(adapter: str, out: Path, dtype: str, console: Console) -> None:
     """Write the merged model of an adapter to the folder ``out``.
 
     Raises:
-        FileError: files in ``out`` that this command did not make.
+        FileError: ``out`` has files that this command did not create.
     """
     transformers.logging.disable_progress_bar()
     with Output(out, "merge") as output:
@@ -66,7 +66,7 @@ def merge(adapter: str, out: Path, dtype: str, console: Console) -> None:
 
 
 def _written(parts: tuple[Any, Any], output: Output) -> Path:
-    """Save model and tokenizer to an unfinished folder of the output."""
+    """Save model and tokenizer to a temporary folder in the output."""
     folder = output.claim(UNFINISHED)
     output.remove(UNFINISHED)
     for part in parts:

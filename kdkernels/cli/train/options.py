@@ -1,4 +1,4 @@
-"""Options of ``kdkernels train`` beside DistillationArguments, a dataclass for each subject. They are read in the same way."""
+"""Options of ``kdkernels train`` that are not in DistillationArguments, one dataclass per subject. They are parsed in the same way."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DEVICE_MAPS = ("auto", "balanced", "sequential")
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The LoRA that is trained in place of the student's own weights (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+    """Options of a LoRA that is trained instead of the student's weights (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
     Raises:
-        ValueError: a value that makes no sense, or options of a LoRA without ``lora_r``.
+        ValueError: an invalid value, or LoRA options without ``lora_r``.
     """
 
     lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA. Default: all weights of the student are trained."})
@@ -26,18 +26,18 @@ class AdapterOptions:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the LoRA, from 0 to 1."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names of the layers that get one. Default: every linear layer but the head."},
+        metadata={"help": "Names of the layers with a LoRA. Default: every linear layer except the head."},
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) (Kalajdzievski 2023)."})
-    use_dora: bool = field(default=False, metadata={"help": "Train the lengths of the columns too (DoRA, Liu et al. 2024)."})
-    merge: bool = field(default=False, metadata={"help": "Also write the whole model, the adapter merged into it, to OUTPUT_DIR/merged."})
+    use_dora: bool = field(default=False, metadata={"help": "Also train the norms of the columns (DoRA, Liu et al. 2024)."})
+    merge: bool = field(default=False, metadata={"help": "Also write the merged model to OUTPUT_DIR/merged."})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_target_modules", [part for text in self.lora_target_modules for part in text.split(",") if part])
         if self.lora_r is None:
-            given = [f.name for f in fields(self) if f.name not in ("lora_r", "merge") and getattr(self, f.name) != default_of(f)]
-            if given:
-                raise ValueError(f"--{given[0].replace('_', '-')} without --lora-r: give the rank of the LoRA, such as --lora-r 16")
+            used = [f.name for f in fields(self) if f.name not in ("lora_r", "merge") and getattr(self, f.name) != default_of(f)]
+            if used:
+                raise ValueError(f"--{used[0].replace('_', '-')} without --lora-r: give the rank of the LoRA, such as --lora-r 16")
             return
         if self.lora_r < 1:
             raise ValueError(f"--lora-r {self.lora_r}: it must be an integer >= 1, such as 16")
@@ -49,7 +49,7 @@ class AdapterOptions:
             raise ValueError("--lora-target-modules is empty: give names of layers, such as q_proj v_proj, or all-linear")
 
     def config(self) -> Any:
-        """The LoRA as peft's ``LoraConfig``."""
+        """Return peft's ``LoraConfig``."""
         from peft import LoraConfig
 
         assert self.lora_r is not None
@@ -63,19 +63,19 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """How the models lie in memory.
+    """Quantisation and placement of the models.
 
     Raises:
-        ValueError: a quantisation that is unknown or that this machine lacks, a device map that is not one.
+        ValueError: the quantisation is unknown or not available here, or the device map is invalid.
     """
 
     student_quantization: str | None = field(
-        default=None, metadata={"help": f"Of the frozen weights under an adapter: {', '.join(QUANTIZATIONS)}."}
+        default=None, metadata={"help": f"Quantisation of the frozen weights under an adapter: {', '.join(QUANTIZATIONS)}."}
     )
-    teacher_quantization: str | None = field(default=None, metadata={"help": f"Of the teachers' weights: {', '.join(QUANTIZATIONS)}."})
-    teacher_device: str | None = field(default=None, metadata={"help": "Where the teachers run, as cuda:1. Default: with the student."})
+    teacher_quantization: str | None = field(default=None, metadata={"help": f"Quantisation of the teachers: {', '.join(QUANTIZATIONS)}."})
+    teacher_device: str | None = field(default=None, metadata={"help": "Device of the teachers, such as cuda:1. Default: the student's."})
     teacher_device_map: str | None = field(
-        default=None, metadata={"help": "How a teacher is spread over devices: auto, balanced, sequential, or JSON of layers to devices."}
+        default=None, metadata={"help": "Distribution of a teacher over devices: auto, balanced, sequential, or JSON of layers to devices."}
     )
 
     def __post_init__(self) -> None:
@@ -88,35 +88,35 @@ class MemoryOptions:
         self.placement()
 
     def placement(self) -> Any:
-        """The ``device_map`` of the teachers; None where they stay with the student."""
+        """Return the ``device_map`` of the teachers; None if they run on the student's device."""
         if self.teacher_device is not None:
             return {"": self.teacher_device}
-        given = self.teacher_device_map
-        if given is None or given in DEVICE_MAPS:
-            return given
+        device_map = self.teacher_device_map
+        if device_map is None or device_map in DEVICE_MAPS:
+            return device_map
         try:
-            value = json.loads(given)
+            value = json.loads(device_map)
         except ValueError:
             value = None
         if not isinstance(value, dict):
             raise ValueError(
-                f'--teacher-device-map {given}: give {", ".join(DEVICE_MAPS)}, or JSON such as {{"model.layers.0": 0, "": "cpu"}}'
+                f'--teacher-device-map {device_map}: give {", ".join(DEVICE_MAPS)}, or JSON such as {{"model.layers.0": 0, "": "cpu"}}'
             )
         return value
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a training shows of its student while it runs.
+    """Options for samples of the student during the training.
 
     Raises:
-        ValueError: a number that makes no sense.
+        ValueError: an invalid number.
     """
 
     sample_every: int | None = field(
         default=None, metadata={"help": "Steps between two samples: the student's greedy answers to a few held-out prompts, in log.jsonl."}
     )
-    sample_prompts: int = field(default=3, metadata={"help": "With --sample-every: how many prompts, the first of the held-out rows."})
+    sample_prompts: int = field(default=3, metadata={"help": "With --sample-every: number of prompts, from the first held-out rows."})
 
     def __post_init__(self) -> None:
         for name in ("sample_every", "sample_prompts"):
@@ -127,10 +127,10 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """The choice of rows.
+    """Options for the selection of rows.
 
     Raises:
-        ValueError: a value that makes no sense.
+        ValueError: an invalid value.
     """
 
     eval_fraction: float | None = field(
@@ -159,7 +159,7 @@ def _whole(number: float) -> float:
 
 
 def default_of(field: Any) -> Any:
-    """The default of a dataclass's field."""
+    """Return the default of a dataclass field."""
     return field.default_factory() if callable(field.default_factory) else field.default
 
 

@@ -1,4 +1,4 @@
-"""The output folder of ``kdkernels train``: which files and checkpoints in it are the run's own, and how they are replaced and deleted."""
+"""The output folder of ``kdkernels train``: track the files and checkpoints of the run, and replace and delete only those."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ MODEL_FILES = (
     "adapter_model.*", "base_model.json", "projector.safetensors", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "spiece.model", "chat_template*", "training_args.bin",
 )  # fmt: skip
-"""Patterns of the files that a model and its tokenizer are saved as."""
+"""Patterns of the files of a saved model and tokenizer."""
 MERGED = "merged"
-"""Folder of the whole model, where an adapter was trained."""
+"""Folder of the merged model, if an adapter was trained."""
 CARD = "README.md"
-"""The model's card, written by peft and for the hub; one of the user's stays."""
+"""The model card, written by peft and for the hub. A card written by the user is not replaced."""
 UNFINISHED = ".model.unfinished"
 
 
 def step_of(name: str) -> int | None:
-    """The step of a checkpoint by its name, as transformers names them; None for any other name."""
+    """Return the step of a folder named like transformers' checkpoints; None for any other name."""
     match = re.fullmatch("checkpoint-(0|[1-9][0-9]*)", name)
     return None if match is None else int(match[1])
 
 
 def open_output(settings: Settings) -> Output:
-    """The folder of a run, to be entered as a context by its first process."""
+    """Return the folder of a run, a context for its first process."""
     out = Path(settings.args.output_dir)
     return Output(out, "train", adopt=lambda: _unmarked(out))
 
 
 def check_output(output: Output, settings: Settings) -> None:
-    """Check that nothing that the run may write or delete belongs to the user.
+    """Check that the run will not overwrite or delete files of the user.
 
     Raises:
-        TrainError: a file, model or checkpoint that no run of this command made; an input that is in the run's own files.
+        TrainError: a file, model or checkpoint was not created by a run of this command, or an input is among the run's files.
     """
     names = [path.name for path in sorted(output.folder.iterdir()) if _is_own_name(path.name)]
     names += [MERGED] if settings.adapter.merge else []
@@ -89,21 +89,21 @@ def _is_own_name(name: str) -> bool:
 
 
 def _unmarked(out: Path) -> list[str]:
-    """The files and whole checkpoints of a run without a marker, which is known by its record."""
+    """Return files and complete checkpoints of a run that has a record but no marker."""
     try:
         settings = json.loads((out / RECORD).read_bytes())["settings"]
         if not {"student", "teacher", "ranks"} <= set(settings):
             return []
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    found = [path for path in sorted(out.iterdir()) if _is_own_name(path.name) and not path.is_symlink()]
-    return [path.name for path in found if path.is_file() or _has_state(path)]
+    paths = [path for path in sorted(out.iterdir()) if _is_own_name(path.name) and not path.is_symlink()]
+    return [path.name for path in paths if path.is_file() or _has_state(path)]
 
 
 def begun_checkpoints(output: Output) -> list[str]:
-    """The run's own checkpoints that a killed process left unfinished."""
-    own = [path for path in output.folder.glob("checkpoint-*") if step_of(path.name) is not None and path.name in output]
-    return [path.name for path in own if is_unfinished(path) or not _has_state(path)]
+    """Return the run's incomplete checkpoints, left by a killed process."""
+    paths = [path for path in output.folder.glob("checkpoint-*") if step_of(path.name) is not None and path.name in output]
+    return [path.name for path in paths if is_unfinished(path) or not _has_state(path)]
 
 
 def _has_state(checkpoint: Path) -> bool:
@@ -114,10 +114,10 @@ def _has_state(checkpoint: Path) -> bool:
 
 
 class OwnedTrainer(DistillationTrainer):
-    """A trainer whose checkpoints are files of the command: named in its marker before they are made, and deleted only if named there.
+    """A trainer that records checkpoints in the output's marker before writing them, and deletes only recorded ones.
 
     Attributes:
-        output: None in all processes but the first.
+        output: the output folder in the first process; None in the others.
     """
 
     output: Output | None = None
@@ -132,10 +132,10 @@ class OwnedTrainer(DistillationTrainer):
 
 
 def save_model(trainer: DistillationTrainer, output: Output | None, out: Path) -> None:
-    """Save the model beside its place, then put its files there one by one: an existing model is never half overwritten.
+    """Save the model to a temporary folder, then move its files into place one by one, so that no file is half written.
 
     Args:
-        output: None in all processes but the first.
+        output: the output folder in the first process; None in the others.
     """
     if output is not None:
         output.claim(UNFINISHED)
@@ -143,7 +143,7 @@ def save_model(trainer: DistillationTrainer, output: Output | None, out: Path) -
     trainer.accelerator.wait_for_everyone()
     folder = out / UNFINISHED
     trainer.save_model(str(folder))
-    trainer.accelerator.wait_for_everyone()  # each process adds its random state to the last checkpoint, too
+    trainer.accelerator.wait_for_everyone()  # each process also adds its random state to the last checkpoint
     if output is not None:
         if (adapter := find_adapter("output-dir", str(folder))) is not None:
             (folder / BASE).write_text(describe_base(adapter), encoding="utf-8")
@@ -152,7 +152,7 @@ def save_model(trainer: DistillationTrainer, output: Output | None, out: Path) -
 
 
 def put_in_place(folder: Path, output: Output) -> None:
-    """Move every file of the unfinished ``folder`` to its place in the output, one by one; a card of the user's stays."""
+    """Move the files of the temporary ``folder`` into the output one by one. A model card written by the user is not replaced."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
         if name == CARD and os.path.lexists(output.folder / CARD) and CARD not in output:

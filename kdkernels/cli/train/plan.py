@@ -1,4 +1,4 @@
-"""``kdkernels train --plan``: what a run would be, without loading a weight or writing a file."""
+"""``kdkernels train --plan``: describe a run without loading weights or writing files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FIRST = 100
 
 
 def plan(settings: Settings, console: Console) -> None:
-    """Shows models, tokens, steps and memory of a run, without loading a weight or writing a file."""
+    """Print models, tokens, steps and memory of a run, without loading weights or writing files."""
     args = settings.args
     transformers.logging.set_verbosity_error()
     use_one_gpu(args)
@@ -59,10 +59,10 @@ def plan(settings: Settings, console: Console) -> None:
         examples = list(map(with_prompt, examples))
     for (role, path, dtype), model in zip(settings.models, skeletons, strict=True):
         count = sum(p.numel() for p in model.parameters())
-        kept = str(model.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
-        size = count * getattr(torch, kept).itemsize / 2**30
+        dtype_name = str(model.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
+        size = count * getattr(torch, dtype_name).itemsize / 2**30
         console.print(
-            f"{role}: {path}, {count / 1e6:,.1f} M parameters, {size:,.2f} GiB in {kept}, {logit_columns(model):,} columns of logits"
+            f"{role}: {path}, {count / 1e6:,.1f} M parameters, {size:,.2f} GiB in {dtype_name}, {logit_columns(model):,} columns of logits"
         )
     if cache is not None:
         console.print(f"teacher: cache {settings.cache} ({cache.kind}), {cache.vocab_size:,} tokens in the vocabulary")
@@ -96,7 +96,7 @@ def _plan_steps(args: Any, data: RunData, rows: Sequence[tuple[Example, ...]], c
 
 
 def _state(settings: Settings, tokenizer: Any, steps: int, console: Console) -> str:
-    """In words: whether the run begins, goes on or is finished."""
+    """Return text that says whether the run begins, continues or is finished."""
     checkpoint = None
     if (
         settings.expected is not None or (Path(settings.args.output_dir) / RECORD).is_file() or requested(settings.args) is not None
@@ -120,20 +120,25 @@ def _plan_memory(args: Any, skeletons: Sequence[Any], cache: Any, rows: Sequence
         hidden = torch.empty(sum(largest), head_width(model), device="meta", requires_grad=model is student)
         return LMHead(hidden, weight, vocab_size=vocab)
 
-    ours = side(student, student.get_output_embeddings().weight.requires_grad)
-    theirs: Teacher = side(teachers[0] if teachers else student, False)
+    student_side = side(student, student.get_output_embeddings().weight.requires_grad)
+    teacher_side: Teacher = side(teachers[0] if teachers else student, False)
     if len(teachers) > 1:
-        theirs = Ensemble([side(teacher, False) for teacher in teachers], mode=args.ensemble_mode)
+        teacher_side = Ensemble([side(teacher, False) for teacher in teachers], mode=args.ensemble_mode)
     if cache is not None and cache.kind != "hidden":
         ids = torch.empty(sum(largest), cache.manifest.identity.k, dtype=torch.int64, device="meta")
-        theirs = TopK(ids, ids.float(), temperature=cache.temperature or 1.0) if cache.kind == "topk" else Sampled(ids, ids)
-    found = losses.plan(
-        ours, theirs, divergence=parse(args.divergence), temperature=args.temperature, memory_budget=args.memory_budget, return_stats=True
+        teacher_side = TopK(ids, ids.float(), temperature=cache.temperature or 1.0) if cache.kind == "topk" else Sampled(ids, ids)
+    cost = losses.plan(
+        student_side,
+        teacher_side,
+        divergence=parse(args.divergence),
+        temperature=args.temperature,
+        memory_budget=args.memory_budget,
+        return_stats=True,
     )
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
     console.print(
-        f"loss: at most {sum(largest):,} scored tokens in a batch, in {found.num_chunks} chunk{'s' if found.num_chunks != 1 else ''}: "
-        f"{found.buffer_bytes / 2**20:,.0f} MiB of buffers, where dense logits take {found.dense_bytes / 2**20:,.0f} MiB"
+        f"loss: at most {sum(largest):,} scored tokens in a batch, in {cost.num_chunks} chunk{'s' if cost.num_chunks != 1 else ''}: "
+        f"{cost.buffer_bytes / 2**20:,.0f} MiB of buffers, where dense logits take {cost.dense_bytes / 2**20:,.0f} MiB"
     )
     frozen = sum(p.numel() for p in student.parameters()) - trainable
     console.print(

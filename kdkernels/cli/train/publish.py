@@ -1,4 +1,4 @@
-"""``--push-to-hub``: the finished model on the hub, with a card that says what it was made of."""
+"""``--push-to-hub``: push the finished model to the hub, with a model card."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .summary import SHOWN, name_of_loss
 __all__ = ["Publication", "card"]
 
 PUSHED = (*(name for name in MODEL_FILES if name != "training_args.bin"), CARD, FIGURE, f"{MERGED}/*")
-"""Patterns of the files that are pushed: no log, no record and no checkpoint, which name folders of this machine."""
+"""Patterns of the pushed files. Logs, records and checkpoints are excluded, because they contain local paths."""
 PARTIAL = ("checkpoint", "all_checkpoints")
 
 
 @dataclass(frozen=True)
 class Publication:
-    """The push of one run. It is made once, of the finished model, by the first process.
+    """The push of one run: once, by the first process, of the finished model.
 
     Attributes:
         repo: id of the model on the hub.
@@ -38,12 +38,12 @@ class Publication:
 
     @classmethod
     def of(cls, settings: Settings) -> Publication | None:
-        """The push that the settings ask for, once the hub has the repository; None where they ask for none.
+        """Create the repository on the hub and return the push; None without ``--push-to-hub``.
 
-        transformers, which would push in the middle of a training and every file of the folder, is told of no push.
+        Pushing is disabled in transformers, which would push during the training, and every file of the folder.
 
         Raises:
-            TrainError: the hub refuses the repository or can't be reached, or a strategy that pushes checkpoints.
+            TrainError: the hub refuses the repository or cannot be reached, or ``--hub-strategy`` would push checkpoints.
         """
         args = settings.args
         if not args.push_to_hub:
@@ -57,13 +57,13 @@ class Publication:
         if args.process_index == 0:
             try:
                 repo = str(api.create_repo(repo, private=args.hub_private_repo, exist_ok=True).repo_id)
-            except Exception as error:  # of the hub, of the network
+            except Exception as error:  # any error of the hub or the network
                 reason = " ".join(str(error).split())[:300]
                 raise TrainError(f"--push-to-hub: {repo} can't be made on the hub: {reason}. Run `hf auth login`") from None
         return cls(settings, repo, api)
 
     def push(self, output: Output | None, summary: dict[str, Any], console: Console) -> None:
-        """Write the card and push the model. A README.md of the user's stays, and is pushed in the card's place."""
+        """Write the card and push the model. A README.md written by the user is pushed instead of the card."""
         if output is None:
             return
         text = str(card(self.settings, self.repo, summary))
@@ -77,9 +77,9 @@ class Publication:
 
 
 def card(settings: Settings, repo: str, summary: dict[str, Any]) -> ModelCard:
-    """The card of a finished run: teacher, student, data, loss, figures before and after, and the figure.
+    """Return the card of a finished run: teacher, student, data, loss, metrics before and after, and the figure.
 
-    Folders of this machine are named by their last part.
+    Local folders are shown by their last component.
     """
     args, adapter = settings.args, settings.adapter
     teacher = [f"cache {_named(settings.cache)}"] if settings.cache else [_named(path) for path in settings.teacher]

@@ -1,4 +1,4 @@
-"""The record of a run, ``run.json``: its settings, and the content of its models, cache and data. A run goes on only as what it was."""
+"""The record of a run, ``run.json``: its settings, and digests of its models, cache and data. A run can continue only if they match."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ CONTENT = {
 
 @dataclass
 class Record:
-    """What a run was begun with.
+    """The settings and inputs of a run.
 
     Attributes:
-        settings: the arguments that decide what is trained, and the dtypes of the models.
+        settings: the arguments that affect the result, and the dtypes of the models.
         content: digests of models, cache, tokenizer and data.
-        files: of each file of a model or of data its sha256 with the status of the file when it was read.
-        machine: what decides the bits of a result, but not what is trained.
+        files: sha256 and file status of each file of models and data when it was read.
+        machine: properties that affect only the last bits of a result.
         an_epoch: steps per epoch.
         before: metrics of the evaluation before the first step.
     """
@@ -63,47 +63,47 @@ class Record:
     before: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, settings: Settings, tokenizer: Any, known: Mapping[str, list[Any]]) -> Record:
-        """The record of the run that ``settings`` ask for; the first process reads the files for all.
+    def of(cls, settings: Settings, tokenizer: Any, cached: Mapping[str, list[Any]]) -> Record:
+        """Return the record of a run with these settings. The first process reads the files for all processes.
 
         Args:
-            known: ``files`` of an earlier record: a file whose status has not changed since is not read again.
+            cached: ``files`` of an earlier record. Files whose status has not changed are not read again.
         """
         args = settings.args
-        found: list[Any] = [None]
+        result: list[Any] = [None]
         error: list[Any] = [None]
         if args.process_index == 0:
             try:
-                found[0] = _content(settings, tokenizer, known)
+                result[0] = _content(settings, tokenizer, cached)
             except Exception as raised:
                 if args.world_size == 1:
                     raise
-                error[0] = f"{type(raised).__name__}: {raised}"  # the others must not wait for ever
+                error[0] = f"{type(raised).__name__}: {raised}"  # otherwise the other processes would wait forever
         if args.world_size > 1:
-            broadcast_object_list(found)
+            broadcast_object_list(result)
             broadcast_object_list(error)
             if error[0] is not None:
                 raise TrainError(error[0])
-        content, files = found[0]
-        own = {name: getattr(settings, name) for name in ("student_dtype", "teacher_dtype")} | {"data_shares": settings.shares}
+        content, files = result[0]
+        models = {name: getattr(settings, name) for name in ("student_dtype", "teacher_dtype")} | {"data_shares": settings.shares}
         groups = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(settings, group)).items()}
         decisive = {name: value for name, value in groups.items() if name not in UNDECISIVE}
-        return cls({**own, **decisive, **settings_of(args)}, content, files, _machine(args))
+        return cls({**models, **decisive, **settings_of(args)}, content, files, _machine(args))
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
-        """The record in ``folder``; None where there is none.
+        """Return the record in ``folder``, or None.
 
         Raises:
-            TrainError: a record that this release can't read.
+            TrainError: this version cannot read the record.
         """
         path = folder / RECORD
         if not path.is_file():
             return None
         try:
             value = json.loads(path.read_bytes())
-            found = value.pop("format", None), value.pop("version", None)
-            if found == (FORMAT, VERSION):
+            version = value.pop("format", None), value.pop("version", None)
+            if version == (FORMAT, VERSION):
                 return cls(**value)
         except (ValueError, TypeError, AttributeError):
             raise TrainError(f"{path} is damaged: choose another --output-dir, or remove the run") from None
@@ -116,7 +116,7 @@ class Record:
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
 
     def unlike(self, now: Record) -> list[str]:
-        """What differs between this run and the one that is asked for ``now``, in words."""
+        """Return descriptions of the differences between this run and ``now``, the requested run."""
         defaults = {f.name: default_of(f) for group in GROUPS.values() for f in dataclasses.fields(group)} | BEFORE
         changed = differences(self.settings, now.settings, defaults)
         words = [
@@ -128,16 +128,16 @@ class Record:
         ]
 
     def notes(self, now: Record) -> list[str]:
-        """What differs and changes the last bits of a result only, in words."""
+        """Return descriptions of the differences that affect only the last bits of a result."""
         changed = differences(self.machine, now.machine, {})
         return [f"{name.replace('_', ' ')} ({one} then, {two} now)" for name, (one, two) in changed.items()]
 
 
 def check_expected(settings: Settings, now: Record, console: Console) -> None:
-    """Compare this run with the block ``record`` of its config; warn of other versions.
+    """Compare this run with the block ``record`` of its config, and warn about other versions.
 
     Raises:
-        TrainError: other content of models, tokenizer, cache or data.
+        TrainError: the content of models, tokenizer, cache or data differs.
     """
     expected = settings.expected
     if expected is None:
@@ -154,7 +154,7 @@ def check_expected(settings: Settings, now: Record, console: Console) -> None:
 
 
 def resolved(settings: Settings, record: Record) -> str:
-    """The text of ``resolved.yaml``: every option of the run but secrets, and the block ``record``."""
+    """Return the text of ``resolved.yaml``: every option of the run except secrets, and the block ``record``."""
     import yaml
 
     options = {**settings.options, "template_date": settings.args.template_date, "resume_from_checkpoint": None}
@@ -173,24 +173,24 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _content(settings: Settings, tokenizer: Any, known: Mapping[str, list[Any]]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Digests by role, and the ``files`` of a record."""
+def _content(settings: Settings, tokenizer: Any, cached: Mapping[str, list[Any]]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Return digests by role, and the ``files`` of a record."""
     files: dict[str, list[Any]] = {}
-    models = [_model(role, path, known, files) for role, path, _ in settings.models]
+    models = [_model(role, path, cached, files) for role, path, _ in settings.models]
     content = {
         "student": models[0],
         "teacher": models[1:],
         "cache": None if settings.cache is None else cache_content(Path(settings.cache)),
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": template_hash(tokenizer),
-        "data": data_content(settings.sources, known, files, settings.rows.streaming),
-        "eval_data": data_content(settings.eval_data, known, files),
+        "data": data_content(settings.sources, cached, files, settings.rows.streaming),
+        "eval_data": data_content(settings.eval_data, cached, files),
     }
     return content, files
 
 
 def cache_content(folder: Path) -> dict[str, Any]:
-    """The identity of a cache, and the sha256 of its manifest and of each shard."""
+    """Return the identity of a cache, and the sha256 of its manifest and of each shard."""
     manifest = Manifest.read(folder)
     return {
         "manifest": digest_file(folder / MANIFEST), "identity": manifest.identity.hash(),
@@ -199,13 +199,15 @@ def cache_content(folder: Path) -> dict[str, Any]:
 
 
 def other_content(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names of what differs."""
+    """Return the names of the roles whose content differs."""
     return [words for name, words in CONTENT.items() if not same_content(name, then.get(name), now.get(name))]
 
 
 def same_content(name: str, then: Any, now: Any) -> bool:
-    """Compare content of a record. A cache is the same where shards were added: the rows of a run are in those that both have, or in the
-    new ones, and `train` has checked that all of them are there."""
+    """Return whether content of two records is the same.
+
+    A cache with added shards counts as the same: `train` has checked that it has all rows of the run.
+    """
     if name != "cache" or then is None or now is None or then == now:
         return bool(then == now)
     if isinstance(then, str):  # of an earlier version
@@ -215,59 +217,59 @@ def same_content(name: str, then: Any, now: Any) -> bool:
 
 
 def data_content(
-    paths: Iterable[str], known: Mapping[str, list[Any]] | None = None, files: dict[str, list[Any]] | None = None, streamed: bool = False
+    paths: Iterable[str], cached: Mapping[str, list[Any]] | None = None, files: dict[str, list[Any]] | None = None, streamed: bool = False
 ) -> list[str]:
-    """sha256 of each file, or over the files and names of a folder; of a data set of the hub its split, configuration and commit.
+    """Return the sha256 of each file, or of all files and names in a folder; for a hub data set, split, configuration and commit.
 
     Args:
-        known: ``files`` of an earlier record: a file whose status has not changed since is not read again.
+        cached: ``files`` of an earlier record: a file whose status has not changed since is not read again.
         files: gets an entry for each file.
     """
-    known, files = known or {}, {} if files is None else files
-    return [identity_of(path, streamed) if is_hub_name(path) else _of_path(Path(path), known, files) for path in paths]
+    cached, files = cached or {}, {} if files is None else files
+    return [identity_of(path, streamed) if is_hub_name(path) else _of_path(Path(path), cached, files) for path in paths]
 
 
-def _of_path(path: Path, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
+def _of_path(path: Path, cached: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
     if not path.exists():
         raise TrainError(f"{path}: no such file or folder")
-    found = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
-    taken = _read(found, known, files)
-    return digest(taken) if path.is_dir() else taken[path.name]
+    paths = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+    hashes = _read(paths, cached, files)
+    return digest(hashes) if path.is_dir() else hashes[path.name]
 
 
-def _model(role: str, path: str, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
-    """Commit of a hub model; of a folder a digest over the sha256 of its config and weights. Of an adapter, the base model's too."""
+def _model(role: str, path: str, cached: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
+    """Return the commit of a hub model, or a digest of a folder's config and weights. An adapter includes its base model."""
     adapter = find_adapter(role, path)
     if adapter is not None:
-        own = adapter.commit or _files(path, known, files)
-        return digest([own, _files(adapter.base, known, files) if Path(adapter.base).is_dir() else base_content(adapter)])
+        adapter_digest = adapter.commit or _files(path, cached, files)
+        return digest([adapter_digest, _files(adapter.base, cached, files) if Path(adapter.base).is_dir() else base_content(adapter)])
     if not Path(path).is_dir():
         return str(load(AutoConfig, role, path)._commit_hash)
-    return _files(path, known, files)
+    return _files(path, cached, files)
 
 
-def _files(path: str, known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
-    return digest(_read(model_files(Path(path)), known, files))
+def _files(path: str, cached: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> str:
+    return digest(_read(model_files(Path(path)), cached, files))
 
 
-def _read(found: Sequence[Path], known: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> dict[str, str]:
-    """sha256 of each file by name; each gets an entry in ``files``."""
+def _read(paths: Sequence[Path], cached: Mapping[str, list[Any]], files: dict[str, list[Any]]) -> dict[str, str]:
+    """Return the sha256 of each file by name, and add an entry for each to ``files``."""
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        taken = dict(zip(found, pool.map(lambda file: _sha256(file, known.get(str(file.resolve()))), found), strict=True))
-    files.update({str(file.resolve()): entry for file, entry in taken.items()})
-    return {file.name: entry[0] for file, entry in taken.items()}
+        entries = dict(zip(paths, pool.map(lambda file: _sha256(file, cached.get(str(file.resolve()))), paths), strict=True))
+    files.update({str(file.resolve()): entry for file, entry in entries.items()})
+    return {file.name: entry[0] for file, entry in entries.items()}
 
 
-def _sha256(path: Path, known: list[Any] | None) -> list[Any]:
-    """sha256, and the file's status: size, inode, times of its last changes, and whether these are old enough to be trusted.
+def _sha256(path: Path, cached: list[Any] | None) -> list[Any]:
+    """Return the sha256, and the file status: size, inode, times of the last changes, and whether these are old enough to be trusted.
 
-    The time of a status change (ctime) can't be set back. A file that was changed within a second before it was read may be changed
-    again without another time, so it is read anew.
+    The time of a status change (ctime) cannot be set back. But a file that was changed less than a second before it was read may change
+    again without a new time, so such a file is read again.
     """
     stat = path.stat()
     status = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-    if known is not None and known[1:] == [*status, True]:
-        return known
+    if cached is not None and cached[1:] == [*status, True]:
+        return cached
     now = time.time_ns()
     return [digest_file(path), *status, now - max(stat.st_ctime_ns, stat.st_mtime_ns) > SECOND]
 

@@ -1,4 +1,4 @@
-"""Where a run goes on: the record it must agree with, the checkpoint it starts from, and whether anything remains to be trained."""
+"""Resuming: find the record that a run must match, the checkpoint it starts from, and whether steps remain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["choose_learn", "finished_summary", "is_last", "known_record", "model
 
 
 def known_record(settings: Settings, tokenizer: Any) -> tuple[Record, Record | None]:
-    """The record of the run that is asked for, and that of the run which it goes on with: None for a new one.
+    """Return the record of the requested run, and the record of the run that it continues (None for a new run).
 
     Raises:
         TrainError: the run differs from the one in its folder, or in the folder of ``--resume-from-checkpoint``.
@@ -37,19 +37,18 @@ def known_record(settings: Settings, tokenizer: Any) -> tuple[Record, Record | N
     for record, where in ((old, f"--output-dir {out} holds"), (other, f"--resume-from-checkpoint {origin} is of")):
         differing = [] if record is None else record.unlike(now)
         if differing and record is old and not (out / SUMMARY).is_file() and not checkpoints(out):
-            old = None  # it never came to a checkpoint, so nothing of it is lost
+            old = None  # it has no checkpoint, so nothing is lost
         elif differing:
             raise TrainError(f"{where} a run with another {', another '.join(differing)}: go on with the same, or choose another folder")
     if old is None and any(out.glob("checkpoint-*")):
         raise TrainError(f"--output-dir {out} holds checkpoints but no {RECORD}: choose another folder")
     if isinstance(origin, Path) and origin.parent.resolve() != out.resolve() and other is None:
-        raise TrainError(f"--resume-from-checkpoint {origin}: there is no {RECORD} beside it, so it can't be known what it was trained on")
+        raise TrainError(f"--resume-from-checkpoint {origin}: its folder has no {RECORD}: choose a checkpoint of kdkernels train")
     return now, old or other
 
 
 def choose_learn(args: Any, cache: Any) -> None:
-    """Set which turns of a conversation are learnt where ``--learn`` is not given: those of the cache, or the last where a run goes on that
-    was begun before there was a choice."""
+    """Set the default of ``--learn``: the cache's value, or "last" for a resumed run that is older than this option."""
     if args.learn is not None:
         return
     origin = requested(args)
@@ -62,32 +61,32 @@ def choose_learn(args: Any, cache: Any) -> None:
 
 
 def requested(args: Any) -> Path | bool | None:
-    """What ``--resume-from-checkpoint`` asks for: a folder, True (the newest checkpoint), False (none), or nothing."""
-    given = args.resume_from_checkpoint
-    if given is None or str(given).lower() in ("true", "false"):
-        return None if given is None else str(given).lower() == "true"
-    return Path(given)
+    """Return ``--resume-from-checkpoint`` as a folder, True (the newest checkpoint), False (no checkpoint), or None."""
+    value = args.resume_from_checkpoint
+    if value is None or str(value).lower() in ("true", "false"):
+        return None if value is None else str(value).lower() == "true"
+    return Path(value)
 
 
 def starting_point(args: Any, total: int) -> Path | None:
-    """The checkpoint that a run of ``total`` steps goes on from; None where it begins.
+    """Return the checkpoint that a run of ``total`` steps continues from; None for a new run.
 
     Raises:
-        TrainError: a requested checkpoint that is not whole; more steps than are asked for; checkpoints of which none is whole.
+        TrainError: the requested checkpoint is incomplete, it has more than ``total`` steps, or no checkpoint is complete.
     """
     out, origin = Path(args.output_dir), requested(args)
     if isinstance(origin, Path):
         return _not_beyond(origin, total)
-    found = checkpoints(out)
+    candidates = checkpoints(out)
     if origin is False:
-        if found:
+        if candidates:
             raise TrainError(f"--resume-from-checkpoint false, but {out} holds checkpoints: choose another --output-dir to begin anew")
         return None
-    flaws = {path: flaw(path) for path in found}
-    whole = next((path for path in found if flaws[path] is None and _can_start(_not_beyond(path, total), total)), None)
+    flaws = {path: flaw(path) for path in candidates}
+    whole = next((path for path in candidates if flaws[path] is None and _can_start(_not_beyond(path, total), total)), None)
     if whole is None and origin is True:
         raise TrainError(f"--resume-from-checkpoint true, but {out} holds no whole checkpoint")
-    damaged = [path for path in found if flaws[path] and not is_unfinished(path)]
+    damaged = [path for path in candidates if flaws[path] and not is_unfinished(path)]
     if whole is None and damaged:
         raise TrainError(
             f"--output-dir {out}: no checkpoint is whole. {damaged[0].name}: {flaws[damaged[0]]}. Put it back, or choose another folder"
@@ -106,23 +105,23 @@ def _not_beyond(checkpoint: Path, total: int) -> Path:
 
 
 def _can_start(checkpoint: Path, total: int) -> bool:
-    """A finished student is loaded like any model, which FSDP's sharded state does not hold: then the training's end is repeated."""
+    """Return whether the finished student can be loaded like any model. FSDP's sharded state cannot; then the last step is repeated."""
     return step_of(checkpoint) < total or any((checkpoint / name).is_file() for name in ("config.json", CONFIG))
 
 
 def is_last(checkpoint: Path | None, total: int) -> bool:
-    """True if nothing remains to be trained after ``checkpoint``."""
+    """Return True if no steps remain after ``checkpoint``."""
     return checkpoint is not None and step_of(checkpoint) >= total
 
 
 def model_folder(checkpoint: Path, args: Any) -> Path:
-    """The folder of the trained model, once ``checkpoint`` is the last: that of the best one where it is asked for."""
+    """Return the folder of the trained model, given the last checkpoint: the best checkpoint with ``load_best_model_at_end``."""
     best = best_of(checkpoint, read_manifest(checkpoint)) if args.load_best_model_at_end else None
     return best or checkpoint
 
 
 def finished_summary(args: Any, total: int) -> dict[str, Any] | None:
-    """The summary of a run that has come to ``total`` steps and whose model is still there."""
+    """Return the summary of a finished run of ``total`` steps whose model still exists."""
     out = Path(args.output_dir)
     if not (out / SUMMARY).is_file() or args.resume_from_checkpoint is not None:
         return None

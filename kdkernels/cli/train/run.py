@@ -44,12 +44,12 @@ UNFINISHED = ".checkpoint.unfinished"
 
 
 def run(settings: Settings, console: Console) -> int:
-    """Train, or go on where an interrupted run of the same settings stopped. Returns the exit status: 0, or 130 when interrupted.
+    """Train, or continue an interrupted run with the same settings. Return the exit status: 0, or 130 if interrupted.
 
     Raises:
-        TrainError: what can't be trained with, before anything is written.
+        TrainError: invalid settings, models or data, before anything is written.
         FileError: another process trains into the folder.
-        NotFiniteError: a training that came to NaN or infinity; its summary and figure say where.
+        NotFiniteError: the training reached NaN or infinity; summary and figure show the step.
     """
     with open_output(settings) if settings.args.process_index == 0 else nullcontext() as output:
         if output is not None:
@@ -58,7 +58,7 @@ def run(settings: Settings, console: Console) -> int:
 
 
 def _run(settings: Settings, console: Console, output: Output | None) -> int:
-    """Train into the folder that the first process holds; ``output`` is None in the others."""
+    """Train into ``output``, which the first process has locked; None in the other processes."""
     args = settings.args
     use_one_gpu(args)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
@@ -93,7 +93,7 @@ def _run(settings: Settings, console: Console, output: Output | None) -> int:
             console.print(f"Note: another {note}: the last bits of the result may be others", markup=False)
         checkpoint = starting_point(args, total)
     limit = length_limit(args.max_length, map(text_config, skeletons), args.packing)
-    with shown_warnings(console):  # of data that can't be trained on, before any weights are read
+    with shown_warnings(console):  # read the data before any weights, so that its errors come early
         data = read_data(settings, tokenizer, cache, limit, embedding_rows(*skeletons), content=record.content["data"])
     with reporting_under(out):
         return Training(settings, output, tokenizer, cache, console, record, old, checkpoint, data).run(publication)
@@ -103,9 +103,9 @@ class Training:
     """A run from its models to its summary.
 
     Args:
-        output: None in all processes but the first.
-        record: of this run as it is asked for; old: of the run that it goes on with, or None.
-        checkpoint: where it goes on, or None.
+        output: the output folder in the first process; None in the others.
+        record: record of the requested run; old: record of the run that it continues, or None.
+        checkpoint: the checkpoint to continue from, or None.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Training:
         self.checkpoint = self._own(checkpoint)
 
     def _own(self, checkpoint: Path | None) -> Path | None:
-        """The checkpoint in the output folder, where it and its best are copied from another run's."""
+        """Return the checkpoint in the output folder. A checkpoint of another run, and its best one, are copied there."""
         if checkpoint is None or checkpoint.parent.resolve() == self.out.resolve():
             return checkpoint
         best = best_of(checkpoint, read_manifest(checkpoint))
@@ -159,7 +159,7 @@ class Training:
         return self.out / checkpoint.name
 
     def run(self, publication: Publication | None = None) -> int:
-        """Train, write the summary and push what was asked for; returns the exit status."""
+        """Train, write the summary, push the model if requested, and return the exit status."""
         trainer = self.trainer
         self._begin()
         transformers.set_seed(self.args.seed)
@@ -182,7 +182,7 @@ class Training:
         return 0
 
     def _begin(self) -> None:
-        """Evaluate the student as it is and write the record, or say where the run goes on."""
+        """Evaluate the initial student and write the record, or print where the run continues."""
         record, args = self.record, self.args
         if self.old is not None:
             record.an_epoch, record.before = self.old.an_epoch, self.old.before
@@ -220,7 +220,7 @@ class Training:
         return 130
 
     def _summarise(self, after: dict[str, float] | None, not_finite: dict[str, str] | None = None, steps: int | None = None) -> Any:
-        """Write ``summary.json`` and the figure; returns the summary."""
+        """Write ``summary.json`` and the figure, and return the summary."""
         state, args = self.trainer.state, self.args
         steps = state.global_step if steps is None else steps
         best = state.best_model_checkpoint if args.load_best_model_at_end and not_finite is None else None
@@ -241,14 +241,14 @@ class Training:
         return summary
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
-        """Write a file whole or not at all, in the first process."""
+        """Write a file atomically, only in the first process."""
         if self.output is not None:
             text = json.dumps(value, indent=1) + "\n"
             self.output.write(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def prompts_of(trainer: DistillationTrainer, count: int) -> list[Sequence[int]]:
-    """Prompts of the first held-out rows; without any, of the first rows that are trained on."""
+    """Return the prompts of the first held-out rows or, without any, of the first training rows."""
     held_out = trainer.eval_dataset
     items = trainer.train_dataset if held_out is None else next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
     examples = islice((example for item in items for example in item), count)
@@ -256,14 +256,15 @@ def prompts_of(trainer: DistillationTrainer, count: int) -> list[Sequence[int]]:
 
 
 def shown_metrics(metrics: dict[str, float] | None) -> dict[str, float]:
-    """The metrics of an evaluation that a summary shows, as they must be finite."""
+    """Return the metrics of an evaluation that a summary shows. They must be finite."""
     return {name: value for name, value in (metrics or {}).items() if metric_name(name) and isinstance(value, float)}
 
 
 def check_metric(trainer: DistillationTrainer) -> None:
-    """
+    """Check the metric for the best model.
+
     Raises:
-        TrainError: ``--metric-for-best-model`` is not among the metrics of an evaluation.
+        TrainError: ``--metric-for-best-model`` is not a metric of this run's evaluations.
     """
     metric = trainer.args.metric_for_best_model
     if metric is None or trainer.eval_dataset is None:
@@ -277,7 +278,7 @@ def check_metric(trainer: DistillationTrainer) -> None:
 
 @contextmanager
 def shown_warnings(console: Console) -> Iterator[None]:
-    """Prints what this package warns of in one line each."""
+    """Print each warning of this package in one line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield

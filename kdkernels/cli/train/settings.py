@@ -1,4 +1,4 @@
-"""The options of ``kdkernels train``: a config file, the command line over it, and what of them decides a run."""
+"""The options of ``kdkernels train``, from a config file and the command line, which overrides it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ __all__ = ["BLOCK", "RESOLVED", "Settings", "TrainError", "read_config", "read_s
 
 MINE = ("teacher", "student", "data", "eval_data", "cache", "student_dtype", "teacher_dtype")
 SEVERAL = ("teacher", "data", "eval_data")
-"""Options that can be given several times."""
+"""Options that can be repeated."""
 RESOLVED, BLOCK = "resolved.yaml", "record"
-"""The file of every option of a run in its output folder; the block in it that names versions and content."""
+"""File with all options of a run, in its output folder, and its block with versions and content."""
 STRUCTURED = ("divergence", "feature_layers", "columns")
-"""Options of text that a file may give as a mapping or a list, which DistillationArguments reads."""
+"""Text options that a config file may give as a mapping or a list, which DistillationArguments can read."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class TrainError(ValueError):
-    """Options, models or data that can't be trained with; the message names which, and the way out."""
+    """Invalid options, models or data. The message says which, and what to do."""
 
 
 @dataclass
 class Settings:
-    """Paths and models of a run; ``args`` are its DistillationArguments, the fields of ``GROUPS`` its further options."""
+    """Paths and models of a run; ``args``: its DistillationArguments; the fields of ``GROUPS``: its other options."""
 
     student: str
     data: list[str]
@@ -48,33 +48,33 @@ class Settings:
     rows: RowOptions = field(default_factory=RowOptions)
     args: Any = None
     options: dict[str, Any] = field(default_factory=dict)
-    """Every option by name, as it was given or by default."""
+    """All options by name, with defaults."""
     expected: Mapping[str, Any] | None = None
-    """The block ``record`` of the config: what the run must have been made with."""
+    """The block ``record`` of the config: versions and content that the run must match."""
 
     @property
     def sources(self) -> list[str]:
-        """The files, folders and data sets of ``data``, without their shares."""
+        """Files, folders and data sets of ``data``, without their shares."""
         return read_shares(self.data)[0]
 
     @property
     def shares(self) -> list[float] | None:
-        """The shares of the draws from each source; None where there are none."""
+        """Share of the draws from each source; None without shares."""
         return read_shares(self.data)[1]
 
     @property
     def models(self) -> list[tuple[str, str, str]]:
-        """Role, path and dtype: of the student, then of each teacher."""
-        # Most updates are too small for the digits of bfloat16, in which most models are saved.
+        """Role, path and dtype of the student, then of each teacher."""
+        # Not the saved dtype: in bfloat16, most updates would round to nothing.
         student = "student", self.student, "float32" if self.student_dtype == "auto" else self.student_dtype
         return [student, *(("teacher", path, self.teacher_dtype) for path in self.teacher)]
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Options of a YAML or JSON file, dashes as underscores.
+    """Return the options of a YAML or JSON file, with dashes as underscores.
 
     Raises:
-        TrainError: no such file, a format that isn't known, or no mapping in it.
+        TrainError: the file does not exist, has an unknown format, or does not contain a mapping.
     """
     if not path.is_file():
         raise TrainError(f"--config {path}: no such file")
@@ -85,7 +85,7 @@ def read_config(path: Path) -> dict[str, Any]:
         elif path.suffix in (".yaml", ".yml"):
             value = _of_yaml(text)
         else:
-            raise TrainError(f"--config {path}: the format is told by the name: .yaml or .json")
+            raise TrainError(f"--config {path}: unknown file extension; expected .yaml or .json")
     except TrainError:
         raise
     except Exception as error:  # of either parser
@@ -101,7 +101,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _of_yaml(text: str) -> Any:
-    """The value of YAML text, of which PyYAML would take the last of two options of one name."""
+    """Parse YAML text, and raise for repeated names, of which PyYAML would use the last."""
     import yaml
 
     node = yaml.compose(text, yaml.SafeLoader)
@@ -114,16 +114,16 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
     """Return the settings of a run.
 
     Args:
-        config: options of a file.
-        given: options that the command declares, in place of those of the file; None for one that is not given.
-        rest: ``--field value`` of further fields of DistillationArguments and ``GROUPS``, as text.
+        config: options of a config file.
+        given: options that the command declares, which override the file's; None if not given.
+        rest: ``--field value`` for fields of DistillationArguments and ``GROUPS``, as text.
 
     Raises:
-        TrainError: an unknown name (with the nearest valid one), a value that can't be read, or a missing option.
+        TrainError: an unknown name (with the nearest valid one), an invalid value, or a missing option.
     """
-    own: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
-    if not config and not rest:  # no misspelt option is the reason: report it without importing transformers
-        _check_not_missing(own)
+    declared: dict[str, Any] = {name: given[name] if given.get(name) else config.get(name) for name in MINE}
+    if not config and not rest:  # report missing options at once, without importing transformers
+        _check_not_missing(declared)
     from ...trainer.arguments import DistillationArguments
 
     typed = {name: value for name, value in given.items() if name not in MINE and value is not None}
@@ -132,23 +132,23 @@ def read_settings(config: Mapping[str, Any], given: Mapping[str, Any], rest: Seq
         raise TrainError(f"{BLOCK} in the config: it is the block of a {RESOLVED}, with content and machine; leave it out for another run")
     fields = _fields([DistillationArguments, *GROUPS.values()], {**config, **typed}, rest)
     for name in SEVERAL:
-        value = own[name] or []
-        own[name] = value if isinstance(value, list) else [value]
-    for name, value in own.items():
+        value = declared[name] or []
+        declared[name] = value if isinstance(value, list) else [value]
+    for name, value in declared.items():
         if not all(isinstance(part, str) for part in (value if name in SEVERAL else [value or ""])):
             shown = value[0] if name in SEVERAL and len(value) == 1 else value
             raise TrainError(f"--{name.replace('_', '-')} {shown!r}: a path or name is needed, as text")
-    _check_not_missing(own)
+    _check_not_missing(declared)
     for name in ("student_dtype", "teacher_dtype"):
-        own[name] = own[name] or "auto"
-        if own[name] not in DTYPES:
-            raise TrainError(f"--{name.replace('_', '-')} {own[name]!r}: choose one of {', '.join(DTYPES)}")
+        declared[name] = declared[name] or "auto"
+        if declared[name] not in DTYPES:
+            raise TrainError(f"--{name.replace('_', '-')} {declared[name]!r}: choose one of {', '.join(DTYPES)}")
     if not fields["output_dir"]:
         raise TrainError("--output-dir is missing: the folder of checkpoints and of the trained model")
-    options = {**own, **{name: getattr(value, "value", value) for name, value in fields.items() if not name.endswith("_token")}}
+    options = {**declared, **{name: getattr(value, "value", value) for name, value in fields.items() if not name.endswith("_token")}}
     try:
         groups = {name: group(**{f.name: fields.pop(f.name) for f in dataclasses.fields(group)}) for name, group in GROUPS.items()}
-        settings = Settings(**own, **groups, args=DistillationArguments(**fields), options=options, expected=expected)
+        settings = Settings(**declared, **groups, args=DistillationArguments(**fields), options=options, expected=expected)
     except (ValueError, TypeError, ImportError) as error:
         raise TrainError(" ".join(str(error).split())) from error
     try:
@@ -194,14 +194,14 @@ def _check_streaming(settings: Settings) -> None:
         raise TrainError("--sample-every with --streaming takes its prompts from held-out rows: give --eval-data or --eval-fraction")
 
 
-def _check_not_missing(own: Mapping[str, Any]) -> None:
+def _check_not_missing(declared: Mapping[str, Any]) -> None:
     for name in ("student", "data"):
-        if not own[name]:
+        if not declared[name]:
             raise TrainError(f"--{name} is missing")
 
 
 def _fields(groups: Sequence[type], config: Mapping[str, Any], rest: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of all dataclasses ``groups``: those of ``rest``, else of ``config``, else the defaults."""
+    """Return the fields of all dataclasses ``groups``, from ``rest``, else from ``config``, else the defaults."""
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):  # type: ignore[misc]
@@ -217,8 +217,8 @@ def _fields(groups: Sequence[type], config: Mapping[str, Any], rest: Sequence[st
     for word in rest:
         option = word.partition("=")[0]
         if word.startswith("--") and option not in options:
-            known = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
-            raise TrainError(f"unknown option {option}{_nearest(option, known)}")
+            names = [*(f"--{name.replace('_', '-')}" for name in MINE), *(o for o in options if "_" not in o)]
+            raise TrainError(f"unknown option {option}{_nearest(option, names)}")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     read = {action.dest: action.type for action in parser._actions}
     values = {
@@ -232,15 +232,15 @@ def _fields(groups: Sequence[type], config: Mapping[str, Any], rest: Sequence[st
 
 
 def _as_typed(name: str, value: Any, read: Any, hint: Any) -> Any:
-    """Return a value of a file in the form that the command line's parser takes: numbers and switches as text, lists as lists.
+    """Convert a value from a config file for the command line's parser: numbers and switches become text, lists stay lists.
 
     Raises:
-        TrainError: a value of a type that the option does not have.
+        TrainError: the value has a wrong type for the option.
     """
-    if value is False and name.endswith("_strategy"):  # YAML takes a plain no for false
+    if value is False and name.endswith("_strategy"):  # YAML reads a plain no as false
         return "no"
     kinds = {get_origin(part) or part for part in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint])}
-    if isinstance(value, datetime.date) and str in kinds:  # YAML takes a plain 2026-11-28 for a date
+    if isinstance(value, datetime.date) and str in kinds:  # YAML reads a plain 2026-11-28 as a date
         return value.isoformat()
     if isinstance(value, (list, Mapping)):
         if name in STRUCTURED:

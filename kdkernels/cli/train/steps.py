@@ -1,4 +1,4 @@
-"""The steps of a run: how many an epoch has, how many are asked for, and where logs, checkpoints and evaluations fall."""
+"""The steps of a run: steps per epoch, total steps, and the intervals of logs, checkpoints and evaluations."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def items_per_step(args: Any) -> int:
 
 
 def steps_per_epoch(rows: int, args: Any) -> int:
-    """Optimizer steps over ``rows`` rows, by the samplers that the trainer's data loader uses.
+    """Return the optimizer steps over ``rows`` rows, computed with the samplers of the trainer's data loader.
 
     Raises:
-        TrainError: fewer rows than a batch, where smaller batches are dropped.
+        TrainError: there are fewer rows than a batch, and incomplete batches are dropped.
     """
     batch = args.train_batch_size
     sampler = BatchSampler(SequentialSampler(range(rows)), batch, args.dataloader_drop_last)
@@ -41,12 +41,12 @@ def steps_per_epoch(rows: int, args: Any) -> int:
 
 
 def total_steps(args: Any, an_epoch: int) -> int:
-    """Steps of the whole run: those of ``max_steps``, else of ``num_train_epochs``."""
+    """Return the steps of the whole run, from ``max_steps`` or else ``num_train_epochs``."""
     return int(args.max_steps) if args.max_steps > 0 else math.ceil(float(args.num_train_epochs) * an_epoch)
 
 
 def rhythm(args: Any, steps: int) -> str:
-    """In words: how often a run of ``steps`` steps logs, saves and evaluates, and how long its warm-up is."""
+    """Return text that says how often a run of ``steps`` steps logs, saves and evaluates, and how long its warm-up is."""
     state = TrainerState()
     state.compute_steps(args, steps)
 

@@ -1,4 +1,4 @@
-"""What a run of ``kdkernels train`` has come to: held-out losses before and after, the log, a figure."""
+"""The summary of ``kdkernels train``: held-out losses before and after, training losses, and a figure."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SHOWN = {
 
 
 def finite(metrics: dict[str, float]) -> dict[str, Any]:
-    """The metrics that a summary shows; NaN and infinity, which JSON does not have, as text."""
+    """Return the metrics that a summary shows, with NaN and infinity as text, because JSON does not have them."""
     return {name: number(value) for name, value in metrics.items() if name in SHOWN or name == "eval_tokens"}
 
 
 def training_log(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """First and last of the logged training losses; None if there was none."""
+    """Return the first and the last logged training loss; None without logs."""
     logs = [{"step": entry["step"], "loss": number(entry["loss"])} for entry in history if "loss" in entry]
     return {"first": logs[0], "last": logs[-1]} if logs else None
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
-    """Prints what ``summary.json`` holds."""
+    """Print the summary."""
     before, after, log = summary["before"], summary["after"], summary["log"]
     console.print(f"Trained {counted(summary['steps'], 'step')}.")
     if summary["best"] is not None:
@@ -59,7 +59,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
 
 
 def name_of_loss(args: DistillationArguments) -> str:
-    """The terms of the training loss with their weights, such as ``1 x jsd(beta=0.3) at T = 2 + 0.5 x cross-entropy``."""
+    """Return the terms of the training loss with their weights, such as ``1 x jsd(beta=0.3) at T = 2 + 0.5 x cross-entropy``."""
     terms = (
         (args.kd_weight, f"{args.divergence} at T = {args.temperature:g}"),
         (args.ce_weight, "cross-entropy"),
@@ -72,7 +72,7 @@ def name_of_loss(args: DistillationArguments) -> str:
 def figure_of(
     output: Output, history: Sequence[dict[str, Any]], before: Any, after: Any, not_finite: int | None = None, loss: str = ""
 ) -> str | None:
-    """Losses over steps, if matplotlib is there, and the step at which the training was ``not_finite``; ``loss`` is the title."""
+    """Plot losses over steps, with a mark at the step ``not_finite``. Return None without matplotlib. ``loss`` is the title."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
