@@ -1,6 +1,6 @@
-"""Patches that give other trainers this loss, one module per framework.
+"""Patches that make other trainers use the kdkernels loss, one module per framework.
 
-Every ``patch()`` changes the loss alone, can be undone, and refuses a version of the framework that it was not checked with.
+Every ``patch()`` changes only the loss, can be undone, and raises for framework versions that it was not tested with.
 """
 
 from .patches import Patch, UnsupportedVersion

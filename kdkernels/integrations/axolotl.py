@@ -33,17 +33,17 @@ class DistillationArgs(BaseModel):
     @field_validator("kdkernels")
     @classmethod
     def check(cls, section: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Refuse a section that the run could not use, before models are loaded."""
+        """Raise for an invalid section before models are loaded."""
         if section is not None:
             Settings.read(section)
         return section
 
 
 class DistillationPlugin(BasePlugin):  # type: ignore[misc]
-    """Replaces the loss of Axolotl's trainer, once the trainer exists.
+    """Replace the loss of Axolotl's trainer after the trainer is created.
 
     Raises:
-        UnsupportedVersion: Axolotl is not a version that this was checked with.
+        UnsupportedVersion: this version of Axolotl was not tested.
     """
 
     def __init__(self) -> None:
@@ -54,6 +54,6 @@ class DistillationPlugin(BasePlugin):  # type: ignore[misc]
         return f"{__name__}.DistillationArgs"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Give the trainer its teacher, where the configuration has a ``kdkernels`` section."""
+        """Give the trainer its teacher if the configuration has a ``kdkernels`` section."""
         if cfg.get(SECTION):
             Settings.read(cfg[SECTION]).apply(trainer)

@@ -1,6 +1,6 @@
 """LLaMA-Factory: a ``kdkernels:`` section in the YAML file of an SFT run adds a teacher.
 
-LLaMA-Factory has no distillation of logits. Its SFT trainer keeps everything but the loss::
+LLaMA-Factory does not have logit distillation. Only the loss of its SFT trainer is replaced::
 
     kdkernels:
       teacher: path/to/teacher
@@ -29,11 +29,11 @@ def patch(*, force: bool = False) -> Patch:
     """Let LLaMA-Factory's training read a ``kdkernels`` section. A run without the section is not changed.
 
     Args:
-        force: patch a version of LLaMA-Factory that this was not checked with.
+        force: patch untested versions of LLaMA-Factory.
 
     Raises:
         ModuleNotFoundError: LLaMA-Factory is not installed.
-        UnsupportedVersion: LLaMA-Factory is not a version that this was checked with.
+        UnsupportedVersion: this version of LLaMA-Factory was not tested.
 
     Example::
 
@@ -70,7 +70,7 @@ def _training_function(tuner: Any, trainer: Any, force: bool) -> Any:
             return
         settings = Settings.read(arguments[SECTION])
         if (stage := arguments.get("stage", "sft")) != "sft":
-            raise ValueError(f"{SECTION} distils in stage: sft, and the stage is {stage}")
+            raise ValueError(f"{SECTION} needs stage: sft, but the stage is {stage}: change the stage, or remove the section")
 
         def initialise_and_distil(self: Any, *args: Any, **kwargs: Any) -> None:
             initialise(self, *args, **kwargs)
@@ -84,7 +84,7 @@ def _training_function(tuner: Any, trainer: Any, force: bool) -> Any:
 
 
 def main() -> None:
-    """Run ``llamafactory-cli`` with the patch; under torchrun with a YAML file alone, its training."""
+    """Run ``llamafactory-cli`` with the patch. Under torchrun with only a YAML file as argument, run its training."""
     patch()
     if len(sys.argv) > 1 and sys.argv[1].endswith((".yaml", ".yml", ".json")):
         importlib.import_module("llamafactory.train.tuner").run_exp()

@@ -1,7 +1,7 @@
-"""NVIDIA ModelOpt: ``KDTrainer`` with this loss.
+"""NVIDIA ModelOpt: ``KDTrainer`` with the kdkernels loss.
 
-The loss follows ModelOpt: forward KL times T^2, averaged over the labels of each batch. Evaluation runs ModelOpt's own code, since it
-also reports the cross-entropy.
+The loss is the same as ModelOpt's: forward KL times T^2, averaged over the labels of each batch. Evaluation runs ModelOpt's own code,
+which also reports the cross-entropy.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ FRAMEWORK = Framework("nvidia-modelopt", "0.47.0", "0.47.0")
 
 
 def patch(*, memory_budget: int | None = None, force: bool = False) -> Patch:
-    """Give ModelOpt's ``KDTrainer`` this loss for its training steps.
+    """Make ModelOpt's ``KDTrainer`` use the kdkernels loss in training steps.
 
     Args:
         memory_budget: bytes for the chunk buffers, as in ``kd.distillation_loss``.
-        force: patch a version of ModelOpt that this was not checked with.
+        force: patch untested versions of ModelOpt.
 
     Raises:
         ModuleNotFoundError: ModelOpt is not installed.
-        UnsupportedVersion: ModelOpt is not a version that this was checked with.
+        UnsupportedVersion: this version of ModelOpt was not tested.
 
     Example::
 
@@ -61,8 +61,8 @@ def _compute_loss(trainer: Any, criterion: Any, memory_budget: int | None) -> An
     original, standard = trainer.compute_loss, trainer._standard_kd_loss
 
     def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        own = type(self._kd_criterion) is not criterion or type(self)._standard_kd_loss is not standard
-        if return_outputs or not model.training or self.use_liger_kernel or own:
+        overridden = type(self._kd_criterion) is not criterion or type(self)._standard_kd_loss is not standard
+        if return_outputs or not model.training or self.use_liger_kernel or overridden:
             return original(self, model, inputs, return_outputs, **kwargs)
         self._ensure_teacher_prepared()
         self._teacher_model.eval()

@@ -1,7 +1,7 @@
-"""ms-swift: ``GKDTrainer`` (``swift rlhf --rlhf_type gkd``) with this loss, for a local teacher, its top-k, or a teacher API's top-k.
+"""ms-swift: ``GKDTrainer`` (``swift rlhf --rlhf_type gkd``) with the kdkernels loss, for a local teacher or a top-k teacher (local or API).
 
-The loss follows ms-swift: no T^2, averaged over the labels of each batch; in the top-k mode both distributions are renormalised over the
-teacher's tokens.
+The loss is the same as ms-swift's: no T^2, averaged over the labels of each batch; in the top-k mode both distributions are renormalised
+over the teacher's tokens.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ NOT_OF_THE_MODEL = ("labels", "logits_to_keep")
 
 
 def patch(*, memory_budget: int | None = None, force: bool = False) -> Patch:
-    """Give ms-swift's ``GKDTrainer`` this loss.
+    """Make ms-swift's ``GKDTrainer`` use the kdkernels loss.
 
     Args:
         memory_budget: bytes for the chunk buffers, as in ``kd.distillation_loss``.
-        force: patch a version of ms-swift that this was not checked with.
+        force: patch untested versions of ms-swift.
 
     Raises:
         ModuleNotFoundError: ms-swift is not installed.
-        UnsupportedVersion: ms-swift is not a version that this was checked with.
+        UnsupportedVersion: this version of ms-swift was not tested.
 
     Example::
 
@@ -72,8 +72,8 @@ def _compute_loss(module: Any, jsd_loss: Callable[..., Tensor], memory_budget: i
     def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         if return_outputs or not _is_covered(self, model, own_loss):
             return original(self, model, inputs, return_outputs, num_items_in_batch)
-        texts, theirs = inputs["model_inputs"], inputs["teacher_model_inputs"]
-        scored, teacher_scored = Scored.of(texts["labels"]), Scored.of(theirs["labels"])
+        texts, teacher_texts = inputs["model_inputs"], inputs["teacher_model_inputs"]
+        scored, teacher_scored = Scored.of(texts["labels"]), Scored.of(teacher_texts["labels"])
         if scored.rows.numel() != teacher_scored.rows.numel():
             raise ValueError(
                 f"the student has {scored.rows.numel()} labels and the teacher {teacher_scored.rows.numel()}: both must score one response"
@@ -88,7 +88,7 @@ def _compute_loss(module: Any, jsd_loss: Callable[..., Tensor], memory_budget: i
                 return _topk_loss(jsd_loss, student, ids, logprobs, self.beta, divide, memory_budget)
 
         else:
-            teacher = _teacher_side(module, self, pair, model, theirs, teacher_scored)
+            teacher = _teacher_side(module, self, pair, model, teacher_texts, teacher_scored)
             options = Options(of_beta(self.beta), self.temperature, t_squared=False, memory_budget=memory_budget)
 
             def distance(student: Side) -> Tensor:
@@ -107,7 +107,7 @@ def _compute_loss(module: Any, jsd_loss: Callable[..., Tensor], memory_budget: i
 
 
 def _is_covered(trainer: Any, model: Any, own_loss: Any) -> bool:
-    """Return False where ms-swift's code has to run: its Liger loss, sequence parallelism, other vocabularies, a subclass's loss."""
+    """Return False if ms-swift's own code must run: for its Liger loss, sequence parallelism, other vocabularies, or a subclass's loss."""
     teacher = trainer.teacher_model
     base = trainer.accelerator.unwrap_model(model)
     same = teacher is None or logit_columns(trainer.accelerator.unwrap_model(teacher)) == logit_columns(base)
@@ -120,7 +120,7 @@ def _forward_inputs(inputs: Any) -> dict[str, Any]:
 
 
 def _teacher_side(module: Any, trainer: Any, pair: Pair, model: Any, inputs: Any, scored: Scored) -> Side:
-    """Run the teacher as ms-swift does: another model, or the student itself, with its adapter or without."""
+    """Run the teacher like ms-swift: a separate model, or the student with or without its adapter."""
     checkpointing = trainer.args.gradient_checkpointing_kwargs
     if trainer._is_self_distillation:
         student = trainer.accelerator.unwrap_model(model)
@@ -135,7 +135,7 @@ def _teacher_side(module: Any, trainer: Any, pair: Pair, model: Any, inputs: Any
 def _topk(
     module: Any, trainer: Any, pair: Pair, model: Any, inputs: Any, scored: Scored, memory_budget: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the teacher's tokens and their log-probabilities, ``[n, K]``: those that an API gave, or those of a local teacher."""
+    """Return the teacher's tokens and their log-probabilities, ``[n, K]``, from an API or a local teacher."""
     if trainer.use_teacher_api:
         batch = inputs["gkd_batch"]
         ids, logprobs = batch.teacher_topk_indices, batch.teacher_topk_logprobs
@@ -154,7 +154,7 @@ def _topk_loss(
     temperature: float,
     memory_budget: int | None,
 ) -> Tensor:
-    """Return ms-swift's mean over ``[n, K]``. Its softmax over K needs log-probabilities up to a constant per row, so not the logits."""
+    """Return ms-swift's mean over ``[n, K]``. Its softmax over K needs log-probabilities only up to a constant per row, not logits."""
     covered = ~torch.isinf(logprobs).all(dim=-1)
     of_student = token_logprobs(student, ids, memory_budget=memory_budget)
     total = jsd_loss(of_student[covered] / temperature, logprobs[covered] / temperature, beta)

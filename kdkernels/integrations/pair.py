@@ -1,4 +1,4 @@
-"""A student and a teacher that a trainer of another library holds, and the loss between them without logits."""
+"""Student and teacher of another library's trainer, and the loss between them without dense logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Options:
-    """The loss of a token: ``kd_weight * T^2 * D + ce_weight * CE``, T^2 only with ``t_squared``."""
+    """Options of the loss per token: ``kd_weight * T^2 * D + ce_weight * CE``, with T^2 only if ``t_squared``."""
 
     divergence: Divergence | str = "forward_kl"
     temperature: float = 1.0
@@ -34,11 +34,11 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """The positions that predict a token that counts.
+    """The scored positions: those that predict a labelled token.
 
     Attributes:
         rows: ``[n]`` int64, positions in the flattened ``[B * L]``.
-        labels: ``[n]``, the token that each of them predicts.
+        labels: ``[n]``, the token predicted at each position.
     """
 
     rows: Tensor
@@ -46,10 +46,10 @@ class Scored:
 
     @classmethod
     def of(cls, labels: Tensor, shifted: bool = False) -> Scored:
-        """Find them.
+        """Return the scored positions of a batch.
 
         Args:
-            labels: ``[B, L]``, -100 where nothing counts. Position i holds token i, or with ``shifted`` the token that i predicts.
+            labels: ``[B, L]``, -100 for ignored tokens. Position i holds token i or, with ``shifted``, the token predicted at i.
         """
         if not shifted:
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -62,7 +62,7 @@ class Pair:
 
     Args:
         student, teacher: causal language models, or wrappers around them; the same model twice for self-distillation.
-        vocab_size: the real vocabulary, where a head is padded; columns beyond it are cut off.
+        vocab_size: the real vocabulary size, if a head is padded; columns beyond it are cut off.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, vocab_size: int | None = None) -> None:
@@ -87,8 +87,8 @@ class Pair:
         """Run the student and compute the loss inside its forward pass, where sharded parameters are whole.
 
         Args:
-            compute: takes the student's side at the scored positions.
-            with_outputs: let the model make its logits, and return its output.
+            compute: function of the student's side at the scored positions that returns the loss.
+            with_outputs: also compute the model's logits, and return its output.
 
         Returns:
             The loss, and the model's output or None.
@@ -101,7 +101,7 @@ class Pair:
 
 
 def pair_of(trainer: Any, student: nn.Module, teacher: nn.Module, vocab_size: int | None = None) -> Pair:
-    """Return the trainer's pair, made at the first call and again when it holds other models."""
+    """Return the trainer's pair. It is created at the first call, and again if the trainer's models change."""
     pair = vars(trainer).get("_kdkernels_pair")
     if not isinstance(pair, Pair) or pair.student.base is not unwrap(student) or pair.teacher.base is not unwrap(teacher):
         pair = trainer._kdkernels_pair = Pair(student, teacher, vocab_size)
@@ -111,7 +111,7 @@ def pair_of(trainer: Any, student: nn.Module, teacher: nn.Module, vocab_size: in
 def token_loss(
     student: Side, teacher: Side, options: Options, labels: Tensor | None = None, num_items: int | Tensor | None = None
 ) -> Tensor:
-    """Return the mean loss over ``num_items``, by default over the tokens given; 0 without tokens."""
+    """Return the mean loss over ``num_items``, by default the number of scored tokens; 0 without tokens."""
     if options.kd_weight == 0:
         assert labels is not None
         return options.ce_weight * cross_entropy(student, labels, num_items=num_items, memory_budget=options.memory_budget)

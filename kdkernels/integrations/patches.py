@@ -1,4 +1,4 @@
-"""Replace attributes of another library, after a check of its version and source, so that the replacement can be undone."""
+"""Replace attributes of another library after checking its version and source. Replacements can be undone."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any
 __all__ = ["Framework", "Patch", "Source", "UnsupportedVersion", "Value", "active_patch", "digest"]
 
 MARK = "kdkernels_patch"
-"""Attribute of a replacement that holds its patch."""
+"""Attribute of a replacement function that refers to its patch."""
 _ABSENT = object()
 
 
 class UnsupportedVersion(RuntimeError):
-    """The installed library is not one that a patch was checked with."""
+    """The installed version of a library was not tested with the patch."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A function whose meaning a patch relies on.
+    """A function of another library that a patch depends on.
 
     Attributes:
-        owner: the class or module that holds it.
-        name: its name there.
-        digests: of its source text, one for each text that the patch was written against.
+        owner: the class or module of the function.
+        name: its name in ``owner``.
+        digests: digests of the source texts that the patch was tested with.
     """
 
     owner: Any
@@ -42,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Framework:
-    """A library, and the versions that its patch was checked with, the oldest and the newest included."""
+    """A library and the range of versions that its patch was tested with, inclusive."""
 
     distribution: str
     oldest: str
@@ -53,7 +53,7 @@ class Framework:
         """Return the installed version.
 
         Raises:
-            ModuleNotFoundError: it is not installed.
+            ModuleNotFoundError: the library is not installed.
         """
         try:
             return importlib.metadata.version(self.distribution)
@@ -67,10 +67,10 @@ class Framework:
         return self.oldest if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
 
     def check_version(self, force: bool = False) -> None:
-        """Refuse a version outside of the range.
+        """Check that the installed version is in the range.
 
         Raises:
-            UnsupportedVersion: the installed version is outside, and ``force`` is not set.
+            UnsupportedVersion: it is outside, and ``force`` is not set.
         """
         from packaging.version import Version
 
@@ -81,10 +81,10 @@ class Framework:
             )
 
     def check_sources(self, sources: Sequence[Source], force: bool = False) -> None:
-        """Refuse sources that differ from those that the patch was written against.
+        """Check that the library's source texts are those that the patch was tested with.
 
         Raises:
-            UnsupportedVersion: a function is missing (also with ``force``), or its text is another one.
+            UnsupportedVersion: a function is missing (even with ``force``), or its text differs.
         """
         for source in sources:
             function = getattr(source.owner, source.name, None)
@@ -112,10 +112,10 @@ class Value:
 
 
 class Patch:
-    """Replaced attributes. A ``with`` block undoes them at its end; ``str(patch)`` says in one line what was replaced."""
+    """A set of replaced attributes. A ``with`` block undoes it at its end. ``str(patch)`` describes it in one line."""
 
     def __init__(self, description: str, values: Sequence[Value], options: object = None) -> None:
-        """Set every value. Those that are functions are marked, so that :func:`active_patch` finds the patch."""
+        """Set every value. Functions are marked, so that :func:`active_patch` can find the patch."""
         self.description = description
         self.options = options
         self._values = list(values)
@@ -127,10 +127,10 @@ class Patch:
         self.active = True
 
     def undo(self) -> None:
-        """Restore what was there before. A second call does nothing.
+        """Restore the original attributes. A second call does nothing.
 
         Raises:
-            RuntimeError: something else has replaced one of the attributes since.
+            RuntimeError: one of the attributes was replaced again after this patch.
         """
         if not self.active:
             return
@@ -161,7 +161,7 @@ def active_patch(owner: Any, name: str, options: object) -> Patch | None:
     """Return the patch that has replaced ``owner.name``, or None.
 
     Raises:
-        ValueError: it has other options.
+        ValueError: the patch has other options.
     """
     patch = getattr(getattr(owner, name, None), MARK, None)
     if not isinstance(patch, Patch) or not patch.active:

@@ -24,10 +24,10 @@ class Settings:
 
     Attributes:
         teacher: folder or hub name of the teacher.
-        dtype: in which the teacher is loaded: "auto" is that of its files.
+        dtype: dtype of the loaded teacher; "auto" is the dtype of its files.
         divergence: a name, ``jsd(beta=0.3)``, or a mapping with ``name`` and parameters.
         temperature, t_squared, kd_weight, ce_weight, memory_budget: as in ``kd.distillation_loss``.
-        vocab_size: the real vocabulary, where a head is padded.
+        vocab_size: the real vocabulary size, if a head is padded.
     """
 
     teacher: str
@@ -45,13 +45,13 @@ class Settings:
         """Check a section.
 
         Raises:
-            ValueError: it is not a mapping, has an unknown key or no teacher, or names a divergence that does not exist.
+            ValueError: the section is not a mapping, has an unknown key or divergence, or lacks a teacher.
         """
-        known = [entry.name for entry in dataclasses.fields(cls)]
+        keys = [entry.name for entry in dataclasses.fields(cls)]
         if not isinstance(section, Mapping):
-            raise ValueError(f"{SECTION} must be a mapping with the keys {', '.join(known)}; got {section!r}")
-        if unknown := [key for key in section if key not in known]:
-            raise ValueError(f"{SECTION}.{unknown[0]} is unknown; the keys are {', '.join(known)}")
+            raise ValueError(f"{SECTION} must be a mapping with the keys {', '.join(keys)}; got {section!r}")
+        if unknown := [key for key in section if key not in keys]:
+            raise ValueError(f"{SECTION}.{unknown[0]} is unknown; the keys are {', '.join(keys)}")
         if not section.get("teacher"):
             raise ValueError(f"{SECTION}.teacher is missing: give the folder or hub name of the teacher")
         settings = cls(**{str(key): value for key, value in section.items()})

@@ -1,4 +1,4 @@
-"""transformers ``Trainer``, and any subclass of it: distil from a teacher without a change to the training script."""
+"""transformers ``Trainer`` and its subclasses: distil from a teacher without changing the training script."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def distill(
 ) -> Patch:
     """Replace the loss of one trainer by ``kd_weight * T^2 * D(teacher, student) + ce_weight * CE``, averaged over its labels.
 
-    The average is the trainer's own: over the labels of all accumulated batches, on all ranks. The teacher is put into eval mode, frozen,
-    and moved by the trainer's accelerator.
+    The average is over the labels of all accumulated batches on all ranks, like the trainer's own. The teacher is set to eval mode,
+    frozen, and moved to the device by the trainer's accelerator.
 
     Args:
-        trainer: a ``transformers.Trainer`` or an instance of a subclass, whose batches hold ``input_ids`` and ``labels``.
+        trainer: a ``transformers.Trainer`` or an instance of a subclass, whose batches have ``input_ids`` and ``labels``.
         teacher: a causal language model with the same tokenizer.
         divergence, temperature, t_squared, kd_weight, ce_weight, memory_budget: as in ``kd.distillation_loss``.
-        vocab_size: the real vocabulary, where a head is padded.
-        force: allow a version of transformers that this was not checked with.
+        vocab_size: the real vocabulary size, if a head is padded.
+        force: allow untested versions of transformers.
 
     Raises:
-        UnsupportedVersion: transformers is not a version that this was checked with.
-        ValueError: the trainer distils already, with other options.
+        UnsupportedVersion: this version of transformers was not tested.
+        ValueError: the trainer already distils with other options.
 
     Example::
 
@@ -56,8 +56,8 @@ def distill(
     """
     FRAMEWORK.check_version(force)
     options = Options(divergence, temperature, t_squared, kd_weight, ce_weight, memory_budget)
-    given = (id(teacher), vocab_size, options)
-    if (patched := active_patch(trainer, "compute_loss", given)) is not None:
+    signature = (id(teacher), vocab_size, options)
+    if (patched := active_patch(trainer, "compute_loss", signature)) is not None:
         return patched
     teacher.requires_grad_(False)
     teacher = trainer.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
@@ -68,13 +68,13 @@ def distill(
 
     values = [
         Value(trainer, "compute_loss", compute_loss),
-        # The trainer then counts the labels of all accumulated batches, and leaves the division to the loss.
+        # Makes the trainer count the labels of all accumulated batches and leave the division to the loss.
         Value(trainer, "model_accepts_loss_kwargs", True),
         Value(trainer, "_loss_shifts_labels", True),
     ]
     name = divergence if isinstance(divergence, str) else repr(divergence)
     description = f"transformers {FRAMEWORK.version}: {type(trainer).__name__}.compute_loss distils with {name} at T = {temperature}"
-    return Patch(description, values, given)
+    return Patch(description, values, signature)
 
 
 def _loss(
@@ -107,7 +107,7 @@ def _loss(
 
 
 def _auxiliary(pair: Pair, tapped: Tapped, scored: Scored, num_items: Any) -> Tensor | float:
-    """Return what balances experts: a mean over this pass, so weighted by its share of the tokens."""
+    """Return the experts' balancing loss. It is a mean over this pass, so it is weighted by the pass's share of the tokens."""
     if tapped.aux_loss is None:
         return 0.0
     return tapped.aux_loss * (1 if num_items is None else scored.rows.numel() / num_items)

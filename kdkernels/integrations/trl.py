@@ -1,7 +1,7 @@
-"""TRL: ``GKDTrainer``, ``GOLDTrainer`` (equal tokenizers) and ``DistillationTrainer`` with this loss.
+"""TRL: ``GKDTrainer``, ``GOLDTrainer`` (equal tokenizers) and ``DistillationTrainer`` with the kdkernels loss.
 
-Losses, masks, temperatures and ``num_items_in_batch`` follow TRL: no T^2, and ``GKDTrainer`` computes its divergence at T = 1 whatever its
-sampling temperature is.
+Losses, masks, temperatures and ``num_items_in_batch`` are the same as in TRL: no T^2, and ``GKDTrainer`` computes its divergence at T = 1
+for any sampling temperature.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ FRAMEWORK = Framework("trl", "1.16.0", "1.16.0")
 
 
 def patch(*, memory_budget: int | None = None, force: bool = False) -> Patch:
-    """Give TRL's distillation trainers this loss. Trainers that exist already use it from their next step on.
+    """Make TRL's distillation trainers use the kdkernels loss. Existing trainers use it from their next step on.
 
     Args:
         memory_budget: bytes for the chunk buffers, as in ``kd.distillation_loss``.
-        force: patch a version of TRL that this was not checked with.
+        force: patch untested versions of TRL.
 
     Raises:
         ModuleNotFoundError: TRL is not installed.
-        UnsupportedVersion: TRL is not a version that this was checked with.
+        UnsupportedVersion: this version of TRL was not tested.
 
     Example::
 
@@ -74,7 +74,7 @@ def _gkd_loss(gkd: Any, memory_budget: int | None) -> Any:
     original = gkd.compute_loss
 
     def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        if self.generalized_jsd_loss is not gkd.generalized_jsd_loss:  # a subclass has a loss of its own
+        if self.generalized_jsd_loss is not gkd.generalized_jsd_loss:  # a subclass overrides the loss
             return original(self, model, inputs, return_outputs, num_items_in_batch)
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         options = Options(of_beta(self.beta), t_squared=False, memory_budget=memory_budget)
@@ -103,7 +103,7 @@ def _gold_loss(gold: Any, memory_budget: int | None) -> Any:
 def _live_loss(
     trainer: Any, model: Any, inputs: dict[str, Any], labels: Tensor, options: Options, with_outputs: bool, num_items: Any
 ) -> tuple[Tensor, Any]:
-    """Compute the loss of a batch that both models read."""
+    """Compute the loss of a batch for both models."""
     trainer.teacher_model.eval()
     pair, scored = pair_of(trainer, model, trainer.teacher_model), Scored.of(labels)
     teacher = pair.teacher_side(trainer.teacher_model, inputs, scored)

@@ -1,4 +1,4 @@
-"""Liger-Kernel's losses, with its names, arguments and averages, on every device that kdkernels runs on.
+"""Liger-Kernel's losses with the same names, arguments and averages, on every device that kdkernels supports.
 
 Replace ``from liger_kernel.transformers import LigerFusedLinearJSD`` by ``from kdkernels.compat.liger import LigerFusedLinearJSD``. The
 classes of ``liger_kernel.chunked_loss`` are in :mod:`kdkernels.compat.liger.chunked_loss` too. A second backward pass through a retained

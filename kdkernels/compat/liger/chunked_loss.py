@@ -32,7 +32,7 @@ def liger_fused_linear_jsd(
     """Return ``weight_hard_loss * CE + weight_soft_loss * JSD``, each averaged over the tokens that are not ignored.
 
     Args:
-        compiled: without effect.
+        compiled: ignored.
         chunk_size: rows of logits held at a time.
         return_soft_hard_loss: also return the two terms, detached.
 
@@ -59,7 +59,7 @@ def liger_fused_linear_jsd(
 
 
 class LigerFusedLinearJSDFunction:
-    """``apply`` as of Liger's autograd function."""
+    """``apply`` of Liger's autograd function."""
 
     @staticmethod
     def apply(*args: Any) -> Any:

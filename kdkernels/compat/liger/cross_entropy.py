@@ -23,7 +23,7 @@ CHUNK_BYTES = 256 << 20
 
 @dataclass
 class CrossEntropyOutput:
-    """The loss, and what was asked for beside it."""
+    """The loss, and the optional outputs."""
 
     loss: Tensor
     z_loss: Tensor | None = None
@@ -33,7 +33,7 @@ class CrossEntropyOutput:
 
 @dataclass(frozen=True)
 class _Options:
-    """What a token's loss depends on, besides its logits."""
+    """Options of a token's loss."""
 
     class_weights: Tensor | None
     ignore_index: int
@@ -43,7 +43,7 @@ class _Options:
     scale_tokens: bool
 
     def values(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cross-entropy and z-loss of each token, float32 ``[rows]``, 0 where it is ignored."""
+        """Return cross-entropy and z-loss of each token, float32 ``[rows]``; 0 for ignored tokens."""
         logits = logits.float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -60,7 +60,7 @@ class _Options:
 
 
 class _Chunked(torch.autograd.Function):
-    """Cross-entropy and z-loss of each token, and the most likely token. The backward pass makes each chunk of logits again."""
+    """Cross-entropy and z-loss of each token, and the most likely token. Backward recomputes each chunk of logits."""
 
     @staticmethod
     def forward(
@@ -125,7 +125,7 @@ def liger_fused_linear_cross_entropy(
         ce_weight: ``[V]``, a weight for each class; the mean is then over the weights.
         lse_square_scale: adds this times the squared log-sum-exp.
         use_token_scaling: multiply each token's loss by its own probability, detached.
-        accum_dtype, chunk_mem_const: without effect: gradients are accumulated in float32, in chunks of a fixed size.
+        accum_dtype, chunk_mem_const: ignored. Gradients are accumulated in float32, in chunks of a fixed size.
     """
     loss, z_loss, accuracy, predicted = LigerFusedLinearCrossEntropyFunction.apply(
         input, weight, target, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss,
@@ -137,7 +137,7 @@ def liger_fused_linear_cross_entropy(
 
 
 class LigerFusedLinearCrossEntropyFunction:
-    """``apply`` as of Liger's autograd function: loss, z-loss, accuracy and predicted tokens, None where not asked for."""
+    """``apply`` of Liger's autograd function: returns loss, z-loss, accuracy and predicted tokens, None if not requested."""
 
     @staticmethod
     def apply(

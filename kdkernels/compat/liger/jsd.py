@@ -37,13 +37,13 @@ def liger_fused_linear_jsd(
     temperature: float = 1.0,
     accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the mean JSD over the tokens, those with ``ignore_index`` left out.
+    """Return the mean JSD over the tokens, without those of ``ignore_index``.
 
     Args:
         student_input, teacher_input: ``[N, D]``; the widths may differ.
         student_weight, teacher_weight: ``[V, D]``.
-        shift_labels: ``[N]``, which only say what to ignore.
-        accum_dtype: without effect: the head's gradient is accumulated in float32.
+        shift_labels: ``[N]``, used only for ``ignore_index``.
+        accum_dtype: ignored. The head's gradient is accumulated in float32.
     """
     return distillation_loss(
         LMHead(student_input, student_weight),
@@ -57,7 +57,7 @@ def liger_fused_linear_jsd(
 
 
 class LigerFusedLinearJSDFunction:
-    """``apply`` as of Liger's autograd function; its last two arguments, which choose a kernel, have no effect."""
+    """``apply`` of Liger's autograd function. The last two arguments, which select a kernel, are ignored."""
 
     @staticmethod
     def apply(*args: Any) -> Tensor:
@@ -87,7 +87,7 @@ class LigerFusedLinearJSD(nn.Module):
 
 
 class _SumOverRows(torch.autograd.Function):
-    """The sum of ``function(rows of x, rows of y)``, whose gradient for x is found in the forward pass, chunk by chunk."""
+    """The sum of ``function(rows of x, rows of y)``. The forward pass computes the gradient for x, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -120,7 +120,7 @@ def liger_jsd(input: Tensor, target: Tensor, shift_labels: Tensor | None = None,
 
     Args:
         input, target: ``[N, V]`` of the student and of the teacher. The teacher gets no gradient.
-        shift_labels: ``[N]``, which only say what to ignore.
+        shift_labels: ``[N]``, used only for ``ignore_index``.
     """
 
     def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def liger_jsd(input: Tensor, target: Tensor, shift_labels: Tensor | None = None,
 
 
 class LigerJSDFunction:
-    """``apply`` as of Liger's autograd function; its last two arguments, which choose a kernel, have no effect."""
+    """``apply`` of Liger's autograd function. The last two arguments, which select a kernel, are ignored."""
 
     @staticmethod
     def apply(*args: Any) -> Tensor:
