@@ -1,4 +1,4 @@
-"""Fixtures: which backends, on which devices, and memory that is poisoned so that what nobody wrote is noticed."""
+"""Fixtures: backends, devices, and poisoned memory that reveals reads of uninitialised values."""
 
 from __future__ import annotations
 

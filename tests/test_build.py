@@ -1,4 +1,4 @@
-"""Every way to build and install the package, offline: with what the test environment has, and without build isolation.
+"""Every way to build and install the package, offline, with the test environment's packages and without build isolation.
 
 Most tests build a project whose build files and Python are this one's and whose C++ and CUDA sources are a line each, with a program in
 the place of nvcc that writes down what it is asked for and has the C++ compiler do it.

@@ -1,4 +1,4 @@
-"""Every promise of docs/guarantees.md names a test that exists."""
+"""Every guarantee in docs/guarantees.md names an existing test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses as a kernel for the package ``kernels``: its files, loaded the way that ``kernels`` loads them."""
+"""The losses as a kernel for the package ``kernels``: its files, loaded in the same way as ``kernels`` loads them."""
 
 from __future__ import annotations
 

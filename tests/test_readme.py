@@ -1,4 +1,4 @@
-"""The documentation is true: every Python block runs, tables of names match the code, links lead somewhere, the site builds."""
+"""The documentation is correct: Python blocks run, tables match the code, links work, the site builds."""
 
 from __future__ import annotations
 

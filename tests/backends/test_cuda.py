@@ -1,5 +1,6 @@
-"""The CUDA kernels as far as no GPU is needed: what would be launched, what the compiler made of them, and their own source on CPU
-fibers. Their numbers on a GPU are in test_loss.py and its neighbours, with every other backend's."""
+"""CUDA kernels without a GPU: launch parameters, compiler output, and the kernel sources run on CPU fibers. test_loss.py and its
+neighbours check their results on a GPU, like those of every backend.
+"""
 
 from __future__ import annotations
 

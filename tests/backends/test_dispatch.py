@@ -1,4 +1,4 @@
-"""Which backend runs, why not the others, and what ``plan`` says about it."""
+"""Selection of a backend, reasons against the others, and ``plan``."""
 
 from __future__ import annotations
 

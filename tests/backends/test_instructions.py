@@ -1,4 +1,4 @@
-"""Counting instructions in machine code, and what the counts are modelled to mean."""
+"""Instruction counts of machine code, and the performance model that uses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as they are compiled: their PTX, executed on a CPU (see the folder ``ptx``), for every version of Triton at hand.
+"""PTX of the Triton kernels, executed on a CPU (see the folder ``ptx``), for every available version of Triton.
 
 Processes of their own, since under TRITON_INTERPRET=1 there is nothing to compile, and since two versions do not fit into one.
 """

@@ -1,4 +1,4 @@
-"""Stages of a row one by one, together, and on slices of its columns: the same numbers, on every backend."""
+"""Stages of a row, run separately, together, and on slices of the columns, give the same results on every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels: their numbers are in test_loss.py and its neighbours, with every other backend's."""
+"""Tests specific to the Triton kernels. test_loss.py and its neighbours check the results of every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The headline of a benchmark: what it says of times that cannot be relied on. The records are made by hand."""
+"""The headline of a benchmark, and its warnings about unreliable times. The records are written by hand."""
 
 from __future__ import annotations
 

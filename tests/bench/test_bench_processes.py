@@ -1,4 +1,4 @@
-"""Benchmarks in processes of their own: what dies there is a row, what is ended leaves no process behind, and two runs are compared."""
+"""Benchmarks in separate processes: crashes become rows, ended runs leave no processes, and two runs can be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of the benchmarks: what it leaves, what interrupts it, and what resumes it."""
+"""Benchmark runs: output, interruption and resuming."""
 
 from __future__ import annotations
 

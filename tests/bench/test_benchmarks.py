@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say. Tiny shapes: no number here means anything."""
+"""The benchmarks measure the right computation. Shapes are tiny, so the measured numbers are meaningless."""
 
 from __future__ import annotations
 

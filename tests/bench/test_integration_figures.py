@@ -1,4 +1,4 @@
-"""The table of docs/integrations.md is the one that its results draw."""
+"""The table in docs/integrations.md matches its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation shows what was measured."""
+"""The documentation shows the measured results."""
 
 from __future__ import annotations
 

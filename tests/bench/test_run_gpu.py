@@ -1,4 +1,4 @@
-"""The script that runs everything that needs a GPU, and the kit that it takes along, where there is none."""
+"""The script that runs all GPU checks, and its kit, on a machine without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kdkernels train --lora-r``, ``--student ADAPTER`` and ``kdkernels merge``: what is trained, resumed, merged and refused."""
+"""``kdkernels train --lora-r``, ``--student ADAPTER`` and ``kdkernels merge``: training, resuming, merging and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kdkernels cache``: what it writes is what a trainer reads, and what it can't do it says in one line."""
+"""``kdkernels cache``: a trainer can read its output, and errors are one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``kdkernels`` command: what it prints, and how it refuses."""
+"""The ``kdkernels`` command: output and errors."""
 
 from __future__ import annotations
 

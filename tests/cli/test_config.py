@@ -1,4 +1,4 @@
-"""Config files of ``kdkernels train``: ``resolved.yaml`` repeats a run, and what does not fit is named in one line."""
+"""Config files of ``kdkernels train``: ``resolved.yaml`` repeats a run, and errors are one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: text, batches, training, the comparison of the losses, and what is left behind."""
+"""The demo: text, batches, training, loss comparison, and output files."""
 
 from __future__ import annotations
 

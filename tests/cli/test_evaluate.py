@@ -1,4 +1,4 @@
-"""``kdkernels evaluate``, ``sample``, ``chat`` and ``--sample-every``: figures are those of a training, texts each model's own."""
+"""``kdkernels evaluate``, ``sample``, ``chat`` and ``--sample-every``: metrics equal those of a training, and texts are the model's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No command writes over, renames or deletes what it did not make."""
+"""Commands never overwrite, rename or delete files that they did not create."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised and placed models of ``kdkernels train``. What a machine lacks is said before a model is loaded."""
+"""Quantisation and placement of models in ``kdkernels train``. Missing requirements are reported before a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/methods.md is true: each method names commands that run, and a test that exists. So do the examples of docs/recipes.md."""
+"""docs/methods.md: the commands of each method run, and its tests exist. The examples of docs/recipes.md run as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--push-to-hub``, against a stub of the hub: what is pushed, what the card says, and what stays here."""
+"""``--push-to-hub`` against a stub of the hub: pushed files, the card, and files that stay local."""
 
 from __future__ import annotations
 

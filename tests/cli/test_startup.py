@@ -1,4 +1,4 @@
-"""Start-up: ``--help``, errors and completion import no torch, and a loss imports little besides torch."""
+"""Start-up: ``--help``, errors and completion do not import torch, and a loss imports little besides torch."""
 
 from __future__ import annotations
 

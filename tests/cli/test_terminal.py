@@ -1,4 +1,4 @@
-"""Text of data, servers and paths on the terminal, and errors in one line."""
+"""Text from data, servers and paths on the terminal, and one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kdkernels train``: from two saved models and a JSONL to a summary that is true, whatever interrupts it."""
+"""``kdkernels train``, from two saved models and a JSONL file to a correct summary, with any interruption."""
 
 from __future__ import annotations
 
@@ -358,7 +358,7 @@ def test_what_can_not_be_trained_with(home: Path, tmp_path: Path, more: list[str
 def test_configs_that_can_not_be_read(tmp_path: Path) -> None:
     for name, text, message in (
         ("a.yaml", "student: [", "can't be read"), ("b.json", "[1]", "a mapping of options is needed"),
-        ("c.toml", "", "told by the name"),
+        ("c.toml", "", "unknown file extension"),
         ("d.yaml", "studnt: x", "unknown option 'studnt' in the config; nearest: student"), ("e.yaml", "student: x", "--data is missing"),
         ("f.yaml", "{student: x, data: y, teacher: z}", "--output-dir is missing"),
         ("g.yaml", "{student: x, data: y, output_dir: o}", "--teacher is missing"),

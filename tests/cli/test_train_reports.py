@@ -1,4 +1,4 @@
-"""Reports of a run of ``kdkernels train``: numbers that are not finite, a plan, lines and a log, the best checkpoint, the saved config."""
+"""Reports of ``kdkernels train``: values that are not finite, plan, lines and log, best checkpoint, saved config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figure of a training: which loss it shows, over whole steps."""
+"""The figure of a training: its title and its steps."""
 
 from __future__ import annotations
 

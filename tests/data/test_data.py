@@ -1,4 +1,4 @@
-"""Rows in every form and from every source, the two views of them, packing, and data that can't be used."""
+"""Rows of every form and source, their two views, packing, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens of a row are prompt and response: begins, ends, tool calls, reasoning, and rows that are refused."""
+"""Prompt and response tokens of a row: begin and end tokens, tool calls, reasoning, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same rows from JSONL, Parquet and ``datasets``: what columns fill in changes neither tokens nor keys."""
+"""Rows from JSONL, Parquet and ``datasets`` give the same tokens and keys, whatever columns add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of every form from every kind of file, from ``datasets`` and from the hub; columns of other names; what is refused."""
+"""Rows of every form from every kind of file, from ``datasets`` and from the hub; renamed columns; errors."""
 
 from __future__ import annotations
 

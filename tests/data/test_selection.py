@@ -1,4 +1,4 @@
-"""Rows that are held out, drawn from several sources by shares, and long texts in blocks."""
+"""Held-out rows, draws from several sources by shares, and long texts in blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings on data that its models or templates do not expect: padding, tokens and reasoning."""
+"""Training on data with unexpected padding, tokens or reasoning."""
 
 from __future__ import annotations
 

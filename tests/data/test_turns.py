@@ -1,4 +1,4 @@
-"""Which turns of a conversation are learnt: all or the last, by marks of the template or its prefixes, with weights, in every user."""
+"""Learnt turns of a conversation: all or the last, found by template marks or prefixes, with weights, in every command."""
 
 from __future__ import annotations
 

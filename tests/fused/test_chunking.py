@@ -1,4 +1,4 @@
-"""The planner as a pure function, then that no plan changes a result."""
+"""The chunk planner as a pure function, and the independence of results from the chunks."""
 
 from __future__ import annotations
 

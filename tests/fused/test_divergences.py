@@ -1,4 +1,4 @@
-"""The divergences by themselves: the oracle against the hand-derived gradients, then the package's two forms against the oracle."""
+"""Divergences alone: the oracle against hand-derived gradients, then both forms of the package against the oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens: the most likely and the drawn ones, the same on every backend; and the softmax of given logits."""
+"""Top-k and sampled tokens, equal on every backend; and the softmax of a logits tensor."""
 
 from __future__ import annotations
 

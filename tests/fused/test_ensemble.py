@@ -1,4 +1,4 @@
-"""Several teachers as one: against the dense average in float64, with torch in the same dtype as the yardstick."""
+"""Ensembles of teachers against the dense average in float64. The allowed error is relative to torch's in the same dtype."""
 
 from __future__ import annotations
 

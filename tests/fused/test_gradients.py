@@ -1,4 +1,4 @@
-"""Who gets a gradient and what it costs, and what the graph around a call may do."""
+"""Gradients: which inputs get one, its cost, and use inside larger graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C in a long call of the compiled CPU kernels: in the terminal's way, by a signal to a process of its own."""
+"""Ctrl-C during a long call of the compiled CPU kernels, sent as a signal to a separate process."""
 
 from __future__ import annotations
 

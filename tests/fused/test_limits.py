@@ -1,4 +1,4 @@
-"""Losses and primitives at their limits: temperatures close to 0, models that are certain, arguments that a count or a sum forbids."""
+"""Losses and primitives at their limits: temperatures close to 0, certain models, and invalid arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers: loss and gradients of every backend against the float64 definition and same-dtype torch."""
+"""Loss and gradients of every backend against the float64 definition and torch in the same dtype."""
 
 from __future__ import annotations
 

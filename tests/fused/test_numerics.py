@@ -1,4 +1,4 @@
-"""NaN, infinities, extreme and padded logits: they stay where they are."""
+"""NaN, infinities, extreme and padded logits do not affect other rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host memory that is kept from one call to the next."""
+"""Host memory that is reused between calls."""
 
 from __future__ import annotations
 

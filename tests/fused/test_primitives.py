@@ -1,4 +1,4 @@
-"""The primitives of one side against float64 and against dense torch in the same dtype; for the rest see test_primitives_calls.py."""
+"""One-side primitives against float64 and dense torch in the same dtype. See also test_primitives_calls.py."""
 
 from __future__ import annotations
 

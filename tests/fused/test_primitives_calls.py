@@ -1,4 +1,4 @@
-"""What a call of a primitive means apart from its numbers: chunks, which tokens count, ways to call, bad input, containers."""
+"""Semantics of the primitives apart from accuracy: chunks, ignored tokens, calling conventions, errors, containers."""
 
 from __future__ import annotations
 

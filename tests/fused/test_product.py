@@ -1,4 +1,4 @@
-"""The CPU's product of bfloat16 operands into float32: exact products, whatever the shape, and the loss's use of it."""
+"""The CPU's product of bfloat16 operands into float32: exact products for any shape, and its use by the loss."""
 
 from __future__ import annotations
 

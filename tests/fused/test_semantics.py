@@ -1,4 +1,4 @@
-"""What a call means apart from its numbers: validity, reductions, shapes and strides; for gradients see test_gradients.py."""
+"""Semantics of a call apart from accuracy: ignored tokens, reductions, shapes and strides. test_gradients.py covers gradients."""
 
 from __future__ import annotations
 

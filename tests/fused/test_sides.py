@@ -1,4 +1,4 @@
-"""Kinds of sides: one that is defined in a test runs everywhere. And the flat form of a call."""
+"""Kinds of sides: a kind defined in a test works everywhere. And the flat form of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Losses against TopK and Sampled teachers: every mode against its definition in float64, with torch in the same dtype as the yardstick."""
+"""Losses against TopK and Sampled teachers: every mode against its float64 definition. The allowed error is relative to torch's in the
+same dtype.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input: the right exception, naming the argument and what was given, before anything is computed."""
+"""Invalid input raises the right exception, with argument and value, before any computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plugin in Axolotl's own plugin manager and configuration, on a trainer of transformers."""
+"""The plugin in Axolotl's plugin manager and configuration, with a transformers trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any transformers Trainer, with a teacher."""
+"""Distillation in any transformers Trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Liger's names, arguments and averages, against plain torch. ``liger_suite.py`` runs Liger's own tests on them."""
+"""Liger's names, arguments and averages, against plain torch. ``liger_suite.py`` runs Liger's own tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's own command with a teacher in its YAML file, against the dense formula in its own trainer."""
+"""LLaMA-Factory's command with a teacher in its YAML file, against the dense formula in its trainer."""
 
 from __future__ import annotations
 

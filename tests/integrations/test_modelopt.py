@@ -1,4 +1,4 @@
-"""ModelOpt's own KDTrainer, with the patch and without."""
+"""ModelOpt's KDTrainer with and without the patch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ms-swift's own GKDTrainer.compute_loss, with the patch and without.
+"""ms-swift's GKDTrainer.compute_loss with and without the patch.
 
 The trainer is made without its ``__init__``, which needs a data set in ms-swift's format, a template and a model that its registry knows;
 what its loss reads is set by hand.

@@ -1,4 +1,4 @@
-"""The section that LLaMA-Factory's and Axolotl's files have for a teacher."""
+"""The section for a teacher in LLaMA-Factory's and Axolotl's files."""
 
 from __future__ import annotations
 

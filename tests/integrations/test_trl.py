@@ -1,4 +1,4 @@
-"""TRL's own trainers, with the patch and without."""
+"""TRL's trainers with and without the patch."""
 
 from __future__ import annotations
 

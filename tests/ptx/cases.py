@@ -1,4 +1,4 @@
-"""What runs through the executor: calls of the Triton backend, checked against float64.
+"""Calls of the Triton backend for the executor, checked against float64.
 
 Each case runs three rows, whose CTAs run their warps forwards, backwards and shuffled, and returns how large each error is, as a share
 of what the 2x rule allows.

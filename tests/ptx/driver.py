@@ -1,4 +1,4 @@
-"""A stand-in for Triton's driver: kernels are compiled for a GPU that is not there, and their PTX runs on CPU tensors.
+"""A stand-in for Triton's driver: compiles kernels for an absent GPU and runs their PTX on CPU tensors.
 
 Inside ``executing()`` the package's own host code launches as usual. The process must not have TRITON_INTERPRET=1.
 """

@@ -1,4 +1,4 @@
-"""What each PTX instruction computes of its operands, lane by lane, on numpy arrays.
+"""Semantics of each PTX instruction, lane by lane, on numpy arrays.
 
 ``operation`` finds an opcode in a table of patterns; one that no pattern matches is an error that names it. Results are those of the PTX
 manual. An approximate instruction is off by a pseudo-random error within the manual's bound, so that no test relies on better.

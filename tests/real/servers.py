@@ -1,4 +1,4 @@
-"""The servers of the walk: llama.cpp's, and ``transformers serve``; each as its own process, which ends with the test."""
+"""Servers for the walk: llama.cpp's, and ``transformers serve``, each in a process that ends with the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judges and referees: one that says nothing counts for nothing, agreement is reported, and a failed one can be replaced."""
+"""Judges and referees: empty verdicts do not count, agreement is reported, and a failed judge can be replaced."""
 
 from __future__ import annotations
 

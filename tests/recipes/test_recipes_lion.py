@@ -1,4 +1,4 @@
-"""Lion: the referee in both orders, hard and easy, new instructions, and a loop that goes on whatever ends it."""
+"""Lion: the referee in both orders, hard and easy instructions, new instructions, and an interrupted loop."""
 
 from __future__ import annotations
 

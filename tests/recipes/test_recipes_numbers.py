@@ -1,4 +1,4 @@
-"""Numbers in answers: whole or not at all, in every style that models write."""
+"""Numbers in answers are read whole or not at all, in every style that models write."""
 
 from __future__ import annotations
 

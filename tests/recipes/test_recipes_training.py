@@ -1,4 +1,4 @@
-"""What recipes write, a trainer reads: views, per-task means, and a weight that changes while training."""
+"""A trainer can read the output of recipes: views, per-task means, and a changing weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fuzzed calls are made of: memory that ends where a tensor does, storage types, sizes and numbers that bite."""
+"""Parts of fuzzed calls: memory that ends with its tensor, storage types, difficult sizes and numbers."""
 
 from __future__ import annotations
 

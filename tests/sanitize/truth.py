@@ -1,4 +1,4 @@
-"""What a row kernel should have written, dense, in a wider type than the kernel's, from the definitions; numpy only.
+"""Expected results of the row kernels: dense, in a wider type than the kernel's, from the definitions, with numpy only.
 
 Every answer comes with a bound on the rounding errors of an honest kernel: log q = z / T - lse is off by some ulp of its terms' size
 (``reach`` of the row), which multiplies the absolute terms of the sums (``size``). It is no accuracy test (those are in the suite):

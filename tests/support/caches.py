@@ -1,4 +1,4 @@
-"""A batch as a cache is asked for it, and a cache as bytes."""
+"""Batches for reading a cache, and a cache as bytes."""
 
 from __future__ import annotations
 

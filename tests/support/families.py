@@ -1,4 +1,4 @@
-"""Tiny random models of every causal family that transformers knows, and what the head tap makes of them.
+"""Tiny random models of every causal family in transformers, and the head tap on each.
 
 ``python tests/support/families.py`` examines all of them and writes docs/families.md.
 """

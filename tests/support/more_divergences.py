@@ -1,4 +1,4 @@
-"""Divergences that only tests have: functions of sums that are not sums themselves. With their Triton twins."""
+"""Divergences for tests: functions of sums that are not sums themselves. With their Triton counterparts."""
 
 from __future__ import annotations
 

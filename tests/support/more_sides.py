@@ -1,4 +1,4 @@
-"""A kind of teacher that only tests have, as a new file in ``kdkernels/sides`` would define it."""
+"""A kind of teacher for tests, defined like a new file in ``kdkernels/sides``."""
 
 from __future__ import annotations
 

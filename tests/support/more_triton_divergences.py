@@ -1,4 +1,4 @@
-"""The Triton twins of more_divergences.py: a file of their own, since Triton reads the source of what it compiles."""
+"""Triton counterparts of more_divergences.py, in a separate file because Triton reads the source of compiled functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The primitives of one side, dense and fused, for the tests that hold them against each other."""
+"""The one-side primitives, dense and fused, for comparison in tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of another library's trainer with and without a patch, and what has to agree between them."""
+"""Run another library's trainer with and without a patch, and compare the results."""
 
 from __future__ import annotations
 

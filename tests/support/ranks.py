@@ -1,4 +1,4 @@
-"""What the scripts of several processes share."""
+"""Code shared by the scripts that run in several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of ``kdkernels train`` in this process: two small models and a few rows in a folder, and what a run leaves."""
+"""Run ``kdkernels train`` in this process on two small models and a few rows, and read its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fault-injecting server, a server that is a function, and requests to ask them."""
+"""The fault-injecting server, a server from a function, and requests for them."""
 
 from __future__ import annotations
 

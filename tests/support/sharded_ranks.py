@@ -1,4 +1,4 @@
-"""What each of two processes does in test_trainer_sharded.py: ``torchrun sharded_ranks.py (fsdp|zero3) FOLDER``."""
+"""Script of each process of test_trainer_sharded.py: ``torchrun sharded_ranks.py (fsdp|zero3) FOLDER``."""
 
 from __future__ import annotations
 

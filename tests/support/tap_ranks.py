@@ -1,4 +1,4 @@
-"""What each of two processes does in test_tap_distributed.py: ``torchrun tap_ranks.py FOLDER``; writes the largest error of each case."""
+"""Script of each process of test_tap_distributed.py: ``torchrun tap_ranks.py FOLDER``. Writes the largest error of each case."""
 
 from __future__ import annotations
 

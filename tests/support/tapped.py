@@ -1,4 +1,4 @@
-"""A batch for head taps, and a tap that has to be its model."""
+"""A batch for head taps, and a comparison of a tap with its model."""
 
 from __future__ import annotations
 

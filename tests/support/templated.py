@@ -1,4 +1,4 @@
-"""Tokenizers of two kinds with chat templates of several families, each written for these tests."""
+"""Tokenizers of two kinds with chat templates of several families, written for these tests."""
 
 from __future__ import annotations
 

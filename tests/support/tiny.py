@@ -1,4 +1,4 @@
-"""A tiny model and tokenizer in a folder, as a user has them, and rows of data."""
+"""A tiny model and tokenizer in a folder, and rows of data."""
 
 from __future__ import annotations
 

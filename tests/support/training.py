@@ -1,4 +1,4 @@
-"""Tiny models, a tokenizer, rows and trainers for the trainer's tests, and the dense formula that they are held against."""
+"""Tiny models, a tokenizer, rows and trainers for the trainer's tests, and the dense formula for comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_trainer_distributed.py: ``torchrun training_ranks.py FOLDER``."""
+"""Script of each process of test_trainer_distributed.py: ``torchrun training_ranks.py FOLDER``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A kernel that is nothing but a divergence: a file of its own, since Triton reads the source of what it compiles."""
+"""A kernel that computes only a divergence, in a separate file because Triton reads the source of compiled functions."""
 
 from __future__ import annotations
 

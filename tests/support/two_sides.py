@@ -1,4 +1,4 @@
-"""Pairs of a student and a teacher for tests of what a call means."""
+"""Pairs of a student and a teacher for tests of a call's semantics."""
 
 from __future__ import annotations
 

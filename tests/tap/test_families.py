@@ -1,4 +1,4 @@
-"""The head tap over model families: loss and gradients of the tapped side against those of the model's own logits."""
+"""The head tap on model families: loss and gradients against those from the model's own logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head tap: the transform it measures, fallbacks, wrappers, precision, auxiliary losses, memory, and what it leaves behind."""
+"""The head tap: measured transform, fallbacks, wrappers, precision, auxiliary losses, memory, and cleanup."""
 
 from __future__ import annotations
 

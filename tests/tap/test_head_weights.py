@@ -1,4 +1,4 @@
-"""Parameters of the head: tied, biased, adapted by PEFT, and each exact or refused."""
+"""Parameters of the head: tied, with bias, adapted by PEFT; each is exact or raises."""
 
 from __future__ import annotations
 

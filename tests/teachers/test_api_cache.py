@@ -1,4 +1,4 @@
-"""Log-probabilities that an API tells, by text or by name, to the cache that the live teacher would have made."""
+"""A cache from an API's log-probabilities, by text or by name, equals the cache of the live teacher."""
 
 from __future__ import annotations
 

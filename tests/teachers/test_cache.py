@@ -1,4 +1,4 @@
-"""Caches of teachers: what comes out is what the teacher said, whatever happens to the writer, and nothing else is ever given."""
+"""Caches of teachers: they return the teacher's outputs and nothing else, after any interruption of the writer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cache believes: log-probabilities of distributions, on every way in and out, with the row where they are not."""
+"""Validation of cached log-probabilities, when written and when read; errors name the row."""
 
 from __future__ import annotations
 

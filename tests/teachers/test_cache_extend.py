@@ -1,4 +1,4 @@
-"""``kdkernels cache info``, ``verify`` and ``extend``: damage is named, and a cache that is added to is whole at every moment."""
+"""``kdkernels cache info``, ``verify`` and ``extend``: damage is reported, and an extended cache is valid at every moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches on another day, of another version, with another batch size or folder name; errors that name rows and blame what differs."""
+"""Caches on another day, of another version, with another batch size or folder name; errors name rows and causes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teachers over HTTP, against real server processes: one that serves a model, and one that fails in every way that servers do."""
+"""Teachers over HTTP against real server processes: one that serves a model, and one that injects faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the same command ends with the same files, and pays for nothing twice that had been answered."""
+"""SIGKILL at random moments: the repeated command ends with the same files, and does not pay twice for a reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A transformers model in this process as a teacher: its own text, its own draws, whatever the batch."""
+"""A transformers model in this process as a teacher: text and draws do not depend on the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replies of servers in every form: what is read, what is asked again, what is refused, and what gets into files."""
+"""Replies of servers in every form: parsing, retries, errors, and the contents of output files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature tap: which layers, their distance, projectors, and what is saved."""
+"""The feature tap: layers, distances, projectors, and saving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The private parts of transformers that the trainer uses, and batches that a user's collator may return."""
+"""The private parts of transformers used by the trainer, and batches of a user's collator."""
 
 from __future__ import annotations
 

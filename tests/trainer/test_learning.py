@@ -1,4 +1,4 @@
-"""The experiments of benchmarks/learning: that they run, and mean what their tables say. Their results are committed, not repeated here."""
+"""The experiments of benchmarks/learning run, and their tables are correct. Their results are committed and not repeated here."""
 
 from __future__ import annotations
 

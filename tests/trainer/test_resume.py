@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, or it is refused: settings, models, data, checkpoints, lengths."""
+"""A resumed run equals the uninterrupted one, or raises: settings, models, data, checkpoints, lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the student writes itself: its prompts, its ends, its draws, and the steps that learn from it."""
+"""Responses sampled from the student: prompts, end tokens, draws, and training steps on them."""
 
 from __future__ import annotations
 

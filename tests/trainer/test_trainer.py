@@ -1,4 +1,4 @@
-"""The trainer against the dense formula, and the same step however it is split, packed or interrupted."""
+"""The trainer against the dense formula, with steps split, packed or interrupted in any way."""
 
 from __future__ import annotations
 

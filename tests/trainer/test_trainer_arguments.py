@@ -1,4 +1,4 @@
-"""Arguments, teachers and examples that do not fit, each refused by name; arguments that survive JSON."""
+"""Invalid arguments, teachers and examples raise errors that name them; arguments survive JSON."""
 
 from __future__ import annotations
 

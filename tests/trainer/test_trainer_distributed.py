@@ -1,4 +1,4 @@
-"""Two processes take the step of one: DDP through the trainer, FSDP2 through its loss; gloo, on the CPU."""
+"""Two processes take the same step as one: DDP through the trainer, FSDP2 through its loss (gloo, on the CPU)."""
 
 from __future__ import annotations
 

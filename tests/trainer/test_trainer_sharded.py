@@ -1,4 +1,4 @@
-"""Two processes with the student in shards (FSDP2 and DeepSpeed ZeRO-3 through the trainer; gloo, on the CPU) take the steps of one."""
+"""Two processes with a sharded student (FSDP2 and DeepSpeed ZeRO-3 through the trainer; gloo, on the CPU) take the same steps as one."""
 
 from __future__ import annotations
 
