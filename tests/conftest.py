@@ -75,7 +75,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
 
 @pytest.fixture
 def engine_backend(backend: str, device: str) -> str:
-    """For what the engine does, whichever kernel it calls: nothing is learnt there from an interpreter, slowly."""
+    """Backends for tests of the engine, which do not depend on the kernels; without the slow interpreter."""
     if interpreted(backend, device):
         pytest.skip("about the engine, not the kernel: not in the interpreter")
     return backend
@@ -83,7 +83,7 @@ def engine_backend(backend: str, device: str) -> str:
 
 @pytest.fixture(params=("reference", *RUNNABLE))
 def any_backend(request: pytest.FixtureRequest, device: str) -> str:
-    """With the reference, where a test is about meaning and not about chunks."""
+    """Backends including the reference, for tests of semantics that do not depend on chunks."""
     require(request.param, device)
     return request.param
 
@@ -114,7 +114,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often each matrix product of the engine has run."""
+    """Count the engine's matrix products by kind."""
     counts = dict.fromkeys(("logits", "grad_hidden", "add_grad_weight"), 0)
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

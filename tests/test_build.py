@@ -118,7 +118,7 @@ def pip_install(project: Path, target: Path, *arguments: str, **variables: str |
 
 
 def compiled(output: str) -> set[str]:
-    """Names of what ninja made: ninja prints the commands that it runs."""
+    """Return the names of the outputs of ninja, from the commands that it prints."""
     return {name for line in output.splitlines() if re.match(r"\s*\[\d+/\d+\]", line) for name in re.findall(r" -o (\S+)", line)}
 
 
@@ -309,5 +309,5 @@ def test_the_spill_check_sees_spills() -> None:
 @pytest.mark.skipif(not LOGS, reason="no CUDA kernels were built here")
 @pytest.mark.parametrize("log", LOGS, ids=lambda path: path.name)
 def test_no_cuda_kernel_spills(log: Path) -> None:
-    """From the report that the build of this checkout kept, for each target that it was built for."""
+    """Read the report of this checkout's build, for each of its targets."""
     assert spills(log.read_text()) == []

@@ -23,7 +23,7 @@ BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?```python\n(?P<code>
 
 
 def missing(needs: str | None) -> bool:
-    """Whether something that a block says it needs is not here: a package, or a GPU."""
+    """Return whether a requirement of a block is missing: a package, or a GPU."""
     names = [] if needs is None else [name.strip() for name in needs.split(",")]
     return any(not torch.cuda.is_available() if name == "a GPU" else importlib.util.find_spec(name) is None for name in names)
 

@@ -137,7 +137,7 @@ def test_few_rows_are_shared_among_more_ctas() -> None:
 
 @pytest.mark.skipif(not _C.cuda_targets(), reason="this build has no CUDA kernels")
 def test_arguments_that_no_kernel_takes() -> None:
-    """Refused before anything is launched."""
+    """They raise before any launch."""
     head = _C.HeadArguments()
     head.rows, head.vocab, head.num_top = 1, 5000, _C.cuda_most_top + 1
     with pytest.raises(ValueError, match="the number of the largest must be between 0 and the vocabulary, and 4096 at most"):

@@ -26,7 +26,7 @@ def heads(n: int = N, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 
 @pytest.fixture
 def fresh() -> object:
-    """The choice is cached: tests that change what is available must leave no trace."""
+    """Clear the cached choice before and after tests that change the available backends."""
     selection._select.cache_clear()
     yield
     selection._select.cache_clear()
@@ -147,7 +147,7 @@ def test_plan_of_16_bit_heads() -> None:
 
 
 def test_plan_on_meta_tensors() -> None:
-    """To plan for shapes that do not fit into this machine."""
+    """Plan shapes that do not fit in this machine's memory."""
     student = kd.LMHead(torch.empty(1 << 20, 4096, device="meta"), torch.empty(151936, 4096, device="meta"))
     plan = kd.plan(student, student)
     assert plan.dense_bytes == (1 << 20) * 151936 * 4 * 2
@@ -221,7 +221,7 @@ def elsewhere(**changes: object) -> SimpleNamespace:
 
 @pytest.fixture
 def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
-    """Registers entry points; returns the list of the groups that are read from then on."""
+    """Register entry points, and return a list that records which groups are read."""
 
     def forget() -> None:
         for cached in (selection.foreign, selection.load, selection._select):
@@ -311,7 +311,7 @@ def test_tensors_of_an_unknown_device_are_given_to_torch(device_type: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_engine_runs_with_the_traits_of_an_unknown_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that is described as a device that nothing is known of: same losses and gradients, in plain torch."""
+    """With the traits of an unknown device, a CPU gives the same losses and gradients in plain torch."""
     results = []
     for known in (selection._KNOWN, {}):
         monkeypatch.setattr(selection, "_KNOWN", known)

@@ -31,7 +31,7 @@ PARAMETERS = [
 
 @pytest.mark.parametrize("divergence", PARAMETERS, ids=str)
 def test_columns_equal_the_python_terms(divergence: divergences.Divergence) -> None:
-    """Each column in float64, at the corners too: one side empty, both empty, p = q, p near q."""
+    """Compare each column in float64, with one or both probabilities 0, p = q, and p near q."""
     a, b = divergence.kernel_parameters
     logs = [0.0, -1e-9, -0.3, -5.0, -5.0 - 1e-7, -40.0, -600.0, -math.inf]
     for log_q in logs:
@@ -129,7 +129,7 @@ def test_what_the_compiled_code_would_touch_is_checked() -> None:
 
 
 def head_rows(logits: Tensor, **room: Tensor) -> HeadBatch:
-    """Everything that the kernel of one side can be asked for."""
+    """Compute all outputs of the one-side kernel."""
     count, vocab = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     problem = Call(kd.ForwardKL(), vocab, quantity="entropy", temperature=1.3, student=Form(dtype=logits.dtype))
@@ -149,7 +149,7 @@ def head_rows(logits: Tensor, **room: Tensor) -> HeadBatch:
 @pytest.mark.parametrize("isa", _C.cpu_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_instruction_set_gives_the_same_of_one_side(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws and the largest bit for bit."""
+    """Draws and top-k are equal bit for bit."""
     logits = torch.randn(9, 1037, generator=torch.Generator().manual_seed(1), dtype=dtype) * 5
     best = head_rows(logits)
     softmax = kd.softmax(logits, 0.7, backend="native")

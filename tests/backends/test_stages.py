@@ -31,7 +31,7 @@ SLICES = (slice(0, 37), slice(37, VOCAB))
 
 @dataclass(frozen=True)
 class Features:
-    """What a call asks for besides the divergence."""
+    """Optional parts of a call besides the divergence."""
 
     temperature: float = 1.0
     labels: bool = False
@@ -62,7 +62,7 @@ def problem_of(divergence: Divergence, features: Features, vocab: int, dtype: to
 
 
 def batch_of(features: Features, dtype: torch.dtype) -> RowBatch:
-    """Rows with room for everything that the features ask for; what nobody writes is NaN."""
+    """Return rows with tensors for all outputs of the features, filled with NaN."""
     generator = torch.Generator().manual_seed(3)
     student, teacher, bias = (3 * torch.randn(n, VOCAB, generator=generator, dtype=dtype) for n in (ROWS, ROWS, 2))
     if features.empty:
@@ -80,7 +80,7 @@ def batch_of(features: Features, dtype: torch.dtype) -> RowBatch:
 
 
 def slice_of(batch: RowBatch, columns: slice) -> RowBatch:
-    """The same rows as somebody sees them who has these columns."""
+    """Return the same rows restricted to these columns."""
     labels = None
     if batch.labels is not None:
         inside = (batch.labels >= columns.start) & (batch.labels < columns.stop)
@@ -111,7 +111,7 @@ def whole(module: Any, problem: Call, batch: RowBatch) -> RowBatch:
 
 
 def cases(divergences: Iterable[str], interpreted: dict[str, Iterable[str]]) -> list[tuple[str, str, str]]:
-    """Backend, divergence and features; under Triton's slow interpreter only those that say something new."""
+    """Yield backend, divergence and features; only a selection under Triton's slow interpreter."""
     every = [(name, divergence, features) for name in ("torch", "native") for divergence in divergences for features in FEATURES]
     return every + [("triton", divergence, features) for features, some in interpreted.items() for divergence in some]
 
@@ -178,7 +178,7 @@ def sliced(module: Any, problem: Call, batch: RowBatch) -> tuple[Tensor, Tensor 
 
 @pytest.fixture
 def more_divergences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Divergences of the tests' own, added where a new one would be."""
+    """Register divergences that only tests use."""
     for divergence in (NegLogAcceptance, Mixed):
         monkeypatch.setitem(REGISTRY, divergence.name, divergence)
     if selection.unavailable("triton", "cpu", (torch.float32, torch.float32)) is None:

@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 
 def compile_all(arch: str, *arguments: str) -> list[dict[str, Any]]:
-    """What every kernel takes on a GPU that need not be there."""
+    """Compile every kernel for a GPU, which need not exist, and return its resources."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     script = Path(__file__).parents[1] / "support" / "triton_aot.py"
     run = subprocess.run([sys.executable, str(script), arch, *arguments], capture_output=True, text=True, env=environment)
@@ -90,7 +90,7 @@ def test_launches_of_one_side(vocab: int) -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter only")
 def test_jit_divergences_equal_the_torch_terms() -> None:
-    """Value, slope and q of each column, apart from any kernel."""
+    """Check value, slope and q of each column outside any kernel."""
     from triton_columns import columns
 
     from kdkernels.backends.triton.divergences import FUNCTIONS

@@ -43,7 +43,7 @@ class ChunkedDivergenceFunction:
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A library in TRL's place that prints what it should not, and dies after as many calls as this file says, if it is there."""
+    """Replace TRL with a library that prints to stdout, and dies after the number of calls in this file, if it exists."""
     file, package = tmp_path / "calls", tmp_path / "libraries" / "trl" / "kernels"
     package.mkdir(parents=True)
     for folder in (package, package.parent):
@@ -136,7 +136,7 @@ sys.exit(run.run(record, out, Console(quiet=True))["status"] != "complete")
 
 
 def members(session: int) -> list[int]:
-    """Processes of a session that are no zombies."""
+    """Return the processes of a session without zombies."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -22,7 +22,7 @@ from kdkernels.bench.measure import Job
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Visits in this process, where there is something to patch; test_bench_processes.py has those that are not."""
+    """Visit in this process, so that tests can patch it. test_bench_processes.py tests separate processes."""
     monkeypatch.setattr(processes, "ask", processes.answer)
 
 

@@ -19,7 +19,7 @@ from kdkernels.divergences import REGISTRY
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Visits in this process, where there is something to patch."""
+    """Visit in this process, so that tests can patch it."""
     monkeypatch.setattr(processes, "ask", processes.answer)
 
 

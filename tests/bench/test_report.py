@@ -27,7 +27,7 @@ PAGE = "".join(f"# {name}\n\n<!-- bench: {name} -->\n<!-- /bench -->\n\n" for na
 
 @pytest.fixture
 def repository(measured: Path, tmp_path: Path) -> Path:
-    """A tree with results, a README and a page of documentation, brought up to date."""
+    """Create a tree with results, a README and a documentation page, all up to date."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(PAGE)
     (tmp_path / "docs" / "page.md").write_text(PAGE)

@@ -70,7 +70,7 @@ def test_the_gpu_script_refuses_what_it_does_not_know(arguments: list[str], word
 
 @pytest.fixture
 def triton_key(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands in for an installed Triton, whose build its key tells."""
+    """Replace the installed Triton by a stub with a given build key."""
     module = SimpleNamespace(triton_key=lambda: "3.6.0-one-build")
     monkeypatch.setattr(gpu_kit, "cache_module", lambda: module)
     return module

@@ -250,7 +250,7 @@ def test_bad_options_of_bench_are_refused(tmp_path: Path, arguments: list[str], 
 
 
 def test_bench_measures_what_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, and with ``torch.compile`` replaced: it takes longer than all else."""
+    """Run in this process with ``torch.compile`` replaced, because it dominates the time."""
     monkeypatch.setattr(processes, "ask", processes.answer)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     arguments = ["--suite", "smoke", "--shape", "32,256", "--divergence", "jsd", "--backends", "torch", "--peers", "none"]

@@ -232,7 +232,7 @@ def test_fused_and_dense_kd_train_the_same_student() -> None:
 
 
 def trained(folder: Path, settings: Settings) -> dict[str, Any]:
-    """What ``train_models`` says, without the times."""
+    """Return the output of ``train_models`` without times."""
     result = run.train_models(settings, folder, Progress(disable=True))
     for model in result["models"].values():
         del model["median_step_seconds"], model["curve"]["step_seconds"]

@@ -124,7 +124,7 @@ def test_a_chat_answers_forgets_and_ends(home: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_chat_shows_the_text_that_the_model_writes(home: Path) -> None:
-    """What is streamed is what ``generate`` returns of the same prompt."""
+    """The streamed text equals the result of ``generate`` for the same prompt."""
     from kdkernels.cli.comparison import Sampling, chat
 
     parts: list[str] = []

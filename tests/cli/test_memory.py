@@ -21,7 +21,7 @@ HELD_OUT = "held-out.jsonl"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As of ``make_home``, with models that are wide enough for groups of 32."""
+    """Same as ``make_home``, with models wide enough for groups of 32."""
     home = make_home(tmp_path_factory.mktemp("home"))
     for name, seed in (("student", 1), ("teacher", 2)):
         make_model(32, 1, seed=seed, initializer_range=0.3, intermediate_size=64).save_pretrained(home / name)

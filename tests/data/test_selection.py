@@ -28,7 +28,7 @@ from kdkernels.trainer import DistillationArguments, DistillationTrainer
 
 
 def held(rows: list[dict[str, Any]], fraction: float = 0.5) -> list[bool]:
-    """Whether each row is held out."""
+    """Return for each row whether it is held out."""
     read = list(training_rows(rows))
     _, held_out = hold_out(read, fraction)
     return [any(row is other for other in held_out) for row in read]

@@ -116,7 +116,7 @@ def test_result_does_not_depend_on_chunks(
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 5])
 def test_chunks_reach_the_kernel(chunk_rows: int, backend: str, device: str, calls: dict[str, int]) -> None:
-    """Five valid rows of seven: chunks are of valid rows."""
+    """With five valid rows of seven, chunks contain only valid rows."""
     student, teacher = (make_side((7,), V, d, seed=d, device=device) for d in (8, 12))
     labels = torch.tensor([1, -100, 2, 3, -100, 4, 5], device=device)
     run(kd.distillation_loss, student, teacher, {"labels": labels, "chunk_rows": chunk_rows, "backend": backend})

@@ -200,7 +200,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> tuple[tup
 def test_opcheck(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, backward = captured(monkeypatch, OP_CASES[case])
     torch.library.opcheck(torch.ops.kdkernels.distill.default, forward)
-    # Of the gradient op there is no gradient: that raises, by design.
+    # The gradient op is not differentiable: differentiating it raises by design.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     with torch.no_grad():
         backward = ([t.detach() for t in backward[0]], *backward[1:])

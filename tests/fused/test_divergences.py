@@ -29,7 +29,7 @@ def pair(seed: int = 0, rows: int = 7, vocab: int = 31, spread: float = 2.0) -> 
 
 
 def value_and_gradient(d: Divergence, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """What kernels compute from ``terms``: D ``[N]``, and ``T * dD/dz_s [N, V]``."""
+    """Compute the kernels' results from ``terms``: D ``[N]`` and ``T * dD/dz_s [N, V]``."""
     log_q, log_p = reference.normalize(x, u, d), reference.normalize(u, x, d)
     value, slope = d.terms(log_q.clone(), log_p.clone(), log_q.exp(), log_p.exp())
     total = slope.sum(-1, keepdim=True) if d.slope_sum is None else torch.full_like(slope[:, :1], d.slope_sum)
@@ -233,7 +233,7 @@ def test_mirrored_pairs() -> None:
 
 
 def test_limits() -> None:
-    """With a parameter at the end of its range each family becomes the one that its error message sends people to."""
+    """With a parameter at the end of its range, each family equals the divergence that its error message recommends."""
     x, u = pair(8, spread=1.0)
     e = 1e-7
     limits = [

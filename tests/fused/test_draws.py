@@ -88,7 +88,7 @@ def test_topk_of_excluded_columns(dtype: torch.dtype, any_backend: str, device: 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(300, 4099), (3, 128_256), (2, 1_000_000)])
 def test_likely_and_drawn_ids_of_rows_of_any_length(rows: int, vocab: int, engine_backend: str, device: str) -> None:
-    """Of one piece and shared among many; with ties everywhere and nearly none; rows that start anywhere in memory."""
+    """Rows processed by one or many threads, with many ties or almost none, at any alignment in memory."""
     z = make_side((rows,), vocab, None, device=device)
     for logits in (z, z.round(), z.bfloat16()[:, 3:]):
         order = torch.sort(logits.double(), dim=-1, descending=True, stable=True).indices
@@ -122,7 +122,7 @@ def test_philox(key: int, counter: tuple[int, ...], words: tuple[int, ...]) -> N
 
 
 def test_uniform_numbers_differ_in_everything() -> None:
-    """By row, column, draw and seed; beyond 2^32 rows too; never 0."""
+    """Numbers differ by row (beyond 2^32 too), column, draw and seed, and are never 0."""
     rows = torch.tensor([0, 1, 2**32, 2**32 + 1, 2**33]).repeat(2)
     draws = torch.tensor([0, 1]).repeat_interleave(5)
     numbers = torch.cat([philox.uniform(torch.tensor(seed), rows, draws, 1100).flatten() for seed in (0, 1, 2**40)])
@@ -135,7 +135,7 @@ def test_uniform_numbers_differ_in_everything() -> None:
 
 
 def chi_square(ids: Tensor, probabilities: Tensor) -> float:
-    """How unlikely such counts are, as a number of standard deviations of a normal variable (Wilson and Hilferty 1931)."""
+    """Return the deviation of the counts from the expected ones, in standard deviations of a normal variable (Wilson and Hilferty 1931)."""
     expected = probabilities * ids.numel()
     assert expected.min() > 5
     counts = torch.bincount(ids.flatten().long(), minlength=len(probabilities)).double()
@@ -146,7 +146,7 @@ def chi_square(ids: Tensor, probabilities: Tensor) -> float:
 
 @pytest.mark.parametrize("per_row", [1, 1000])
 def test_a_million_draws(per_row: int, device: str) -> None:
-    """With T and softcap, against the float64 probabilities; many rows of one draw, few rows of many.
+    """Draws with T and softcap follow the float64 probabilities: many rows with one draw, few rows with many.
 
     One backend: the others draw the same ids, see below.
     """
@@ -180,7 +180,7 @@ def test_neighbouring_rows_and_draws_are_independent() -> None:
 @heads
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 def test_backends_draw_alike(side: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    """As the reference does, in several chunks and groups of columns."""
+    """Draws equal the reference's, with several chunks and groups of columns."""
     require(backend, device, dtype)
     leading, vocab = ((5,), 600) if dtype in (torch.float32, torch.bfloat16) else ((3,), 1100)
     sample = make_side(leading, vocab, dtype=dtype, device=device, **HEADS[side])

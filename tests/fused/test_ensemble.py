@@ -24,7 +24,7 @@ MODES = ("probs", "logits")
 def make_ensemble(
     leading: tuple[int, ...], mode: Any, kind: str = "heads", dtype: torch.dtype = torch.float32, device: str = "cpu", vocab: int = VOCAB
 ) -> kd.Ensemble:
-    """Of three, unlike in everything that teachers may be unlike in."""
+    """Build an ensemble of three teachers that differ in every allowed way."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     dense = [make_side(leading, vocab, None, dtype=d, device=device, seed=s) for s, d in ((11, dtype), (12, wide), (13, dtype))]
     heads = [

@@ -140,7 +140,7 @@ def test_upstream_gradients_of_any_sign(dims: tuple[int | None, int | None], any
 
 @sides
 def test_loss_in_a_larger_graph(dims: tuple[int | None, int | None], any_backend: str, device: str) -> None:
-    """Inputs that are no leaves, and a nonlinear function of the per-token losses after them."""
+    """Inputs are not leaves, and a nonlinear function follows the per-token losses."""
     student, teacher = pair(dims, (6,), device=device)
 
     def total(loss_fn: Any, side: Any, **kw: Any) -> Tensor:

@@ -261,7 +261,7 @@ def test_autocast(sides: str, reduction: str, backend: str, device: str) -> None
 
 
 def test_autocast_takes_mixed_heads(device: str) -> None:
-    """As after a LayerNorm under autocast: float32 hidden states and a bfloat16 head, or the other way round."""
+    """Under autocast, hidden states can be float32 (after a LayerNorm) with a bfloat16 head, or the reverse."""
     student, teacher = sides_of({}, (4,), 30, device)
     mixed = kd.LMHead(student.hidden.bfloat16(), student.weight)
     with torch.autocast(device, torch.bfloat16):

@@ -173,7 +173,7 @@ def test_student_columns_without_mass_where_that_costs_everything(d: Divergence,
 
 @one_of_each
 def test_columns_that_both_exclude_are_skipped(d: Divergence, any_backend: str, device: str) -> None:
-    """As if they were not there: not in the centre of LogitMSE either."""
+    """Excluded columns have no effect, not even on the mean of LogitMSE."""
     student, teacher = logits(device=device)
     keep = torch.ones(40, dtype=torch.bool)
     keep[[0, 7, 8, 39]] = False

@@ -19,7 +19,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Li
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> deque[object]:
-    """What results have left; nothing yet."""
+    """Return the list of recycled memory, emptied."""
     monkeypatch.setattr(pages, "_free", deque())
     return pages._free
 

@@ -340,7 +340,7 @@ def test_containers() -> None:
 
 
 def test_a_backend_without_kernels_of_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is passed over by "auto" and says so by name; the loss still runs on it."""
+    """ "auto" skips such a backend, selecting it by name raises, and the loss still runs on it."""
     from kdkernels.backends import selection
     from kdkernels.backends import torch as module
 

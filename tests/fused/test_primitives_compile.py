@@ -51,7 +51,7 @@ def both(step: Callable[..., Tensor], *leaves: Tensor) -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_heads_compile_into_one_graph(name: str) -> None:
-    """With something before and after, so that a graph break would cut the graph in two."""
+    """Operations before and after the call make a graph break visible as two graphs."""
     head = make_side((2, 5), 31, 8, bias=True)
     assert isinstance(head, kd.LMHead)
     assert head.bias is not None
@@ -161,7 +161,7 @@ def captured(
     return seen
 
 
-GRADIENT_TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # of a gradient there is no gradient: that raises
+GRADIENT_TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # gradient ops are not differentiable: that raises
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

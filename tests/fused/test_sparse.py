@@ -148,7 +148,7 @@ def test_every_mode(any_backend: str, device: str, tail: str, divergence: Any, d
 @pytest.mark.parametrize("many", [1, 64, 512])
 @pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
 def test_numbers_of_ids_at_a_temperature(engine_backend: str, device: str, tail: str, divergence: Any, many: int) -> None:
-    """With cross-entropy, which stays at T = 1, and an upstream gradient per token."""
+    """Loss with cross-entropy at T = 1 and an upstream gradient per token."""
     leading = (7,)
     options = {
         "divergence": divergence, "labels": make_labels(leading, VOCAB, device), "ce_weight": 0.5, "temperature": 2.0, "reduction": "none",
@@ -221,7 +221,7 @@ def test_named_tokens_that_have_nothing(tail: str, divergence: Any, any_backend:
 
 
 def moved(teacher: kd.TopK | kd.Sampled) -> Any:
-    """The same in a vocabulary without token 3."""
+    """Gradient in a vocabulary without token 3."""
     return dataclasses.replace(teacher, ids=torch.where(teacher.ids > 3, teacher.ids - 1, teacher.ids))
 
 
@@ -280,7 +280,7 @@ def test_a_part_of_what_was_kept(engine_backend: str, device: str) -> None:
 def test_gradients_narrower_than_the_logits_they_lie_over(
     dtype: torch.dtype, temperature: float, engine_backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a GPU holds them, in float16 times a power of two."""
+    """Logit gradients in float16, scaled by a power of two as on a GPU."""
     monkeypatch.setattr(HeadRows, "dz_dtype", property(lambda head: head.dtype))
     labels = make_labels((6,), VOCAB, device)
     options = {"divergence": kd.ForwardKL(), "labels": labels, "ce_weight": 0.5, "temperature": temperature, "chunk_rows": 4}

@@ -76,7 +76,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
     "no tensor": (lambda: {"student": [[1.0]]}, TypeError, "student must be an LMHead or a tensor.*got list"),
     "no teacher": (lambda: {"teacher": None}, TypeError, "teacher must be .*got NoneType"),
     "tuple of hidden and head": (lambda: {"teacher": (torch.ones(2), torch.ones(2))}, TypeError, "teacher must be .*got tuple"),
-    "hidden is no tensor": (lambda: {"student": student(hidden=[1.0])}, TypeError, r"student\.hidden must be a tensor.*list"),
+    "hidden is not a tensor": (lambda: {"student": student(hidden=[1.0])}, TypeError, r"student\.hidden must be a tensor.*list"),
     "weight is a module": (
         lambda: {"student": student(weight=torch.nn.Linear(DS, V))},
         TypeError,

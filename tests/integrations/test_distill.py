@@ -31,7 +31,7 @@ def teacher() -> Any:
 
 
 class Dense(Trainer):
-    """The same loss, as one would write it."""
+    """Compute the same loss with dense logits."""
 
     teacher_model: Any
     settings: tuple[Divergence | str, float, float]

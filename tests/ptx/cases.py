@@ -353,7 +353,7 @@ def _product(factors: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def sample() -> Iterator[Case]:
-    """For each kernel, cases in which every two settings meet."""
+    """Return cases for each kernel that cover every pair of settings."""
     yield from _cases(Rows, _ROW_FACTORS, {"dtypes": ("student", "teacher", "gradient")}, False)
     yield from _cases(Head, _HEAD_FACTORS, {"dtypes": ("logits", "gradient")}, False)
     yield from _cases(Draws, _DRAW_FACTORS, {}, False)

@@ -30,7 +30,7 @@ _SCALARS = {"i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u32": "<I", "u64
 
 @dataclass
 class Target:
-    """What Triton asks of a driver when it compiles."""
+    """The part of a driver that Triton's compiler uses."""
 
     arch: int
 
@@ -50,7 +50,7 @@ class Target:
 
 @dataclass
 class Execution:
-    """What runs inside ``executing()``, and what has run.
+    """State of ``executing()``, with a record of the launches.
 
     ``rewrite`` changes a kernel's PTX before it runs; ``programs`` lists what has been launched.
     """

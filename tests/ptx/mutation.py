@@ -44,7 +44,7 @@ class Barrier:
 
     @property
     def written(self) -> bool:
-        """Whether the package's source asks for it; Triton adds others where it exchanges values between warps."""
+        """Return whether the barrier is in the package's source. Triton adds others to exchange values between warps."""
         file, line, *_ = self.source.split(":")
         path = Path(triton_backend.__file__).with_name(file)
         return path.is_file() and "debug_barrier" in path.read_text().splitlines()[int(line) - 1]

@@ -25,7 +25,7 @@ p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 2
 server = xllamacpp.Server(p)
 time.sleep(3600)
 """
-"""llama.cpp's server out of the package ``xllamacpp``, where there is no ``llama-server``."""
+"""llama.cpp's server out of the package ``xllamacpp``, if ``llama-server`` is not installed."""
 
 
 def free_port() -> int:

@@ -54,7 +54,7 @@ def test_rows_are_read_as_prompts_or_messages(tmp_path: Path) -> None:
     assert (first.prompt, first.response, first.where) == ("1 + 1?", "2", f"{path}, row 1")
     assert (second.messages, second.response, second.key) == ((system, user), "4", "mine")
     assert third.response == "four"
-    # A key is of the row, not of its place: replies and draws stay the row's own wherever it moves to.
+    # Keys depend on the row and not on its position, so a moved row keeps its replies and draws.
     jsonl(path, {"prompt": "new", "response": "row"}, *([{"prompt": "1 + 1?", "response": 2}] * 2))
     assert [i.key for i in read_items(path)][1:] == [first.key, f"{first.key}#2"]
 

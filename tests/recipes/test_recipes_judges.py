@@ -117,7 +117,7 @@ def test_the_command_reports_agreement_and_warns_at_chance(
 
 
 def test_a_failed_referee_is_replaced_in_the_same_folder(tmp_path: Path) -> None:
-    """With real logs, which know the model that answered."""
+    """Use real logs, which contain the name of the model."""
     seeds = [f"Describe thing number {n}" for n in range(3)]
     teacher, student = Scripted(lambda _: "A good answer."), Scripted(lambda _: "poor")
 

@@ -27,7 +27,7 @@ class Product:
 
 @st.composite
 def products(draw: st.DrawFn) -> Product:
-    """Tiles are of 8 rows by 48 columns, panels of 2048 numbers."""
+    """Tiles have 8 rows by 48 columns, panels 2048 numbers."""
     depth = draw(st.integers(1, 70) | st.sampled_from([1023, 1024, 1025, 1030, 2051])) * 2
     return Product(
         rows=draw(st.integers(1, 40)), columns=draw(st.integers(1, 200) | st.sampled_from([47, 48, 49, 96, 97])), depth=depth,

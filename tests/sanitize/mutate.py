@@ -66,7 +66,7 @@ MUTANTS = [
 
 
 def fault(mutant: Mutant, folder: Path) -> str | None:
-    """What is wrong with the checks, or None if they noticed the mutant."""
+    """Return the failure of the checks, or None if they detected the mutant."""
     csrc, build = folder / "csrc", folder / "build" / mutant.run
     shutil.copytree(CSRC, csrc)
     source = csrc / mutant.file

@@ -86,7 +86,7 @@ def _kl(weight: Array, log_weight: Array, log_other: Array) -> tuple[Array, Arra
 
 
 def _terms(r: Rows, x: Array, u: Array, lq: Array, lp: Array) -> tuple[Array, Array, Array, Array]:
-    """Of each column: value, size of the value's parts, slope df/d(log q), size of the slope's parts."""
+    """Return for each column: value, size of its parts, slope df/d(log q), size of the slope's parts."""
     a, b = r.a, r.b
     q, p = np.exp(lq), np.exp(lp)
     with np.errstate(invalid="ignore"):
@@ -361,7 +361,7 @@ def softmax_gradient(y: Array, dy: Array, temperature: float, logarithm: bool, e
 
 
 def wrong(got: Array, answer: Answer) -> Array:
-    """Where ``got`` is not the answer. Infinities and NaN have to be met exactly."""
+    """Return where ``got`` is wrong. Infinities and NaN must match exactly."""
     with np.errstate(all="ignore"):
         exact = np.where(np.isnan(answer.value), np.isnan(got), got == answer.value)
         near = np.abs(got - answer.value) <= answer.bound

@@ -27,7 +27,7 @@ def make_ids(leading: tuple[int, ...], vocab: int, k: int | None, device: str = 
 
 
 def arguments(name: str, leading: tuple[int, ...], vocab: int, k: int | None = None, device: str = "cpu") -> tuple[Tensor, ...]:
-    """What a primitive takes beyond its side."""
+    """Arguments of a primitive besides its side."""
     if name == "cross_entropy":
         return (make_labels(leading, vocab, device),)
     return (make_ids(leading, vocab, k, device),) if name == "token_logprobs" else ()

@@ -345,7 +345,7 @@ def run(
 
 
 def truth_of(student: kd.LMHead | Tensor, teacher: kd.LMHead | Tensor, options: Mapping[str, Any], **kw: Any) -> dict[str, Tensor]:
-    """The same in float64, from the same (rounded) inputs."""
+    """Compute the result in float64 from the same (rounded) inputs."""
     return run(dense_loss, student, teacher, options, dtype=torch.float64, **kw)
 
 

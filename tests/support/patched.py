@@ -37,7 +37,7 @@ def encoded(rows: int = 12) -> list[dict[str, Any]]:
 
 
 def lines_for(heading: str) -> Any:
-    """Return the code that docs/integrations.md tells a user to add, compiled: the first block below a heading."""
+    """Return the code that docs/integrations.md lists for users, compiled: the first block below a heading."""
     page = Path(__file__).parents[2] / "docs" / "integrations.md"
     _, _, section = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
     code = section.partition("```python\n")[2].partition("```")[0]
@@ -70,7 +70,7 @@ class Allocations(TorchDispatchMode):
 
 @dataclass
 class Run:
-    """What a training run showed."""
+    """Results of a training run."""
 
     losses: list[float] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)

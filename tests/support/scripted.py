@@ -56,5 +56,5 @@ class Scripted:
 
 
 def last(request: Request) -> str:
-    """What the request's last turn says."""
+    """Return the text of the request's last turn."""
     return request.messages[-1]["content"]

@@ -50,7 +50,7 @@ def assert_falls_back(model: nn.Module, reason: str) -> None:
 
 
 def assert_is_the_model(model: nn.Module, **inputs: Any) -> HeadTap:
-    """The same loss and gradients as from its logits, without a warning."""
+    """Check that loss and gradients equal those from the logits, without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         tap = HeadTap(model)

@@ -117,7 +117,7 @@ def trainers(folder: Path, tokenizer: Any) -> Make:
 
 
 def gradients(trainer: DistillationTrainer) -> dict[str, Tensor]:
-    """Of the first step, as the optimizer gets them."""
+    """Return the gradients of the first step, as the optimizer receives them."""
     from transformers import TrainerCallback
 
     found: dict[str, Tensor] = {}

@@ -185,7 +185,7 @@ def resources(kernel: Any) -> dict[str, int]:
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
-    """The same by the metadata of AMD's assembly, with the vector registers that were spilled as its stack."""
+    """Return the resources from the metadata of AMD's assembly, with spilled vector registers as its stack."""
     fields = {
         "REG": "vgpr_count", "STACK": "vgpr_spill_count", "LOCAL": "private_segment_fixed_size", "SHARED": "group_segment_fixed_size",
     }  # fmt: skip

@@ -37,7 +37,7 @@ def test_tapped_side_is_the_model(family: str) -> None:
 def test_page_lists_every_family() -> None:
     text = PAGE.read_text()
     if f"transformers {transformers.__version__}:" not in text:
-        pytest.skip("docs/families.md is of another transformers")
+        pytest.skip("docs/families.md was made with another version of transformers")
     assert [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith("| ")][2:] == list(FAMILIES)
 
 

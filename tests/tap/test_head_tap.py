@@ -82,7 +82,7 @@ def test_all_rows() -> None:
 
 
 def test_a_float64_model_whose_logits_are_float32() -> None:
-    """Mamba narrows what its head gives: that is no other head."""
+    """Mamba casts the head's output to a narrower dtype, which is not a different head."""
     model = build("mamba").double()
     assert model(input_ids=IDS).logits.dtype == torch.float32
     assert_is_the_model(model)
@@ -118,7 +118,7 @@ def test_unknown_transform_falls_back_with_one_warning() -> None:
 
 
 def test_logits_that_do_not_come_from_the_head_fall_back() -> None:
-    """A second term that vanishes in the ramp's place: only the comparison at one token can tell."""
+    """A second term that vanishes for the probe's ramp: only the comparison at a real token detects it."""
     model = build("llama")
     head = model.lm_head
     original = type(model).forward
@@ -277,7 +277,7 @@ def test_low_precision_model(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_autocast_of_the_model_reaches_the_loss(family: str, dtype: torch.dtype) -> None:
-    """As accelerate does it: autocast around the model's forward only."""
+    """Autocast around the model's forward only, as in accelerate."""
     model = build(family)
     original = model.forward
 

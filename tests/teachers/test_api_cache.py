@@ -51,7 +51,7 @@ def local(folder: Path) -> LocalModel:
 
 
 def without_ids(tokens: Sequence[Any], **kept: bool) -> list[dict[str, Any]]:
-    """As a server tells them: by text (or by name), never by id."""
+    """Return log-probabilities in a server's format: by text (or by name), never by id."""
 
     def token(t: Any) -> dict[str, Any]:
         return {"token": f"token_id:{t['id']}" if kept.get("named") else t["token"], "logprob": t["logprob"]}

@@ -168,7 +168,7 @@ def test_a_model_that_gives_nan_is_refused_with_its_row(tmp_path: Path, examples
 
 
 def test_a_cache_that_was_filled_with_other_numbers_is_refused_when_read(tmp_path: Path, examples: list[Example]) -> None:
-    """As versions before this check wrote them: with a manifest that is sound."""
+    """Write a cache like versions before this check, with a valid manifest."""
     for what in ("probabilities", "more than a distribution"):
         folder, values = tmp_path / what, BAD[what][0]
 

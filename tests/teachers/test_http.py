@@ -156,7 +156,7 @@ def test_refused_requests_are_named_and_do_not_stop_the_others(server: Server, t
 
 
 def test_samples_of_one_prompt_are_drawn_apart_and_again_the_same(server: Server, tmp_path: Path) -> None:
-    """With one seed for all, a server that honours it would say the same in each sample."""
+    """With one seed for all samples, a server that uses it would return equal samples."""
     asked = requests(["x"] * 8, temperature=1.0)
     texts = [[reply.text for reply in server.model(seed=seed).complete(asked, tmp_path / f"{n}")] for n, seed in enumerate((3, 3, 4))]
     assert len(set(texts[0])) == 8

@@ -221,7 +221,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 def test_features_without_gradient_are_an_error() -> None:
-    """As of hooks inside a checkpointed function, in transformers before 5.20."""
+    """Features from hooks inside a checkpointed function (transformers before 5.20) have no gradient, which raises."""
     model = build("llama")
     layer = decoder_layers(model)[0]
     original = type(layer).__call__
