@@ -49,7 +49,7 @@ def test_a_kernel_computes_beside_the_installed_package(variant: Path) -> None:
     assert all(Path(str(module.__file__)).is_relative_to(variant) for module in modules), "no module of the installed package"
 
 
-def test_a_kernel_imports_torch_and_triton_alone(variant: Path) -> None:
+def test_hub_kernel_imports_only_torch_and_triton(variant: Path) -> None:
     allowed = {*sys.stdlib_module_names, "torch", "triton", "typing_extensions", "kdkernels"}  # torch itself needs typing_extensions
     imported = {
         line.split()[1].partition(".")[0]

@@ -76,7 +76,7 @@ LOOP = {
 """Methods of transformers.Trainer that are its loop: steps, accumulation, optimizer, order of the data, devices."""
 
 
-def test_the_training_loop_is_that_of_transformers() -> None:
+def test_training_loop_is_not_overridden() -> None:
     methods: set[str] = set()
     for name in ("trainer", "hooks"):
         module = tree(PACKAGE / "trainer" / f"{name}.py")
@@ -165,7 +165,7 @@ def test_a_kind_of_teacher_runs_from_its_own_file(backend: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_files_that_the_page_on_the_architecture_names_are_there() -> None:
+def test_files_named_by_the_architecture_page_exist() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"[\w/]+(?:\.(?:py|h|cpp)|/)(?![\w.#])", page)) - {"kdkernels/"}
     assert len(named) > 25

@@ -54,9 +54,7 @@ def test_objects_move_to_where_the_next_python_looks(wheels: ModuleType, tmp_pat
     ]
 
 
-def test_this_python_is_found_and_one_that_is_not_there_is_none(
-    wheels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_existing_and_missing_pythons(wheels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
     assert wheels.find_python("3.11") is None
@@ -74,7 +72,7 @@ def test_the_workflow_builds_and_tries_every_python(wheels: ModuleType, jobs: di
     assert wheels.PYTHONS[0] == oldest[1]
 
 
-def test_nothing_is_published_that_was_not_tried_and_no_secret_is_read(jobs: dict[str, Any]) -> None:
+def test_only_tested_wheels_are_published_without_secrets(jobs: dict[str, Any]) -> None:
     assert set(jobs["publish"]["needs"]) == {"sdist", "try"}
     assert jobs["publish"]["permissions"] == {"id-token": "write"}
     assert jobs["publish"]["if"] == "startsWith(github.ref, 'refs/tags/')"

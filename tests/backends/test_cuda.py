@@ -136,7 +136,7 @@ def test_few_rows_are_shared_among_more_ctas() -> None:
 
 
 @pytest.mark.skipif(not _C.cuda_targets(), reason="this build has no CUDA kernels")
-def test_arguments_that_no_kernel_takes() -> None:
+def test_unsupported_arguments_raise() -> None:
     """They raise before any launch."""
     head = _C.HeadArguments()
     head.rows, head.vocab, head.num_top = 1, 5000, _C.cuda_most_top + 1

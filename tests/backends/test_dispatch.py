@@ -53,14 +53,14 @@ def test_explicit_choice_is_honoured_or_raises(name: str, device: str) -> None:
             assert repr(name) in str(caught.value)
 
 
-def test_unavailable_is_never_silent(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
+def test_unavailable_backend_always_has_a_reason(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
     monkeypatch.setattr(selection.load("torch"), "unavailable", lambda device, dtypes: "it is Sunday")
     student, teacher = heads(4)
     with pytest.raises(kd.BackendUnavailable, match="'torch' cannot run here: it is Sunday"):
         kd.distillation_loss(student, teacher, backend="torch")
 
 
-def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
+def test_auto_selects_the_first_available(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
     monkeypatch.setattr(selection, "unavailable", lambda name, *_: None if name in ("triton", "torch", "reference") else "no")
     assert selection.select("auto", "cuda", F32) == "triton"
     assert selection.select("auto", "cpu", F32) == "torch"
@@ -73,7 +73,7 @@ def test_unknown_backend_lists_the_valid() -> None:
         kd.distillation_loss(student, teacher, backend="jax")
 
 
-def test_a_module_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_error_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> object:
         raise ImportError("libsomething.so.7: cannot open")
 
@@ -271,7 +271,7 @@ def test_entry_points_are_read_for_unknown_devices_and_names_only(entries: Calla
     assert len(read) == 1
 
 
-def test_a_backend_of_another_package_that_cannot_run_is_passed_over(entries: Callable[..., list[str]]) -> None:
+def test_auto_skips_unavailable_backends_of_other_packages(entries: Callable[..., list[str]]) -> None:
     entries(
         broken=ImportError("libsycl.so.8: cannot open"), partial=SimpleNamespace(DEVICE_TYPES=("xpu",), rows=print),
         busy=elsewhere(unavailable=lambda device, dtypes: "it is Sunday"), torch=elsewhere(),

@@ -85,7 +85,7 @@ def test_the_shortest_path_does_what_a_turn_must() -> None:
 
 
 @pytest.mark.parametrize("turn", [sass.Turn("LDG", 48), sass.Turn("LDS", 32), sass.Turn("LDG", 32, transcendental=3)])
-def test_a_loop_that_does_less_is_no_such_sweep(turn: sass.Turn) -> None:
+def test_smaller_loops_are_not_sweeps(turn: sass.Turn) -> None:
     assert sass.shortest(sass.loops(rows())[0], turn) is None
 
 

@@ -112,7 +112,7 @@ def test_threads_do_not_change_a_bit() -> None:
     assert torch.equal(one.state, five.state)
 
 
-def test_what_the_compiled_code_would_touch_is_checked() -> None:
+def test_arguments_of_compiled_kernels_are_checked() -> None:
     logits = torch.randn(4, 8)
     with pytest.raises(ValueError, match="unit stride"):
         run_rows(torch.randn(8, 4).t(), logits, kd.ForwardKL(), torch.float32)
@@ -165,7 +165,7 @@ def test_every_instruction_set_gives_the_same_of_one_side(isa: str, dtype: torch
     torch.testing.assert_close(kd.softmax(logits, 0.7, backend="native"), softmax, **close)
 
 
-def test_what_the_kernels_of_one_side_would_touch_is_checked() -> None:
+def test_arguments_of_one_side_kernels_are_checked() -> None:
     logits = torch.randn(4, 8)
     with pytest.raises(ValueError, match="logprobs must be contiguous"):
         head_rows(logits, logprobs=torch.empty(3, 4).t())

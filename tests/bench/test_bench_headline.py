@@ -53,13 +53,13 @@ def test_a_load_above_the_cores_replaces_the_times(load: float, cores: int, said
 
 
 @pytest.mark.parametrize(("load", "cores"), [(2.0, 2), (0.0, 1), (30.0, 64)])
-def test_a_load_that_the_cores_can_carry_is_not_mentioned(load: float, cores: int) -> None:
+def test_load_below_the_core_count_is_not_mentioned(load: float, cores: int) -> None:
     record = made_up_record(made_up_case(HEADS, floor=[8, 8.1], native=[10, 10.1]), load=load, cores=cores)
     assert headline.busy(record) == ""
     assert "not to be relied on" not in headline.headline(record)
 
 
-def test_without_heads_the_headline_is_of_the_given_logits_and_warns_too() -> None:
+def test_headline_without_heads_uses_logits_and_warns() -> None:
     case = made_up_case(LOGITS, floor=[1, 1.1], eager=[9, 9.1], native=[3, 3.1])
     assert "2.90 x one pass over memory alone (1.05 ms)" in headline.headline(made_up_record(case))
     assert "load 5.0 on 2 cores" in headline.headline(made_up_record(case, load=5.0))
@@ -71,7 +71,7 @@ def test_without_heads_the_headline_is_of_the_given_logits_and_warns_too() -> No
     [([10, 10.4, 10.8], [10.2, 10.6, 11]), ([10.2, 10.6, 11], [10, 10.4, 10.8]), ([10, 10, 10], [10.01, 10.01, 10.01]), ([10], [20])],
     ids=["a little faster", "a little slower", "by less than a figure shows", "of one sample each"],
 )
-def test_overlapping_spreads_are_no_difference(ours: list[float], theirs: list[float]) -> None:
+def test_overlapping_spreads_are_not_a_difference(ours: list[float], theirs: list[float]) -> None:
     record = made_up_record(made_up_case(HEADS, floor=[4, 4, 4], eager=theirs, liger_chunked=theirs, native=ours))
     for text in everywhere(record):
         assert "no difference from PyTorch eager" in text
@@ -81,7 +81,7 @@ def test_overlapping_spreads_are_no_difference(ours: list[float], theirs: list[f
     assert "In none of the 1 cases" in report.not_better({"machine": record}, "")
 
 
-def test_a_time_at_the_floor_is_no_difference_from_it() -> None:
+def test_time_at_the_floor_is_not_a_difference() -> None:
     record = made_up_record(made_up_case(HEADS, floor=[9.9, 10, 10.4], eager=[20, 20, 20], native=[10, 10.2, 10.6]))
     assert "no difference from the matrix products alone (10.0 ms)" in headline.headline(record)
     assert headline.warnings(record) == []

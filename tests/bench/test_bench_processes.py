@@ -54,7 +54,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_a_visit_in_a_process_of_its_own(calls: Path) -> None:
+def test_visit_in_a_separate_process(calls: Path) -> None:
     job, told = Job(HEADS, ("floor", "trl", "torch", "no-such"), 5, False, "", 2), []
     measured = visits.new(job)
     visits.visit(measured, job, 1, "cpu", told.append)
@@ -106,7 +106,7 @@ def test_a_process_gives_up_at_its_deadline_but_leaves_a_sample() -> None:
     assert [len(event["samples"].get("floor", [])) for event in told if "samples" in event] == [0, 1]
 
 
-def test_what_the_listener_raises_ends_the_process() -> None:
+def test_exceptions_of_the_listener_end_the_process() -> None:
     def full(event: Event) -> None:
         raise run.BenchError("no space left")
 
@@ -161,7 +161,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
     [(signal.SIGTERM, True, "interrupted"), (signal.SIGKILL, False, "running")],
     ids=["SIGTERM to all", "SIGKILL"],
 )
-def test_an_end_in_the_middle_of_a_visit_leaves_what_there_is_and_no_process(
+def test_interrupted_visit_keeps_samples_and_leaves_no_process(
     tmp_path: Path, signal_: signal.Signals, everyone: bool, status: str
 ) -> None:
     process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], start_new_session=True)

@@ -53,7 +53,7 @@ def test_a_run_leaves_results_plots_and_one_page(measured: Path) -> None:
     assert text.count("<svg") == len(names) // 2
 
 
-def test_the_page_needs_nothing_else(measured: Path) -> None:
+def test_report_page_is_self_contained(measured: Path) -> None:
     text = (measured / "report.html").read_text()
     names = re.sub(r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", text, flags=re.DOTALL)  # names, not addresses
     assert not re.search(r"https?://|<script|@import|<img", names)
@@ -95,9 +95,7 @@ def test_an_interrupted_run_keeps_its_samples_and_is_finished(measured: Path, tm
     assert "Cut short" not in (tmp_path / "report.html").read_text()
 
 
-def test_every_case_is_visited_before_any_is_again_and_what_is_cut_short_goes_on_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cases_are_visited_in_rounds_and_resumed_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "rates", lambda *_: {"copy_gb_s": 10.0, "matrix": {}})
     jobs = [Job(HEADS, ("floor", "torch"), 5, False, "", 3), Job(LOGITS, ("floor", "torch"), 2, False, "", 2), Job(LOGITS, ("floor",), 1)]
     told: list[tuple[int, int]] = []
@@ -158,7 +156,7 @@ def test_an_interrupted_process_leaves_a_record(tmp_path: Path) -> None:
     assert "Cut short" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_resume_refuses_what_would_not_compare(tmp_path: Path) -> None:
+def test_resume_raises_for_incomparable_settings(tmp_path: Path) -> None:
     with pytest.raises(run.BenchError, match=r"holds no results\.json"):
         run.resume(tmp_path)
     record = run.begin([Job(HEADS, ("floor",), 1)], "cpu", {}, tmp_path)
@@ -178,7 +176,7 @@ def test_without_matplotlib_the_page_says_so(measured: Path) -> None:
     assert "<svg" not in text
 
 
-def test_what_looks_like_markup_is_shown_as_it_is() -> None:
+def test_markup_in_text_is_not_interpreted() -> None:
     results = [{"variant": "floor", "samples_ms": [1.0, 2.0]}, {"variant": "eager", "skipped": "OSError: [Errno 12] no [bold]memory"}]
     console = Console(record=True, width=160, file=io.StringIO())
     console.print(table.rich_table({"case": vars(LOGITS), "flop": 0, "floor_bytes": 1, "results": results}, None))

@@ -47,7 +47,7 @@ def test_shape_from_text() -> None:
     ("arguments", "word"),
     [({"ds": 4}, "both"), ({"operation": "sort"}, "operation"), ({"masked": 1.0}, "masked"), ({"ds": 4, "dt": 8, "gap": 0.1}, "gap")],
 )
-def test_cases_that_make_no_sense(arguments: dict[str, Any], word: str) -> None:
+def test_invalid_cases(arguments: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         Case(8, 100, **arguments)
 
@@ -117,7 +117,7 @@ def test_options_in_a_variant_s_name() -> None:
             variants.Variant.parse(wrong)
 
 
-def test_what_is_held_by_design() -> None:
+def test_designed_memory_use() -> None:
     case = Case(1024, 256, 8, 16)
     held = variants.held("torch@rows=128", case, build(case))
     assert (held["rows_per_chunk"], held["num_chunks"]) == (128, 8)
@@ -244,7 +244,7 @@ def dense(case: Case, inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: variants._true_distillation(case, inputs)
 
 
-def test_every_peer_says_why_it_cannot() -> None:
+def test_every_peer_has_a_reason() -> None:
     for name, peer in PEERS.items():
         assert peer.cannot(LOGITS, "cpu") is not None, name
         if "cpu" not in peer.devices:
@@ -278,7 +278,7 @@ def test_a_peer_that_fails_gets_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_bound_is_checked_against_what_it_computes_and_is_no_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_are_checked_and_never_count_as_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, lambda case, inputs: lambda: variants._true_cross_entropy(case, inputs), operation="cross_entropy", note="a bound")
     measured = measure_here(Job(HEADS, ("floor", "other"), samples=1, memory=False))
     assert measured["results"][1]["gradient_error"] < 1e-5
@@ -298,7 +298,7 @@ def test_a_process_that_is_killed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("here")
-def test_what_would_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_beyond_the_memory_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visits, "_available_bytes", lambda: 1000)
     measured = measure_here(Job(HEADS, ("floor", "eager", "torch"), samples=1, memory=False))
     assert ["skipped" in r for r in measured["results"]] == [True, True, False]
@@ -337,7 +337,7 @@ def test_the_parts_measure_every_compiled_backend_in_its_default_configuration()
         assert all("rows:native" in job.variants or "native@budget=16" in job.variants for job in suites.jobs(suite, "cpu"))
 
 
-def test_what_is_asked_for_replaces_the_suite() -> None:
+def test_requested_cases_replace_the_suite() -> None:
     jobs = suites.jobs("smoke", "cpu", shapes=[(8, 100, 4, 6), (8, 100, 0, 0)], divergences=["jsd"], temperature=3.0, peers=[])
     assert [str(j.case) for j in jobs] == ["jsd, float32, N=8 V=100 Ds=4 Dt=6, T=3", "jsd, float32, N=8 V=100 (logits given), T=3"]
     assert not set(jobs[0].variants) & set(PEERS)

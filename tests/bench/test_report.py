@@ -58,7 +58,7 @@ def test_pages_and_figures_are_drawn_and_then_current(repository: Path) -> None:
     assert before == {file: file.read_bytes() for file in repository.rglob("*") if file.is_file()}
 
 
-def test_new_results_make_what_shows_them_stale(repository: Path) -> None:
+def test_new_results_make_documents_stale(repository: Path) -> None:
     file, record = record_of(repository)
     at = next(m for m in record["cases"] if m["curve"] == "tokens")
     at["results"][1]["peak_extra_bytes"] += 50 << 20
@@ -77,7 +77,7 @@ def test_results_of_a_run_that_was_cut_short_are_not_shown(repository: Path) -> 
         report.report(repository, check=True)
 
 
-def test_what_is_edited_by_hand_is_stale(repository: Path) -> None:
+def test_manual_edits_are_stale(repository: Path) -> None:
     readme = repository / "README.md"
     readme.write_text(readme.read_text().replace("Medians of 2 samples", "Medians of 200 samples"))
     (figure,) = (repository / "docs" / "figures").glob("*-loss-1.svg")
@@ -107,7 +107,7 @@ def test_a_figure_knows_its_data() -> None:
     assert figures.png("curve", data).startswith(b"\x89PNG")
 
 
-def test_where_something_else_is_better_is_said(repository: Path) -> None:
+def test_better_rivals_are_mentioned(repository: Path) -> None:
     _, record = record_of(repository)
     record["cases"] = [m for m in record["cases"] if not m["curve"]]
     for m in record["cases"]:
@@ -139,7 +139,7 @@ def test_a_gpu_is_shown_before_a_cpu() -> None:
         ("<!-- bench: summary -->\n<!-- bench: machines -->\n<!-- /bench -->", "README.md: the block 'summary' has no end"),
     ],
 )
-def test_markers_that_make_no_sense(repository: Path, text: str, message: str) -> None:
+def test_invalid_markers(repository: Path, text: str, message: str) -> None:
     (repository / "README.md").write_text(text)
     with pytest.raises(report.ReportError, match=message):
         report.report(repository, check=True)

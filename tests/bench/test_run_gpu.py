@@ -62,7 +62,7 @@ def test_without_a_kit_the_extension_is_built_unless_told_not_to() -> None:
         (["--part", "last"], "first, rest or all"),
     ],
 )
-def test_the_gpu_script_refuses_what_it_does_not_know(arguments: list[str], word: str) -> None:
+def test_gpu_script_rejects_unknown_arguments(arguments: list[str], word: str) -> None:
     done = run_gpu("--dry-run", *arguments)
     assert done.returncode == 2
     assert word in done.stderr
@@ -127,7 +127,7 @@ def test_the_smoke_run_fails_where_a_result_is_off() -> None:
 
 
 @pytest.mark.slow
-def test_gpu_tests_are_found_where_some_extras_are_missing() -> None:
+def test_gpu_tests_are_collected_without_some_extras() -> None:
     """A file that cannot be imported keeps all others from running. A machine with torch has transformers, but hardly these."""
     extras = ["datasets", "fastapi", "peft", "rapidfuzz", "sklearn", "uvicorn"]
     missing = "import sys, pytest; sys.modules.update(dict.fromkeys(sys.argv[1:])); raise SystemExit(pytest.main("
@@ -138,7 +138,7 @@ def test_gpu_tests_are_found_where_some_extras_are_missing() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_nothing_is_tested_on_a_gpu_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_stop_after_a_lost_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else thousands of tests would fail for the one that made an illegal access."""
 
     def lost() -> None:

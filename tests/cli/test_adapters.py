@@ -64,7 +64,7 @@ def test_the_output_is_an_adapter_that_has_learnt(home: Path, finished: Path) ->
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_killed_lora_run_goes_on_to_the_same_bits(home: Path, finished: Path, tmp_path: Path, step: int) -> None:
+def test_resumed_lora_run_gives_the_same_bits(home: Path, finished: Path, tmp_path: Path, step: int) -> None:
     out = killed_at(step, finished, tmp_path / "out")
     for path in (out / "adapter_model.safetensors", out / "adapter_config.json"):
         path.unlink()
@@ -107,7 +107,7 @@ def test_merged_weights_give_the_outputs_of_the_adapter(home: Path, tmp_path: Pa
     assert (merged / "tokenizer.json").is_file()
 
 
-def test_training_goes_on_with_an_adapter_as_the_student(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_training_continues_an_adapter(home: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_in(home, out, student=str(finished), max_steps=2, eval_data=[str(home / HELD_OUT)])
     assert summary(out)["before"]["eval_loss"] == pytest.approx(summary(finished)["after"]["eval_loss"], rel=1e-5)
@@ -183,7 +183,7 @@ def test_an_adapter_for_more_or_fewer_layers_is_refused(tmp_path: Path, layers: 
         (["--merge"], "--merge, but no adapter is trained"),
     ],
 )
-def test_options_of_an_adapter_that_make_no_sense(home: Path, tmp_path: Path, options: list[str], words: str) -> None:
+def test_invalid_adapter_options(home: Path, tmp_path: Path, options: list[str], words: str) -> None:
     result = invoke(
         "train", "--student", home / "student", "--teacher", home / "teacher", "--data", home / "train.jsonl", "--output-dir",
         tmp_path / "out", *options,
@@ -193,7 +193,7 @@ def test_options_of_an_adapter_that_make_no_sense(home: Path, tmp_path: Path, op
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lora_on_an_adapter_and_a_merge_of_a_whole_model_are_refused(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_lora_on_an_adapter_and_merge_of_a_whole_model_raise(home: Path, finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which is an adapter already"):
         run_in(home, tmp_path / "out", student=str(finished), lora_r=2)
     result = invoke("merge", home / "student", "--out", tmp_path / "merged")
@@ -201,7 +201,7 @@ def test_a_lora_on_an_adapter_and_a_merge_of_a_whole_model_are_refused(home: Pat
     assert "a whole model has nothing to merge" in result.output
 
 
-def test_a_base_model_that_is_gone_is_named(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_missing_base_model_is_named(home: Path, finished: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(finished, adapter, ignore=shutil.ignore_patterns("checkpoint-*"))
     config = json.loads((adapter / "adapter_config.json").read_text())

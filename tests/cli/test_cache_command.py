@@ -79,7 +79,7 @@ def test_text_is_the_teachers_and_can_be_trained_on(tmp_path: Path, folder: Path
         open_cache(out)
 
 
-def test_columns_that_json_does_not_have_go_along_as_text(tmp_path: Path, folder: Path) -> None:
+def test_columns_without_json_types_become_text(tmp_path: Path, folder: Path) -> None:
     pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     data, when = tmp_path / "data.parquet", datetime.datetime(2020, 1, 2)
     parquet.write_table(pyarrow.table({"prompt": ["the", "a"], "response": ["fox", "dog"], "when": [when] * 2, "raw": [b"x"] * 2}), data)
@@ -127,7 +127,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, folder: Path, arguments
         ),
     ],
 )
-def test_what_is_not_there_is_named_with_its_option(tmp_path: Path, folder: Path, arguments: list[str], message: str) -> None:
+def test_missing_paths_are_named_with_their_option(tmp_path: Path, folder: Path, arguments: list[str], message: str) -> None:
     data, empty = tiny.write(tmp_path / "data.jsonl", tiny.rows(3)), tmp_path / "empty"
     empty.mkdir()
     given = [{"FOLDER": str(folder), "EMPTY": str(empty)}.get(a, a) for a in arguments]

@@ -79,7 +79,7 @@ def test_env_as_json_says_the_same() -> None:
     assert set(found["environment variables"]) == {"TRITON_INTERPRET", "KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS"}
 
 
-def test_env_tells_no_path_and_no_user_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_shows_no_paths_or_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "_MISSING", f"cannot load ({Path.home() / 'venv' / '_C.so'}: undefined symbol)")
     found = environment.environment()
     assert found["backends"]["cpu"]["native"] == "not available: cannot load (_C.so: undefined symbol)"
@@ -103,7 +103,7 @@ def test_folders_are_cut_from_reasons(text: str, expected: str) -> None:
     assert environment._without_folders(text) == expected
 
 
-def test_env_tells_what_the_extension_holds() -> None:
+def test_env_shows_the_contents_of_the_extension() -> None:
     if _extension.missing() is not None:
         pytest.skip("not compiled here")
     assert _extension.contents()["cpu instruction sets"][-1] == "baseline"
@@ -119,7 +119,7 @@ def test_env_knows_cuda_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(found["backends"]) == {"cpu", "cuda"}
 
 
-def test_packages_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "PACKAGES", ("no-such-package",))
     assert environment.environment()["versions"]["no-such-package"] == "not installed"
 
@@ -249,7 +249,7 @@ def test_bad_options_of_bench_are_refused(tmp_path: Path, arguments: list[str], 
     assert not (tmp_path / "out").exists()
 
 
-def test_bench_measures_what_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_measures_the_requested_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run in this process with ``torch.compile`` replaced, because it dominates the time."""
     monkeypatch.setattr(processes, "ask", processes.answer)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -269,7 +269,7 @@ def test_bench_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     assert (result.exit_code, result.output) == (2, "Error: --device cuda: torch sees no CUDA device here. Take --device cpu\n")
 
 
-def test_as_a_module_in_a_process_of_its_own() -> None:
+def test_module_in_a_separate_process() -> None:
     done = subprocess.run([sys.executable, "-m", "kdkernels.cli", "env", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["versions"]["kdkernels"] == kd.__version__
     assert done.stderr == ""

@@ -190,7 +190,7 @@ def test_a_written_config_fits_the_memory_and_is_read(
         (["--student", "HOME", "--teacher", "HOME", "--data", "d", "--memory", "1e-6"], "do not fit in 0.0 GiB as bfloat16"),
     ],
 )
-def test_configs_that_can_not_be_written(home: Path, tmp_path: Path, words: list[str], says: str) -> None:
+def test_invalid_configs_raise(home: Path, tmp_path: Path, words: list[str], says: str) -> None:
     words = [str(home / "student") if word == "HOME" else word for word in words]
     result = invoke_init(*(["--out", tmp_path / "run.yaml"] if "--out" not in words else []), *words)
     assert result.exit_code == 2, result.output

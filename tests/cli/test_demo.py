@@ -130,7 +130,7 @@ def test_the_standard_library_is_text_enough() -> None:
     assert sum(len(d.text.encode()) for d in (*text.train, *text.held_out)) == pytest.approx(300_000, abs=10)
 
 
-def test_a_python_without_sources_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_standard_library_sources_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DemoError, match="came without its sources: give a text file"):
         corpus.collect(None, 10**6, seed=0)
@@ -277,7 +277,7 @@ def test_a_process_that_fails_is_a_result() -> None:
         (1, "Trace\nMemoryError\n", "MemoryError"),
     ],
 )
-def test_how_a_process_failed_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, code: int, stderr: str, error: str) -> None:
+def test_process_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, code: int, stderr: str, error: str) -> None:
     done = SimpleNamespace(returncode=code, stdout="", stderr=stderr)
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
     assert compare._in_fresh_process(job("dense")) == error
@@ -320,7 +320,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(out=out, output=result.output, record=json.loads((out / "demo.json").read_text()))
 
 
-def test_quick_leaves_a_figure_and_a_json_and_nothing_else(quick: SimpleNamespace) -> None:
+def test_quick_writes_only_a_figure_and_a_json(quick: SimpleNamespace) -> None:
     assert sorted(p.name for p in quick.out.iterdir()) == [".kdkernels", "demo.json", "demo.png"]
     assert (quick.out / "demo.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert str(quick.out / "demo.png") in quick.output
@@ -386,7 +386,7 @@ def test_files_are_replaced_together(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in (tmp_path / "a" / "b").iterdir()} == {"x": b"3", "y": b"4"}
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.save(tmp_path, {"x": b"old", "y": b"old"})
     write = Path.write_bytes
 
@@ -401,7 +401,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x": b"old", "y": b"old"}
 
 
-def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.save(tmp_path, {"x": b"old"})
 
     def interrupted(self: Path, content: bytes) -> int:

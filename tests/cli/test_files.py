@@ -115,7 +115,7 @@ def test_a_recipe_is_refused_before_it_asks_for_one_file_of_the_users(home: Path
     assert tree(tmp_path) == before
 
 
-def test_the_log_of_generate_is_refused_where_the_user_has_a_file(home: Path, tmp_path: Path) -> None:
+def test_generate_does_not_overwrite_the_users_log_file(home: Path, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.log").write_text(TEXT)
     before = tree(tmp_path)
     assert "out.jsonl.log is not of this command" in run(home, tmp_path, COMMANDS["generate out.jsonl"])
@@ -287,7 +287,7 @@ def test_an_output_is_not_written_into_the_folder_of_its_input(tmp_path: Path) -
         output.check(["rows.jsonl"], {"--data": data})
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_full_disk_keeps_only_the_old_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
 
     def full(temporary: Path) -> None:

@@ -46,7 +46,7 @@ def train(home: Path, out: Path, *words: Any) -> Any:
         (["--teacher-device", "cpu", "--teacher-device-map", "auto"], "--teacher-device and --teacher-device-map: give one of them"),
     ],
 )
-def test_what_a_machine_lacks_is_said_before_a_model_is_loaded(
+def test_missing_requirements_are_reported_before_loading(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
 ) -> None:
     find = importlib.util.find_spec
@@ -101,7 +101,7 @@ def test_a_placed_teacher_teaches_the_same(home: Path, tmp_path: Path, placed: d
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_a_quantised_teacher_is_near_the_whole_one(home: Path, tmp_path: Path, name: str) -> None:
+def test_quantised_teacher_is_close_to_the_original(home: Path, tmp_path: Path, name: str) -> None:
     pytest.importorskip("torchao")
     for out, options in (("plain", {}), (name, {"teacher_quantization": name})):
         run_in(home, tmp_path / out, **options, max_steps=1, save_strategy="no", eval_data=[str(home / HELD_OUT)])

@@ -96,7 +96,7 @@ def test_a_fault_of_the_package_keeps_its_traceback() -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_options_that_make_no_sense_are_one_line(words: list[str]) -> None:
+def test_invalid_options_are_one_line(words: list[str]) -> None:
     result = runner.invoke(cli.app, words, catch_exceptions=False)
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: "), result.stderr

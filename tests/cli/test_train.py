@@ -133,7 +133,7 @@ def test_a_finished_run_is_not_run_again(home: Path, finished: tuple[Path, str])
     assert (out / "model.safetensors").stat().st_mtime_ns == modified
 
 
-def test_a_killed_run_goes_on_to_the_same_model(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_resumed_run_gives_the_same_model(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(*options(home, out))
     wait_for(out / "checkpoint-16", process)  # then the one before is whole
@@ -299,7 +299,7 @@ def test_a_plan_trains_and_writes_nothing(home: Path, tmp_path: Path) -> None:
     assert "GiB in bfloat16, 192 columns" in every.output
 
 
-def test_data_given_several_times_is_all_of_it(home: Path, tmp_path: Path) -> None:
+def test_repeated_data_options_add_up(home: Path, tmp_path: Path) -> None:
     twice = "--data", str(home / "held-out.jsonl")
     result = train(*options(home, tmp_path / "out", *twice, "--plan"))
     assert "data: 73 examples in 73 rows" in result.output
@@ -309,7 +309,7 @@ def test_data_given_several_times_is_all_of_it(home: Path, tmp_path: Path) -> No
     assert read_settings({**lines, "data": "a.jsonl"}, {"data": ["b.jsonl"]}, []).data == ["b.jsonl"]  # options win
 
 
-def test_a_plan_says_how_reasoning_is_learnt_and_what_is_cut(home: Path, tmp_path: Path) -> None:
+def test_plan_reports_reasoning_and_cut_rows(home: Path, tmp_path: Path) -> None:
     thoughts = tiny.write(tmp_path / "thoughts.jsonl", [{**row, "reasoning": "red"} for row in make_rows(3)])
     arguments = *options(home, tmp_path / "out", "--data", str(thoughts), "--plan"), "--overlong", "truncate", "--max-length"
     assert "reasoning of 3 rows: learnt between <think> and </think>" in train(*arguments, "100").output
@@ -319,7 +319,7 @@ def test_a_plan_says_how_reasoning_is_learnt_and_what_is_cut(home: Path, tmp_pat
     )
 
 
-def test_a_run_is_another_where_one_of_its_files_is(tmp_path: Path) -> None:
+def test_changed_file_makes_another_run(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     for number, file in enumerate(files):
         tiny.write(Path(file), tiny.rows(2, seed=number))

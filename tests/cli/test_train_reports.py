@@ -31,9 +31,7 @@ def make(tmp_path: Path) -> Make:
     return trainers(tmp_path, make_tokenizer())
 
 
-def test_a_training_that_comes_to_nan_fails_and_keeps_the_checkpoint_before(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_in_training_raises_and_keeps_earlier_checkpoints(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = DistillationTrainer.training_step
 
     def diverging(self: Any, model: Any, *args: Any) -> Any:
@@ -149,7 +147,7 @@ def test_the_model_at_the_end_is_the_best_that_the_summary_names(home: Path, tmp
     assert f"best by cross_entropy, {min(values.values()):.4f}" in printed
 
 
-def test_a_metric_that_an_evaluation_lacks_is_refused(home: Path, tmp_path: Path) -> None:
+def test_unknown_metric_for_the_best_model_raises(home: Path, tmp_path: Path) -> None:
     from kdkernels.cli.train.settings import TrainError
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "feature_loss"}

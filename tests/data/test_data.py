@@ -122,7 +122,7 @@ def test_demonstrations_that_are_turns_of_nothing(tokenizer: Any) -> None:
         (["a"], "row 2: an object is needed"),
     ],
 )
-def test_a_row_that_can_not_be_used_is_named(tokenizer: Any, row: Any, message: str) -> None:
+def test_invalid_row_is_named(tokenizer: Any, row: Any, message: str) -> None:
     rows = [{"prompt": "a", "response": "b"}, row]
     with pytest.raises(DataError) as error:
         load_examples(rows, tokenizer)
@@ -190,7 +190,7 @@ def test_a_template_that_rewrites_the_response_is_refused() -> None:
         load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template="{{ raise_exception('odd') }}"))
 
 
-def test_a_response_is_tokenised_where_it_stands() -> None:
+def test_response_is_tokenised_after_its_prompt() -> None:
     """SentencePiece writes a space before a text: before the prompt, and not once more between it and the response."""
     words = ["<|end|>", "<|unk|>", "▁", "\n", "<|user|>", "<|assistant|>", "▁one", "one", "▁two", "two", "▁is", "is"]
     for scheme in ("first", "always"):

@@ -60,7 +60,7 @@ def test_what_a_tokenizer_puts_after_a_text_is_not_in_a_local_prompt() -> None:
 
 
 @pytest.mark.parametrize("pieces", [False, True])
-def test_a_text_that_has_its_begin_token_gets_no_second_one(pieces: bool) -> None:
+def test_begin_token_in_the_text_is_not_doubled(pieces: bool) -> None:
     words = tokenizer(pieces=pieces, begins=True)
     rows = [
         {"prompt": "<bos>hi", "response": "yes"},
@@ -106,7 +106,7 @@ def test_a_turn_is_learnt_up_to_the_end_that_the_template_gives_it(template: str
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|endoftext|>"])
-def test_an_end_that_a_response_has_already_is_not_doubled(end: str) -> None:
+def test_end_token_in_the_response_is_not_doubled(end: str) -> None:
     words = tokenizer()
     for row in ({"messages": [ASK], "response": f"4{end}"}, {"messages": [ASK, {**FOUR, "content": f"4{end}"}]}):
         assert parts(words, row)[1] == "4<|im_end|>"
@@ -185,14 +185,14 @@ def test_an_empty_turn_of_the_assistant_is_refused_in_every_form(empty: str) -> 
         ({"prompt": "a", "response": "b", "teacher_prompt": "c", "teacher_messages": [ASK]}, "teacher_prompt", "'teacher_messages'"),
     ],
 )
-def test_a_row_that_can_be_read_in_two_ways_is_refused(row: dict[str, Any], field: str, other: str) -> None:
+def test_ambiguous_row_raises(row: dict[str, Any], field: str, other: str) -> None:
     with pytest.raises(DataError) as error:
         load_examples([{"prompt": "a", "response": "b"}, row], tokenizer())
     assert f"row 2, field '{field}': the row has" in str(error.value)
     assert other in str(error.value)
 
 
-def test_a_question_that_a_column_repeats_is_no_second_form() -> None:
+def test_repeated_question_column_is_not_ambiguous() -> None:
     row = {"prompt": "2+2?", "prompt_id": "7", "messages": [ASK, FOUR]}
     assert parts(tokenizer(), row) == parts(tokenizer(), {"messages": [ASK, FOUR]})
 
@@ -239,7 +239,7 @@ def test_an_answer_without_thoughts_closes_those_that_the_prompt_opens() -> None
     assert response == "</think>4<|im_end|>"
 
 
-def test_half_of_a_surrogate_pair_is_refused_where_it_would_be_tokenised() -> None:
+def test_half_of_a_surrogate_pair_raises_when_tokenised() -> None:
     words, half = tokenizer(), "cut \ud83d"
     for row, place in (
         ({"prompt": half, "response": "b"}, "prompt"), ({"prompt": "a", "response": half}, "response"), ({"text": half}, "text"),
@@ -257,6 +257,6 @@ def test_half_of_a_surrogate_pair_is_refused_where_it_would_be_tokenised() -> No
     assert parts(words, {"prompt": "a", "response": "\U0001f600", "note": half})[1] == "\U0001f600<|endoftext|>"
 
 
-def test_a_system_turn_that_the_template_refuses_is_named() -> None:
+def test_rejected_system_turn_is_named() -> None:
     with pytest.raises(DataError, match=r"row 1, field 'messages': the chat template refuses it: System role not supported"):
         load_examples([{"messages": [{"role": "system", "content": "be brief"}, ASK, FOUR]}], tokenizer(GEMMA))

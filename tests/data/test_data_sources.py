@@ -178,7 +178,7 @@ def test_a_column_of_dates_is_refused_by_name(tmp_path: Path, day: Any) -> None:
         load_examples([{"messages": [{"role": "user", "content": "q"}], "response": "a", "tools": [{"since": day}]}], WORDS)
 
 
-def test_a_column_of_dates_that_is_not_read_does_no_harm(tmp_path: Path) -> None:
+def test_unused_date_column_is_ignored(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "response": "b", "created": datetime.datetime(2026, 3, 1)}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert keys(tmp_path / "rows.parquet") == keys([{"prompt": "a", "response": "b"}])

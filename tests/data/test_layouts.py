@@ -79,7 +79,7 @@ def test_each_form_gives_the_same_tokens_from_every_file_and_from_datasets(tmp_p
         assert keys(file, **options) == expected, file.suffix
 
 
-def test_a_data_set_that_datasets_has_saved_is_data(tmp_path: Path) -> None:
+def test_saved_datasets_folder_is_readable(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "response": "b"}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "several")
@@ -156,12 +156,12 @@ def test_columns_choose_among_the_forms_of_a_row() -> None:
         ("prompt=a,prompt=b", "'prompt' is given twice"),
     ],
 )
-def test_columns_that_name_nothing_are_refused(columns: str, message: str) -> None:
+def test_unknown_columns_raise(columns: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Columns(columns)
 
 
-def test_a_column_that_is_not_there_is_named() -> None:
+def test_missing_column_is_named() -> None:
     row = {"question": "a", "answer": "b"}
     with pytest.raises(DataError, match=r"row 1, field 'query': --columns prompt=query .* The row has: question, answer"):
         keys([row], columns="prompt=query,response=answer")

@@ -216,7 +216,7 @@ def test_a_list_of_json_and_data_without_an_example_are_errors(files: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "saved"])
-def test_a_file_that_does_not_fit_is_refused(files: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mismatched_file_raises(files: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "available_bytes", lambda: 500)
     for data in (files[name], [str(files[name]), str(files["a.txt"])]):
         with pytest.raises(DataError, match=rf"{name}: the examples .* GiB are free. Use `kdkernels train --streaming --max-steps N`"):

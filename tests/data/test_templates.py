@@ -47,7 +47,7 @@ def test_the_date_is_todays_where_none_is_given() -> None:
     assert chat_text(dated, ROWS[0]["messages"], date=datetime.date(2026, 3, 1)) != chat_text(dated, ROWS[0]["messages"])
 
 
-def test_a_template_without_a_date_has_none() -> None:
+def test_template_without_a_date() -> None:
     (example,) = load_examples(ROWS, tiny.tokenizer(), date="2026-03-01")
     assert example.date is None
     assert date_of(tiny.tokenizer(), "2026-03-01") is None

@@ -147,7 +147,7 @@ def test_marks_serve_templates_whose_prefixes_are_none_and_conversations_that_th
 
 
 @pytest.mark.parametrize("template", [QWEN3, OPENS_THOUGHTS, THINKING])
-def test_a_template_that_writes_the_last_turn_otherwise_learns_it_alone(template: str) -> None:
+def test_template_with_a_different_last_turn_learns_only_it(template: str) -> None:
     words = tokenizer(template)
     rows = [{"messages": TALK}, {"messages": TALK[:4]}, {"messages": TALK[:2]}]
     with pytest.warns(UserWarning, match="of 2 conversations only the last turn of the assistant is learnt") as caught:
@@ -294,7 +294,7 @@ def test_a_training_multiplies_the_loss_by_weights_of_turns(tmp_path: Path) -> N
     assert both == pytest.approx(0.5 * parts[0] + parts[1])
 
 
-def test_a_cache_decides_what_is_learnt_on_it(tmp_path: Path) -> None:
+def test_cache_decides_which_turns_are_learnt(tmp_path: Path) -> None:
     from kdkernels.support.files import digest
     from kdkernels.teachers.cache import open_cache
     from kdkernels.teachers.cache.manifest import Identity, identity_of_tokenizer
@@ -324,7 +324,7 @@ def test_a_cache_decides_what_is_learnt_on_it(tmp_path: Path) -> None:
     assert (cache.learn, build(student, cache, talk).args.learn) == ("last", "last")
 
 
-def test_a_run_that_was_begun_before_there_was_a_choice_goes_on_with_the_last_turn(tmp_path: Path) -> None:
+def test_run_older_than_the_learn_option_continues_with_the_last_turn(tmp_path: Path) -> None:
     def chosen(learn: str | None, cache: Any = None) -> str | None:
         args = SimpleNamespace(learn=learn, output_dir=str(tmp_path), resume_from_checkpoint=None)
         choose_learn(args, cache)

@@ -148,7 +148,7 @@ def test_what_float32_takes_for_0_is_not_lost(any_backend: str, device: str) -> 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_that_do_not_count_and_rows_that_fail(mode: Any, any_backend: str, device: str) -> None:
+def test_ignored_and_failing_rows(mode: Any, any_backend: str, device: str) -> None:
     student = to_dtype(make_side((5,), 40, 8, device=device), None, requires_grad=True)
     teacher = make_ensemble((5,), mode, device=device, vocab=40)
     labels = torch.tensor([1, -100, 2, 3, 4], device=device)

@@ -25,7 +25,7 @@ WANTED = list(itertools.product([False, True], repeat=3))
 
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda w: "".join("hwb"[i] if x else "-" for i, x in enumerate(w)))
 @reductions
-def test_no_gradient_work_that_nobody_wants(
+def test_unneeded_gradients_are_not_computed(
     wanted: tuple[bool, bool, bool], reduction: str, engine_backend: str, device: str, calls: dict[str, int]
 ) -> None:
     student, teacher = pair(device=device, bias=True)

@@ -137,7 +137,7 @@ def test_num_items_changes_no_dtype(items: int | Tensor, any_backend: str) -> No
 
 
 @pytest.mark.parametrize("items", [0, torch.tensor(0)])
-def test_num_items_zero_is_no_division_by_zero(items: int | Tensor) -> None:
+def test_num_items_zero_does_not_divide_by_zero(items: int | Tensor) -> None:
     student, teacher = pair()
     loss = kd.distillation_loss(student, teacher, labels=torch.full((6,), -100), num_items=items)
     assert loss.item() == 0.0

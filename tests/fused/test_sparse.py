@@ -248,7 +248,7 @@ def test_more_ids_than_any_block_of_them(tail: str, engine_backend: str, device:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_label_among_the_ids_and_one_that_is_not(temperature: float, any_backend: str, device: str) -> None:
+def test_label_inside_and_outside_the_ids(temperature: float, any_backend: str, device: str) -> None:
     """Beside token 0, which is where padding would go: every column is written once, with all that belongs to it."""
     ids = torch.tensor([[0, 4, 7], [-1, 4, 7], [-1, -1, -1], [-1, -1, -1], [0, -1, -1], [7, -1, 0]], device=device)
     labels = torch.tensor([4, 0, 0, 5, 0, 0], device=device)
@@ -304,7 +304,7 @@ def test_autocast_and_the_module(engine_backend: str, device: str) -> None:
         assert kd.distillation_loss(side, teacher, temperature=2.0, backend=engine_backend).isfinite()
 
 
-def test_a_second_backward_gives_the_same_again(engine_backend: str, device: str) -> None:
+def test_second_backward_gives_equal_gradients(engine_backend: str, device: str) -> None:
     for dim in (None, 8):
         student = to_dtype(make_side((4,), 50, dim, device=device), None, requires_grad=True)
         leaf = student if isinstance(student, Tensor) else student.weight
@@ -379,7 +379,7 @@ def test_plan_counts_the_students_logits_alone() -> None:
         ("bucket", "total_variation", "forward_kl, jsd, reverse_kl"),
     ],
 )
-def test_what_is_not_defined_says_so(tail: str, divergence: str, way_out: str) -> None:
+def test_undefined_losses_raise(tail: str, divergence: str, way_out: str) -> None:
     with pytest.raises(ValueError, match=f"{divergence} is not defined.*{way_out}"):
         kd.distillation_loss(torch.randn(2, VOCAB), make_teacher(tail, 4, (2,)), divergence=divergence)
 

@@ -128,7 +128,7 @@ def test_fused_linear_cross_entropy(options: dict[str, Any], reduction: str, mon
     assert_same((found * upstream).sum(), (expected[reduction] * upstream).sum(), x, weight, bias, tolerance=1e-5)
 
 
-def test_cross_entropy_reports_what_is_asked_for() -> None:
+def test_cross_entropy_returns_the_requested_outputs() -> None:
     t, y = tensors(), labels()
     x, weight = t["student"].detach().float(), t["head"].detach().float()
     module = liger.LigerFusedLinearCrossEntropyLoss(

@@ -101,7 +101,7 @@ def test_evaluation_gives_the_same_loss_and_logits(tmp_path: Path) -> None:
     torch.testing.assert_close(patched_logits, logits, rtol=0, atol=0)
 
 
-def test_a_subclass_with_a_loss_of_its_own_keeps_it(tmp_path: Path) -> None:
+def test_subclass_keeps_its_loss(tmp_path: Path) -> None:
     from trl.experimental.gkd import GKDTrainer
 
     class Own(GKDTrainer):

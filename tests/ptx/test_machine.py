@@ -187,7 +187,7 @@ def test_a_warp_needs_no_barrier_with_itself() -> None:
     assert run(EXCHANGE.format(barrier="", distance=4)).tolist() == [t ^ 1 for t in range(64)]
 
 
-def test_writing_what_another_warp_reads_is_a_race() -> None:
+def test_write_after_read_by_another_warp_is_a_race() -> None:
     body = """
     ld.global.b32 %r5, [%rd1];
     setp.eq.b32 %p1, %r2, 0;
@@ -197,7 +197,7 @@ def test_writing_what_another_warp_reads_is_a_race() -> None:
         run(body)
 
 
-def test_writing_what_another_cta_read_is_a_race_despite_barriers() -> None:
+def test_write_after_read_by_another_cta_is_a_race_despite_barriers() -> None:
     body = """
     ld.global.b32 %r5, [%rd1];
     bar.sync 0;

@@ -122,7 +122,7 @@ def test_plain_rows_are_of_one_turn() -> None:
 # Asking
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_killed_run_continues(tmp_path: Path) -> None:
     def answer(request: Request) -> str:
         return f"{last(request)} is {request.key.split('/')[1]}"
 
@@ -149,7 +149,7 @@ def test_a_log_answers_only_what_it_was_asked(tmp_path: Path) -> None:
     assert len(model.asked) == 3
 
 
-def test_sampling_refuses_what_makes_no_sense() -> None:
+def test_invalid_sampling_options_raise() -> None:
     with pytest.raises(RecipeError, match="samples 2 at temperature 0"):
         Sampling(samples=2)
     with pytest.raises(RecipeError, match="at least 1"):

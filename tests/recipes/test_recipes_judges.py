@@ -51,13 +51,13 @@ def run(
 # A judge that names no label
 
 
-def test_a_judge_that_says_nothing_of_the_original_keeps_no_pair_and_is_asked_no_more(tmp_path: Path) -> None:
+def test_missing_verdict_on_the_original_drops_all_its_pairs(tmp_path: Path) -> None:
     found, tally, model = run(lambda request: "bad" if "NEW" in judged_text(request) else "I cannot say", tmp_path)
     assert (found, tally.dropped) == ([], {"the judge names no label for the original text": 1})
     assert len(model.asked) == 1, "only what can be used is judged"
 
 
-def test_a_judge_that_says_nothing_of_the_new_text_is_counted_apart(tmp_path: Path) -> None:
+def test_missing_verdicts_on_new_texts_are_counted_separately(tmp_path: Path) -> None:
     found, tally, _ = run(lambda request: "hm" if "NEW" in judged_text(request) else "good", tmp_path)
     assert (found, tally.dropped) == ([], {"the judge names no label for the new text": 1})
 

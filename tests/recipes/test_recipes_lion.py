@@ -231,7 +231,7 @@ def test_other_settings_or_another_student_are_refused(tmp_path: Path, monkeypat
     assert loop("--student", "one").exit_code == 0
 
 
-def test_a_round_killed_between_stages_goes_on_with_imitation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_round_continues_with_imitation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(tmp_path, monkeypatch)
     assert loop().exit_code == loop("--student", "s").exit_code == 0
     (loop.out / "round-1" / "imitate.jsonl").unlink()
@@ -241,7 +241,7 @@ def test_a_round_killed_between_stages_goes_on_with_imitation(tmp_path: Path, mo
     assert lion.stage(loop.out) == (1, "student")
 
 
-def test_a_student_that_is_not_there_does_not_become_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_student_does_not_become_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(tmp_path, monkeypatch)
     assert loop().exit_code == 0
     result = loop("--student", "missing")
@@ -250,7 +250,7 @@ def test_a_student_that_is_not_there_does_not_become_the_rounds(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("option", [("--count", "0"), ("--rouge", "1"), ("--rouge", "0")])
-def test_options_that_make_no_sense_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, str]) -> None:
+def test_invalid_options_fail_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, str]) -> None:
     loop = Loop(tmp_path, monkeypatch)
     result = loop(*option)
     assert (result.exit_code, option[0] in result.output, loop.asked) == (2, True, 0)

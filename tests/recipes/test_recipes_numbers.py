@@ -55,7 +55,7 @@ def test_a_number_is_read_whole(text: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("text", NOT_NUMBERS)
-def test_of_what_is_not_one_number_no_part_is_taken(text: str) -> None:
+def test_text_with_several_numbers_is_not_read_in_part(text: str) -> None:
     assert normalise(text, "number") is None
     assert normalise(text, "number", first=True) is None
 

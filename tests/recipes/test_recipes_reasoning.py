@@ -98,7 +98,7 @@ def test_any_text_gives_an_answer_or_none(text: str, kind: answers.Kind) -> None
 
 
 @given(st.text(st.characters(exclude_characters="\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), max_size=40))
-def test_what_is_written_is_what_is_read(rationale: str) -> None:
+def test_written_values_are_read_back(rationale: str) -> None:
     text, answer = answers.split(cot.worked(rationale.strip(), "42"))
     assert answer == "42"
     assert text == rationale.strip()
@@ -248,9 +248,7 @@ def by_definition(model: Any, tokenizer: Any, own: str, other: str, strength: fl
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
-def test_contrastive_decoding_is_what_the_formula_says(
-    teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strength: float
-) -> None:
+def test_contrastive_decoding_equals_the_formula(teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strength: float) -> None:
     model, tokenizer = teacher
     items = [item(n, str(n), "What is the square of this, please?"[: 5 * n + 3]) for n in range(7)]
     given, other = [f"answer {n}" for n in range(7)], ["", "a wrong and longer answer", "no", *[""] * 4]
@@ -273,7 +271,7 @@ def test_contrastive_decoding_is_what_the_formula_says(
     assert sum(len(ids) > 3 for ids in decoded) >= 3, "too short to compare"
 
 
-def test_contrastive_scores_are_what_the_formula_says(teacher: Any) -> None:
+def test_contrastive_scores_equal_the_formula(teacher: Any) -> None:
     model, tokenizer = teacher
     own, other = (tokenizer(text, return_tensors="pt").input_ids for text in ("2+2?4", "2+2?"))
     contrast = scott.Contrast(model, other, torch.ones_like(other), own.shape[1], 0.5, [1])
@@ -291,7 +289,7 @@ def test_contrastive_scores_are_what_the_formula_says(teacher: Any) -> None:
         contrast(ids.expand(2, -1), logits.expand(2, -1))
 
 
-def test_where_the_teacher_stops_it_stops_and_what_it_rules_out_stays_out(teacher: Any) -> None:
+def test_generation_follows_the_teachers_stops_and_exclusions(teacher: Any) -> None:
     model, tokenizer = teacher
     other = tokenizer("x", return_tensors="pt").input_ids
     logits = torch.zeros(1, model.config.vocab_size)

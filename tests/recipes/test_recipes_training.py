@@ -89,7 +89,7 @@ def test_the_hard_weight_falls_while_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_a_last_weight_that_makes_no_sense(tmp_path: Path, value: float) -> None:
+def test_invalid_last_weight(tmp_path: Path, value: float) -> None:
     with pytest.raises(ValueError, match="ce_weight_last must be finite and >= 0"):
         DistillationArguments(output_dir=str(tmp_path), ce_weight_last=value)
     assert DistillationArguments(output_dir=str(tmp_path), kd_weight=0.0, ce_weight_last=1.0).ce_weight == 0.0

@@ -218,7 +218,7 @@ def test_other_threads_see_the_model(where: str) -> None:
     assert "forward" not in model.__dict__
 
 
-def test_inputs_that_the_tap_cannot_use() -> None:
+def test_unsupported_inputs_of_the_tap() -> None:
     model = build("llama")
     with pytest.raises(ValueError, match="does not take labels: give them to the loss"):
         HeadTap(model)(model, input_ids=IDS, labels=IDS)

@@ -235,7 +235,7 @@ def test_width_is_read_off_weights_and_not_off_stale_sizes() -> None:
     assert head_width(model) == width + 8
 
 
-def test_adapter_that_comes_later_falls_back_where_it_must() -> None:
+def test_later_adapter_falls_back_if_necessary() -> None:
     base = build("llama")
     tap = HeadTap(base)
     tap(base, input_ids=IDS)

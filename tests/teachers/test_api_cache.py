@@ -136,7 +136,7 @@ def test_a_tokenizer_that_is_not_the_teachers_is_refused(speaker: LocalModel, tm
 
 
 @pytest.mark.parametrize("form", ["id", "token_id"])
-def test_a_response_in_unusual_tokens_of_the_teachers_own_tokenizer_costs_that_row_alone(form: str) -> None:
+def test_unusual_tokenisation_by_the_teacher_drops_only_that_row(form: str) -> None:
     """Real models write "C" and "at" for "Cat" now and then. Ids that decode to the response show whose tokens they are."""
     tokenizer = tiny.tokenizer()
     rows = [{"prompt": prompt, "response": " quick", "finish_reason": "length"} for prompt in ("a", "b")]
@@ -207,7 +207,7 @@ WORD = [told(" quick", " fox", " dog")]
         ([{**told("</s>"), "logprob": None, "top_logprobs": []}], None),
     ],
 )
-def test_an_end_token_that_is_told_oddly_costs_that_token_alone(
+def test_misreported_end_token_drops_only_that_token(
     end: list[dict[str, Any]], probabilities: list[float] | None, tmp_path: Path, folder: Path
 ) -> None:
     tokenizer = tiny.tokenizer()
@@ -287,7 +287,7 @@ def test_prompt_logprobs_that_cannot_be_read_are_one_error(prompt_logprobs: obje
     assert len(model.asked) == 1
 
 
-def test_prompt_logprobs_that_are_no_numbers_are_in_the_tail(tmp_path: Path) -> None:
+def test_non_numeric_prompt_logprobs_go_to_the_tail(tmp_path: Path) -> None:
     example = load_examples([{"prompt": "a", "response": " quick"}], tiny.tokenizer())[0]
     table = [None, *({"5": {"logprob": None}, "6": {"logprob": -1.0}, str(2**40): {"logprob": -2.0}} for _ in example.teacher_ids[1:])]
     table[-1] = None

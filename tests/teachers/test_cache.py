@@ -333,7 +333,7 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, live: LiveTeacher, example
         ({"teacher_dtype": "bfloat16"}, "the teacher's dtype"),
     ],
 )
-def test_another_command_does_not_go_on_with_a_cache(
+def test_cache_is_not_continued_by_another_command(
     tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, changed: dict[str, Any], named: str
 ) -> None:
     out = write(tmp_path / "c", live, examples[:4], identity_of(text, "topk"))

@@ -159,7 +159,7 @@ class Logits:
 
 
 @pytest.mark.parametrize(("kind", "own"), [("topk", {"dtype": "float32"}), ("sampled", {"seed": 0})])
-def test_a_model_that_gives_nan_is_refused_with_its_row(tmp_path: Path, examples: list[Example], kind: Any, own: dict[str, Any]) -> None:
+def test_nan_from_a_model_raises_with_the_row(tmp_path: Path, examples: list[Example], kind: Any, own: dict[str, Any]) -> None:
     identity = Identity("t", "1", "float32", "", "", 300, 300, kind, k=3, temperature=1.0, **own)
     row, first = torch.zeros(300), len(examples[0].teacher_scored)
     row[7] = torch.nan
@@ -167,7 +167,7 @@ def test_a_model_that_gives_nan_is_refused_with_its_row(tmp_path: Path, examples
         write_cache(Logits(first, row), examples, tmp_path / "c", identity)  # type: ignore[arg-type]
 
 
-def test_a_cache_that_was_filled_with_other_numbers_is_refused_when_read(tmp_path: Path, examples: list[Example]) -> None:
+def test_reading_a_cache_with_invalid_values_raises(tmp_path: Path, examples: list[Example]) -> None:
     """Write a cache like versions before this check, with a valid manifest."""
     for what in ("probabilities", "more than a distribution"):
         folder, values = tmp_path / what, BAD[what][0]

@@ -46,7 +46,7 @@ def extend(cache: Path, teacher: Path, data: Path, *more: object, status: int = 
     return run("cache", "extend", cache, "--teacher", teacher, "--data", data, "--batch-size", 2, *more, status=status)
 
 
-def test_info_shows_what_a_cache_holds(made: Path) -> None:
+def test_info_describes_a_cache(made: Path) -> None:
     about = json.loads(run("cache", "info", made, "--json"))
     manifest = Manifest.read(made)
     assert (about["kind"], about["k"], about["teacher"], about["examples"]) == ("topk", 5, "tiny-teacher", 8)
@@ -73,7 +73,7 @@ def test_verify_names_each_damaged_file(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["topk", "sampled", "hidden"])
-def test_an_extended_cache_serves_what_a_whole_one_does(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_extended_cache_equals_a_cache_made_at_once(folder: Path, tmp_path: Path, kind: str) -> None:
     first, every = tiny.write(tmp_path / "first.jsonl", ROWS[:8]), tiny.write(tmp_path / "every.jsonl", ROWS)
     common = ("--teacher", folder, "--kind", kind, "-k", 5, "--batch-size", 2)
     run("cache", *common, "--data", first, "--out", tmp_path / "cache")
@@ -94,9 +94,7 @@ def test_an_extended_cache_serves_what_a_whole_one_does(folder: Path, tmp_path: 
     assert bytes_of(tmp_path / "cache") == after
 
 
-def test_an_extension_that_is_cut_short_leaves_a_whole_cache(
-    made: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_extension_leaves_a_valid_cache(made: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = shutil.copytree(made, tmp_path / "cache")
     data = tiny.write(tmp_path / "data.jsonl", ROWS)
     manifest = Manifest.read(cache)
@@ -139,7 +137,7 @@ def test_a_teacher_of_another_name_and_the_same_content_is_the_same(made: Path, 
     assert len(open_cache(cache)) == 12
 
 
-def test_caches_that_can_not_be_extended(made: Path, folder: Path, tmp_path: Path) -> None:
+def test_invalid_extensions_raise(made: Path, folder: Path, tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.jsonl", ROWS[:2])
     run("cache", "--teacher", folder, "--data", data, "--kind", "text", "--max-new-tokens", 2, "--out", tmp_path / "text")
     assert "holds text: make another cache" in extend(tmp_path / "text", folder, data, status=2)
@@ -158,7 +156,7 @@ def test_the_command_without_a_subcommand_stays_as_it_is() -> None:
     assert "--teacher" in run("cache", "extend", "--help")
 
 
-def test_a_training_goes_on_from_a_cache_that_was_extended(tmp_path: Path) -> None:
+def test_training_continues_from_an_extended_cache(tmp_path: Path) -> None:
     """The identity and the rows of a run are compared, not how many more a cache has. Changed shards are another cache."""
     home = make_home(tmp_path / "home")
     cache, out = tmp_path / "cache", tmp_path / "out"

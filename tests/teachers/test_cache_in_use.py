@@ -82,7 +82,7 @@ def test_a_text_cache_of_version_1_opens() -> None:
 
 
 @pytest.mark.parametrize("kind", ["hidden", "sampled"])
-def test_a_cache_of_version_1_that_was_cut_short_is_finished_as_it_was_begun(tmp_path: Path, kind: str) -> None:
+def test_interrupted_cache_of_version_1_is_finished_in_version_1(tmp_path: Path, kind: str) -> None:
     words, out = make_tokenizer(), tmp_path / "c"
     shutil.copytree(OLD / kind, out)
     whole = bytes_of(out)
@@ -154,7 +154,7 @@ class Tomorrow(templates.datetime.date):  # type: ignore[name-defined,misc]
 
 
 @pytest.mark.parametrize("kind", ["hidden", "text"])
-def test_the_command_goes_on_with_the_date_of_the_day_it_was_begun(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_command_keeps_its_start_date(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.save(tmp_path / "teacher")
     dated = tiny.tokenizer()
     dated.chat_template = DATED
@@ -192,7 +192,7 @@ def test_a_text_cache_of_another_date_holds_other_prompts(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(("kind", "says"), [("hidden", False), ("sampled", True)])
-def test_a_cache_goes_on_with_another_batch_size(
+def test_cache_continues_with_another_batch_size(
     tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example], kind: str, says: bool
 ) -> None:
     """Hidden states on a CPU are the same bits whatever the batch; of the other kinds a warning says that bits may differ."""
@@ -229,7 +229,7 @@ def test_the_same_weights_in_a_folder_of_another_name_are_the_same_teacher(tmp_p
     assert "the teacher's revision" in result.output
 
 
-def test_an_error_blames_what_differs_and_nothing_else(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
+def test_errors_name_exactly_the_differences(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
     out = tmp_path / "c"
     write_cache(live, examples, out, identity_of(text))
     with pytest.raises(CacheError) as error:
@@ -255,7 +255,7 @@ def test_rows_that_a_cache_lacks_are_named(tmp_path: Path, text: Any, live: Live
         cache.require([examples[21], *held_out])
 
 
-def test_of_many_rows_the_first_20_are_named() -> None:
+def test_errors_name_the_first_20_rows() -> None:
     assert places([f"a.jsonl, row {n}" for n in range(1, 31)]).endswith("rows " + ", ".join(map(str, range(1, 21))) + "; and 10 more")
     assert places(["b.parquet, row 7", "row 2"]) == "b.parquet, row 7; row 2"
 
@@ -269,7 +269,7 @@ def test_of_many_rows_the_first_20_are_named() -> None:
         ("sampled", ["--divergence", "jsd"], "train with --divergence forward_kl, or make a cache with `kdkernels cache --kind hidden`"),
     ],
 )
-def test_what_a_cache_can_not_serve_is_said_in_the_commands_words(tmp_path: Path, kind: str, option: list[str], says: str) -> None:
+def test_unsupported_cache_uses_name_the_options(tmp_path: Path, kind: str, option: list[str], says: str) -> None:
     folder, data = tiny.save(tmp_path / "model"), tiny.write(tmp_path / "data.jsonl", tiny.rows(3))
     made = runner.invoke(
         cli.app, ["cache", "--teacher", str(folder), "--data", str(data), "--kind", kind, "-k", "3", "--out", str(tmp_path / "c")]

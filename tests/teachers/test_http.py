@@ -105,7 +105,7 @@ def test_every_fault_at_64_at_once_loses_and_doubles_nothing(server: Server, tmp
         ("key", r"401: .*no, Bearer \[key\].*the key is read from OPENAI_API_KEY, which is set"),
     ],
 )
-def test_what_does_not_get_better_ends_and_says_why(server: Server, tmp_path: Path, fault: str, message: str) -> None:
+def test_permanent_errors_end_the_run_with_the_reason(server: Server, tmp_path: Path, fault: str, message: str) -> None:
     model = server.model(retries=2, timeout=0.3, concurrency=1)
     with pytest.raises(HTTPModelError, match=message) as error:
         model.complete(requests([f"fault={fault}", "never asked"]), tmp_path / "log")
@@ -114,7 +114,7 @@ def test_what_does_not_get_better_ends_and_says_why(server: Server, tmp_path: Pa
     assert "never asked" not in server.stats()["answered"]
 
 
-def test_requests_in_flight_are_kept_when_one_is_hopeless(server: Server, tmp_path: Path) -> None:
+def test_fatal_error_keeps_replies_in_flight(server: Server, tmp_path: Path) -> None:
     prompts = ["slow delay=0.5", "fault=key"]
     with pytest.raises(HTTPModelError, match="401"):
         server.model().complete(requests(prompts), tmp_path / "log")
@@ -122,7 +122,7 @@ def test_requests_in_flight_are_kept_when_one_is_hopeless(server: Server, tmp_pa
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.run of Python 3.10 cancels everything at once")
-def test_an_interrupt_waits_for_what_is_in_flight(server: Server, tmp_path: Path) -> None:
+def test_interrupt_waits_for_requests_in_flight(server: Server, tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = (
         "import sys; from pathlib import Path; from kdkernels.teachers.http import HTTPModel; from kdkernels.teachers.text import Request\n"
@@ -164,7 +164,7 @@ def test_samples_of_one_prompt_are_drawn_apart_and_again_the_same(server: Server
     assert not set(texts[0]) & set(texts[2])
 
 
-def test_a_recipe_goes_on_without_what_the_server_refuses(server: Server, tmp_path: Path) -> None:
+def test_recipe_skips_refused_requests(server: Server, tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.jsonl", [{"prompt": prompt} for prompt in ("good", "fault=refused*99", "good too")])
     command = ["recipe", "sequence", "--base-url", server.url, "--model", "m", "--data", data, "--out", tmp_path / "out", "--price", "1,2"]
     result = runner.invoke(cli.app, [str(a) for a in command])
@@ -178,9 +178,7 @@ def test_a_recipe_goes_on_without_what_the_server_refuses(server: Server, tmp_pa
     assert KEY not in result.output + (tmp_path / "out" / "replies.jsonl").read_text()
 
 
-def test_a_key_goes_to_the_server_that_it_was_named_for(
-    server: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_api_key_is_sent_only_to_its_server(server: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFEREES", "sk-of-the-referee")
     data = tiny.write(tmp_path / "seeds.jsonl", [{"prompt": "sing of a lazy dog"}, {"prompt": "name two birds"}])
 
@@ -230,13 +228,13 @@ def test_retry_after_in_each_of_its_forms() -> None:
         ({"api": "other"}, "'other'"),
     ],
 )
-def test_settings_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         HTTPModel(**{"base_url": "http://localhost/v1", "model": "m", **options})
     assert KEY not in str(error.value)
 
 
-def test_requests_that_make_no_sense(server: Server, tmp_path: Path) -> None:
+def test_invalid_requests(server: Server, tmp_path: Path) -> None:
     same = [Request("a", [{"role": "user", "content": "x"}])] * 2
     with pytest.raises(ValueError, match="two requests have the key 'a'"):
         server.model().complete(same, tmp_path / "log")
@@ -246,7 +244,7 @@ def test_requests_that_make_no_sense(server: Server, tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists()
 
 
-def test_complete_works_where_a_loop_runs_already(server: Server, tmp_path: Path) -> None:
+def test_complete_works_inside_a_running_event_loop(server: Server, tmp_path: Path) -> None:
     async def notebook() -> list[Any]:
         return server.model().complete(requests(["a", "b"]), tmp_path / "log")
 
@@ -256,7 +254,7 @@ def test_complete_works_where_a_loop_runs_already(server: Server, tmp_path: Path
 # The log
 
 
-def test_a_torn_last_line_is_repaired_and_only_that_row_asked_again(server: Server, tmp_path: Path) -> None:
+def test_torn_last_line_repeats_only_its_request(server: Server, tmp_path: Path) -> None:
     log = tmp_path / "log"
     replies = server.model(concurrency=1).complete(requests(["a", "b", "c"]), log)
     whole = log.read_bytes()
@@ -266,7 +264,7 @@ def test_a_torn_last_line_is_repaired_and_only_that_row_asked_again(server: Serv
     assert log.read_bytes().startswith(whole)
 
 
-def test_a_log_that_is_damaged_of_other_requests_or_in_use_is_refused(server: Server, tmp_path: Path) -> None:
+def test_damaged_foreign_or_locked_log_raises(server: Server, tmp_path: Path) -> None:
     log = tmp_path / "log"
     server.model().complete(requests(["a", "b"]), log)
     whole = log.read_bytes()

@@ -29,7 +29,7 @@ def local(folder: Path) -> LocalModel:
     return LocalModel(folder)
 
 
-def test_local_greedy_text_is_the_models_own_in_any_batch(local: LocalModel, tmp_path: Path) -> None:
+def test_local_greedy_text_does_not_depend_on_the_batch(local: LocalModel, tmp_path: Path) -> None:
     asked = requests([f"{word} fox" for word in tiny.WORDS], max_tokens=8)
     replies = local.complete(asked, tmp_path / "a")
     for request, reply in zip(asked[:4], replies, strict=False):
@@ -60,7 +60,7 @@ def test_local_draws_are_of_the_model_and_repeat_with_the_seed(local: LocalModel
 
 
 @pytest.mark.parametrize("part", ["template", "tokens", "end"])
-def test_a_log_goes_on_only_with_the_tokens_that_it_was_begun_with(local: LocalModel, tmp_path: Path, part: str) -> None:
+def test_log_continues_only_with_the_same_tokens(local: LocalModel, tmp_path: Path, part: str) -> None:
     asked = requests(["a fox", "a dog"], max_tokens=2)
     LocalModel(local.model, local.tokenizer, name="m").complete(asked[:1], tmp_path / "log")
     tokenizer = copy.deepcopy(local.tokenizer)
@@ -77,7 +77,7 @@ def test_a_log_goes_on_only_with_the_tokens_that_it_was_begun_with(local: LocalM
     assert len(LocalModel(local.model, local.tokenizer, name="m").complete(asked, tmp_path / "log")) == 2
 
 
-def test_a_log_from_before_tokens_were_noted_goes_on(local: LocalModel, tmp_path: Path) -> None:
+def test_log_without_recorded_tokens_continues(local: LocalModel, tmp_path: Path) -> None:
     asked = requests(["a fox", "a dog"], max_tokens=2)
     model = LocalModel(local.model, local.tokenizer, name="m")
     (reply,) = model.complete(asked[:1], tmp_path / "log")
@@ -88,7 +88,7 @@ def test_a_log_from_before_tokens_were_noted_goes_on(local: LocalModel, tmp_path
 
 
 @pytest.mark.parametrize("change", ["head", "layer", "names", "shape"])
-def test_a_model_whose_weights_are_not_whole_is_refused(folder: Path, tmp_path: Path, change: str) -> None:
+def test_incomplete_weights_raise(folder: Path, tmp_path: Path, change: str) -> None:
     broken = shutil.copytree(folder, tmp_path / "model")
     weights = load_file(broken / "model.safetensors")
     name = "lm_head.weight" if change == "head" else "model.layers.0.mlp.up_proj.weight"
@@ -104,7 +104,7 @@ def test_a_model_whose_weights_are_not_whole_is_refused(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_whole_model_is_loaded_with_its_head_tied_or_not(folder: Path, tmp_path: Path, tied: bool) -> None:
+def test_complete_model_is_loaded_with_tied_or_untied_head(folder: Path, tmp_path: Path, tied: bool) -> None:
     whole = shutil.copytree(folder, tmp_path / "model")
     config = json.loads((whole / "config.json").read_text())
     (whole / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
@@ -125,7 +125,7 @@ def test_a_broken_file_of_a_model_is_an_error_of_the_user(folder: Path, tmp_path
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused_by_name(name: str) -> None:
+def test_missing_device_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=rf"--device {name}: torch can't use it here"):
         device_of(name)
 
@@ -138,7 +138,7 @@ def test_local_stops_at_a_text(local: LocalModel, tmp_path: Path) -> None:
     assert cut.finish_reason == "stop"
 
 
-def test_local_is_plain_whatever_the_model_was_saved_with(folder: Path, local: LocalModel, tmp_path: Path) -> None:
+def test_local_generation_ignores_saved_settings(folder: Path, local: LocalModel, tmp_path: Path) -> None:
     asked = requests(["a dog", "the fox"], max_tokens=12, logprobs=2)
     asked.append(dataclasses.replace(asked[0], key="drawn", temperature=1.0))
     plain = local.complete(asked, tmp_path / "plain")

@@ -109,7 +109,7 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
         stream(delta(content="y"), {"choices": [{"message": {"content": "yes", "reasoning": "so"}, "finish_reason": "stop"}]}, USAGE),
     ],
 )  # fmt: skip
-def test_a_stream_that_was_not_asked_for_is_read(body: bytes, tmp_path: Path) -> None:
+def test_unrequested_stream_is_parsed(body: bytes, tmp_path: Path) -> None:
     reply, model = ask(body, tmp_path)
     assert (reply.text, reply.reasoning, reply.finish_reason, len(model.asked)) == ("yes", "so", "stop", 1)
     assert (reply.prompt_tokens, reply.completion_tokens) == (3, 2)
@@ -158,7 +158,7 @@ def test_half_an_answer_is_asked_for_again(body: bytes, tmp_path: Path) -> None:
         (chat_reply(json.loads("[" * 400 + "]" * 400)), "a part of content must be text or an object"),
     ],
 )
-def test_a_form_that_cannot_be_read_is_one_error_after_one_request(body: bytes, message: str, tmp_path: Path) -> None:
+def test_unreadable_reply_is_one_error_after_one_request(body: bytes, message: str, tmp_path: Path) -> None:
     model = ScriptedModel(lambda asked: body)
     with pytest.raises(HTTPModelError, match=r"request 'row 0': the reply can't be read: ") as error:
         model.complete(requests(["q"] * 3), tmp_path / "log")
@@ -167,7 +167,7 @@ def test_a_form_that_cannot_be_read_is_one_error_after_one_request(body: bytes, 
     assert len(model.asked) == 1
 
 
-def test_one_reply_that_cannot_be_read_is_left_out_where_rows_may_be(tmp_path: Path) -> None:
+def test_unreadable_reply_is_skipped_with_skip_refused(tmp_path: Path) -> None:
     bodies = {"a": chat_reply("yes"), "b": chat_reply(7), "c": chat_reply("no")}
     model = ScriptedModel(lambda asked: bodies[asked["messages"][0]["content"]], skip_refused=True)
     assert [reply.finish_reason for reply in model.complete(requests("abc"), tmp_path / "log")] == ["stop", "refused", "stop"]
@@ -200,7 +200,7 @@ def test_log_probabilities_are_read_from_both_forms_in_both_interfaces(tmp_path:
             assert reply.logprobs == expected
 
 
-def test_numbers_that_are_none_cost_what_they_stand_for_alone(tmp_path: Path) -> None:
+def test_invalid_numbers_drop_only_their_tokens(tmp_path: Path) -> None:
     body = (
         b'{"choices": [{"message": {"content": "ab"}, "finish_reason": "stop", "logprobs": {"content": ['
         b'{"token": "a", "logprob": null, "top_logprobs": [{"token": "a", "logprob": -Infinity}, {"token": "b", "logprob": -1}]},'
@@ -294,7 +294,7 @@ def test_whatever_a_server_sends_is_a_reply_or_one_error(
 
 
 @pytest.mark.parametrize("reason", ["length", "content_filter", "max_tokens", "SAFETY", "stopped", None, "", 7, "st\ud83dop"])
-def test_no_end_is_learnt_after_a_reply_that_did_not_end_by_itself(reason: object, tmp_path: Path) -> None:
+def test_end_of_a_cut_reply_is_not_learnt(reason: object, tmp_path: Path) -> None:
     reply, model = ask(chat_reply("the quick", reason), tmp_path)
     assert len(model.asked) == 1
     assert not ended(reply.finish_reason)
@@ -304,14 +304,14 @@ def test_no_end_is_learnt_after_a_reply_that_did_not_end_by_itself(reason: objec
 
 
 @pytest.mark.parametrize("reason", ["stop", "STOP", "eos_token", "end_turn", "stop_sequence"])
-def test_an_end_is_learnt_after_a_whole_reply(reason: str, tmp_path: Path) -> None:
+def test_end_of_a_complete_reply_is_learnt(reason: str, tmp_path: Path) -> None:
     reply, _ = ask(chat_reply("the quick", reason), tmp_path)
     tokenizer = tiny.tokenizer()
     (example,) = load_examples([with_reply({"prompt": "a"}, reply)], tokenizer)
     assert example.student_ids[-1] == tokenizer.eos_token_id
 
 
-def test_a_reply_that_is_broken_off_each_time_is_kept_as_cut_and_the_log_says_so(tmp_path: Path) -> None:
+def test_reply_cut_at_every_attempt_is_kept_and_logged_as_cut(tmp_path: Path) -> None:
     reply, model = ask(chat_reply("the quick", "abort"), tmp_path)
     assert (reply.text, reply.finish_reason, len(model.asked)) == ("the quick", "abort", 3)
     assert json.loads((tmp_path / "log").read_text())["interrupted"] == ["abort", "abort"]
@@ -415,7 +415,7 @@ FORMS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("place", ["text", "reasoning", "parts", "finish_reason", "stream", "tokens", "error", "unreadable"])
-def test_a_key_that_the_server_repeats_gets_into_no_file_and_no_error(form: str, place: str, tmp_path: Path) -> None:
+def test_echoed_api_key_is_never_written_or_shown(form: str, place: str, tmp_path: Path) -> None:
     told = FORMS[form](KEY)
     parts = [{"type": "text", "text": told[:7]}, {"type": "text", "text": told[7:]}]
     table = [
@@ -492,7 +492,7 @@ def test_a_local_model_whose_template_opens_thoughts_keeps_them(tmp_path: Path) 
 # Rows
 
 
-def test_a_row_gets_thoughts_and_loses_what_belonged_to_another_response() -> None:
+def test_new_thoughts_replace_fields_of_the_old_response() -> None:
     row = {"prompt": "q", "id": 3, "completion": "old", "reasoning": "old", "teacher_logprobs": [{}], "finish_reason": "length"}
     assert with_reply(row, Reply("k", "4")) == {"prompt": "q", "id": 3, "response": "4", "finish_reason": "stop"}
     assert with_reply(row, Reply("k", "4", reasoning="so"))["reasoning"] == "so"
@@ -508,7 +508,7 @@ def test_a_row_gets_thoughts_and_loses_what_belonged_to_another_response() -> No
         ({"messages": ["a"]}, r"row 2: field 'messages': a list of .*role.* is needed"),
     ],
 )
-def test_a_row_that_cannot_be_asked_is_named_before_anything_is_paid_for(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_prompt_raises_before_any_request(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.jsonl", [{"prompt": "good"}, row])
     model = ScriptedModel(lambda asked: chat_reply())
     with pytest.raises(ValueError, match=message):
@@ -529,7 +529,7 @@ def test_text_that_is_carried_along_is_written_escaped(tmp_path: Path) -> None:
     assert json.loads(line) == {"prompt": "good", **odd, "response": "yes\u2028\x9b", "finish_reason": "stop"}
 
 
-def test_advice_is_about_the_options_where_every_row_is_refused_alike(tmp_path: Path) -> None:
+def test_equal_refusals_of_all_rows_advise_about_options(tmp_path: Path) -> None:
     def error(rows: list[dict[str, Any]], *answers: bytes) -> str:
         data = tiny.write(tmp_path / "data.jsonl", rows)
         model = ScriptedModel(lambda asked: (400, answers[len(model.asked) % len(answers)]))
@@ -546,7 +546,7 @@ def test_advice_is_about_the_options_where_every_row_is_refused_alike(tmp_path: 
     assert error(rows[:1], unknown).endswith("take them out of the data, or give --skip-refused")
 
 
-def test_rows_that_are_left_out_are_named_and_listed(tmp_path: Path) -> None:
+def test_skipped_rows_are_listed(tmp_path: Path) -> None:
     rows = [{"prompt": f"{'no' if number % 2 else 'yes'} {number}"} for number in range(1, 61)]
     data, out = tiny.write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
 
@@ -579,14 +579,14 @@ def test_rows_that_are_left_out_are_named_and_listed(tmp_path: Path) -> None:
     assert listing.read_text() == '{"where": "of the user"}\n'
 
 
-def test_a_reply_that_is_given_up_names_its_row(tmp_path: Path) -> None:
+def test_abandoned_request_names_its_row(tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     model = ScriptedModel(lambda asked: (503, b"no") if asked["messages"][0]["content"] == "b" else chat_reply())
     with pytest.raises(HTTPModelError, match=r"gave up on .*data\.jsonl, row 2 after 3 tries: 503: no"):
         generate(model, data, tmp_path / "out.jsonl", Console(file=StringIO()), 8, 0.0, (), 0)
 
 
-def test_the_summary_says_what_was_cut_what_was_thought_and_what_was_broken_off(tmp_path: Path) -> None:
+def test_summary_counts_cut_reasoning_and_broken_replies(tmp_path: Path) -> None:
     bodies = [chat_reply("d"), chat_reply("c", "content_filter"), chat_reply("b", "abort"), chat_reply("a", "length", {"reasoning": "so"})]
     data, said = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]), StringIO()
     generate(ScriptedModel(lambda asked: bodies.pop()), data, tmp_path / "out.jsonl", Console(file=said, width=400), 8, 0.0, (), 0)
@@ -596,7 +596,7 @@ def test_the_summary_says_what_was_cut_what_was_thought_and_what_was_broken_off(
     assert "1 replies were broken off by the server and asked again (abort: 1)" in said.getvalue()
 
 
-def test_a_server_that_is_away_is_said_with_its_address(tmp_path: Path) -> None:
+def test_unreachable_server_is_named_with_its_address(tmp_path: Path) -> None:
     data, said = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a"}]), StringIO()
     model = HTTPModel("http://127.0.0.1:9/v1", "m", retries=2, backoff=0.0)
     with pytest.raises(HTTPModelError, match=r"row 1 after 3 tries: no connection, .*http://127\.0\.0\.1:9/v1"):
@@ -609,13 +609,13 @@ def test_a_server_that_is_away_is_said_with_its_address(tmp_path: Path) -> None:
     ("base_url", "message"),
     [("http://localhost:99999/v1", "ort"), ("http://localhost:abc/v1", "ort"), ("http://[::1/v1", "IPv6"), ("ftp://x/v1", "such as")],
 )
-def test_an_address_that_cannot_be_asked_is_refused(base_url: str, message: str) -> None:
+def test_invalid_address_raises(base_url: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"base_url must be a URL.*{message}"):
         HTTPModel(base_url, "m")
 
 
 @pytest.mark.parametrize("extra_body", [{"n": 2}, {"best_of": 4}, {"x": float("nan")}, {"x": object()}])
-def test_an_extra_body_that_cannot_be_read_back_is_refused(extra_body: dict[str, Any]) -> None:
+def test_invalid_extra_body_raises(extra_body: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="extra_body"):
         HTTPModel("http://localhost/v1", "m", extra_body=extra_body)
 
@@ -667,7 +667,7 @@ def test_the_sequence_recipe_keeps_thoughts_beside_the_response(tmp_path: Path) 
     assert [(row["response"], row.get("reasoning")) for row in rows] == [("4", "so"), ("5", None)]
 
 
-def test_recipes_drop_replies_that_did_not_end_by_themselves(tmp_path: Path) -> None:
+def test_recipes_drop_cut_replies(tmp_path: Path) -> None:
     reasons = {"a": "length", "b": "content_filter", "c": "stop"}
     items = [Item(key, ({"role": "user", "content": key},)) for key in reasons]
     model = ScriptedModel(lambda asked: chat_reply("4", reasons[asked["messages"][0]["content"]]))

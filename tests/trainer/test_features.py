@@ -83,7 +83,7 @@ def test_all_layers_end_at_the_last_and_never_go_back(student: int, teacher: int
         ("1:-13", r"layer -13 of the teacher, which has 12"),
     ],
 )
-def test_maps_that_are_none(layers: Any, message: str) -> None:
+def test_invalid_layer_maps(layers: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_layers(layers, 6, 12)
 
@@ -101,7 +101,7 @@ def test_decoder_layers(family: str) -> None:
     assert (gradient.abs().sum(-1) > 0).all()
 
 
-def test_layers_whose_features_cannot_be_used() -> None:
+def test_unsupported_layers() -> None:
     with pytest.raises(ValueError, match="XLMWithLMHeadModel has no list of decoder layers"):
         decoder_layers(build("xlm"))
     model = build("xlnet")
@@ -135,7 +135,7 @@ def test_loss_is_its_definition(kind: Any) -> None:
     assert not s[0].grad_fn.name().startswith("Detach")
 
 
-def test_denominator_is_that_of_the_distillation_loss() -> None:
+def test_denominator_equals_that_of_the_distillation_loss() -> None:
     student, teacher = build("llama"), build("llama")
     tap = FeatureTap(student, teacher, "last")
     s, t = features_of(tap, student, teacher)

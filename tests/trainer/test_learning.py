@@ -13,7 +13,7 @@ from benchmarks.learning import digits
 from benchmarks.learning.table import table
 
 
-def test_a_seed_gives_a_row_per_network_and_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_seed_gives_equal_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "STEPS", 12)
     monkeypatch.setattr(digits, "TEMPERATURES", (2.0,))
     found = digits.one_seed(0)

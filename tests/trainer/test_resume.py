@@ -73,7 +73,7 @@ def check_that_a_killed_run_ends_the_same(home: Path, options: dict[str, Any], s
 
 @settings(max_examples=4, **ONCE)
 @given(LENGTHS, EVALUATIONS, LOSSES, OTHERS, st.integers(0, 9))
-def test_a_killed_run_ends_as_the_uninterrupted_one(
+def test_resumed_run_equals_the_uninterrupted_one(
     home: Path, length: dict[str, Any], evaluation: dict[str, Any], loss: dict[str, Any], others: dict[str, Any], step: int
 ) -> None:
     check_that_a_killed_run_ends_the_same(home, {**length, **others, **loss, **evaluation}, step)
@@ -82,7 +82,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(
 @pytest.mark.sweep
 @settings(max_examples=150, **ONCE)
 @given(LENGTHS, EVALUATIONS, LOSSES, OTHERS, st.integers(0, 9))
-def test_many_killed_runs_end_as_the_uninterrupted_ones(
+def test_resumed_runs_equal_the_uninterrupted_ones(
     home: Path, length: dict[str, Any], evaluation: dict[str, Any], loss: dict[str, Any], others: dict[str, Any], step: int
 ) -> None:
     check_that_a_killed_run_ends_the_same(home, {**length, **others, **loss, **evaluation}, step)
@@ -152,7 +152,7 @@ def test_the_same_files_elsewhere_are_the_same_run(home: Path, finished: Path, t
     assert summary(out)["steps"] == 4
 
 
-def test_a_checkpoint_that_is_not_whole_is_not_taken(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_not_used(home: Path, finished: Path, tmp_path: Path) -> None:
     checkpoint = finished / "checkpoint-3"
     assert flaw(checkpoint) is None
     names = [path.name for path in checkpoint.iterdir()]
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_taken(home: Path, finished: Path,
                 assert flaw(copy) is not None, (name, how)
 
 
-def test_the_checkpoint_before_is_taken_or_the_run_is_refused(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_earlier_checkpoint_is_used_or_the_run_raises(home: Path, finished: Path, tmp_path: Path) -> None:
     out = killed_at(3, finished, tmp_path / "out")
     (out / "checkpoint-3" / "optimizer.pt").unlink()
     assert "Resuming at checkpoint-2" in go_on(home, out, max_steps=3)
@@ -180,7 +180,7 @@ def test_the_checkpoint_before_is_taken_or_the_run_is_refused(home: Path, finish
         go_on(home, out)
 
 
-def test_a_requested_checkpoint_is_taken_or_refused(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_requested_checkpoint_is_used_or_raises(home: Path, finished: Path, tmp_path: Path) -> None:
     for asked, message in ((tmp_path / "nowhere", "no such folder"), (home / "student", "no checkpoint.json"), ("true", "holds no whole")):
         with pytest.raises(TrainError, match=message):
             go_on(home, tmp_path / "fresh", resume_from_checkpoint=str(asked))
@@ -193,7 +193,7 @@ def test_a_requested_checkpoint_is_taken_or_refused(home: Path, finished: Path, 
         go_on(home, tmp_path / "other", temperature=3.0, resume_from_checkpoint=str(finished / "checkpoint-1"))
 
 
-def test_other_lengths_train_what_is_missing(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_longer_runs_train_the_missing_steps(home: Path, finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
     go_on(home, out, max_steps=-1, num_train_epochs=1)  # 6 steps
     assert summary(out)["steps"] == 6

@@ -58,7 +58,7 @@ def test_rollouts_keep_prompts_and_end_at_the_end_token(make: Make) -> None:
     assert all(t < 30 for (e,) in _rollouts(trainer, vocab_size=30) for t in e.student_ids[e.student_scored[0] + 1 :])
 
 
-def test_rollouts_are_plain_samples_whatever_the_student_was_saved_with(make: Make) -> None:
+def test_rollouts_ignore_saved_generation_settings(make: Make) -> None:
     trainer = make()
     plain = _rollouts(trainer, max_new_tokens=12)
     own = trainer.model.generation_config

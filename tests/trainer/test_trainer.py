@@ -168,7 +168,7 @@ def test_packing_does_not_change_a_step(make: Make, flat: bool) -> None:
     assert_same(gradients(packed), reference, 1e-12)
 
 
-def test_packing_is_refused_where_examples_would_see_each_other(make: Make) -> None:
+def test_packing_raises_if_examples_would_attend_to_each_other(make: Make) -> None:
     config = {"family": "Mamba", "intermediate_size": 32, "state_size": 4, "attn_implementation": "eager"}
     trainer = make(student=make_model(16, dtype=torch.float64, **config), packing=True, max_length=40)
     with pytest.raises(ValueError, match=r"packing=True does not work with mamba: .*; set packing=False"):
@@ -178,7 +178,7 @@ def test_packing_is_refused_where_examples_would_see_each_other(make: Make) -> N
 # Evaluation and logs
 
 
-def test_the_cross_entropy_of_an_evaluation_is_that_of_the_tokens_whatever_the_weights(make: Make) -> None:
+def test_evaluation_cross_entropy_does_not_depend_on_weights(make: Make) -> None:
     rows = [{**row, "weight": i % 3} for i, row in enumerate(make_rows(12))]
     with_teacher = make(eval_rows=rows, ce_weight=1.0).evaluate()
     without = make(eval_rows=rows, kd_weight=0.0, ce_weight=1.0)

@@ -55,7 +55,7 @@ def make(tokenizer: Any, tmp_path: Path) -> Make:
         ({"feature_weight": 1.0, "feature_layers": {0: 7}}, "names layer 7 of the teacher, which has 2"),
     ],
 )
-def test_arguments_that_make_no_sense(make: Make, options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(make: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
 
@@ -80,7 +80,7 @@ def test_arguments_that_make_no_sense(make: Make, options: dict[str, Any], messa
         ({"report_to": "nowhere"}, "report_to=nowhere: nowhere is not supported"),
     ],
 )
-def test_settings_that_no_training_can_have(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_training_settings(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistillationArguments(output_dir=str(tmp_path), use_cpu=True, **options)
 
@@ -127,7 +127,7 @@ def test_arguments_survive_json(tmp_path: Path) -> None:
         assert parse(args.divergence) == parse(given)
 
 
-def test_teachers_that_can_not_serve(make: Make) -> None:
+def test_unsupported_teachers(make: Make) -> None:
     class Cache:
         vocab_size = 192
         salt = "s"

@@ -60,7 +60,7 @@ def test_a_resumed_training_ends_with_the_same_weights(ranks: Any) -> None:
     assert all(result["resumed"] for name, result in ranks[2].items() if name.startswith("resume"))
 
 
-def test_what_is_saved_at_the_end_is_whole(ranks: Any) -> None:
+def test_final_model_is_complete(ranks: Any) -> None:
     assert all(result["saved"] for name, result in ranks[2].items() if name.startswith("resume"))
 
 
