@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["available_bytes", "peak_bytes", "total_bytes"]
 
@@ -16,7 +18,11 @@ GROUP = Path("/sys/fs/cgroup")
 @lru_cache(maxsize=64)
 def total_bytes(device: torch.device) -> int | None:
     """Memory of a GPU in bytes; None for any other device, and where torch sees no GPU (fake tensors)."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(device).total_memory)
 
@@ -24,6 +30,8 @@ def total_bytes(device: torch.device) -> int | None:
 def peak_bytes(device: torch.device) -> int | None:
     """Peak memory of this process so far: resident on the CPU, allocated by torch on CUDA. None: the system does not say."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
