@@ -1,4 +1,4 @@
-// Python bindings: plain numbers and addresses. kdkernels/backends/_extension.py, the only importer, answers for what they point to.
+// Python bindings: plain numbers and addresses. kdkernels/backends/_extension.py, the only importer, checks the tensors behind them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,14 +25,14 @@ template <class Class, class Enum> auto code(Enum Class::* member) {
     return [member](Class& c, int value) { c.*member = static_cast<Enum>(value); };
 }
 
-// Write-only: Python fills the fields in, C++ reads them.
+// Write-only: Python sets the fields, C++ reads them.
 template <class Class, class Setter> void field(py::class_<Class>& c, const char* name, Setter setter) {
     c.def_property(name, nullptr, setter);
 }
 
 template <class Args> Args arguments_of(void (*)(const Args&, int, const char*));
 
-// A kernel runs without the GIL; its instruction set is the processor's best unless one is named.
+// Kernels run without the GIL, with the processor's best instruction set unless another is named.
 template <auto run> void kernel(py::module_& m, const char* name) {
     using Args = decltype(arguments_of(run));
     m.def(
@@ -166,7 +166,7 @@ PYBIND11_MODULE(_C, m) {
     kernel<&kd::cpu_head_rows>(m, "cpu_head_rows");
     kernel<&kd::cpu_softmax_rows>(m, "cpu_softmax_rows");
 
-    // Compute capabilities that there is machine code for, the newest as PTX too; none in a build without CUDA.
+    // Compute capabilities with machine code (the newest also as PTX); empty in a build without CUDA.
     m.def("cuda_targets", [] {
         std::vector<std::string> targets;
 #ifdef KD_WITH_CUDA
@@ -222,7 +222,7 @@ PYBIND11_MODULE(_C, m) {
         return all;
     });
 
-    // One column of a divergence, in double: what the tests compare with the Python and Triton definitions.
+    // One column of a divergence in double, for tests against the Python and Triton definitions.
     m.def("divergence_terms", [](int id, double log_q, double log_p, double q, double p, double a, double b) {
         std::tuple<double, double> out{0.0, 0.0};
         if (!kd::with_divergence(id, [&](auto d) {

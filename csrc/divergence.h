@@ -1,4 +1,4 @@
-// Each divergence once: the value and the slope df/d(log q) of one column, from log q, log p and their exponentials.
+// The divergences: value and slope df/d(log q) of one column, from log q, log p and their exponentials.
 // T * dD/dz_student = slope - q * sum(slope). The forms are those of `terms` in kdkernels/divergences.py, whose comments
 // say why; a test holds the two, and the Triton twins, against each other. Ids are that file's too. A divergence with one
 // parameter gets 1 minus it as the second, which float could not form from it without losing digits near 1.
@@ -12,8 +12,8 @@ namespace kd {
 
 template <class Real> struct Terms { Real value, slope; };
 
-// knows_slope_sum: the sum of a row's slopes is known before the row is read, and takes no sweep. slope_jumps: the slope is not a continuous
-// function of q and p, so that slopes and their sum must be taken from the same rounded numbers.
+// knows_slope_sum: the sum of a row's slopes is a known constant and needs no sweep. slope_jumps: the slope is not a continuous
+// function of q and p, so that slopes and their sum must be computed from the same rounded numbers.
 struct Smooth { static constexpr bool slope_jumps = false; };
 struct SlopeSumUnknown : Smooth {
     static constexpr bool knows_slope_sum = false;
@@ -25,7 +25,7 @@ template <class Real> constexpr Real kUnit = kSpecial<Real> ? Real(kLn2) : Real(
 
 template <class Real> KD_INLINE Real magnitude(Real x) { return x < Real(0) ? -x : x; }
 
-// p * x, and 0 where p is 0 and x is infinite or NaN.
+// p * x; 0 if p is 0, even if x is infinite or NaN.
 template <class Real> KD_INLINE Real product(Real p, Real x) { return p == Real(0) ? Real(0) : p * x; }
 // The same of an x that is finite on a GPU: log_qm, log_pm, log or excess of what follows.
 template <class Real> KD_INLINE Real times(Real p, Real x) { return kSpecial<Real> ? p * x : product(p, x); }
@@ -96,7 +96,7 @@ struct JSD : SlopeSumUnknown {
         const Real slope = rest * kUnit<Real> * times(q, m.log_qm);
         return {beta * kUnit<Real> * times(p, m.log_pm) + slope, slope};
     }
-    // The slope alone, with fewer instructions.
+    // Only the slope, with fewer instructions.
     template <class Real> KD_INLINE static Real slope(Real log_q, Real log_p, Real q, Real, Real beta, Real rest) {
         return rest * kUnit<Real> * times(q, share(rest, beta, log_q, log_p).log);
     }
@@ -185,7 +185,7 @@ struct LogitMSE : SlopeSumKnown {
 
 constexpr int kDivergences = 10;
 
-// Calls `f` with the divergence of an id; false if there is none. Ids count from 0 to kDivergences - 1.
+// Calls `f` with the divergence of an id; returns false for an unknown id. Ids are 0 to kDivergences - 1.
 template <class F> bool with_divergence(int id, F&& f) {
     switch (id) {
         case ForwardKL::id: f(ForwardKL{}); return true;

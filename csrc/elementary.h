@@ -1,5 +1,5 @@
 // exp, log and their relatives without branches or library calls, so that a loop over columns becomes SIMD code.
-// Good to about 2 ulp; exp flushes results below twice the normal range to 0. NaN and infinities give what they should.
+// Good to about 2 ulp; exp flushes results below twice the normal range to 0. NaN and infinities are handled as in IEEE 754.
 //
 // On a GPU (and on the fibers that stand in for one in tests, KD_FIBERS) the float forms are the special function unit's: ex2 and
 // lg2 to about 2^-22, which float32 sums over a vocabulary do not notice.
@@ -105,7 +105,7 @@ template <class Real> KD_INLINE Real expm1(Real x) {
     return x > F::high ? kInfinity<Real> : y;
 }
 
-// Both at once: exp(x) and expm1(x), of a negative x with fewer instructions.
+// Both exp(x) and expm1(x); for negative x with fewer instructions.
 enum class Sign { any, negative };
 template <class Real> struct Exponential { Real whole, less_one; };
 template <Sign sign = Sign::any, class Real> KD_INLINE Exponential<Real> exponential(Real x) {

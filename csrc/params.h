@@ -1,4 +1,4 @@
-// What a row kernel receives: plain pointers and numbers, no torch. C rows, V columns, unit stride along V.
+// Arguments of a row kernel: plain pointers and numbers, no torch. C rows, V columns, unit stride along V.
 #pragma once
 #include <cstdint>
 
@@ -53,17 +53,17 @@ struct RowArguments {
     Dtype dz_dtype = Dtype::f32;
 };
 
-// One side alone: what the primitives ask of a head. Every array of more than one dimension but the logits is contiguous.
+// Arguments of the one-side kernels. All arrays except logits and dz are contiguous.
 struct HeadArguments {
     Side side;
     int64_t rows = 0, vocab = 0;
     double inv_temperature = 1.0;
     bool double_precision = false;
-    bool statistics = true;         // find the next three; else read them
+    bool statistics = true;         // compute the next three; else read them
     void* top = nullptr;            // [C] compute type: the largest z
     void* log_sum = nullptr;        // [C] log sum exp((z - top) / T)
     void* entropy = nullptr;        // [C], or null
-    const int64_t* ids = nullptr;   // [C, num_ids], -1: none; or null
+    const int64_t* ids = nullptr;   // [C, num_ids], -1 is padding; or null
     int64_t num_ids = 0;
     void* logprobs = nullptr;       // [C, num_ids], out: log softmax(z / T) at ids, 0 at -1
     // dz is the gradient of d_lse * lse + d_entropy * entropy + sum_k d_logprobs[k] * logprobs[k]; null is 0.
@@ -78,11 +78,11 @@ struct HeadArguments {
     int64_t num_draws = 0;
     int32_t* draws = nullptr;       // [C, num_draws], out: ids drawn from softmax(z / T); -1 if no sum of its row is finite
     uint64_t seed = 0;
-    const uint64_t* seed_at = nullptr;  // CUDA: where the seed lies on the device; null: it is the number above
-    int64_t first_row = 0;          // number of the first row within the call: part of the random counter
+    const uint64_t* seed_at = nullptr;  // CUDA: device address of the seed; null: use `seed`
+    int64_t first_row = 0;          // index of the first row within the call: part of the random counter
 };
 
-// softmax(x / T) or its logarithm; backward, from that result (as x) and the gradient by it, the gradient by the logits.
+// softmax(x / T) or its logarithm. Backward: the gradient by the logits, from that result (as x) and its gradient (as dy).
 struct SoftmaxArguments {
     Side x, dy;                     // [C, V]: x, or for the gradient y and dy; without bias, scale and softcap
     void* out = nullptr;            // [C, V]; may be any of the inputs

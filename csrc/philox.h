@@ -1,6 +1,6 @@
-// Random words by number: Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+// Counter-based random numbers: Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 //
-// A draw must not depend on how rows are cut into chunks, nor on the backend. So the counter says what is drawn: for the columns
+// A draw must not depend on the chunks or the backend, so the counter is computed from its position: for the columns
 // 512 g + 128 w + lane, w = 0..3, of draw d of row r the high 32 bits are the words of counter (128 g + lane, r, d, 2 (r >> 32)),
 // the low 32 bits those of the same with an odd last word. The key is the seed. 128 neighbours: contiguous loads in any language.
 #pragma once
@@ -33,12 +33,12 @@ KD_INLINE Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint
     return {{c0, c1, c2, c3}};
 }
 
-// The words of one lane: `part` 0 are the high, 1 the low halves.
+// The words of one lane: high halves for `part` 0, low halves for 1.
 KD_INLINE Words words(uint64_t seed, int64_t row, int64_t draw, uint32_t slot, uint32_t part) {
     return philox(seed, slot, uint32_t(row), uint32_t(draw), uint32_t(row >> 32) * 2 + part);
 }
 
-// A number in (0, 1), good to 53 bits wherever in it: 64-bit midpoints, rounded once.
+// A number in (0, 1) with a relative precision of 53 bits: 64-bit midpoints, rounded once.
 KD_INLINE double uniform(uint32_t high, uint32_t low) { return double(high) * 0x1p-32 + (double(low) + 0.5) * 0x1p-64; }
 
 }  // namespace kd

@@ -1,4 +1,4 @@
-// What the row kernels of the CPU share: storage formats, and sweeps over a row that has been read into scratch memory.
+// Shared by the CPU kernels: storage formats, and sweeps over a row in scratch memory.
 //
 // Part of each kernel's source file (internal linkage, one copy per instruction set): no standard-library template may be
 // instantiated here or there. The linker keeps one copy of each, and it could be one with instructions that the processor
@@ -65,7 +65,7 @@ template <class F> void with_dtype(Dtype dtype, F&& f) {
 
 // ---- sweeps over scratch rows ---------------------------------------------------------------------------------------
 
-// Sums f(column) in blocks. `f` is inlined into the SIMD loop.
+// Sums f(column) in blocks; `f` is inlined into the SIMD loop.
 template <class Real, class F> KD_INLINE double sum_columns(int64_t vocab, F&& f) {
     double total = 0;
     for (int64_t start = 0; start < vocab; start += kBlock) {
@@ -98,7 +98,7 @@ template <class Real> void read_row(const Side& side, int64_t row, int64_t vocab
     }
 }
 
-// The same, and the largest (NaN is passed over, and found by the sums).
+// The same, and returns the largest. NaN is ignored here and shows in the sums.
 template <class Real> Real load_row(const Side& side, int64_t row, int64_t vocab, Real* __restrict z) {
     read_row(side, row, vocab, z);
     Real top = -kInfinity<Real>;
@@ -107,7 +107,7 @@ template <class Real> Real load_row(const Side& side, int64_t row, int64_t vocab
     return top;
 }
 
-// e = exp((z - top) / T), their sum returned; e may be null.
+// Writes e = exp((z - top) / T) and returns the sum; e may be null.
 template <class Real> double exp_row(const Real* __restrict z, Real inv_t, Real top, int64_t vocab, Real* __restrict e) {
     const Real reference = top == -kInfinity<Real> ? Real(0) : top;
     if (!e) return sum_columns<Real>(vocab, [&](int64_t v) KD_INLINE_LAMBDA { return exp((z[v] - reference) * inv_t); });

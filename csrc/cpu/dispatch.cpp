@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets runs, and on how many threads.
+// Choice of the compiled instruction set and the number of threads.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -12,7 +12,7 @@
 namespace kd {
 namespace {
 
-constexpr int64_t kColumnsPerThread = 1 << 16;  // fewer are not worth starting a thread (tens of microseconds) for
+constexpr int64_t kColumnsPerThread = 1 << 16;  // fewer do not pay for starting a thread (tens of microseconds)
 
 struct Target {
     const char* name;
@@ -36,7 +36,7 @@ const Target& target(const char* isa) {
     throw std::invalid_argument(std::string("this processor or build has no instruction set ") + isa);
 }
 
-// work(row, scratch) for every row, on as many of the threads as the work is worth.
+// Calls work(row, scratch) for every row, with a number of threads that suits the amount of work.
 template <class Work> void for_rows(int64_t rows, int64_t vocab, size_t scratch_bytes, int threads, Work&& work_on) {
     if (rows <= 0 || vocab <= 0) return;
     hand_out(rows, std::min<int64_t>(threads, rows * vocab / kColumnsPerThread + 1), scratch_bytes, work_on);

@@ -6,11 +6,11 @@
 namespace kd::KD_ISA {
 namespace {
 
-constexpr int64_t kTopBlock = 32;  // columns whose largest stands for them when the largest of a row are looked for
+constexpr int64_t kTopBlock = 32;  // columns per block of the top-k search
 
 // ---- the k largest --------------------------------------------------------------------------------------------------
 
-// The k best (value, id) pairs seen, the worst of them on top. Ids must be offered in rising order: among equals the first stay.
+// A heap of the k best (value, id) pairs, the worst on top. Ids must be offered in rising order: among equals the first stay.
 template <class Real> struct Heap {
     Real* value;
     int32_t* id;
@@ -39,7 +39,7 @@ template <class Real> struct Heap {
             sift_down(0);
         }
     }
-    void sort() {  // best first; no heap any more
+    void sort() {  // best first; no longer a heap
         while (size > 1) {
             swap(0, --size);
             sift_down(0);
@@ -48,7 +48,7 @@ template <class Real> struct Heap {
 };
 
 // The k largest of a row into `heap`, sorted. The k-th largest of the blocks' largest is a bound that k columns reach, so
-// only blocks that reach it are looked into. NaN counts as -inf.
+// only blocks that reach it are searched. NaN counts as -inf.
 template <class Real> void find_largest(const Real* __restrict z, int64_t vocab, Real* __restrict largest, Heap<Real>& heap) {
     const int64_t blocks = (vocab + kTopBlock - 1) / kTopBlock, k = heap.capacity;
     for (int64_t b = 0; b < blocks; ++b) {

@@ -55,7 +55,7 @@ KD_BF16 inline void transpose(const uint32_t* const (&rows)[kLanes], int64_t at,
     }
 }
 
-// packed[pair][48] of a panel; columns that are not there repeat the last one, and nothing of them is stored.
+// packed[pair][48] of a panel. Missing columns repeat the last one and are not stored.
 KD_BF16 void pack(const uint16_t* b, int64_t stride, int64_t columns, int64_t pairs, uint32_t* packed) {
     for (int64_t j = 0; j < kColumns; j += kLanes) {
         const uint32_t* rows[kLanes];
@@ -116,7 +116,7 @@ void cpu_product(const ProductArguments& p, int threads) {
         uint32_t* const packed = static_cast<uint32_t*>(scratch);
         const int64_t first = task * each, last = std::min(panels, first + each);
         int64_t from = 0;
-        do {  // once where the depth is 0: zeros
+        do {  // runs once for depth 0, writing zeros
             const int64_t pairs = std::min(depth, p.depth - from) / 2, size = kColumns * pairs;
             for (int64_t i = first; i < last; ++i)
                 pack(p.b + i * kColumns * p.b_stride + from, p.b_stride, std::min(kColumns, p.columns - i * kColumns), pairs,

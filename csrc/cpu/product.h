@@ -1,4 +1,4 @@
-// The one matrix product that a CPU's BLAS does not offer: bfloat16 operands, float32 result.
+// A matrix product that CPU BLAS libraries lack: bfloat16 operands, float32 result.
 #pragma once
 #include <cstdint>
 
@@ -12,10 +12,10 @@ struct ProductArguments {
     int64_t a_stride, b_stride, out_stride;
 };
 
-// Whether this build and this processor have the instruction for it (AVX-512 BF16).
+// Returns whether this build and this processor have the instruction (AVX-512 BF16).
 bool cpu_has_product();
 
-// On up to `threads` threads. Throws std::invalid_argument where cpu_has_product() is false or the depth is odd.
+// Uses up to `threads` threads. Throws std::invalid_argument if cpu_has_product() is false or the depth is odd.
 void cpu_product(const ProductArguments&, int threads);
 
 }  // namespace kd

@@ -19,20 +19,20 @@ template <class Real> struct Scratch {
 struct Sums { double value, slope; };
 enum class Keep { nothing, slopes, gradient };
 
-// A logit's argument of a divergence: log q = (z - top) / T - rest for softmax.
+// The argument of a divergence for a logit: log q = (z - top) / T - rest for softmax.
 template <class Real> struct Norm {
     Real top = 0, rest = 0;
     KD_INLINE Real operator()(Real z, Real inv_t) const { return (z - top) * inv_t - rest; }
 };
 
-// From the largest logit and the sum of exponentials as they stand in the state.
+// From the largest logit and the sum of exponentials in the state.
 template <class Real> Norm<Real> norm_of(Real top, Real sum) { return {top, Real(std::log(double(sum)))}; }
 
 template <class Real> void scale_row(Real* __restrict e, Real factor, int64_t vocab) {
     KD_SIMD for (int64_t v = 0; v < vocab; ++v) e[v] *= factor;
 }
 
-// What a divergence is given for column v: (x, u) less their normalisers, x = z / T.
+// The arguments of a divergence for column v: (x, u) minus their normalisers, x = z / T.
 template <class Real> struct Columns {
     const Real *z, *y;
     Real *q, *p;
@@ -43,8 +43,8 @@ template <class Real> struct Columns {
         return D::template terms<Real>(s(z[v], inv_t), t(y[v], inv_t), q[v], p[v], a, b);
     }
     // Sums of value and slope over the row; `out` keeps the slopes, or the gradient where the sum of the slopes is known beforehand.
-    // Exponentials become softmaxes on the way, a block at a time: rounded to memory, since a product that is contracted into q - p
-    // would leave a difference where there is none.
+    // Exponentials are converted to softmaxes block by block and rounded to memory: a product contracted into q - p would give a
+    // difference even if q = p.
     template <class D, Keep keep, class T>
     Sums sums(int64_t vocab, Real per_sum_s, Real per_sum_t, Real scale, T* __restrict out) const {
         Sums total{0, 0};
@@ -69,7 +69,7 @@ template <class Real> struct Columns {
     }
 };
 
-// One row, stage by stage. `n` holds its column of the state: what earlier calls have left there, and what this one finds.
+// One row, stage by stage. `n` is its column of the state, with results of earlier calls and of this one.
 template <class Real, class D> struct Row {
     const RowArguments& a;
     const int64_t row, vocab, label;
@@ -143,7 +143,7 @@ template <class Real, class D> struct Row {
         if (!gradient) {
             sums = columns.template sums<D, Keep::nothing, Real>(vocab, per_sum_s, per_sum_t, 0, nullptr);
         } else if (D::knows_slope_sum && softmax && a.slope_scale != 0 && a.student.softcap == 0 && !(a.labels && a.ce_weight != 0)) {
-            // dz in the same sweep: what it needs of the row is known.
+            // Write dz in the same sweep: its row-wide values are already known.
             with_dtype(a.dz_dtype, [&](auto format) {
                 using T = decltype(format);
                 T* const out = static_cast<T*>(a.dz) + row * a.dz_stride;
@@ -183,7 +183,7 @@ template <class Real, class D> struct Row {
 
     Real outer() const { return Real(a.student.scale) * weight * Real(a.dz_scale); }
 
-    // From the slopes in g.
+    // Gradient from the slopes in g.
     void write_dz() {
         Real* __restrict g = s.g;
         const Real* __restrict q = s.q;

@@ -1,4 +1,4 @@
-// The CPU's row kernels, once per instruction set that it is compiled for, and the choice between them.
+// The CPU kernels, compiled once per instruction set, and the choice between them.
 #pragma once
 #include "../params.h"
 

@@ -1,4 +1,4 @@
-// Work handed out item by item to threads with scratch memory of their own.
+// Distributes work item by item to threads with separate scratch memory.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -15,7 +15,7 @@ namespace kd {
 // work(item, scratch) for every item, on up to `threads` threads. One by one: cores differ in speed, and a short last item should
 // not wait for one of them.
 template <class Work> void hand_out(int64_t items, int64_t threads, size_t scratch_bytes, Work&& work_on) {
-    // Allocated here, where running out of memory can still be reported: not in a thread.
+    // Allocated here and not in a thread, so that running out of memory can be reported.
     struct Free {
         void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
     };
@@ -32,7 +32,7 @@ template <class Work> void hand_out(int64_t items, int64_t threads, size_t scrat
     try {
         for (size_t i = 1; i < scratch.size(); ++i) helpers.emplace_back(work, scratch[i].get());
     } catch (const std::system_error&) {
-        // No more threads to be had: those that there are do the work.
+        // Thread creation failed: the existing threads do the work.
     }
     work(scratch[0].get());
     for (std::thread& t : helpers) t.join();

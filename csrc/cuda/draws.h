@@ -18,7 +18,7 @@ KD_DEVICE float log2_exponential(uint32_t high) {
     return log2_fast(small ? series : -kLn2 * log2_fast(v));
 }
 
-// A column's time, from the logit as it is stored.
+// Arrival time of a column, from the stored logit.
 KD_DEVICE double exact_time(const Heads& a, float logit, int column, double reference, uint32_t high, uint32_t low) {
     double z = logit;
     if (a.side.bias) z += double(a.side.bias[column]);
@@ -117,7 +117,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 
         };
         const bool again = extreme || second >= floor;
         if (again || mine.best >= floor) {
-            // One column, or all of this thread's.
+            // One column, or all columns of this thread.
             for (int g = again ? share * team.rank + thread_index() / kThreads : end - 1; g < end; g += groups_a_step) {
                 for (int j = again ? 0 : 4 * kCount - 1; j < 4 * kCount; ++j) {
                     const int at = again ? g * int(kGroup) + j / kCount * int(kWordColumns) + first + j % kCount * apart : column;
@@ -129,7 +129,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 
         const Winner winner = team.reduce(best, [](Winner& x, const Winner& o) {
             if (o.time > x.time || (o.time == x.time && o.id < x.id)) x = o;
         });
-        // Without a finite sum there is no distribution.
+        // A row without a finite sum is not a distribution.
         if (team.reports()) a.draws[team.row * a.num_draws + d] = log_q.rest - log_q.rest == 0.f ? winner.id : -1;
     }
 }

@@ -27,7 +27,7 @@ struct Heads {
     int64_t rows, dz_stride, first_row;
     int vocab, num_ids, num_top, top_capacity, num_draws;
     int draw_parts;                                   // teams that share the draws of a row
-    int kept_at;                                      // where in shared memory the row is kept; 0: it is not
+    int kept_at;                                      // offset of the row in shared memory; 0: not kept
     Dtype dz_dtype;
     float per_t, dz_scale;
     double exact_per_t, exact_scale, exact_softcap;
@@ -40,7 +40,7 @@ template <class Logit> KD_DEVICE Slice<Logit> slice_of(const Heads& a, const Tea
     return {a.side.logits, team.row * a.side.stride, a.vocab, team};
 }
 
-// What the statistics give out, or what was given out before.
+// The results of the statistics, computed now or by an earlier call.
 KD_DEVICE LogProbability statistics_of(const Heads& a, const Team& team, const LogSum& sums, bool writes = true) {
     if (!a.statistics) return {a.per_t, a.top[team.row], a.log_sum[team.row]};
     const LogProbability log_q = log_probability(sums, a.per_t);
@@ -85,7 +85,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
     Part mine;
     if (a.statistics)
         sweep<Sweep::first>(slice, a.side, kept, [&](const float* z, int) { mine.sums.template add<S::kCount>(z, c, a.entropy); });
-    for_ids([&](int k, int id) {  // logits now, before anybody writes over them
+    for_ids([&](int k, int id) {  // read the logits before they are overwritten
         logprobs[k] = id < 0 ? 0.f : transformed(to_float(slice.row[id]), a.side, id);
         if (d_logprobs && id >= 0) mine.upstream += d_logprobs[k];
     });
@@ -118,7 +118,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
         float g[S::kCount];
 #pragma unroll
         for (int i = 0; i < S::kCount; ++i) g[i] = gradient(log_q(z[i]), z[i], 0.f);
-        if (overtakes) sync_block();  // dz lies over logits that other threads have read by now
+        if (overtakes) sync_block();  // dz overwrites logits; other threads have read theirs
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) store_dz(slice, dz, a.dz_dtype, slice.column(step, j), g + j * S::kVec);
     });
@@ -127,7 +127,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
     for_ids([&](int k, int id) {
         if (id < 0) return;
         float on_top = 0.f;
-        bool first = true;  // of equal ids one writes, for all
+        bool first = true;  // one of several equal ids writes for all
         for (int j = 0; j < a.num_ids; ++j) {
             if (ids[j] != id) continue;
             on_top += d_logprobs[j], first = first && j >= k;

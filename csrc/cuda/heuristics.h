@@ -1,4 +1,4 @@
-// Which kernel runs, and in what shape: pure functions of numbers, with unit tests that need no GPU.
+// Choice of kernel and launch shape: pure functions, with unit tests that do not need a GPU.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace kd {
 struct GpuLimits {
     int major;             // of the compute capability
     int multiprocessors;
-    int shared_per_block;  // bytes that a block may ask for (opt-in)
+    int shared_per_block;  // maximum bytes of a block (opt-in)
     int shared_per_multiprocessor;
 };
 
@@ -32,7 +32,7 @@ constexpr int kOneReadThreads = 256;
 inline int largest_cluster(int major) { return major < 9 ? 0 : major < 12 ? 16 : 8; }
 
 // Slots of a warp's ring: a row's chunks, one more at least for the row that comes next, and up to all of that row's as there is room.
-// 0: not even the first fits.
+// 0: not even one row fits.
 inline int ring_slots(int64_t vocab, int itemsize, int warps, int cluster, size_t room) {
     const int chunks = Span(int(vocab), 0, cluster * warps, itemsize).chunks;  // the first owner has the longest span
     int slots = 2 * chunks;
@@ -48,7 +48,7 @@ inline Launch choose_launch(const GpuLimits& gpu, int64_t rows, int64_t vocab, i
     constexpr int warps = kOneReadThreads / 32;
     Launch two{false, 1, 0, kTwoReadThreads, rows, two_read_shared_bytes(kTwoReadThreads)};
     if (!one_read_possible) return two;
-    // Two CTAs per multiprocessor where rows allow it: one computes while the other waits at a barrier.
+    // Two CTAs per multiprocessor if possible: one computes while the other waits at a barrier.
     const size_t whole = gpu.shared_per_block, half = std::min<size_t>(gpu.shared_per_multiprocessor / 2 - kReservedPerBlock, whole);
     int per_multiprocessor = 2, cluster = 1;
     size_t room = half;
@@ -94,7 +94,7 @@ struct TeamShape {
 };
 struct TeamLaunch {
     Launch launch;
-    size_t kept_at = 0;    // where the row is kept in shared memory; 0: it is not
+    size_t kept_at = 0;    // offset of the row in shared memory; 0: not kept
     size_t kept_bytes = 0; // of one input
     int draw_parts = 1;    // teams that share the draws of a row
 };

@@ -5,7 +5,7 @@
 
 namespace kd {
 
-// All rows, on the current device and the given stream; returns before they are done. Throws std::invalid_argument for arguments
+// Processes all rows on the current device and the given stream, asynchronously. Throws std::invalid_argument for arguments
 // that no kernel takes, std::runtime_error with the CUDA error's name if a launch fails.
 void cuda_rows(const RowArguments&, void* stream);
 void cuda_head_rows(const HeadArguments&, void* stream);

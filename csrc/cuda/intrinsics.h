@@ -33,7 +33,7 @@ KD_DEVICE unsigned char* shared_memory() {
 }
 KD_DEVICE void sync_warp() { __syncwarp(); }
 KD_DEVICE void sync_block() { __syncthreads(); }
-// In shared memory; the value before.
+// Atomic in shared memory; returns the old value.
 KD_DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
 template <class T> KD_DEVICE T shuffle_xor(T value, int mask) {
     static_assert(sizeof(T) % 4 == 0, "words");
@@ -75,7 +75,7 @@ KD_DEVICE void bulk_load(void* dst, const void* src, int bytes, Mbarrier* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(shared_address(dst)), "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
-// Writes `value` where `local` lies in the shared memory of another CTA of the cluster.
+// Writes `value` to the address that corresponds to `local` in the shared memory of another CTA of the cluster.
 template <class T> KD_DEVICE void store_remote(T* local, int rank, const T& value) {
     static_assert(sizeof(T) % 16 == 0, "16-byte stores");
     unsigned remote;
@@ -94,7 +94,7 @@ KD_DEVICE float log2_fast(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" :
 KD_DEVICE float reciprocal_fast(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 // clang-format on
 
-// A product that is not contracted into an FMA with what follows.
+// A product that is never contracted into an FMA.
 KD_DEVICE float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 
 using bf16 = __nv_bfloat16;
@@ -107,24 +107,24 @@ template <class T> KD_DEVICE T from_float(float x) {
     else if constexpr (std::is_same_v<T, half>) return __float2half_rn(x);
     else return __float2bfloat16_rn(x);
 }
-// Two numbers in one word, the first in the low half.
+// Two numbers packed into one word, the first in the low half.
 template <class T> using Pair = std::conditional_t<std::is_same_v<T, half>, __half2, __nv_bfloat162>;
 template <class T> KD_DEVICE Pair<T> pair_of(uint32_t word) {
     Pair<T> p;
     memcpy(&p, &word, 4);
     return p;
 }
-// The larger of each; a number, if one of the two is.
+// Elementwise maximum; if one operand is NaN, the other.
 template <class T> KD_DEVICE uint32_t larger_pair(uint32_t x, uint32_t y) {
     const Pair<T> larger = __hmax2(pair_of<T>(x), pair_of<T>(y));
     uint32_t word;
     memcpy(&word, &larger, 4);
     return word;
 }
-// Both of x are at most those of y.
+// True if both elements of x are <= those of y.
 template <class T> KD_DEVICE bool pair_within(uint32_t x, uint32_t y) { return __hble2(pair_of<T>(x), pair_of<T>(y)); }
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec { T at[N]; };
-// Stores of 16 bytes (8 for a half-sized vector): assigning the struct would be split into words.
+// Stores 16 bytes (8 for a half-sized vector) at once; assigning the struct would store single words.
 template <class V> KD_DEVICE void store_vector(void* to, const V& v) {
     using Word = std::conditional_t<sizeof(V) % 16 == 0, uint4, uint2>;
     constexpr int kWords = sizeof(V) / sizeof(Word);

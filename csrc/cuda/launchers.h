@@ -36,13 +36,13 @@ inline int prepare(const void* function, const Launch& l, const cudaLaunchConfig
     if (l.cluster > 8) check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of 16");
     int fit = 1;
     if (config.numAttrs && cudaOccupancyMaxActiveClusters(&fit, function, &config) != cudaSuccess) {
-        cudaGetLastError();  // clears the error: the caller tries a smaller cluster
+        cudaGetLastError();  // clear the error: the caller retries with a smaller cluster
         fit = 0;
     }
     return known[shape] = fit;
 }
 
-// False if no cluster of that size fits on this GPU: the caller then asks for a smaller one.
+// Returns false if no cluster of this size fits on the GPU; the caller retries with a smaller one.
 template <class Arguments> bool launch(void (*kernel)(Arguments), const std::type_identity_t<Arguments>& a, const Launch& l,
                                        cudaStream_t stream) {
     cudaLaunchConfig_t config{};

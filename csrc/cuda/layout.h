@@ -1,4 +1,4 @@
-// How the kernels lay out shared memory, for the host and the device alike.
+// The layout of shared memory, used by host and device.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,12 +13,12 @@ namespace kd {
 
 constexpr int kChunkBytes = 1024;  // per side: two 16-byte loads per lane
 constexpr int kSlotBytes = 2 * kChunkBytes;
-constexpr int kPartBytes = 48;     // what a warp contributes to a reduction, at most
+constexpr int kPartBytes = 48;     // maximum contribution of a warp to a reduction
 
 constexpr int kVectorBytes = 16, kVectors = 2;  // kernels of one side: 16-byte loads, and how many of them a thread has on their way
-constexpr int kBins = 256;                      // of a search for the largest: one digit of a key
+constexpr int kBins = 256;                      // bins of a top-k search: one digit of a key
 
-// The columns of one warp, the same in every row.
+// The columns of one warp; the same in every row.
 struct Span {
     int begin, length, chunks, chunk;
     KD_BOTH Span(int vocab, int owner, int owners, int itemsize) {

@@ -26,8 +26,8 @@ template <class Tail> struct FirstPart {
     Tail tail;
 };
 
-// Every warp's part goes to every CTA, so each thread can then reduce in its own shared memory: one barrier per reduction, and
-// nobody reads a CTA that might have ended. All threads return the same bits.
+// Every warp's part goes to every CTA, so that each thread reduces in its own CTA's shared memory: one barrier per reduction, and no
+// reads from a CTA that may have ended. All threads return the same bits.
 template <class T, class Merge> KD_DEVICE T cluster_reduce(T x, unsigned char* parts, int& parity, Merge&& merge) {
     struct alignas(16) Padded { T value; };
     static_assert(sizeof(Padded) <= kPartBytes);
@@ -60,7 +60,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
     unsigned char* const parts = shared_memory() + warps * a.slots * kSlotBytes;
     auto* const landed = reinterpret_cast<Mbarrier*>(parts + 2 * cluster_size() * warps * kPartBytes) + warp * a.slots;
 
-    // Lane 0 walks ahead of the sweeps: the chunk to load next, its row and its slot.
+    // Lane 0 runs ahead of the sweeps: the next chunk to load, its row and its slot.
     int64_t load_row = cluster_index();
     int load_chunk = 0, load_slot = 0;
     auto load_next = [&] {
@@ -81,7 +81,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         fence_mbarrier_init();
         for (int i = 0; i < a.slots; ++i) load_next();
     }
-    cluster_arrive();  // nobody writes to a CTA that has not started,
+    cluster_arrive();  // CTAs must have started before others write to them,
     cluster_wait();    // and all lanes see the mbarriers
 
     const float per_t = a.inv_temperature * kLog2E;
@@ -120,9 +120,9 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         }
     };
 
-    RowTail tail;                 // of this thread's columns in the row before
-    float tail_ce = 0.f;          // and that row's cross-entropy
-    int parity = 0, slot = 0, phase = 0;  // where the row at hand starts in the ring
+    RowTail tail;                 // of this thread's columns in the previous row
+    float tail_ce = 0.f;          // the previous row's cross-entropy
+    int parity = 0, slot = 0, phase = 0;  // start of the current row in the ring
     const bool reports = cluster_rank() == 0 && thread_index() == 0;
     const auto weight_of = [&](int64_t row) { return a.weight ? a.weight[row] : 1.f; };
 
@@ -130,7 +130,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
     for (; row < a.rows; row += cluster_count()) {
         const int label = kFull && a.labels ? int(a.labels[row]) : -1;
         const bool second_sum = label >= 0 && a.inv_temperature != 1.f;  // cross-entropy is at T = 1
-        // Read before anybody writes over the row: every thread takes part in a reduction first.
+        // Read before the row is overwritten: a reduction of all threads comes in between.
         float target = 0.f;
         if (kFull && reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
 
@@ -154,20 +154,20 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         if (kFull && label >= 0) at_one = second_sum ? norm_of(sums.max_s, sums.sum_ce, kLog2E) : norm_s;
         tail_ce = -at_one(target) * kLn2;
         if (reports) {
-            // Backward reads the row anew, scale and all.
+            // Backward reads the row again, including the scale.
             save_norm(a, row, kTopS, kRestS, {per_t, kFull ? norm_s.top : rounded_product(norm_s.top, a.student.scale), norm_s.rest});
             save_norm(a, row, kTopT, kRestT, {per_t, kFull ? norm_t.top : rounded_product(norm_t.top, a.teacher.scale), norm_t.rest});
             save_norm(a, row, kTopCe, kRestCe, at_one);
         }
         tail = RowTail{};
 
-        const auto hand_back = [&] {  // the slot at hand, to the copy of a chunk of the next row
+        const auto hand_back = [&] {  // the current slot, for a copy of the next row's chunk
             sync_warp();              // all lanes are done with it
             if (lane == 0) load_next();
             if (++slot == a.slots) slot = 0, phase ^= 1;
         };
 
-        // Sweep 2, only where the sum of the slopes is not known beforehand. Without dz it is the last one.
+        // Sweep 2, only if the sum of the slopes is not a known constant. Without dz it is the last sweep.
         float slope_sum = float(D::slope_sum);
         if constexpr (!D::knows_slope_sum) {
             float slopes = 0.f;
@@ -208,7 +208,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
             hand_back();
         }
     }
-    if (row != cluster_index()) {  // the tail of the last row is still in pieces
+    if (row != cluster_index()) {  // the tail of the last row is not reduced yet
         First mine;
         mine.tail = tail;
         const First all = cluster_reduce(mine, parts, parity, merge_first);

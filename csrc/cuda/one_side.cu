@@ -1,4 +1,4 @@
-// From a call's arguments to launches of the kernels of one side.
+// Launches the one-side kernels for a call's arguments.
 #include "interface.h"
 #include "one_side_launchers.h"
 
@@ -38,7 +38,7 @@ Heads heads_of(const HeadArguments& h) {
     return a;
 }
 
-// Calls run(team) with ever smaller clusters until it says that it could.
+// Calls run(team) with smaller and smaller clusters until it succeeds.
 template <class Run> void launch_fitting(TeamShape shape, Run&& run) {
     for (;; shape.largest /= 2) {
         const TeamLaunch team = choose_team(limits_of_current(), shape);
@@ -63,7 +63,7 @@ void cuda_head_rows(const HeadArguments& h, void* stream) {
             return launch_one(kernel, a, t.launch, static_cast<cudaStream_t>(stream));
         });
     };
-    // The gradient, which may lie over the logits, comes last.
+    // The gradient comes last, because it may overwrite the logits.
     if (a.num_top) {
         a.top_capacity = top_capacity(a.num_top);
         run(HeadKernel::top,
@@ -74,7 +74,7 @@ void cuda_head_rows(const HeadArguments& h, void* stream) {
             {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .threads = kDrawThreads, .largest = clusters, .draws = a.num_draws});
     if (a.num_ids || a.entropy || a.dz || !(a.num_top || a.num_draws)) {
         const bool twice = a.statistics && a.dz;
-        // A gradient over logits that no CTA has kept is one CTA's.
+        // If no CTA keeps the logits in shared memory, one CTA must write the whole gradient over them.
         run(HeadKernel::head,
             {.rows = a.rows, .vocab = a.vocab, .itemsize = itemsize, .sweeps = twice ? 2 : 1, .largest = a.statistics ? clusters : 0});
     }

@@ -1,4 +1,4 @@
-// What the two row kernels share: their arguments, running statistics of a row, and the arithmetic of one column.
+// Shared by both two-side kernels: arguments, running statistics of a row, and the arithmetic of one column.
 #pragma once
 #include "../divergence.h"
 #include "../params.h"
@@ -18,7 +18,7 @@ struct RowSide {
     KD_DEVICE bool plain() const { return !bias && scale == 1.f && softcap == 0.f; }  // logits as they are read
 };
 
-// RowArguments with the numbers in float and everything that a kernel would have to derive.
+// RowArguments with numbers in float, and derived values.
 struct Rows {
     RowSide student, teacher;
     void* dz;               // [rows, dz_stride], or null; a row may start where the student's row does
@@ -33,7 +33,7 @@ struct Rows {
     Normalizer normalizer;
     bool statistics, aligned;  // aligned: every row of every tensor starts at a multiple of 16 bytes
 
-    bool plain() const {       // nothing but temperature, positive scales, and weights
+    bool plain() const {       // only temperature, positive scales, and weights
         return !student.bias && !teacher.bias && student.softcap == 0 && teacher.softcap == 0 && student.scale > 0 && teacher.scale > 0 &&
                !labels && !stats && slope_scale != 0;
     }
@@ -48,7 +48,7 @@ struct LogSums {
     float max_s = -infinity(), sum_s = 0.f, max_t = -infinity(), sum_t = 0.f, sum_ce = 0.f;
 
     KD_DEVICE static float reference(float max) { return max == -infinity() ? 0.f : max; }
-    // A sum, from one largest logit to another.
+    // Rescales a sum from one largest logit to another.
     KD_DEVICE static float moved(float sum, float max, float to, float c) { return sum * exp2_fast((max - to) * c); }
     template <int kCount> KD_DEVICE static void add(float& sum, float before, float now, const float* z, float c) {
         const float to = reference(now);
@@ -87,7 +87,7 @@ template <class D> KD_DEVICE float column_slope(const Rows& a, float log2_q, flo
         return D::template slope<float>(log2_q, log2_p, q, exp2_fast(log2_p), a.a, a.b);
     return column_terms<D>(a, log2_q, log2_p, q).slope;
 }
-// What a row's slopes sum to: NaN if the teacher's log-sum-exp is not a number, which a slope of q alone does not show.
+// The sum of a row's slopes: NaN if the teacher's log-sum-exp is NaN, which slopes that depend only on q would hide.
 KD_DEVICE float slope_sum_of(float slopes, const Norm& teacher) { return slopes + 0.f * teacher.rest; }
 
 KD_DEVICE float entropy_term(float log2_p) {
@@ -95,7 +95,7 @@ KD_DEVICE float entropy_term(float log2_p) {
     return p == 0.f ? 0.f : -p * (log2_p * kLn2);
 }
 
-// Sums over a row that nobody needs before its gradient is written.
+// Sums over a row that are not needed for its gradient.
 struct Tail {
     float value = 0.f, entropy_s = 0.f, entropy_t = 0.f;
     int best_s = 0x7fffffff, best_t = 0x7fffffff;  // first column with the largest logit
@@ -121,7 +121,7 @@ struct LeanTail {
     KD_DEVICE void merge(const LeanTail& o) { value += o.value; }
 };
 
-// A logit after bias, scale and softcap. Rounded in every use: an FMA of it and what is subtracted would not be 0 for the largest.
+// A logit after bias, scale and softcap, rounded before every use: in an FMA with the subtraction, the largest would not give 0.
 KD_DEVICE float transformed(float z, const RowSide& side, int column) {
     if (side.bias) z += side.bias[column];
     z = rounded_product(z, side.scale);
@@ -136,7 +136,7 @@ KD_DEVICE float logit_at(const RowSide& side, int64_t row, int column) {
     }
 }
 
-// One row's gradient: everything of it that is the same in every column.
+// The column-independent part of one row's gradient.
 template <bool kFull> struct Gradient {
     float slope_sum, slope_scale, outer, ce_weight, per_cap;
     Norm at_one;
@@ -144,7 +144,7 @@ template <bool kFull> struct Gradient {
     KD_DEVICE Gradient(const Rows& a, float slope_sum, Norm at_one, float weight, int label)
         : slope_sum(slope_sum), slope_scale(a.slope_scale), outer(a.student.scale * weight * a.dz_scale), ce_weight(a.ce_weight),
           per_cap(a.student.softcap != 0.f ? 1.f / a.student.softcap : 0.f), at_one(at_one), label(ce_weight != 0.f ? label : -1) {}
-    // In place of the slopes of kCount columns, `stride` apart: from q, the logits and the first column's number.
+    // Replaces the slopes of kCount columns, `stride` apart, by the gradient, from q, the logits and the first column's index.
     template <int kCount> KD_DEVICE void operator()(float* g, const float* q, const float* z, int column, int stride) const {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) g[i] = (g[i] - q[i] * slope_sum) * (slope_scale * outer);
@@ -167,7 +167,7 @@ template <bool kFull> struct Gradient {
     }
 };
 
-// The row's outputs, by one thread.
+// Writes the row's outputs, in one thread.
 template <class T> KD_DEVICE void report(const Rows& a, int64_t row, const T& tail, float ce, float weight) {
     if (a.loss) {
         float total = a.value_scale == 0.f ? 0.f : a.value_scale * tail.value;
@@ -186,7 +186,7 @@ template <class T> KD_DEVICE void report(const Rows& a, int64_t row, const T& ta
     }
 }
 
-// Normalisers are saved as they are, the rest in units of ln 2: what reads them subtracts the very same numbers.
+// Normalisers are saved unchanged, the rest in units of ln 2, so that readers subtract exactly the same numbers.
 KD_DEVICE float& state_at(const Rows& a, int64_t row, StateRow i) { return a.state[i * a.state_stride + row]; }
 KD_DEVICE void save_norm(const Rows& a, int64_t row, StateRow top, StateRow rest, const Norm& n) {
     state_at(a, row, top) = n.top, state_at(a, row, rest) = n.rest;

@@ -1,4 +1,4 @@
-// What the kernels of one side share: the threads that own a row, their columns, and the log-sum-exp of it.
+// Shared by the one-side kernels: the threads of a row, their columns, and the log-sum-exp.
 //
 // A row belongs to a team: one CTA, or a cluster of them (sm_90 and newer). A CTA owns a slice of the row's 16-byte vectors. Vectors
 // start at multiples of 16 bytes in memory, wherever the row starts: the first and the last may hold columns that are none of the row's.
@@ -14,7 +14,7 @@ struct Team {
     int size = 1, rank = 0;  // CTAs of the row, and which of them this is
     int64_t row;
     int parity = 0;
-    bool waits = false;      // for the others to have started
+    bool waits = false;      // wait until the others have started
 
 #ifdef KD_NO_CLUSTERS
     KD_DEVICE Team() : row(block_index()) {}
@@ -40,9 +40,9 @@ struct Team {
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-// This thread's vectors of a slice, kept in shared memory for the next sweep: see choose_team.
+// This thread's vectors of a slice, kept in shared memory for the next sweep (see choose_team).
 struct Kept {
-    int at;  // 0: they are read again
+    int at;  // 0: read again from memory
     KD_DEVICE Raw* slot(int step, int j) const {
         return reinterpret_cast<Raw*>(shared_memory() + at) + ((step * kVectors + j) * block_threads() + thread_index());
     }
@@ -79,9 +79,9 @@ template <class Logit> struct Slice {
     }
     KD_DEVICE bool has(int column) const { return (column + lead) / kVec >= begin && (column + lead) / kVec < end; }
     KD_DEVICE bool inside(int column) const { return column >= 0 && column < vocab; }
-    // All of this thread's columns of a step are the row's.
+    // True if all columns of this thread's step are in the row.
     KD_DEVICE bool whole(int step) const { return column(step, 0) >= 0 && column(step, kVectors - 1) + kVec <= vocab; }
-    // This thread's columns of a step, of this row or of any other of the same dtype; 0 outside it.
+    // This thread's columns of a step, of this row or another row with the same dtype; 0 outside the row.
     KD_DEVICE void load(const Logit* from, int step, Raw* raw) const {
         if (whole(step) && starts_vector(from + column(step, 0))) {
 #pragma unroll
@@ -91,7 +91,7 @@ template <class Logit> struct Slice {
             for (int j = 0; j < kVectors; ++j) raw[j] = load_apart(from, column(step, j), 1, vocab);
         }
     }
-    // Writes up to kVec numbers of any row, in another type if need be.
+    // Writes up to kVec numbers of any row, converted if necessary.
     template <class T> KD_DEVICE void store(T* to, int column, const float* x) const {
         constexpr int kBytes = int(sizeof(T)) * kVec < kVectorBytes ? int(sizeof(T)) * kVec : kVectorBytes;
         if (column >= 0 && column + kVec <= vocab && starts_vector(to + column, kBytes)) {

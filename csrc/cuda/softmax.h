@@ -8,7 +8,7 @@ struct Softmaxes {
     RowSide x, dy;           // [rows, stride] of one dtype, as out
     void* out;               // may be x or dy
     int64_t rows, out_stride;
-    int vocab, kept_at;      // kept_at: of x; dy is kept behind it
+    int vocab, kept_at;      // kept_at: offset of x in shared memory; dy follows
     int kept_bytes;
     float per_t;
     bool logarithm;

@@ -28,7 +28,7 @@ template <class Logit> struct PackedLargest {
     }
 };
 
-// LogSums in the making. A sum is relative to `from`, an earlier largest logit, and moves on only when the largest has left it behind by
+// LogSums during a sweep. A sum is relative to `from`, an earlier largest logit, and moves on only when the largest has left it behind by
 // kRoom powers of two: one branch per vector, rarely taken, instead of a correction of both sums in every vector.
 template <class Top> struct RunningSums {  // Top: Largest or PackedLargest
     static constexpr float kRoom = 48.f;  // a limit that is rounded to 16 bits allows for twice that

@@ -22,7 +22,7 @@ struct TopScratch {
     }
 };
 
-// Unsigned integers in the order of floats; NaN is -inf, and zeros are equal.
+// Maps floats to unsigned integers with the same order; NaN counts as -inf, and zeros are equal.
 KD_DEVICE uint32_t ordered(float z) {
     const uint32_t word = bits<uint32_t>(z == z ? z + 0.f : -infinity());
     return word ^ (word >> 31 ? 0xffffffffu : 0x80000000u);
@@ -37,7 +37,7 @@ KD_DEVICE int key_id(uint64_t key) { return int(~uint32_t(key)); }
 struct Rank {
     uint64_t bound = 0;
     int shift = 64, left, sharing;  // sharing: keys that do, if a digit is known
-    // One digit more. `visit` calls a function with each of this thread's keys.
+    // Determines one more digit. `visit` calls a function with each of this thread's keys.
     template <class Visit> KD_DEVICE void narrow(const TopScratch& s, Visit&& visit) {
         shift -= 8;
         for (int b = thread_index(); b < kBins; b += block_threads()) s.bins[b] = 0;

@@ -108,7 +108,7 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
     Tail tail;
     int parity = 0;
     const auto merge_values = [](ValuePart& x, const ValuePart& o) { x.tail.merge(o.tail), x.slope += o.slope; };
-    // Sweep 2 is also where entropies are summed. Of slopes that jump, those of the forward pass may be others: they are summed again.
+    // Sweep 2 also sums entropies. Slopes that jump may differ from those of the forward pass, so they are summed again.
     const bool sweeps_values = a.statistics ? !D::knows_slope_sum || a.stats || !a.dz : D::slope_jumps;
     if (a.statistics) {
         if (reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
@@ -178,7 +178,7 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
                 q[i] = softmax ? of_q : 0.f;
             }
             gradient.template operator()<kCount>(g, q, z, column, stride);
-            if (sizeof(Logit) == 4) sync_block();  // dz may be narrower than the logits under it: other threads have read theirs
+            if (sizeof(Logit) == 4) sync_block();  // dz may overwrite the logits in a narrower type: all must have read theirs
             store_dz<Logit, kCount>(a, dz, column, stride, g, a.vocab);
         });
         if (a.statistics && !sweeps_values) tail = block_reduce(part, parity, merge_values).tail;

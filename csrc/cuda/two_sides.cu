@@ -1,4 +1,4 @@
-// From a call's arguments to a launch.
+// Launches the two-side kernels for a call's arguments.
 #include <algorithm>
 #include <array>
 #include <mutex>

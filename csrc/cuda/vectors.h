@@ -1,4 +1,4 @@
-// Logits as the kernels read them: 16 bytes at a time, from memory to float.
+// Reading logits: 16 bytes at a time, converted to float.
 #pragma once
 #include <type_traits>
 
