@@ -1,4 +1,4 @@
-"""Rows of files, each with its number: JSONL, JSON, CSV, Parquet, plain text, and data sets that ``datasets`` has saved to a folder."""
+"""Read numbered rows from files: JSONL, JSON, CSV, Parquet, plain text, and folders saved by ``datasets``."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["SUFFIXES", "as_cells", "files_of", "is_list", "rows_of", "text_bytes
 Numbered = Iterator[tuple[int, Any]]
 """Rows with their numbers, from 1."""
 BLOCK = 64 << 20
-"""Bytes of a CSV file at a time: a row must fit."""
+"""Block size of a CSV file in bytes. A row must fit in a block."""
 FACTS = ("manifest.json", "dataset_info.json", "dataset_infos.json", "state.json")
-"""Files in a folder of data that describe it and hold no rows."""
+"""Files in a data folder that describe it and do not contain rows."""
 WHITE = re.compile(r"[ \t\r\n]*")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files that ``datasets`` writes into the folder of a saved data set, and into that of several splits."""
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of rows in a folder, by name; of a file or a saved data set only itself.
+    """Return the data files in a folder, sorted by name. A file or a saved data set returns itself.
 
     Raises:
-        DataError: no such file; a folder without any such files; a folder of splits, or of plain text beside other rows.
+        DataError: the path does not exist, or the folder has no data files, several splits, or plain text next to other rows.
     """
     if path.is_file() or (path / SAVED).is_file():
         return [path]
@@ -38,10 +38,10 @@ def files_of(path: Path) -> list[Path]:
         raise DataError(f"{path}: no such file")
     if (path / SAVED_SPLITS).is_file():
         splits = sorted(str(folder) for folder in path.iterdir() if folder.is_dir())
-        raise DataError(f"{path}: the folder holds several splits: give one of {', '.join(splits)}")
+        raise DataError(f"{path}: the folder has several splits: choose one of {', '.join(splits)}")
     files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES and f.is_file() and f.name not in FACTS)
     if not files:
-        raise DataError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+        raise DataError(f"{path}: the folder has no {', '.join(SUFFIXES)} file")
     texts = [file for file in files if file.suffix == ".txt"]
     if texts and len(texts) < len(files):
         other = next(file for file in files if file not in texts)
@@ -53,13 +53,13 @@ def files_of(path: Path) -> list[Path]:
 
 
 def rows_of(path: Path, after: int = 0) -> Numbered:
-    """The rows of one file, by its suffix.
+    """Return the rows of one file. The suffix selects the reader.
 
     Args:
-        after: number of a row. Only the rows behind it are returned; those before are skipped as cheaply as the format allows.
+        after: number of a row. Only later rows are returned; earlier rows are skipped as cheaply as the format allows.
 
     Raises:
-        DataError: an unknown suffix, or content that is not of its format.
+        DataError: the suffix is unknown, or the content does not have its format.
     """
     if path.is_dir():
         yield from _saved(path, after)
@@ -70,10 +70,10 @@ def rows_of(path: Path, after: int = 0) -> Numbered:
 
 
 def text_bytes(path: Path) -> int:
-    """The size of a file's rows, uncompressed.
+    """Return the uncompressed size of a file's rows in bytes.
 
     Raises:
-        DataError: content that is not of its format.
+        DataError: the content does not have the file's format.
     """
     if path.is_dir():
         return sum(file.stat().st_size for file in path.glob("*.arrow"))
@@ -90,7 +90,7 @@ def text_bytes(path: Path) -> int:
 
 
 def as_cells(path: Path) -> bool:
-    """True for a format in which every value is text, numbers and lists too."""
+    """Return True for a format in which every value is text, including numbers and lists."""
     return path.suffix in (".csv", ".tsv")
 
 
@@ -117,7 +117,7 @@ def _jsonl(path: Path, after: int) -> Numbered:
 
 
 def is_list(path: Path) -> bool:
-    """True for a JSON file that holds one list of rows."""
+    """Return True for a JSON file that contains one list of rows."""
     if path.suffix != ".json" or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -125,7 +125,7 @@ def is_list(path: Path) -> bool:
 
 
 def _json(path: Path, after: int) -> Numbered:
-    """Rows of a list of objects, which are parsed one by one; or of a file with an object on each line."""
+    """Yield rows from a list of objects, parsed one by one, or from a file with one object per line."""
     if not is_list(path):
         yield from _jsonl(path, after)
         return
@@ -155,13 +155,13 @@ def _json(path: Path, after: int) -> Numbered:
 
 
 def _skipped(text: str, at: int) -> int:
-    """The position of the first character from ``at`` on that is not white space."""
+    """Return the position of the first non-whitespace character from ``at`` on."""
     match = WHITE.match(text, at)
     return at if match is None else match.end()
 
 
 def _csv(path: Path, after: int) -> Numbered:
-    """Rows of a table with a header. Every cell is text; an empty one is missing."""
+    """Yield rows of a table with a header. Every cell is text; empty cells are missing."""
     import pyarrow
     from pyarrow import csv
 
@@ -179,7 +179,7 @@ def _csv(path: Path, after: int) -> Numbered:
 
 
 def _of_batches(batches: Iterable[Any], before: int, after: int) -> Numbered:
-    """Rows of Arrow's batches, of which the first begins behind row ``before``."""
+    """Yield rows of Arrow batches. The first batch starts after row ``before``."""
     for batch in batches:
         skipped = min(max(after - before, 0), batch.num_rows)
         yield from enumerate(batch.slice(skipped).to_pylist(), before + skipped + 1)
@@ -187,7 +187,7 @@ def _of_batches(batches: Iterable[Any], before: int, after: int) -> Numbered:
 
 
 def _text(path: Path, after: int) -> Numbered:
-    """A row of ``text`` for each line that is not blank."""
+    """Yield a row of ``text`` for each line that is not blank."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number <= after:
@@ -231,14 +231,14 @@ def _parquet(path: Path, after: int) -> Numbered:
 SUFFIXES: dict[str, Callable[[Path, int], Numbered]] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text,
 }  # fmt: skip
-"""Readers of the formats, by the extension of the file."""
+"""Readers by file extension."""
 
 Decoder = Callable[[Any], Any]
 JSON_TYPE = b"arrow.json"
 
 
 def _decoder(field: Any) -> Decoder | None:
-    """Reads what a Parquet column holds as JSON text (``datasets`` writes mixed values so) and its maps, at any depth; None if neither."""
+    """Return a decoder for JSON text (``datasets`` writes mixed values this way) and maps in a Parquet column, at any depth; else None."""
     import pyarrow
 
     kind = field.type

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, as ``org/name[:SPLIT[:CONFIG]]``, read through ``datasets``."""
+"""Read data sets of the Hugging Face hub, named ``org/name[:SPLIT[:CONFIG]]``, with ``datasets``."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_hub_name(text: str) -> bool:
-    """True for the name of a data set on the hub: not an existing path, and not the name of a file."""
+    """Return True for the name of a hub data set: not an existing path, and not like a file name."""
     match = NAME.fullmatch(text)
     return match is not None and not Path(text).exists() and Path(match["name"]).suffix not in SUFFIXES
 
 
 @functools.lru_cache(8)
 def load(text: str) -> Any:
-    """The ``datasets.Dataset`` of a name; its split is ``train`` by default.
+    """Return the ``datasets.Dataset`` of a name. The default split is ``train``.
 
     Raises:
-        DataError: ``datasets`` is missing; no such data set, split or configuration; the hub can't be reached.
+        DataError: ``datasets`` is missing, the data set, split or configuration does not exist, or the hub cannot be reached.
     """
     return _loaded(text)
 
 
 def stream(text: str) -> Any:
-    """The ``datasets.IterableDataset`` of a name at the commit that ``commit_of`` returns: it is downloaded as it is read.
+    """Return the ``datasets.IterableDataset`` of a name at the commit from ``commit_of``. It is downloaded while it is read.
 
     Raises:
         DataError: see ``load``.
@@ -43,7 +43,7 @@ def stream(text: str) -> Any:
 
 @functools.lru_cache(8)
 def commit_of(text: str) -> str:
-    """The commit of a data set on the hub, the same for the whole process.
+    """Return the commit of a hub data set. It does not change within a process.
 
     Raises:
         DataError: see ``load``.
@@ -85,10 +85,10 @@ def _loaded(text: str, **options: Any) -> Any:
 
 
 def identity_of(text: str, streamed: bool = False) -> str:
-    """Split, configuration and commit of the data that ``load`` reads; where the commit is not known, the fingerprint of its content.
+    """Return split, configuration and commit of the data that ``load`` reads. If the commit is unknown, a fingerprint replaces it.
 
     Args:
-        streamed: of the data that ``stream`` reads.
+        streamed: return the identity of the data that ``stream`` reads.
 
     Raises:
         DataError: see ``load``.

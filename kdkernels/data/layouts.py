@@ -1,4 +1,4 @@
-"""Rows as other tools lay them out, read as prompts, responses and messages: Alpaca, ShareGPT, and columns of any name."""
+"""Convert rows of other tools to prompts, responses and messages: Alpaca, ShareGPT, and renamed columns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .values import as_json, read_json
 __all__ = ["Columns", "give_form", "training_rows"]
 
 FORMS = ("prompt", "response", "completion", "messages", "text", "conversations", "instruction", "input", "output", "system", "history")
-"""Fields that make a row one form or another. With ``--columns`` only those are read that it names."""
+"""Fields that determine the form of a row. With ``--columns``, only the named ones are read."""
 ASKED = ("prompt", "messages", "text", "conversations", "instruction")
-"""Fields without which a row of their form asks nothing."""
+"""Required fields of the forms."""
 BESIDE = (
     "key", "weight", "task", "tools", "reasoning", "finish_reason", "demonstrations", "teacher_messages", "teacher_prompt",
 )  # fmt: skip
@@ -30,10 +30,10 @@ ROLES = {
 
 
 class Columns:
-    """Names of columns for the fields of a row, from text such as ``prompt=question,response=answer`` or a mapping.
+    """Column names for the fields of a row, from text such as ``prompt=question,response=answer`` or a mapping.
 
     Raises:
-        ValueError: text without a pair; a field that no row has; a field given twice.
+        ValueError: the text has no pairs, a field is unknown, or a field is repeated.
     """
 
     def __init__(self, pairs: str | Mapping[str, str]) -> None:
@@ -56,7 +56,7 @@ class Columns:
         return ",".join(f"{field}={column}" for field, column in self.named.items())
 
     def rename(self, row: Row) -> None:
-        """Give the columns of a row the names of its fields; fields of a form that are not named are left out.
+        """Rename the columns of a row to its fields. Form fields that are not named are dropped.
 
         Raises:
             DataError: the row lacks the column of its prompt, messages or text.
@@ -72,27 +72,27 @@ class Columns:
         row.names.update(self.named)
 
     def unseen(self) -> list[str]:
-        """The pairs whose column was in no row so far."""
+        """Return the pairs whose column has not occurred in any row so far."""
         return [f"{field}={column}" for field, column in self.named.items() if field not in self._seen]
 
     def check_seen(self) -> None:
-        """Check that every column was in some row.
+        """Check that every column occurred in at least one row.
 
         Raises:
-            DataError: naming those that were in none.
+            DataError: a column did not occur; the message names it.
         """
         if unseen := self.unseen():
             raise DataError(f"--columns {','.join(unseen)}: no row has such a column: correct the name, or leave it out")
 
 
 def training_rows(source: RowSource, columns: str | Mapping[str, str] | None = None) -> Iterator[Row]:
-    """The rows of a source with the fields that trainings know.
+    """Yield the rows of a source with the standard fields.
 
     Args:
         columns: names of columns, see ``Columns``.
 
     Raises:
-        DataError: see ``read_rows``; a row of Alpaca or ShareGPT that is not in its form; a column that no row has.
+        DataError: see ``read_rows``; an Alpaca or ShareGPT row is invalid; a column does not occur in any row.
     """
     named = None if columns is None else Columns(columns)
     for row in read_rows(source):
@@ -103,10 +103,10 @@ def training_rows(source: RowSource, columns: str | Mapping[str, str] | None = N
 
 
 def give_form(row: Row, named: Columns | None) -> None:
-    """Give a row the fields that trainings know.
+    """Convert a row to the standard fields.
 
     Raises:
-        DataError: the row lacks a column, or is of Alpaca or ShareGPT and not in its form.
+        DataError: a column is missing, or an Alpaca or ShareGPT row is invalid.
     """
     if named is not None:
         named.rename(row)
@@ -119,7 +119,7 @@ def give_form(row: Row, named: Columns | None) -> None:
 
 
 def _read_cells(row: Row) -> None:
-    """Read numbers and lists that a file of text cells holds as text; what can't be read stays, and is refused where it is used."""
+    """Parse numbers and lists in text cells. Text that cannot be parsed is unchanged and raises where it is used."""
     for name in LISTS:
         if str(row.fields.get(name, "")).lstrip().startswith(("[", "{")):
             with suppress(ValueError):
@@ -142,7 +142,7 @@ def _convert(row: Row, own: str, turns: list[Any]) -> None:
 
 
 def _of_sharegpt(row: Row) -> None:
-    """Read ``conversations``, a list of ``from`` and ``value``, as messages."""
+    """Convert ``conversations``, a list of ``from`` and ``value``, to messages."""
     value = row.fields["conversations"]
     if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
         raise row.error("conversations", 'a list of {"from": ..., "value": ...} is needed')
@@ -155,7 +155,7 @@ def _of_sharegpt(row: Row) -> None:
 
 def _sharegpt_turn(row: Row, number: int, turn: Mapping[str, Any]) -> dict[str, Any]:
     if "from" not in turn:
-        return dict(turn)  # role and content, which are checked where they are read
+        return dict(turn)  # role and content are checked later
     role = ROLES.get(str(turn["from"]))
     if role is None:
         raise row.error(f"conversations[{number}].from", f"{turn['from']!r} is not one of {', '.join(ROLES)}")
@@ -171,7 +171,7 @@ def _sharegpt_turn(row: Row, number: int, turn: Mapping[str, Any]) -> dict[str, 
 
 
 def _of_alpaca(row: Row) -> None:
-    """Read ``instruction``, ``input`` and ``output`` as messages: the input follows the instruction on a new line."""
+    """Convert ``instruction``, ``input`` and ``output`` to messages. The input follows the instruction on a new line."""
     asked = row.text("instruction")
     if row.fields.get("input", "") != "":
         asked += f"\n{row.text('input')}"

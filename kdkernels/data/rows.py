@@ -1,4 +1,4 @@
-"""Rows of training data from files, folders and the hub, each with its place, so that an error can name it."""
+"""Rows of training data from files, folders and the hub. Each row has its position for error messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Row:
     """One row, and checked access to its fields.
 
     Args:
-        cells: every value is text, numbers and lists too, as in a CSV file.
+        cells: every value is text, including numbers and lists, as in a CSV file.
     """
 
     def __init__(self, fields: Any, where: str, cells: bool = False) -> None:
@@ -37,22 +37,22 @@ class Row:
         self.fields: dict[str, Any] = as_json(fields)
         self.where, self.cells = where, cells
         self.columns = list(self.fields)
-        """Names of the fields as the data has them."""
+        """Names of the fields in the data."""
         self.names: dict[str, str] = {}
-        """Of a field that was renamed or converted, its name in the data."""
+        """Names in the data of renamed or converted fields."""
         self.date: datetime.date | None = None
-        """What a chat template that writes the date writes; None for today."""
+        """Date for chat templates that write it; None for today."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields
 
     def error(self, name: str, problem: str) -> DataError:
-        """The error about a field, or a place in one such as ``messages[1].content``, by its name in the data."""
+        """Return the error about a field, or a place in one such as ``messages[1].content``, with its name in the data."""
         own = re.sub(r"^\w+", lambda field: self.name(field[0]), name)
         return DataError(f"{self.where}, field {own!r}: {problem}. The row has: {', '.join(self.columns) or 'nothing'}")
 
     def name(self, field: str) -> str:
-        """The name that a field has in the data."""
+        """Return the name of a field in the data."""
         return self.names.get(field, field)
 
     def text(self, name: str) -> str:
@@ -64,7 +64,7 @@ class Row:
         return str(self.sound(name))
 
     def sound(self, name: str) -> Any:
-        """The value of a field, once it is known that every text in it can be encoded, and that a column made no dates of text."""
+        """Return the value of a field after checking that all its text can be encoded, and that columns did not turn text into dates."""
         value = self.fields.get(name)
         if (dated := place_of(value, is_date, name)) is not None:
             place, date = dated
@@ -95,7 +95,7 @@ class Row:
         return read_turns(self.sound(name), partial(self.error, name))
 
     def weights(self, name: str) -> list[float]:
-        """The weight of each message's turn: what its loss is multiplied by."""
+        """Return the weight of each message, which multiplies the loss of its turn."""
         return [
             self._checked_number(message.get(WEIGHT, 1.0), f"{name}[{number}].{WEIGHT}") for number, message in enumerate(self.fields[name])
         ]
@@ -106,10 +106,10 @@ RowSource = str | Path | Iterable["str | Path | Mapping[str, Any] | Row"]
 
 
 def read_rows(source: RowSource) -> Iterator[Row]:
-    """The rows of a source, in order.
+    """Yield the rows of a source in order.
 
     Raises:
-        DataError: no such file or data set, an unknown format, content that is not of its format, or no rows at all.
+        DataError: the file or data set does not exist, has an unknown format or invalid content, or has no rows.
     """
     count = 0
     for row in _rows(source):
@@ -136,7 +136,7 @@ def _rows(source: RowSource) -> Iterator[Row]:
 
 
 def parts_of(name: str | Path) -> list[str | Path]:
-    """The files of a name, or the name itself where it is that of a data set of the hub."""
+    """Return the files of a path; for a hub data set, its name."""
     return [name] if isinstance(name, str) and hub.is_hub_name(name) else list(files_of(Path(name)))
 
 
@@ -144,7 +144,7 @@ def check_fits(source: RowSource) -> None:
     """Check that the examples of the files in a source fit in memory.
 
     Raises:
-        DataError: they do not; what ``read_rows`` raises of files that are not there.
+        DataError: the examples do not fit, or a file does not exist.
     """
     names = [source] if isinstance(source, (str, Path)) else source if isinstance(source, (list, tuple)) else []
     files = [part for name in names if isinstance(name, (str, Path)) for part in parts_of(name) if isinstance(part, Path)]
@@ -159,13 +159,13 @@ def check_fits(source: RowSource) -> None:
 
 
 def numbered_rows(file: Path, after: int = 0) -> Iterator[tuple[int, Row]]:
-    """The rows of a file behind the row of number ``after``, each with its number."""
+    """Yield the rows of a file after row ``after``, each with its number."""
     cells = as_cells(file)
     return ((number, Row(fields, f"{file}, row {number}", cells)) for number, fields in rows_of(file, after))
 
 
 def _of_name(name: str | Path) -> Iterator[Row]:
-    """The rows of a file, a folder or a data set of the hub."""
+    """Yield the rows of a file, a folder or a hub data set."""
     for part in parts_of(name):
         if isinstance(part, str):
             yield from (Row(fields, f"{part}, row {number}") for number, fields in enumerate(hub.load(part), 1))

@@ -1,4 +1,4 @@
-"""The rows that a training holds out, and those that it draws from several sources by their shares."""
+"""Select held-out rows, and draw rows from several sources by shares."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["draw", "hold_out", "is_held_out", "read_shares"]
 
 
 def read_shares(sources: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Names and shares of sources such as ``a.jsonl=0.7``; None where none has a share. An existing path with such a name wins.
+    """Parse names and shares of sources such as ``a.jsonl=0.7``; shares are None if no source has one. Existing paths have priority.
 
     Raises:
-        ValueError: a share that is not a number >= 0, shares of some sources only, or shares that are all 0.
+        ValueError: a share is not a number >= 0, only some sources have shares, or all shares are 0.
     """
     names, shares = [], []
     for source in sources:
@@ -47,14 +47,14 @@ def read_shares(sources: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
 
 def draw(counts: Sequence[int], shares: Sequence[float], seed: int) -> list[tuple[int, int]]:
-    """One epoch of draws, as many as there are rows: the source and the row of each, in an order that depends on ``seed`` only.
+    """Return one epoch of draws, one per row: source and row of each, in an order that depends only on ``seed``.
 
-    Each source is drawn from in proportion to its share, rounded to whole draws. It is gone through in random order, and anew when it runs
-    out, so that its rows are drawn equally often but for one.
+    The number of draws from each source is proportional to its share, rounded. A source is read in random order, and again in a new order
+    when it is exhausted, so that the numbers of draws of its rows differ by at most one.
 
     Args:
-        counts: rows of each source.
-        shares: of each source; they need not add up to 1.
+        counts: number of rows of each source.
+        shares: share of each source; they need not add up to 1.
     """
     total = sum(counts)
     quotas = [total * share / sum(shares) for share in shares]
@@ -69,7 +69,7 @@ def draw(counts: Sequence[int], shares: Sequence[float], seed: int) -> list[tupl
 
 
 def _walk(count: int, number: int, seed: str) -> Any:
-    """An iterator over ``number`` rows of ``count``, in a new random order each time all are drawn."""
+    """Yield ``number`` row indices below ``count``, in a new random order each time all are drawn."""
     shuffle = random.Random(seed).shuffle
     rows: list[int] = []
     while len(rows) < number:
@@ -80,13 +80,13 @@ def _walk(count: int, number: int, seed: str) -> Any:
 
 
 def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, and about ``fraction`` of all that are held out.
+    """Split rows into training rows and about ``fraction`` of held-out rows.
 
-    A hash of a row's field ``key``, else of its prompt, decides, so that a row stays on its side when others are added, in any order, and
-    with any tokenizer. Rows with equal prompts are on one side: that of the first of them.
+    A hash of a row's field ``key``, or else of its prompt, decides. The split of a row does not change when other rows are added, with the
+    order, or with the tokenizer. Rows with equal prompts are on the same side as the first of them.
 
     Raises:
-        DataError: no row is on one of the sides.
+        DataError: one of the sides has no rows.
     """
     sides: tuple[list[Row], list[Row]] = [], []
     known: dict[str, bool] = {}
@@ -104,14 +104,14 @@ def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]
 
 
 def is_held_out(row: Row, fraction: float) -> bool:
-    """Report the side of a row by a hash of its ``key``, else of its prompt, without regard to other rows."""
+    """Return whether a hash of the row's ``key``, or else of its prompt, puts it on the held-out side, independent of other rows."""
     key = row.fields.get("key")
     decided_by = digest(_prompt(row) if key is None else str(key))
     return int(decided_by[:16], 16) < fraction * 2**64
 
 
 def _prompt(row: Row) -> Any:
-    """What a row asks, before any tokenizer: a conversation without its answer, or the text of a row that is nothing else."""
+    """Return the prompt of a row before tokenisation: the conversation without its answer, or the text of a text row."""
     name = conversation_field(row)
     if name is not None:
         turns = row.messages(name)

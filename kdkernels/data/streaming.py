@@ -1,4 +1,4 @@
-"""Data that is read as it is needed: a few examples in memory, in an order that depends on the seed, from any position."""
+"""Streamed data: read on demand with few examples in memory, in an order that depends on the seed, from any saved position."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ State = dict[str, Any]
 
 
 class Source:
-    """Examples of files and data sets of the hub, one after the other, without an end.
+    """An endless iterator over the examples of files and hub data sets.
 
     Each pass reads every row once. The next example is drawn from the ``buffer`` that were read first, so that with 1 the order is that of
     the rows.
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def has_read_all(self) -> bool:
-        """True if every row of this pass was read."""
+        """Return True if every row of this pass was read."""
         return self._part == len(self.parts)
 
     def rows(self) -> Iterator[Row]:
@@ -153,7 +153,7 @@ class ExampleStream(Dataset[Item]):
 
     @property
     def has_read_all(self) -> bool:
-        """True if every row of this pass was read."""
+        """Return True if every row of this pass was read."""
         return all(source.has_read_all for source in self.sources)
 
     def __getitem__(self, index: int) -> Item:

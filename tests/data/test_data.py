@@ -137,7 +137,7 @@ def test_files_that_can_not_be_read_are_named(tokenizer: Any, tmp_path: Path) ->
     (tmp_path / "folder").mkdir()
     for name, message in (
         ("bad.jsonl", r"bad.jsonl, row 2: not JSON"), ("empty.jsonl", "holds no rows"), ("bad.parquet", "not Parquet"),
-        ("rows.xml", "unknown file extension; expected one of .jsonl"), ("none.jsonl", "no such file"), ("folder", "the folder holds no"),
+        ("rows.xml", "unknown file extension; expected one of .jsonl"), ("none.jsonl", "no such file"), ("folder", "the folder has no"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             load_examples(tmp_path / name, tokenizer)

@@ -84,7 +84,7 @@ def test_saved_datasets_folder_is_readable(tmp_path: Path) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "several")
     assert keys(tmp_path / "one") == keys(tmp_path / "several" / "train") == keys(rows)
-    with pytest.raises(DataError, match=r"the folder holds several splits: give one of .*several/train$"):
+    with pytest.raises(DataError, match=r"the folder has several splits: choose one of .*several/train$"):
         keys(tmp_path / "several")
 
 
