@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-ROWS, STEPS = 64, 192
+ROWS, STEPS = 64, 128
 """Held-out rows whose answers are compared; optimizer steps of the student."""
 
 
@@ -60,7 +60,7 @@ def steps(layers: int, rows: int, rate: float) -> list[Step]:
         Step("exact match", "python -m benchmarks.learning exact texts.json"),
         Step(
             "chat",
-            "echo 'Anna from Rome ordered a black desk on Monday.' | "
+            "printf 'The red hat for Julia will arrive in Oslo on Friday.\\n/reset\\nAnna from Rome ordered a black desk on Monday.\\n' | "
             "kdkernels chat --student out --system 'Write the colour and the item as JSON.' --max-new-tokens 16",
         ),
     ]
@@ -112,11 +112,18 @@ def exact_match(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def transcript(record: Mapping[str, Any], name: str) -> str:
-    """Return a step as docs/guide.md shows it: the command, what it printed, and how long it took."""
+    """Return a step as docs/guide.md shows it: the command, what it printed, and how long it took.
+
+    Of the lines that a training logs, the first two and the last are shown.
+    """
     step = next(step for step in record["steps"] if step["name"] == name)
     shown = f"```sh\n{wrapped(step['command'])}\n```\n"
     if step["printed"]:
-        shown += f"\n```text\n{step['printed']}\n```\n"
+        lines = step["printed"].split("\n")
+        logged = [index for index, line in enumerate(lines) if re.match(r"step \d+ of \d+:", line)]
+        if len(logged) > 3:
+            lines[logged[2] : logged[-1]] = ["..."]
+        shown += "\n```text\n" + "\n".join(lines) + "\n```\n"
     return f"{shown}\n{step['seconds']} s by the clock, {step['CPU seconds']} s of CPU time."
 
 
@@ -131,7 +138,8 @@ def total(record: Mapping[str, Any]) -> str:
     clock, cpu = (round(sum(step[unit] for step in record["steps"]) / 60) for unit in ("seconds", "CPU seconds"))
     e = record["environment"]
     return (
-        f"All steps together took {clock} minutes by the clock and {cpu} minutes of CPU time, with {record['threads']} threads; "
+        f"All steps together took {clock} minutes by the clock and {cpu} minutes of CPU time, {record['threads']} thread"
+        f"{'s' * (record['threads'] > 1)} each; "
         f"{e['cpu']}, torch {e['torch']}, {e['date']}."
     )
 

@@ -31,9 +31,10 @@ from .sentences import make_student, spread
 
 LAYERS, STEPS, ROWS, RATE = 6, 32, 4, 5e-4
 """Of the student; of a run: optimizer steps, rows a step, learning rate."""
-EPOCHS = 3
-RATES, TEMPERATURES, DEPTHS = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), (1.0, 2.0, 4.0), (3, 4, 6, 8)
-"""Values of the sweeps: learning rates, temperatures, layers of the student."""
+RATES, TEMPERATURES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), (1.0, 2.0, 4.0)
+"""Values of the sweeps."""
+LOOK = 64
+"""Steps of the runs that choose the number of layers."""
 EVERY = 16
 """Steps between two held-out measurements."""
 WARM = STEPS // 2
@@ -84,12 +85,16 @@ class Run:
 
 
 def sweeps() -> dict[str, dict[str, Run]]:
-    """Return the runs of each sweep by the value that they try; all learn by forward KL."""
+    """Return the runs of each sweep by the value that they try. All learn by forward KL, but for the first look at the number of layers."""
+    labels = methods()["cross-entropy"]
     return {
         "learning rate": {f"{rate:g}": Run(options={"learning_rate": rate} if rate != RATE else {}) for rate in RATES},
         "temperature": {f"{value:g}": Run(method=Method({"temperature": value} if value != 1 else {})) for value in TEMPERATURES},
-        "layers": {f"{layers}": Run(student=f"student-{layers}" if layers != LAYERS else "student") for layers in DEPTHS},
-        "epochs": {"1": Run(), f"{EPOCHS}": Run(steps=EPOCHS * STEPS)},
+        "layers": {
+            "4 layers, learning rate 1e-3": Run("student-4", labels, LOOK, {"learning_rate": 1e-3}),
+            "6 layers, learning rate 5e-4": Run("student", labels, LOOK),
+        },
+        "steps": {f"{times * STEPS}": Run(steps=times * STEPS) for times in (1, 3, 6)},
     }
 
 

@@ -28,5 +28,6 @@ def table(record: dict[str, Any]) -> str:
             cells.append(_cell(values, decimals.get(column, 2), len(runs)))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     e = record["environment"]
-    source = f"Mean ± standard deviation over {len(runs)} seeds; {e['cpu']}, torch {e['torch']}, {e['date']}."
+    seeds = f"Mean ± standard deviation over {len(runs)} seeds" if len(runs) > 1 else "One seed"
+    source = f"{seeds}; {e['cpu']}, torch {e['torch']}, {e['date']}."
     return "\n".join([*lines, "", source])

@@ -12,6 +12,7 @@ import torch
 from training import make_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks import report
 from benchmarks.learning import comparison, guide, pair, sentences
 from kdkernels.data.example import Example
 
@@ -102,6 +103,16 @@ def test_a_gain_is_counted_in_deviations_of_the_difference() -> None:
     assert comparison.gains(runs, comparison.CE)["better"] == pytest.approx(1.0 / 0.02**0.5)
 
 
+def test_a_method_with_fewer_seeds_says_so() -> None:
+    runs = [{"cross-entropy": curve(0.0, 10.0, exact=exact)} for exact in (50.0, 40.0)]
+    runs[0]["slow"] = curve(0.0, 20.0, exact=80.0)
+    record = {"environment": {"cpu": "a CPU", "torch": "2", "date": "2026-01-01"}, "curves": runs, "sweeps": {}}
+    drawn = comparison.blocks(record)
+    assert "| cross-entropy | 45.0 ± 7.1 |" in drawn["guide equal steps"]()
+    assert "| slow | 80.0 (1 of 2 seeds) |" in drawn["guide equal steps"]()
+    assert drawn["guide gains"]() == "Not known yet: a deviation needs two seeds."
+
+
 def test_answers_are_compared_word_for_word() -> None:
     texts = [["a", "b"], ["a ", "a"]]
     rows = [{"response": "a", "texts": [{"model": f"m{i}", "text": text} for i, text in enumerate(row)]} for row in texts]
@@ -115,3 +126,19 @@ def test_a_transcript_shows_the_command_and_what_stayed_on_the_terminal() -> Non
         "```sh\nkdkernels train --a 1 --b 2\n```\n\n```text\ndone\n```\n\n3 s by the clock, 2 s of CPU time."
     )
     assert guide.wrapped("kdkernels train --a 1 --b 2", width=22) == "kdkernels train --a 1 \\\n    --b 2"
+
+
+def test_of_a_training_the_page_shows_the_first_and_the_last_logs() -> None:
+    logs = [f"step {number} of 90: loss 1" for number in range(10, 100, 10)]
+    step = {"name": "x", "command": "true", "printed": "\n".join(["before", *logs, "after"]), "seconds": 3, "CPU seconds": 2}
+    shown = guide.transcript({"steps": [step]}, "x").split("```text\n")[1].split("\n```")[0].split("\n")
+    assert shown == ["before", *logs[:2], "...", logs[-1], "after"]
+
+
+def test_the_page_shows_the_committed_figures() -> None:
+    root = Path(guide.__file__).parents[2]
+    page = (root / "docs" / "guide.md").read_text(encoding="utf-8")
+    redrawn, stale = report.redraw_text("docs/guide.md", page, {}, report.other_blocks(root / "benchmarks" / "results"))
+    assert (stale, redrawn) == ([], page)
+    names = {step.name for step in guide.steps(6, 4, 5e-4)}
+    assert all(f"<!-- bench: guide {name} -->" in page for name in names)
