@@ -40,7 +40,7 @@ def signature(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def is_current(svg: str, kind: str, data: Mapping[str, Any]) -> bool:
-    """Whether a drawing is of these data, by this code, and has not been touched since."""
+    """Return whether a figure was drawn from this data by this code, and has not been edited."""
     body, _, _ = svg.rpartition("<!--")
     return svg == body + _seal(body, signature(kind, data))
 

@@ -1,4 +1,4 @@
-"""How a run is timed: the one clock of every benchmark."""
+"""Timing of a run, with one clock for all benchmarks."""
 
 from __future__ import annotations
 

@@ -149,9 +149,9 @@ def peak_extra_bytes(variant: str, case: Case, device: str = "cpu") -> int | Non
     Raises:
         OutOfProcessError: it failed, or was killed, as happens when memory runs out.
     """
-    told: Event = {}
-    processes.ask({"task": "memory", "variant": variant, "case": asdict(case), "device": device}, told.update)
-    peak: int | None = told["peak_extra_bytes"]
+    event: Event = {}
+    processes.ask({"task": "memory", "variant": variant, "case": asdict(case), "device": device}, event.update)
+    peak: int | None = event["peak_extra_bytes"]
     return peak
 
 

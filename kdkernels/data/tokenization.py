@@ -19,29 +19,29 @@ from .templates import date_of
 __all__ = ["RULES", "RowTokenizer", "Tally", "length_limit", "load_examples"]
 
 RULES = 2
-"""Version of the rules that make a row into tokens. Raise it in a release that gives some row other tokens: a cache holds it."""
+"""Version of the rules that convert a row to tokens, saved in caches. Increment it in a release that gives other tokens for some row."""
 
 
 @dataclass
 class Tally:
-    """What became of rows that were not taken as they are."""
+    """Counts of rows that were dropped, cut, split, or have reasoning."""
 
     dropped: int = 0
-    """Rows over the length that are left out."""
+    """Number of dropped rows over the length."""
     longest: int = 0
-    """Tokens of the longest of those."""
+    """Tokens of the longest dropped row."""
     cut: int = 0
-    """Rows whose response was cut."""
+    """Number of rows whose response was cut."""
     cut_tokens: int = 0
     split: int = 0
-    """Rows of text that were split."""
+    """Number of text rows that were split."""
     blocks: int = 0
-    """Blocks that they were split into."""
+    """Number of blocks of the split rows."""
     reasoning: Counter[str] = field(default_factory=Counter)
-    """Rows with reasoning by how it is learnt: ``template`` (as the chat template writes it), ``tags`` or ``dropped``."""
+    """Number of rows with reasoning by treatment: ``template`` (as the chat template writes it), ``tags`` or ``dropped``."""
 
     def of_lengths(self, max_length: int | None, kept: int, overlong: str) -> str | None:
-        """A sentence about rows over the length; None if there are none."""
+        """Return a sentence about rows over the length, or None."""
         count = self.dropped + kept - self.blocks + self.split
         if self.split:
             return f"{self.split} of {count} rows are over max_length={max_length}: split into {self.blocks:,} blocks"
@@ -54,7 +54,7 @@ class Tally:
         return None
 
     def of_reasoning(self) -> list[str]:
-        """A sentence for each way in which reasoning is learnt."""
+        """Return a sentence for each treatment of reasoning."""
         ways = {
             "template": "learnt as the chat template writes reasoning_content",
             "tags": "learnt between <think> and </think>",

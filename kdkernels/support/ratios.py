@@ -35,7 +35,7 @@ def log_mix(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    """Where ``condition`` yes, else no, in the dtype of ``like`` (torch.where of two numbers would round them to float32)."""
+    """Return ``yes`` where ``condition`` else ``no``, in the dtype of ``like`` (torch.where of two numbers would round them to float32)."""
     return torch.where(condition, like.new_full((), yes), like.new_full((), no))
 
 

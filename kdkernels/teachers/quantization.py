@@ -31,7 +31,7 @@ def check_quantization(option: str, name: str) -> None:
 
 
 def quantization_config(name: str) -> Any:
-    """What ``from_pretrained`` takes as ``quantization_config``. The head stays as it is saved.
+    """Return the ``quantization_config`` for ``from_pretrained``. The head is not quantised.
 
     ``int4`` has values of 4 bits with a scale for each 32 of them. They are held in a byte each, as those of ``int8``.
     """

@@ -126,7 +126,7 @@ def check_same(folder: Path, now: Mapping[str, Any]) -> None:
     unlike += [name for name, what in (("train_dataset", "data"), ("teacher", "teacher")) if then[what] != now[what]]
     if unlike:
         raise CheckpointError(
-            f"{folder} is of another training, with another {', another '.join(unlike)}: go on with the same, or train anew in another "
+            f"{folder} belongs to another training, with another {', another '.join(unlike)}: use the same settings, or train in another "
             "folder"
         )
 

@@ -129,13 +129,13 @@ def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example],
         scored = [example.teacher_ids[u + 1] for u in example.teacher_scored]
         top = _empty(len(scored), width)
         tops.append(top)
-        told = _matching(tokens, scored, ids_of, scored[-1] in special)
-        if told is None:
+        reported = _matching(tokens, scored, ids_of, scored[-1] in special)
+        if reported is None:
             lost.append(example.where or f"row {number}")
             if not _spells(tokens, row, tokenizer):
                 foreign.append(lost[-1])
             continue
-        for i, token in enumerate(told):
+        for i, token in enumerate(reported):
             if token is None:
                 continue
             others = [other for other in token["top_logprobs"] if other.get("logprob") is not None]
@@ -211,23 +211,23 @@ def _matching(
     """The server's entry for each scored token, None where there is none; None where the server's tokens are others.
 
     An entry that stands for several tokens has the probabilities of the last, if it names that. Of the last token, if it is the end token
-    (``has_end``), the server may say nothing, or what can't be told from other tokens.
+    (``has_end``), the server may say nothing, or what can't be reported from other tokens.
     """
-    told: list[Mapping[str, Any] | None] = []
+    reported: list[Mapping[str, Any] | None] = []
     for number, token in enumerate(said, 1):
-        rest = scored[len(told) :]
+        rest = scored[len(reported) :]
         if not rest:
             break
         if rest[0] in ids_of.candidates(token):
-            told.append(token)
+            reported.append(token)
         elif count := ids_of.spelling(token, rest):
-            told += [None] * (count - 1) + [token if token.get("id") == rest[count - 1] else None]
+            reported += [None] * (count - 1) + [token if token.get("id") == rest[count - 1] else None]
         elif has_end and len(rest) == 1 and number == len(said):
-            told.append(None)
+            reported.append(None)
         else:
             return None
-    missing = len(scored) - len(told)
-    return [*told, *[None] * missing] if missing <= 1 else None
+    missing = len(scored) - len(reported)
+    return [*reported, *[None] * missing] if missing <= 1 else None
 
 
 def _spells(said: Sequence[Mapping[str, Any]], row: Mapping[str, Any], tokenizer: Any) -> bool:

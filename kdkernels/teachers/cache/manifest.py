@@ -128,7 +128,7 @@ class Manifest:
     date: str | None = None
     """The date that the chat template wrote into every prompt, such as 2026-11-28; None for a template without a date."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What ``load_examples`` was given beside the data, such as ``max_length``, where the writer was told."""
+    """Options of ``load_examples``, such as ``max_length``, if the writer received them."""
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
