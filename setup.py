@@ -77,7 +77,7 @@ class Cuda:
 
 
 def find_cuda() -> Cuda | None:
-    """What KDKERNELS_CUDA asks for: the CUDA compiler, or None for CPU kernels only.
+    """Return the CUDA compiler that KDKERNELS_CUDA asks for, or None for CPU kernels only.
 
     Raises:
         SystemExit: the setting is unknown, cannot be had, or names GPUs that this nvcc does not know.

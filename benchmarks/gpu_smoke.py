@@ -147,7 +147,7 @@ def checks(backend: str, device: str, vocabularies: tuple[int, ...]) -> Iterator
 
 def main(
     backend: Annotated[str, typer.Option(help="triton, cuda, native or torch.")],
-    device: Annotated[str, typer.Option(help="Where the tensors are.")] = "cuda",
+    device: Annotated[str, typer.Option(help="Device of the tensors.")] = "cuda",
     vocab: Annotated[list[int] | None, typer.Option(help=f"Default: {', '.join(map(str, VOCABULARIES))}.")] = None,
 ) -> None:
     """Run every kernel of a backend once against float64."""

@@ -90,7 +90,7 @@ def student_command(
 
 
 @app.command("exact")
-def exact_command(texts: Annotated[Path, typer.Argument(help="What kdkernels sample --json printed.")]) -> None:
+def exact_command(texts: Annotated[Path, typer.Argument(help="Output of kdkernels sample --json.")]) -> None:
     """Print for each model the share of rows that it answers word for word as the data does."""
     from . import guide
 
@@ -102,7 +102,7 @@ Folder = Annotated[Path, typer.Argument(help="Working folder; holds the teacher,
 
 
 @app.command("guide")
-def guide_command(folder: Folder, threads: Annotated[int, typer.Option(help="Of each command.")] = 2, out: Out = GUIDE) -> None:
+def guide_command(folder: Folder, threads: Annotated[int, typer.Option(help="Threads of each command.")] = 2, out: Out = GUIDE) -> None:
     """Run the commands of docs/guide.md, and record what they print."""
     from . import guide, pair
 

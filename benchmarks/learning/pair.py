@@ -30,7 +30,7 @@ from .comparison import CE, CPU, EXACT, KL
 from .sentences import make_student, spread
 
 LAYERS, STEPS, ROWS, RATE = 6, 32, 4, 5e-4
-"""Of the student; of a run: optimizer steps, rows a step, learning rate."""
+"""Layers of the student; optimizer steps, rows per step and learning rate of a run."""
 RATES, TEMPERATURES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), (1.0, 2.0, 4.0)
 """Values of the sweeps."""
 LOOK = 64

@@ -18,7 +18,7 @@ LOGIT_STD = 3.0
 IGNORED = -100
 
 OPERATIONS = ("distillation", "cross_entropy")
-"""What a case may compute. A new one says here what it costs (``Case.flop``, ``Case.floor_bytes``), and in variants.py what is true and
+"""Operations of a case. A new one states its costs here (``Case.flop``, ``Case.floor_bytes``), and in variants.py what is true and
 who computes it (``TRUTHS``, ``BUILDERS``)."""
 
 

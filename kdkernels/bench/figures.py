@@ -35,7 +35,7 @@ def digest(*parts: str) -> str:
 
 
 def signature(kind: str, data: Mapping[str, Any]) -> str:
-    """Of what a figure is drawn from."""
+    """Return a hash of the data that a figure is drawn from."""
     return digest(kind, json.dumps(data, sort_keys=True), Path(__file__).read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Who computes a case. A variant is a name; ``build`` turns it into a step: one forward and backward pass.
+"""Variants: the implementations that compute a case. A variant is a name; ``build`` turns it into a step: one forward and backward pass.
 
 floor           what no loss can do without, and nothing else: the matrix products of the heads, or one pass over given logits;
                 ``floor/float32`` with float32 logits

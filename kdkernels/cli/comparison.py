@@ -40,7 +40,7 @@ class Evaluation:
     teachers: Sequence[str]
     data: Sequence[str]
     arguments: dict[str, Any]
-    """Of DistillationArguments."""
+    """Arguments of DistillationArguments."""
     student_dtype: str = "float32"
     teacher_dtype: str = "auto"
     device: str = "auto"

@@ -128,8 +128,8 @@ def sample(
     max_new_tokens: NewTokens = 128,
     rows: Annotated[int, typer.Option(help="How many rows, the first of each --data.")] = 4,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, typer.Option(help="Of draws.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")] = Dtype.auto,
+    seed: Annotated[int, typer.Option(help="Seed of draws.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; auto: as saved.")] = Dtype.auto,
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
     device: AsDevice = "auto",
     as_json: AsJson = False,
@@ -161,8 +161,8 @@ def chat(
     system: Annotated[str, typer.Option(help="The system's message.")] = "",
     max_new_tokens: NewTokens = 512,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, typer.Option(help="Of draws.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")] = Dtype.auto,
+    seed: Annotated[int, typer.Option(help="Seed of draws.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; auto: as saved.")] = Dtype.auto,
     device: AsDevice = "auto",
 ) -> None:
     """Chat with a model on the terminal, with its chat template. Nothing is saved."""

@@ -115,7 +115,7 @@ def cache(
     ] = CacheKind.topk,
     k: Annotated[int, typer.Option("-k", "--k", help="topk: entries per token. sampled: draws per token.")] = 64,
     temperature: Annotated[float | None, typer.Option(help="Temperature of topk, sampled (default 1) or text (default 0, greedy).")] = None,
-    tokenizer: Annotated[str, typer.Option(help="Of the data. Default: the teacher's.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the data. Default: the teacher's.")] = "",
     base_url: Annotated[str, typer.Option(help="Ask a server for topk (vLLM's prompt_logprobs), as http://localhost:8000/v1.")] = "",
     from_replies: Annotated[bool, typer.Option("--from-replies", help="Make a topk cache from the teacher_logprobs in the data.")] = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most.")] = None,
@@ -124,11 +124,13 @@ def cache(
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
     learn: Annotated[LearnChoice | None, typer.Option(help="Turns of a conversation that are learnt, as in training.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the teacher: auto (as saved), float32, bfloat16 or float16. hidden keeps it.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the teacher: auto (as saved), float32, bfloat16 or float16. hidden keeps it.")
+    ] = "auto",
     precision: Annotated[str, typer.Option(help="Dtype of log-probabilities in topk: float16 or float32.")] = "float16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     vocab_size: Annotated[int | None, typer.Option(help="Real vocabulary size, if the head is padded.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a model of the hub.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of draws and sampled text.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of a response with --kind text.")] = 256,
     shard_mib: Annotated[int, typer.Option(help="Size of a shard before compression: a kill loses at most one.")] = 128,
@@ -189,12 +191,12 @@ def extend(
     folder: CacheFolder,
     teacher: Annotated[str, typer.Option(help="The model that the cache was made with: a folder or hub id. Its content is checked.")],
     data: Annotated[list[str], typer.Option(help="Rows: files, folders or data sets of the hub. Rows in the cache are skipped.")],
-    tokenizer: Annotated[str, typer.Option(help="Of the data. Default: the teacher's.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the data. Default: the teacher's.")] = "",
     overlong: Annotated[str, typer.Option(help="Examples over the cache's --max-length: error, drop or truncate.")] = "error",
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a model of the hub.")] = None,
 ) -> None:
     """Add examples to a cache, with the cache's settings.
 
@@ -222,7 +224,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens of a response.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response. May be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of draws.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of draws.")] = None,
     extra_body: Annotated[str, typer.Option(help="Further fields for the server, as JSON.")] = "{}",
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
 ) -> None:

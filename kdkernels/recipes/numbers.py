@@ -36,7 +36,7 @@ _BEGIN = rf"(?:[-+] ?)?(?:\.?\d|{_OTHER})"
 _UNIT = r"(?:(?: ?[^\W\d_]+(?:/[^\W\d_]+)?(?:\^-?\d)?)| ?[%°€£¥])?"
 _EQUALS = re.compile(rf"{_UNIT}\s*=\s*(?={_BEGIN})")
 _JOINED = re.compile(rf"{_UNIT}(?:\s*[-+*÷^]\s*|\s+(?:x|plus|minus|times|divided by|and|or|to)\s+|\s*[,;&]\s+)(?={_BEGIN})", re.IGNORECASE)
-"""What makes one expression, list or range of two numbers."""
+"""Characters that make one expression, list or range of two numbers."""
 _START = re.compile(rf"(?<![\w.^])(?:(?P<sign>(?<![\w)])[-+]|\b(?:minus|negative) ) ?)?(?=\.?\d|{_OTHER})", re.IGNORECASE)
 _LARGEST_EXPONENT = 300
 

@@ -15,7 +15,7 @@ from ..support.files import digest, sample_digest
 __all__ = ["BASE", "CONFIG", "Adapter", "adapted", "base_content", "check_fits", "describe_base", "find_adapter", "quiet"]
 
 CONFIG, BASE = "adapter_config.json", "base_model.json"
-"""What peft writes beside the weights; and the content of the base model, which kdkernels adds."""
+"""The file that peft writes beside the weights, and the file that kdkernels adds: the content of the base model."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find_adapter(role: str, path: str, revision: str | None = None) -> Adapter |
         quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
         try:
             config = cached_file(path, CONFIG, revision=revision, **quiet)
-        except OSError:  # no such model: whoever loads it says so
+        except OSError:  # no such model: loading it raises the error
             return None
         if config is None:
             return None

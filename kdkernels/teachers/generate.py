@@ -88,7 +88,7 @@ def requests_of(
 
 
 def with_reply(row: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
-    """A training row: ``row`` with the teacher's ``response`` in the place of any other, its ``finish_reason``, the thoughts before it as
+    """A training row: ``row`` with the teacher's ``response`` instead of any other, its ``finish_reason``, the thoughts before it as
     ``reasoning`` if there are any, and ``teacher_logprobs`` if they were asked for."""
     made = {name: value for name, value in row.items() if name not in OF_RESPONSE}
     made |= {"response": reply.text, "finish_reason": reply.finish_reason}

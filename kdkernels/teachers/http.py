@@ -62,7 +62,7 @@ class Refused(HTTPModelError):
     def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
         super().__init__(message)
         self.reasons = dict(reasons)
-        """Of each key."""
+        """The reason for each key that failed."""
 
 
 class _Again(Exception):

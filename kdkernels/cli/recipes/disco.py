@@ -30,7 +30,7 @@ def disco(
     judge_key_variable: KeyVariable = None,
     samples: Annotated[int, typer.Option(help="Perturbations asked for, for each row and other label.")] = 4,
     temperature: Temperature = 0.8,
-    votes: Annotated[int, typer.Option(help="Of the judge on each text; 1 is one greedy vote.")] = 1,
+    votes: Annotated[int, typer.Option(help="Votes of the judge on each text; 1 is one greedy vote.")] = 1,
     threshold: Annotated[float, typer.Option(help="How far the label must move, in shares of votes.")] = 0.5,
     max_tokens: MaxTokens = 64,
     seed: Seed = 0,

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 class View(str, Enum):
-    """What the student reads in in-context distillation."""
+    """The student's prompt in in-context distillation."""
 
     without = "without"
     with_ = "with"

@@ -34,7 +34,7 @@ def lion(
     count: Annotated[int, typer.Option(help="New instructions of each round, half like hard ones, half like easy ones.")] = 100,
     threshold: Annotated[float, typer.Option(help="Hard is a mean difference of at least this.")] = 1.0,
     rouge: Annotated[float, typer.Option(help="A new instruction above this ROUGE-L to another is dropped.")] = 0.7,
-    temperature: Annotated[float, typer.Option(help="Of the generator.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of the generator.")] = 1.0,
     prompt: Prompt = "prompt",
     max_tokens: MaxTokens = 256,
     seed: Seed = 0,

@@ -36,8 +36,8 @@ def scott(
     against: Annotated[Against, typer.Option(help="Contrast the gold answer with none at all, or with a wrong one.")] = Against.none,
     kind: AnswerKind = Kind.number,
     student: Student = None,
-    counterfactual_weight: Annotated[float, typer.Option(help="Of the counterfactual task; the factual one has 1.")] = 1.0,
-    device: Annotated[str, typer.Option(help="Where the teacher runs: auto, cpu, cuda, cuda:1.")] = "auto",
+    counterfactual_weight: Annotated[float, typer.Option(help="Weight of the counterfactual task; the factual task has 1.")] = 1.0,
+    device: Annotated[str, typer.Option(help="Device of the teacher: auto, cpu, cuda, cuda:1.")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts decoded at once.")] = 8,
     max_tokens: MaxTokens = 128,
 ) -> None:

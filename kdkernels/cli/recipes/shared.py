@@ -40,15 +40,15 @@ class Kind(str, Enum):
 
 
 Prompt = Annotated[str, typer.Option(help="Field of the question, in rows without `messages`.")]
-Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Write `prompt` instead of `messages`, for students without a chat template.")]
 Out = Annotated[Path, typer.Option(help="Folder: rows.jsonl to train on, and the log of replies that a second run continues from.")]
 Samples = Annotated[int, typer.Option(help="Replies to each prompt; more than 1 needs a temperature.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-MaxTokens = Annotated[int, typer.Option(help="Of a reply; a reply cut off there is dropped.")]
+MaxTokens = Annotated[int, typer.Option(help="Largest number of tokens of a reply; a reply cut off there is dropped.")]
 Student = Annotated[Path | None, typer.Option(help="Its tokenizer counts the tokens of each task. Without it, bytes stand for tokens.")]
 KeyVariable = Annotated[str | None, typer.Option(help="Variable of its key. Without it, only the server of --base-url gets one.")]
-AnswerKind = Annotated[Kind, typer.Option(help="What the final answers are.")]
+AnswerKind = Annotated[Kind, typer.Option(help="Kind of the final answers.")]
 
 
 @dataclass(frozen=True, kw_only=True)

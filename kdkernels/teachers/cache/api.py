@@ -29,9 +29,9 @@ from .writer import DEFAULT_SHARD_BYTES, Begun, Plan, Report, bytes_per_token, t
 __all__ = ["TokenIds", "Top", "from_replies", "score", "silent_positions", "write_topk"]
 
 Top: TypeAlias = tuple[Array, Array]
-"""Of one example: ids int32 and log-probabilities float32, both ``[scored tokens, k]``, padded with -1."""
+"""The result for one example: ids int32 and log-probabilities float32, both ``[scored tokens, k]``, padded with -1."""
 MOST_LOST = 0.05
-"""Of the rows or alternatives that can't be matched: with more, the tokenizer is not the teacher's."""
+"""Largest share of rows or alternatives without a match. With more, the tokenizer is not the teacher's."""
 NAMED = re.compile(r"token_id:(\d+)")
 
 

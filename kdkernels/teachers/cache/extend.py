@@ -49,10 +49,10 @@ def extend_cache(
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
 ) -> Manifest:
-    """Add the examples that the cache in ``out`` lacks. Whenever this is cut short, the folder is a whole cache, of the shards so far.
+    """Add the examples that the cache in ``out`` lacks. If this is interrupted, the folder holds a whole cache of the shards so far.
 
     Args:
-        identity: of the teacher that runs; it must be that of the cache.
+        identity: identity of the teacher that runs; it must equal that of the cache.
         batch_size: examples at a time. Default: as the cache was begun.
         started: called with the plan of the missing examples.
 

@@ -67,13 +67,13 @@ class Identity:
     k: int | None = None
     """Entries per token of ``topk``, draws per token of ``sampled``."""
     temperature: float | None = None
-    """Of the log-probabilities or draws; None where the kind holds for any."""
+    """Temperature of the log-probabilities or draws; None if the kind holds for any."""
     dtype: str | None = None
-    """In which log-probabilities or hidden states are kept."""
+    """Dtype of the stored log-probabilities or hidden states."""
     seed: int | None = None
-    """Of draws and sampled text."""
+    """Seed of draws and sampled text."""
     max_new_tokens: int | None = None
-    """Of text."""
+    """Largest number of tokens of a text."""
     position: str = POSITION
     special_tokens: str | None = None
     """The tokenizer's begin and end token as JSON text; None: not known."""

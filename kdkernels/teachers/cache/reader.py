@@ -25,7 +25,7 @@ from .shards import KEY_BYTES, Array, HiddenShard, ParquetShard, columns_of, rea
 __all__ = ["CachedTeacher", "open_cache", "read_text"]
 
 DECODED_BYTES = 256 << 20
-"""Of row groups kept decoded, at most."""
+"""Limit of the decoded row groups in memory."""
 OPEN_SHARDS = 64
 
 
@@ -99,7 +99,7 @@ class CachedTeacher:
         self.learn = learnt(manifest)
         """The turns of a conversation that its rows learn, see ``load_examples``."""
         self.salt = identity.hash()
-        """What the keys of views are salted with: ``example.key(cache.salt)``."""
+        """Salt of the keys of examples: ``example.key(cache.salt)``."""
         self._columns = {} if self.kind == "hidden" else columns_of(self.kind, identity.k or 0, identity.dtype)
         self._groups: OrderedDict[tuple[int, int], dict[str, Array]] = OrderedDict()
         self._decoded = 0

@@ -25,7 +25,7 @@ __all__ = ["Array", "HiddenShard", "ParquetShard", "columns_of", "suffix", "writ
 Array = npt.NDArray[Any]
 KEY_BYTES = 32
 GROUP_BYTES = 1 << 20
-"""Of a Parquet row group, before compression: what reading one example at random costs, about a millisecond."""
+"""Size of a Parquet row group before compression. Reading one example at random reads one group: about a millisecond."""
 
 
 def columns_of(kind: str, k: int, dtype: str | None) -> dict[str, tuple[str, int]]:

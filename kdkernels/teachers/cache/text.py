@@ -36,7 +36,7 @@ def write_text_cache(
     """Generates ``identity.max_new_tokens`` for each row at most, greedily at temperature 0. ``read_text`` gives the rows back.
 
     Args:
-        report: told the rows done.
+        report: called with the number of finished rows.
 
     Raises:
         ValueError: a row that asks nothing; a field whose values are of different types.

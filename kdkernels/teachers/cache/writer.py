@@ -37,7 +37,7 @@ __all__ = [
 
 DEFAULT_SHARD_BYTES = 128 << 20
 ROUNDING = 1e-6
-"""Of a log-sum in float32; what is above it a reader would refuse, or shift."""
+"""Largest rounding error of a log-sum in float32. A reader refuses or shifts rows with a larger sum."""
 Report = Callable[[int], object]
 """Called with the number of tokens done, as they are done."""
 
@@ -143,17 +143,17 @@ def write_cache(
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
 ) -> Manifest:
-    """Run ``teacher`` over ``examples`` in their order and keep its answers in the folder ``out``. Goes on where it was cut short.
+    """Run ``teacher`` over ``examples`` in their order and keep its answers in the folder ``out``. Continues an interrupted cache.
 
     Args:
         teacher: gives an ``LMHead`` or logits; ``kind="hidden"`` needs an ``LMHead``.
-        identity: what is kept, of which teacher.
-        hidden_size: of ``kind="hidden"``.
-        batch_size: examples at a time. A cache that was cut short goes on with any; its shards stay as they were begun.
-        collator: what makes a batch, where a training has other settings than padding to a multiple of 16.
-        shard_bytes: of a new cache's shards, before compression; a kill costs one of them at most.
-        options: what ``load_examples`` was given beside the data, such as ``max_length``; a training that lacks rows compares it.
-        device: where views are made.
+        identity: the kind of answers and the teacher.
+        hidden_size: D, for ``kind="hidden"``.
+        batch_size: examples at a time. An interrupted cache continues with any value; its shards keep their examples.
+        collator: makes a batch. Default: padding to a multiple of 16.
+        shard_bytes: size of a new cache's shards, before compression. A killed process loses one shard at most.
+        options: arguments of ``load_examples`` beside the data, such as ``max_length``. A training that lacks rows compares them.
+        device: device of the batches.
         started: called with the plan before the first example.
 
     Raises:
@@ -188,7 +188,7 @@ class Producer:
     Args:
         batch_size: examples at a time.
         collator: what makes a batch. Default: padding to a multiple of 16.
-        device: where views are made.
+        device: device of the batches.
         report: called with the tokens of each batch.
     """
 
