@@ -198,7 +198,7 @@ def test_functions_are_short() -> None:
 
 
 def test_functions_have_few_parameters() -> None:
-    """What users call is not counted. In Triton every array and every number is a parameter of its own: those may not rise."""
+    """Functions that users call are not counted. In Triton each array and number is a parameter, so kernels have ceilings of their own."""
     jit = [function for file in package_files() for function in functions(file) if function.jit]
     assert max(f.parameters for f in jit if f.name.endswith("_kernel")) <= 44
     assert max(f.parameters for f in jit if not f.name.endswith("_kernel")) <= 19

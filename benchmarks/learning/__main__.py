@@ -117,7 +117,7 @@ def guide_command(folder: Folder, threads: Annotated[int, typer.Option(help="Thr
 
 @app.command("pair")
 def pair_command(folder: Folder, seeds: Seeds = 3, out: Out = GUIDE) -> None:
-    """Train the guide's student with each loss, three quarters of an hour; in a folder that `guide` has filled. Goes on where it ended."""
+    """Train the guide's student with each loss, three quarters of an hour, in a folder that `guide` has filled. It can be resumed."""
     from . import pair
 
     torch.set_num_threads(1)

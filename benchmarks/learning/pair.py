@@ -46,7 +46,7 @@ BASE = "forward KL"
 
 @dataclass(frozen=True)
 class Method:
-    """How a student learns.
+    """A way to train a student.
 
     Args:
         options: of DistillationArguments, beside the common ones.

@@ -18,7 +18,7 @@ GAP = (
     r"(?:[\s\x00\u00ad\u200b-\u200d\u2060\ufeff]|\\+[nrt]|\\+(?:u00|x)00|\\+u(?:00[aA][dD]|200[b-dB-D]|2060|[fF]{2}[eE][fF])"
     r"|%0[0aAdD9]|%20)*"
 )
-"""What may separate two characters of a key while the key stays readable: line breaks, spaces, characters of no width, the zero bytes of
+"""Separators of two characters of a key that leave it readable: line breaks, spaces, characters of no width, the zero bytes of
 UTF-16, or the escapes of these."""
 _BASE64 = {"+": r"(?:[-+]|%2[Bb])", "-": r"(?:[-+]|%2[Bb])", "/": r"(?:[/_]|%2[Ff])", "_": r"(?:[/_]|%2[Ff])"}
 
