@@ -13,7 +13,7 @@ from .errors import DataError
 from .forms import ANSWERS, conversation_field
 from .rows import Row
 
-__all__ = ["draw", "hold_out", "is_held_out", "read_shares"]
+__all__ = ["draw", "hold_out", "is_held_out", "prompt_digest", "read_shares"]
 
 
 def read_shares(sources: Sequence[str]) -> tuple[list[str], list[float] | None]:
@@ -91,7 +91,7 @@ def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]
     sides: tuple[list[Row], list[Row]] = [], []
     known: dict[str, bool] = {}
     for row in rows:
-        held = known.setdefault(digest(_prompt(row)), is_held_out(row, fraction))
+        held = known.setdefault(prompt_digest(row), is_held_out(row, fraction))
         sides[held].append(row)
     train, held_out = sides
     if not train or not held_out:
@@ -106,8 +106,13 @@ def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]
 def is_held_out(row: Row, fraction: float) -> bool:
     """Return whether a hash of the row's ``key``, or else of its prompt, puts it on the held-out side, independent of other rows."""
     key = row.fields.get("key")
-    decided_by = digest(_prompt(row) if key is None else str(key))
+    decided_by = prompt_digest(row) if key is None else digest(str(key))
     return int(decided_by[:16], 16) < fraction * 2**64
+
+
+def prompt_digest(row: Row) -> str:
+    """Return a hash that rows with equal prompts share."""
+    return digest(_prompt(row))
 
 
 def _prompt(row: Row) -> Any:

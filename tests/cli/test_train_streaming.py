@@ -125,6 +125,18 @@ def test_held_out_rows_are_not_trained_on_and_are_limited(home: Path, tmp_path: 
         data(1e-9)
 
 
+def test_rows_with_the_prompt_of_an_evaluated_row_are_not_trained_on(home: Path, tmp_path: Path) -> None:
+    prompts = ["one ", "two "] * 10 + ["four "]
+    file = tmp_path / "keys.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": prompt, "response": "three", "key": key}) + "\n" for key, prompt in enumerate(prompts, 100))
+    )
+    read = read_data(settings_of(home, tmp_path, data=[str(file)], eval_fraction=0.3), make_tokenizer(), None, None, None)
+    evaluated = {example.where for example in read.held_out or ()}
+    assert 0 < len(evaluated) < 20
+    assert {example.where for item in read.train for example in item} == {f"{file}, row 21"}
+
+
 def test_a_plan_reads_the_first_rows(home: Path, tmp_path: Path) -> None:
     columns, written = "prompt=prompt,response=response,weight=wieght", io.StringIO()
     plan(settings_of(home, tmp_path, columns=columns), Console(file=written, width=500))

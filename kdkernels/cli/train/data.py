@@ -64,7 +64,8 @@ def read_data(
         held = held_out_rows(settings)
         evaluated = None if held is None else examples(*held)
         tokenize = RowTokenizer(tokenizer, **options, tally=tally, prompts=prompts)
-        stream = stream_of(settings, tokenize, lambda made: check_ids(made, tokenizer, embeddings), limit, digest(content))
+        rows = () if held is None or settings.rows.eval_fraction is None else held[0]
+        stream = stream_of(settings, tokenize, lambda made: check_ids(made, tokenizer, embeddings), limit, digest(content), rows)
         return RunData(stream, evaluated)
     train, held_out, columns = _rows(settings)
     trained = examples(train, columns, tally=tally, prompts=prompts)

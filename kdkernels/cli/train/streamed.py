@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from ...data.example import Example
 from ...data.layouts import Columns, give_form
 from ...data.rows import DataError, Row
-from ...data.selection import is_held_out
+from ...data.selection import is_held_out, prompt_digest
 from ...data.streaming import ExampleStream, Source
 from ...data.tokenization import RowTokenizer
 from .settings import Settings
@@ -25,25 +25,32 @@ FIRST = 100
 
 
 def stream_of(
-    settings: Settings, tokenize: RowTokenizer, check: Callable[[Sequence[Example]], None], limit: int | None, identity: str
+    settings: Settings,
+    tokenize: RowTokenizer,
+    check: Callable[[Sequence[Example]], None],
+    limit: int | None,
+    identity: str,
+    evaluated: Iterable[Row] = (),
 ) -> ExampleStream:
     """Return the examples to train on, once the first of them are read. Warns of what is wrong with those.
 
     Args:
         check: raises an error for examples that the models can't be given.
         limit: tokens of an example, at most.
+        evaluated: rows held out of the data; rows with the same prompts are not trained on.
 
     Raises:
         DataError: one of the first rows can't be trained on, or none is left.
     """
     args, rows = settings.args, settings.rows
     columns = None if args.columns is None else Columns(args.columns)
+    evaluated_prompts = {prompt_digest(row) for row in evaluated}
     count = 0
 
     def examples_of(row: Row) -> list[Example]:
         nonlocal count
         give_form(row, columns)
-        if rows.eval_fraction is not None and is_held_out(row, rows.eval_fraction):
+        if rows.eval_fraction is not None and (is_held_out(row, rows.eval_fraction) or prompt_digest(row) in evaluated_prompts):
             return []
         examples = tokenize(row)
         check(examples)
