@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import require
-from layout import CSRC, PACKAGE, ROOT, crossed, functions, lines_of, package_files, tree
+from layout import CALLS, CSRC, PACKAGE, ROOT, body, calls, crossed, functions, lines_of, package_files, tree
 from more_sides import Sharpened
 from sanitize.mutate import MUTANTS
 
@@ -167,7 +167,7 @@ def test_a_kind_of_teacher_runs_from_its_own_file(backend: str) -> None:
 
 def test_files_named_by_the_architecture_page_exist() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"[\w/]+(?:\.(?:py|h|cpp)|/)(?![\w.#])", page)) - {"kdkernels/"}
+    named = set(re.findall(r"[\w/]+(?:\.(?:py|h|cpp|cu)|/)(?![\w.#])", page)) - {"kdkernels/"}
     assert len(named) > 25
     here = {file.name for file in package_files()}  # a row of a folder names its files without it
     assert not {name for name in named - here if not any((root / name).exists() for root in (ROOT, PACKAGE, CSRC))}
@@ -240,17 +240,44 @@ def test_only_its_own_file_asks_what_kind_a_side_is() -> None:
     assert not asked
 
 
-CROSSED = {"torch": 16, "native": 24, "triton": 18, "cuda": 31}
-"""Files between the loss and the gradient of the head, forward and backward, those of csrc included: may fall, must not rise."""
+WAY = {"torch": 8, "native": 12, "triton": 11, "cuda": 15}
+"""Most files on the way from the loss to the gradient of the head, forward and backward."""
+ALL_FILES = {"torch": 16, "native": 24, "triton": 18, "cuda": 31}
+"""Most files with a function that runs there, and included C++ headers: may fall, must not rise."""
 
 
-@pytest.mark.parametrize("backend", CROSSED)
+@pytest.mark.parametrize("backend", WAY)
 def test_a_loss_crosses_few_files(backend: str) -> None:
+    """tests/support/layout.py defines both counts."""
     require("native" if backend == "cuda" else backend, "cpu")
     files = crossed(backend)
-    print(
-        f"{backend}: {files.count} files. On the way: {', '.join(files.on_the_way)}; in all: {', '.join((*files.python, *files.compiled))}"
-    )
-    assert {"losses.py", "fused/engine.py", "sides/head.py"} <= files.on_the_way.keys()
-    assert len(files.on_the_way) <= 7
-    assert files.count <= CROSSED[backend]
+    print(f"{backend}: {len(files.way)} files on the way: {', '.join(files.way)}; {len(files.all)} in all: {', '.join(files.all)}")
+    assert {"losses.py", "fused/engine.py", "sides/head.py", "fused/gemm.py"} <= files.python_way.keys()
+    assert {Path(file).stem for file in files.way} & {"divergence", "divergences"}
+    assert set(files.way) <= set(files.all)
+    assert len(files.way) <= WAY[backend]
+    assert len(files.all) <= ALL_FILES[backend]
+
+
+@pytest.mark.parametrize("backend", CALLS)
+def test_the_calls_from_a_compiled_backend_to_the_divergence_are_in_the_sources(backend: str) -> None:
+    chain = CALLS[backend]
+    reached = {chain[0].file}
+    for step in chain:
+        assert step.file in reached
+        text = body(step.file, step.function)
+        assert text is not None, step
+        for file, function in step.callees:
+            assert calls(text, function), (step, function)
+            assert file == "csrc/bindings.cpp" or body(file, function) is not None, (file, function)
+            reached.add(file)
+    assert chain[-1].callees[-1] == ("csrc/divergence.h", "terms")
+
+
+def test_a_missing_call_is_noticed() -> None:
+    text = body("csrc/cpu/dispatch.cpp", "cpu_rows")
+    assert text is not None
+    assert calls(text, "for_rows")
+    assert not calls(text, "head_row")
+    assert not calls(text.replace("chosen.rows(", "chosen."), "rows")
+    assert body("csrc/cpu/rows.h", "rows") is None  # declared only
