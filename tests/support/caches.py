@@ -1,4 +1,4 @@
-"""Batches for reading a cache, and a cache as bytes."""
+"""A batch's view for reading a cache, and the bytes of a folder's files."""
 
 from __future__ import annotations
 

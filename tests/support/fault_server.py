@@ -1,8 +1,8 @@
-"""A server of the OpenAI-compatible API that fails in every way that servers do, for tests: ``python fault_server.py PORT_FILE``.
+"""An OpenAI-compatible server that fails on request, in the ways that real servers fail: ``python fault_server.py PORT_FILE``.
 
-Its text is a function of the prompt, and of the request's seed where a draw is asked for. A prompt that names a fault gets it on its
-first tries: ``fault=cut*2`` is cut off twice, then answered. ``GET /stats`` tells how often each prompt was answered in full, how often it
-failed, how many requests were in flight at most, and which keys came.
+The text depends only on the prompt, and on the request's seed if the temperature is not 0. A prompt that names a fault fails that way on
+its first tries: ``fault=cut*2`` is cut off twice, then answered. ``GET /stats`` returns how often each prompt was answered and how often it
+failed, the largest number of requests in flight, and the API keys received.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORDS = [f"{a}{b}" for a in ("mil", "tor", "ban", "sel", "quin", "dra") for b in
 
 
 def written(body: dict, prompt: str) -> str:
-    """An echo; or, where a referee or generator of instructions is asked, what such a one says."""
+    """Return an echo of the prompt, or two scores for a referee's prompt, or a new instruction for a generator's."""
     if "Rate how" in prompt:
         first, second = hashlib.sha256(prompt.encode()).digest()[:2]
         return f"{1 + first % 10} {1 + second % 10}"
@@ -51,7 +51,7 @@ def reply(body: dict, prompt: str) -> bytes:
             choice["logprobs"] = {"content": table}
     elif k := body.get("prompt_logprobs"):
         ids = body["prompt"]
-        # As vLLM: nothing for the first token; the token itself comes along where it is not among the k most likely.
+        # Like vLLM: no entry for the first token, and the token itself is listed even if it is not among the k most likely.
         likeliest = [{str(j): {"logprob": -2.0 - j, "rank": j + 2} for j in range(k) if j != i} for i in ids]
         entries = [{str(i): {"logprob": -1.0, "rank": 1}} | others for i, others in zip(ids, likeliest, strict=True)]
         choice |= {"text": "", "prompt_logprobs": [None, *entries[1:]]}
@@ -75,13 +75,13 @@ async def send(writer: asyncio.StreamWriter, status: str, body: bytes, headers: 
 
 
 async def answer(writer: asyncio.StreamWriter, body: dict, authorization: str) -> bool:
-    """False where the connection is to be closed."""
+    """Answer one request. Return False if the connection must be closed."""
     prompt = body["messages"][-1]["content"] if "messages" in body else str(body["prompt"])
     if time.time() < not_before.get(prompt, 0):
         early[prompt] += 1
     fault = re.search(r"fault=(\w+)(?:\*(\d+))?", prompt)
     whole = reply(body, prompt)
-    await asyncio.sleep(float(found[1]) if (found := re.search(r"delay=([\d.]+)", prompt)) else 0.002)
+    await asyncio.sleep(float(delay[1]) if (delay := re.search(r"delay=([\d.]+)", prompt)) else 0.002)
     if fault is None or failed[prompt] >= int(fault[2] or 1):
         await send(writer, "200 OK", whole)
         answered[prompt] += 1

@@ -1,7 +1,7 @@
-"""Kills a command after a random while, again and again, until a run of it ends by itself: ``python killed.py SEED SECONDS COMMAND``.
+"""Kill a command at random moments and repeat it until one run ends by itself: ``python killed.py SEED SECONDS COMMAND``.
 
-Each run is a fork of this process, which has imported everything and computed nothing, so that a kill falls into the work. Prints the
-number of kills, and the exit status of the last run.
+Each run is a fork of this process, which has already imported everything, so that a kill interrupts work and not imports. Prints the
+number of kills and the exit status of the last run.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def main(seed: str, seconds: float, command: list[str]) -> None:
             except SystemExit as end:
                 sys.stdout.flush()
                 os._exit(int(end.code or 0))
-        # Ever later: a command that is killed before it has begun to work never ends.
+        # Wait longer after each kill, or a command that is always killed before it makes progress would never end.
         end = time.monotonic() + draw.uniform(0, seconds) * (1 + kills / 8)
         while time.monotonic() < end and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.002)
-        os.kill(child, signal.SIGKILL)  # one that has ended is still there until it is waited for
+        os.kill(child, signal.SIGKILL)  # an ended child stays a zombie until waitpid
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
             print(kills, os.WEXITSTATUS(status))

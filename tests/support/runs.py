@@ -1,4 +1,4 @@
-"""Run ``kdkernels train`` in this process on two small models and a few rows, and read its output."""
+"""Run ``kdkernels train`` in this process on small models and a few rows, and read its output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = 24
 
 
 def make_home(folder: Path) -> Path:
-    """Student, two teachers, rows to train on and rows held out, as a user has them."""
+    """Write a student, two teachers, training rows and held-out rows into a folder."""
     tokenizer = make_tokenizer()
     for name, hidden, seed in (("student", 8, 1), ("teacher", 12, 2), ("teacher2", 12, 3)):
         spread = 0.05 if name == "student" else 0.5
@@ -32,7 +32,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def run_in(home: Path, out: Path, **options: Any) -> str:
-    """What ``kdkernels train`` prints; 6 steps, a checkpoint at each, by default. ``teacher``, ``data`` and the like are paths."""
+    """Return the output of ``kdkernels train``. Defaults: 6 steps, a checkpoint after each. ``teacher`` and ``data`` are paths."""
     from kdkernels.cli.train.run import run
     from kdkernels.cli.train.settings import read_settings
 
@@ -41,13 +41,13 @@ def run_in(home: Path, out: Path, **options: Any) -> str:
         "output_dir": str(out), "max_steps": 6, "save_steps": 1, "learning_rate": 1e-2, "logging_steps": 2, "use_cpu": True,
         "per_device_train_batch_size": 4,
     }  # fmt: skip
-    written = io.StringIO()
-    run(read_settings({**paths, **defaults, **options}, {}, []), Console(file=written, width=500, force_terminal=False))
-    return written.getvalue()
+    output = io.StringIO()
+    run(read_settings({**paths, **defaults, **options}, {}, []), Console(file=output, width=500, force_terminal=False))
+    return output.getvalue()
 
 
 def killed_at(step: int, finished: Path, out: Path) -> Path:
-    """A copy of a finished run as a kill after the checkpoint of ``step`` leaves it."""
+    """Copy a finished run and remove what would be missing if it had been killed just after the checkpoint of ``step``."""
     shutil.copytree(finished, out)
     for path in out.iterdir():
         number = path.name.removeprefix("checkpoint-")
@@ -67,7 +67,7 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def log(out: Path) -> list[dict[str, Any]]:
-    """The lines of ``log.jsonl``, without what is measured by the clock."""
+    """Return the lines of ``log.jsonl`` without times, rates and memory."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     measured = ("per_second", "time", "memory", "total_flos", "train_loss")
     return [{name: value for name, value in line.items() if not any(part in name for part in measured)} for line in lines]

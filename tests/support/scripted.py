@@ -1,4 +1,4 @@
-"""A black-box model that answers by rule, keeps a log as the contract says, and can be made to die in the middle."""
+"""A black-box model that answers by a function, keeps a log like the real ones, and can be killed after some answers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ __all__ = ["Killed", "Scripted"]
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing that handles errors may catch it."""
+    """Stand for SIGKILL. Error handling must not catch it, so it is not an ``Exception``."""
 
 
 class Scripted:
-    """``answer(request)`` gives the text, or a Reply; ``asked`` collects what was really asked. Dies after ``die_after`` answers."""
+    """A model whose ``answer(request)`` returns a text or a Reply.
+
+    ``requests`` records the requests that were not in the log. ``Killed`` is raised after ``die_after`` answers.
+    """
 
     def __init__(self, answer: Callable[[Request], str | Reply], die_after: int | None = None) -> None:
         self.answer, self.die_after = answer, die_after
-        self.asked: list[Request] = []
+        self.requests: list[Request] = []
         self.usage = Usage()
         self.report: Callable[[Usage], object] | None = None
 
@@ -38,11 +41,11 @@ class Scripted:
                 if request.key in known:
                     self.count(from_log=True)
                     continue
-                if self.die_after is not None and len(self.asked) >= self.die_after:
+                if self.die_after is not None and len(self.requests) >= self.die_after:
                     raise Killed
-                self.asked.append(request)
-                found = self.answer(request)
-                reply = found if isinstance(found, Reply) else Reply(request.key, found)
+                self.requests.append(request)
+                answer = self.answer(request)
+                reply = answer if isinstance(answer, Reply) else Reply(request.key, answer)
                 known[request.key] = reply
                 file.write(json.dumps({"key": request.key, "text": reply.text, "finish_reason": reply.finish_reason}) + "\n")
                 file.flush()

@@ -1,4 +1,4 @@
-"""The fault-injecting server, a server from a function, and requests for them."""
+"""Servers for tests: the fault-injecting one and one that is a function; and requests for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = "sk-very-secret-0123456789"
 
 
 class Server:
-    """The fault-injecting server, in a process of its own."""
+    """A fault-injecting server (fault_server.py) in its own process."""
 
     def __init__(self, folder: Path) -> None:
         port = folder / "port"
@@ -48,20 +48,20 @@ class Server:
 
 
 Answer = bytes | tuple[int, bytes] | tuple[int, bytes, dict[str, str]]
-"""Body, with status and headers where they are not those of a success."""
+"""A body, or ``(status, body)``, or ``(status, body, headers)``."""
 
 
 class ScriptedModel(HTTPModel):
-    """An ``HTTPModel`` whose server is a function of the request's body, in this process; ``asked`` are the requests that it got."""
+    """An ``HTTPModel`` whose server is a function of the request's body, in this process. ``requests`` records what it was sent."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer], **options: Any) -> None:
         super().__init__("http://teacher.test/v1", "m", **{"backoff": 0.0, "retries": 2, "concurrency": 1, **options})
         self.answer = answer
-        self.asked: list[httpx2.Request] = []
+        self.requests: list[httpx2.Request] = []
 
     def _client(self, transport: httpx2.AsyncBaseTransport | None = None) -> httpx2.AsyncClient:
         def handle(request: httpx2.Request) -> httpx2.Response:
-            self.asked.append(request)
+            self.requests.append(request)
             answer = self.answer(json.loads(request.content))
             status, content, *headers = (200, answer) if isinstance(answer, bytes) else answer
             return httpx2.Response(status, content=content, headers=headers[0] if headers else {})
@@ -70,13 +70,13 @@ class ScriptedModel(HTTPModel):
 
 
 def chat_reply(content: object = "yes", finish_reason: object = "stop", message: Mapping[str, Any] = {}, **choice: Any) -> bytes:
-    """The body of a chat reply, with further fields of its message and its choice."""
-    made = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish_reason, **choice}
-    return json.dumps({"choices": [made], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}).encode()
+    """Return the body of a chat reply; ``message`` and ``choice`` add fields to those two objects."""
+    body = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish_reason, **choice}
+    return json.dumps({"choices": [body], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}).encode()
 
 
 def stream(*events: object, end: str = "data: [DONE]\n\n") -> bytes:
-    """The body of a stream of events."""
+    """Return the body of a stream of events."""
     return ("".join(f"data: {json.dumps(event)}\n\n" for event in events) + end).encode()
 
 

@@ -1,4 +1,4 @@
-"""Tiny models, a tokenizer, rows and trainers for the trainer's tests, and the dense formula for comparison."""
+"""Tiny models, a tokenizer, rows and trainers for the trainer's tests, and the dense loss to compare with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPECIAL = ["<|end|>", "<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|syst
 
 
 def make_tokenizer(words: list[str] = WORDS, template: str | None = TEMPLATE) -> Any:
-    """A word-level tokenizer that splits at spaces and punctuation; single letters and signs are words too."""
+    """Return a word-level tokenizer that splits at spaces and punctuation. Single letters and signs are words too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -88,7 +88,7 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def trainers(folder: Path, tokenizer: Any) -> Make:
-    """Makes a trainer of a small student in float64, on 12 rows, that takes one SGD step over 8 of them; its output is in ``folder``."""
+    """Return a function that makes trainers: a small float64 student, 12 rows, one SGD step on 8 of them, output in ``folder``."""
     from kdkernels.trainer import DistillationArguments, DistillationTrainer
 
     numbers = itertools.count()
@@ -120,15 +120,15 @@ def gradients(trainer: DistillationTrainer) -> dict[str, Tensor]:
     """Return the gradients of the first step, as the optimizer receives them."""
     from transformers import TrainerCallback
 
-    found: dict[str, Tensor] = {}
+    grads: dict[str, Tensor] = {}
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+            grads.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
     trainer.add_callback(Look())
     trainer.train()
-    return found
+    return grads
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-10) -> None:
@@ -140,7 +140,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 
 
 
 def dense(trainer: DistillationTrainer, batch: dict[str, Any]) -> Tensor:
-    """The loss summed over tokens as the papers write it, from whole logits."""
+    """Return the loss summed over tokens, computed from dense logits by the formula of the papers."""
     from kdkernels.divergences import parse
 
     args, student = trainer.args, trainer.model

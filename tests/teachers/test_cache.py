@@ -1,4 +1,4 @@
-"""Caches of teachers: they return the teacher's outputs and nothing else, after any interruption of the writer."""
+"""Caches of teachers return exactly the teacher's outputs, also after interruptions of the writer and damage to files."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def live(text: Any) -> LiveTeacher:
 
 
 def identity_of(text: Any, kind: str, **changed: Any) -> Identity:
-    of_kind: dict[str, dict[str, Any]] = {
+    by_kind: dict[str, dict[str, Any]] = {
         "topk": {"k": 8, "temperature": 2.0, "dtype": "float16"},
         "sampled": {"k": 16, "temperature": 1.0, "seed": 0},
         "hidden": {"dtype": "float32"},
     }
-    given = {
+    common = {
         "teacher": "tiny", "revision": "1", "teacher_dtype": "float32", "tokenizer": tokenizer_hash(text),
         "chat_template": template_hash(text), "vocab_size": len(text), "padded_vocab_size": len(text), "kind": kind,
     }  # fmt: skip
-    return Identity(**{**given, **of_kind[kind], **changed})
+    return Identity(**{**common, **by_kind[kind], **changed})
 
 
 def write(folder: Path, live: Any, examples: Sequence[Example], identity: Identity, **options: Any) -> Path:
@@ -68,45 +68,45 @@ def write(folder: Path, live: Any, examples: Sequence[Example], identity: Identi
     return folder
 
 
-# What comes out
+# Contents
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_topk_is_the_teachers(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, dtype: str) -> None:
+def test_topk_equals_the_live_teachers(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, dtype: str) -> None:
     cache = open_cache(write(tmp_path / "c", live, examples, identity_of(text, "topk", dtype=dtype)), text)
     assert len(cache.manifest.shards) > 2
-    for start in range(0, len(examples), 4):  # the batches of the writer: the same product with the head, the same rounding
+    for start in range(0, len(examples), 4):  # the writer's batches: the same matrix product, so the same rounding
         batch = examples[start : start + 4]
-        found, truth = cache.targets(view(batch, cache.salt)), kd.topk_logprobs(live.targets(view(batch)), 8, 2.0)
-        assert isinstance(found, TopK)
-        assert (found.temperature, found.tail) == (2.0, "bucket")
-        assert torch.equal(found.ids, truth.ids)
+        targets, truth = cache.targets(view(batch, cache.salt)), kd.topk_logprobs(live.targets(view(batch)), 8, 2.0)
+        assert isinstance(targets, TopK)
+        assert (targets.temperature, targets.tail) == (2.0, "bucket")
+        assert torch.equal(targets.ids, truth.ids)
         if dtype == "float32":
-            assert torch.equal(found.logprobs, truth.logprobs)
+            assert torch.equal(targets.logprobs, truth.logprobs)
             continue
-        # Half a step of float16 (11 bits), twice: once for the value itself, once for the shift that restores the mass.
-        assert ((found.logprobs - truth.logprobs).abs() <= 2 * 2**-11 * truth.logprobs.abs() + 1e-6).all()
-        mass, true_mass = found.logprobs.double().exp().sum(-1), truth.logprobs.double().exp().sum(-1)
-        assert ((mass - true_mass).abs() <= 2**-21).all(), "the tail is as float32 has it, not as float16"
+        # Two roundings to float16 (11 bits), half an ulp each: the value, and the shift that restores the mass.
+        assert ((targets.logprobs - truth.logprobs).abs() <= 2 * 2**-11 * truth.logprobs.abs() + 1e-6).all()
+        mass, true_mass = targets.logprobs.double().exp().sum(-1), truth.logprobs.double().exp().sum(-1)
+        assert ((mass - true_mass).abs() <= 2**-21).all(), "the mass has the precision of float32"
 
 
-def test_sampled_are_draws_of_the_teacher(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
-    few, k = examples[:3], 4000
-    cache = open_cache(write(tmp_path / "c", live, few, identity_of(text, "sampled", k=k, temperature=1.5)), text)
-    found = cache.targets(view(few, cache.salt))
-    assert isinstance(found, Sampled)
-    assert (found.counts.sum(-1) == k).all()
-    assert ((found.ids >= 0) == (found.counts > 0)).all()
-    share = torch.zeros(len(found.ids), len(text) + 1, dtype=torch.float64)
-    share.scatter_add_(1, torch.where(found.ids < 0, len(text), found.ids).long(), found.counts.double() / k)
-    side = live.targets(view(few))
+def test_samples_follow_the_teachers_distribution(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
+    three, k = examples[:3], 4000
+    cache = open_cache(write(tmp_path / "c", live, three, identity_of(text, "sampled", k=k, temperature=1.5)), text)
+    targets = cache.targets(view(three, cache.salt))
+    assert isinstance(targets, Sampled)
+    assert (targets.counts.sum(-1) == k).all()
+    assert ((targets.ids >= 0) == (targets.counts > 0)).all()
+    shares = torch.zeros(len(targets.ids), len(text) + 1, dtype=torch.float64)
+    shares.scatter_add_(1, torch.where(targets.ids < 0, len(text), targets.ids).long(), targets.counts.double() / k)
+    side = live.targets(view(three))
     p = (side.hidden @ side.weight.T / 1.5).double().softmax(-1)
-    # Six standard deviations: once in 10^9 for one entry, and there are 10^4.
-    assert ((share[:, :-1] - p).abs() <= 6 * (p * (1 - p) / k).sqrt() + 2 / k).all()
-    assert not torch.equal(found.ids[0], found.ids[1])
+    # Six standard deviations: 10^-9 for one of 10^4 entries.
+    assert ((shares[:, :-1] - p).abs() <= 6 * (p * (1 - p) / k).sqrt() + 2 / k).all()
+    assert not torch.equal(targets.ids[0], targets.ids[1])
 
 
-def test_draws_depend_on_the_example_not_on_its_place(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
+def test_draws_depend_on_the_example_and_not_on_its_position(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
     identity = identity_of(text, "sampled")
     one = open_cache(write(tmp_path / "a", live, examples[:12], identity))
     other = open_cache(write(tmp_path / "b", live, examples[11:3:-1], identity, batch_size=1, shard_bytes=1 << 20))
@@ -126,26 +126,26 @@ def test_hidden_trains_to_the_same_loss_bit_for_bit(tmp_path: Path, examples: li
     def losses(source: Any, salt: str | None) -> list[torch.Tensor]:
         student = tiny.model(len(text), seed=1, hidden=16).to(dtype)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        found, order, start = [], random.Random(0), 0
+        values, order, start = [], random.Random(0), 0
         shuffled = order.sample(examples, len(examples))
-        while start < len(shuffled):  # other batches than the writer's, of every size
+        while start < len(shuffled):  # batches of other sizes than the writer's
             size = order.randint(1, 8)
-            seen = view(shuffled[start : start + size], salt)
+            batch = view(shuffled[start : start + size], salt)
             start += size
-            hidden = student.model(seen.input_ids, attention_mask=seen.attention_mask).last_hidden_state.flatten(0, 1)[seen.scored]
-            loss = kd.distillation_loss(LMHead(hidden, student.lm_head.weight), source.targets(seen), divergence="jsd", temperature=2.0)
+            hidden = student.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.flatten(0, 1)[batch.scored]
+            loss = kd.distillation_loss(LMHead(hidden, student.lm_head.weight), source.targets(batch), divergence="jsd", temperature=2.0)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            found.append(loss.detach())
-        return found
+            values.append(loss.detach())
+        return values
 
-    expected, got = losses(live, None), losses(cache, cache.salt)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    expected, actual = losses(live, None), losses(cache, cache.salt)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     assert expected[0] != expected[-1]
 
 
-def test_draws_are_of_one_temperature(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
+def test_samples_are_used_only_at_their_temperature(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
     cache = open_cache(write(tmp_path / "c", live, examples[:4], identity_of(text, "sampled", temperature=1.5)), text)
     arguments = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True}
     assert teacher_source(live.models[0], cache, DistillationArguments(temperature=1.5, **arguments), text)[0] is cache
@@ -156,53 +156,53 @@ def test_draws_are_of_one_temperature(tmp_path: Path, live: LiveTeacher, example
 
 
 @pytest.mark.parametrize(("kind", "divergence"), [("topk", "jsd"), ("sampled", "forward_kl")])
-def test_sparse_targets_give_the_loss_of_the_same_targets_live(
+def test_cached_sparse_targets_give_the_loss_of_the_live_ones(
     tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, kind: str, divergence: str
 ) -> None:
     cache = open_cache(write(tmp_path / "c", live, examples[:8], identity_of(text, kind, temperature=2.0)))
-    seen = view(examples[:8], cache.salt)
-    found = cache.targets(seen)
-    student = torch.randn(len(seen.scored), len(text), generator=torch.Generator().manual_seed(0))
-    if isinstance(found, TopK):
-        truth = kd.topk_logprobs(live.targets(seen), 8, 2.0)
+    batch = view(examples[:8], cache.salt)
+    targets = cache.targets(batch)
+    student = torch.randn(len(batch.scored), len(text), generator=torch.Generator().manual_seed(0))
+    if isinstance(targets, TopK):
+        truth = kd.topk_logprobs(live.targets(batch), 8, 2.0)
         exact = kd.distillation_loss(student, truth, divergence=divergence, temperature=2.0)
-        # Float16 moves each log-probability by 2^-10 of itself at most (see above), and the loss by no more than the mean of that, each
-        # weighted with its probability; 10 nats is more than any of these log-probabilities that has weight.
-        assert abs(kd.distillation_loss(student, found, divergence=divergence, temperature=2.0) - exact) <= 4 * 10 * 2**-10
-        nothing = TopK(torch.full_like(found.ids, -1), torch.zeros_like(found.logprobs), temperature=2.0)
-        assert kd.distillation_loss(student, nothing, divergence=divergence, temperature=2.0) == 0, "a row without ids teaches nothing"
+        # float16 changes each log-probability by at most 2^-10 of itself (see above), and the loss by at most their mean weighted by
+        # probability. No log-probability with noticeable weight exceeds 10 nats. T^2 = 4.
+        assert abs(kd.distillation_loss(student, targets, divergence=divergence, temperature=2.0) - exact) <= 4 * 10 * 2**-10
+        empty = TopK(torch.full_like(targets.ids, -1), torch.zeros_like(targets.logprobs), temperature=2.0)
+        assert kd.distillation_loss(student, empty, divergence=divergence, temperature=2.0) == 0, "a row without ids teaches nothing"
     else:
-        p = torch.zeros(student.shape).scatter_add_(1, found.ids.clamp(min=0).long(), found.counts / 16)
+        p = torch.zeros(student.shape).scatter_add_(1, targets.ids.clamp(min=0).long(), targets.counts / 16)
         dense = -(p * torch.log_softmax(student / 2, -1)).sum(-1).mean() * 4
-        torch.testing.assert_close(kd.distillation_loss(student, found, divergence=divergence, temperature=2.0), dense)
+        torch.testing.assert_close(kd.distillation_loss(student, targets, divergence=divergence, temperature=2.0), dense)
 
 
-def test_lookup_survives_shuffling_packing_and_micro_batches(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
+def test_lookup_works_for_shuffled_packed_and_small_batches(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
     cache = open_cache(write(tmp_path / "c", live, examples, identity_of(text, "topk")))
-    kept = {example.key(): cache.targets(view([example], cache.salt)) for example in examples}
+    by_key = {example.key(): cache.targets(view([example], cache.salt)) for example in examples}
     order = random.Random(1).sample(examples, len(examples))
     for packed in (None, 64):
         for size in (1, 3, 40):
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
-                found = cache.targets(view(batch, cache.salt, packed))
+                targets = cache.targets(view(batch, cache.salt, packed))
                 items = batch if packed is None else [example for item in pack(batch, packed) for example in item]
-                assert torch.equal(found.ids, torch.cat([kept[e.key()].ids for e in items]))
-                assert torch.equal(found.logprobs, torch.cat([kept[e.key()].logprobs for e in items]))
+                assert torch.equal(targets.ids, torch.cat([by_key[e.key()].ids for e in items]))
+                assert torch.equal(targets.logprobs, torch.cat([by_key[e.key()].logprobs for e in items]))
 
 
-def test_equal_examples_are_kept_once(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
+def test_equal_examples_are_stored_once(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
     cache = open_cache(write(tmp_path / "c", live, [*examples[:3], examples[1]], identity_of(text, "topk")))
     assert len(cache) == 3
     assert examples[1].key(cache.salt) in cache
 
 
-def test_what_is_not_in_the_cache_is_an_error(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
+def test_missing_example_is_an_error(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
     cache = open_cache(write(tmp_path / "c", live, examples[:3], identity_of(text, "topk")))
     assert examples[3].key(cache.salt) not in cache
     with pytest.raises(KeyError, match="is not in the cache c, which holds 3"):
         cache.targets(view(examples[2:4], cache.salt))
-    with pytest.raises(KeyError):  # keys that are salted with nothing, or for another cache
+    with pytest.raises(KeyError):  # keys with another salt
         cache.targets(view(examples[:2], ""))
     with pytest.raises(CacheError, match="needs the key and the token count"):
         cache.targets(view(examples[:2]))
@@ -211,21 +211,21 @@ def test_what_is_not_in_the_cache_is_an_error(tmp_path: Path, live: LiveTeacher,
         cache.targets(shorter)
 
 
-# Whatever happens to the writer
+# Interruptions
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing that handles errors may catch it."""
+    """Stand for SIGKILL. Error handling must not catch it, so it is not an ``Exception``."""
 
 
 @pytest.mark.parametrize("kind", ["topk", "hidden"])
-def test_cut_at_every_step_the_same_bytes(
+def test_writer_killed_at_every_step_ends_with_the_same_bytes(
     tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before each call that changes a file's name or makes it last, in turn."""
-    few = examples[:10]
+    """Kill the writer before its first, second, ... call of ``os.replace`` or ``os.fsync``, and write again."""
+    ten = examples[:10]
     size = {"topk": 700, "hidden": 2048}[kind]
-    whole = bytes_of(write(tmp_path / "whole", live, few, identity_of(text, kind), shard_bytes=size))
+    whole = bytes_of(write(tmp_path / "whole", live, ten, identity_of(text, kind), shard_bytes=size))
     assert len(whole) >= 4, "shards and a manifest"
     calls = 0
 
@@ -245,15 +245,15 @@ def test_cut_at_every_step_the_same_bytes(
             patch.setattr(files.os, "replace", dying(os.replace, at))
             patch.setattr(files.os, "fsync", dying(os.fsync, at))
             try:
-                write(out, live, few, identity_of(text, kind), shard_bytes=size)
+                write(out, live, ten, identity_of(text, kind), shard_bytes=size)
             except Killed:
-                if bytes_of(out) != whole:  # the last step only makes it last
+                if bytes_of(out) != whole:  # the last step only calls fsync
                     with pytest.raises(CacheError, match=r"unfinished|no manifest"):
                         open_cache(out)
             else:
                 break
-        assert bytes_of(write(out, live, few, identity_of(text, kind), shard_bytes=size)) == whole
-    assert at > 15, "there were steps to cut at"
+        assert bytes_of(write(out, live, ten, identity_of(text, kind), shard_bytes=size)) == whole
+    assert at > 15, "the writer took several steps"
 
 
 SLOW_WRITER = """
@@ -280,7 +280,7 @@ write_cache(Slow(), examples(), Path(sys.argv[1]), identity, batch_size=2, shard
 """
 
 
-def test_kill_9_at_random_moments_and_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_after_sigkill_ends_with_the_same_bytes_and_locks_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "writer.py"
     script.write_text(SLOW_WRITER)
 
@@ -288,7 +288,7 @@ def test_kill_9_at_random_moments_and_the_lock(tmp_path: Path, monkeypatch: pyte
         command = [sys.executable, str(script), str(out), str(pause)]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    def here(out: Path) -> None:
+    def write_in_process(out: Path) -> None:
         monkeypatch.setattr(sys, "argv", [str(script), str(out), "0"])
         runpy.run_path(str(script))
 
@@ -304,19 +304,19 @@ def test_kill_9_at_random_moments_and_the_lock(tmp_path: Path, monkeypatch: pyte
             time.sleep(0.002)
         if not kills:
             with pytest.raises(CacheError, match="is in use by another process"):
-                here(out)
+                write_in_process(out)
         time.sleep(moment.uniform(0, 0.1))
         assert running.poll() is None
         os.kill(running.pid, signal.SIGKILL)
         running.communicate()
         assert not json.loads((out / "manifest.json").read_text())["complete"]
-    here(out)
-    here(tmp_path / "whole")
+    write_in_process(out)
+    write_in_process(tmp_path / "whole")
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
-    assert len(open_cache(out)) == 100, "of 120 examples, 20 come twice"
+    assert len(open_cache(out)) == 100, "20 of the 120 examples are repeated"
 
 
-def test_a_damaged_shard_is_made_anew(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
+def test_damaged_shard_is_written_again(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
     for kind, damaged in (("topk", "000001.parquet"), ("hidden", "head.safetensors")):
         out = write(tmp_path / kind, live, examples, identity_of(text, kind))
         whole = bytes_of(out)
@@ -325,7 +325,7 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, live: LiveTeacher, example
 
 
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("changed", "message"),
     [
         ({"k": 4}, "k: 8 in the cache, 4 now"),
         ({"temperature": 1.0}, "temperature: 2.0 in the cache, 1.0 now"),
@@ -333,14 +333,14 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, live: LiveTeacher, example
         ({"teacher_dtype": "bfloat16"}, "the teacher's dtype"),
     ],
 )
-def test_cache_is_not_continued_by_another_command(
-    tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, changed: dict[str, Any], named: str
+def test_cache_of_another_command_is_not_continued(
+    tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, changed: dict[str, Any], message: str
 ) -> None:
     out = write(tmp_path / "c", live, examples[:4], identity_of(text, "topk"))
     before = bytes_of(out)
     with pytest.raises(CacheError, match="made from something else") as error:
         write(out, live, examples[:4], identity_of(text, "topk", **changed))
-    assert named in str(error.value)
+    assert message in str(error.value)
     with pytest.raises(CacheError, match="a cache of other data"):
         write(out, live, examples[:5], identity_of(text, "topk"))
     assert bytes_of(out) == before
@@ -356,7 +356,7 @@ def test_other_folders_and_empty_data_are_refused(tmp_path: Path, live: LiveTeac
 
 
 @pytest.mark.parametrize("kind", ["topk", "sampled", "hidden"])
-def test_a_teacher_that_gives_nan_is_refused(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, kind: str) -> None:
+def test_nan_from_the_teacher_is_refused(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, kind: str) -> None:
     class Broken:
         vocab_size = len(text)
 
@@ -368,7 +368,7 @@ def test_a_teacher_that_gives_nan_is_refused(tmp_path: Path, live: LiveTeacher, 
         write(tmp_path / "c", Broken(), examples[:2], identity_of(text, kind))
 
 
-# Nothing else is ever given
+# Damage and other teachers
 
 
 def flip(path: Path, at: float = 0.5) -> None:
@@ -406,11 +406,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_refused_and_named(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, what: str) -> None:
+@pytest.mark.parametrize("damage_name", DAMAGE)
+def test_damage_raises_with_the_file_and_the_reason(
+    tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any, damage_name: str
+) -> None:
     out = write(tmp_path / "c", live, examples[:12], identity_of(text, "topk"), shard_bytes=1024)
     open_cache(out, text)
-    damage, message = DAMAGE[what]
+    damage, message = DAMAGE[damage_name]
     damage(out)
     with pytest.raises(CacheError, match=message):
         open_cache(out, text)
@@ -424,11 +426,11 @@ def test_damaged_hidden_states_are_refused(tmp_path: Path, live: LiveTeacher, ex
         open_cache(out)
 
 
-def test_another_tokenizer_template_or_teacher_is_refused_and_named(
+def test_another_tokenizer_template_or_teacher_raises_with_its_name(
     tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any
 ) -> None:
     out = write(tmp_path / "c", live, examples[:3], identity_of(text, "topk"))
-    text(["one", "two words"], padding=True)  # what a call leaves in a tokenizer changes nothing
+    text(["one", "two words"], padding=True)  # a call leaves state in the tokenizer, which must not matter
     open_cache(out, text, teacher="tiny", revision="1")
     other = tiny.tokenizer()
     other.add_tokens(["new"])

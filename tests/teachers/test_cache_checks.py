@@ -1,4 +1,4 @@
-"""Validation of cached log-probabilities, when written and when read; errors name the row."""
+"""Cached log-probabilities are validated when written and when read. Errors name the row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BAD = {
     "probabilities": ([0.6, 0.3, 0.05], r"0\.6, above 0: of probabilities take the logarithm"),
     "logits": ([7.0, 5.0, -1.0], "7, above 0"),
     "one positive value in the last column": ([-1.0, -2.0, 0.5], r"0\.5, above 0"),
-    "NaN behind the first column": ([-1.0, float("nan"), -3.0], "NaN"),
+    "NaN after the first column": ([-1.0, float("nan"), -3.0], "NaN"),
     "infinity": ([float("inf"), -1.0, -2.0], "inf, above 0"),
     "more than a distribution": ([-0.1, -0.2, -3.0], r"3 tokens sum to 1\.773, more than 1.*at one temperature"),
 }
@@ -46,7 +46,7 @@ def examples(text: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Exampl
 
 
 def tops_of(examples: list[Example], bad: list[float]) -> list[Any]:
-    """Good log-probabilities but for the second token of the second example."""
+    """Return valid log-probabilities, except for ``bad`` at the second token of the second example."""
     tops = []
     for example in examples:
         count = len(example.teacher_scored)
@@ -55,25 +55,25 @@ def tops_of(examples: list[Example], bad: list[float]) -> list[Any]:
     return tops
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_numbers_that_are_not_log_probabilities_are_refused_from_python(tmp_path: Path, examples: list[Example], what: str) -> None:
-    values, message = BAD[what]
+@pytest.mark.parametrize("case", BAD)
+def test_write_topk_refuses_what_is_not_a_log_probability(tmp_path: Path, examples: list[Example], case: str) -> None:
+    values, message = BAD[case]
     with pytest.raises(CacheError, match=rf"rows\.jsonl, row 2, token 2 of the response: .*{message}"):
         write_topk(examples, tops_of(examples, values), tmp_path / "c", IDENTITY)
     assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_rounding_and_tokens_that_are_ruled_out_are_taken(tmp_path: Path, examples: list[Example], dtype: str) -> None:
+def test_rounding_errors_and_impossible_tokens_are_accepted(tmp_path: Path, examples: list[Example], dtype: str) -> None:
     identity = Identity("t", "1", "float32", "", "", 300, 300, "topk", k=3, temperature=1.0, dtype=dtype)
     above = float(np.log1p(SLACK / 2)) - np.log(2)  # two tokens that sum to 1.005, and one that is impossible
     write_topk(examples, tops_of(examples, [above, above, -np.inf]), tmp_path / "c", identity)
     cache = open_cache(tmp_path / "c")
     mass = cache.targets(view(examples, cache.salt)).logprobs.double().exp().sum(-1)
-    assert (mass <= 1 + 1e-6).all(), "the loss gets a distribution"
+    assert (mass <= 1 + 1e-6).all(), "the mass is at most 1 again"
 
 
-def test_a_token_named_twice_and_shapes_that_do_not_fit_are_refused(examples: list[Example]) -> None:
+def test_repeated_tokens_and_wrong_shapes_are_refused(examples: list[Example]) -> None:
     tops = tops_of(examples, [-1, -2, -3])
     tops[0][0][0] = [4, 9, 4]
     with pytest.raises(CacheError, match="row 1: a token is named twice"):
@@ -82,9 +82,9 @@ def test_a_token_named_twice_and_shapes_that_do_not_fit_are_refused(examples: li
         check_tops(examples, [(ids[1:], values[1:]) for ids, values in tops])
 
 
-@pytest.mark.parametrize("what", ["probabilities", "NaN behind the first column", "more than a distribution"])
-def test_a_server_of_prompt_logprobs_is_checked(tmp_path: Path, examples: list[Example], what: str) -> None:
-    values, message = BAD[what]
+@pytest.mark.parametrize("case", ["probabilities", "NaN after the first column", "more than a distribution"])
+def test_prompt_logprobs_of_a_server_are_checked(tmp_path: Path, examples: list[Example], case: str) -> None:
+    values, message = BAD[case]
 
     class Server:
         settings = None
@@ -101,8 +101,8 @@ def test_a_server_of_prompt_logprobs_is_checked(tmp_path: Path, examples: list[E
         score(Server(), examples, 3, tmp_path / "log")  # type: ignore[arg-type]
 
 
-def test_replies_are_checked_and_the_row_is_named(tmp_path: Path, text: Any) -> None:
-    def said(ids: list[int], value: float) -> list[dict[str, Any]]:
+def test_invalid_log_probabilities_of_replies_raise_with_the_row(tmp_path: Path, text: Any) -> None:
+    def logprobs_of(ids: list[int], value: float) -> list[dict[str, Any]]:
         return [
             {"token": f"token_id:{id}", "logprob": value, "top_logprobs": [{"token": f"token_id:{id}", "logprob": value}]} for id in ids
         ]
@@ -110,7 +110,7 @@ def test_replies_are_checked_and_the_row_is_named(tmp_path: Path, text: Any) -> 
     rows = []
     for row, value in zip(ROWS, (-0.5, 0.75), strict=True):
         (example,) = load_examples([row], text)
-        rows.append({**row, "teacher_logprobs": said([example.teacher_ids[u + 1] for u in example.teacher_scored], value)})
+        rows.append({**row, "teacher_logprobs": logprobs_of([example.teacher_ids[u + 1] for u in example.teacher_scored], value)})
     data = tiny.write(tmp_path / "answers.jsonl", rows)
     with pytest.raises(CacheError, match=r"answers\.jsonl, row 2, token 1 of the response: a log-probability is 0\.75, above 0"):
         from_replies(rows, load_examples(data, text), text)
@@ -123,15 +123,15 @@ def test_replies_are_checked_and_the_row_is_named(tmp_path: Path, text: Any) -> 
     assert not (tmp_path / "c").exists()
 
 
-def test_replies_are_checked_in_alternatives_without_an_id_and_for_one_temperature(text: Any) -> None:
+def test_alternatives_are_checked_and_must_have_the_same_temperature(text: Any) -> None:
     (example,) = load_examples(ROWS[:1], text)
     scored = [example.teacher_ids[u + 1] for u in example.teacher_scored]
 
-    def row(own: float, listed: float, other: float) -> dict[str, Any]:
+    def row(logprob: float, listed: float, other: float) -> dict[str, Any]:
         return {
             **ROWS[0],
             "teacher_logprobs": [
-                {"token": f"token_id:{id}", "logprob": own,
+                {"token": f"token_id:{id}", "logprob": logprob,
                  "top_logprobs": [{"token": f"token_id:{id}", "logprob": listed}, {"token": "not one token", "logprob": other}]}
                 for id in scored
             ],
@@ -147,7 +147,7 @@ def test_replies_are_checked_in_alternatives_without_an_id_and_for_one_temperatu
 
 
 class Logits:
-    """A teacher of given logits: the same row for every scored token, another from ``since`` on."""
+    """A teacher whose logits are zeros, and ``row`` from scored token ``since`` on."""
 
     def __init__(self, since: int, row: torch.Tensor) -> None:
         self.vocab_size, self._since, self._row = len(row), since, row
@@ -158,9 +158,9 @@ class Logits:
         return logits
 
 
-@pytest.mark.parametrize(("kind", "own"), [("topk", {"dtype": "float32"}), ("sampled", {"seed": 0})])
-def test_nan_from_a_model_raises_with_the_row(tmp_path: Path, examples: list[Example], kind: Any, own: dict[str, Any]) -> None:
-    identity = Identity("t", "1", "float32", "", "", 300, 300, kind, k=3, temperature=1.0, **own)
+@pytest.mark.parametrize(("kind", "options"), [("topk", {"dtype": "float32"}), ("sampled", {"seed": 0})])
+def test_nan_from_a_model_raises_with_the_row(tmp_path: Path, examples: list[Example], kind: Any, options: dict[str, Any]) -> None:
+    identity = Identity("t", "1", "float32", "", "", 300, 300, kind, k=3, temperature=1.0, **options)
     row, first = torch.zeros(300), len(examples[0].teacher_scored)
     row[7] = torch.nan
     with pytest.raises(CacheError, match=r"rows\.jsonl, row 2, token 1 of \d+: the teacher gives values that are not finite"):
@@ -168,9 +168,9 @@ def test_nan_from_a_model_raises_with_the_row(tmp_path: Path, examples: list[Exa
 
 
 def test_reading_a_cache_with_invalid_values_raises(tmp_path: Path, examples: list[Example]) -> None:
-    """Write a cache like versions before this check, with a valid manifest."""
-    for what in ("probabilities", "more than a distribution"):
-        folder, values = tmp_path / what, BAD[what][0]
+    """Bypass the check when writing, as earlier versions did; the manifest is valid."""
+    for case in ("probabilities", "more than a distribution"):
+        folder, values = tmp_path / case, BAD[case][0]
 
         def write(path: Path, keys: Any, counts: Any, columns: Any, values: Any = values) -> None:
             columns["logprobs"][-1] = values
@@ -180,20 +180,20 @@ def test_reading_a_cache_with_invalid_values_raises(tmp_path: Path, examples: li
             patch.setattr("kdkernels.teachers.cache.api.write_parquet", write)
             write_topk(examples, tops_of(examples, [-1, -2, -3]), folder, IDENTITY)
         cache = open_cache(folder)
-        with pytest.raises(CacheError, match=rf"000000\.parquet, .*{BAD[what][1]}"):
+        with pytest.raises(CacheError, match=rf"000000\.parquet, .*{BAD[case][1]}"):
             cache.targets(view(examples, cache.salt))
 
 
 @given(arrays.arrays(np.float32, (4, 3), elements=st.floats(-20, 2, width=32)))
-def test_what_passes_is_a_distribution(values: Any) -> None:
+def test_check_accepts_exactly_the_distributions(values: Any) -> None:
     ids = np.tile(np.arange(3, dtype=np.int32), (4, 1))
     mass = np.exp(values.astype(np.float64)).sum(-1)
-    fine = bool((values <= SLACK).all() and (mass <= 1 + SLACK).all())
+    valid = bool((values <= SLACK).all() and (mass <= 1 + SLACK).all())
     try:
         check_logprobs(ids, values, lambda row: f"row {row}")
     except CacheError as error:
-        assert not fine
+        assert not valid
         row = int(str(error).split(":")[0].split()[1])
         assert values[row].max() > SLACK or mass[row] > 1 + SLACK
     else:
-        assert fine
+        assert valid

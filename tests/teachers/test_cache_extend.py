@@ -1,4 +1,4 @@
-"""``kdkernels cache info``, ``verify`` and ``extend``: damage is reported, and an extended cache is valid at every moment."""
+"""``kdkernels cache info``, ``verify`` and ``extend``. An interrupted extension leaves a valid cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_of_8(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ``topk`` cache of the first 8 rows."""
     home = tmp_path_factory.mktemp("made")
     data = tiny.write(home / "data.jsonl", ROWS[:8])
@@ -46,19 +46,19 @@ def extend(cache: Path, teacher: Path, data: Path, *more: object, status: int = 
     return run("cache", "extend", cache, "--teacher", teacher, "--data", data, "--batch-size", 2, *more, status=status)
 
 
-def test_info_describes_a_cache(made: Path) -> None:
-    about = json.loads(run("cache", "info", made, "--json"))
-    manifest = Manifest.read(made)
+def test_info_describes_a_cache(cache_of_8: Path) -> None:
+    about = json.loads(run("cache", "info", cache_of_8, "--json"))
+    manifest = Manifest.read(cache_of_8)
     assert (about["kind"], about["k"], about["teacher"], about["examples"]) == ("topk", 5, "tiny-teacher", 8)
     assert about["revision"] == manifest.identity.revision
-    assert about["bytes"] == sum((made / shard.file).stat().st_size for shard in manifest.shards)
-    assert "complete" in run("cache", "info", made)
-    assert "holds no manifest.json" in run("cache", "info", made.parent, status=2)
+    assert about["bytes"] == sum((cache_of_8 / shard.file).stat().st_size for shard in manifest.shards)
+    assert "complete" in run("cache", "info", cache_of_8)
+    assert "holds no manifest.json" in run("cache", "info", cache_of_8.parent, status=2)
 
 
-def test_verify_names_each_damaged_file(made: Path, tmp_path: Path) -> None:
-    assert run("cache", "verify", made) == f"{made}: whole\n"
-    copy = shutil.copytree(made, tmp_path / "cache")
+def test_verify_names_each_damaged_file(cache_of_8: Path, tmp_path: Path) -> None:
+    assert run("cache", "verify", cache_of_8) == f"{cache_of_8}: whole\n"
+    copy = shutil.copytree(cache_of_8, tmp_path / "cache")
     shard = copy / Manifest.read(copy).shards[0].file
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -73,13 +73,13 @@ def test_verify_names_each_damaged_file(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["topk", "sampled", "hidden"])
-def test_extended_cache_equals_a_cache_made_at_once(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_extended_cache_equals_a_cache_written_at_once(folder: Path, tmp_path: Path, kind: str) -> None:
     first, every = tiny.write(tmp_path / "first.jsonl", ROWS[:8]), tiny.write(tmp_path / "every.jsonl", ROWS)
     common = ("--teacher", folder, "--kind", kind, "-k", 5, "--batch-size", 2)
     run("cache", *common, "--data", first, "--out", tmp_path / "cache")
     run("cache", *common, "--data", every, "--out", tmp_path / "whole")
     before = bytes_of(tmp_path / "cache")
-    assert "4 examples" in extend(tmp_path / "cache", folder, every)  # those that it lacks
+    assert "4 examples" in extend(tmp_path / "cache", folder, every)  # the four new rows
     after = bytes_of(tmp_path / "cache")
     assert all(after[name] == before[name] for name in before if name not in ("manifest.json", ".kdkernels"))
     text = tiny.tokenizer()
@@ -90,12 +90,14 @@ def test_extended_cache_equals_a_cache_made_at_once(folder: Path, tmp_path: Path
         if hasattr(other, name):
             assert getattr(one, name).equal(getattr(other, name)), name
     assert (len(caches[0]), caches[0].manifest.tokens) == (12, caches[1].manifest.tokens)
-    extend(tmp_path / "cache", folder, every)  # there is nothing left to add
+    extend(tmp_path / "cache", folder, every)  # no new rows
     assert bytes_of(tmp_path / "cache") == after
 
 
-def test_interrupted_extension_leaves_a_valid_cache(made: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = shutil.copytree(made, tmp_path / "cache")
+def test_interrupted_extension_leaves_a_valid_cache(
+    cache_of_8: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = shutil.copytree(cache_of_8, tmp_path / "cache")
     data = tiny.write(tmp_path / "data.jsonl", ROWS)
     manifest = Manifest.read(cache)
     small = Manifest(**{**vars(manifest), "shard_bytes": 1})  # each batch is a shard
@@ -119,29 +121,29 @@ def test_interrupted_extension_leaves_a_valid_cache(made: Path, folder: Path, tm
 
 
 @pytest.mark.parametrize("other", ["weights", "tokenizer"])
-def test_another_teacher_adds_nothing(made: Path, folder: Path, tmp_path: Path, other: str) -> None:
+def test_extension_by_another_teacher_is_refused(cache_of_8: Path, folder: Path, tmp_path: Path, other: str) -> None:
     teacher = tiny.save(tmp_path / "tiny-teacher", seed=4) if other == "weights" else shutil.copytree(folder, tmp_path / "tiny-teacher")
     if other == "tokenizer":
         text = tiny.tokenizer()
         text.chat_template = text.chat_template.replace(": ", "> ")
         text.save_pretrained(teacher)
-    before = bytes_of(made)
-    message = extend(made, teacher, tiny.write(tmp_path / "data.jsonl", ROWS), status=2)
+    before = bytes_of(cache_of_8)
+    message = extend(cache_of_8, teacher, tiny.write(tmp_path / "data.jsonl", ROWS), status=2)
     assert ("the teacher's revision" if other == "weights" else "the chat template") in message
-    assert bytes_of(made) == before
+    assert bytes_of(cache_of_8) == before
 
 
-def test_a_teacher_of_another_name_and_the_same_content_is_the_same(made: Path, folder: Path, tmp_path: Path) -> None:
-    cache = shutil.copytree(made, tmp_path / "cache")
+def test_extension_by_a_renamed_copy_of_the_teacher_works(cache_of_8: Path, folder: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(cache_of_8, tmp_path / "cache")
     extend(cache, shutil.copytree(folder, tmp_path / "renamed"), tiny.write(tmp_path / "data.jsonl", ROWS))
     assert len(open_cache(cache)) == 12
 
 
-def test_invalid_extensions_raise(made: Path, folder: Path, tmp_path: Path) -> None:
+def test_invalid_extensions_raise(cache_of_8: Path, folder: Path, tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.jsonl", ROWS[:2])
     run("cache", "--teacher", folder, "--data", data, "--kind", "text", "--max-new-tokens", 2, "--out", tmp_path / "text")
     assert "holds text: make another cache" in extend(tmp_path / "text", folder, data, status=2)
-    unfinished = shutil.copytree(made, tmp_path / "unfinished")
+    unfinished = shutil.copytree(cache_of_8, tmp_path / "unfinished")
     manifest = Manifest.read(unfinished)
     Manifest(**{**vars(manifest), "complete": False}).write(unfinished)
     assert "is unfinished" in extend(unfinished, folder, data, status=2)
@@ -149,7 +151,7 @@ def test_invalid_extensions_raise(made: Path, folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "nothing").exists()
 
 
-def test_the_command_without_a_subcommand_stays_as_it_is() -> None:
+def test_cache_command_without_a_subcommand_shows_its_own_help() -> None:
     assert "--kind" in run("cache", "--help")
     assert "extend" in run("cache", "--help")
     assert run("cache", "--nothing", status=2).endswith("See `kdkernels cache --help`\n")
@@ -157,7 +159,7 @@ def test_the_command_without_a_subcommand_stays_as_it_is() -> None:
 
 
 def test_training_continues_from_an_extended_cache(tmp_path: Path) -> None:
-    """The identity and the rows of a run are compared, not how many more a cache has. Changed shards are another cache."""
+    """A resumed run compares the cache's identity and its own rows. Additional rows are allowed; changed shards are another cache."""
     home = make_home(tmp_path / "home")
     cache, out = tmp_path / "cache", tmp_path / "out"
     run("cache", "--teacher", home / "teacher", "--data", home / "train.jsonl", "--kind", "hidden", "--out", cache)

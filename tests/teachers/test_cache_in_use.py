@@ -1,4 +1,4 @@
-"""Caches on another day, of another version, with another batch size or folder name; errors name rows and causes."""
+"""Caches used on another day, by another version, or with another batch size or folder name. Errors name rows and causes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kdkernels.teachers.live import LiveTeacher
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
 OLD = Path(__file__).with_name("cache-of-version-1")
-"""A cache of each kind in the format of version 1, and its rows. The teacher is ``make_model(8, 1, ..., 0, initializer_range=0.3)``."""
+"""Caches of each kind in format version 1, and their rows. The teacher was ``make_model(8, 1, ..., 0, initializer_range=0.3)``."""
 DATED = "{{ 'Today ' + strftime_now('%Y-%m-%d') + '. ' }}" + tiny.TEMPLATE
 
 
@@ -50,12 +50,12 @@ def examples(text: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Exampl
 
 
 def identity_of(text: Any, kind: Any = "sampled", **changed: Any) -> Identity:
-    own: dict[str, dict[str, Any]] = {"sampled": {"k": 4, "temperature": 1.0, "seed": 0}, "hidden": {"dtype": "float32"}}
-    given = {"teacher": "big", "revision": "5" * 64, "teacher_dtype": "float32", "vocab_size": len(text), "padded_vocab_size": len(text)}
-    return Identity(kind=kind, **{**given, **identity_of_tokenizer(text), **own[kind], **changed})
+    by_kind: dict[str, dict[str, Any]] = {"sampled": {"k": 4, "temperature": 1.0, "seed": 0}, "hidden": {"dtype": "float32"}}
+    common = {"teacher": "big", "revision": "5" * 64, "teacher_dtype": "float32", "vocab_size": len(text), "padded_vocab_size": len(text)}
+    return Identity(kind=kind, **{**common, **identity_of_tokenizer(text), **by_kind[kind], **changed})
 
 
-# The version before
+# Format version 1
 
 
 @pytest.mark.parametrize("kind", ["topk", "sampled", "hidden"])
@@ -64,16 +64,16 @@ def test_a_cache_of_version_1_opens_and_holds_its_rows(kind: str) -> None:
     cache, examples = open_cache(OLD / kind, words), load_examples(OLD / "rows.jsonl", words)
     assert all(example.key(cache.salt) in cache for example in examples)
     cache.require(examples)
-    seen = view(examples, cache.salt)
-    found, truth = cache.targets(seen), LiveTeacher(make_model(8, 1, len(words), 0, initializer_range=0.3)).targets(seen)
+    batch = view(examples, cache.salt)
+    targets, truth = cache.targets(batch), LiveTeacher(make_model(8, 1, len(words), 0, initializer_range=0.3)).targets(batch)
     assert isinstance(truth, LMHead)
-    if isinstance(found, LMHead):
-        torch.testing.assert_close(found.hidden, truth.hidden)
-    elif isinstance(found, TopK):
-        torch.testing.assert_close(found.logprobs, kd.topk_logprobs(truth, 4, 2.0).logprobs, atol=0.01, rtol=0)
+    if isinstance(targets, LMHead):
+        torch.testing.assert_close(targets.hidden, truth.hidden)
+    elif isinstance(targets, TopK):
+        torch.testing.assert_close(targets.logprobs, kd.topk_logprobs(truth, 4, 2.0).logprobs, atol=0.01, rtol=0)
     else:
-        assert isinstance(found, Sampled)
-        assert (found.counts.sum(-1) == 4).all()
+        assert isinstance(targets, Sampled)
+        assert (targets.counts.sum(-1) == 4).all()
 
 
 def test_a_text_cache_of_version_1_opens() -> None:
@@ -87,33 +87,31 @@ def test_interrupted_cache_of_version_1_is_finished_in_version_1(tmp_path: Path,
     shutil.copytree(OLD / kind, out)
     whole = bytes_of(out)
     dataclasses.replace(Manifest.read(out), shards=(), head=None, complete=False).write(out)
-    for made in whole.keys() - {"manifest.json"}:
-        (out / made).unlink()
+    for name in whole.keys() - {"manifest.json"}:
+        (out / name).unlink()
     old = Manifest.read(out).identity
     identity = dataclasses.replace(old, **identity_of_tokenizer(words))
     teacher = LiveTeacher(make_model(8, 1, len(words), 0, initializer_range=0.3))
     write_cache(teacher, load_examples(OLD / "rows.jsonl", words), out, identity, hidden_size=8)
     assert whole.keys() <= bytes_of(out).keys()
     assert json.loads(bytes_of(out)["manifest.json"])["version"] == 1
-    assert Manifest.read(out).examples == json.loads(whole["manifest.json"])["examples"], "the keys are salted as they were"
+    assert Manifest.read(out).examples == json.loads(whole["manifest.json"])["examples"], "the keys keep their salt"
 
 
-def test_rows_that_a_cache_of_version_1_lacks_are_named_with_its_version() -> None:
+def test_error_for_missing_rows_of_a_version_1_cache_names_the_version() -> None:
     words = make_tokenizer()
     with pytest.raises(ValueError, match=r"row 1.*of an earlier version"):
         open_cache(OLD / "hidden", words).require(load_examples([{"prompt": "red ", "response": "two two"}], words))
 
 
-# What decides the tokens
+# Tokenisation
 
 
-def test_another_end_or_other_rules_of_tokenisation_are_refused_by_name(
-    tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]
-) -> None:
+def test_another_end_token_or_other_tokenisation_rules_raise(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
     write_cache(live, examples[:2], tmp_path / "c", identity_of(text))
     open_cache(tmp_path / "c", text)
     other = tiny.tokenizer()
-    other.pad_token = other.eos_token  # pads no token that is learnt
+    other.pad_token = other.eos_token  # the pad token is not learnt
     open_cache(tmp_path / "c", other)
     other.eos_token = "<pad>"
     with pytest.raises(CacheError, match="different is the tokens that begin and end a text") as error:
@@ -127,7 +125,7 @@ def test_another_end_or_other_rules_of_tokenisation_are_refused_by_name(
 # Another day
 
 
-def test_a_cache_knows_the_date_and_a_training_on_another_day_finds_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_on_another_day_uses_the_date_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = make_tokenizer(template="{{ strftime_now('%-d') }}" + make_tokenizer().chat_template)
     rows = [{"messages": [{"role": "user", "content": "one"}], "response": response} for response in ("two", "three")]
     teacher = LiveTeacher(make_model(8, 1, 192))
@@ -170,11 +168,11 @@ def test_resumed_command_keeps_its_start_date(tmp_path: Path, kind: str, monkeyp
     assert bytes_of(out) == whole
 
 
-def test_a_text_cache_of_another_date_holds_other_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_continued_text_cache_keeps_its_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dates: list[str] = []
 
     def ids(tokenizer: Any, messages: Any, date: Any) -> list[int]:
-        asked.append(str(date))
+        dates.append(str(date))
         return [3, 4]
 
     monkeypatch.setattr("kdkernels.teachers.cache.text.prompt_ids", ids)
@@ -185,33 +183,33 @@ def test_a_text_cache_of_another_date_holds_other_prompts(tmp_path: Path, monkey
     manifest = write_text_cache(model, dated, rows, tmp_path / "c", identity)
     monkeypatch.setattr(templates.datetime, "date", Tomorrow)
     write_text_cache(model, dated, rows, tmp_path / "c", identity)
-    assert asked == [manifest.date] * 2
+    assert dates == [manifest.date] * 2
 
 
-# In use
+# Use
 
 
-@pytest.mark.parametrize(("kind", "says"), [("hidden", False), ("sampled", True)])
+@pytest.mark.parametrize(("kind", "warns"), [("hidden", False), ("sampled", True)])
 def test_cache_continues_with_another_batch_size(
-    tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example], kind: str, says: bool
+    tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example], kind: str, warns: bool
 ) -> None:
-    """Hidden states on a CPU are the same bits whatever the batch; of the other kinds a warning says that bits may differ."""
+    """Hidden states on a CPU do not depend on the batch size. For the other kinds a warning says that bits may differ."""
     out, identity = tmp_path / "c", identity_of(text, kind)
     options: dict[str, Any] = {"hidden_size": 32, "shard_bytes": 1024}
     write_cache(live, examples, out, identity, batch_size=4, **options)
     whole = bytes_of(out)
     assert len(Manifest.read(out).shards) > 2
     dataclasses.replace(Manifest.read(out), shards=Manifest.read(out).shards[:1], complete=False).write(out)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         write_cache(live, examples, out, identity, batch_size=3, **{**options, "shard_bytes": 1 << 20})
-    assert any("begun with --batch-size 4" in str(warning.message) for warning in said) == says
-    assert bytes_of(out).keys() == whole.keys(), "the shards are those it was begun with"
+    assert any("begun with --batch-size 4" in str(warning.message) for warning in caught) == warns
+    assert bytes_of(out).keys() == whole.keys(), "the size of the shards stays as at the start"
     if kind == "hidden":
         assert bytes_of(out) == whole
 
 
-def test_the_same_weights_in_a_folder_of_another_name_are_the_same_teacher(tmp_path: Path) -> None:
+def test_renamed_folder_with_the_same_weights_is_the_same_teacher(tmp_path: Path) -> None:
     first = tiny.save(tmp_path / "first")
     data, out = tiny.write(tmp_path / "data.jsonl", tiny.rows(4)), tmp_path / "c"
     command = ["cache", "--data", str(data), "--kind", "hidden", "--out", str(out), "--teacher"]
@@ -229,7 +227,7 @@ def test_the_same_weights_in_a_folder_of_another_name_are_the_same_teacher(tmp_p
     assert "the teacher's revision" in result.output
 
 
-def test_errors_name_exactly_the_differences(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
+def test_errors_name_only_the_differences(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
     out = tmp_path / "c"
     write_cache(live, examples, out, identity_of(text))
     with pytest.raises(CacheError) as error:
@@ -240,7 +238,7 @@ def test_errors_name_exactly_the_differences(tmp_path: Path, text: Any, live: Li
     assert "different" not in str(error.value)
 
 
-def test_rows_that_a_cache_lacks_are_named(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
+def test_missing_rows_are_named(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
     write_cache(live, examples[:20], tmp_path / "c", identity_of(text), options={"max_length": 64, "reasoning": "learn"})
     cache = open_cache(tmp_path / "c", text)
     cache.require(examples[:20])
@@ -261,7 +259,7 @@ def test_errors_name_the_first_20_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "option", "says"),
+    ("kind", "option", "message"),
     [
         ("sampled", ["--temperature", "2"], "train with --temperature 1, or make a cache with `kdkernels cache --temperature 2`"),
         ("topk", ["--temperature", "2"], "train with --temperature 1, or make a cache with `kdkernels cache --temperature 2`"),
@@ -269,12 +267,12 @@ def test_errors_name_the_first_20_rows() -> None:
         ("sampled", ["--divergence", "jsd"], "train with --divergence forward_kl, or make a cache with `kdkernels cache --kind hidden`"),
     ],
 )
-def test_unsupported_cache_uses_name_the_options(tmp_path: Path, kind: str, option: list[str], says: str) -> None:
+def test_unsupported_use_of_a_cache_names_the_options(tmp_path: Path, kind: str, option: list[str], message: str) -> None:
     folder, data = tiny.save(tmp_path / "model"), tiny.write(tmp_path / "data.jsonl", tiny.rows(3))
-    made = runner.invoke(
+    result_of_cache = runner.invoke(
         cli.app, ["cache", "--teacher", str(folder), "--data", str(data), "--kind", kind, "-k", "3", "--out", str(tmp_path / "c")]
     )
-    assert made.exit_code == 0, made.output
+    assert result_of_cache.exit_code == 0, result_of_cache.output
     command = [
         "train",
         "--student",
@@ -288,11 +286,11 @@ def test_unsupported_cache_uses_name_the_options(tmp_path: Path, kind: str, opti
     ]
     result = runner.invoke(cli.app, [*command, "--max-steps", "1", "--use-cpu", *option])
     assert result.exit_code == 2
-    assert says in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
     assert "tail" not in result.output
 
 
-def test_data_in_several_files_is_one_cache(tmp_path: Path) -> None:
+def test_several_data_files_become_one_cache(tmp_path: Path) -> None:
     folder, rows = tiny.save(tmp_path / "model"), make_rows(6)
     files = [tiny.write(tmp_path / name, part) for name, part in (("train.jsonl", rows[:4]), ("held.jsonl", rows[4:]))]
     command = ["cache", "--teacher", str(folder), "--kind", "hidden", "--out", str(tmp_path / "c")]

@@ -1,4 +1,4 @@
-"""Teachers over HTTP against real server processes: one that serves a model, and one that injects faults."""
+"""HTTP teachers against real server processes: the fault-injecting server, and ``transformers serve`` with a model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def faulty(count: int, delay: float = 0.2, faults: Sequence[str] = FAULTS) -> li
 # Faults
 
 
-def test_every_fault_at_64_at_once_loses_and_doubles_nothing(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_fault_with_64_requests_in_flight_gives_each_reply_once(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     prompts, log = faulty(240), tmp_path / "log.jsonl"
     model = server.model(concurrency=96, prices=(1.0, 2.0))
     replies = model.complete(requests(prompts, logprobs=2), log)
@@ -76,21 +78,21 @@ def test_every_fault_at_64_at_once_loses_and_doubles_nothing(server: Server, tmp
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert Counter(line["key"] for line in lines) == Counter(reply.key for reply in replies)
     stats = server.stats()
-    assert stats["answered"] == dict.fromkeys(prompts, 1), "each is answered, and paid for, once"
+    assert stats["answered"] == dict.fromkeys(prompts, 1), "each request is answered, and paid for, once"
     assert stats["most"] >= 64
-    assert stats["early"] == {}, "a server that asks to wait is left alone for that long"
+    assert stats["early"] == {}, "no retry comes earlier than the server asked"
     expected = {"": 0, "cut*2": 2, "error*3": 3}
     assert model.usage.retries == sum(expected.get(FAULTS[i % len(FAULTS)], 1) for i in range(240))
     tokens = sum(map(len, prompts))
     assert (model.usage.replies, model.usage.prompt_tokens, model.usage.completion_tokens) == (240, tokens, 720)
     assert model.usage.cost == pytest.approx((tokens + 2 * 720) / 1e6)
-    # Servers repeat the header in their errors; it must not come any further.
+    # The server repeats the Authorization header in its errors. The key must not be logged or printed.
     out, err = capfd.readouterr()
     assert KEY not in log.read_text() + out + err
     again = server.model()
     assert again.complete(requests(prompts, logprobs=2), log) == replies
     assert (again.usage.from_log, again.usage.retries) == (240, 0)
-    assert server.stats() == stats, "what the log holds is not asked again"
+    assert server.stats() == stats, "replies in the log are not requested again"
 
 
 @pytest.mark.parametrize(
@@ -155,10 +157,10 @@ def test_refused_requests_are_named_and_do_not_stop_the_others(server: Server, t
     assert KEY not in result.output + (tmp_path / "out.jsonl").read_text()
 
 
-def test_samples_of_one_prompt_are_drawn_apart_and_again_the_same(server: Server, tmp_path: Path) -> None:
-    """With one seed for all samples, a server that uses it would return equal samples."""
-    asked = requests(["x"] * 8, temperature=1.0)
-    texts = [[reply.text for reply in server.model(seed=seed).complete(asked, tmp_path / f"{n}")] for n, seed in enumerate((3, 3, 4))]
+def test_samples_of_one_prompt_differ_and_repeat_with_the_seed(server: Server, tmp_path: Path) -> None:
+    """If every sample had the same seed, a server that honours it would return equal samples."""
+    batch = requests(["x"] * 8, temperature=1.0)
+    texts = [[reply.text for reply in server.model(seed=seed).complete(batch, tmp_path / f"{n}")] for n, seed in enumerate((3, 3, 4))]
     assert len(set(texts[0])) == 8
     assert texts[0] == texts[1]
     assert not set(texts[0]) & set(texts[2])
@@ -182,8 +184,22 @@ def test_api_key_is_sent_only_to_its_server(server: Server, folder: Path, tmp_pa
     monkeypatch.setenv("REFEREES", "sk-of-the-referee")
     data = tiny.write(tmp_path / "seeds.jsonl", [{"prompt": "sing of a lazy dog"}, {"prompt": "name two birds"}])
 
-    def lion(out: str, *more: object) -> None:
-        command = ["recipe", "lion", "--data", data, "--out", tmp_path / out, "--base-url", server.url, "--model", "m", "--count", 2, *more]
+    def lion(out: str, *options: object) -> None:
+        command = [
+            "recipe",
+            "lion",
+            "--data",
+            data,
+            "--out",
+            tmp_path / out,
+            "--base-url",
+            server.url,
+            "--model",
+            "m",
+            "--count",
+            2,
+            *options,
+        ]
         result = runner.invoke(cli.app, [str(a) for a in [*command, "--max-tokens", 8]])
         assert result.exit_code == 0, result.output
 
@@ -191,17 +207,17 @@ def test_api_key_is_sent_only_to_its_server(server: Server, folder: Path, tmp_pa
     (tmp_path / "other").mkdir()
     with Server.started(tmp_path / "other") as other:
         judged = ["--student", folder, "--referee-url", other.url, "--referee-model", "r", "--generator-model", "g"]
-        for out, more, found in (
+        for out, options, keys in (
             ("a", ["--generator-url", f"{server.url}/", "--referee-key-variable", "REFEREES"], ["Bearer sk-of-the-referee"]),
             ("b", ["--generator-url", other.url], ["Bearer none", "Bearer sk-of-the-referee"]),
         ):
             shutil.copytree(tmp_path / "begun", tmp_path / out)
-            lion(out, *judged, *more)
-            assert sorted(other.stats()["keys"]) == found
+            lion(out, *judged, *options)
+            assert sorted(other.stats()["keys"]) == keys
         assert list(server.stats()["keys"]) == [f"Bearer {KEY}"]
 
 
-def test_no_server_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_server_raises_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -209,7 +225,7 @@ def test_no_server_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         HTTPModel(f"http://127.0.0.1:{port}/v1", "m", retries=1, backoff=0.01).complete(requests(["a"]), tmp_path / "log")
 
 
-def test_retry_after_in_each_of_its_forms() -> None:
+def test_retry_after_is_read_in_all_its_forms() -> None:
     assert retry_after({"retry-after": "1.5"}) == 1.5
     assert retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
     assert retry_after({"retry-after": "Thu, 01 Jan 2015 00:00:00 GMT"}) == 0.0
@@ -228,13 +244,13 @@ def test_retry_after_in_each_of_its_forms() -> None:
         ({"api": "other"}, "'other'"),
     ],
 )
-def test_invalid_settings(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         HTTPModel(**{"base_url": "http://localhost/v1", "model": "m", **options})
     assert KEY not in str(error.value)
 
 
-def test_invalid_requests(server: Server, tmp_path: Path) -> None:
+def test_invalid_requests_raise(server: Server, tmp_path: Path) -> None:
     same = [Request("a", [{"role": "user", "content": "x"}])] * 2
     with pytest.raises(ValueError, match="two requests have the key 'a'"):
         server.model().complete(same, tmp_path / "log")
@@ -268,9 +284,9 @@ def test_damaged_foreign_or_locked_log_raises(server: Server, tmp_path: Path) ->
     log = tmp_path / "log"
     server.model().complete(requests(["a", "b"]), log)
     whole = log.read_bytes()
-    for model, asked in ((server.model(), ["b", "a"]), (server.model(seed=1), ["a", "b"])):
+    for model, prompts in ((server.model(), ["b", "a"]), (server.model(seed=1), ["a", "b"])):
         with pytest.raises(FileError, match="reply for 'row 0' to another request"):
-            model.complete(requests(asked), log)
+            model.complete(requests(prompts), log)
     with pytest.raises(FileError, match="reply for 'row 0'"):
         server.model().complete(requests(["a"], max_tokens=5), log)
     log.write_bytes(b"{]\n" + whole)
@@ -292,11 +308,11 @@ def test_damaged_foreign_or_locked_log_raises(server: Server, tmp_path: Path) ->
         process.kill()
         process.wait()
         process.stdout.close()
-    assert server.model().complete(requests(["a", "b"]), log), "the lock of a killed process holds nobody up"
+    assert server.model().complete(requests(["a", "b"]), log), "a killed process leaves no lock"
     assert log.read_bytes() == whole
 
 
-def test_generate_killed_and_run_again_asks_nothing_twice(server: Server, tmp_path: Path) -> None:
+def test_generate_repeated_after_sigkill_does_not_repeat_requests(server: Server, tmp_path: Path) -> None:
     prompts = faulty(150, 0.05, ("", "fullms", "error", "", "malformed", "cut", "hangup"))
     data = tiny.write(tmp_path / "data.jsonl", [{"prompt": p, "id": i} for i, p in enumerate(prompts)])
     out = tmp_path / "answers.jsonl"
@@ -307,9 +323,9 @@ def test_generate_killed_and_run_again_asks_nothing_twice(server: Server, tmp_pa
     )
     wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= 30, process)
     process.send_signal(signal.SIGKILL)
-    said = process.communicate()[0]
-    assert not out.exists(), "half a file is no file"
-    kept = {json.loads(line)["key"] for line in log.read_text().splitlines() if line.endswith("}")}
+    output = process.communicate()[0]
+    assert not out.exists(), "the output is written only when it is complete"
+    logged = {json.loads(line)["key"] for line in log.read_text().splitlines() if line.endswith("}")}
     paid = server.stats()["answered"]
     with log.open("ab") as file:
         file.write(b'{"key":"torn by the ki')
@@ -323,18 +339,18 @@ def test_generate_killed_and_run_again_asks_nothing_twice(server: Server, tmp_pa
         for request in requests_of([{"prompt": p} for p in prompts], max_tokens=256, temperature=0)
     }
     final = server.stats()["answered"]
-    assert all(final[keys[key]] == paid[keys[key]] == 1 for key in kept), "what was in the log is not paid for again"
+    assert all(final[keys[key]] == paid[keys[key]] == 1 for key in logged), "logged replies are not paid for again"
     twice = [prompt for prompt in prompts if final[prompt] != 1]
-    assert len(twice) <= 16, "only what was in flight at the kill may be"
+    assert len(twice) <= 16, "only requests in flight at the kill may repeat"
     assert all(paid.get(prompt) == 1 and final[prompt] == 2 for prompt in twice)
-    assert KEY not in said + result.output
+    assert KEY not in output + result.output
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir())
     before = data.read_bytes()
     result = runner.invoke(cli.app, [str(a) for a in [*command[:7], "--out", data]])
     assert (result.exit_code, "would be overwritten" in " ".join(result.output.split()), data.read_bytes()) == (2, True, before)
 
 
-# A server of a real model
+# transformers serve
 
 
 @pytest.fixture(scope="module")
@@ -347,14 +363,14 @@ def local(folder: Path) -> LocalModel:
     return LocalModel(folder)
 
 
-def test_transformers_serve(tmp_path: Path, folder: Path, local: LocalModel) -> None:
+def test_transformers_serve_gives_the_text_of_the_model(tmp_path: Path, folder: Path, local: LocalModel) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--device", "cpu", "--host", "127.0.0.1", "--port", port]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "serve.log").open("w") as said:
-        process = subprocess.Popen([str(a) for a in command], env=environment, stdout=said, stderr=said)
+    with (tmp_path / "serve.log").open("w") as file:
+        process = subprocess.Popen([str(a) for a in command], env=environment, stdout=file, stderr=file)
 
     def listening() -> bool:
         with socket.socket() as probe:
@@ -365,14 +381,14 @@ def test_transformers_serve(tmp_path: Path, folder: Path, local: LocalModel) -> 
         rows = tiny.rows(6)
         data, out = tiny.write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
         url = f"http://127.0.0.1:{port}/v1"
-        asked = ["generate", "--base-url", url, "--model", folder, "--data", data, "--out", out, "--max-tokens", 6, "--timeout", 60]
-        result = runner.invoke(cli.app, [str(a) for a in asked])
+        generate = ["generate", "--base-url", url, "--model", folder, "--data", data, "--out", out, "--max-tokens", 6, "--timeout", 60]
+        result = runner.invoke(cli.app, [str(a) for a in generate])
         assert result.exit_code == 0, result.output
         assert "6 replies (0 from the log), 0 retries" in result.output
-        made = [json.loads(line) for line in out.read_text().splitlines()]
-        # Its text is that of the model itself: the messages, the template and the limits arrive.
-        wanted = local.complete(requests_of(rows, max_tokens=6, temperature=0.0), tmp_path / "local.log")
-        assert [row["response"] for row in made] == [reply.text for reply in wanted]
+        rows_out = [json.loads(line) for line in out.read_text().splitlines()]
+        # The text equals that of the model in this process, so the messages, the template and the limits arrive.
+        replies = local.complete(requests_of(rows, max_tokens=6, temperature=0.0), tmp_path / "local.log")
+        assert [row["response"] for row in rows_out] == [reply.text for reply in replies]
         plain = HTTPModel(url, str(folder), api="completions", timeout=60).complete(
             requests(["the quick"], max_tokens=5), tmp_path / "plain.log"
         )
@@ -384,7 +400,7 @@ def test_transformers_serve(tmp_path: Path, folder: Path, local: LocalModel) -> 
         process.wait()
 
 
-def test_messages_of_a_row() -> None:
+def test_messages_and_keys_of_rows() -> None:
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     assert messages_of({"messages": [user, assistant]}) == [user]
     assert messages_of({"prompt": "a", "response": "b"}) == [user]
@@ -406,4 +422,4 @@ def test_messages_of_a_row() -> None:
     assert len(set(keys)) == 4
     assert keys[3] == "7"
     moved = [r.key for r in requests_of([{"prompt": "new"}, {"prompt": "b"}], max_tokens=1, temperature=0)]
-    assert moved[1] == keys[1], "a row keeps its key wherever it moves to"
+    assert moved[1] == keys[1], "a row keeps its key at another position"

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the repeated command ends with the same files, and does not pay twice for a reply."""
+"""Commands killed by SIGKILL at random moments and repeated. They end with the same files and repeat no reply in the log."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def killed(seed: str, seconds: float, *command: Any) -> int:
-    """Kills until the command has ended well."""
+    """Kill and repeat a command until it succeeds. Return the number of kills."""
     script = str(Path(__file__).parents[1] / "support" / "killed.py")
-    run = subprocess.run([sys.executable, script, seed, str(seconds), *map(str, command)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    kills, status = map(int, run.stdout.splitlines()[-1].split())
-    assert status == 0, run.stdout + run.stderr
-    assert KEY not in run.stdout + run.stderr
+    process = subprocess.run([sys.executable, script, seed, str(seconds), *map(str, command)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    kills, status = map(int, process.stdout.splitlines()[-1].split())
+    assert status == 0, process.stdout + process.stderr
+    assert KEY not in process.stdout + process.stderr
     return kills
 
 
 def keys(log: Path) -> list[str]:
-    found = [json.loads(line)["key"] for line in log.read_text().splitlines()]
-    assert len(found) == len(set(found)), f"{log.name} holds a key twice"
-    return found
+    log_keys = [json.loads(line)["key"] for line in log.read_text().splitlines()]
+    assert len(log_keys) == len(set(log_keys)), f"{log.name} holds a key twice"
+    return log_keys
 
 
-def test_generate(server: Server, tmp_path: Path) -> None:
+def test_generate_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.jsonl", [{"prompt": f"{i} delay=0.1"} for i in range(120)])
     kills = trial = 0
     while kills < KILLS:
         out = tmp_path / f"{trial}.jsonl"
-        now = killed(
+        new_kills = killed(
             f"generate {trial}", 1.0, "generate", "--base-url", server.url, "--model", "m", "--data", data, "--out", out,
             "--temperature", 1, "--seed", trial, "--concurrency", AT_ONCE,
         )  # fmt: skip
@@ -60,12 +60,12 @@ def test_generate(server: Server, tmp_path: Path) -> None:
         assert [row["prompt"] for row in rows] == [f"{i} delay=0.1" for i in range(120)]
         assert len({row["response"] for row in rows}) == 120
         assert len(keys(out.with_name(out.name + ".log"))) == 120
-        kills, trial = kills + now, trial + 1
-    assert sum(server.stats()["answered"].values()) <= 120 * trial + kills * AT_ONCE, "only what was under way is asked again"
+        kills, trial = kills + new_kills, trial + 1
+    assert sum(server.stats()["answered"].values()) <= 120 * trial + kills * AT_ONCE, "only requests in flight are repeated"
 
 
 @pytest.mark.slow
-def test_lion(server: Server, tmp_path: Path) -> None:
+def test_lion_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
     seeds = tiny.write(tmp_path / "seeds.jsonl", [{"prompt": f"Describe thing number {i} delay=0.1"} for i in range(8)])
     student = tiny.save(tmp_path / "student")
     stages = ("round-0/imitate.jsonl", "round-0/judged.jsonl", "round-0/generated.jsonl", "round-1/imitate.jsonl")
@@ -79,7 +79,7 @@ def test_lion(server: Server, tmp_path: Path) -> None:
 
     assert loop(tmp_path / "whole", "", 600) == 0
     expected = {name: (tmp_path / "whole" / name).read_bytes() for name in stages}
-    once = sum(server.stats()["answered"].values())
+    requests_of_one_run = sum(server.stats()["answered"].values())
     kills = trial = 0
     while kills < KILLS:
         out = tmp_path / f"{trial}"
@@ -88,4 +88,4 @@ def test_lion(server: Server, tmp_path: Path) -> None:
         for log in ("teacher.jsonl", "round-0/student.jsonl", "round-0/referee.jsonl", "round-0/generator.jsonl"):
             assert keys(out / log) != []
         trial += 1
-    assert sum(server.stats()["answered"].values()) <= once * (trial + 1) + kills * AT_ONCE
+    assert sum(server.stats()["answered"].values()) <= requests_of_one_run * (trial + 1) + kills * AT_ONCE

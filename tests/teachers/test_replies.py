@@ -1,4 +1,4 @@
-"""Replies of servers in every form: parsing, retries, errors, and the contents of output files."""
+"""Replies of HTTP servers: parsing, retries, errors, secrets, and the files written from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from serving import KEY, ScriptedModel, chat_reply, requests, stream
 
-pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
+pytest.importorskip("rapidfuzz")  # near-duplicates; part of the extra [train]
 
 from kdkernels.data.ending import ended
 from kdkernels.data.tokenization import load_examples
@@ -43,12 +43,12 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(body: Any, tmp_path: Path, logprobs: int = 0, **options: Any) -> tuple[Reply, ScriptedModel]:
-    model = ScriptedModel(body if callable(body) else lambda asked: body, **options)
+    model = ScriptedModel(body if callable(body) else lambda request: body, **options)
     (reply,) = model.complete(requests(["q"], logprobs=logprobs), tmp_path / "log")
     return reply, model
 
 
-# Forms of a reply
+# Text and reasoning
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def ask(body: Any, tmp_path: Path, logprobs: int = 0, **options: Any) -> tuple[R
         (chat_reply("a \ud83d b"), "a \ufffd b", ""),
     ],
 )
-def test_text_and_thoughts_are_read_in_every_form(body: bytes, text: str, reasoning: str, tmp_path: Path) -> None:
+def test_text_and_reasoning_are_read_from_every_form_of_reply(body: bytes, text: str, reasoning: str, tmp_path: Path) -> None:
     reply, model = ask(body, tmp_path)
-    assert (reply.text, reply.reasoning, len(model.asked)) == (text, reasoning, 1)
+    assert (reply.text, reply.reasoning, len(model.requests)) == (text, reasoning, 1)
     assert model.usage.reasoning == bool(reasoning)
     again, model = ask(body, tmp_path)
-    assert (again, len(model.asked), model.usage.reasoning) == (reply, 0, bool(reasoning)), "the log holds all of it"
+    assert (again, len(model.requests), model.usage.reasoning) == (reply, 0, bool(reasoning)), "the log holds text and reasoning"
 
 
 def delta(**fields: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
 )  # fmt: skip
 def test_unrequested_stream_is_parsed(body: bytes, tmp_path: Path) -> None:
     reply, model = ask(body, tmp_path)
-    assert (reply.text, reply.reasoning, reply.finish_reason, len(model.asked)) == ("yes", "so", "stop", 1)
+    assert (reply.text, reply.reasoning, reply.finish_reason, len(model.requests)) == ("yes", "so", "stop", 1)
     assert (reply.prompt_tokens, reply.completion_tokens) == (3, 2)
 
 
@@ -132,10 +132,10 @@ def test_a_stream_of_completions_keeps_log_probabilities(tmp_path: Path) -> None
         chat_reply("ye", "abort"), chat_reply("ye", "error"), chat_reply(None, "insufficient_system_resource"),
     ],
 )  # fmt: skip
-def test_half_an_answer_is_asked_for_again(body: bytes, tmp_path: Path) -> None:
+def test_incomplete_reply_is_requested_again(body: bytes, tmp_path: Path) -> None:
     bodies = [chat_reply(), body, body]
-    reply, model = ask(lambda asked: bodies.pop(), tmp_path)
-    assert (reply.text, reply.finish_reason, len(model.asked), model.usage.retries) == ("yes", "stop", 3, 2)
+    reply, model = ask(lambda request: bodies.pop(), tmp_path)
+    assert (reply.text, reply.finish_reason, len(model.requests), model.usage.retries) == ("yes", "stop", 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -159,41 +159,43 @@ def test_half_an_answer_is_asked_for_again(body: bytes, tmp_path: Path) -> None:
     ],
 )
 def test_unreadable_reply_is_one_error_after_one_request(body: bytes, message: str, tmp_path: Path) -> None:
-    model = ScriptedModel(lambda asked: body)
+    model = ScriptedModel(lambda request: body)
     with pytest.raises(HTTPModelError, match=r"request 'row 0': the reply can't be read: ") as error:
         model.complete(requests(["q"] * 3), tmp_path / "log")
     assert message in str(error.value)
     assert "The server sent: " in str(error.value)
-    assert len(model.asked) == 1
+    assert len(model.requests) == 1
 
 
 def test_unreadable_reply_is_skipped_with_skip_refused(tmp_path: Path) -> None:
     bodies = {"a": chat_reply("yes"), "b": chat_reply(7), "c": chat_reply("no")}
-    model = ScriptedModel(lambda asked: bodies[asked["messages"][0]["content"]], skip_refused=True)
+    model = ScriptedModel(lambda request: bodies[request["messages"][0]["content"]], skip_refused=True)
     assert [reply.finish_reason for reply in model.complete(requests("abc"), tmp_path / "log")] == ["stop", "refused", "stop"]
     assert "content must be text" in model.usage.reasons["row 1"]
 
 
-def test_a_reply_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_reply_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "LARGEST_REPLY", 5000)
     assert ask(chat_reply("x" * 4000), tmp_path)[0].text == "x" * 4000
-    model = ScriptedModel(lambda asked: chat_reply("x" * 6000))
+    model = ScriptedModel(lambda request: chat_reply("x" * 6000))
     with pytest.raises(HTTPModelError, match="larger than 5,000 bytes"):
         model.complete(requests(["q"]), tmp_path / "other")
-    assert len(model.asked) == 1
+    assert len(model.requests) == 1
     with pytest.raises(HTTPModelError, match="the server refuses") as error:
-        ScriptedModel(lambda asked: (400, b"x" * 10**6)).complete(requests(["q"]), tmp_path / "third")
+        ScriptedModel(lambda request: (400, b"x" * 10**6)).complete(requests(["q"]), tmp_path / "third")
     assert len(str(error.value)) < 1000
 
 
 # Log-probabilities
 
 
-def test_log_probabilities_are_read_from_both_forms_in_both_interfaces(tmp_path: Path) -> None:
-    of_chat = {"content": [{"token": " a", "id": 5, "bytes": [32, 97], "logprob": -0.5, "top_logprobs": [{"token": "b", "logprob": -2}]}]}
-    of_completions = {"tokens": [" a"], "token_logprobs": [-0.5], "top_logprobs": [{"b": -2}]}
-    for number, (logprobs, more) in enumerate(((of_chat, {"id": 5, "bytes": [32, 97]}), (of_completions, {}))):
-        expected = [{"token": " a", "logprob": -0.5, **more, "top_logprobs": [{"token": "b", "logprob": -2.0}]}]
+def test_both_forms_of_log_probabilities_are_read_from_both_interfaces(tmp_path: Path) -> None:
+    chat_logprobs = {
+        "content": [{"token": " a", "id": 5, "bytes": [32, 97], "logprob": -0.5, "top_logprobs": [{"token": "b", "logprob": -2}]}]
+    }
+    completions_logprobs = {"tokens": [" a"], "token_logprobs": [-0.5], "top_logprobs": [{"b": -2}]}
+    for number, (logprobs, id_and_bytes) in enumerate(((chat_logprobs, {"id": 5, "bytes": [32, 97]}), (completions_logprobs, {}))):
+        expected = [{"token": " a", "logprob": -0.5, **id_and_bytes, "top_logprobs": [{"token": "b", "logprob": -2.0}]}]
         completion = json.dumps({"choices": [{"text": " a", "finish_reason": "stop", "logprobs": logprobs}]}).encode()
         for api, body in (("chat", chat_reply(" a", logprobs=logprobs)), ("completions", completion)):
             reply, _ = ask(body, tmp_path / f"{api}{number}", logprobs=1, api=api)
@@ -208,21 +210,21 @@ def test_invalid_numbers_drop_only_their_tokens(tmp_path: Path) -> None:
         b'"usage": {"prompt_tokens": 1e999, "completion_tokens": -3}}'
     )
     reply, model = ask(body, tmp_path, logprobs=2)
-    assert (reply.text, reply.prompt_tokens, reply.completion_tokens, len(model.asked)) == ("ab", 0, 0, 1)
+    assert (reply.text, reply.prompt_tokens, reply.completion_tokens, len(model.requests)) == ("ab", 0, 0, 1)
     assert [token["logprob"] for token in reply.logprobs] == [None] * 3
     assert [token["top_logprobs"] for token in reply.logprobs] == [[{"token": "b", "logprob": -1.0}], [], []]
 
 
 @pytest.mark.parametrize("logprobs", [None, {}, {"content": None}, {"tokens": []}])
-def test_missing_log_probabilities_end_the_run_at_the_first_reply(logprobs: object, tmp_path: Path) -> None:
-    model = ScriptedModel(lambda asked: chat_reply("yes", logprobs=logprobs), skip_refused=True)
+def test_missing_log_probabilities_raise_at_the_first_reply(logprobs: object, tmp_path: Path) -> None:
+    model = ScriptedModel(lambda request: chat_reply("yes", logprobs=logprobs), skip_refused=True)
     with pytest.raises(HTTPModelError, match="gives no log-probabilities with its text: ask without --logprobs"):
         model.complete(requests(["q"] * 3, logprobs=2), tmp_path / "log")
-    assert len(model.asked) == 1
-    assert ask(chat_reply("", logprobs=None), tmp_path / "empty", logprobs=2)[0].logprobs == [], "nothing was written"
+    assert len(model.requests) == 1
+    assert ask(chat_reply("", logprobs=None), tmp_path / "empty", logprobs=2)[0].logprobs == [], "an empty text has no log-probabilities"
 
 
-# What a server can send, at random
+# Random replies
 
 texts = st.text(max_size=12) | st.sampled_from(["<think>", "</think>", "\ud83d", KEY, "stop", "error", "[DONE]"])
 values = st.recursive(
@@ -238,7 +240,7 @@ values = st.recursive(
 
 
 def with_some(**fields: Any) -> st.SearchStrategy[dict[str, Any]]:
-    """Objects in which each field is as it should be, or anything, or missing."""
+    """Generate objects in which each field has a value of its own strategy, or any value, or is missing."""
     return st.fixed_dictionaries({}, optional={name: field | values for name, field in fields.items()})
 
 
@@ -259,12 +261,12 @@ replies = with_some(choices=st.lists(choices, max_size=2), usage=with_some(promp
 
 @settings(max_examples=60, deadline=None)
 @given(answer=replies | values, streamed=st.booleans(), logprobs=st.sampled_from([0, 2]), api=st.sampled_from(["chat", "completions"]))
-def test_whatever_a_server_sends_is_a_reply_or_one_error(
+def test_random_server_output_is_a_reply_or_one_error(
     answer: Any, streamed: bool, logprobs: int, api: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     body = stream(answer) if streamed else json.dumps(answer).encode()
-    model = ScriptedModel(lambda asked: body, api=api)
+    model = ScriptedModel(lambda request: body, api=api)
     readable = True
     try:
         answers.read_reply(answers.parse(body), logprobs)
@@ -275,19 +277,19 @@ def test_whatever_a_server_sends_is_a_reply_or_one_error(
     try:
         (reply,) = model.complete(requests(["q"], logprobs=logprobs), folder / "log")
     except HTTPModelError as error:
-        said = str(error)
-        assert "row 0" in said or "log-probabilities" in said
-        assert KEY not in said
+        text = str(error)
+        assert "row 0" in text or "log-probabilities" in text
+        assert KEY not in text
     else:
         rows = [json.loads(line) for line in (folder / "log").read_bytes().splitlines()]
         assert KEY not in json.dumps(rows, ensure_ascii=False) + repr(reply)
         choice = {} if streamed else answer["choices"][0]
         message = choice.get("message") or {}
-        said = message.get("content") if "message" in choice and message != {} else choice.get("text")
-        if isinstance(said, str) and said and not any(mark in said for pair in MARKS for mark in pair):
-            assert reply.text == said.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace(KEY, "[key]")
+        text = message.get("content") if "message" in choice and message != {} else choice.get("text")
+        if isinstance(text, str) and text and not any(mark in text for pair in MARKS for mark in pair):
+            assert reply.text == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace(KEY, "[key]")
     if readable and not model.usage.interrupted:
-        assert len(model.asked) == 1, "a reply that parses is paid for once"
+        assert len(model.requests) == 1, "a reply that parses is paid for once"
 
 
 # Finish reasons
@@ -296,7 +298,7 @@ def test_whatever_a_server_sends_is_a_reply_or_one_error(
 @pytest.mark.parametrize("reason", ["length", "content_filter", "max_tokens", "SAFETY", "stopped", None, "", 7, "st\ud83dop"])
 def test_end_of_a_cut_reply_is_not_learnt(reason: object, tmp_path: Path) -> None:
     reply, model = ask(chat_reply("the quick", reason), tmp_path)
-    assert len(model.asked) == 1
+    assert len(model.requests) == 1
     assert not ended(reply.finish_reason)
     tokenizer = tiny.tokenizer()
     (example,) = load_examples([with_reply({"prompt": "a"}, reply)], tokenizer)
@@ -313,7 +315,7 @@ def test_end_of_a_complete_reply_is_learnt(reason: str, tmp_path: Path) -> None:
 
 def test_reply_cut_at_every_attempt_is_kept_and_logged_as_cut(tmp_path: Path) -> None:
     reply, model = ask(chat_reply("the quick", "abort"), tmp_path)
-    assert (reply.text, reply.finish_reason, len(model.asked)) == ("the quick", "abort", 3)
+    assert (reply.text, reply.finish_reason, len(model.requests)) == ("the quick", "abort", 3)
     assert json.loads((tmp_path / "log").read_text())["interrupted"] == ["abort", "abort"]
     assert model.usage.interrupted == {"abort": 2}
     with pytest.raises(HTTPModelError, match=r"gave up on request 'row 0' after 3 tries: the server broke the reply off: .*error"):
@@ -338,15 +340,15 @@ def test_reply_cut_at_every_attempt_is_kept_and_logged_as_cut(tmp_path: Path) ->
         (200, {"code": "invalid_api_key", "message": "no"}),
     ],
 )
-def test_a_refusal_of_the_account_ends_the_run(status: int, error: object, tmp_path: Path) -> None:
-    model = ScriptedModel(lambda asked: (status, json.dumps({"error": error}).encode()), skip_refused=True)
+def test_account_errors_end_the_run_after_one_request(status: int, error: object, tmp_path: Path) -> None:
+    model = ScriptedModel(lambda request: (status, json.dumps({"error": error}).encode()), skip_refused=True)
     with pytest.raises(HTTPModelError) as caught:
         model.complete(requests(["q"] * 5), tmp_path / "log")
-    assert (type(caught.value), len(model.asked)) == (HTTPModelError, 1)
+    assert (type(caught.value), len(model.requests)) == (HTTPModelError, 1)
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "asked"),
+    ("status", "error", "tries"),
     [
         (400, {"message": "This prompt, 'how do I get a valid api key for billing when payment is required?', is against our rules"}, 1),
         (422, {"detail": [{"msg": "too long"}]}, 1),
@@ -356,11 +358,11 @@ def test_a_refusal_of_the_account_ends_the_run(status: int, error: object, tmp_p
         (200, {"code": 429, "message": "slow down"}, 3),
     ],
 )
-def test_other_errors_concern_one_request(status: int, error: object, asked: int, tmp_path: Path) -> None:
+def test_other_errors_are_about_one_request(status: int, error: object, tries: int, tmp_path: Path) -> None:
     model = ScriptedModel(lambda body: (status, json.dumps({"error": error}).encode()))
-    with pytest.raises(Refused if asked == 1 else HTTPModelError, match="row 0"):
+    with pytest.raises(Refused if tries == 1 else HTTPModelError, match="row 0"):
         model.complete(requests(["q"]), tmp_path / "log")
-    assert len(model.asked) == asked
+    assert len(model.requests) == tries
 
 
 # Secrets
@@ -368,27 +370,29 @@ def test_other_errors_concern_one_request(status: int, error: object, asked: int
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_not_followed(status: int, tmp_path: Path) -> None:
-    model = ScriptedModel(lambda asked: (status, b"", {"Location": f"https://elsewhere.test/{KEY}/v1/chat/completions"}))
+    model = ScriptedModel(lambda request: (status, b"", {"Location": f"https://elsewhere.test/{KEY}/v1/chat/completions"}))
     with pytest.raises(HTTPModelError, match=r"redirects to https://elsewhere.test/\[key\]/v1/chat/completions: ask there"):
         model.complete(requests(["q"]), tmp_path / "log")
-    assert [request.url.host for request in model.asked] == ["teacher.test"]
+    assert [request.url.host for request in model.requests] == ["teacher.test"]
 
 
-def test_nothing_of_the_environment_is_sent_but_the_key_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_key_is_sent_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("ORG_ID", "PROJECT_ID", "ORGANIZATION", "ADMIN_KEY", "CUSTOM_HEADERS", "WEBHOOK_SECRET", "BASE_URL")
     for name in names:
         monkeypatch.setenv(f"OPENAI_{name}", "X-Mine: mine-of-the-user")
     monkeypatch.setenv("OTHER", "other-key-of-mine")
     for variable, expected in (("OPENAI_API_KEY", KEY), ("OTHER", "other-key-of-mine"), ("", "none")):
         _, model = ask(chat_reply(), tmp_path / f"of {variable}", key_variable=variable)
-        (request,) = model.asked
+        (request,) = model.requests
         assert request.headers["authorization"] == f"Bearer {expected}"
         assert request.url.host == "teacher.test"
-        rest = {name: value for name, value in request.headers.items() if name != "authorization"}
-        assert "mine" not in str(rest)
-        assert KEY not in str(rest)
+        other_headers = {name: value for name, value in request.headers.items() if name != "authorization"}
+        assert "mine" not in str(other_headers)
+        assert KEY not in str(other_headers)
     monkeypatch.setenv("OTHER", f" {KEY}\n")
-    assert ask(chat_reply(), tmp_path / "with a line break", key_variable="OTHER")[1].asked[0].headers["authorization"] == f"Bearer {KEY}"
+    assert (
+        ask(chat_reply(), tmp_path / "with a line break", key_variable="OTHER")[1].requests[0].headers["authorization"] == f"Bearer {KEY}"
+    )
     monkeypatch.setenv("OTHER", "sk-one\nsk-two")
     with pytest.raises(HTTPModelError, match="the key in OTHER holds a character that a header can't") as error:
         ask(chat_reply(), tmp_path / "of two lines", key_variable="OTHER")
@@ -416,31 +420,31 @@ FORMS: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("place", ["text", "reasoning", "parts", "finish_reason", "stream", "tokens", "error", "unreadable"])
 def test_echoed_api_key_is_never_written_or_shown(form: str, place: str, tmp_path: Path) -> None:
-    told = FORMS[form](KEY)
-    parts = [{"type": "text", "text": told[:7]}, {"type": "text", "text": told[7:]}]
+    echo = FORMS[form](KEY)
+    parts = [{"type": "text", "text": echo[:7]}, {"type": "text", "text": echo[7:]}]
     table = [
-        {"token": piece, "logprob": -0.5, "top_logprobs": [{"token": told, "logprob": -1}]} for piece in (told[:7], told[7:12], told[12:])
+        {"token": piece, "logprob": -0.5, "top_logprobs": [{"token": echo, "logprob": -1}]} for piece in (echo[:7], echo[7:12], echo[12:])
     ]
     body: Any = {
-        "text": chat_reply(f"You said {told}."), "reasoning": chat_reply("x", message={"reasoning": f"so {told}"}),
-        "parts": chat_reply(parts), "finish_reason": chat_reply("x", told),
-        "stream": stream(*(delta(content=letter) for letter in told), END), "tokens": chat_reply("x", logprobs={"content": table}),
-        "error": (400, json.dumps({"error": {"message": told}}).encode()), "unreadable": chat_reply([{"type": told}]),
+        "text": chat_reply(f"You said {echo}."), "reasoning": chat_reply("x", message={"reasoning": f"so {echo}"}),
+        "parts": chat_reply(parts), "finish_reason": chat_reply("x", echo),
+        "stream": stream(*(delta(content=letter) for letter in echo), END), "tokens": chat_reply("x", logprobs={"content": table}),
+        "error": (400, json.dumps({"error": {"message": echo}}).encode()), "unreadable": chat_reply([{"type": echo}]),
     }[place]  # fmt: skip
-    out = ""
+    shown = ""
     try:
         reply, _ = ask(body, tmp_path, logprobs=2 if place == "tokens" else 0)
-        out = repr(reply) + "".join(str(t["token"]) for t in reply.logprobs)
+        shown = repr(reply) + "".join(str(t["token"]) for t in reply.logprobs)
     except HTTPModelError as error:
-        out = str(error)
-    written = out + (tmp_path / "log").read_text()
-    assert told not in written
-    assert json.dumps(told)[1:-1] not in written
-    assert "[key]" in written
-    assert KEY[4:] not in written
+        shown = str(error)
+    output = shown + (tmp_path / "log").read_text()
+    assert echo not in output
+    assert json.dumps(echo)[1:-1] not in output
+    assert "[key]" in output
+    assert KEY[4:] not in output
 
 
-def test_a_text_without_the_key_stays_as_it_is() -> None:
+def test_redaction_leaves_text_without_the_key_unchanged() -> None:
     secret = Secret(KEY)
     for text in ("", KEY[:-1], "sk-very", "a text about keys, sk-other-0123456789", "x" * 10_000):
         assert secret.redact(text) == text
@@ -451,11 +455,11 @@ def test_a_text_without_the_key_stays_as_it_is() -> None:
     assert {t["token"] for t in secret.redact_entry({"logprobs": spelled})["logprobs"]} == {"[key]"}
 
 
-# Thoughts of local models
+# Reasoning of local models
 
 
 @pytest.mark.parametrize(("opening", "closing"), MARKS)
-def test_thoughts_are_split_by_the_marks_of_each_model(opening: str, closing: str) -> None:
+def test_reasoning_is_split_by_the_marks_of_each_model(opening: str, closing: str) -> None:
     assert split_thoughts(f"{opening}\nso\n{closing}\n\n4") == ("so", "4")
     assert split_thoughts(f"so{closing}4") == ("so", "4")
     assert split_thoughts(f"{opening}so") == ("so", "")
@@ -466,21 +470,23 @@ def test_thoughts_are_split_by_the_marks_of_each_model(opening: str, closing: st
     assert not opens_thoughts(f"{opening}{closing}\n\n")
 
 
-def test_thoughts_marked_by_special_tokens_are_kept() -> None:
+def test_reasoning_between_special_tokens_is_kept() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
 
     def read(text: str, opened: bool = False) -> tuple[str, str]:
         return read_generated(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], opened)
 
-    assert "think" not in tokenizer.decode(tokenizer("<think>so</think>4")["input_ids"], skip_special_tokens=True), "they would be lost"
+    assert "think" not in tokenizer.decode(tokenizer("<think>so</think>4")["input_ids"], skip_special_tokens=True), (
+        "decoding drops the marks"
+    )
     assert read("<think>so <pad></think> 4<pad>") == ("so ", "4")
     assert read("so</think>4") == ("so", "4")
     assert read("the quick", opened=True) == ("the quick", "")
     assert read("the quick<pad>") == ("", "the quick")
 
 
-def test_a_local_model_whose_template_opens_thoughts_keeps_them(tmp_path: Path) -> None:
+def test_reasoning_opened_by_the_template_is_kept(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("<s>assistant: ", "<s>assistant: <think>\n")
     model = LocalModel(tiny.model(len(tokenizer)), tokenizer)
@@ -492,7 +498,7 @@ def test_a_local_model_whose_template_opens_thoughts_keeps_them(tmp_path: Path) 
 # Rows
 
 
-def test_new_thoughts_replace_fields_of_the_old_response() -> None:
+def test_a_reply_replaces_every_field_of_the_old_response() -> None:
     row = {"prompt": "q", "id": 3, "completion": "old", "reasoning": "old", "teacher_logprobs": [{}], "finish_reason": "length"}
     assert with_reply(row, Reply("k", "4")) == {"prompt": "q", "id": 3, "response": "4", "finish_reason": "stop"}
     assert with_reply(row, Reply("k", "4", reasoning="so"))["reasoning"] == "so"
@@ -510,38 +516,38 @@ def test_new_thoughts_replace_fields_of_the_old_response() -> None:
 )
 def test_invalid_prompt_raises_before_any_request(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.jsonl", [{"prompt": "good"}, row])
-    model = ScriptedModel(lambda asked: chat_reply())
+    model = ScriptedModel(lambda request: chat_reply())
     with pytest.raises(ValueError, match=message):
         generate(model, data, tmp_path / "out.jsonl", Console(file=StringIO()), 8, 0.0, (), 0)
-    assert not model.asked
+    assert not model.requests
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         model.complete([Request("k", [{"role": "user", "content": "x"}], stop=("\ud83d",))], tmp_path / "log")
 
 
-def test_text_that_is_carried_along_is_written_escaped(tmp_path: Path) -> None:
-    odd = {"note": "cut \ud83d", "key": "\ude00", "control": "\x00\x1b[2J\x85\u2028"}
-    data = tiny.write(tmp_path / "data.jsonl", [{"prompt": "good", **odd}])
+def test_other_fields_of_a_row_are_written_escaped(tmp_path: Path) -> None:
+    fields = {"note": "cut \ud83d", "key": "\ude00", "control": "\x00\x1b[2J\x85\u2028"}
+    data = tiny.write(tmp_path / "data.jsonl", [{"prompt": "good", **fields}])
     for _ in range(2):
-        model = ScriptedModel(lambda asked: chat_reply("yes\u2028\x9b"))
+        model = ScriptedModel(lambda request: chat_reply("yes\u2028\x9b"))
         generate(model, data, tmp_path / "out.jsonl", Console(file=StringIO()), 8, 0.0, (), 0)
-    assert not model.asked, "the reply to a row of such a key is found in the log"
+    assert not model.requests, "the log finds the reply of a row with this key"
     (line,) = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(line) == {"prompt": "good", **odd, "response": "yes\u2028\x9b", "finish_reason": "stop"}
+    assert json.loads(line) == {"prompt": "good", **fields, "response": "yes\u2028\x9b", "finish_reason": "stop"}
 
 
-def test_equal_refusals_of_all_rows_advise_about_options(tmp_path: Path) -> None:
+def test_refusal_of_every_row_for_one_reason_suggests_checking_options(tmp_path: Path) -> None:
     def error(rows: list[dict[str, Any]], *answers: bytes) -> str:
         data = tiny.write(tmp_path / "data.jsonl", rows)
-        model = ScriptedModel(lambda asked: (400, answers[len(model.asked) % len(answers)]))
+        model = ScriptedModel(lambda request: (400, answers[len(model.requests) % len(answers)]))
         with pytest.raises(Refused) as refused:
             generate(model, data, tmp_path / "out.jsonl", Console(file=StringIO()), 8, 0.0, (), 0)
         return str(refused.value)
 
     rows = [{"prompt": "a"}, {"prompt": "b"}]
     unknown, long = (b'{"error": {"message": "%s"}}' % message for message in (b"no model m here.", b"too long"))
-    alike = error(rows, unknown)
-    assert "no model m here. " in alike, "one full stop"
-    assert alike.endswith("as every row has the same reason, check --model and the other options")
+    same_reason = error(rows, unknown)
+    assert "no model m here. " in same_reason, "one full stop"
+    assert same_reason.endswith("as every row has the same reason, check --model and the other options")
     assert error(rows, unknown, long).endswith("take them out of the data, or give --skip-refused")
     assert error(rows[:1], unknown).endswith("take them out of the data, or give --skip-refused")
 
@@ -550,13 +556,13 @@ def test_skipped_rows_are_listed(tmp_path: Path) -> None:
     rows = [{"prompt": f"{'no' if number % 2 else 'yes'} {number}"} for number in range(1, 61)]
     data, out = tiny.write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
 
-    def answer(asked: dict[str, Any]) -> Any:
-        return (400, b'{"error": {"message": "against the rules"}}') if "no" in asked["messages"][0]["content"] else chat_reply()
+    def answer(request: dict[str, Any]) -> Any:
+        return (400, b'{"error": {"message": "against the rules"}}') if "no" in request["messages"][0]["content"] else chat_reply()
 
     def run(**options: Any) -> str:
-        said = StringIO()
-        generate(ScriptedModel(answer, **options), data, out, Console(file=said, width=400), 8, 0.0, (), 0)
-        return said.getvalue()
+        output = StringIO()
+        generate(ScriptedModel(answer, **options), data, out, Console(file=output, width=400), 8, 0.0, (), 0)
+        return output.getvalue()
 
     with pytest.raises(Refused) as error:
         run()
@@ -572,7 +578,7 @@ def test_skipped_rows_are_listed(tmp_path: Path) -> None:
     assert len(listing.read_text().splitlines()) == 30
     tiny.write(data, rows[1::2])
     run()
-    assert not listing.exists(), "nothing is left out any more"
+    assert not listing.exists(), "no row is left out now"
     listing.write_text('{"where": "of the user"}\n')
     with pytest.raises(FileError, match="is not of this command"):
         run()
@@ -581,28 +587,28 @@ def test_skipped_rows_are_listed(tmp_path: Path) -> None:
 
 def test_abandoned_request_names_its_row(tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
-    model = ScriptedModel(lambda asked: (503, b"no") if asked["messages"][0]["content"] == "b" else chat_reply())
+    model = ScriptedModel(lambda request: (503, b"no") if request["messages"][0]["content"] == "b" else chat_reply())
     with pytest.raises(HTTPModelError, match=r"gave up on .*data\.jsonl, row 2 after 3 tries: 503: no"):
         generate(model, data, tmp_path / "out.jsonl", Console(file=StringIO()), 8, 0.0, (), 0)
 
 
-def test_summary_counts_cut_reasoning_and_broken_replies(tmp_path: Path) -> None:
+def test_summary_counts_cut_reasoning_and_interrupted_replies(tmp_path: Path) -> None:
     bodies = [chat_reply("d"), chat_reply("c", "content_filter"), chat_reply("b", "abort"), chat_reply("a", "length", {"reasoning": "so"})]
-    data, said = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]), StringIO()
-    generate(ScriptedModel(lambda asked: bodies.pop()), data, tmp_path / "out.jsonl", Console(file=said, width=400), 8, 0.0, (), 0)
-    assert "2 responses did not end by themselves (finish_reason length: 1, content_filter: 1; " in said.getvalue()
-    assert "length is --max-tokens 8" in said.getvalue()
-    assert "3 replies (0 from the log), 1 retries, 1 with reasoning, " in said.getvalue()
-    assert "1 replies were broken off by the server and asked again (abort: 1)" in said.getvalue()
+    data, output = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]), StringIO()
+    generate(ScriptedModel(lambda request: bodies.pop()), data, tmp_path / "out.jsonl", Console(file=output, width=400), 8, 0.0, (), 0)
+    assert "2 responses did not end by themselves (finish_reason length: 1, content_filter: 1; " in output.getvalue()
+    assert "length is --max-tokens 8" in output.getvalue()
+    assert "3 replies (0 from the log), 1 retries, 1 with reasoning, " in output.getvalue()
+    assert "1 replies were broken off by the server and asked again (abort: 1)" in output.getvalue()
 
 
 def test_unreachable_server_is_named_with_its_address(tmp_path: Path) -> None:
-    data, said = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a"}]), StringIO()
+    data, output = tiny.write(tmp_path / "data.jsonl", [{"prompt": "a"}]), StringIO()
     model = HTTPModel("http://127.0.0.1:9/v1", "m", retries=2, backoff=0.0)
     with pytest.raises(HTTPModelError, match=r"row 1 after 3 tries: no connection, .*http://127\.0\.0\.1:9/v1"):
-        generate(model, data, tmp_path / "out.jsonl", Console(file=said, width=400), 8, 0.0, (), 0)
-    assert said.getvalue().count("waiting: no connection") == 1
-    assert "http://127.0.0.1:9/v1" in said.getvalue()
+        generate(model, data, tmp_path / "out.jsonl", Console(file=output, width=400), 8, 0.0, (), 0)
+    assert output.getvalue().count("waiting: no connection") == 1
+    assert "http://127.0.0.1:9/v1" in output.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -620,7 +626,7 @@ def test_invalid_extra_body_raises(extra_body: dict[str, Any]) -> None:
         HTTPModel("http://localhost/v1", "m", extra_body=extra_body)
 
 
-# Logs of before
+# Proxies, and logs of earlier versions
 
 
 @pytest.mark.parametrize(
@@ -637,19 +643,19 @@ def test_a_proxy_that_cannot_be_used_is_one_error(tmp_path: Path, monkeypatch: p
     assert "hunter2" not in str(error.value)
 
 
-def test_a_log_of_the_version_before_matches_its_rows(tmp_path: Path) -> None:
-    asked = Request("row 0", [{"role": "user", "content": "How far is the moon?"}], 32, 0.5, ("\n",), 2, where="data.jsonl, row 7")
-    served = "5e861519aad2551f4a9494fab104ef9ebb4f61822570d5e6c5ccc197ed35a834"
-    assert fingerprint(asked, model="m", api="chat", seed=None, extra_body={}) == served
-    assert fingerprint(asked, model="tiny@1", seed=0) == "26f231939d533df45621d5df18db4d17f6a5dabdfb1d1c58257e5e16294b5833"
+def test_log_of_an_earlier_version_matches_its_rows(tmp_path: Path) -> None:
+    request = Request("row 0", [{"role": "user", "content": "How far is the moon?"}], 32, 0.5, ("\n",), 2, where="data.jsonl, row 7")
+    request_hash = "5e861519aad2551f4a9494fab104ef9ebb4f61822570d5e6c5ccc197ed35a834"
+    assert fingerprint(request, model="m", api="chat", seed=None, extra_body={}) == request_hash
+    assert fingerprint(request, model="tiny@1", seed=0) == "26f231939d533df45621d5df18db4d17f6a5dabdfb1d1c58257e5e16294b5833"
     entry = {
-        "key": "row 0", "request": served, "text": "<think>Far.</think>Very.", "finish_reason": "stop", "prompt_tokens": 5,
+        "key": "row 0", "request": request_hash, "text": "<think>Far.</think>Very.", "finish_reason": "stop", "prompt_tokens": 5,
         "completion_tokens": 4, "logprobs": [{"token": "V", "logprob": -0.1, "top_logprobs": [{"token": "V", "logprob": -0.1}]}],
     }  # fmt: skip
     (tmp_path / "log").write_text(json.dumps(entry) + "\n")
     model = ScriptedModel(lambda body: chat_reply())
-    (reply,) = model.complete([asked], tmp_path / "log")
-    assert (reply.text, reply.reasoning, model.asked) == ("Very.", "Far.", [])
+    (reply,) = model.complete([request], tmp_path / "log")
+    assert (reply.text, reply.reasoning, model.requests) == ("Very.", "Far.", [])
 
 
 def test_places_of_rows_are_listed_by_file() -> None:
@@ -659,10 +665,10 @@ def test_places_of_rows_are_listed_by_file() -> None:
     assert requests_of([{"prompt": "a"}], max_tokens=1, temperature=0, places=["a.jsonl, row 3"])[0].name == "a.jsonl, row 3"
 
 
-def test_the_sequence_recipe_keeps_thoughts_beside_the_response(tmp_path: Path) -> None:
+def test_sequence_recipe_stores_reasoning_apart_from_the_response(tmp_path: Path) -> None:
     items = [Item(key, ({"role": "user", "content": key},)) for key in ("a", "b")]
     bodies = {"a": chat_reply("<think>so</think>4"), "b": chat_reply("5")}
-    model = ScriptedModel(lambda asked: bodies[asked["messages"][0]["content"]])
+    model = ScriptedModel(lambda request: bodies[request["messages"][0]["content"]])
     rows, _ = sequence_level(items, model, tmp_path / "log")
     assert [(row["response"], row.get("reasoning")) for row in rows] == [("4", "so"), ("5", None)]
 
@@ -670,7 +676,7 @@ def test_the_sequence_recipe_keeps_thoughts_beside_the_response(tmp_path: Path) 
 def test_recipes_drop_cut_replies(tmp_path: Path) -> None:
     reasons = {"a": "length", "b": "content_filter", "c": "stop"}
     items = [Item(key, ({"role": "user", "content": key},)) for key in reasons]
-    model = ScriptedModel(lambda asked: chat_reply("4", reasons[asked["messages"][0]["content"]]))
+    model = ScriptedModel(lambda request: chat_reply("4", reasons[request["messages"][0]["content"]]))
     rows, tally = sequence_level(items, model, tmp_path / "log")
     assert [row["key"] for row in rows] == ["c"]
     assert tally.dropped == {"cut off at max_tokens": 1, "cut off (finish_reason content_filter)": 1}
