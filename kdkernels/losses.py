@@ -230,8 +230,8 @@ def plan(student: Side, teacher: Teacher, *, return_stats: bool = False, **optio
     sizes = [dtype.itemsize for form in (call.student, call.teacher) for dtype in form.heads]
     gradient = call.student.dtype.itemsize if call.wants_grad and call.student.is_head else 0
     dense = num_rows * call.vocab * (sum(sizes) + gradient)
-    if call.backend == "reference":
-        return Plan("reference", num_rows, 1 if num_rows else 0, dense, dense, 0, not_chosen)
+    if call.is_dense:
+        return Plan(call.backend, num_rows, 1 if num_rows else 0, dense, dense, 0, not_chosen)
     bytes_per_row = engine.row_bytes(call, tensors)
     chunks = engine.plan(call, num_rows, bytes_per_row, device)
     held = min(chunks.rows, num_rows) * bytes_per_row

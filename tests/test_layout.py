@@ -126,7 +126,7 @@ def test_every_mutant_has_its_place_in_the_sources() -> None:
 
 def test_backends_are_named_in_one_place() -> None:
     """A backend of this package is a module and its entry in the registry: no list of them elsewhere in the code that runs a call."""
-    names = {"native", "triton"}  # "torch" is also a package, "cuda" a type of device, and "reference" has no row kernels
+    names = {"native", "triton", "reference"}  # "torch" is also a package, "cuda" a type of device
     files = [*CORE, *sorted((PACKAGE / "backends").rglob("*.py"))]
     named: dict[str, set[str]] = {}
     for file in files:

@@ -67,7 +67,10 @@ def _torch() -> Backend:
     return torch
 
 
-NAMES = (*_BUILT_IN, "reference")
+REFERENCE = "reference"
+"""The dense reference, ``kdkernels.reference``. It has no row kernels: ``fused.ops.run`` calls it instead of an op (``Call.is_dense``)."""
+
+NAMES = (*_BUILT_IN, REFERENCE)
 """The built-in backends."""
 
 
@@ -166,7 +169,7 @@ def unavailable(name: str, device: torch.device | str, dtypes: tuple[torch.dtype
         dtypes: storage dtypes of the logits of both sides.
         kernels: ``"rows"`` (two sides), ``"head_rows"`` (one side) or ``"softmax_rows"``, as in ``Backend``.
     """
-    if name == "reference":
+    if name == REFERENCE:
         return None
     try:
         backend = load(name)
@@ -228,6 +231,6 @@ def not_chosen(
             return f"backend={backend!r} was selected"
         if name in order:
             return f"{chosen} comes first"
-        return "dense and slow: for checks only" if name == "reference" else f'"auto" never chooses it on {device_type}'
+        return "dense and slow: for checks only" if name == REFERENCE else f'"auto" never chooses it on {device_type}'
 
     return {name: reason(name) for name in dict.fromkeys((*NAMES, *order)) if name != chosen}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import divergences
+from ..backends import selection
 from ..divergences import Divergence
 from .work import Form
 
@@ -84,6 +85,11 @@ class Call:
     def is_distillation(self) -> bool:
         """Return whether the call has a teacher."""
         return self.quantity == "distillation"
+
+    @property
+    def is_dense(self) -> bool:
+        """Return whether the dense reference computes the call."""
+        return self.backend == selection.REFERENCE
 
     @property
     def wants_grad(self) -> bool:

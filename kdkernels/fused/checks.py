@@ -40,8 +40,25 @@ class Options:
     def check(self) -> Divergence:
         """Check the options that do not depend on tensors, and return the divergence."""
         resolved = divergences.resolve(self.divergence)
-        check_numbers(self.temperature, self.kd_weight, self.ce_weight)
-        check_choices(self.reduction, self.memory_budget, self.chunk_rows, self.ignore_index, self.t_squared, self.return_stats)
+        for name in ("temperature", "kd_weight", "ce_weight"):
+            check_number(name, getattr(self, name))
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and > 0, got {self.temperature}; for hard targets use labels and ce_weight")
+        for name in ("kd_weight", "ce_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}")
+        for name, value, unit in (("memory_budget", self.memory_budget, "bytes"), ("chunk_rows", self.chunk_rows, "rows")):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
+                raise ValueError(f"{name} must be a positive int ({unit}) or None, got {value!r}")
+            if value is not None and value >= 2**63:
+                raise ValueError(f"{name}={value} is more than 64 bits hold: give a number of {unit} below 2**63, or None")
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, (int, torch.SymInt)):
+            raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}; without labels to ignore leave it at -100")
+        for name in ("t_squared", "return_stats"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         return resolved
 
     def call(self, divergence: Divergence, quantity: Quantity, student: Checked, teacher: Form | None = None) -> Call:
@@ -182,35 +199,3 @@ def _check_logits_dtype(logits_dtype: torch.dtype | None, *forms: Form) -> None:
             f"logits_dtype={logits_dtype} fits neither head ({', '.join(map(str, heads)) or 'there is none'}): use None, {wide}, "
             "or torch.bfloat16 with bfloat16 heads (or under bfloat16 autocast)"
         )
-
-
-def check_numbers(temperature: float = 1.0, kd_weight: float = 1.0, ce_weight: float = 0.0) -> None:
-    for name, value in (("temperature", temperature), ("kd_weight", kd_weight), ("ce_weight", ce_weight)):
-        check_number(name, value)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}; for hard targets use labels and ce_weight")
-    for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and >= 0, got {value}")
-
-
-def check_choices(
-    reduction: str = "mean",
-    memory_budget: int | None = None,
-    chunk_rows: int | None = None,
-    ignore_index: int = -100,
-    t_squared: bool = True,
-    return_stats: bool = False,
-) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    for name, value, unit in (("memory_budget", memory_budget, "bytes"), ("chunk_rows", chunk_rows, "rows")):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
-            raise ValueError(f"{name} must be a positive int ({unit}) or None, got {value!r}")
-        if value is not None and value >= 2**63:
-            raise ValueError(f"{name}={value} is more than 64 bits hold: give a number of {unit} below 2**63, or None")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}; without labels to ignore leave it at -100")
-    for name, flag in (("t_squared", t_squared), ("return_stats", return_stats)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")

@@ -209,11 +209,19 @@ def refuse_forward_mode(call: Call, *tensors: Tensor | None) -> None:
     )
 
 
-def run(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
-    """Compute the quantity of a call with its op or the reference. ``reference.run`` documents the results."""
-    if call.backend == "reference":
-        check_values(call, tensors)
-        return reference.run(call, tensors)
+def run(call: Call, tensors: Tensors, fused: Callable[[Call, Tensors], tuple[Tensor, ...]] | None = None) -> tuple[Tensor, ...]:
+    """Compute the quantity of a call with its op or the reference. ``reference.run`` documents the results.
+
+    Args:
+        fused: runs the ops of the call; default: the ops of this file.
+    """
+    if not call.is_dense:
+        return (fused or _run_op)(call, tensors)
+    check_values(call, tensors)
+    return reference.run(call, tensors)
+
+
+def _run_op(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     if call.quantity in ("topk", "sample"):  # ids are not differentiable
         tensors = Tensors({name: tensor.detach() for name, tensor in tensors.named.items()})
         return topk_logprobs(*flatten(call, tensors)) if call.quantity == "topk" else (sample(*flatten(call, tensors)),)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..backends import selection
-from . import chunking, pages
+from . import chunking, ops, pages
 from .call import Call, Tensors, flatten, restore
 from .ops import Gradient, Kernel, define, refuse_forward_mode
 from .work import Rows
@@ -76,15 +75,15 @@ softmax_out = define("softmax_out", "Tensor(a!) out, Tensor? logits", "()", _sof
 
 
 def run(call: Call, logits: Tensor, out: Tensor | None) -> Tensor:
-    """Return ``softmax(logits / T)`` or its logarithm. With ``out``, which may be the logits, there is no gradient."""
-    tensors = Tensors({"student.input": logits})
-    if call.backend == "reference":
-        (result,) = reference.run(call, tensors)
-        return result if out is None else out.copy_(result)
-    _, *flat = flatten(call, tensors)
-    if out is None:
-        refuse_forward_mode(call, logits)
-        probabilities: Tensor = softmax(logits, *flat)
-        return probabilities
-    softmax_out(out, None if out is logits else logits.detach(), *flat)
-    return out
+    """Return ``softmax(logits / T)`` or its logarithm. A result in ``out``, which may be the logits, has no gradient."""
+
+    def fused(call: Call, tensors: Tensors) -> tuple[Tensor]:
+        _, *flat = flatten(call, tensors)
+        if out is None:
+            refuse_forward_mode(call, logits)
+            return (softmax(logits, *flat),)
+        softmax_out(out, None if out is logits else logits.detach(), *flat)
+        return (out,)
+
+    (result,) = ops.run(call, Tensors({"student.input": logits}), fused)
+    return result if out is None or result is out else out.copy_(result)

@@ -198,7 +198,7 @@ def _in_units(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 def own_product(call: Call, weight: Tensor, dtype: torch.dtype) -> Product | None:
     """Return the backend's matrix product for a head in ``dtype``, or None. Only for products that make torch widen the head."""
-    backend = None if call.backend == "reference" else selection.load(call.backend)
+    backend = selection.load(call.backend)
     return backend.product_of(weight, dtype, call.storage(dtype)) if isinstance(backend, OwnProduct) else None
 
 

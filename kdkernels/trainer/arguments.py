@@ -17,7 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..data.forms import Learn, Reasoning
 from ..data.layouts import Columns
 from ..divergences import REGISTRY, parse, spelled
-from ..fused.checks import check_choices
+from ..fused.checks import Options
 from ..sides import check_number
 from .features import FeatureLoss
 
@@ -222,7 +222,7 @@ class DistillationArguments(TrainingArguments):  # type: ignore[misc]
         for name in ("t_squared", "packing", "kd_on_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        check_choices(memory_budget=self.memory_budget)
+        Options(memory_budget=self.memory_budget).check()
         self._check_lengths()
 
     def _check_terms(self) -> None:
