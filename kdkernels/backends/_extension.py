@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from importlib.metadata import distributions
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +18,16 @@ if TYPE_CHECKING:
 INTERFACE = 3
 """Version of the compiled extension's interface. Increment it when the arguments or their meaning change."""
 
+
+def shadowed(package: Path) -> Path | None:
+    """Return the folder of an installed kdkernels that has the compiled extension, if ``package`` is another copy without it.
+
+    Python prefers ``kdkernels/`` in the current folder, such as a clone after ``pip install .``, to the installed package.
+    """
+    folders = (Path(str(found.locate_file("kdkernels"))).resolve() for found in distributions(name="kdkernels"))
+    return next((folder for folder in folders if folder != package and any(folder.glob("_C.*"))), None)
+
+
 _MISSING: str | None = None
 try:
     from .. import _C as _C
@@ -23,6 +36,9 @@ try:
         _MISSING = "the compiled extension kdkernels._C was built from other sources: run pip install again"
 except ImportError as error:
     _MISSING = f"the compiled extension kdkernels._C cannot be imported ({error}): reinstall kdkernels with a C++17 compiler on PATH"
+    if (_installed := shadowed(_package := Path(__file__).resolve().parents[1])) is not None:
+        _MISSING = f"{_package}, without the compiled extension, is imported instead of {_installed}"
+        warnings.warn(f"{_MISSING}: start Python in another folder, or run pip install -e . in this one", stacklevel=2)
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NORMALIZERS = {"softmax": 0, "mean": 1, "none": 2}

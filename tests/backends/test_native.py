@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import divergences
-from kdkernels.backends import cpu
+from kdkernels.backends import _extension, cpu
 from kdkernels.backends.rows import FORWARD, STATE, HeadBatch, RowBatch, Stage
 from kdkernels.fused.call import Call
 from kdkernels.fused.work import Form
@@ -20,6 +21,19 @@ _C = pytest.importorskip("kdkernels._C")
 
 def test_registries_agree() -> None:
     assert _C.divergences() == sorted((cls.id, name, cls.slope_sum) for name, cls in divergences.REGISTRY.items())
+
+
+def test_copy_without_the_extension_names_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone shadows the installed package where Python is started in it."""
+    installed, clone = tmp_path / "site" / "kdkernels", tmp_path / "clone" / "kdkernels"
+    for folder in (installed, clone, tmp_path / "site" / "kdkernels-0.1.0.dist-info"):
+        folder.mkdir(parents=True)
+    (installed.parent / "kdkernels-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kdkernels\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(str(installed.parent))
+    assert _extension.shadowed(clone) != installed
+    (installed / "_C.cpython-311-x86_64-linux-gnu.so").touch()
+    assert _extension.shadowed(clone) == installed
+    assert _extension.shadowed(installed) != installed
 
 
 PARAMETERS = [
