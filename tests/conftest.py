@@ -1,4 +1,4 @@
-"""Fixtures: backends, devices, and poisoned memory that reveals reads of uninitialised values."""
+"""Fixtures: backends, devices, and memory filled with NaN to detect reads of uninitialised values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kdkernels.backends import selection
 from kdkernels.fused import gemm, pages
 
 BACKENDS = ("torch", "native", "triton", "cuda")
-"""Backends that every numeric test runs on where they can. On a CPU, triton means its
-interpreter (TRITON_INTERPRET=1), which is slow: tests with large shapes ask ``interpreted``."""
+"""Backends of the numeric tests, each where it can run. On a CPU, triton runs in its interpreter (TRITON_INTERPRET=1), which is slow:
+tests with large shapes check ``interpreted``."""
 
-# Only what can run here is collected: without a GPU its thousands of variants would all be skipped, one by one.
+# Without a GPU, its thousands of variants are not collected, instead of being skipped one by one.
 HAS_GPU = torch.cuda.is_available()
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)) if HAS_GPU else ("cpu",)
 RUNNABLE = BACKENDS if HAS_GPU else tuple(name for name in BACKENDS if name != "cuda")
@@ -28,7 +28,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
     accelerate()
 
-# Deadlines measure the machine, not the code; derandomised examples make a failure everyone's failure.
+# Deadlines would measure the machine. Derandomised examples make every failure reproducible.
 settings.register_profile("kdkernels", deadline=None, derandomize=True, max_examples=40, print_blob=True)
 settings.load_profile("kdkernels")
 
@@ -37,7 +37,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def require(backend: str, device: str, *dtypes: torch.dtype) -> None:
-    """Skips the test, with the backend's own reason, where it cannot run on logits of such dtypes."""
+    """Skip the test, with the backend's reason, if it cannot run on logits of these dtypes."""
     dtypes = dtypes or (torch.float32,)
     reason = selection.unavailable(backend, device, (dtypes[0], dtypes[-1]))
     if reason is not None:
@@ -58,12 +58,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def leave_lost_gpu() -> None:
-    """After an illegal access nothing that this process asks of the GPU succeeds any more: the test that made it is the last one here."""
+    """End this process if its CUDA context is lost. After an illegal access every later CUDA call fails."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
         if "PYTEST_XDIST_WORKER" in os.environ:
-            os._exit(1)  # another worker takes over, with a context of its own
+            os._exit(1)  # pytest starts another worker, with a new context
         pytest.exit(f"the CUDA context is lost: {error}", returncode=1)
 
 
@@ -75,15 +75,15 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
 
 @pytest.fixture
 def engine_backend(backend: str, device: str) -> str:
-    """Backends for tests of the engine, which do not depend on the kernels; without the slow interpreter."""
+    """Return backends for tests of the engine, which do not need the slow interpreter."""
     if interpreted(backend, device):
-        pytest.skip("about the engine, not the kernel: not in the interpreter")
+        pytest.skip("a test of the engine: not in Triton's slow interpreter")
     return backend
 
 
 @pytest.fixture(params=("reference", *RUNNABLE))
 def any_backend(request: pytest.FixtureRequest, device: str) -> str:
-    """Backends including the reference, for tests of semantics that do not depend on chunks."""
+    """Return backends including the reference, for tests that do not depend on chunks."""
     require(request.param, device)
     return request.param
 
@@ -101,10 +101,8 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised floating-point memory holds NaN, so that an output nobody wrote does not pass as a lucky zero, and so does memory
-    that an earlier call has used."""
+    """Fill uninitialised and recycled floating-point memory with NaN, so that an output that was not written cannot pass as zero."""
     scratch, recycled = pages.scratch, pages.recycled
-    scratch = pages.scratch
     monkeypatch.setattr(pages, "scratch", lambda name, nbytes: scratch(name, nbytes).fill_(255))  # NaN in every format
     monkeypatch.setattr(pages, "recycled", lambda tensor: _nan(recycled(tensor)))
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
@@ -130,7 +128,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out sweeps, the walk with a real model, and without a GPU what needs one, unless -m names them."""
+    """Deselect sweeps, the walk with a real model and, without a GPU, tests that need one, unless ``-m`` names them."""
     for mark in ("sweep", "real", *([] if HAS_GPU else ["gpu"])):
         if mark not in config.option.markexpr:
             config.hook.pytest_deselected(items=[item for item in items if mark in item.keywords])

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import pytest
-from benching import HEADS, LOGITS, made_up_case, made_up_record
+from benching import HEADS, LOGITS, fake_case, fake_record
 from rich.console import Console
 
 from benchmarks import report
@@ -28,7 +28,7 @@ def everywhere(record: dict[str, Any]) -> list[str]:
 
 
 def test_a_sound_run_has_its_figures_in_every_headline() -> None:
-    record = made_up_record(made_up_case(HEADS, floor=[8, 8.1], eager=[20, 20.2], liger_chunked=[15, 15.2], native=[10, 10.1]))
+    record = fake_record(fake_case(HEADS, floor=[8, 8.1], eager=[20, 20.2], liger_chunked=[15, 15.2], native=[10, 10.1]))
     assert headline.warnings(record) == []
     for text in everywhere(record):
         assert "kdkernels native takes 10.1 ms, 1.25 x the matrix products alone (8.05 ms)" in text
@@ -41,7 +41,7 @@ def test_a_sound_run_has_its_figures_in_every_headline() -> None:
     ("load", "cores", "said"), [(8.0, 2, "load 8.0 on 2 cores"), (1.3, 1, "load 1.3 on 1 core"), (65.0, 64, "load 65.0")]
 )
 def test_a_load_above_the_cores_replaces_the_times(load: float, cores: int, said: str) -> None:
-    record = made_up_record(made_up_case(HEADS, floor=[8, 8.1], eager=[20, 20.2], native=[10, 10.1], mib=3), load=load, cores=cores)
+    record = fake_record(fake_case(HEADS, floor=[8, 8.1], eager=[20, 20.2], native=[10, 10.1], mib=3), load=load, cores=cores)
     for text in everywhere(record):
         assert said in text
         assert "not to be relied on" in text
@@ -54,16 +54,16 @@ def test_a_load_above_the_cores_replaces_the_times(load: float, cores: int, said
 
 @pytest.mark.parametrize(("load", "cores"), [(2.0, 2), (0.0, 1), (30.0, 64)])
 def test_load_below_the_core_count_is_not_mentioned(load: float, cores: int) -> None:
-    record = made_up_record(made_up_case(HEADS, floor=[8, 8.1], native=[10, 10.1]), load=load, cores=cores)
+    record = fake_record(fake_case(HEADS, floor=[8, 8.1], native=[10, 10.1]), load=load, cores=cores)
     assert headline.busy(record) == ""
     assert "not to be relied on" not in headline.headline(record)
 
 
 def test_headline_without_heads_uses_logits_and_warns() -> None:
-    case = made_up_case(LOGITS, floor=[1, 1.1], eager=[9, 9.1], native=[3, 3.1])
-    assert "2.90 x one pass over memory alone (1.05 ms)" in headline.headline(made_up_record(case))
-    assert "load 5.0 on 2 cores" in headline.headline(made_up_record(case, load=5.0))
-    assert "load 5.0 on 2 cores" in headline.headline(made_up_record(load=5.0)), "before anything has been measured"
+    case = fake_case(LOGITS, floor=[1, 1.1], eager=[9, 9.1], native=[3, 3.1])
+    assert "2.90 x one pass over memory alone (1.05 ms)" in headline.headline(fake_record(case))
+    assert "load 5.0 on 2 cores" in headline.headline(fake_record(case, load=5.0))
+    assert "load 5.0 on 2 cores" in headline.headline(fake_record(load=5.0)), "before anything has been measured"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_headline_without_heads_uses_logits_and_warns() -> None:
     ids=["a little faster", "a little slower", "by less than a figure shows", "of one sample each"],
 )
 def test_overlapping_spreads_are_not_a_difference(ours: list[float], theirs: list[float]) -> None:
-    record = made_up_record(made_up_case(HEADS, floor=[4, 4, 4], eager=theirs, liger_chunked=theirs, native=ours))
+    record = fake_record(fake_case(HEADS, floor=[4, 4, 4], eager=theirs, liger_chunked=theirs, native=ours))
     for text in everywhere(record):
         assert "no difference from PyTorch eager" in text
         assert "no difference from Liger chunked JSD" in text
@@ -82,7 +82,7 @@ def test_overlapping_spreads_are_not_a_difference(ours: list[float], theirs: lis
 
 
 def test_time_at_the_floor_is_not_a_difference() -> None:
-    record = made_up_record(made_up_case(HEADS, floor=[9.9, 10, 10.4], eager=[20, 20, 20], native=[10, 10.2, 10.6]))
+    record = fake_record(fake_case(HEADS, floor=[9.9, 10, 10.4], eager=[20, 20, 20], native=[10, 10.2, 10.6]))
     assert "no difference from the matrix products alone (10.0 ms)" in headline.headline(record)
     assert headline.warnings(record) == []
 
@@ -90,8 +90,8 @@ def test_time_at_the_floor_is_not_a_difference() -> None:
 @pytest.mark.parametrize("variant", ["native", "eager", "liger_chunked"])
 def test_a_time_below_its_floor_makes_the_measurement_unsound(variant: str) -> None:
     times: dict[str, list[float]] = {"floor": [10, 10.1], "eager": [20, 20.2], "liger_chunked": [15, 15.2], "native": [12, 12.1]}
-    case = made_up_case(HEADS, **{**times, variant: [9, 9.1]})
-    record = made_up_record(case)
+    case = fake_case(HEADS, **{**times, variant: [9, 9.1]})
+    record = fake_record(case)
     assert table.below_floor(case) == [variant]
     for text in everywhere(record):
         assert f"{table.name_of(variant)} takes 9.05 ms, its floor 10.1 ms" in text
@@ -102,17 +102,17 @@ def test_a_time_below_its_floor_makes_the_measurement_unsound(variant: str) -> N
 
 
 def test_times_below_the_floor_of_other_cases_and_curves_are_named() -> None:
-    sound = made_up_case(HEADS, floor=[8, 8.1], eager=[20, 20.2], native=[10, 10.1])
-    point = {**made_up_case(Case(64, 512, 8, 16), floor=[8, 8], native=[7, 7], torch=[6, 6]), "curve": "tokens"}
-    given = made_up_case(LOGITS, floor=[8, 8], native=[7, 7], torch=[6, 6])
-    (warning,) = headline.warnings(made_up_record(sound, point, given))
+    sound = fake_case(HEADS, floor=[8, 8.1], eager=[20, 20.2], native=[10, 10.1])
+    point = {**fake_case(Case(64, 512, 8, 16), floor=[8, 8], native=[7, 7], torch=[6, 6]), "curve": "tokens"}
+    given = fake_case(LOGITS, floor=[8, 8], native=[7, 7], torch=[6, 6])
+    (warning,) = headline.warnings(fake_record(sound, point, given))
     assert warning.count("its floor") == 3
     assert "and 1 more. The measurement is unsound." in warning
-    assert "2.00 times as fast as PyTorch eager" in headline.sentence(made_up_record(sound, point, given))
+    assert "2.00 times as fast as PyTorch eager" in headline.sentence(fake_record(sound, point, given))
 
 
 def test_a_bound_that_computes_less_may_lie_below_the_floor() -> None:
-    assert table.below_floor(made_up_case(HEADS, floor=[8, 8], torch_ce=[5, 5], native=[9, 9])) == []
+    assert table.below_floor(fake_case(HEADS, floor=[8, 8], torch_ce=[5, 5], native=[9, 9])) == []
 
 
 def test_spreads_overlap_where_they_touch() -> None:
@@ -144,7 +144,7 @@ def test_no_cell_is_empty_and_missing_memory_has_a_reason() -> None:
 
 
 def test_cells_without_a_figure_say_so_in_cases_without_a_floor_eager_or_rates() -> None:
-    for case in (made_up_case(HEADS, native=[1, 2]), made_up_case(LOGITS, compile=[1, 2], native=[1, 2], skipped=["eager"])):
+    for case in (fake_case(HEADS, native=[1, 2]), fake_case(LOGITS, compile=[1, 2], native=[1, 2], skipped=["eager"])):
         rows = list(table.rows(case, None))
         assert all(all(row) for row in rows)
         assert {"no floor", "no peer", "no eager"} <= set(rows[-1])
@@ -153,7 +153,7 @@ def test_cells_without_a_figure_say_so_in_cases_without_a_floor_eager_or_rates()
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_a_table_fits_its_terminal_and_keeps_every_digit(width: int) -> None:
-    case = made_up_case(HEADS, floor=[1234.5, 1240], **{"native/bfloat16": [1635.0, 1702.0]}, skipped=["compile"])
+    case = fake_case(HEADS, floor=[1234.5, 1240], **{"native/bfloat16": [1635.0, 1702.0]}, skipped=["compile"])
     console = Console(record=True, width=width, file=io.StringIO())
     console.print(table.rich_table(case, None))
     text = console.export_text()

@@ -1,4 +1,4 @@
-"""``kdkernels train --lora-r``, ``--student ADAPTER`` and ``kdkernels merge``: training, resuming, merging and errors."""
+"""LoRA adapters: ``kdkernels train --lora-r``, ``--student ADAPTER`` and ``kdkernels merge``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 4 steps with a LoRA, a checkpoint at each, and its merged model."""
+    """A run of 4 steps with LoRA, a checkpoint after each, and the merged model."""
     out = tmp_path_factory.mktemp("finished") / "out"
     run_in(home, out, **LORA, merge=True, eval_data=[str(home / HELD_OUT)])
     return out
@@ -54,7 +54,7 @@ def logits(folder: Path) -> torch.Tensor:
         return model(torch.arange(40)[None]).logits
 
 
-def test_the_output_is_an_adapter_that_has_learnt(home: Path, finished: Path) -> None:
+def test_output_is_a_trained_adapter(home: Path, finished: Path) -> None:
     config = json.loads((finished / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(home / "student")
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 4, 0.1)
@@ -77,14 +77,14 @@ def test_resumed_lora_run_gives_the_same_bits(home: Path, finished: Path, tmp_pa
     assert merged[0] == merged[1]
 
 
-def test_another_lora_in_the_same_folder_is_refused(home: Path, finished: Path) -> None:
-    for change, words in (({"lora_r": 3}, "--lora-r (2 then, 3 now)"), ({"use_rslora": True}, "--use-rslora (False then, True now)")):
-        with pytest.raises(ValueError, match=re.escape(words)):
+def test_resume_refuses_another_lora(home: Path, finished: Path) -> None:
+    for change, message in (({"lora_r": 3}, "--lora-r (2 then, 3 now)"), ({"use_rslora": True}, "--use-rslora (False then, True now)")):
+        with pytest.raises(ValueError, match=re.escape(message)):
             run_in(home, finished, **{**LORA, **change})
 
 
 def save_adapter(folder: Path, base: Path, model: Any = None, **options: Any) -> Path:
-    """An adapter with random weights, as if trained on ``base``."""
+    """Save an adapter with random weights that names ``base`` as its base model."""
     torch.manual_seed(3)
     config = AdapterOptions(**{"lora_r": 2, **options}).config()
     config.init_lora_weights = False
@@ -94,10 +94,10 @@ def save_adapter(folder: Path, base: Path, model: Any = None, **options: Any) ->
     return folder
 
 
-@pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_target_modules": ["q_proj,down_proj"]}])
-def test_merged_weights_give_the_outputs_of_the_adapter(home: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
-    adapter, merged = save_adapter(tmp_path / "adapter", home / "student", lora_alpha=16.0, **kind), tmp_path / "merged"
-    for _ in range(2):  # the command may be given again
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_target_modules": ["q_proj,down_proj"]}])
+def test_merged_weights_give_the_outputs_of_the_adapter(home: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    adapter, merged = save_adapter(tmp_path / "adapter", home / "student", lora_alpha=16.0, **options), tmp_path / "merged"
+    for _ in range(2):  # the command can be repeated
         result = invoke("merge", adapter, "--out", merged)
         assert result.exit_code == 0, result.output
     expected = logits(adapter)
@@ -115,8 +115,8 @@ def test_training_continues_an_adapter(home: Path, finished: Path, tmp_path: Pat
     assert adapter_weights(out) != adapter_weights(finished)
 
 
-def test_a_run_knows_the_base_model_of_its_adapter(home: Path, tmp_path: Path) -> None:
-    """Other weights of the base are another student, though the adapter is the same."""
+def test_resume_refuses_another_base_model_of_the_adapter(home: Path, tmp_path: Path) -> None:
+    """Changed weights of the base model make another student."""
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     shutil.copytree(home / "student", base)
     run_in(home, adapter, student=str(base), lora_r=2, max_steps=1)
@@ -128,21 +128,23 @@ def test_a_run_knows_the_base_model_of_its_adapter(home: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("other", "words"),
+    ("model_options", "message"),
     [
         ({"hidden": 12}, "of shape"),
         ({"seed": 5}, "the config or weights there are not those that it was trained on"),
         ({"family": "GPTNeoX"}, "not found in the base model"),
     ],
 )
-def test_an_adapter_for_another_model_is_refused(home: Path, finished: Path, tmp_path: Path, other: dict[str, Any], words: str) -> None:
+def test_adapter_for_another_model_is_refused(
+    home: Path, finished: Path, tmp_path: Path, model_options: dict[str, Any], message: str
+) -> None:
     adapter, base = tmp_path / "adapter", tmp_path / "base"
     shutil.copytree(finished, adapter, ignore=shutil.ignore_patterns("checkpoint-*", ".kdkernels"))
-    make_model(**{"hidden": 8, "layers": 1, "seed": 1, **other}).save_pretrained(base)
+    make_model(**{"hidden": 8, "layers": 1, "seed": 1, **model_options}).save_pretrained(base)
     make_tokenizer().save_pretrained(base)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
-    if "seed" not in other:
+    if "seed" not in model_options:
         (adapter / "base_model.json").unlink()
     for command in (
         ("train", "--student", adapter, "--teacher", home / "teacher", "--data", home / "train.jsonl", "--output-dir", tmp_path / "out"),
@@ -152,25 +154,25 @@ def test_an_adapter_for_another_model_is_refused(home: Path, finished: Path, tmp
         assert result.exit_code == 2, result.output
         assert len(result.output.splitlines()) == 1
         assert f"{adapter}: the adapter is for another model than {base}" in result.output
-        assert words in result.output
+        assert message in result.output
         assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("layers", "words"),
+    ("layers", "message"),
     [((2, 1), "layers.1.self_attn.q_proj.lora_A.weight of shape (2, 8) has no place there"), ((1, 2), "it has no weights for")],
 )
-def test_an_adapter_for_more_or_fewer_layers_is_refused(tmp_path: Path, layers: tuple[int, int], words: str) -> None:
-    """Weights that the base model has no place for are not left out in silence, and none is left as it was drawn."""
+def test_adapter_for_another_number_of_layers_is_refused(tmp_path: Path, layers: tuple[int, int], message: str) -> None:
+    """No weight of the adapter is dropped without an error, and none keeps its random initial value."""
     make_model(8, layers[1], seed=1).save_pretrained(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", make_model(8, layers[0]), lora_target_modules=["q_proj"])
     result = invoke("merge", adapter, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert words in result.output
+    assert message in result.output
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--lora-alpha", "8"], "--lora-alpha without --lora-r"),
         (["--use-dora"], "--use-dora without --lora-r"),
@@ -183,13 +185,13 @@ def test_an_adapter_for_more_or_fewer_layers_is_refused(tmp_path: Path, layers: 
         (["--merge"], "--merge, but no adapter is trained"),
     ],
 )
-def test_invalid_adapter_options(home: Path, tmp_path: Path, options: list[str], words: str) -> None:
+def test_invalid_adapter_options_raise(home: Path, tmp_path: Path, options: list[str], message: str) -> None:
     result = invoke(
         "train", "--student", home / "student", "--teacher", home / "teacher", "--data", home / "train.jsonl", "--output-dir",
         tmp_path / "out", *options,
     )  # fmt: skip
     assert result.exit_code == 2, result.output
-    assert words in result.output
+    assert message in result.output
     assert not (tmp_path / "out").exists()
 
 
@@ -211,34 +213,34 @@ def test_missing_base_model_is_named(home: Path, finished: Path, tmp_path: Path)
     assert f"is an adapter, and its base model can't be loaded: {tmp_path / 'gone'}: no such folder" in result.output
 
 
-def test_an_adapter_teaches(home: Path, finished: Path, tmp_path: Path) -> None:
-    """The teacher is the base with its adapter: against itself the divergence is 0."""
+def test_adapter_is_used_as_teacher(home: Path, finished: Path, tmp_path: Path) -> None:
+    """The same adapter as teacher and student has divergence 0."""
     run_in(home, tmp_path / "out", teacher=[str(finished)], student=str(finished), max_steps=1, eval_data=[str(home / HELD_OUT)])
     assert summary(tmp_path / "out")["before"]["eval_divergence"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_plan_counts_what_is_trained(home: Path) -> None:
+def test_plan_counts_only_trained_parameters(home: Path) -> None:
     result = invoke(
         "train", "--plan", "--student", home / "student", "--teacher", home / "teacher", "--data", home / "train.jsonl", "--output-dir",
         "unwritten", "--lora-r", "2", "--use-cpu",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     model = peft.get_peft_model(make_model(8, 1), peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert f"student: {trained / 1e6:,.3f} M parameters are trained" in result.output
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"student: {count / 1e6:,.3f} M parameters are trained" in result.output
 
 
 class Shapes(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
-    """Notes the shape of every tensor that an operator returns, inside the loss too."""
+    """Record the shape of every tensor that an operator returns, also inside the loss."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
+        self.recorded: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        self.seen |= {tuple(t.shape) for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)}
-        return made
+        result = function(*args, **(kwargs or {}))
+        self.recorded |= {tuple(t.shape) for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)}
+        return result
 
 
 @pytest.fixture
@@ -247,8 +249,8 @@ def make(tmp_path: Path) -> Make:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_frozen_head_has_no_gradient_and_no_logits(make: Make, frozen: bool) -> None:
-    """Neither ``[N, V]`` nor dW ``[V, D]`` is made where the head is frozen; dW is, where it is trained."""
+def test_frozen_head_has_no_gradient_and_no_logits(make: Make, frozen: bool) -> None:
+    """No tensor of shape ``[N, V]`` is made. The head's gradient ``[V, D]`` is made only if the head is trained."""
     student = make_model(16, seed=1)
     if frozen:
         student = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -259,8 +261,10 @@ def test_a_frozen_head_has_no_gradient_and_no_logits(make: Make, frozen: bool) -
     with Shapes() as shapes:
         trainer.compute_loss(trainer.model, batch).backward()
     rows, columns = batch["scored"].numel(), trainer.vocab_size
-    assert not {shape for shape in shapes.seen if shape and shape[-1] in (columns, 192) and math.prod(shape[:-1]) >= rows}
-    made = {shape for shape in shapes.seen if shape in ((192, 16), (columns, 16))} - {tuple(head.shape)} if frozen else shapes.seen
+    assert not {shape for shape in shapes.recorded if shape and shape[-1] in (columns, 192) and math.prod(shape[:-1]) >= rows}
+    weight_shapes = (
+        {shape for shape in shapes.recorded if shape in ((192, 16), (columns, 16))} - {tuple(head.shape)} if frozen else shapes.recorded
+    )
     assert (head.grad is None) == frozen
-    assert frozen or tuple(head.shape) in made
+    assert frozen or tuple(head.shape) in weight_shapes
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trainer.model.parameters())

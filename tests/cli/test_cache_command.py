@@ -1,4 +1,4 @@
-"""``kdkernels cache``: a trainer can read its output, and errors are one line."""
+"""``kdkernels cache``: a trainer reads its output, and errors are one line."""
 
 from __future__ import annotations
 
@@ -40,41 +40,41 @@ def run(*arguments: object) -> str:
 
 
 @pytest.mark.parametrize("kind", ["topk", "sampled", "hidden"])
-def test_the_command_writes_what_a_trainer_reads(tmp_path: Path, folder: Path, text: Any, kind: str) -> None:
+def test_cache_command_writes_what_a_trainer_reads(tmp_path: Path, folder: Path, text: Any, kind: str) -> None:
     data, out = tiny.write(tmp_path / "data.jsonl", tiny.rows(9)), tmp_path / "out"
     command = ["cache", "--teacher", folder, "--data", data, "--kind", kind, "-k", 5, "--out", out, "--batch-size", 3]
-    said = run(*command)
+    output = run(*command)
     tokens = sum(len(e.teacher_scored) for e in load_examples(data, text))
-    each = {"topk": 5 * 6 + 4, "sampled": 5 * 6, "hidden": 32 * 4}[kind]
-    assert f"{kind}: 9 examples, {tokens} tokens of {each} bytes" in said
+    token_bytes = {"topk": 5 * 6 + 4, "sampled": 5 * 6, "hidden": 32 * 4}[kind]
+    assert f"{kind}: 9 examples, {tokens} tokens of {token_bytes} bytes" in output
     before = bytes_of(out)
     run(*command)
     assert bytes_of(out) == before
-    assert str(tmp_path) not in (out / "manifest.json").read_text(), "a cache can be handed on"
+    assert str(tmp_path) not in (out / "manifest.json").read_text(), "a cache names no path of this machine"
     cache = open_cache(out, text, teacher="tiny-teacher")
-    found = cache.targets(view(load_examples(data, text), cache.salt))
-    if isinstance(found, LMHead):
+    targets = cache.targets(view(load_examples(data, text), cache.salt))
+    if isinstance(targets, LMHead):
         truth = LiveTeacher(tiny.model(len(text))).targets(view(load_examples(data, text)[:3]))
-        assert torch.equal(found.hidden[: len(truth.hidden)], truth.hidden)
-        assert torch.equal(found.weight, truth.weight)
+        assert torch.equal(targets.hidden[: len(truth.hidden)], truth.hidden)
+        assert torch.equal(targets.weight, truth.weight)
     else:
-        assert found.ids.shape == (tokens, 5)
+        assert targets.ids.shape == (tokens, 5)
 
 
-def test_text_is_the_teachers_and_can_be_trained_on(tmp_path: Path, folder: Path, text: Any) -> None:
+def test_text_cache_holds_the_teachers_text_and_can_be_trained_on(tmp_path: Path, folder: Path, text: Any) -> None:
     from kdkernels.teachers.local import LocalModel
     from kdkernels.teachers.text import Request
 
     rows = tiny.rows(5)
     data, out = tiny.write(tmp_path / "data.jsonl", rows), tmp_path / "out"
-    said = run("cache", "--teacher", folder, "--data", data, "--kind", "text", "--max-new-tokens", 6, "--batch-size", 2, "--out", out)
-    assert "text: 5 rows" in said
-    made = read_text(out, text)
-    asked = [Request(str(i), row.get("messages") or [{"role": "user", "content": row["prompt"]}], 6) for i, row in enumerate(rows)]
-    replies = LocalModel(folder, batch_size=2).complete(asked, tmp_path / "log")
-    assert [row["response"] for row in made] == [reply.text for reply in replies]
-    assert [row.get("prompt") for row in made] == [row.get("prompt") for row in rows]
-    assert len(load_examples(out, text)) == 5, "the folder is data for training as it is"
+    output = run("cache", "--teacher", folder, "--data", data, "--kind", "text", "--max-new-tokens", 6, "--batch-size", 2, "--out", out)
+    assert "text: 5 rows" in output
+    text_rows = read_text(out, text)
+    requests = [Request(str(i), row.get("messages") or [{"role": "user", "content": row["prompt"]}], 6) for i, row in enumerate(rows)]
+    replies = LocalModel(folder, batch_size=2).complete(requests, tmp_path / "log")
+    assert [row["response"] for row in text_rows] == [reply.text for reply in replies]
+    assert [row.get("prompt") for row in text_rows] == [row.get("prompt") for row in rows]
+    assert len(load_examples(out, text)) == 5, "the folder can be given to --data"
     with pytest.raises(CacheError, match="holds text"):
         open_cache(out)
 
@@ -103,7 +103,7 @@ def test_columns_without_json_types_become_text(tmp_path: Path, folder: Path) ->
         (["--vocab-size", 5000], "--vocab-size 5000"),
     ],
 )
-def test_the_command_refuses_in_one_line(tmp_path: Path, folder: Path, arguments: list[object], message: str) -> None:
+def test_invalid_cache_options_are_one_line(tmp_path: Path, folder: Path, arguments: list[object], message: str) -> None:
     data = tiny.write(tmp_path / "data.jsonl", tiny.rows(3))
     command = ["cache", "--teacher", folder, "--data", data, "--out", tmp_path / "out", *arguments]
     result = runner.invoke(cli.app, [str(a) for a in command])
@@ -130,14 +130,14 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, folder: Path, arguments
 def test_missing_paths_are_named_with_their_option(tmp_path: Path, folder: Path, arguments: list[str], message: str) -> None:
     data, empty = tiny.write(tmp_path / "data.jsonl", tiny.rows(3)), tmp_path / "empty"
     empty.mkdir()
-    given = [{"FOLDER": str(folder), "EMPTY": str(empty)}.get(a, a) for a in arguments]
-    result = runner.invoke(cli.app, [*given, "--data", str(data), "--out", str(tmp_path / "out")])
+    words = [{"FOLDER": str(folder), "EMPTY": str(empty)}.get(a, a) for a in arguments]
+    result = runner.invoke(cli.app, [*words, "--data", str(data), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert message in result.output
 
 
 @pytest.mark.parametrize("kind", ["topk", "hidden"])
-def test_the_measurement_runs(tmp_path: Path, kind: Any) -> None:
-    found = measure(tmp_path, tokens=1000, kind=kind, k=4, length=50)
-    assert found["raw bytes"] == 1000 * (28 if kind == "topk" else 128)
+def test_measurement_of_a_cache_runs(tmp_path: Path, kind: Any) -> None:
+    figures = measure(tmp_path, tokens=1000, kind=kind, k=4, length=50)
+    assert figures["raw bytes"] == 1000 * (28 if kind == "topk" else 128)
     assert not list(tmp_path.iterdir())

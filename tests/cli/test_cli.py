@@ -1,4 +1,4 @@
-"""The ``kdkernels`` command: output and errors."""
+"""The ``kdkernels`` command, ``env``, ``demo`` and ``bench``: output and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kdkernels.cli.demo.settings import DemoError, Settings
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
 
 
-def test_version() -> None:
+def test_version_is_printed() -> None:
     result = runner.invoke(root.app, ["--version"])
     assert (result.exit_code, result.output.strip()) == (0, f"kdkernels {kd.__version__}")
 
@@ -36,10 +36,10 @@ def test_help_lists_the_commands(arguments: list[str]) -> None:
     assert all(word in result.output for word in ("env", "demo", "bench", "--version", "demo --quick"))
 
 
-def test_help_of_demo_teaches() -> None:
+def test_help_of_demo_shows_options_defaults_and_examples() -> None:
     result = runner.invoke(root.app, ["demo", "--help"])
     assert result.exit_code == 0
-    # Every option, the defaults in force, the choices, and examples to copy.
+    # Every option, the defaults, the choices and examples.
     for word in (
         "--data",
         "--out",
@@ -66,25 +66,25 @@ def test_env_prints_versions_backends_devices_and_variables(monkeypatch: pytest.
     assert f"torch            {torch.__version__}" in lines
     assert any(line.startswith("KDKERNELS_CUDA_ARCHS") and line.endswith("80;90a") for line in lines)
     assert "backends on cpu" in lines
-    assert any(line.startswith("cuda ") and "not available: " in line for line in lines), "a reason for every backend that can't run"
+    assert any(line.startswith("cuda ") and "not available: " in line for line in lines), "an unavailable backend has a reason"
     assert any(line.startswith("torch ") and line.endswith("available") for line in lines)
 
 
-def test_env_as_json_says_the_same() -> None:
+def test_env_as_json_has_the_same_content() -> None:
     result = runner.invoke(root.app, ["env", "--json"])
-    found = json.loads(result.output)
-    assert found == json.loads(json.dumps(environment.environment()))
-    assert set(found["backends"]["cpu"]) == {"auto", *selection.NAMES}
-    assert found["backends"]["cpu"]["auto"] == selection.select("auto", "cpu", (torch.float32, torch.float32))
-    assert set(found["environment variables"]) == {"TRITON_INTERPRET", "KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS"}
+    report = json.loads(result.output)
+    assert report == json.loads(json.dumps(environment.environment()))
+    assert set(report["backends"]["cpu"]) == {"auto", *selection.NAMES}
+    assert report["backends"]["cpu"]["auto"] == selection.select("auto", "cpu", (torch.float32, torch.float32))
+    assert set(report["environment variables"]) == {"TRITON_INTERPRET", "KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS"}
 
 
 def test_env_shows_no_paths_or_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "_MISSING", f"cannot load ({Path.home() / 'venv' / '_C.so'}: undefined symbol)")
-    found = environment.environment()
-    assert found["backends"]["cpu"]["native"] == "not available: cannot load (_C.so: undefined symbol)"
-    assert found["compiled extension"] == {"_C": "not there"}
-    text = json.dumps({k: v for k, v in found.items() if k != "platform"})
+    report = environment.environment()
+    assert report["backends"]["cpu"]["native"] == "not available: cannot load (_C.so: undefined symbol)"
+    assert report["compiled extension"] == {"_C": "not there"}
+    text = json.dumps({k: v for k, v in report.items() if k != "platform"})
     assert str(Path.home()) not in text
     assert sys.prefix not in text
     assert getpass.getuser() not in text.replace("torch", "").split()
@@ -110,13 +110,13 @@ def test_env_shows_the_contents_of_the_extension() -> None:
     assert environment.environment()["compiled extension"]["cpu instruction sets"].endswith("baseline")
 
 
-def test_env_knows_cuda_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_names_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 * 2**30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
-    found = environment.environment()
-    assert found["devices"]["cuda:0"] == "NVIDIA H200, compute capability 9.0, 141 GiB"
-    assert set(found["backends"]) == {"cpu", "cuda"}
+    report = environment.environment()
+    assert report["devices"]["cuda:0"] == "NVIDIA H200, compute capability 9.0, 141 GiB"
+    assert set(report["backends"]) == {"cpu", "cuda"}
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,13 +124,13 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.environment()["versions"]["no-such-package"] == "not installed"
 
 
-def test_processor_where_linux_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processor_without_proc_cpuinfo_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda self: False)
     assert cpu_model()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "messages"),
     [
         (["--data", "no/such/folder"], ["--data no/such/folder", "no such file or folder", "leave --data out"]),
         (["--backend", "cudnn"], ["--backend", "'cudnn'", "valid names: auto, cuda, triton"]),
@@ -144,10 +144,10 @@ def test_processor_where_linux_does_not_tell(monkeypatch: pytest.MonkeyPatch) ->
         (["--device", "tpu"], ["--device", "'tpu'", "'cuda'"]),
     ],
 )
-def test_bad_options_are_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_invalid_options_of_demo_raise(tmp_path: Path, arguments: list[str], messages: list[str]) -> None:
     result = runner.invoke(root.app, ["demo", "--quick", "--out", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 2
-    assert all(word in result.output for word in words), result.output
+    assert all(word in result.output for word in messages), result.output
     assert not (tmp_path / "out").exists()
 
 
@@ -196,7 +196,7 @@ def test_cuda_without_a_device_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("raised", "code", "message"), [(KeyboardInterrupt(), 130, "Interrupted."), (DemoError("--data x: bad"), 2, "Error: --data x: bad")]
 )
-def test_exit_codes(monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, message: str) -> None:
+def test_exit_codes_of_interrupts_and_errors(monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, message: str) -> None:
     def fail(*args: object) -> None:
         raise raised
 
@@ -206,12 +206,12 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, raised: BaseException, code
 
 
 def test_options_reach_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[object] = []
-    monkeypatch.setattr(run, "run", lambda *arguments: seen.extend(arguments))
+    arguments_of_run: list[object] = []
+    monkeypatch.setattr(run, "run", lambda *arguments: arguments_of_run.extend(arguments))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     arguments = ["demo", "--data", str(tmp_path), "--steps", "200", "--seed", "5", "--divergence", "jsd", "--temperature", "3"]
     assert runner.invoke(root.app, arguments).exit_code == 0
-    settings, data, out = seen[:3]
+    settings, data, out = arguments_of_run[:3]
     assert settings == Settings().changed(steps=200, seed=5, divergence="jsd", temperature=3.0, device="cuda")
     assert settings.teacher_steps == Settings().teacher_steps * 200 // Settings().steps
     assert (data, out) == (tmp_path, Path("demo-out"))
@@ -220,7 +220,7 @@ def test_options_reach_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 BENCH = ["bench", "--device", "cpu"]
 
 
-def test_help_of_bench_teaches() -> None:
+def test_help_of_bench_shows_options_and_an_example() -> None:
     result = runner.invoke(root.app, ["bench", "--help"])
     assert result.exit_code == 0
     options = ("suite", "shape", "divergence", "dtype", "temperature", "backends", "peers", "device", "out", "budget-minutes", "resume")
@@ -229,7 +229,7 @@ def test_help_of_bench_teaches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "messages"),
     [
         (["--suite", "tiny"], ["--suite", "'tiny'", "smoke"]),
         (["--shape", "8,100,4"], ["N,V,Ds,Dt", "such as 2048,32000,512,1024", "'8,100,4'"]),
@@ -242,15 +242,15 @@ def test_help_of_bench_teaches() -> None:
         (["--resume"], ["--resume:", "holds no results.json"]),
     ],
 )
-def test_bad_options_of_bench_are_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_invalid_options_of_bench_raise(tmp_path: Path, arguments: list[str], messages: list[str]) -> None:
     result = runner.invoke(root.app, [*BENCH, "--out", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 2
-    assert all(word in result.output for word in words), result.output
+    assert all(word in result.output for word in messages), result.output
     assert not (tmp_path / "out").exists()
 
 
 def test_bench_measures_the_requested_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in this process with ``torch.compile`` replaced, because it dominates the time."""
+    """Measure in this process, without ``torch.compile``, which would take most of the time."""
     monkeypatch.setattr(processes, "ask", processes.answer)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     arguments = ["--suite", "smoke", "--shape", "32,256", "--divergence", "jsd", "--backends", "torch", "--peers", "none"]
@@ -269,7 +269,7 @@ def test_bench_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     assert (result.exit_code, result.output) == (2, "Error: --device cuda: torch sees no CUDA device here. Take --device cpu\n")
 
 
-def test_module_in_a_separate_process() -> None:
+def test_command_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "kdkernels.cli", "env", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["versions"]["kdkernels"] == kd.__version__
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""Config files of ``kdkernels train``: ``resolved.yaml`` repeats a run, and errors are one line."""
+"""Config files of ``kdkernels train``: ``resolved.yaml`` repeats a run, and invalid values are one-line errors."""
 
 from __future__ import annotations
 
@@ -75,27 +75,27 @@ def test_resolved_options_repeat_a_lora_run(home: Path, tmp_path: Path) -> None:
     assert one == two
 
 
-@pytest.mark.parametrize("what", ["data", "student"])
-def test_other_content_than_the_record_names_is_an_error(home: Path, finished: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("changed", ["data", "student"])
+def test_changed_content_since_the_record_raises(home: Path, finished: Path, tmp_path: Path, changed: str) -> None:
     options = resolved(finished)
-    if what == "data":
+    if changed == "data":
         options["data"] = [str(write_rows(tmp_path / "rows.jsonl", make_rows(24, seed=7)))]
-        words = "another --data (its content changed)"
+        message = "another --data (its content changed)"
     else:
         shutil.copytree(home / "student", tmp_path / "student")
         options["student"] = str(tmp_path / "student")
         make_model(8, 1, seed=9).save_pretrained(tmp_path / "student")
-        words = "another the --student's weights or config"
-    for more in ([], ["--plan"]):
-        result = train("--config", write(tmp_path / "run.yaml", options), "--output-dir", tmp_path / "out", *more)
+        message = "another the --student's weights or config"
+    for plan in ([], ["--plan"]):
+        result = train("--config", write(tmp_path / "run.yaml", options), "--output-dir", tmp_path / "out", *plan)
         assert result.exit_code == 2, result.output
-        assert words in result.output
+        assert message in result.output
         assert not (tmp_path / "out").exists()
     del options["record"]
     assert train("--config", write(tmp_path / "run.yaml", options), "--output-dir", tmp_path / "out", "--plan").exit_code == 0
 
 
-def test_another_version_than_the_record_names_is_a_warning(finished: Path, tmp_path: Path) -> None:
+def test_changed_version_since_the_record_warns(finished: Path, tmp_path: Path) -> None:
     options = resolved(finished)
     options["record"]["machine"]["version_of_torch"] = "1.0"
     result = train("--config", write(tmp_path / "run.yaml", options), "--output-dir", tmp_path / "out", "--plan")
@@ -104,7 +104,7 @@ def test_another_version_than_the_record_names_is_a_warning(finished: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"learning-rat": 1e-4}, "unknown option 'learning_rat' in the config; nearest: learning_rate"),
         ({"lora-rr": 4}, "unknown option 'lora_rr' in the config; nearest: lora_r"),
@@ -123,22 +123,22 @@ def test_another_version_than_the_record_names_is_a_warning(finished: Path, tmp_
         ({"record": "yes"}, "record in the config: it is the block of a resolved.yaml"),
     ],
 )
-def test_values_of_a_config_that_do_not_fit(home: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+def test_invalid_values_in_a_config_raise(home: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     base = {"student": str(home / "student"), "teacher": str(home / "teacher"), "data": str(home / "train.jsonl"), "output-dir": "unused"}
     result = train("--config", write(tmp_path / "run.yaml", {**base, **options}))
     assert result.exit_code == 2, result.output
     assert len(result.output.splitlines()) == 1
-    assert words in result.output
+    assert message in result.output
 
 
-def test_options_that_are_mappings_in_a_file_repeat_the_run(home: Path, tmp_path: Path) -> None:
+def test_resolved_options_repeat_a_run_with_mappings(home: Path, tmp_path: Path) -> None:
     options = {"divergence": {"name": "jsd", "beta": 0.3}, "feature_layers": [[0, 0]], "feature_weight": 0.5, "max_steps": 1}
     run_in(home, tmp_path / "one", **options)
     assert train("--config", tmp_path / "one" / "resolved.yaml", "--output-dir", tmp_path / "two").exit_code == 0
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
-def test_one_layer_name_of_a_config_is_a_list_of_one_and_a_plain_date_is_text() -> None:
+def test_single_layer_name_and_date_in_a_config_are_converted() -> None:
     from datetime import date
 
     from kdkernels.cli.train.settings import read_settings
@@ -154,34 +154,34 @@ def invoke_init(*words: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("memory", "holds", "lacks"),
+    ("memory", "present", "absent"),
     [
         ("1", {"learning-rate": 5e-5}, {"lora-r", "cache"}),
         (str(80_000 / 2**30), {"lora-r": 16, "student-dtype": "bfloat16", "gradient-checkpointing": True}, {"cache"}),
         (str(20_000 / 2**30), {"lora-r": 16, "cache": "cache"}, {"teacher"}),
     ],
 )
-def test_a_written_config_fits_the_memory_and_is_read(
-    home: Path, tmp_path: Path, memory: str, holds: dict[str, Any], lacks: set[str]
+def test_init_writes_a_config_that_fits_the_memory(
+    home: Path, tmp_path: Path, memory: str, present: dict[str, Any], absent: set[str]
 ) -> None:
     out = tmp_path / "run.yaml"
     paths = ["--student", home / "student", "--teacher", home / "teacher", "--data", home / "train.jsonl", "--out", out]
     result = invoke_init(*paths, "--memory", memory, "--output-dir", tmp_path / "out")
     assert result.exit_code == 0, result.output
     options = yaml.safe_load(out.read_text())
-    assert options.items() >= holds.items()
-    assert not options.keys() & lacks
+    assert options.items() >= present.items()
+    assert not options.keys() & absent
     assert out.read_text().count("#") > 5
     if "teacher" in options:
-        planned = train("--config", out, "--plan", "--use-cpu")
-        assert planned.exit_code == 0, planned.output
-    again = invoke_init(*paths)
-    assert again.exit_code == 2
-    assert "already exists" in again.output
+        plan = train("--config", out, "--plan", "--use-cpu")
+        assert plan.exit_code == 0, plan.output
+    repeated = invoke_init(*paths)
+    assert repeated.exit_code == 2
+    assert "already exists" in repeated.output
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["--student", "./gone"], "--teacher is missing (on a terminal, kdkernels init asks for it)"),
         (["--student", "./gone", "--teacher", "./t", "--data", "d"], "--student ./gone: no such folder"),
@@ -190,19 +190,19 @@ def test_a_written_config_fits_the_memory_and_is_read(
         (["--student", "HOME", "--teacher", "HOME", "--data", "d", "--memory", "1e-6"], "do not fit in 0.0 GiB as bfloat16"),
     ],
 )
-def test_invalid_configs_raise(home: Path, tmp_path: Path, words: list[str], says: str) -> None:
+def test_invalid_options_of_init_raise(home: Path, tmp_path: Path, words: list[str], message: str) -> None:
     words = [str(home / "student") if word == "HOME" else word for word in words]
     result = invoke_init(*(["--out", tmp_path / "run.yaml"] if "--out" not in words else []), *words)
     assert result.exit_code == 2, result.output
-    assert says in result.output
+    assert message in result.output
     assert not (tmp_path / "run.yaml").exists()
 
 
-def test_questions_on_a_terminal_make_the_same_config(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_writes_the_same_config_from_questions(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([home / "student", home / "teacher", home / "train.jsonl"])
     monkeypatch.setattr("kdkernels.cli.init._ask", lambda name, question: str(next(answers)))
-    asked, told = tmp_path / "asked.yaml", tmp_path / "told.yaml"
-    assert invoke_init("--out", asked, "--memory", 1).exit_code == 0
+    from_questions, from_options = tmp_path / "questions.yaml", tmp_path / "options.yaml"
+    assert invoke_init("--out", from_questions, "--memory", 1).exit_code == 0
     paths = ["--student", home / "student", "--teacher", home / "teacher", "--data", home / "train.jsonl"]
-    assert invoke_init("--out", told, "--memory", 1, *paths).exit_code == 0
-    assert asked.read_text() == told.read_text()
+    assert invoke_init("--out", from_options, "--memory", 1, *paths).exit_code == 0
+    assert from_questions.read_text() == from_options.read_text()

@@ -1,4 +1,4 @@
-"""The demo: text, batches, training, loss comparison, and output files."""
+"""``kdkernels demo``: text, batches, training, comparison of losses, and output files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TINY = Settings.quick().changed(
 
 
 def words(count: int, seed: int) -> str:
-    """Text of ``count`` words, about six bytes each, that a BPE finds something in."""
+    """Return a text of ``count`` words of about six bytes, drawn from 200 words, so that a BPE learns merges."""
     generator = random.Random(seed)
     vocabulary = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 8))) for _ in range(200)]
     return "".join(generator.choice(vocabulary) + generator.choice("  \n") for _ in range(count))
@@ -47,7 +47,7 @@ def words(count: int, seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty-four files of about 6 kB each, a few of them in a folder below."""
+    """Twenty-four text files of about 6 kB, some in a subfolder."""
     root = tmp_path_factory.mktemp("text")
     (root / "below").mkdir()
     for i in range(24):
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Text
 
 
-def test_files_are_split_whole(folder: Path) -> None:
+def test_each_file_is_either_training_or_held_out(folder: Path) -> None:
     text = corpus.collect(folder, 10**9, seed=0)
     train_names, held_out_names = {d.name for d in text.train}, {d.name for d in text.held_out}
     assert text.split == "by file"
@@ -69,12 +69,12 @@ def test_files_are_split_whole(folder: Path) -> None:
     assert any(name.startswith("below/") for name in train_names | held_out_names)
 
 
-def test_choice_of_files_depends_on_the_seed_alone(folder: Path) -> None:
+def test_choice_of_files_depends_only_on_the_seed(folder: Path) -> None:
     hashes = [corpus.collect(folder, 120_000, seed).sha256 for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_one_file_is_split_at_its_end(tmp_path: Path) -> None:
+def test_single_file_is_split_near_its_end(tmp_path: Path) -> None:
     file = tmp_path / "book.txt"
     file.write_text(words(20_000, 0))
     text = corpus.collect(file, 10**9, seed=0)
@@ -84,14 +84,14 @@ def test_one_file_is_split_at_its_end(tmp_path: Path) -> None:
     assert len(text.held_out[0].text) == pytest.approx(0.1 * len(file.read_text()), rel=0.05)
 
 
-def test_one_line_without_an_end_is_split_too(tmp_path: Path) -> None:
+def test_single_line_is_split(tmp_path: Path) -> None:
     file = tmp_path / "line.txt"
     file.write_text(words(20_000, 0).replace("\n", " "))
     text = corpus.collect(file, 10**9, seed=0)
     assert text.train[0].text + text.held_out[0].text == file.read_text()
 
 
-def test_what_is_not_text_is_left_out(tmp_path: Path, folder: Path) -> None:
+def test_binary_hidden_empty_and_repeated_files_are_left_out(tmp_path: Path, folder: Path) -> None:
     for i, path in enumerate(sorted(folder.rglob("*.txt"))):
         (tmp_path / f"{i}.txt").write_text(path.read_text())
     expected = {p.name for p in tmp_path.iterdir()}
@@ -104,25 +104,25 @@ def test_what_is_not_text_is_left_out(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "__pycache__" / "module.txt").write_text("cached " * 100)
     text = corpus.collect(tmp_path, 10**9, seed=0)
     names = {d.name for d in (*text.train, *text.held_out)}
-    assert names - {"copy.txt"} in (expected, expected - {"0.txt"})  # of two equal files, whichever comes first
+    assert names - {"copy.txt"} in (expected, expected - {"0.txt"})  # either of two equal files
     assert len(names) == len(expected)
 
 
-def test_a_file_is_cut_to_the_bytes_asked_for(tmp_path: Path) -> None:
+def test_file_is_cut_to_the_number_of_bytes(tmp_path: Path) -> None:
     file = tmp_path / "snow.txt"
-    file.write_text("\N{SNOWMAN}" * 100_000, encoding="utf-8")  # three bytes each, and no line ends
+    file.write_text("\N{SNOWMAN}" * 100_000, encoding="utf-8")  # three bytes each, no line ends
     text = corpus.collect(file, 200_000, seed=0)
     assert text.train[0].text + text.held_out[0].text == "\N{SNOWMAN}" * 66_666
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
-def test_file_names_need_not_be_text(tmp_path: Path, folder: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are not Unicode")
+def test_file_names_that_are_not_utf8_are_read(tmp_path: Path, folder: Path) -> None:
     for path in folder.rglob("*.txt"):
         Path(f"{tmp_path}/\udcff{path.name}").write_text(path.read_text())
     assert len(corpus.collect(tmp_path, 10**9, seed=0).sha256) == 64
 
 
-def test_the_standard_library_is_text_enough() -> None:
+def test_standard_library_is_the_default_text() -> None:
     text = corpus.collect(None, 300_000, seed=0)
     names = [d.name for d in (*text.train, *text.held_out)]
     assert all(name.endswith(".py") for name in names)
@@ -143,32 +143,32 @@ def test_tokens_end_every_file_and_fit_the_vocabulary(folder: Path) -> None:
     for ids, documents in ((tokens.train, text.train), (tokens.held_out, text.held_out)):
         assert ids.dtype == torch.int64
         assert 0 <= ids.min() <= ids.max() < tokens.vocab
-        assert (ids == 0).sum() == len(documents)  # the end of a text, the one special token, comes first
+        assert (ids == 0).sum() == len(documents)  # 0 is the end-of-text token
         assert ids[-1] == 0
 
 
 # Batches and training
 
 
-def test_batches_repeat_under_a_seed() -> None:
+def test_batches_depend_on_seed_and_epoch() -> None:
     stream = torch.arange(1000)
-    first, again, other = (train.Batches(stream, stream, replace(TINY, seed=seed)) for seed in (0, 0, 1))
-    for a, b, c, d in zip(first.training(4, 0), again.training(4, 0), other.training(4, 0), first.training(4, 1), strict=True):
+    first, repeated, reseeded = (train.Batches(stream, stream, replace(TINY, seed=seed)) for seed in (0, 0, 1))
+    for a, b, c, d in zip(first.training(4, 0), repeated.training(4, 0), reseeded.training(4, 0), first.training(4, 1), strict=True):
         assert a.shape == (TINY.batch, TINY.window + 1)
         assert torch.equal(a, b)
         assert not torch.equal(a, c)  # another seed
-        assert not torch.equal(a, d)  # another stream of the same seed
-        assert (a.diff(dim=1) == 1).all()  # neighbours in the text
-    assert torch.equal(first.held_out, other.held_out)
+        assert not torch.equal(a, d)  # another epoch of the same seed
+        assert (a.diff(dim=1) == 1).all()  # consecutive tokens
+    assert torch.equal(first.held_out, reseeded.held_out)
 
 
 @pytest.mark.parametrize(("training", "held_out"), [(16, 1000), (1000, 33)])
-def test_too_few_tokens(training: int, held_out: int) -> None:
+def test_too_few_tokens_raise(training: int, held_out: int) -> None:
     with pytest.raises(DemoError, match=f"{training:,} training and {held_out:,} held-out tokens are too few for windows of 17"):
         train.Batches(torch.zeros(training, dtype=torch.int64), torch.zeros(held_out, dtype=torch.int64), TINY)
 
 
-def test_building_a_model_leaves_the_random_state_alone() -> None:
+def test_building_a_model_keeps_the_random_state() -> None:
     before = torch.get_rng_state()
     models = [
         train.build(TINY.student, 300, TINY),
@@ -180,7 +180,7 @@ def test_building_a_model_leaves_the_random_state_alone() -> None:
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_training_stops_where_the_loss_is_not_finite() -> None:
+def test_training_stops_at_a_loss_that_is_not_finite() -> None:
     model = train.build(TINY.student, 300, TINY)
     stream = torch.arange(300)
     batches = train.Batches(stream, stream, TINY)
@@ -192,7 +192,7 @@ def test_training_stops_where_the_loss_is_not_finite() -> None:
         train.train(model, loss, batches.training(2, 0), batches.held_out, 1e-3, 2, lambda held_out: None)
 
 
-def test_the_fused_kd_loss_is_the_sum_of_its_terms() -> None:
+def test_fused_kd_loss_is_the_sum_of_its_terms() -> None:
     settings = replace(TINY, temperature=2.0, kd_weight=0.7, ce_weight=0.3)
     teacher, student = train.build(settings.teacher, 300, settings), train.build(settings.student, 300, settings)
     teacher.requires_grad_(False)
@@ -228,7 +228,7 @@ def test_fused_and_dense_kd_train_the_same_student() -> None:
     ]
     assert curves[0].train == pytest.approx(curves[1].train, rel=1e-4)
     assert curves[0].held_out == pytest.approx(curves[1].held_out, rel=1e-4)
-    assert abs(curves[0].train[-1] - curves[0].train[0]) > 0.01, "it has moved"
+    assert abs(curves[0].train[-1] - curves[0].train[0]) > 0.01, "the loss changes"
 
 
 def trained(folder: Path, settings: Settings) -> dict[str, Any]:
@@ -240,10 +240,10 @@ def trained(folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def test_the_same_seed_trains_the_same_models(folder: Path) -> None:
-    first, again, other = (trained(folder, replace(TINY, seed=seed)) for seed in (0, 0, 1))
-    assert first == again
+    first, repeated, reseeded = (trained(folder, replace(TINY, seed=seed)) for seed in (0, 0, 1))
+    assert first == repeated
     for name in first["models"]:
-        assert first["models"][name]["final_weights_sha256"] != other["models"][name]["final_weights_sha256"]
+        assert first["models"][name]["final_weights_sha256"] != reseeded["models"][name]["final_weights_sha256"]
 
 
 # Fused against dense
@@ -254,18 +254,18 @@ def job(loss: str, **changes: Any) -> compare.Job:
     return compare.Job(**{"loss": loss, "shape": TINY.loss_shape, **fields, "threads": torch.get_num_threads(), **changes})
 
 
-def test_both_losses_are_the_same_function() -> None:
+def test_fused_and_dense_losses_have_equal_values() -> None:
     fused, dense = compare.run(job("fused", backend="torch")), compare.run(job("dense"))
     assert fused.value == pytest.approx(dense.value, rel=1e-5)
     assert (fused.backend, dense.backend) == ("torch", None)
     assert min(fused.seconds, dense.seconds) > 0
 
 
-def test_a_job_survives_the_way_to_its_process() -> None:
+def test_job_survives_json() -> None:
     assert compare._job(json.loads(json.dumps(asdict(job("fused"))))) == job("fused")
 
 
-def test_a_process_that_fails_is_a_result() -> None:
+def test_failed_process_returns_its_error() -> None:
     assert "backend 'no such backend' is unknown" in str(compare._in_fresh_process(job("fused", backend="no such backend")))
 
 
@@ -283,14 +283,14 @@ def test_process_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, code: int,
     assert compare._in_fresh_process(job("dense")) == error
 
 
-def test_samples_are_summed_up_by_their_medians() -> None:
+def test_samples_are_summarised_by_their_median() -> None:
     samples = [compare.Sample("native", 1.0, s, p) for s, p in ((3.0, 30), (1.0, 10), (2.0, 20))]
     assert compare._summary(samples) == compare.Measurement("native", 1.0, (3.0, 1.0, 2.0), 2.0, 20)
     assert compare._summary([compare.Sample(None, 1.0, 1.0, None)]).peak_bytes is None
     assert compare._summary([*samples, "no memory"]) == compare.Measurement(error="no memory")
 
 
-def test_peak_memory_rises_with_what_is_held() -> None:
+def test_peak_memory_includes_freed_tensors() -> None:
     script = (
         "import torch; from kdkernels.support.memory import peak_bytes; d = torch.device('cpu')\n"
         "before = peak_bytes(d); x = torch.ones(64 * 2**20, dtype=torch.uint8); del x; print(peak_bytes(d) - before)"
@@ -308,12 +308,12 @@ def test_peak_memory_of_other_systems(monkeypatch: pytest.MonkeyPatch, platform:
     assert memory.peak_bytes(torch.device("cpu")) == (None if unit is None else 7 * unit)
 
 
-# All of it
+# The whole demo
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """``kdkernels demo --quick``, once."""
+    """The output of one ``kdkernels demo --quick``."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     result = CliRunner(env={"COLUMNS": "100"}).invoke(cli.app, ["demo", "--quick", "--device", "cpu", "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -335,7 +335,7 @@ def test_quick_trains_two_students_from_the_same_start(quick: SimpleNamespace) -
         curve = model["curve"]
         assert len(curve["train"]) == len(curve["step_seconds"]) == model["steps"] == curve["step"][-1]
         assert len(curve["step"]) == len(curve["held_out"])
-        assert model["held_out_loss"] == curve["held_out"][-1] < curve["held_out"][0] - 0.3, "it has learnt something"
+        assert model["held_out_loss"] == curve["held_out"][-1] < curve["held_out"][0] - 0.3, "the model learns"
     difference = quick.record["student_difference"]
     assert difference["kd_minus_ce"] == pytest.approx(kd["held_out_loss"] - ce["held_out_loss"], abs=1e-4)
 
@@ -349,7 +349,7 @@ def test_quick_compares_the_losses_at_a_large_vocabulary(quick: SimpleNamespace)
     assert 0 < fused["peak_bytes"] < dense["peak_bytes"]
 
 
-def test_quick_prints_what_it_measured(quick: SimpleNamespace) -> None:
+def test_quick_prints_its_measurements(quick: SimpleNamespace) -> None:
     for model in quick.record["models"].values():
         assert f"{model['held_out_loss']:.4f}" in quick.output
     for m in quick.record["loss_comparison"].values():
@@ -359,13 +359,13 @@ def test_quick_prints_what_it_measured(quick: SimpleNamespace) -> None:
     assert "…" not in quick.output, "a column was cut"
 
 
-def test_the_json_holds_what_a_second_run_needs(quick: SimpleNamespace) -> None:
+def test_json_holds_settings_environment_and_text_hash(quick: SimpleNamespace) -> None:
     assert quick.record["settings"] == json.loads(json.dumps(asdict(Settings.quick())))
     assert quick.record["environment"] == json.loads(json.dumps(environment()))
     assert len(quick.record["corpus"]["sha256"]) == 64
 
 
-def test_losses_without_numbers_are_drawn_and_printed(quick: SimpleNamespace) -> None:
+def test_failed_measurements_are_drawn_and_printed(quick: SimpleNamespace) -> None:
     failed, unknown = compare.Measurement(error="out of memory"), compare.Measurement("native", 1.0, (2.0,), 2.0, None)
     record = {**quick.record, "loss_comparison": {"fused": asdict(unknown), "dense": asdict(failed)}}
     assert figures.draw(record).startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""``kdkernels evaluate``, ``sample``, ``chat`` and ``--sample-every``: metrics equal those of a training, and texts are the model's own."""
+"""``kdkernels evaluate``, ``sample``, ``chat`` and ``--sample-every``. Metrics equal those of a training."""
 
 from __future__ import annotations
 
@@ -28,70 +28,70 @@ def rows_of(result: Any) -> list[dict[str, Any]]:
     return json.loads(result.stdout)["rows"]
 
 
-def test_figures_are_those_of_a_training(home: Path, tmp_path: Path) -> None:
-    """Two students, two data sets and a teacher: each figure equals what the trainer reports of it."""
+def test_metrics_equal_those_of_a_training(home: Path, tmp_path: Path) -> None:
+    """Evaluate two students on two data sets. Each metric equals the one that the trainer reports."""
     held_out = home / "held-out.jsonl"
     run_in(home, tmp_path / "out", max_steps=2, divergence="jsd", temperature=2.0, eval_data=[str(held_out)], save_strategy="no")
-    found = rows_of(
+    rows = rows_of(
         invoke(
             "evaluate", "--student", home / "student", "--student", tmp_path / "out", "--teacher", home / "teacher", "--data", held_out,
             "--data", home / "train.jsonl", "--divergence", "jsd", "--temperature", 2, "--device", "cpu", "--json",
         )
     )  # fmt: skip
-    assert [(row["data"], row["student"]) for row in found] == [
+    assert [(row["data"], row["student"]) for row in rows] == [
         (str(data), str(student)) for data in (held_out, home / "train.jsonl") for student in (home / "student", tmp_path / "out")
     ]
-    for row, which in zip(found[:2], ("before", "after"), strict=True):
-        trained = summary(tmp_path / "out")[which]
+    for row, stage in zip(rows[:2], ("before", "after"), strict=True):
+        trained = summary(tmp_path / "out")[stage]
         for name in ("divergence", "cross_entropy", "top1_agreement"):
             assert row[name] == pytest.approx(trained[f"eval_{name}"], rel=1e-5)
         assert row["tokens"] == trained["eval_tokens"]
 
 
 def test_a_table_names_each_student_and_data_set(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(home)  # short names, which the table does not break
+    monkeypatch.chdir(home)  # short names fit in the table's columns
     result = invoke("evaluate", "--student", "student", "--student", "teacher", "--data", "held-out.jsonl", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "cross-entropy" in result.output
-    assert "divergence" not in result.output  # there is no teacher
+    assert "divergence" not in result.output  # no teacher was given
     assert sum("held-out.jsonl" in line for line in result.output.splitlines()) == 2
 
 
-def test_models_that_can_not_be_compared_are_refused(home: Path, tmp_path: Path) -> None:
+def test_incompatible_models_and_options_are_refused(home: Path, tmp_path: Path) -> None:
     from training import WORDS, make_tokenizer
 
     make_model(8, 1, seed=1).save_pretrained(tmp_path / "other")
     make_tokenizer([*WORDS[::-1]]).save_pretrained(tmp_path / "other")
     common = ("evaluate", "--student", home / "student", "--data", home / "held-out.jsonl", "--device", "cpu")
-    for more, words in (
+    for options, message in (
         (("--teacher", tmp_path / "other"), "tokenizer"),
         (("--student", tmp_path / "other"), "tokenizer"),
         (("--teacher", "./gone"), "--teacher ./gone: no such folder"),
         (("--divergence", "kl"), "divergence 'kl' is unknown"),
         (("--max-length", "3"), "held-out.jsonl, row 1"),
     ):
-        result = invoke(*common, *more)
+        result = invoke(*common, *options)
         assert result.exit_code == 2, result.output
-        assert words in result.output
+        assert message in result.output
 
 
-def test_texts_stand_side_by_side(home: Path) -> None:
+def test_sample_shows_texts_of_each_model(home: Path) -> None:
     models = ("--student", home / "student", "--teacher", home / "teacher")
     arguments = ("sample", *models, "--data", home / "held-out.jsonl", "--max-new-tokens", 5, "--rows", 2, "--device", "cpu")
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.output
-    made = json.loads(result.stdout)
+    samples = json.loads(result.stdout)
     rows = [json.loads(line) for line in (home / "held-out.jsonl").read_text().splitlines()[:2]]
-    assert [row["prompt"].strip() for row in made] == [row["prompt"].strip() for row in rows]
-    assert [row["response"].strip() for row in made] == [row["response"].strip() for row in rows]
-    assert [[text["role"] for text in row["texts"]] for row in made] == [["student", "teacher"]] * 2
-    shown = invoke(*arguments)
-    assert shown.exit_code == 0, shown.output
-    assert rows[0]["prompt"].strip() in shown.output
+    assert [row["prompt"].strip() for row in samples] == [row["prompt"].strip() for row in rows]
+    assert [row["response"].strip() for row in samples] == [row["response"].strip() for row in rows]
+    assert [[text["role"] for text in row["texts"]] for row in samples] == [["student", "teacher"]] * 2
+    table = invoke(*arguments)
+    assert table.exit_code == 0, table.output
+    assert rows[0]["prompt"].strip() in table.output
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (("--rows", 0), "--rows 0: it must be an integer >= 1"),
         (("--max-new-tokens", 0), "--max-new-tokens 0: it must be an integer >= 1"),
@@ -99,43 +99,43 @@ def test_texts_stand_side_by_side(home: Path) -> None:
         (("--data", "gone.jsonl"), "gone.jsonl: no such file"),
     ],
 )
-def test_samples_that_can_not_be_drawn(home: Path, options: tuple[Any, ...], words: str) -> None:
+def test_invalid_options_of_sample_raise(home: Path, options: tuple[Any, ...], message: str) -> None:
     result = invoke("sample", "--student", home / "student", "--data", home / "held-out.jsonl", "--device", "cpu", *options)
     assert result.exit_code == 2, result.output
-    assert words in result.output
+    assert message in result.output
 
 
-def test_a_chat_answers_forgets_and_ends(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
+def test_chat_remembers_turns_resets_and_exits(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[list[int]] = []
     from kdkernels.cli import comparison
 
-    def write(model: Any, tokenizer: Any, prompt: list[int], how: Any, streamer: Any) -> str:
-        asked.append(prompt)
-        streamer.on_finalized_text(f"answer {len(asked)}\x1b[2J", stream_end=True)
-        return f"answer {len(asked)}"
+    def write(model: Any, tokenizer: Any, prompt: list[int], sampling: Any, streamer: Any) -> str:
+        prompts.append(prompt)
+        streamer.on_finalized_text(f"answer {len(prompts)}\x1b[2J", stream_end=True)
+        return f"answer {len(prompts)}"
 
     monkeypatch.setattr(comparison, "_write", write)
     result = invoke("chat", "--student", home / "student", "--device", "cpu", input="red cat\nblue\n/reset\nred cat\n/exit\nlost\n")
     assert result.exit_code == 0, result.output
-    assert len(asked) == 3
-    assert asked[2] == asked[0]
-    assert len(asked[1]) > len(asked[0])
+    assert len(prompts) == 3
+    assert prompts[2] == prompts[0]
+    assert len(prompts[1]) > len(prompts[0])
     assert "answer 2\\x1b[2J\n" in result.output
 
 
-def test_a_chat_shows_the_text_that_the_model_writes(home: Path) -> None:
-    """The streamed text equals the result of ``generate`` for the same prompt."""
+def test_chat_text_repeats_with_the_seed(home: Path) -> None:
+    """Two chats with the same seed stream the same text."""
     from kdkernels.cli.comparison import Sampling, chat
 
     parts: list[str] = []
     chat(str(home / "teacher"), "", Sampling(6, temperature=1.0, seed=3, device="cpu"), iter(["red cat"]), parts.append)
-    again: list[str] = []
-    chat(str(home / "teacher"), "", Sampling(6, temperature=1.0, seed=3, device="cpu"), iter(["red cat"]), again.append)
+    repeated: list[str] = []
+    chat(str(home / "teacher"), "", Sampling(6, temperature=1.0, seed=3, device="cpu"), iter(["red cat"]), repeated.append)
     assert "".join(parts).strip()
-    assert parts == again
+    assert parts == repeated
 
 
-def test_samples_of_a_training_are_logged_and_change_nothing(home: Path, tmp_path: Path) -> None:
+def test_samples_during_training_are_logged_and_do_not_change_it(home: Path, tmp_path: Path) -> None:
     held_out = write_rows(tmp_path / "held-out.jsonl", make_rows(5, seed=4))
     common = {"max_steps": 4, "eval_data": [str(held_out)], "save_strategy": "no", "logging_steps": 4}
     run_in(home, tmp_path / "without", **common)
@@ -149,7 +149,7 @@ def test_samples_of_a_training_are_logged_and_change_nothing(home: Path, tmp_pat
     assert [line for line in log(tmp_path / "with") if "samples" not in line] == log(tmp_path / "without")
 
 
-def test_a_task_of_a_local_folder_is_evaluated(home: Path, tmp_path: Path) -> None:
+def test_lm_eval_task_of_a_local_folder_is_evaluated(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     rows = [{"prompt": f"{word} cat", "right": index % 2} for index, word in enumerate(["red", "blue", "green", "one"])]
     data = write_rows(tmp_path / "rows.jsonl", rows)
@@ -173,7 +173,7 @@ def test_tasks_without_lm_eval_name_the_extra(home: Path, monkeypatch: pytest.Mo
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else find(name, *more))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest))
     result = invoke("evaluate", "--student", home / "student", "--tasks", "arc_easy")
     assert result.exit_code == 2
     assert "--tasks needs lm-eval: pip install 'kdkernels[lm-eval]'" in result.output

@@ -1,4 +1,4 @@
-"""Commands never overwrite, rename or delete files that they did not create."""
+"""No command overwrites, renames or deletes a file that it did not create."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ FILES = (
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """Every name below a folder with its type, and its content or target."""
-    found: dict[str, object] = {}
+    """Return every path in a folder with its type, and its content or link target."""
+    entries: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         mode = os.lstat(path).st_mode
         content = os.readlink(path) if stat.S_ISLNK(mode) else path.read_bytes() if stat.S_ISREG(mode) else None
-        found[path.relative_to(folder).as_posix()] = (stat.S_IFMT(mode), content)
-    return found
+        entries[path.relative_to(folder).as_posix()] = (stat.S_IFMT(mode), content)
+    return entries
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and rows for every command."""
+    """A model, and rows that every command accepts."""
     folder = tmp_path_factory.mktemp("home")
     tiny.save(folder / "model")
     tiny.write(folder / "data.jsonl", [{"prompt": f"the quick {i}", "response": "brown fox"} for i in range(3)])
@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
-    """A folder of files of a user's with the names of all outputs, logs, locks and temporary files."""
+    """A user's folder whose files have the names of all outputs, logs, locks and temporary files."""
     folder = tmp_path / "mine"
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 def run(home: Path, out: Path, words: tuple[str, ...]) -> str:
-    """The output of a command that is refused."""
+    """Run a command that must fail. Return its error."""
     names = {"MODEL": str(home / "model"), "DATA": str(home / "data.jsonl"), "OUT": str(out)}
     for name, value in names.items():
         words = tuple(word.replace(name, value) for word in words)
@@ -91,14 +91,14 @@ def run(home: Path, out: Path, words: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_leaves_a_folder_of_the_users_as_it_was(home: Path, hostile: Path, command: str) -> None:
+def test_every_command_leaves_a_users_folder_unchanged(home: Path, hostile: Path, command: str) -> None:
     before = tree(hostile.parent)
     run(home, hostile, COMMANDS[command])
     assert tree(hostile.parent) == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "checkpoint-5/weights.bin", "run.json", "training.png"])
-def test_a_training_is_refused_for_one_file_of_the_users(home: Path, tmp_path: Path, name: str) -> None:
+def test_training_is_refused_if_its_folder_has_a_users_file(home: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_text(TEXT)
     before = tree(tmp_path)
@@ -106,10 +106,10 @@ def test_a_training_is_refused_for_one_file_of_the_users(home: Path, tmp_path: P
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("taken", ["replies.jsonl", "rows.jsonl"])
-def test_a_recipe_is_refused_before_it_asks_for_one_file_of_the_users(home: Path, tmp_path: Path, taken: str) -> None:
+@pytest.mark.parametrize("name", ["replies.jsonl", "rows.jsonl"])
+def test_recipe_is_refused_before_any_request_if_its_folder_has_a_users_file(home: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / taken).write_text('{"key": "a", "text": "rows of the user\'s"}')
+    (tmp_path / "out" / name).write_text('{"key": "a", "text": "rows of the user\'s"}')
     before = tree(tmp_path)
     assert "is not of this command" in run(home, tmp_path / "out", COMMANDS["recipe sequence"])
     assert tree(tmp_path) == before
@@ -122,13 +122,13 @@ def test_generate_does_not_overwrite_the_users_log_file(home: Path, tmp_path: Pa
     assert tree(tmp_path) == before
 
 
-def test_a_refused_command_removes_the_folders_it_created(tmp_path: Path) -> None:
+def test_refused_command_removes_the_folders_that_it_created(tmp_path: Path) -> None:
     with pytest.raises(FileError), Output(tmp_path / "a" / "b", "test") as output:
         raise FileError(output.kind)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_has_one_kind_and_one_process(tmp_path: Path) -> None:
+def test_output_folder_has_one_command_and_one_process(tmp_path: Path) -> None:
     with Output(tmp_path / "out", "recipe sequence") as output:
         output.write_rows("rows.jsonl", [{"a": 1}])
         with pytest.raises(FileError, match="in use by another process"), Output(tmp_path / "out", "recipe sequence"):
@@ -140,7 +140,7 @@ def test_a_folder_has_one_kind_and_one_process(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "rows.jsonl").read_text()) == {"a": 2}
 
 
-def test_changes_of_the_users_to_written_rows_are_kept(tmp_path: Path) -> None:
+def test_edited_rows_are_not_overwritten(tmp_path: Path) -> None:
     with Output(tmp_path, "test") as output:
         rows = output.write_rows("rows.jsonl", [{"a": 1}])
         rows.write_text("edited")
@@ -149,7 +149,7 @@ def test_changes_of_the_users_to_written_rows_are_kept(tmp_path: Path) -> None:
     assert rows.read_text() == "edited"
 
 
-def test_a_marker_of_something_else_is_left(tmp_path: Path) -> None:
+def test_foreign_marker_file_is_kept(tmp_path: Path) -> None:
     for content in (TEXT, "[1]\n", '{"kdkernels": 2}\n', "nul\0\n"):
         (tmp_path / MARKER).write_text(content)
         with pytest.raises(FileError, match="not a marker of kdkernels"), Output(tmp_path, "test"):
@@ -157,7 +157,7 @@ def test_a_marker_of_something_else_is_left(tmp_path: Path) -> None:
         assert (tmp_path / MARKER).read_text() == content
 
 
-def test_a_marker_cut_short_is_mended(tmp_path: Path) -> None:
+def test_truncated_marker_is_repaired(tmp_path: Path) -> None:
     with Output(tmp_path, "test") as output:
         output.write_rows("rows.jsonl", [{"a": 1}])
     marker = (tmp_path / MARKER).read_bytes()
@@ -167,28 +167,28 @@ def test_a_marker_cut_short_is_mended(tmp_path: Path) -> None:
             output.write_rows("rows.jsonl", [{"a": 1}])
 
 
-def made_link(path: Path, target: Path) -> None:
+def symbolic_link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
-def made_dangling(path: Path, target: Path) -> None:
+def dangling_link(path: Path, target: Path) -> None:
     path.symlink_to(target.parent / "nowhere")
 
 
-def made_hard(path: Path, target: Path) -> None:
+def hard_link(path: Path, target: Path) -> None:
     os.link(target, path)
 
 
-def made_pipe(path: Path, target: Path) -> None:
+def pipe(path: Path, target: Path) -> None:
     os.mkfifo(path)
 
 
-def made_folder(path: Path, target: Path) -> None:
+def directory(path: Path, target: Path) -> None:
     path.mkdir()
 
 
 def use(folder: Path, name: str) -> None:
-    """Open a lock, a log or an output of which ``name`` is a file, and write to it."""
+    """Write to the lock, log or output that has a file ``name``."""
     if name == "lock":
         with Lock(folder / name, "it"):
             pass
@@ -200,11 +200,11 @@ def use(folder: Path, name: str) -> None:
             output.write_rows("rows.jsonl", [{"a": 1}])
 
 
-STRANGE = (made_link, made_dangling, made_hard, made_pipe, made_folder)
+OBSTACLES = (symbolic_link, dangling_link, hard_link, pipe, directory)
 
 
-@pytest.mark.parametrize("make", STRANGE)
-def test_locks_logs_markers_and_outputs_follow_no_link(tmp_path: Path, make: Callable[[Path, Path], None]) -> None:
+@pytest.mark.parametrize("make", OBSTACLES)
+def test_locks_logs_markers_and_outputs_are_not_written_through_links(tmp_path: Path, make: Callable[[Path, Path], None]) -> None:
     (tmp_path / "victim").write_text(TEXT)
     for number, name in enumerate(("lock", "log", f".log{MARKER}", f"out/{MARKER}", "out/rows.jsonl")):
         folder = tmp_path / str(number)
@@ -216,8 +216,8 @@ def test_locks_logs_markers_and_outputs_follow_no_link(tmp_path: Path, make: Cal
         assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("make", STRANGE[:4])
-def test_a_name_that_was_made_is_not_followed_once_it_leads_elsewhere(tmp_path: Path, make: Callable[[Path, Path], None]) -> None:
+@pytest.mark.parametrize("make", OBSTACLES[:4])
+def test_log_replaced_by_a_link_is_not_followed(tmp_path: Path, make: Callable[[Path, Path], None]) -> None:
     with Lines(tmp_path / "log") as lines:
         lines.append({"a": 1})
     (tmp_path / "log").unlink()
@@ -229,7 +229,7 @@ def test_a_name_that_was_made_is_not_followed_once_it_leads_elsewhere(tmp_path: 
     assert tree(tmp_path) == before
 
 
-def test_an_output_below_a_link_inside_the_folder_is_refused(tmp_path: Path) -> None:
+def test_output_outside_its_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "plots").symlink_to(tmp_path / "elsewhere")
@@ -239,7 +239,7 @@ def test_an_output_below_a_link_inside_the_folder_is_refused(tmp_path: Path) -> 
     assert tree(tmp_path / "elsewhere") == {}
 
 
-def test_a_folder_that_the_user_reaches_by_a_link_is_written_to(tmp_path: Path) -> None:
+def test_output_folder_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     for _ in range(2):
@@ -248,7 +248,7 @@ def test_a_folder_that_the_user_reaches_by_a_link_is_written_to(tmp_path: Path) 
     assert sorted(tree(tmp_path / "disk")) == [MARKER, "rows.jsonl"]
 
 
-def test_only_temporary_files_of_named_outputs_are_removed(tmp_path: Path) -> None:
+def test_only_the_commands_own_temporary_files_are_removed(tmp_path: Path) -> None:
     with Output(tmp_path, "test") as output:
         output.write_rows("rows.jsonl", [{"a": 1}])
     (tmp_path / ".rows.jsonl.0123456789abcdef.unfinished").write_text("left by a killed process")
@@ -260,34 +260,34 @@ def test_only_temporary_files_of_named_outputs_are_removed(tmp_path: Path) -> No
     assert sum(content == TEXT.encode() for _, content in tree(tmp_path).values()) == 4  # type: ignore[misc]
 
 
-def test_an_input_is_never_the_output(tmp_path: Path) -> None:
+def test_input_is_never_overwritten(tmp_path: Path) -> None:
     with Output(tmp_path, "test") as output:
         path = output.write_rows("rows.jsonl", [{"a": 1}])
         (tmp_path / "other-name").symlink_to(path)
-        for given in (path, tmp_path / "other-name", str(path)):
+        for source in (path, tmp_path / "other-name", str(path)):
             with pytest.raises(FileError, match=r"--data .* is what this command writes"):
-                output.check(["rows.jsonl"], {"--data": given})
+                output.check(["rows.jsonl"], {"--data": source})
         output.check(["rows.jsonl"], {"--data": tmp_path / "data.jsonl", "--pool": None})
 
 
-def test_an_output_is_not_written_into_the_folder_of_its_input(tmp_path: Path) -> None:
+def test_output_is_not_written_into_the_folder_of_its_input(tmp_path: Path) -> None:
     data, link = tmp_path / "data", tmp_path / "link"
     data.mkdir()
     link.symlink_to(data)
     tiny.write(data / "data.jsonl", [{"prompt": "a", "response": "b"}])
     before = tree(tmp_path)
-    for given, out in ((data, data), (link, data), (data, link)):
+    for source, out in ((data, data), (link, data), (data, link)):
         with (
             pytest.raises(FileError, match=r"is in the folder of --data: the next run would read it"),
             Output(out / "rows.jsonl", "test", beside=True) as output,
         ):
-            output.check(["rows.jsonl"], {"--data": given})
+            output.check(["rows.jsonl"], {"--data": source})
         assert tree(tmp_path) == before
     with Output(data / "out", "test") as output:
         output.check(["rows.jsonl"], {"--data": data})
 
 
-def test_full_disk_keeps_only_the_old_file(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
 
     def full(temporary: Path) -> None:
@@ -299,41 +299,41 @@ def test_full_disk_keeps_only_the_old_file(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"rows.jsonl": (stat.S_IFREG, b'{"a": 1}\n')}
 
 
-def test_a_log_without_a_marker_is_known_by_its_lines(tmp_path: Path) -> None:
+def test_log_without_a_marker_is_recognised_by_its_lines(tmp_path: Path) -> None:
     from kdkernels.teachers.replies import ReplyLog
 
     (tmp_path / "log").write_text(json.dumps({"key": "a", "request": HASH, "text": "paid for"}) + "\n")
     with ReplyLog(tmp_path / "log") as log:
-        found = log.find("a", HASH)
-    assert found is not None
-    assert found["text"] == "paid for"
+        entry = log.find("a", HASH)
+    assert entry is not None
+    assert entry["text"] == "paid for"
     (tmp_path / "rows").write_text(json.dumps({"key": "a", "request": "a row of the user's"}) + "\n")
     with pytest.raises(FileError, match="is not of this command"):
         ReplyLog(tmp_path / "rows").__enter__()
 
 
-def test_checkpoints_of_others_stay_beside_a_training(home: Path, tmp_path: Path) -> None:
+def test_training_keeps_checkpoints_of_other_programs(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def trained(steps: int) -> tuple[int, str]:
         words = ("train", "--teacher", "MODEL", "--student", "MODEL", "--data", "DATA", "--output-dir", "OUT", "--save-steps", "1")
         names = {"MODEL": str(home / "model"), "DATA": str(home / "data.jsonl"), "OUT": str(out)}
-        rest = ("--save-total-limit", "1", "--max-steps", str(steps), "--report-to", "none")
-        result = CliRunner().invoke(app, [names.get(word, word) for word in words + rest], catch_exceptions=False)
+        more = ("--save-total-limit", "1", "--max-steps", str(steps), "--report-to", "none")
+        result = CliRunner().invoke(app, [names.get(word, word) for word in words + more], catch_exceptions=False)
         return result.exit_code, result.output
 
-    status, said = trained(1)
-    assert status == 0, said
-    mine = [out / "checkpoint-1-mine" / "weights.bin", out / "checkpoint-old-7" / "trainer_state.json", out / "notes.txt", out / "a.tmp"]
-    for path in mine:
+    status, output = trained(1)
+    assert status == 0, output
+    foreign = [out / "checkpoint-1-mine" / "weights.bin", out / "checkpoint-old-7" / "trainer_state.json", out / "notes.txt", out / "a.tmp"]
+    for path in foreign:
         path.parent.mkdir(exist_ok=True)
         path.write_text(TEXT)
-    status, said = trained(3)
-    assert status == 0, said
-    assert [path.read_text() for path in mine] == [TEXT] * 4
+    status, output = trained(3)
+    assert status == 0, output
+    assert [path.read_text() for path in foreign] == [TEXT] * 4
     assert sorted(path.name for path in out.glob("checkpoint-[0-9]")) == ["checkpoint-3"]
     (out / "checkpoint-5").mkdir()
     before = tree(out)
-    status, said = trained(5)
-    assert (status, "checkpoint-5 is not of this command" in said) == (2, True), said
+    status, output = trained(5)
+    assert (status, "checkpoint-5 is not of this command" in output) == (2, True), output
     assert tree(out) == before

@@ -1,4 +1,4 @@
-"""Quantisation and placement of models in ``kdkernels train``. Missing requirements are reported before a model is loaded."""
+"""Quantised and placed models in ``kdkernels train``. Missing requirements are reported before a model is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HELD_OUT = "held-out.jsonl"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Same as ``make_home``, with models wide enough for groups of 32."""
+    """The folder of ``make_home`` with models wide enough for quantisation in groups of 32."""
     home = make_home(tmp_path_factory.mktemp("home"))
     for name, seed in (("student", 1), ("teacher", 2)):
         make_model(32, 1, seed=seed, initializer_range=0.3, intermediate_size=64).save_pretrained(home / name)
@@ -35,7 +35,7 @@ def train(home: Path, out: Path, *words: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--teacher-quantization", "bnb-4bit"], "--teacher-quantization bnb-4bit needs bitsandbytes: pip install bitsandbytes"),
         (["--teacher-quantization", "int8"], "--teacher-quantization int8 needs torchao: pip install torchao"),
@@ -47,7 +47,7 @@ def train(home: Path, out: Path, *words: Any) -> Any:
     ],
 )
 def test_missing_requirements_are_reported_before_loading(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in ("torchao", "bitsandbytes") else find(name, *more))
@@ -60,7 +60,7 @@ def test_missing_requirements_are_reported_before_loading(
     monkeypatch.setattr(loading, "_load", watched)
     result = train(home, tmp_path / "out", *options)
     assert result.exit_code == 2, result.output
-    assert words in result.output
+    assert message in result.output
     assert len(result.output.splitlines()) == 1
 
 
@@ -73,7 +73,7 @@ def test_bitsandbytes_without_a_gpu_is_refused(home: Path, tmp_path: Path, monke
         check_quantization("--teacher-quantization", "bnb-8bit")
 
 
-def test_options_of_a_teacher_that_does_not_run_are_refused(home: Path, tmp_path: Path) -> None:
+def test_teacher_device_without_a_teacher_is_refused(home: Path, tmp_path: Path) -> None:
     paths = [
         "--student",
         home / "student",
@@ -94,7 +94,7 @@ def test_options_of_a_teacher_that_does_not_run_are_refused(home: Path, tmp_path
 @pytest.mark.parametrize(
     "placed", [{"teacher_device": "cpu"}, {"teacher_device_map": "auto"}, {"teacher_device_map": json.dumps({"": "cpu"})}]
 )
-def test_a_placed_teacher_teaches_the_same(home: Path, tmp_path: Path, placed: dict[str, str]) -> None:
+def test_placement_of_the_teacher_does_not_change_training(home: Path, tmp_path: Path, placed: dict[str, str]) -> None:
     for name, options in (("plain", {}), ("placed", placed)):
         run_in(home, tmp_path / name, **options, max_steps=1, save_strategy="no", eval_data=[str(home / HELD_OUT)])
     assert summary(tmp_path / "placed")["after"] == summary(tmp_path / "plain")["after"]
@@ -110,7 +110,7 @@ def test_quantised_teacher_is_close_to_the_original(home: Path, tmp_path: Path, 
     assert one == pytest.approx(other, rel=0.02 if name == "int8" else 0.2)
 
 
-def test_a_lora_on_a_quantised_student_is_resumed_to_the_same_bits(home: Path, tmp_path: Path) -> None:
+def test_resumed_lora_on_a_quantised_student_gives_the_same_bits(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     options = {"student_quantization": "int8", "lora_r": 2, "max_steps": 3, "eval_data": [str(home / HELD_OUT)]}
     whole = tmp_path / "whole"
@@ -124,7 +124,7 @@ def test_a_lora_on_a_quantised_student_is_resumed_to_the_same_bits(home: Path, t
         run_in(home, whole, **{**options, "student_quantization": None})
 
 
-def test_a_quantised_student_needs_an_adapter(home: Path, tmp_path: Path) -> None:
+def test_quantised_student_needs_an_adapter(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     result = train(home, tmp_path / "out", "--student-quantization", "int8")
     assert result.exit_code == 2

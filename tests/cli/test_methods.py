@@ -1,4 +1,4 @@
-"""docs/methods.md: the commands of each method run, and its tests exist. The examples of docs/recipes.md run as well."""
+"""The commands of docs/methods.md and docs/recipes.md run, and the tests that docs/methods.md names exist."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ EXAMPLES = {
     for name, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", RECIPES, re.MULTILINE | re.DOTALL)
     if (commands := re.findall(r"^kdkernels .*$", text, re.MULTILINE))
 }
-"""The commands of each section: later ones read what earlier ones write."""
+"""Commands of docs/recipes.md by section. Later commands read the output of earlier ones."""
 RUNS = {re.sub(r"\[|\].*", "", row[0]): re.findall(r"`(kdkernels [^`]*)`", row[3]) for row in METHODS}
 SECONDS = 180
-"""Of processor time, for each method."""
+"""Limit of processor time for the commands of one method."""
 
-WANTED = (
+EXPECTED = (
     "Hinton", "Ba and Caruana", "features", "MiniLLM", "GKD", "context distillation", "in-context learning distillation", "MT-CoT",
     "Fine-tune-CoT", "DISCO", "SCOTT", "Socratic CoT", "Distilling Step-by-Step", "Lion", "sequence-level", "text of a server", "white-box",
 )  # fmt: skip
 
 
-def test_every_method_is_there() -> None:
+def test_page_lists_every_method() -> None:
     assert all(len(row) == len(HEADER) and all(row) for row in METHODS)
     assert len(RUNS) == len(METHODS)
     assert all(RUNS.values())
-    assert [name for name in WANTED if not any(name in row[0] for row in METHODS)] == []
+    assert [name for name in EXPECTED if not any(name in row[0] for row in METHODS)] == []
 
 
 @pytest.mark.parametrize("row", METHODS, ids=lambda row: row[0].split(",")[0].strip("["))
-def test_the_named_test_exists(row: list[str]) -> None:
+def test_test_of_the_method_exists(row: list[str]) -> None:
     file, _, name = row[4].strip("`").partition("::")
     (path,) = (ROOT / "tests").rglob(file)
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -60,24 +60,24 @@ def test_the_named_test_exists(row: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", [command for commands in (*RUNS.values(), *EXAMPLES.values()) for command in commands])
-def test_the_command_parses(command: str) -> None:
+def test_documented_command_parses(command: str) -> None:
     program, *arguments = shlex.split(command)
     assert program == "kdkernels"
     group: click.Command = typer.main.get_command(cli.app)
     context = group.make_context(program, list(arguments))
     while isinstance(group, click.Group):
-        name, found, arguments = group.resolve_command(context, [*context._protected_args, *context.args])
-        assert found is not None
-        group, context = found, found.make_context(name, list(arguments), parent=context)
-    if group.name == "train":  # whose further options are those of the trainer's arguments
-        given = {name: context.params[name] for name in ("teacher", "student", "data")}
+        name, subcommand, arguments = group.resolve_command(context, [*context._protected_args, *context.args])
+        assert subcommand is not None
+        group, context = subcommand, subcommand.make_context(name, list(arguments), parent=context)
+    if group.name == "train":  # its other options are fields of DistillationArguments
+        options = {name: context.params[name] for name in ("teacher", "student", "data")}
         steps = ["--output-dir", str(context.params["output_dir"]), "--max-steps", str(context.params["max_steps"])]
-        read_settings({}, given, [*context.args, *steps])
+        read_settings({}, options, [*context.args, *steps])
 
 
 @pytest.fixture
 def tiny_folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working folder, with the models and data of docs/examples/make_tiny.py, made once for all workers."""
+    """Change to a folder with the models and data of docs/examples/make_tiny.py, which one worker makes for all."""
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "methods"
     try:
@@ -91,20 +91,20 @@ def tiny_folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkey
         script = ROOT / "docs" / "examples" / "make_tiny.py"
         try:
             subprocess.run([sys.executable, str(script), "tiny", "--steps", "380", "--rows", "24"], cwd=shared, check=True)
-        finally:  # others must not wait for what failed
+        finally:  # after a failure too, so that other workers do not wait
             (shared / "done").touch()
-    assert (shared / "tiny" / "seeds.jsonl").exists(), "tiny models are not made"
+    assert (shared / "tiny" / "seeds.jsonl").exists(), "make_tiny.py failed in another worker"
     (tmp_path / "tiny").symlink_to(shared / "tiny")
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second core, and wait for it where it is busy
+    torch.set_num_threads(1)  # small matrices gain nothing from a second core
     yield tmp_path
     torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("commands", [*RUNS.values(), *EXAMPLES.values()], ids=[*RUNS, *(f"recipes.md, {name}" for name in EXAMPLES)])
-def test_the_commands_run(commands: list[str], tiny_folder: Path) -> None:
+def test_documented_commands_run(commands: list[str], tiny_folder: Path) -> None:
     started = time.process_time()
     for command in commands:
         result = CliRunner().invoke(cli.app, shlex.split(command)[1:], catch_exceptions=False)

@@ -1,4 +1,4 @@
-"""``--push-to-hub`` against a stub of the hub: pushed files, the card, and files that stay local."""
+"""``--push-to-hub`` with a stub of the hub: which files are pushed, and the model card."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def test_the_finished_model_is_pushed_with_a_card(home: Path, tmp_path: Path) ->
     assert "pushed: " in printed
 
 
-def test_an_adapter_of_a_finished_run_is_pushed_afterwards(home: Path, tmp_path: Path) -> None:
+def test_adapter_of_a_finished_run_is_pushed_later(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_in(home, out, max_steps=1, lora_r=2)
     with hub.taking() as server:
-        printed = run_in(home, out, max_steps=1, lora_r=2, push_to_hub=True, hub_model_id="named", hub_token=TOKEN)
+        printed = run_in(home, out, max_steps=1, lora_r=2, push_to_hub=True, hub_model_id="adapter", hub_token=TOKEN)
     assert "This run is finished" in printed
-    pushed = server.pushed["me/named"]
+    pushed = server.pushed["me/adapter"]
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= pushed.keys()
     card = ModelCard(pushed["README.md"].decode())
     assert card.data.to_dict()["library_name"] == "peft"
     assert "LoRA, r = 2" in card.text
 
 
-def test_a_card_of_the_users_stays(home: Path, tmp_path: Path) -> None:
+def test_existing_readme_is_pushed_unchanged(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("mine\n")
@@ -63,7 +63,7 @@ def test_a_card_of_the_users_stays(home: Path, tmp_path: Path) -> None:
     assert server.pushed["me/out"]["README.md"] == b"mine\n"
 
 
-def test_a_hub_that_refuses_ends_the_run_before_it_begins(home: Path, tmp_path: Path) -> None:
+def test_refusal_by_the_hub_ends_the_run_before_training(home: Path, tmp_path: Path) -> None:
     with hub.taking(), pytest.raises(ValueError, match=r"--push-to-hub: refused can't be made on the hub: .*hf auth login"):
         run_in(home, tmp_path / "out", push_to_hub=True, hub_model_id="refused", hub_token=TOKEN)
     assert not (tmp_path / "out" / "run.json").exists()

@@ -1,4 +1,4 @@
-"""Start-up: ``--help``, errors and completion do not import torch, and a loss imports little besides torch."""
+"""Imports at start-up: ``--help``, errors and completion import no torch, and a loss imports little besides torch."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def start() -> dict[str, Any]:
 
 
 def test_help_version_errors_and_completion_import_no_large_package(start: dict[str, Any]) -> None:
-    assert not {words: found for words, found in start["imported"].items() if found}
+    assert not {words: modules for words, modules in start["imported"].items() if modules}
 
 
-def test_every_command_has_a_help_and_a_status(start: dict[str, Any]) -> None:
+def test_every_command_has_help_and_an_exit_status(start: dict[str, Any]) -> None:
     statuses = start["statuses"]
     assert {"demo --help", "train --help", "recipe lion --help", "env --nothing"} <= statuses.keys()
     for words, (status, output) in statuses.items():
-        good = words in ("--version", COMPLETED) or words.endswith("--help")
-        assert status == (0 if good else 2), f"{words}: {output}"
-        assert good or output.startswith("Error: "), f"{words}: {output}"
+        succeeds = words in ("--version", COMPLETED) or words.endswith("--help")
+        assert status == (0 if succeeds else 2), f"{words}: {output}"
+        assert succeeds or output.startswith("Error: "), f"{words}: {output}"
     assert statuses[COMPLETED][1].strip() == "socratic"
     assert statuses["train"][1].startswith("Error: --student is missing")
 
@@ -58,7 +58,7 @@ def test_public_names_are_the_same_for_type_checkers() -> None:
     assert all(getattr(kd, name) is value for name, value in names.items())
 
 
-def test_lazy_names_behave_like_any_others() -> None:
+def test_lazy_names_behave_like_ordinary_ones() -> None:
     scope: dict[str, Any] = {}
     exec("from kdkernels import *", scope)
     assert scope.keys() - {"__builtins__"} == set(kd.__all__)

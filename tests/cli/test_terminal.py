@@ -1,4 +1,4 @@
-"""Text from data, servers and paths on the terminal, and one-line errors."""
+"""Text of data, servers and paths is escaped on the terminal. Errors are one line. A model's code never runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ESCAPE = "\x1b]0;title\x07\x1b[2J\x9b1m\u202e"
 runner = CliRunner()
 
 
-def test_text_is_neither_markup_nor_an_emoji_nor_a_control_sequence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_emoji_and_control_sequences_in_text_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.table import Table
 
     table = Table("[b]name")
@@ -34,22 +34,22 @@ def test_text_is_neither_markup_nor_an_emoji_nor_a_control_sequence(capsys: pyte
     terminal.console(soft_wrap=True).print(f"out[bf16]/[/x] :smile: {ESCAPE}\nnext")
     terminal.console().print(table)
     terminal.say(f"[bold]{ESCAPE}")
-    said = capsys.readouterr().out
-    assert "out[bf16]/[/x] :smile: \\x1b]0;title\\x07\\x1b[2J\\x9b1m\\u202e\nnext" in said
-    assert not set(said) & set("\x1b\x07\x9b\u202e")
-    assert "[b]name" in said
-    assert "[bold]" in said
+    output = capsys.readouterr().out
+    assert "out[bf16]/[/x] :smile: \\x1b]0;title\\x07\\x1b[2J\\x9b1m\\u202e\nnext" in output
+    assert not set(output) & set("\x1b\x07\x9b\u202e")
+    assert "[b]name" in output
+    assert "[bold]" in output
 
 
-def test_a_bar_shows_its_unit_as_it_is() -> None:
+def test_progress_bar_escapes_its_unit() -> None:
     from rich.console import Console
 
-    said = io.StringIO()
-    with terminal.progress(Console(file=said, width=200), f"replies in [/x]{ESCAPE}") as bar:
+    output = io.StringIO()
+    with terminal.progress(Console(file=output, width=200), f"replies in [/x]{ESCAPE}") as bar:
         bar.start(1)
         bar.advance(1)
-    assert "replies in [/x]\\x1b]0;" in said.getvalue()
-    assert ESCAPE not in said.getvalue()
+    assert "replies in [/x]\\x1b]0;" in output.getvalue()
+    assert ESCAPE not in output.getvalue()
 
 
 class Template(Exception):
@@ -57,7 +57,7 @@ class Template(Exception):
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         (ValueError("two\nlines"), "two lines"),
         (UserError(f"a row {ESCAPE}"), "a row \\x1b]0;"),
@@ -72,17 +72,17 @@ class Template(Exception):
         (Template("roles must alternate"), "roles must alternate"),
     ],
 )
-def test_errors_of_users_are_one_line(capsys: pytest.CaptureFixture[str], error: Exception, says: str | None) -> None:
-    with pytest.raises(typer.Exit) as ended, terminal.failing():
+def test_errors_of_users_are_one_line(capsys: pytest.CaptureFixture[str], error: Exception, message: str | None) -> None:
+    with pytest.raises(typer.Exit) as exit_, terminal.failing():
         raise error
-    assert ended.value.exit_code == 2
+    assert exit_.value.exit_code == 2
     line = capsys.readouterr().err
     assert line.startswith("Error: ")
     assert line.count("\n") == 1
-    assert (says or "the disk is full") in line
+    assert (message or "the disk is full") in line
 
 
-def test_a_fault_of_the_package_keeps_its_traceback() -> None:
+def test_bug_of_the_package_keeps_its_traceback() -> None:
     with pytest.raises(KeyError), terminal.failing():
         raise KeyError("a bug")
 
@@ -110,11 +110,11 @@ def test_output_to_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, caps
         with pytest.raises(typer.Exit), terminal.failing():
             terminal.console().print("text")
         full.write("more")
-        full.flush()  # it leads nowhere now, so that Python's own flush at the end does not fail
+        full.flush()  # stdout now discards writes, so that Python's flush at exit does not fail
     assert "No space left on device" in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_closed_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", encoding="utf-8") as pipe:
@@ -132,7 +132,7 @@ def test_logs_and_reports_hold_no_control_characters() -> None:
     assert page._text(f"<b>{ESCAPE}") == "&lt;b&gt;\\x1b]0;title\\x07\\x1b[2J\\x9b1m\\u202e"
 
 
-def test_code_of_a_model_folder_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_model_folder_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     names = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
@@ -150,11 +150,11 @@ def calls_of(tree: ast.AST, names: tuple[str, ...]) -> list[ast.Call]:
 
 
 def test_every_model_is_loaded_without_its_code() -> None:
-    found: list[Any] = []
+    arguments: list[Any] = []
     for path in Path(kdkernels.__file__).parent.rglob("*.py"):
         for call in calls_of(ast.parse(path.read_text(encoding="utf-8")), ("from_pretrained", "from_config")):
             values = {word.arg: word.value for word in call.keywords}
-            found.append(values.get("trust_remote_code"))
-            assert isinstance(found[-1], ast.Constant), f"{path}, line {call.lineno}"
-            assert found[-1].value is False, f"{path}, line {call.lineno}"
-    assert found
+            arguments.append(values.get("trust_remote_code"))
+            assert isinstance(arguments[-1], ast.Constant), f"{path}, line {call.lineno}"
+            assert arguments[-1].value is False, f"{path}, line {call.lineno}"
+    assert arguments

@@ -1,4 +1,4 @@
-"""``kdkernels train``, from two saved models and a JSONL file to a correct summary, with any interruption."""
+"""``kdkernels train`` from two saved models and a JSONL file: summaries, interruptions, configs, caches and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and rows, as a user has them."""
+    """A folder with models, training rows and held-out rows."""
     folder = tmp_path_factory.mktemp("home")
     tokenizer = make_tokenizer()
     for name, hidden, seed in (("student", 16, 1), ("teacher", 24, 2), ("teacher2", 24, 3)):
@@ -67,7 +67,7 @@ def train(*arguments: str) -> Any:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    threads = str(torch.get_num_threads())  # of this process, where the runs to compare with are: another number rounds differently
+    threads = str(torch.get_num_threads())  # as in this process: another number of threads rounds differently
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
         [sys.executable, "-m", "kdkernels.cli", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -80,11 +80,11 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    raise AssertionError(f"{path} did not come")
+    raise AssertionError(f"{path} was not written within 60 s")
 
 
 def held_out_loss(home: Path, model: Path) -> float:
-    """The dense formula over the held-out rows, each alone."""
+    """Return the loss over the held-out rows by the dense formula, one row at a time."""
     import kdkernels as kd
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(path).double() for path in (model, home / "teacher"))
@@ -107,7 +107,7 @@ def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return out, result.output
 
 
-def test_the_summary_is_true(home: Path, finished: tuple[Path, str]) -> None:
+def test_summary_reports_the_losses_of_the_models(home: Path, finished: tuple[Path, str]) -> None:
     out, output = finished
     summary = json.loads((out / "summary.json").read_text())
     before, after = held_out_loss(home, home / "student"), held_out_loss(home, out)
@@ -120,56 +120,56 @@ def test_the_summary_is_true(home: Path, finished: tuple[Path, str]) -> None:
     assert Path(summary["checkpoint"]) == out / "checkpoint-42"
     assert held_out_loss(home, Path(summary["checkpoint"])) == after
     assert Path(summary["figure"]).read_bytes().startswith(b"\x89PNG")
-    assert len(output.splitlines()) < 20  # quiet: a line for each of 4 logs, and one before the training
+    assert len(output.splitlines()) < 20  # short output: one line before training, one for each of 4 logs
 
 
-def test_a_finished_run_is_not_run_again(home: Path, finished: tuple[Path, str]) -> None:
+def test_finished_run_is_not_repeated(home: Path, finished: tuple[Path, str]) -> None:
     out, output = finished
     modified = (out / "model.safetensors").stat().st_mtime_ns
-    again = train(*options(home, out))
-    assert again.exit_code == 0
-    assert "This run is finished" in again.output
-    assert output[output.index("Trained 42 steps.") :] in again.output
+    repeated = train(*options(home, out))
+    assert repeated.exit_code == 0
+    assert "This run is finished" in repeated.output
+    assert output[output.index("Trained 42 steps.") :] in repeated.output
     assert (out / "model.safetensors").stat().st_mtime_ns == modified
 
 
 def test_resumed_run_gives_the_same_model(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(*options(home, out))
-    wait_for(out / "checkpoint-16", process)  # then the one before is whole
+    wait_for(out / "checkpoint-16", process)  # the previous one is complete now
     process.kill()
     process.communicate()
     assert not (out / "checkpoint-42" / "trainer_state.json").exists()
     with (out / ".kdkernels").open("a") as marker:
         marker.write('{"made":"checkpoint-99"}\n')
-    (out / "checkpoint-99").mkdir()  # one that was being written
+    (out / "checkpoint-99").mkdir()  # an incomplete checkpoint
     (out / "checkpoint-99" / "trainer_state.json").write_text('{"global_st')
     result = train(*options(home, out))
     assert result.exit_code == 0, result.output
     assert "Resuming at checkpoint-" in result.output
     assert not (out / "checkpoint-99").exists()
-    expected, found = (load_file(folder / "model.safetensors") for folder in (finished[0], out))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = (load_file(folder / "model.safetensors") for folder in (finished[0], out))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished[0], out)]
     assert summaries[0]["before"] == summaries[1]["before"]
     assert summaries[0]["after"] == summaries[1]["after"]
 
 
-def test_a_run_killed_at_its_end_is_finished_without_another_step(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_run_killed_after_its_last_step_is_completed(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     (out / "summary.json").unlink()
     (out / "model.safetensors").write_bytes(b"half")
     result = train(*options(home, out))
     assert result.exit_code == 0, result.output
-    expected, found = (load_file(folder / "model.safetensors") for folder in (finished[0], out))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = (load_file(folder / "model.safetensors") for folder in (finished[0], out))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished[0], out)]
     assert summaries[0]["after"] == summaries[1]["after"]
     assert summaries[1]["steps"] == 42
 
 
-def test_more_steps_train_on(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_finished_run_continues_with_more_steps(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     result = train(*options(home, out, steps=45))
@@ -192,12 +192,12 @@ def test_an_interrupted_run_saves_a_checkpoint(home: Path, tmp_path: Path) -> No
     assert not (out / "summary.json").exists()
 
 
-def test_ctrl_c_stops_after_a_step_and_a_second_one_at_once() -> None:
+def test_first_ctrl_c_stops_after_the_step_and_the_second_at_once() -> None:
     control = SimpleNamespace(should_save=False, should_training_stop=False)
-    before = signal.getsignal(signal.SIGINT)  # ignored, where a shell started the tests in the background
+    before = signal.getsignal(signal.SIGINT)  # SIG_IGN if a shell started the tests in the background
     with Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
-        assert not interrupt.stopped, "after the last step nothing is interrupted"
+        assert not interrupt.stopped, "the run stops only at the end of a step"
         interrupt.on_step_end(SimpleNamespace(world_size=1), None, control)
         assert interrupt.stopped
         assert control.should_save
@@ -214,7 +214,7 @@ def test_ctrl_c_stops_after_a_step_and_a_second_one_at_once() -> None:
         ("run.json", '{"max-steps": 1, "max_steps": 5}'), ("run.json", '{"max_steps": 1, "max_steps": 5}'),
     ],
 )  # fmt: skip
-def test_an_option_twice_in_a_config_is_refused(tmp_path: Path, name: str, text: str) -> None:
+def test_repeated_option_in_a_config_raises(tmp_path: Path, name: str, text: str) -> None:
     from kdkernels.cli.train.settings import TrainError, read_config
 
     (tmp_path / name).write_text(text)
@@ -222,7 +222,7 @@ def test_an_option_twice_in_a_config_is_refused(tmp_path: Path, name: str, text:
         read_config(tmp_path / name)
 
 
-def test_a_config_is_overridden_by_options(home: Path, tmp_path: Path) -> None:
+def test_options_override_a_config(home: Path, tmp_path: Path) -> None:
     config = {
         "teacher": [str(home / "teacher"), str(home / "teacher2")], "student": str(home / "student"), "data": str(home / "train.jsonl"),
         "output-dir": str(tmp_path / "out"), "max_steps": 50, "learning-rate": "1e-3", "divergence": {"name": "jsd", "beta": 0.3},
@@ -272,19 +272,19 @@ def test_numbers_and_paths_reach_the_arguments_exactly(monkeypatch: pytest.Monke
     assert (args.seed, args.logging_steps, args.bf16) == (1234567890, 7654321, False)
 
 
-def test_a_student_saved_in_bfloat16_learns_in_float32(home: Path, tmp_path: Path) -> None:
-    given = AutoModelForCausalLM.from_pretrained(home / "student", dtype=torch.bfloat16)
-    for part in (given, make_tokenizer()):
+def test_student_saved_in_bfloat16_is_trained_in_float32(home: Path, tmp_path: Path) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(home / "student", dtype=torch.bfloat16)
+    for part in (saved, make_tokenizer()):
         part.save_pretrained(tmp_path / "student")
-    more = ["--student", str(tmp_path / "student"), "--learning-rate", "1e-5"]
-    result = train(*options(home, tmp_path / "out", *more, steps=2))
+    student_options = ["--student", str(tmp_path / "student"), "--learning-rate", "1e-5"]
+    result = train(*options(home, tmp_path / "out", *student_options, steps=2))
     assert result.exit_code == 0, result.output
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    moved = sum((p != q.float()).sum().item() for p, q in zip(trained.parameters(), given.parameters(), strict=True))
-    assert moved > 0.5 * given.num_parameters()
+    changed = sum((p != q.float()).sum().item() for p, q in zip(trained.parameters(), saved.parameters(), strict=True))
+    assert changed > 0.5 * saved.num_parameters()
 
 
-def test_a_plan_trains_and_writes_nothing(home: Path, tmp_path: Path) -> None:
+def test_plan_trains_and_writes_nothing(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = train(*options(home, out, "--plan", "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2", steps=30))
     assert result.exit_code == 0, result.output
@@ -293,20 +293,20 @@ def test_a_plan_trains_and_writes_nothing(home: Path, tmp_path: Path) -> None:
     assert "steps: 30 of 8 rows each, 3.75 epochs" in result.output
     assert str(home / "teacher") in result.output
     assert "MiB of buffers, where dense logits take" in result.output
-    every = train(*options(home, out, "--plan", "--kd-on-prompt", "--student-dtype", "bfloat16"))
+    on_prompt = train(*options(home, out, "--plan", "--kd-on-prompt", "--student-dtype", "bfloat16"))
     rows = load_examples(home / "train.jsonl", make_tokenizer())
-    assert f"{sum(len(e.student_ids) - 1 for e in rows):,} of them scored" in every.output
-    assert "GiB in bfloat16, 192 columns" in every.output
+    assert f"{sum(len(e.student_ids) - 1 for e in rows):,} of them scored" in on_prompt.output
+    assert "GiB in bfloat16, 192 columns" in on_prompt.output
 
 
-def test_repeated_data_options_add_up(home: Path, tmp_path: Path) -> None:
-    twice = "--data", str(home / "held-out.jsonl")
-    result = train(*options(home, tmp_path / "out", *twice, "--plan"))
+def test_repeated_data_options_are_added(home: Path, tmp_path: Path) -> None:
+    more = "--data", str(home / "held-out.jsonl")
+    result = train(*options(home, tmp_path / "out", *more, "--plan"))
     assert "data: 73 examples in 73 rows" in result.output
-    lines = {"student": "x", "teacher": "y", "output_dir": str(tmp_path / "out")}
-    of_file = read_settings({**lines, "data": ["a.jsonl", "b.jsonl"], "eval_data": "c.jsonl"}, {}, [])
-    assert (of_file.data, of_file.eval_data) == (["a.jsonl", "b.jsonl"], ["c.jsonl"])
-    assert read_settings({**lines, "data": "a.jsonl"}, {"data": ["b.jsonl"]}, []).data == ["b.jsonl"]  # options win
+    paths = {"student": "x", "teacher": "y", "output_dir": str(tmp_path / "out")}
+    settings = read_settings({**paths, "data": ["a.jsonl", "b.jsonl"], "eval_data": "c.jsonl"}, {}, [])
+    assert (settings.data, settings.eval_data) == (["a.jsonl", "b.jsonl"], ["c.jsonl"])
+    assert read_settings({**paths, "data": "a.jsonl"}, {"data": ["b.jsonl"]}, []).data == ["b.jsonl"]  # options override the config
 
 
 def test_plan_reports_reasoning_and_cut_rows(home: Path, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_plan_reports_reasoning_and_cut_rows(home: Path, tmp_path: Path) -> None
     )
 
 
-def test_changed_file_makes_another_run(tmp_path: Path) -> None:
+def test_data_content_depends_on_every_file_and_its_order(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     for number, file in enumerate(files):
         tiny.write(Path(file), tiny.rows(2, seed=number))
@@ -348,14 +348,14 @@ def test_changed_file_makes_another_run(tmp_path: Path) -> None:
         (["--on-policy-fraction", "2"], "on_policy_fraction is a share"),
     ],
 )
-def test_what_can_not_be_trained_with(home: Path, tmp_path: Path, more: list[str], message: str) -> None:
+def test_invalid_options_of_train_raise(home: Path, tmp_path: Path, more: list[str], message: str) -> None:
     result = train(*options(home, tmp_path / "out", *more))
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-def test_configs_that_can_not_be_read(tmp_path: Path) -> None:
+def test_unreadable_configs_raise(tmp_path: Path) -> None:
     for name, text, message in (
         ("a.yaml", "student: [", "can't be read"), ("b.json", "[1]", "a mapping of options is needed"),
         ("c.toml", "", "unknown file extension"),
@@ -375,7 +375,7 @@ def test_configs_that_can_not_be_read(tmp_path: Path) -> None:
         assert message in result.output, result.output
 
 
-def test_another_run_in_the_same_folder_is_refused(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_train_refuses_the_folder_of_another_run(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = finished
     result = train(*options(home, out, "--temperature", "3"))
     assert result.exit_code == 2
@@ -385,34 +385,36 @@ def test_another_run_in_the_same_folder_is_refused(home: Path, finished: tuple[P
     assert "another --data (its content changed)" in train(*options(home, out, "--data", str(data))).output
     record = json.loads((out / "run.json").read_text())
     record["settings"]["processes"] = 2
-    begun = shutil.copytree(out / "checkpoint-8", tmp_path / "begun" / "checkpoint-8").parent
-    (begun / "run.json").write_text(json.dumps(record))
-    shutil.copy(out / ".kdkernels", begun)
-    assert "another number of processes (2 then, 1 now)" in " ".join(train(*options(home, begun)).output.split())
-    assert (begun / "checkpoint-8" / "model.safetensors").is_file()
+    started = shutil.copytree(out / "checkpoint-8", tmp_path / "begun" / "checkpoint-8").parent
+    (started / "run.json").write_text(json.dumps(record))
+    shutil.copy(out / ".kdkernels", started)
+    assert "another number of processes (2 then, 1 now)" in " ".join(train(*options(home, started)).output.split())
+    assert (started / "checkpoint-8" / "model.safetensors").is_file()
     (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
     assert "holds checkpoints but no run.json" in train(*options(home, tmp_path / "other")).output
     assert "is the --student, which would be overwritten" in train(*options(home, home / "student")).output
-    shutil.rmtree(begun / "checkpoint-8")  # it never trained, so it may be begun anew
-    result = train(*options(home, begun, "--temperature", "3", steps=1))
+    shutil.rmtree(started / "checkpoint-8")  # without a checkpoint, the folder can be used again
+    result = train(*options(home, started, "--temperature", "3", steps=1))
     assert result.exit_code == 0, result.output
-    assert json.loads((begun / "run.json").read_text())["settings"]["temperature"] == 3.0
+    assert json.loads((started / "run.json").read_text())["settings"]["temperature"] == 3.0
 
 
-def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_cache_replaces_the_teacher(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     both = tmp_path / "both"
     both.mkdir()
     for name in ("train", "held-out"):
         (both / f"{name}.jsonl").write_bytes((home / f"{name}.jsonl").read_bytes())
     for data, folder in ((both, "cache"), (home / "train.jsonl", "part")):
-        made = train("cache", "--teacher", str(home / "teacher"), "--data", str(data), "--out", str(tmp_path / folder), "--kind", "hidden")
-        assert made.exit_code == 0, made.output
+        cache_run = train(
+            "cache", "--teacher", str(home / "teacher"), "--data", str(data), "--out", str(tmp_path / folder), "--kind", "hidden"
+        )
+        assert cache_run.exit_code == 0, cache_run.output
     arguments = options(home, tmp_path / "out")
     del arguments[1:3]  # --teacher
     result = train(*arguments, "--cache", str(tmp_path / "cache"))
     assert result.exit_code == 0, result.output
     live, cached = (json.loads((folder / "summary.json").read_text()) for folder in (finished[0], tmp_path / "out"))
-    assert cached["after"]["eval_loss"] == pytest.approx(live["after"]["eval_loss"], rel=1e-2)  # hidden states are kept in bfloat16
+    assert cached["after"]["eval_loss"] == pytest.approx(live["after"]["eval_loss"], rel=1e-2)  # hidden states are stored in bfloat16
     result = train(*arguments, "--output-dir", str(tmp_path / "held-out-apart"), "--cache", str(tmp_path / "part"))
     assert result.exit_code == 0, result.output
     assert "13 of 13 held-out examples are not in the cache, so evaluations report the cross-entropy alone" in result.output
@@ -432,8 +434,8 @@ def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, s
     warm = [*arguments, "--output-dir", str(tmp_path / "warm"), "--cache", topk[0], "--divergence", "forward_kl", "--plan"]
     assert "temperature=2.0, but the teacher's log-probabilities were computed at 1.0" in train(*warm, "--temperature", "2").output
     warm[warm.index(topk[0])] = str(tmp_path / "warmer")
-    made = ["--out", str(tmp_path / "warmer"), *topk[1:], "--temperature", "2"]
-    assert train("cache", "--teacher", str(home / "teacher"), "--data", str(both), *made).exit_code == 0
+    cache_options = ["--out", str(tmp_path / "warmer"), *topk[1:], "--temperature", "2"]
+    assert train("cache", "--teacher", str(home / "teacher"), "--data", str(both), *cache_options).exit_code == 0
     result = train(*warm, "--temperature", "2")
     assert result.exit_code == 0, result.output
     assert "MiB of buffers" in result.output
@@ -441,10 +443,12 @@ def test_a_cache_in_the_place_of_the_teacher(home: Path, finished: tuple[Path, s
     assert sparse["after"]["eval_loss"] < sparse["before"]["eval_loss"]
 
 
-def test_text_of_a_cache_that_is_not_whole_is_refused(home: Path, tmp_path: Path) -> None:
+def test_unfinished_text_cache_is_refused_as_data(home: Path, tmp_path: Path) -> None:
     data, out = str(home / "held-out.jsonl"), tmp_path / "text"
-    made = train("cache", "--teacher", str(home / "teacher"), "--data", data, "--out", str(out), "--kind", "text", "--max-new-tokens", "4")
-    assert made.exit_code == 0, made.output
+    cached = train(
+        "cache", "--teacher", str(home / "teacher"), "--data", data, "--out", str(out), "--kind", "text", "--max-new-tokens", "4"
+    )
+    assert cached.exit_code == 0, cached.output
     arguments = options(home, tmp_path / "out", "--data", str(out), "--plan")
     assert train(*arguments).exit_code == 0
     from kdkernels.teachers.cache import Manifest
@@ -456,14 +460,14 @@ def test_text_of_a_cache_that_is_not_whole_is_refused(home: Path, tmp_path: Path
         assert f"{out} is unfinished: 13 of 13 examples" in " ".join(result.output.split())
 
 
-def test_models_that_do_not_fit(home: Path, tmp_path: Path) -> None:
+def test_teacher_with_another_tokenizer_or_template_is_refused(home: Path, tmp_path: Path) -> None:
     make_model(24, seed=3).save_pretrained(tmp_path / "teacher")
     make_tokenizer(words=["green", "red"]).save_pretrained(tmp_path / "teacher")
     result = train(*options(home, tmp_path / "out", "--teacher", str(tmp_path / "teacher")))
     assert result.exit_code == 2
     assert "ids stand for different tokens" in result.output
     for file in (tmp_path / "teacher").glob("*token*"):
-        file.unlink()  # then it is taken to be the student's
+        file.unlink()  # a teacher without a tokenizer uses the student's
     assert train(*options(home, tmp_path / "out", "--teacher", str(tmp_path / "teacher"), "--plan")).exit_code == 0
     make_tokenizer(template="{{ 'one ' }}" + TEMPLATE).save_pretrained(tmp_path / "teacher")
     chat = tmp_path / "chat.jsonl"
@@ -473,35 +477,35 @@ def test_models_that_do_not_fit(home: Path, tmp_path: Path) -> None:
     assert "the chat templates of student and teacher differ: token 0 is" in result.output
 
 
-def test_the_config_of_the_documentation_is_read(tmp_path: Path) -> None:
+def test_config_of_the_documentation_is_valid(tmp_path: Path) -> None:
     from kdkernels.cli.train.settings import read_config, read_settings
 
     page = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
     (tmp_path / "run.yaml").write_text(page.partition("```yaml\n# run.yaml\n")[2].partition("```")[0])
     config = read_config(tmp_path / "run.yaml")
-    del config["bf16"]  # asks for a device that has it
+    del config["bf16"]  # needs a device with bfloat16
     settings = read_settings(config, {}, [])
     assert (settings.args.divergence, settings.args.learning_rate, settings.args.max_length) == ("jsd(beta=0.3)", 1e-4, 4096)
 
 
-def test_every_own_field_is_in_the_help() -> None:
-    own = {f.name for f in dataclasses.fields(DistillationArguments)} - {f.name for f in dataclasses.fields(TrainingArguments)}
-    named = {word.strip("`,;:").removeprefix("--").replace("-", "_") for word in EPILOG.split() if word.startswith("`--")}
-    assert own <= named
+def test_help_lists_every_field_added_to_transformers() -> None:
+    added = {f.name for f in dataclasses.fields(DistillationArguments)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+    listed = {word.strip("`,;:").removeprefix("--").replace("-", "_") for word in EPILOG.split() if word.startswith("`--")}
+    assert added <= listed
     assert "Every field of DistillationArguments" in train("train", "--help").output
 
 
-def test_a_teacher_is_loaded_whole_where_a_student_would_be_in_parts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP loads by rank 0, ZeRO-3 in partitions."""
+def test_teacher_is_loaded_without_sharding(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP loads a model on rank 0 only, and ZeRO-3 in partitions. Both are switched off while the teacher is loaded."""
     from transformers.integrations import deepspeed as zero
 
     from kdkernels.cli.train import loading
     from kdkernels.trainer import hooks
 
-    seen: dict[str, Any] = {}
+    states: dict[str, Any] = {}
 
     def load(cls: Any, role: str, path: str, **options: Any) -> None:
-        seen[role] = os.environ.get(hooks.FSDP_LOADING), zero._hf_deepspeed_config_weak_ref
+        states[role] = os.environ.get(hooks.FSDP_LOADING), zero._hf_deepspeed_config_weak_ref
 
     config = object()
     monkeypatch.setattr(loading, "load", load)
@@ -509,4 +513,4 @@ def test_a_teacher_is_loaded_whole_where_a_student_would_be_in_parts(home: Path,
     monkeypatch.setenv(hooks.FSDP_LOADING, "true")
     for role in ("teacher", "student"):
         loading.model_of(role, str(home / role), "auto")
-    assert seen == {"teacher": ("false", None), "student": ("true", config)}
+    assert states == {"teacher": ("false", None), "student": ("true", config)}

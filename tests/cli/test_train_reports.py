@@ -1,4 +1,4 @@
-"""Reports of ``kdkernels train``: values that are not finite, plan, lines and log, best checkpoint, saved config."""
+"""Reports of ``kdkernels train``: values that are not finite, plans, logs, best checkpoints and saved configs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_weights_that_are_not_finite_are_not_saved(make: Make, value: float) -> 
         ({"ignore_data_skip": True}, "on other rows than an uninterrupted one"),
     ],
 )
-def test_lengths_that_no_training_has(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_numbers_of_steps_raise(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistillationArguments(output_dir=str(tmp_path), **options)
 
@@ -94,7 +94,7 @@ def test_lengths_that_no_training_has(tmp_path: Path, options: dict[str, Any], m
         {"max_steps": -1, "num_train_epochs": 1.2, "dataloader_drop_last": True, "per_device_train_batch_size": 7},
     ],
 )  # fmt: skip
-def test_a_plan_has_the_steps_of_the_run(home: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_plan_has_the_steps_of_the_run(home: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     import io
 
     from rich.console import Console
@@ -105,16 +105,16 @@ def test_a_plan_has_the_steps_of_the_run(home: Path, tmp_path: Path, options: di
     run_in(home, tmp_path / "out", **options)
     paths = {"teacher": [str(home / "teacher")], "student": str(home / "student"), "data": [str(home / "train.jsonl")]}
     fresh = {"per_device_train_batch_size": 4, "use_cpu": True, "save_steps": 0.5, "warmup_steps": 0.5, **options}
-    written = io.StringIO()
-    plan(read_settings({**paths, **fresh, "output_dir": str(tmp_path / "new")}, {}, []), Console(file=written, width=500))
+    output = io.StringIO()
+    plan(read_settings({**paths, **fresh, "output_dir": str(tmp_path / "new")}, {}, []), Console(file=output, width=500))
     steps = summary(tmp_path / "out")["steps"]
-    assert f"steps: {steps} of " in written.getvalue()
-    assert f"checkpoints every {math.ceil(steps / 2)} step" in written.getvalue()
-    assert f"a warm-up of {math.ceil(steps / 2)} steps" in written.getvalue()
-    assert "run: begins in" in written.getvalue()
+    assert f"steps: {steps} of " in output.getvalue()
+    assert f"checkpoints every {math.ceil(steps / 2)} step" in output.getvalue()
+    assert f"a warm-up of {math.ceil(steps / 2)} steps" in output.getvalue()
+    assert "run: begins in" in output.getvalue()
 
 
-def test_every_log_and_evaluation_is_a_line_off_a_terminal(home: Path, tmp_path: Path) -> None:
+def test_logs_and_evaluations_are_lines_without_a_terminal(home: Path, tmp_path: Path) -> None:
     printed = run_in(home, tmp_path / "out", eval_data=[str(home / "held-out.jsonl")], eval_strategy="steps", eval_steps=3)
     lines = [line for line in printed.splitlines() if "loss" in line and ":" in line]
     starts = ["before training, held-out", "step 2 of 6:", "step 3 of 6, held-out", "step 4 of 6:", "step 6 of 6:", "step 6 of 6, held-out"]
@@ -123,27 +123,27 @@ def test_every_log_and_evaluation_is_a_line_off_a_terminal(home: Path, tmp_path:
     assert [line["step"] for line in log(tmp_path / "out") if "loss" in line or "eval_loss" in line] == [0, 2, 3, 4, 6, 6, 6]
 
 
-def test_metrics_know_whether_more_is_better(tmp_path: Path) -> None:
-    for name, more in METRICS.items():
-        for written in (name, f"eval_{name}", f"eval_chats_{name}"):
+def test_direction_of_each_metric_is_known(tmp_path: Path) -> None:
+    for name, greater_is_better in METRICS.items():
+        for metric in (name, f"eval_{name}", f"eval_chats_{name}"):
             args = DistillationArguments(
-                output_dir=str(tmp_path), metric_for_best_model=written, load_best_model_at_end=True, eval_strategy="steps", save_steps=500,
-                eval_steps=500, use_cpu=True,
+                output_dir=str(tmp_path), metric_for_best_model=metric, load_best_model_at_end=True, eval_strategy="steps",
+                save_steps=500, eval_steps=500, use_cpu=True,
             )  # fmt: skip
-            assert args.greater_is_better is more
+            assert args.greater_is_better is greater_is_better
     assert metric_name("exact_match") is None
     assert DistillationArguments(output_dir=str(tmp_path), metric_for_best_model="divergence", greater_is_better=True).greater_is_better
 
 
-def test_the_model_at_the_end_is_the_best_that_the_summary_names(home: Path, tmp_path: Path) -> None:
+def test_best_model_is_saved_at_the_end(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "cross_entropy"}
     printed = run_in(home, out, eval_data=[str(home / "held-out.jsonl")], learning_rate=0.3, **options)
     values = {line["step"]: line["eval_cross_entropy"] for line in log(out) if "eval_cross_entropy" in line and line["step"]}
-    found = summary(out)
-    assert found["best"]["value"] == min(values.values()) == found["after"]["eval_cross_entropy"]
-    assert found["checkpoint"] == found["best"]["checkpoint"]
-    assert weights(out) == (Path(found["checkpoint"]) / "model.safetensors").read_bytes()
+    report = summary(out)
+    assert report["best"]["value"] == min(values.values()) == report["after"]["eval_cross_entropy"]
+    assert report["checkpoint"] == report["best"]["checkpoint"]
+    assert weights(out) == (Path(report["checkpoint"]) / "model.safetensors").read_bytes()
     assert f"best by cross_entropy, {min(values.values()):.4f}" in printed
 
 
@@ -156,7 +156,7 @@ def test_unknown_metric_for_the_best_model_raises(home: Path, tmp_path: Path) ->
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-def test_the_saved_config_is_as_it_was(make: Make, tmp_path: Path) -> None:
+def test_saved_config_keeps_the_students_values(make: Make, tmp_path: Path) -> None:
     student = make_model(16, use_cache=True, pad_token_id=5, bos_token_id=7)
     trainer = make(student, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -166,7 +166,7 @@ def test_the_saved_config_is_as_it_was(make: Make, tmp_path: Path) -> None:
         assert (config.use_cache, config.pad_token_id, config.bos_token_id) == (True, 5, 7)
 
 
-def test_prompts_suffice_where_the_student_writes_every_response(home: Path, tmp_path: Path) -> None:
+def test_on_policy_training_needs_only_prompts(home: Path, tmp_path: Path) -> None:
     prompts = [{"prompt": "one plus two is "}, {"messages": [{"role": "user", "content": "red"}]}, {"prompt": "a cat ", "response": "runs"}]
     data = runs.write_rows(tmp_path / "prompts.jsonl", prompts)
     run_in(home, tmp_path / "out", data=[str(data)], on_policy_fraction=1.0, max_new_tokens=3, max_steps=2)
@@ -175,7 +175,7 @@ def test_prompts_suffice_where_the_student_writes_every_response(home: Path, tmp
         run_in(home, tmp_path / "half", data=[str(data)], on_policy_fraction=0.5, max_steps=1)
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(make: Make) -> None:
+def test_teacher_with_another_vocabulary_size_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="the teacher 5000, and the tokenizer has"):
         make(teacher=make_model(24, vocab_size=5000))
     make(teacher=make_model(24, vocab_size=5000), vocab_size=150)
@@ -183,14 +183,14 @@ def test_a_teacher_of_another_vocabulary_is_refused(make: Make) -> None:
         make(teacher=make_model(24, vocab_size=256))
 
 
-def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     args = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
     tokenizer, other = make_tokenizer(), make_tokenizer(words=["green", "red"])
     with pytest.raises(ValueError, match="tokenizers of teacher and student differ"):
         DistillationTrainer(make_model(16), make_model(24), args, [], None, tokenizer, other)
 
 
-def test_students_that_learn_badly_are_warned_of(make: Make, tmp_path: Path) -> None:
+def test_bfloat16_weights_and_a_missing_end_token_warn(make: Make, tmp_path: Path) -> None:
     import torch
 
     with pytest.warns(UserWarning, match="weights are bfloat16, in which most updates round to nothing"):
@@ -201,7 +201,7 @@ def test_students_that_learn_badly_are_warned_of(make: Make, tmp_path: Path) -> 
         trainers(tmp_path, tokenizer)()
 
 
-def test_a_checkpoint_of_other_settings_is_refused_in_python(make: Make, tmp_path: Path) -> None:
+def test_trainer_refuses_a_checkpoint_with_other_settings(make: Make, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     make(save_strategy="steps", save_steps=1, output_dir=out).train()
     for options, name in (({"temperature": 3.0}, "temperature"), ({"weight_decay": 0.5}, "weight_decay"), ({"seed": 9}, "seed")):
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_other_settings_is_refused_in_python(make: Make, tmp_pat
     assert trainer.state.global_step == 2
 
 
-def test_tensorboard_writes_under_the_output_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_writes_into_the_output_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     from kdkernels.cli.train.callbacks import reporting_under
@@ -226,7 +226,7 @@ def test_tensorboard_writes_under_the_output_folder(home: Path, tmp_path: Path, 
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
-def test_numbers_that_json_lacks_are_text_in_the_log(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_text_in_the_log(tmp_path: Path) -> None:
     from kdkernels.cli.train.callbacks import number
 
     assert json.loads(json.dumps([number(v) for v in (math.nan, -math.inf, 1.5)])) == ["nan", "-inf", 1.5]

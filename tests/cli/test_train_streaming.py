@@ -1,4 +1,4 @@
-"""``kdkernels train --streaming``: killed and resumed to the same bits, held-out rows, plans, and options that are refused."""
+"""``kdkernels train --streaming``: resumed runs, held-out rows, plans, and refused options."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def settings_of(home: Path, folder: Path, **more: Any) -> Settings:
 
 @pytest.fixture(scope="module")
 def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 7 steps over 24 rows, the second pass begun."""
+    """A run of 7 steps of 4 rows, which ends in the second pass over 24 rows."""
     out = tmp_path_factory.mktemp("finished") / "out"
     run_in(home, out, max_steps=7, **STREAMED)
     return out
 
 
-def test_a_run_that_was_killed_continues_to_the_same_bits(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_killed_streamed_run_resumes_to_the_same_bits(home: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = options_of(home, tmp_path, save_steps=1, learning_rate=1e-2, logging_steps=2)
     (tmp_path / "run.json").write_text(json.dumps(options))
@@ -79,7 +79,7 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(home: Path, finished: 
     assert log(out) == log(finished)
 
 
-def test_mixed_packed_and_held_out_streams_continue_to_the_same_bits(home: Path, tmp_path: Path) -> None:
+def test_mixed_packed_and_held_out_streams_resume_to_the_same_bits(home: Path, tmp_path: Path) -> None:
     options = {
         "data": [f"{home}/train.jsonl=3", f"{home}/held-out.jsonl=1"], "eval_fraction": 0.3, "packing": True, "max_length": 32,
         "on_policy_fraction": 0.5, "max_new_tokens": 3, "data_seed": 4, "max_steps": 3, **STREAMED,
@@ -91,22 +91,22 @@ def test_mixed_packed_and_held_out_streams_continue_to_the_same_bits(home: Path,
     assert summary(resumed)["after"] == summary(tmp_path / "whole")["after"]
 
 
-def test_a_longer_run_continues_and_other_data_or_order_is_refused(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_resume_accepts_more_steps_and_refuses_other_data_or_order(home: Path, finished: Path, tmp_path: Path) -> None:
     out = killed_at(5, finished, tmp_path / "out")
-    for options, named in (({"shuffle_buffer": 6}, r"--shuffle-buffer \(5 then, 6 now\)"), ({"data_seed": 9}, "--data-seed"),
+    for options, message in (({"shuffle_buffer": 6}, r"--shuffle-buffer \(5 then, 6 now\)"), ({"data_seed": 9}, "--data-seed"),
                            ({"streaming": False, "shuffle_buffer": 10_000}, r"--streaming \(True then, False now\)")):  # fmt: skip
-        with pytest.raises(TrainError, match=f"a run with another .*{named}"):
+        with pytest.raises(TrainError, match=f"a run with another .*{message}"):
             run_in(home, out, max_steps=7, **{**STREAMED, **options})
-    other = shutil.copytree(home, tmp_path / "home")
-    with (other / "train.jsonl").open("a") as file:
+    changed_home = shutil.copytree(home, tmp_path / "home")
+    with (changed_home / "train.jsonl").open("a") as file:
         file.write('{"prompt": "one ", "response": "two"}\n')
     with pytest.raises(TrainError, match=r"another --data \(its content changed\)"):
-        run_in(other, out, max_steps=7, **STREAMED)
+        run_in(changed_home, out, max_steps=7, **STREAMED)
     run_in(home, out, max_steps=8, **STREAMED)
     assert summary(out)["steps"] == 8
 
 
-def test_held_out_rows_are_not_trained_on_and_are_limited(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_held_out_rows_is_limited(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "MOST_HELD_OUT", 3)
 
     def data(fraction: float) -> RunData:
@@ -125,7 +125,7 @@ def test_held_out_rows_are_not_trained_on_and_are_limited(home: Path, tmp_path: 
         data(1e-9)
 
 
-def test_rows_with_the_prompt_of_an_evaluated_row_are_not_trained_on(home: Path, tmp_path: Path) -> None:
+def test_rows_with_a_held_out_prompt_are_not_trained_on(home: Path, tmp_path: Path) -> None:
     prompts = ["one ", "two "] * 10 + ["four "]
     file = tmp_path / "keys.jsonl"
     file.write_text(
@@ -137,14 +137,14 @@ def test_rows_with_the_prompt_of_an_evaluated_row_are_not_trained_on(home: Path,
     assert {example.where for item in read.train for example in item} == {f"{file}, row 21"}
 
 
-def test_a_plan_reads_the_first_rows(home: Path, tmp_path: Path) -> None:
-    columns, written = "prompt=prompt,response=response,weight=wieght", io.StringIO()
-    plan(settings_of(home, tmp_path, columns=columns), Console(file=written, width=500))
-    assert "data: streamed; the first 28 examples in 28 rows" in written.getvalue()
-    assert "steps: 7 of 4 rows each; logs" in written.getvalue()
-    assert "--columns weight=wieght: none of the first rows has such a column" in written.getvalue()
+def test_plan_reads_only_the_first_rows(home: Path, tmp_path: Path) -> None:
+    columns, output = "prompt=prompt,response=response,weight=wieght", io.StringIO()
+    plan(settings_of(home, tmp_path, columns=columns), Console(file=output, width=500))
+    assert "data: streamed; the first 28 examples in 28 rows" in output.getvalue()
+    assert "steps: 7 of 4 rows each; logs" in output.getvalue()
+    assert "--columns weight=wieght: none of the first rows has such a column" in output.getvalue()
     with pytest.raises(DataError, match="--columns weight=wieght: no row has such a column"):
-        plan(settings_of(home, tmp_path, columns=columns, shuffle_buffer=100), Console(file=written, width=500))
+        plan(settings_of(home, tmp_path, columns=columns, shuffle_buffer=100), Console(file=output, width=500))
 
 
 @pytest.mark.parametrize(
@@ -162,21 +162,21 @@ def test_a_plan_reads_the_first_rows(home: Path, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_need_all_rows_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    given = {"teacher": ["t"], "student": "s", "data": ["d.jsonl"], "output_dir": str(tmp_path), "max_steps": 3, **STREAMED, **options}
+    config = {"teacher": ["t"], "student": "s", "data": ["d.jsonl"], "output_dir": str(tmp_path), "max_steps": 3, **STREAMED, **options}
     with pytest.raises(TrainError, match=message):
-        read_settings(given, {}, [])
+        read_settings(config, {}, [])
 
 
-def test_data_that_does_not_fit_is_refused_before_anything_is_loaded(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_larger_than_memory_is_refused_before_loading(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "available_bytes", lambda: 1000)
-    nothing = str(tmp_path / "no-model")
+    missing = str(tmp_path / "no-model")
     for options in (
         {},
         {"data": [str(home / "held-out.jsonl"), str(home / "train.jsonl")]},
         {**STREAMED, "eval_data": [str(home / "train.jsonl")]},
     ):
         with pytest.raises(DataError, match=r"train.jsonl: the examples of the data take at least .* --streaming --max-steps N"):
-            run_in(home, tmp_path / "out", **{"student": nothing, "teacher": [nothing], **options})
+            run_in(home, tmp_path / "out", **{"student": missing, "teacher": [missing], **options})
     check_data(settings_of(home, tmp_path))
 
 
@@ -187,12 +187,12 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_loaded(home: Path,
         ["cache", "--teacher", "no-model", "--out", "cache"], ["generate", "--model", "no-model", "--out", "rows.jsonl"],
     ],
 )  # fmt: skip
-def test_other_commands_refuse_data_that_does_not_fit(
+def test_other_commands_refuse_data_larger_than_memory(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     monkeypatch.setattr(reading, "available_bytes", lambda: 1000)
     monkeypatch.chdir(tmp_path)
-    refused = CliRunner().invoke(app, [*command, "--data", str(home / "train.jsonl")])
-    assert refused.exit_code == 2
-    assert "train.jsonl: the examples of the data take at least" in " ".join(refused.output.split())
+    result = CliRunner().invoke(app, [*command, "--data", str(home / "train.jsonl")])
+    assert result.exit_code == 2
+    assert "train.jsonl: the examples of the data take at least" in " ".join(result.output.split())
     assert not list(tmp_path.glob("[!.]*")), "nothing is written"

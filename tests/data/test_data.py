@@ -1,4 +1,4 @@
-"""Rows of every form and source, their two views, packing, and errors."""
+"""Rows of every form and source become examples: student's and teacher's tokens, packing, and errors."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def tokenizer() -> Any:
 
 
 def texts(tokenizer: Any, example: Example) -> tuple[str, str, str]:
-    """Student's prompt, teacher's prompt, response."""
-    cut, their = example.student_scored[0] + 1, example.teacher_scored[0] + 1
-    assert list(example.student_scored) == list(range(cut - 1, len(example.student_ids) - 1))
-    assert list(example.student_ids[cut:]) == list(example.teacher_ids[their:])
-    parts = example.student_ids[:cut], example.teacher_ids[:their], example.student_ids[cut:]
+    """Return the student's prompt, the teacher's prompt and the response as text."""
+    student_prompt, teacher_prompt = example.student_scored[0] + 1, example.teacher_scored[0] + 1
+    assert list(example.student_scored) == list(range(student_prompt - 1, len(example.student_ids) - 1))
+    assert list(example.student_ids[student_prompt:]) == list(example.teacher_ids[teacher_prompt:])
+    parts = example.student_ids[:student_prompt], example.teacher_ids[:teacher_prompt], example.student_ids[student_prompt:]
     return tuple(tokenizer.decode(list(part)) for part in parts)  # type: ignore[return-value]
 
 
 CHAT = [{"role": "system", "content": "red"}, {"role": "user", "content": "one plus one"}]
 ANSWER = {"role": "assistant", "content": "two"}
-ASKED = "<|system|>red<|end|><|user|>one plus one<|end|><|assistant|>"
+PROMPT = "<|system|>red<|end|><|user|>one plus one<|end|><|assistant|>"
 
 
 @pytest.mark.parametrize(
@@ -52,25 +52,28 @@ ASKED = "<|system|>red<|end|><|user|>one plus one<|end|><|assistant|>"
             ("a", "c d\n\ne f\n\na", " b<|end|>"),
         ),
         ({"prompt": "a", "response": " b", "demonstrations": {"prompt": "c", "response": " d"}}, ("a", "c d\n\na", " b<|end|>")),
-        ({"prompt": "a", "response": "b", "teacher_messages": CHAT}, ("a", ASKED, "b<|end|>")),
+        ({"prompt": "a", "response": "b", "teacher_messages": CHAT}, ("a", PROMPT, "b<|end|>")),
         (
             {"prompt": "a", "response": "b", "teacher_messages": [CHAT[1], ANSWER], "demonstrations": [{"prompt": "c", "response": "d"}]},
-            ("a", "<|user|>c<|end|><|assistant|>d<|end|>" + ASKED[20:], "b<|end|>"),
+            ("a", "<|user|>c<|end|><|assistant|>d<|end|>" + PROMPT[20:], "b<|end|>"),
         ),
-        ({"messages": CHAT, "response": "two"}, (ASKED, ASKED, "two<|end|>")),
-        ({"messages": [*CHAT, {"role": "assistant", "content": "two"}]}, (ASKED, ASKED, "two<|end|>")),
-        ({"prompt": CHAT, "completion": [{"role": "assistant", "content": "two"}]}, (ASKED, ASKED, "two<|end|>")),
-        ({"messages": CHAT[1:], "response": "two", "teacher_messages": CHAT}, (ASKED[20:], ASKED, "two<|end|>")),
-        ({"messages": CHAT[1:], "response": "two", "teacher_prompt": "six"}, (ASKED[20:], "<|user|>six<|end|><|assistant|>", "two<|end|>")),
+        ({"messages": CHAT, "response": "two"}, (PROMPT, PROMPT, "two<|end|>")),
+        ({"messages": [*CHAT, {"role": "assistant", "content": "two"}]}, (PROMPT, PROMPT, "two<|end|>")),
+        ({"prompt": CHAT, "completion": [{"role": "assistant", "content": "two"}]}, (PROMPT, PROMPT, "two<|end|>")),
+        ({"messages": CHAT[1:], "response": "two", "teacher_messages": CHAT}, (PROMPT[20:], PROMPT, "two<|end|>")),
+        (
+            {"messages": CHAT[1:], "response": "two", "teacher_prompt": "six"},
+            (PROMPT[20:], "<|user|>six<|end|><|assistant|>", "two<|end|>"),
+        ),
         (
             {"messages": CHAT[1:], "response": "two", "demonstrations": [{"prompt": "c", "response": "d"}]},
-            (ASKED[20:], "<|user|>c<|end|><|assistant|>d<|end|>" + ASKED[20:], "two<|end|>"),
+            (PROMPT[20:], "<|user|>c<|end|><|assistant|>d<|end|>" + PROMPT[20:], "two<|end|>"),
         ),
         ({"text": "one plus two"}, ("one", "one", " plus two<|end|>")),
         ({"text": "one<|end|>"}, ("one", "one", "<|end|>")),
     ],
 )  # fmt: skip
-def test_forms(tokenizer: Any, row: dict[str, Any], expected: tuple[str, str, str]) -> None:
+def test_rows_of_every_form_are_tokenised(tokenizer: Any, row: dict[str, Any], expected: tuple[str, str, str]) -> None:
     (example,) = load_examples([{**row, "weight": 2, "task": "t", "key": "k", "rationale": "r"}], tokenizer)
     assert texts(tokenizer, example) == expected
     assert (example.weight, example.task) == (2.0, "t")
@@ -90,7 +93,7 @@ def test_sources_give_the_same_examples(tokenizer: Any, tmp_path: Path) -> None:
         assert load_examples(source, tokenizer) == expected
 
 
-def test_demonstrations_that_are_turns_of_nothing(tokenizer: Any) -> None:
+def test_text_demonstrations_beside_messages_raise(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="row 1, field 'demonstrations': beside chat messages"):
         load_examples([{"messages": CHAT, "response": "a", "demonstrations": ["b"]}], tokenizer)
 
@@ -122,14 +125,14 @@ def test_demonstrations_that_are_turns_of_nothing(tokenizer: Any) -> None:
         (["a"], "row 2: an object is needed"),
     ],
 )
-def test_invalid_row_is_named(tokenizer: Any, row: Any, message: str) -> None:
+def test_invalid_row_raises_with_its_number_and_field(tokenizer: Any, row: Any, message: str) -> None:
     rows = [{"prompt": "a", "response": "b"}, row]
     with pytest.raises(DataError) as error:
         load_examples(rows, tokenizer)
     assert message in str(error.value)
 
 
-def test_files_that_can_not_be_read_are_named(tokenizer: Any, tmp_path: Path) -> None:
+def test_unreadable_files_raise_with_their_name(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt"\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bad.parquet").write_text("no parquet")
@@ -145,7 +148,7 @@ def test_files_that_can_not_be_read_are_named(tokenizer: Any, tmp_path: Path) ->
         load_examples(iter([{}]), tokenizer)
 
 
-def test_overlong_rows(tokenizer: Any) -> None:
+def test_overlong_rows_raise_or_are_dropped_or_cut(tokenizer: Any) -> None:
     rows = [{"prompt": "one two", "response": " three four five"}, {"prompt": "one", "response": " two"}]
     with pytest.raises(DataError, match=r"row 1: 6 tokens, more than max_length=5.*overlong='drop'"):
         load_examples(rows, tokenizer, max_length=5)
@@ -156,11 +159,11 @@ def test_overlong_rows(tokenizer: Any) -> None:
         cut = load_examples(rows, tokenizer, max_length=4, overlong="truncate")
     assert texts(tokenizer, cut[0]) == ("one two", "one two", " three four")
     with pytest.warns(UserWarning, match=r"2 of 2 .*: cut 1, by 1 tokens of their responses, and left out 1 whose prompt alone fills it"):
-        (left,) = load_examples(rows, tokenizer, max_length=2, overlong="truncate")
-    assert texts(tokenizer, left) == ("one", "one", " two")
+        (remaining,) = load_examples(rows, tokenizer, max_length=2, overlong="truncate")
+    assert texts(tokenizer, remaining) == ("one", "one", " two")
     with pytest.raises(DataError, match="no row is left: all 1 are over max_length=2"):
         load_examples(rows[:1], tokenizer, max_length=2, overlong="truncate")
-    # The teacher's view counts as well.
+    # The teacher's tokens count too.
     longer = [{**rows[1], "teacher_prompt": "one two three four"}]
     with pytest.raises(DataError, match="row 1: 6 tokens"):
         load_examples(longer, tokenizer, max_length=5)
@@ -169,14 +172,14 @@ def test_overlong_rows(tokenizer: Any) -> None:
     assert texts(tokenizer, shortened) == ("one", "one two three four", " two")
 
 
-def test_a_template_that_rewrites_the_response_is_refused() -> None:
+def test_template_that_rewrites_the_response_is_refused() -> None:
     adds = TEMPLATE.replace("<|assistant|>{%", "<|assistant|>red {%")
     with pytest.raises(
         DataError,
         match=r"row 1, field 'messages': .*response after.*token \d+ is '.*red' \(id \d+\) in one and 'two'",
     ):
         load_examples([{"messages": CHAT, "response": "two"}], make_tokenizer(template=adds))
-    # Ends the response in another way after a system turn: the two views then differ.
+    # This template ends a response differently after a system turn, so the student's and the teacher's responses differ.
     varies = TEMPLATE.replace(
         "<|end|>{% endfor %}", "{{ ' one' if messages[0]['role'] == 'system' and m['role'] == 'assistant' else '' }}<|end|>{% endfor %}"
     )
@@ -191,47 +194,51 @@ def test_a_template_that_rewrites_the_response_is_refused() -> None:
 
 
 def test_response_is_tokenised_after_its_prompt() -> None:
-    """SentencePiece writes a space before a text: before the prompt, and not once more between it and the response."""
+    """SentencePiece adds a space before a text. It must come before the prompt and not again before the response."""
     words = ["<|end|>", "<|unk|>", "▁", "\n", "<|user|>", "<|assistant|>", "▁one", "one", "▁two", "two", "▁is", "is"]
     for scheme in ("first", "always"):
-        built = Tokenizer(models.WordLevel({t: i for i, t in enumerate(words)}, unk_token="<|unk|>"))
-        built.pre_tokenizer = pre_tokenizers.Sequence(
+        backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate(words)}, unk_token="<|unk|>"))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True), pre_tokenizers.Split("\n", "isolated")]
         )
-        built.add_special_tokens(["<|end|>"])
-        built.add_tokens(["<|user|>", "<|assistant|>"])
-        pieces = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<|end|>", unk_token="<|unk|>")
+        backend.add_special_tokens(["<|end|>"])
+        backend.add_tokens(["<|user|>", "<|assistant|>"])
+        pieces = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", unk_token="<|unk|>")
         pieces.chat_template = TEMPLATE.replace("|>{{ m['content']", "|>\n{{ m['content']").replace("<|assistant|>{%", "<|assistant|>\n{%")
         row = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}
-        chat, asked = load_examples([row, {"prompt": "one is", "response": " two"}], pieces)
+        chat, plain = load_examples([row, {"prompt": "one is", "response": " two"}], pieces)
         text = pieces.apply_chat_template(row["messages"], tokenize=False)
         assert list(chat.student_ids) == pieces(text, add_special_tokens=False)["input_ids"]
         assert pieces.convert_ids_to_tokens(list(chat.student_ids[-2:])) == ["two", "<|end|>"]
         assert len(chat.student_scored) == 2
-        assert pieces.convert_ids_to_tokens(list(asked.student_ids)) == ["▁one", "▁is", "▁two", "<|end|>"]
-        assert list(asked.student_scored) == [1, 2]
+        assert pieces.convert_ids_to_tokens(list(plain.student_ids)) == ["▁one", "▁is", "▁two", "<|end|>"]
+        assert list(plain.student_scored) == [1, 2]
 
 
-def test_a_response_that_was_cut_off_is_learnt_without_an_end(tokenizer: Any) -> None:
+def test_cut_off_response_is_learnt_without_an_end(tokenizer: Any) -> None:
     rows = [{"prompt": "a", "response": " b"}, {"messages": CHAT, "response": "two"}, {"messages": [*CHAT, ANSWER]}]
     whole = load_examples([{**row, "finish_reason": "stop"} for row in rows], tokenizer)
     cut = load_examples([{**row, "finish_reason": "length"} for row in rows], tokenizer)
-    for one, other in zip(whole, cut, strict=True):
-        assert texts(tokenizer, one)[2] == texts(tokenizer, other)[2] + "<|end|>"
-    # Also where what ends a turn is not the end-of-text token.
+    for complete, truncated in zip(whole, cut, strict=True):
+        assert texts(tokenizer, complete)[2] == texts(tokenizer, truncated)[2] + "<|end|>"
+    # The same with a template that ends a turn with another token.
     turns = make_tokenizer(template=TEMPLATE.replace("<|end|>{% endfor", " <|bos|>{% endfor"))
     assert texts(turns, load_examples([{**rows[1], "finish_reason": "length"}], turns)[0])[2] == "two"
 
 
-def test_tools_are_written_by_the_template() -> None:
+def test_tools_are_passed_to_the_template() -> None:
     template = "{% for t in tools or [] %}<|system|>{{ t['name'] }}<|end|>{% endfor %}" + TEMPLATE.replace(
         "{{ m['content'] }}", "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{{ c['name'] }}{% endfor %}"
     )
     tools, tokenizer = [{"name": "red"}], make_tokenizer(template=template)
     called = {"role": "assistant", "content": None, "tool_calls": [{"name": "red"}]}
     example = load_examples([{"messages": [CHAT[1], called], "tools": tools, "teacher_messages": CHAT}], tokenizer)[0]
-    asked = "<|user|>one plus one<|end|><|assistant|>"
-    assert texts(tokenizer, example) == ("<|system|>red<|end|>" + asked, "<|system|>red<|end|><|system|>red<|end|>" + asked, "red<|end|>")
+    chat_text = "<|user|>one plus one<|end|><|assistant|>"
+    assert texts(tokenizer, example) == (
+        "<|system|>red<|end|>" + chat_text,
+        "<|system|>red<|end|><|system|>red<|end|>" + chat_text,
+        "red<|end|>",
+    )
     with pytest.raises(DataError, match="field 'tools': a list of tools"):
         load_examples([{"messages": CHAT, "response": "two", "tools": "red"}], tokenizer)
 
@@ -239,18 +246,16 @@ def test_tools_are_written_by_the_template() -> None:
 def test_tokenizers_must_agree(tokenizer: Any) -> None:
     check_tokenizers(tokenizer, make_tokenizer())
     with pytest.raises(DataError, match=r"differ: 4 of \d+ ids stand for different tokens.*across tokenizers is not supported"):
-        check_tokenizers(
-            tokenizer, make_tokenizer(words=["green", "red", *WORDS[2:]])
-        )  # each word is there with and without a space before it
-    split = make_tokenizer()
-    split.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        check_tokenizers(tokenizer, make_tokenizer(words=["green", "red", *WORDS[2:]]))  # two words, each with and without a space
+    other_splits = make_tokenizer()
+    other_splits.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     with pytest.raises(DataError, match="the ids are the same, but texts are split differently"):
-        check_tokenizers(tokenizer, split)
-    more = make_tokenizer()
-    more.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
-    check_tokenizers(tokenizer, more)
+        check_tokenizers(tokenizer, other_splits)
+    extended = make_tokenizer()
+    extended.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    check_tokenizers(tokenizer, extended)
 
 
 def test_templates_must_agree(tokenizer: Any) -> None:
@@ -262,7 +267,7 @@ def test_templates_must_agree(tokenizer: Any) -> None:
         match=r"row 2, field 'messages': .*templates of student and teacher differ: token 0 is '<\|system\|>' \(id 5\) in one and 'one'",
     ):
         check_templates(tokenizer, other, rows)
-    check_templates(tokenizer, other, rows[:1])  # no conversation, no matter
+    check_templates(tokenizer, other, rows[:1])  # without a conversation no template is used
     check_templates(tokenizer, make_tokenizer(template=None), rows)
 
 
@@ -277,20 +282,20 @@ def test_packing_keeps_each_example_once_within_the_length(tokenizer: Any) -> No
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
-def test_collated_views_score_the_same_tokens(tokenizer: Any, packed: bool, flat: bool) -> None:
+def test_collated_batches_score_the_same_tokens_for_student_and_teacher(tokenizer: Any, packed: bool, flat: bool) -> None:
     rows = make_rows(7)
     rows[2]["teacher_prompt"] = "the cat sees"
     examples = load_examples(rows, tokenizer)
     items = pack(examples, 30) if packed else [(e,) for e in examples]
     batch = Collator(pad_id=1, packed=packed, flat=packed and flat, salt="s", keep=True)(items)
-    ids, theirs = batch["input_ids"].flatten(), batch["teacher_input_ids"].flatten()
+    ids, teacher_ids = batch["input_ids"].flatten(), batch["teacher_input_ids"].flatten()
     targets = ids[batch["scored"] + 1]
-    assert torch.equal(targets, theirs[batch["teacher_scored"] + 1])
+    assert torch.equal(targets, teacher_ids[batch["teacher_scored"] + 1])
     assert torch.equal(targets, torch.tensor([t for item in items for e in item for t in e.student_ids[e.student_scored[0] + 1 :]]))
     labels = batch["labels"].flatten()
     assert torch.equal(labels.ne(-100).nonzero().squeeze(1), batch["scored"] + 1)
     assert torch.equal(labels[labels.ne(-100)], targets)
-    assert batch["labels"][:, 0].eq(-100).all()  # so that the shifted count and the whole count agree
+    assert batch["labels"][:, 0].eq(-100).all()  # so that shifting the labels loses none
     assert batch["keys"] == tuple(e.key("s") for item in items for e in item)
     assert sum(batch["counts"]) == len(targets)
     assert batch["sizes"] == tuple(map(len, items))
@@ -308,16 +313,16 @@ def test_prompts_are_scored_on_request(tokenizer: Any) -> None:
     batch = Collator(kd_on_prompt=True)([(example,)])
     assert batch["scored"].tolist() == [0, 1, 2]
     assert batch["response"].tolist() == [False, True, True]
-    (other,) = load_examples([{"prompt": "one two", "response": " three", "teacher_prompt": "one"}], tokenizer)
+    (other_prompt,) = load_examples([{"prompt": "one two", "response": " three", "teacher_prompt": "one"}], tokenizer)
     with pytest.raises(ValueError, match="kd_on_prompt=True scores prompts, but a row gives the teacher another prompt"):
-        Collator(kd_on_prompt=True)([(other,)])
+        Collator(kd_on_prompt=True)([(other_prompt,)])
 
 
 def special_tokens(*tokens: str) -> Any:
     return templated.tokenizer(tokens=["<|endoftext|>", "<pad>", "<bos>", *tokens])
 
 
-def test_special_and_added_tokens_must_be_the_same_too() -> None:
+def test_special_and_added_tokens_must_agree() -> None:
     with pytest.raises(
         DataError, match=r"differ: 2 of \d+ ids stand for different tokens, the first of them 3 \('<\|human\|>' and '<\|user"
     ):
@@ -329,14 +334,14 @@ def test_special_and_added_tokens_must_be_the_same_too() -> None:
     other.add_tokens(["<tool>", "<answer>", "<more>"])
     with pytest.raises(DataError, match="1 of"):
         check_tokenizers(one, other)
-    check_tokenizers(special_tokens(), other)  # ids that only one of them has
+    check_tokenizers(special_tokens(), other)  # ids that only one of them has are allowed
     moved = special_tokens()
     moved.add_tokens(["<more>", "<tool>"])
     with pytest.raises(DataError, match="ids stand for different tokens"):
         check_tokenizers(one, moved)
 
 
-def test_added_tokens_that_take_the_spaces_around_them_split_texts_differently() -> None:
+def test_added_tokens_with_other_stripping_are_refused() -> None:
     one, other = special_tokens(), special_tokens()
     one.add_tokens([AddedToken("<tool>", lstrip=False, normalized=False)])
     other.add_tokens([AddedToken("<tool>", lstrip=True, normalized=False)])
@@ -344,7 +349,7 @@ def test_added_tokens_that_take_the_spaces_around_them_split_texts_differently()
         check_tokenizers(one, other)
 
 
-def test_a_pad_token_that_no_model_has_is_not_used() -> None:
+def test_pad_token_beyond_the_embeddings_is_replaced() -> None:
     words = special_tokens()
     size = len(words)
     assert pad_id(words, size) == 1
@@ -354,7 +359,7 @@ def test_a_pad_token_that_no_model_has_is_not_used() -> None:
     assert pad_id(words, size) == words.eos_token_id
 
 
-def test_a_token_beyond_the_embeddings_is_named_with_its_row() -> None:
+def test_token_beyond_the_embeddings_raises_with_its_row() -> None:
     words = special_tokens()
     size = len(words)
     words.add_tokens(["<new>"])

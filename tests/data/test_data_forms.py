@@ -1,4 +1,4 @@
-"""Prompt and response tokens of a row: begin and end tokens, tool calls, reasoning, and errors."""
+"""Prompt and response tokens of a row: begin and end tokens, tool calls, reasoning, empty turns, and errors."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FOUR = {"role": "assistant", "content": "4"}
 
 
 def parts(words: Any, row: dict[str, Any], **options: Any) -> tuple[str, str, str]:
-    """Student's prompt, response, teacher's prompt."""
+    """Return the student's prompt, the response and the teacher's prompt as text."""
     (example,) = load_examples([row], words, **options)
-    start, theirs = example.student_scored[0] + 1, example.teacher_scored[0] + 1
+    start, teacher_start = example.student_scored[0] + 1, example.teacher_scored[0] + 1
     ids = list(example.student_ids)
-    return words.decode(ids[:start]), words.decode(ids[start:]), words.decode(list(example.teacher_ids)[:theirs])
+    return words.decode(ids[:start]), words.decode(ids[start:]), words.decode(list(example.teacher_ids)[:teacher_start])
 
 
 def call(arguments: Any, **more: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def call(arguments: Any, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("last", ["<|endoftext|>", "<|im_end|>", "<pad>", " ", "x"])
-def test_a_prompt_keeps_every_token(pieces: bool, ends: bool, last: str) -> None:
+def test_prompt_keeps_every_token(pieces: bool, ends: bool, last: str) -> None:
     words = tokenizer(pieces=pieces, begins=True, ends=ends)
     prompt, response, teacher = parts(words, {"prompt": f"hi{last}", "response": "yes", "teacher_prompt": f"say{last}"})
     assert prompt.replace("> ", ">") == f"<bos>hi{last}"
@@ -52,7 +52,7 @@ def test_a_prompt_keeps_every_token(pieces: bool, ends: bool, last: str) -> None
     assert teacher.replace("> ", ">") == f"<bos>say{last}"
 
 
-def test_what_a_tokenizer_puts_after_a_text_is_not_in_a_local_prompt() -> None:
+def test_local_prompt_has_no_added_end_token() -> None:
     from kdkernels.teachers.local import prompt_ids
 
     words = tokenizer(None, begins=True, ends=True)
@@ -75,7 +75,7 @@ def test_begin_token_in_the_text_is_not_doubled(pieces: bool) -> None:
             assert ids[0] == words.bos_token_id
 
 
-def test_a_begin_token_that_is_the_end_token_too_is_not_doubled() -> None:
+def test_begin_token_equal_to_the_end_token_is_not_doubled() -> None:
     from tokenizers import processors
 
     words = tokenizer(None)
@@ -92,7 +92,7 @@ def test_a_begin_token_that_is_the_end_token_too_is_not_doubled() -> None:
     [(CHATML, "<|im_end|>"), (LLAMA, "<|eot_id|>"), (GEMMA, "<end_of_turn>"), (MISTRAL, "<|endoftext|>"), (PARTS_ONLY, "<|im_end|>"),
      (ENDS_TWICE, "<|im_end|>"), (NO_END, "\n<|endoftext|>")],
 )  # fmt: skip
-def test_a_turn_is_learnt_up_to_the_end_that_the_template_gives_it(template: str, end: str, pieces: bool) -> None:
+def test_turn_is_learnt_up_to_the_end_token_of_the_template(template: str, end: str, pieces: bool) -> None:
     from kdkernels.teachers.local import ends
 
     words = tokenizer(template, pieces=pieces)
@@ -115,7 +115,7 @@ def test_end_token_in_the_response_is_not_doubled(end: str) -> None:
     assert parts(words, {"messages": [{**ASK, "content": f"2{end}"}], "response": "4"})[0].startswith(f"<|im_start|>user\n2{end}")
 
 
-def test_a_turn_of_tool_calls_is_learnt_up_to_its_own_end() -> None:
+def test_tool_calls_are_learnt_up_to_their_end_token() -> None:
     words = tokenizer(LLAMA)
     assert parts(words, {"messages": [ASK, call({"a": 2})]})[1] == '<|python_tag|>add{"a": 2}<|eom_id|>'
     assert parts(words, {"messages": [ASK, call({"a": 2})], "finish_reason": "length"})[1] == '<|python_tag|>add{"a": 2}'
@@ -123,7 +123,7 @@ def test_a_turn_of_tool_calls_is_learnt_up_to_its_own_end() -> None:
 
 
 @pytest.mark.parametrize("template", [CHATML, ARGUMENTS_AS_TEXT])
-def test_arguments_are_one_form(template: str) -> None:
+def test_arguments_of_tool_calls_as_objects_and_text_are_equal(template: str) -> None:
     words = tokenizer(template)
     rows = [{"messages": [ASK, call(arguments, **more)]} for arguments, more in (
         ({"a": 2, "b": [1, None], "c": {}}, {}),
@@ -135,11 +135,11 @@ def test_arguments_are_one_form(template: str) -> None:
     assert '{"a": 2, "b": [1, null], "c": {}}' in texts.pop()
 
 
-def test_empty_lists_of_tools_and_calls_are_absent() -> None:
-    told = "{% if tools is not none %}TOOLS{% endif %}" + CHATML.replace(
+def test_empty_lists_of_tools_and_calls_are_ignored() -> None:
+    template = "{% if tools is not none %}TOOLS{% endif %}" + CHATML.replace(
         "<|im_start|>{{", "{{ 'CALLS' if m.tool_calls is defined }}<|im_start|>{{", 1
     )
-    words = tokenizer(told)
+    words = tokenizer(template)
     plain = parts(words, {"messages": [ASK, FOUR]})
     assert parts(words, {"messages": [{**ASK, "tool_calls": []}, {**FOUR, "tool_calls": []}], "tools": []}) == plain
     assert "TOOLS" not in plain[0]
@@ -147,23 +147,23 @@ def test_empty_lists_of_tools_and_calls_are_absent() -> None:
     assert parts(words, {"messages": [ASK, FOUR], "tools": json.dumps(tools)}) == parts(words, {"messages": [ASK, FOUR], "tools": tools})
 
 
-def test_a_content_of_text_parts_is_its_text() -> None:
-    said = {"role": "user", "content": [{"type": "text", "text": "2+", "image": None}, {"type": "text", "text": "2?"}]}
+def test_text_parts_of_a_message_are_joined() -> None:
+    question = {"role": "user", "content": [{"type": "text", "text": "2+", "image": None}, {"type": "text", "text": "2?"}]}
     for template in (CHATML, PARTS_ONLY):
-        assert parts(tokenizer(template), {"messages": [said, FOUR]}) == parts(tokenizer(template), {"messages": [ASK, FOUR]})
-    seen = {"role": "user", "content": [{"type": "image", "url": "x.png"}, {"type": "text", "text": "what?"}]}
+        assert parts(tokenizer(template), {"messages": [question, FOUR]}) == parts(tokenizer(template), {"messages": [ASK, FOUR]})
+    image = {"role": "user", "content": [{"type": "image", "url": "x.png"}, {"type": "text", "text": "what?"}]}
     with pytest.raises(DataError, match=r"row 1, field 'messages': message 0 has a part of type 'image': only parts of text"):
-        load_examples([{"messages": [seen, FOUR]}], tokenizer())
+        load_examples([{"messages": [image, FOUR]}], tokenizer())
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\n\n"])
-def test_an_empty_turn_of_the_assistant_is_refused_in_every_form(empty: str) -> None:
-    words, said = tokenizer(), {"role": "assistant", "content": empty}
+def test_empty_turn_of_the_assistant_is_refused(empty: str) -> None:
+    words, turn = tokenizer(), {"role": "assistant", "content": empty}
     for row in (
-        {"messages": [ASK, said]}, {"messages": [ASK], "response": empty}, {"prompt": "a", "response": empty},
-        {"prompt": "a", "completion": empty}, {"prompt": [ASK], "completion": [said]},
+        {"messages": [ASK, turn]}, {"messages": [ASK], "response": empty}, {"prompt": "a", "response": empty},
+        {"prompt": "a", "completion": empty}, {"prompt": [ASK], "completion": [turn]},
         {"messages": [ASK], "response": empty, "reasoning": "hm"},
-        {"messages": [ASK, {**said, "tool_calls": []}]},
+        {"messages": [ASK, {**turn, "tool_calls": []}]},
     ):  # fmt: skip
         with pytest.raises(DataError, match=r"row 1, field '(messages|response|completion)'.*(empty|text is needed)"):
             load_examples([row], words)
@@ -192,7 +192,7 @@ def test_ambiguous_row_raises(row: dict[str, Any], field: str, other: str) -> No
     assert other in str(error.value)
 
 
-def test_repeated_question_column_is_not_ambiguous() -> None:
+def test_prompt_equal_to_the_message_is_not_ambiguous() -> None:
     row = {"prompt": "2+2?", "prompt_id": "7", "messages": [ASK, FOUR]}
     assert parts(tokenizer(), row) == parts(tokenizer(), {"messages": [ASK, FOUR]})
 
@@ -220,7 +220,7 @@ def test_reasoning_is_learnt_before_the_response(template: str, response: str, w
     assert tally.of_reasoning()[-1] == "reasoning of 1 row: left out (--reasoning drop)"
 
 
-def test_reasoning_beside_a_prompt_of_text() -> None:
+def test_reasoning_with_a_text_prompt_is_learnt_in_tags() -> None:
     words = tokenizer()
     row = {"prompt": "2+2?", "response": "4", "reasoning": "sum"}
     assert parts(words, row)[1] == "<think>sum</think>4<|endoftext|>"
@@ -233,13 +233,13 @@ def test_reasoning_beside_a_prompt_of_text() -> None:
         load_examples([{"messages": [ASK, {**FOUR, "reasoning_content": "a"}], "reasoning": "b"}], words)
 
 
-def test_an_answer_without_thoughts_closes_those_that_the_prompt_opens() -> None:
+def test_response_without_reasoning_closes_the_prompts_think_tag() -> None:
     prompt, response, _ = parts(tokenizer(OPENS_THOUGHTS), {"messages": [ASK, FOUR]})
     assert prompt.endswith("<think>\n")
     assert response == "</think>4<|im_end|>"
 
 
-def test_half_of_a_surrogate_pair_raises_when_tokenised() -> None:
+def test_half_of_a_surrogate_pair_raises_with_its_field() -> None:
     words, half = tokenizer(), "cut \ud83d"
     for row, place in (
         ({"prompt": half, "response": "b"}, "prompt"), ({"prompt": "a", "response": half}, "response"), ({"text": half}, "text"),

@@ -1,4 +1,4 @@
-"""Rows from JSONL, Parquet and ``datasets`` give the same tokens and keys, whatever columns add."""
+"""Rows from JSONL, Parquet and ``datasets`` give the same tokens and keys. Nulls that columns add are ignored."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=4)
 name = st.sampled_from("abc")
-# A field has one type in all rows, as a column needs; where it is missing or null, columns fill it in.
+# A field has the same type in all rows, since it becomes a column. Columns add nulls for missing fields.
 arguments = st.fixed_dictionaries({}, optional={
     "city": text, "count": st.integers(-9, 9), "list": st.lists(st.one_of(st.none(), st.integers(0, 9)), max_size=2),
     "deep": st.one_of(st.none(), st.fixed_dictionaries({}, optional={"x": st.one_of(st.none(), text), "y": st.lists(
         st.fixed_dictionaries({"z": st.integers(0, 3)}, optional={"w": st.one_of(st.none(), st.booleans())}), max_size=2)})),
 })  # fmt: skip
 calls = st.lists(st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": name, "arguments": arguments})}), max_size=2)
-asked = st.fixed_dictionaries(
+question = st.fixed_dictionaries(
     {"role": st.just("user"), "content": text}, optional={"name": st.one_of(st.none(), name), "tool_calls": st.just([])}
 )
-said = st.fixed_dictionaries(
+answer = st.fixed_dictionaries(
     {"role": st.just("assistant"), "content": text.map(lambda words: f"a{words}")},
     optional={"tool_calls": st.one_of(st.none(), calls), "reasoning_content": st.one_of(st.none(), text)},
 )
 tools = st.lists(st.fixed_dictionaries({"name": name}, optional={"properties": arguments}), max_size=2)
 conversations = st.fixed_dictionaries(
-    {"messages": st.tuples(asked, said).map(list)},
+    {"messages": st.tuples(question, answer).map(list)},
     optional={"tools": st.one_of(st.none(), tools), "weight": st.one_of(st.none(), st.floats(0, 2)), "note": arguments},
 )
 SETTINGS = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as a column gives them: each object has the fields of all objects in its place."""
+    """Return the rows as a column stores them: objects at the same place have the union of their fields, null where missing."""
 
     def merged(values: list[Any]) -> list[Any]:
         objects = [value for value in values if isinstance(value, dict)]
@@ -84,7 +84,7 @@ def filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @SETTINGS
 @given(st.lists(conversations, min_size=2, max_size=4))
-def test_what_columns_fill_in_goes_from_objects_and_not_from_lists(rows: list[dict[str, Any]]) -> None:
+def test_nulls_added_by_columns_are_removed_from_objects_only(rows: list[dict[str, Any]]) -> None:
     ordered = json.loads(json.dumps(rows, sort_keys=True))
     assert keys(filled(ordered)) == keys(ordered)
     assert [row.fields for row in read_rows(filled(ordered))] == as_json(ordered)
@@ -92,14 +92,14 @@ def test_what_columns_fill_in_goes_from_objects_and_not_from_lists(rows: list[di
 
 @SETTINGS
 @given(rows=st.lists(conversations, min_size=2, max_size=4))
-def test_rows_through_jsonl_datasets_and_parquet_are_the_same(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_jsonl_datasets_and_parquet_give_the_same_rows(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     expected = keys(rows)
     assert keys(write_jsonl(tmp_path / "rows.jsonl", rows)) == expected
     dataset = datasets.Dataset.from_list([{**dict.fromkeys(("messages", "note", "tools", "weight")), **row} for row in rows])
     assert keys(dataset) == expected
     try:
         dataset.to_parquet(tmp_path / "rows.parquet")
-    except pa.ArrowNotImplementedError:  # Parquet has no objects without fields
+    except pa.ArrowNotImplementedError:  # Parquet can't store objects without fields
         return
     assert keys(tmp_path / "rows.parquet") == expected
 
@@ -119,9 +119,9 @@ def test_columns_of_json_are_decoded(tmp_path: Path) -> None:
 
 def test_json_and_maps_of_other_writers_are_decoded(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": None}]
-    written = pa.ExtensionArray.from_storage(pa.json_(), pa.array([json.dumps(turn) for turn in turns]))
+    json_column = pa.ExtensionArray.from_storage(pa.json_(), pa.array([json.dumps(turn) for turn in turns]))
     columns = {
-        "messages": pa.ListArray.from_arrays(pa.array([0, 2]), written),
+        "messages": pa.ListArray.from_arrays(pa.array([0, 2]), json_column),
         "meta": pa.array([[("a", {"b": 1, "c": None})]], pa.map_(pa.string(), pa.struct([("b", pa.int64()), ("c", pa.int64())]))),
     }
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
@@ -141,32 +141,32 @@ def test_json_and_maps_of_other_writers_are_decoded(tmp_path: Path) -> None:
         ('{"prompt": "a", "response": "b", "weight": 0, "weight": 0}', "weight"),
     ],
 )
-def test_two_values_of_one_name_are_refused_with_the_row(tmp_path: Path, line: str, name: str) -> None:
+def test_repeated_name_in_an_object_raises_with_the_row(tmp_path: Path, line: str, name: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
     with pytest.raises(DataError, match=rf"rows.jsonl, row 2: .*an object has '{name}' twice"):
         list(read_rows(tmp_path / "rows.jsonl"))
 
 
-def test_two_values_of_one_name_are_refused_in_parquet(tmp_path: Path) -> None:
+def test_repeated_name_in_parquet_raises(tmp_path: Path) -> None:
     tables = {
         "columns": (pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["prompt", "response", "response"]), "'response'"),
         "json": (pa.table({"meta": pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1, "a": 2}']))}), "row 1: .*'a' twice"),
         "map": (pa.table({"meta": pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64()))}), "row 1: .*'a' twice"),
     }
-    for name, (table, says) in tables.items():
+    for name, (table, message) in tables.items():
         pq.write_table(table, tmp_path / f"{name}.parquet")
-        with pytest.raises(DataError, match=rf"{name}.parquet.*{says}"):
+        with pytest.raises(DataError, match=rf"{name}.parquet.*{message}"):
             list(read_rows(tmp_path / f"{name}.parquet"))
 
 
-def test_a_row_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+def test_deeply_nested_row_raises_with_its_number(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     with pytest.raises(DataError, match=r"row 1: .*nested too deeply"):
         list(read_rows(tmp_path / "rows.jsonl"))
 
 
 @pytest.mark.parametrize("day", [datetime.date(2026, 3, 1), datetime.datetime(2026, 3, 1, 12), datetime.timedelta(1)])
-def test_a_column_of_dates_is_refused_by_name(tmp_path: Path, day: Any) -> None:
+def test_column_of_dates_raises_with_its_name(tmp_path: Path, day: Any) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"day": day}}}]}
     rows = [{"messages": [{"role": "user", "content": "q", "tool_calls": None}, call]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")

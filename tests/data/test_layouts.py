@@ -1,4 +1,4 @@
-"""Rows of every form from every kind of file, from ``datasets`` and from the hub; renamed columns; errors."""
+"""Rows of every form from files of every format, from ``datasets`` and from the hub; renamed columns; errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def keys(source: Any, **options: Any) -> list[str]:
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
-    """The rows in a file of each format that can hold them."""
+    """Write the rows to a file of each format that can hold them."""
     files = [folder / f"rows.{suffix}" for suffix in ("jsonl", "json", "parquet")]
     files[0].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     files[1].write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -52,13 +52,13 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
 
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=5).map(lambda letters: f'a "b",{letters} c')
-turn = st.tuples(text, text).map(lambda said: [{"role": "user", "content": said[0]}, {"role": "assistant", "content": said[1]}])
-exchange = st.tuples(text, text).map(lambda said: [{"from": "human", "value": said[0]}, {"from": "gpt", "value": said[1]}])
+turn = st.tuples(text, text).map(lambda texts: [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}])
+exchange = st.tuples(text, text).map(lambda texts: [{"from": "human", "value": texts[0]}, {"from": "gpt", "value": texts[1]}])
 several = {"min_size": 1, "max_size": 2}
 FORMS = {
     "prompt and response": st.fixed_dictionaries({"prompt": text, "response": text}),
     "TRL's prompt and completion": st.fixed_dictionaries({"prompt": text, "completion": text}),
-    "TRL's conversations": turn.map(lambda said: {"prompt": said[:1], "completion": said[1:]}),
+    "TRL's conversations": turn.map(lambda messages: {"prompt": messages[:1], "completion": messages[1:]}),
     "messages": st.lists(turn, **several).map(lambda turns: {"messages": [*chain(*turns)]}),
     "text": st.fixed_dictionaries({"text": text}),
     "Alpaca": st.fixed_dictionaries({"instruction": text, "input": st.sampled_from(["", "x y"]), "output": text}),
@@ -70,7 +70,7 @@ FORMS = {
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
-def test_each_form_gives_the_same_tokens_from_every_file_and_from_datasets(tmp_path: Path, form: str, data: st.DataObject) -> None:
+def test_each_form_gives_the_same_tokens_from_every_file_format(tmp_path: Path, form: str, data: st.DataObject) -> None:
     rows = data.draw(st.lists(FORMS[form], min_size=1, max_size=3))
     options = {"columns": "prompt=question,response=answer"} if form == "other columns" else {}
     expected = keys(rows, **options)
@@ -88,32 +88,32 @@ def test_saved_datasets_folder_is_readable(tmp_path: Path) -> None:
         keys(tmp_path / "several")
 
 
-def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_sets_of_the_hub_are_read_by_split_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, others = [{"prompt": "a", "response": str(i)} for i in range(3)], [{"prompt": "b", "response": "c"}]
     first, second = ("".join(json.dumps(row) + "\n" for row in part).encode() for part in (rows, others))
-    about = b"---\nconfigs:\n" + b"".join(
+    card = b"---\nconfigs:\n" + b"".join(
         b"- config_name: %s\n  data_files:\n  - split: train\n    path: %s.jsonl\n  - split: test\n    path: two.jsonl\n" % pair
         for pair in ((b"default", b"one"), (b"other", b"two"))
     )
-    sets = {"lab/sums": {"README.md": about + b"---\n", "one.jsonl": first, "two.jsonl": second}}
+    sets = {"lab/sums": {"README.md": card + b"---\n", "one.jsonl": first, "two.jsonl": second}}
     monkeypatch.chdir(tmp_path)
     with hub.serving(tmp_path / "caches", sets):
         assert keys("lab/sums") == keys("lab/sums:train") == keys(rows)
         assert keys("lab/sums:test") == keys("lab/sums:train:other") == keys(others)
         assert keys(["lab/sums", "lab/sums:test"]) == keys([*rows, *others])
         assert data_content(["lab/sums", "lab/sums:test"]) == [f"train:@{hub.COMMIT}", f"test:@{hub.COMMIT}"]
-        for name, says in (
+        for name, message in (
             ("lab/sums:held", r"lab/sums:held: .*Unknown split.*'train', 'test'.*give NAME:SPLIT:CONFIG"),
             ("lab/sums:train:none", r"lab/sums:train:none: the data set can't be loaded \(.*none"),
             ("lab/none", "lab/none: no such file or folder, and no such data set on the hub"),
         ):
-            with pytest.raises(DataError, match=says):
+            with pytest.raises(DataError, match=message):
                 keys(name)
         Path("lab/sums").mkdir(parents=True)
         write(Path("lab/sums"), others)[0].rename("lab/sums/kept.jsonl")
         for file in Path("lab/sums").glob("rows.*"):
             file.unlink()
-        assert keys("lab/sums") == keys(others), "an existing path wins"
+        assert keys("lab/sums") == keys(others), "an existing path has priority over the hub"
     with pytest.raises(DataError, match=r"data/rows.jsonl: no such file"):
         keys("data/rows.jsonl")
 
@@ -121,17 +121,17 @@ def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_alpaca_rows_are_conversations() -> None:
     row = {"instruction": "Add.", "input": "2+2", "output": "4"}
     assert keys([row]) == keys([{"messages": [{"role": "user", "content": "Add.\n2+2"}, FOUR]}])
-    more = {**row, "input": "", "system": "be brief", "history": [["1+1?", "2"]]}
+    with_history = {**row, "input": "", "system": "be brief", "history": [["1+1?", "2"]]}
     before = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
-    assert keys([more]) == keys([{"messages": [*before, {"role": "user", "content": "Add."}, FOUR]}])
+    assert keys([with_history]) == keys([{"messages": [*before, {"role": "user", "content": "Add."}, FOUR]}])
 
 
 def test_sharegpt_rows_are_conversations() -> None:
-    called = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'}
-    said = [{"from": "human", "value": "2+2?"}, called, {"from": "observation", "value": "4"}, {"from": "gpt", "value": "4"}]
+    function_call = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'}
+    sharegpt = [{"from": "human", "value": "2+2?"}, function_call, {"from": "observation", "value": "4"}, {"from": "gpt", "value": "4"}]
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]}
     turns = [ASK, call, {"role": "tool", "content": "4"}, FOUR]
-    assert keys([{"conversations": said}]) == keys([{"messages": turns}])
+    assert keys([{"conversations": sharegpt}]) == keys([{"messages": turns}])
     assert keys([{"conversations": turns, "system": "s"}]) == keys([{"messages": [{"role": "system", "content": "s"}, *turns]}])
 
 
@@ -193,12 +193,12 @@ def test_missing_column_is_named() -> None:
         ({"instruction": "a", "output": "b", "prompt": "c", "response": "d"}, "two ways"),
     ],
 )
-def test_rows_of_other_tools_that_can_not_be_read_are_named(row: dict[str, Any], message: str) -> None:
+def test_invalid_rows_of_other_tools_raise_with_their_field(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"row 2, {message}" if message.startswith("field") else message):
         keys([{"prompt": "a", "response": "b"}, row])
 
 
-def test_cells_of_a_table_are_text_numbers_and_lists(tmp_path: Path) -> None:
+def test_csv_cells_are_text_numbers_or_lists(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(
         '\ufeffprompt,response,weight,messages\n"a\n""b""",7,0.5,\n,,,"[{""role"": ""user"", ""content"": ""2+2?""}, '
         '{""role"": ""assistant"", ""content"": ""4""}]"\n',
@@ -227,13 +227,13 @@ def test_cells_of_a_table_are_text_numbers_and_lists(tmp_path: Path) -> None:
         ("a.txt", b"a\n\xff\n", "a.txt, row 2: not text in UTF-8"),
     ],
 )
-def test_files_that_are_not_of_their_format_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_invalid_files_raise_with_name_and_row(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         keys(tmp_path / name)
 
 
-def test_a_folder_gives_the_rows_of_its_files(tmp_path: Path) -> None:
+def test_folder_gives_the_rows_of_its_files(tmp_path: Path) -> None:
     files = write(tmp_path, [{"prompt": "a", "response": "b"}])
     (tmp_path / "manifest.json").write_text("{}")
     (tmp_path / "notes.md").write_text("notes")
@@ -243,12 +243,12 @@ def test_a_folder_gives_the_rows_of_its_files(tmp_path: Path) -> None:
         keys(tmp_path)
 
 
-def test_splits_in_a_mapping_are_refused() -> None:
+def test_mapping_of_splits_is_refused() -> None:
     with pytest.raises(DataError, match="data is a mapping of train: give one of its parts"):
         keys(datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "a b"}])}))
 
 
-def test_servers_are_asked_for_rows_of_other_tools() -> None:
+def test_prompts_for_servers_are_read_from_rows_of_other_tools() -> None:
     from kdkernels.data.layouts import training_rows
 
     (row,) = training_rows([{"instruction": "Add.", "input": "2+2"}])

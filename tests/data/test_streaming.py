@@ -1,4 +1,4 @@
-"""Streamed data: the rows and the order of the plain reader, shuffling by the seed, positions, shares, the hub, and what is refused."""
+"""Streamed data: rows, shuffling by the seed, resuming, shares, the hub, and refused data."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ SETTINGS = settings(max_examples=10, deadline=None, suppress_health_check=[Healt
 
 
 def write(folder: Path, name: str, rows: Sequence[dict[str, str]], row_group_size: int = 5) -> Path:
-    """Rows in the format of a file's name; without an extension, as ``datasets`` saves them."""
+    """Write rows in the format of the name's extension, or with ``save_to_disk`` if there is none."""
     path = folder / name
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=row_group_size)
     elif path.suffix in (".csv", ".tsv"):
-        tab = "," if path.suffix == ".csv" else "\t"
-        path.write_text("\n".join(tab.join(row) for row in ([*rows[0]], *(list(row.values()) for row in rows))) + "\n")
+        separator = "," if path.suffix == ".csv" else "\t"
+        path.write_text("\n".join(separator.join(row) for row in ([*rows[0]], *(list(row.values()) for row in rows))) + "\n")
     elif path.suffix == ".txt":
         path.write_text("\n\n".join(row["prompt"] for row in rows))
     elif path.suffix == ".json":
@@ -75,7 +75,7 @@ def stream(sources: Sequence[Source], shares: Sequence[float] | None = None, pac
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.txt", "saved"])
-def test_a_reader_starts_behind_any_row(files: dict[str, Path], name: str) -> None:
+def test_reader_continues_after_any_row(files: dict[str, Path], name: str) -> None:
     rows = list(rows_of(files[name]))
     assert len(rows) == len(TEXTS)
     for start in (0, *range(len(rows))):
@@ -86,7 +86,7 @@ def test_a_reader_starts_behind_any_row(files: dict[str, Path], name: str) -> No
 
 @SETTINGS
 @given(st.lists(st.sampled_from(["a.jsonl", "a.csv", "a.parquet", "a.txt", "saved"]), min_size=1, max_size=3))
-def test_a_buffer_of_one_gives_the_rows_of_the_plain_reader_again_and_again(files: dict[str, Path], names: list[str]) -> None:
+def test_stream_with_a_buffer_of_one_repeats_the_rows_in_order(files: dict[str, Path], names: list[str]) -> None:
     paths = [files[name] for name in names]
     plain = load_examples([str(path) for path in paths], WORDS)
     assert list(islice(iter(source(paths).__next__, None), 2 * len(plain) + 3)) == [*plain, *plain, *plain[:3]]
@@ -94,7 +94,7 @@ def test_a_buffer_of_one_gives_the_rows_of_the_plain_reader_again_and_again(file
 
 @SETTINGS
 @given(st.integers(1, 40), st.integers(0, 9))
-def test_each_pass_reads_every_row_once_in_an_order_of_the_seed(files: dict[str, Path], buffer: int, seed: int) -> None:
+def test_each_pass_reads_every_row_once_in_an_order_from_the_seed(files: dict[str, Path], buffer: int, seed: int) -> None:
     plain = load_examples(files["a.jsonl"], WORDS)
     one, other = (source([files[name]], buffer, str(seed)) for name in ("a.jsonl", "a.parquet"))
     passes = [[next(one) for _ in plain] for _ in range(2)]
@@ -108,10 +108,10 @@ def test_each_pass_reads_every_row_once_in_an_order_of_the_seed(files: dict[str,
 
 @SETTINGS
 @given(st.sampled_from([(None, None), ([3.0, 1.0], None), ([0.5, 0.5], 24)]), st.integers(1, 12), st.integers(0, 30), st.integers(0, 9))
-def test_a_stream_continues_from_the_state_of_any_step(
-    files: dict[str, Path], how: tuple[list[float] | None, int | None], buffer: int, step: int, ahead: int
+def test_stream_resumes_from_the_state_of_any_step(
+    files: dict[str, Path], mixing: tuple[list[float] | None, int | None], buffer: int, step: int, ahead: int
 ) -> None:
-    shares, packed_to = how
+    shares, packed_to = mixing
     names = [files["a.jsonl"], files["a.parquet"]]
 
     def fresh() -> ExampleStream:
@@ -120,7 +120,7 @@ def test_a_stream_continues_from_the_state_of_any_step(
 
     every = list(fresh())
     running = fresh()
-    for index in range(min(4 * step + ahead, len(running))):  # a data loader is ahead of the training
+    for index in range(min(4 * step + ahead, len(running))):  # a data loader reads ahead of the training step
         assert running[index] == every[index]
     state = json.loads(json.dumps(running.state(step)))
     resumed = fresh()
@@ -133,7 +133,7 @@ def test_a_stream_continues_from_the_state_of_any_step(
     assert resumed[0] == every[0]
 
 
-def test_a_process_takes_its_own_items_of_the_stream(files: dict[str, Path]) -> None:
+def test_process_reads_only_its_own_items_of_the_stream(files: dict[str, Path]) -> None:
     every = list(stream([source([files["a.jsonl"]], 5)]))
     second = stream([source([files["a.jsonl"]], 5)])
     for step in range(10):
@@ -161,10 +161,10 @@ def test_examples_of_every_kind_survive_a_checkpoint(tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "rows.jsonl", rows)
     first = source([path], buffer=3)
     first._fill()
-    again = source([path], buffer=3)
-    again.restore(json.loads(json.dumps(first.state())))
-    assert again._waiting == first._waiting == load_examples(path, WORDS)
-    assert [example.where for example in again._waiting] == [example.where for example in first._waiting]
+    restored = source([path], buffer=3)
+    restored.restore(json.loads(json.dumps(first.state())))
+    assert restored._waiting == first._waiting == load_examples(path, WORDS)
+    assert [example.where for example in restored._waiting] == [example.where for example in first._waiting]
 
 
 def test_data_of_the_hub_is_streamed_by_commit(tmp_path: Path) -> None:
@@ -184,17 +184,17 @@ def test_data_of_the_hub_is_streamed_by_commit(tmp_path: Path) -> None:
             expected = [next(running) for _ in range(60)]
             assert {example.key() for example in expected[:23]} == {example.key() for example in plain}
             for position in (12, 40):
-                begun, resumed = source([name], buffer=4), source([name], buffer=4)
+                first, resumed = source([name], buffer=4), source([name], buffer=4)
                 for _ in range(position):
-                    next(begun)
-                resumed.restore(json.loads(json.dumps(begun.state())))
+                    next(first)
+                resumed.restore(json.loads(json.dumps(first.state())))
                 assert [next(resumed) for _ in range(60 - position)] == expected[position:]
         for name, message in (("lab/none", "the hub does not name its commit"), ("lab/lines:test", "the data set can't be loaded")):
             with pytest.raises(DataError, match=f"{name}: .*{message}"):
                 next(source([name]))
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+def test_file_changed_while_streaming_raises(tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "rows.jsonl", TEXTS)
     running = source([path])
     for _ in TEXTS:
@@ -208,7 +208,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> Non
         next(running)
 
 
-def test_a_list_of_json_and_data_without_an_example_are_errors(files: dict[str, Path]) -> None:
+def test_json_list_and_data_without_examples_raise(files: dict[str, Path]) -> None:
     with pytest.raises(DataError, match=r"a.json: --streaming needs an object on each line, and this is one list: write it as JSONL"):
         source([files["a.json"]])
     with pytest.raises(DataError, match=r"a.jsonl: no row is left to train on"):
@@ -216,17 +216,17 @@ def test_a_list_of_json_and_data_without_an_example_are_errors(files: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "saved"])
-def test_mismatched_file_raises(files: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_larger_than_memory_raises(files: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "available_bytes", lambda: 500)
     for data in (files[name], [str(files[name]), str(files["a.txt"])]):
         with pytest.raises(DataError, match=rf"{name}: the examples .* GiB are free. Use `kdkernels train --streaming --max-steps N`"):
             load_examples(data, WORDS)
-    assert load_examples(TEXTS, WORDS), "rows that are in memory already"
+    assert load_examples(TEXTS, WORDS), "rows that are already in memory"
     monkeypatch.setattr(reading, "available_bytes", lambda: None)
     assert load_examples(files[name], WORDS)
 
 
-def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_limit_of_a_container_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "GROUP", tmp_path)
     free = memory.available_bytes()
     assert free is not None

@@ -1,4 +1,4 @@
-"""Chat templates that write the date: the same prompts on any day."""
+"""Chat templates that write the date give the same prompts on any day."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROWS = [{"messages": [{"role": "user", "content": "the fox"}], "response": "slee
 
 
 def tokenizer(template: str = DATED) -> Any:
-    made = tiny.tokenizer()
-    made.chat_template = template
-    return made
+    result = tiny.tokenizer()
+    result.chat_template = template
+    return result
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def tokenizer(template: str = DATED) -> Any:
         ("{{ strftime_now('%-d/%-m %H:%M 5%%d ') }}" + tiny.TEMPLATE, "1/3 00:00 5%d "),
     ],
 )
-def test_the_given_date_is_written(template: str, text: str) -> None:
+def test_template_writes_the_given_date(template: str, text: str) -> None:
     dated = tokenizer(template)
     (example,) = load_examples(ROWS, dated, date="2026-03-01")
     assert text in dated.decode(example.student_ids)
@@ -40,14 +40,14 @@ def test_the_given_date_is_written(template: str, text: str) -> None:
     assert dated.decode(prompt_ids(dated, ROWS[0]["messages"], datetime.date(2026, 3, 1))).startswith(text)
 
 
-def test_the_date_is_todays_where_none_is_given() -> None:
+def test_default_date_is_today() -> None:
     dated, today = tokenizer(), datetime.date.today()
     (example,) = load_examples(ROWS, dated)
     assert example.date in (today.isoformat(), datetime.date.today().isoformat())
     assert chat_text(dated, ROWS[0]["messages"], date=datetime.date(2026, 3, 1)) != chat_text(dated, ROWS[0]["messages"])
 
 
-def test_template_without_a_date() -> None:
+def test_example_of_a_template_without_a_date_has_none() -> None:
     (example,) = load_examples(ROWS, tiny.tokenizer(), date="2026-03-01")
     assert example.date is None
     assert date_of(tiny.tokenizer(), "2026-03-01") is None
@@ -58,7 +58,7 @@ def test_text_that_is_not_a_date_is_refused() -> None:
         load_examples(ROWS, tokenizer(), date="1 March")
 
 
-def test_a_trainer_writes_the_date_of_its_arguments(tmp_path: Any) -> None:
+def test_trainer_uses_the_date_of_its_arguments(tmp_path: Any) -> None:
     from training import TEMPLATE, make_tokenizer
 
     words = make_tokenizer(template="{{ strftime_now('%-d') }}" + TEMPLATE)
@@ -67,4 +67,4 @@ def test_a_trainer_writes_the_date_of_its_arguments(tmp_path: Any) -> None:
     assert words.decode(march.student_ids[:1]) == "1"
     assert words.decode(april.student_ids[:1]) == "2"
     today = make(rows=ROWS)
-    assert today.args.template_date == today.train_dataset[0][0].date, "kept with the arguments, for a resumed run"
+    assert today.args.template_date == today.train_dataset[0][0].date, "a resumed run reads the date from the saved arguments"

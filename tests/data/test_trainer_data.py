@@ -1,4 +1,4 @@
-"""Training on data with unexpected padding, tokens or reasoning."""
+"""Training with pad tokens that the models lack, tokens beyond the embeddings, and reasoning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def models(size: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("on_policy_fraction", [0.0, 1.0])
-def test_a_pad_token_that_the_models_lack_trains_the_same(tmp_path: Path, on_policy_fraction: float) -> None:
+def test_pad_token_beyond_the_embeddings_does_not_change_the_loss(tmp_path: Path, on_policy_fraction: float) -> None:
     losses = []
     for added in (False, True):
         words = make_tokenizer()
@@ -33,7 +33,7 @@ def test_a_pad_token_that_the_models_lack_trains_the_same(tmp_path: Path, on_pol
     assert losses[0] == losses[1]
 
 
-def test_a_token_beyond_the_embeddings_is_refused_with_its_row(tmp_path: Path) -> None:
+def test_token_beyond_the_embeddings_is_refused_before_training(tmp_path: Path) -> None:
     words = make_tokenizer()
     student, teacher = models(len(words))
     words.add_tokens(["<new>"])

@@ -1,4 +1,4 @@
-"""Learnt turns of a conversation: all or the last, found by template marks or prefixes, with weights, in every command."""
+"""Learnt turns of a conversation: all or only the last, located by the template's marks or by prefixes; weights of turns."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def said(text: str, **more: Any) -> dict[str, Any]:
+def assistant(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
-TALK = [user("2+2?"), said("4"), user("3+3?"), said("6"), user("4+4?"), said("8")]
+TALK = [user("2+2?"), assistant("4"), user("3+3?"), assistant("6"), user("4+4?"), assistant("8")]
 
 
-def shown(words: Any, example: Example) -> str:
-    """The student's view as text, each learnt run between angle quotes."""
+def marked_text(words: Any, example: Example) -> str:
+    """Return the student's tokens as text, with each learnt run in angle quotes."""
     scored = {position + 1 for position in example.student_scored}
     text = ""
     for place, token in enumerate(example.student_ids):
@@ -67,7 +67,7 @@ def shown(words: Any, example: Example) -> str:
 
 def learnt(words: Any, messages: list[dict[str, Any]], **options: Any) -> str:
     (example,) = load_examples([{"messages": messages}], words, **options)
-    return shown(words, example)
+    return marked_text(words, example)
 
 
 @pytest.mark.parametrize("pieces", [False, True])
@@ -94,13 +94,13 @@ def learnt(words: Any, messages: list[dict[str, Any]], **options: Any) -> str:
         (NO_END, "user: 2+2?\nassistant: «4\n»user: 3+3?\nassistant: «6\n»user: 4+4?\nassistant: «8\n<|endoftext|>»"),
     ],
 )  # fmt: skip
-def test_every_turn_is_learnt_from_the_generation_prompt_to_its_end(template: str, expected: str, pieces: bool) -> None:
+def test_every_turn_is_learnt_from_the_generation_prompt_to_its_end_token(template: str, expected: str, pieces: bool) -> None:
     words = tokenizer(template, pieces=pieces)
     (example,) = load_examples([{"messages": TALK}], words)
-    assert shown(words, example).replace(" ", "") == expected.replace(" ", "")
+    assert marked_text(words, example).replace(" ", "") == expected.replace(" ", "")
     if not pieces:  # one token for each letter and each special token
-        tokens = [(token, bool(inside)) for inside, part in enumerate(re.split("[«»]", expected)) for token in words.tokenize(part)
-                  for inside in [inside % 2]]  # fmt: skip
+        parts = enumerate(re.split("[«»]", expected))  # odd parts are learnt
+        tokens = [(token, bool(number % 2)) for number, part in parts for token in words.tokenize(part)]
         scored = {position + 1 for position in example.student_scored}
         ids = enumerate(words.convert_ids_to_tokens(list(example.student_ids)))
         assert [(token, place in scored) for place, token in ids] == tokens
@@ -110,40 +110,44 @@ def test_every_turn_is_learnt_from_the_generation_prompt_to_its_end(template: st
 
 
 @pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA, GEMMA, MISTRAL, THINKING, OPENS_THOUGHTS, NO_END])
-def test_a_conversation_of_one_turn_is_the_same_with_all_and_last(template: str) -> None:
+def test_single_turn_is_the_same_with_all_and_last(template: str) -> None:
     words = tokenizer(template)
-    rows = [{"messages": TALK[:2]}, {"messages": [user("2+2?"), said("4", reasoning_content="sum")]}, {"messages": TALK[:2], "weight": 2}]
+    rows = [
+        {"messages": TALK[:2]},
+        {"messages": [user("2+2?"), assistant("4", reasoning_content="sum")]},
+        {"messages": TALK[:2], "weight": 2},
+    ]
     every, last, default = (load_examples(rows, words, learn=learn) for learn in ("all", "last", None))
     assert every == last == default
     assert [example.key() for example in every] == [example.key() for example in last]
 
 
 @pytest.mark.parametrize("template", [MARKED, MARKED_WITHOUT_END, MARKED_BEYOND_END])
-def test_marks_of_the_template_are_what_assistant_only_loss_learns_up_to_the_end(template: str) -> None:
-    """TRL's ``assistant_only_loss`` learns the tokens of ``assistant_masks``; what stands behind an end token is left out here."""
+def test_marks_of_the_template_select_the_tokens_of_assistant_only_loss(template: str) -> None:
+    """TRL's ``assistant_only_loss`` learns the tokens of ``assistant_masks``. Here, tokens after an end token are not learnt."""
     words = tokenizer(template)
-    theirs = words.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
+    trl = words.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
     (example,) = load_examples([{"messages": TALK}], words)
-    ids = theirs["input_ids"][: len(example.student_ids)]
+    ids = trl["input_ids"][: len(example.student_ids)]
     assert list(example.student_ids) == ids
     end, newline = words.convert_tokens_to_ids("<|im_end|>"), words("\n")["input_ids"][0]
-    mask = theirs["assistant_masks"]
+    mask = trl["assistant_masks"]
     expected = [
         place for place, token in enumerate(ids)
         if (mask[place] and not (token == newline and ids[place - 1] == end)) or (token == end and mask[place - 1])
     ]  # fmt: skip
     assert [position + 1 for position in example.student_scored] == expected
-    assert shown(words, example) == learnt(tokenizer(CHATML), TALK)
-    if template == MARKED:  # checked by hand against trl.SFTTrainer, too: no token is learnt by one alone
+    assert marked_text(words, example) == learnt(tokenizer(CHATML), TALK)
+    if template == MARKED:  # both learn exactly the same tokens
         assert expected == [place for place, marked in enumerate(mask) if marked]
 
 
-def test_marks_serve_templates_whose_prefixes_are_none_and_conversations_that_the_assistant_begins() -> None:
+def test_marks_work_without_prefixes_and_for_a_first_turn_of_the_assistant() -> None:
     block = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>"
     words = tokenizer(QWEN3.replace("{{ m.content }}<|im_end|>\n", block + "{% endif %}{{ '\n' }}"))
     assert learnt(words, TALK[:4], learn="all").count("«") == 2
-    assert learnt(tokenizer(MARKED), [said("hi"), *TALK[:2]]).count("«") == 2
-    assert learnt(tokenizer(CHATML), [said("hi"), *TALK[:4]]).count("«") == 2, "what nothing asks for is only read"
+    assert learnt(tokenizer(MARKED), [assistant("hi"), *TALK[:2]]).count("«") == 2
+    assert learnt(tokenizer(CHATML), [assistant("hi"), *TALK[:4]]).count("«") == 2, "a first turn without a question is not learnt"
 
 
 @pytest.mark.parametrize("template", [QWEN3, OPENS_THOUGHTS, THINKING])
@@ -161,8 +165,8 @@ def test_template_with_a_different_last_turn_learns_only_it(template: str) -> No
         load_examples(rows, words, learn="all")
 
 
-def test_thoughts_of_earlier_turns_that_the_template_drops_are_not_learnt_away() -> None:
-    talk = [user("2+2?"), said("4", reasoning_content="sum"), user("3+3?"), said("6", reasoning_content="more")]
+def test_reasoning_dropped_by_the_template_limits_learning_to_the_last_turn() -> None:
+    talk = [user("2+2?"), assistant("4", reasoning_content="sum"), user("3+3?"), assistant("6", reasoning_content="more")]
     words, tally = tokenizer(CHATML), Tally()
     with pytest.warns(UserWarning, match="of 1 conversations only the last"):
         assert learnt(words, talk, tally=tally).endswith("«<think>more</think>6<|im_end|>»")
@@ -170,11 +174,12 @@ def test_thoughts_of_earlier_turns_that_the_template_drops_are_not_learnt_away()
     assert tally.reasoning == {"tags": 1, "dropped": 1}
 
 
-def test_only_the_response_is_learnt_beside_a_response_or_a_view_of_the_teacher() -> None:
-    words, begun = tokenizer(), TALK[:3]
+def test_rows_with_a_response_or_teacher_fields_learn_only_the_response() -> None:
+    words, history = tokenizer(), TALK[:3]
     for row in (
-        {"messages": begun, "response": "6"}, {"messages": begun, "completion": [said("6")]}, {"prompt": begun, "completion": [said("6")]},
-        {"messages": TALK[:4], "teacher_prompt": "x"}, {"messages": TALK[:4], "teacher_messages": begun},
+        {"messages": history, "response": "6"}, {"messages": history, "completion": [assistant("6")]},
+        {"prompt": history, "completion": [assistant("6")]},
+        {"messages": TALK[:4], "teacher_prompt": "x"}, {"messages": TALK[:4], "teacher_messages": history},
         {"messages": TALK[:4], "demonstrations": [{"prompt": "a", "response": "b"}]}, {"messages": TALK[:4], "teacher_note": "x"},
     ):  # fmt: skip
         (example,) = load_examples([row], words, learn="all")
@@ -182,16 +187,16 @@ def test_only_the_response_is_learnt_beside_a_response_or_a_view_of_the_teacher(
     assert learnt(words, TALK[:4]).count("«") == 2
 
 
-def test_a_response_that_was_cut_off_ends_the_conversation_without_an_end() -> None:
+def test_cut_off_last_turn_is_learnt_without_an_end() -> None:
     for template in (CHATML, MARKED, MARKED_WITHOUT_END):
         words = tokenizer(template)
         (example,) = load_examples([{"messages": TALK[:4], "finish_reason": "length"}], words)
-        assert shown(words, example).endswith("«6»")
-        assert "«4<|im_end|>»" in shown(words, example)
+        assert marked_text(words, example).endswith("«6»")
+        assert "«4<|im_end|>»" in marked_text(words, example)
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_a_weight_multiplies_the_loss_of_its_turn(template: str) -> None:
+def test_weight_multiplies_the_loss_of_its_turn(template: str) -> None:
     words = tokenizer(template)
 
     def weighted(*weights: Any) -> Example:
@@ -206,38 +211,38 @@ def test_a_weight_multiplies_the_loss_of_its_turn(template: str) -> None:
     assert half.turns == ((2, 0.5), (2, 1.0), (2, 3.0))
     batch = Collator()([(half,), (plain,)])
     assert batch["token_weights"].tolist() == [1.0, 1.0, 2.0, 2.0, 6.0, 6.0, *[2.0] * 6]
-    assert shown(words, none).count("«") == 2
+    assert marked_text(words, none).count("«") == 2
     assert none.key() != plain.key()
-    assert shown(words, only).endswith("«6<|im_end|>»"), "what follows the last learnt turn is left out"
-    (shorter,) = load_examples([{"messages": [TALK[0], said("4", weight=0), *TALK[2:4]]}], words)
+    assert marked_text(words, only).endswith("«6<|im_end|>»"), "tokens after the last learnt turn are left out"
+    (shorter,) = load_examples([{"messages": [TALK[0], assistant("4", weight=0), *TALK[2:4]]}], words)
     assert shorter.key() == only.key()
 
 
-def test_weights_that_teach_nothing_or_are_not_numbers_are_refused() -> None:
+def test_invalid_weights_of_turns_raise() -> None:
     words = tokenizer()
     for talk, message in (
-        ([user("a"), said("b", weight=0), user("c"), said("d", weight=0)], "field 'messages': every turn .* has weight 0"),
-        ([user("a"), said("b", weight=0)], "field 'messages': the only turn to learn has weight 0"),
-        ([user("a"), said("b", weight=-1)], r"field 'messages\[1\].weight': a number >= 0 is needed, and it is -1"),
-        ([user("a"), said("b", weight="1")], r"field 'messages\[1\].weight': a number >= 0"),
+        ([user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=0)], "field 'messages': every turn .* has weight 0"),
+        ([user("a"), assistant("b", weight=0)], "field 'messages': the only turn to learn has weight 0"),
+        ([user("a"), assistant("b", weight=-1)], r"field 'messages\[1\].weight': a number >= 0 is needed, and it is -1"),
+        ([user("a"), assistant("b", weight="1")], r"field 'messages\[1\].weight': a number >= 0"),
         (
-            [user("a"), said(" "), user("c"), said("d")],
+            [user("a"), assistant(" "), user("c"), assistant("d")],
             r"field 'messages\[1\]': the assistant's turn is empty.*or give the message weight 0",
         ),
     ):
         with pytest.raises(DataError, match=f"row 1, {message}"):
             load_examples([{"messages": talk}], words)
-    assert learnt(words, [user("a"), said("", weight=0), user("c"), said("d")]).count("«") == 1
+    assert learnt(words, [user("a"), assistant("", weight=0), user("c"), assistant("d")]).count("«") == 1
 
 
-def test_templates_and_servers_never_see_a_weight() -> None:
-    sees = CHATML.replace("<|im_start|>{{", "{{ 'W' if m.weight is defined }}<|im_start|>{{", 1)
-    talk = [user("a"), said("b", weight=0.5), {**user("c"), "weight": 1}, said("d", weight=2)]
-    assert "W" not in learnt(tokenizer(sees), talk)
-    assert asked_of({"messages": talk}) == [user("a"), said("b"), user("c")]
+def test_weights_are_not_passed_to_templates_or_servers() -> None:
+    template = CHATML.replace("<|im_start|>{{", "{{ 'W' if m.weight is defined }}<|im_start|>{{", 1)
+    talk = [user("a"), assistant("b", weight=0.5), {**user("c"), "weight": 1}, assistant("d", weight=2)]
+    assert "W" not in learnt(tokenizer(template), talk)
+    assert asked_of({"messages": talk}) == [user("a"), assistant("b"), user("c")]
 
 
-def test_truncation_drops_tokens_from_the_end_whatever_turn_they_are_in() -> None:
+def test_truncation_drops_tokens_from_the_end_in_any_turn() -> None:
     words = tokenizer()
     (whole,) = load_examples([{"messages": TALK}], words)
     for length in range(whole.student_scored[0] + 2, len(whole)):
@@ -250,24 +255,24 @@ def test_truncation_drops_tokens_from_the_end_whatever_turn_they_are_in() -> Non
         load_examples([{"messages": TALK}], words, max_length=whole.student_scored[0] + 1, overlong="truncate")
 
 
-def test_the_student_writes_the_last_learnt_turn_and_only_that_is_scored() -> None:
+def test_rollout_replaces_the_last_learnt_turn_and_scores_only_it() -> None:
     words = make_tokenizer()
-    talk = [user("one plus one"), said("two"), user("red"), said("blue", weight=0.5), user("cat"), said("dog", weight=0)]
+    talk = [user("one plus one"), assistant("two"), user("red"), assistant("blue", weight=0.5), user("cat"), assistant("dog", weight=0)]
     (example,) = load_examples([{"messages": talk}], words)
     model = make_model(16, vocab_size=len(words)).eval()
-    ((written,),) = rollouts(
+    ((rollout,),) = rollouts(
         model, [(example,)], words, temperature=1.0, max_new_tokens=5, max_length=None, vocab_size=None, place=(0, 0, 0, 0)
     )
-    asked = words.apply_chat_template(talk[:3], tokenize=False, add_generation_prompt=True)
-    start = written.student_scored[0] + 1
-    assert words.decode(list(written.student_ids)[:start]) == asked
-    assert list(written.student_scored) == list(range(start - 1, len(written.student_ids) - 1)) == list(written.teacher_scored)
-    assert written.turns == ((len(written.student_scored), 0.5),)
+    prompt = words.apply_chat_template(talk[:3], tokenize=False, add_generation_prompt=True)
+    start = rollout.student_scored[0] + 1
+    assert words.decode(list(rollout.student_ids)[:start]) == prompt
+    assert list(rollout.student_scored) == list(range(start - 1, len(rollout.student_ids) - 1)) == list(rollout.teacher_scored)
+    assert rollout.turns == ((len(rollout.student_scored), 0.5),)
 
 
-def test_prompts_are_scored_beside_every_turn_but_those_of_weight_0() -> None:
+def test_scored_prompts_leave_out_turns_of_weight_0() -> None:
     words = tokenizer()
-    talk = [user("a"), said("b", weight=0.5), user("c"), said("d", weight=0), user("e"), said("f")]
+    talk = [user("a"), assistant("b", weight=0.5), user("c"), assistant("d", weight=0), user("e"), assistant("f")]
     (example,) = load_examples([{"messages": talk}], words)
     every = with_prompt(example)
     left_out = set(range(len(example.student_ids) - 1)) - set(every.student_scored)
@@ -278,9 +283,9 @@ def test_prompts_are_scored_beside_every_turn_but_those_of_weight_0() -> None:
     assert batch["token_weights"].sum() == len(every.student_scored) - 1
 
 
-def test_a_training_multiplies_the_loss_by_weights_of_turns(tmp_path: Path) -> None:
+def test_training_multiplies_the_loss_by_weights_of_turns(tmp_path: Path) -> None:
     words = make_tokenizer()
-    talk = [user("one"), said("two", weight=0.5), user("red"), said("blue")]
+    talk = [user("one"), assistant("two", weight=0.5), user("red"), assistant("blue")]
     build = trainers(tmp_path, words)
     student, teacher = (make_model(16, vocab_size=len(words), seed=seed, dtype=torch.float64) for seed in (1, 2))
     trainer = build(student, teacher, [{"messages": talk}])
@@ -302,7 +307,7 @@ def test_cache_decides_which_turns_are_learnt(tmp_path: Path) -> None:
     from kdkernels.teachers.live import LiveTeacher
 
     words = make_tokenizer()
-    talk = [{"messages": [user("one"), said("two"), user("red"), said("blue")]}]
+    talk = [{"messages": [user("one"), assistant("two"), user("red"), assistant("blue")]}]
     size = len(words)
     student, teacher = (make_model(16, vocab_size=size, seed=seed, dtype=torch.float64) for seed in (1, 2))
     build = trainers(tmp_path, words)

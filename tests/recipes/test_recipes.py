@@ -1,4 +1,4 @@
-"""Recipes: rows in and out, resuming, sequence-level distillation, in-context learning, near-duplicates, and their commands."""
+"""Recipes: rows, resuming, sequence-level distillation, in-context learning, near-duplicates, and the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdkernels import cli
 from kdkernels.data.rows import DataError
 from kdkernels.support.files import write_jsonl
 
-pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
+pytest.importorskip("rapidfuzz")  # near-duplicates; part of the extra [train]
 
 from kdkernels.cli.recipes.shared import Teacher
 from kdkernels.recipes import in_context, near
@@ -60,7 +60,7 @@ def test_rows_are_read_as_prompts_or_messages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
+    ("rows", "message"),
     [
         ([], "holds no rows"),
         (["{"], "d.jsonl, row 1: not JSON"),
@@ -84,13 +84,13 @@ def test_rows_are_read_as_prompts_or_messages(tmp_path: Path) -> None:
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "the last turn, but for the assistant's, must be the user's"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, rows: list[Any], says: str) -> None:
+def test_invalid_rows_raise_with_their_place(tmp_path: Path, rows: list[Any], message: str) -> None:
     with pytest.raises((RecipeError, DataError)) as error:
         read_items(jsonl(tmp_path / "d.jsonl", *rows))
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
-def test_bytes_that_are_not_utf8_and_missing_files_are_named(tmp_path: Path) -> None:
+def test_invalid_utf8_and_missing_files_raise(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     with pytest.raises(DataError, match="row 1: not JSON in UTF-8"):
         read_jsonl(tmp_path / "d.jsonl")
@@ -98,7 +98,7 @@ def test_bytes_that_are_not_utf8_and_missing_files_are_named(tmp_path: Path) -> 
         read_jsonl(tmp_path / "none.jsonl")
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     def rows() -> Any:
         yield {"a": 1}
         raise Killed
@@ -107,10 +107,10 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         write_jsonl(tmp_path / "out.jsonl", rows())
     assert read_jsonl(tmp_path / "out.jsonl") == [(f"{tmp_path / 'out.jsonl'}, row 1", {"old": "\u2028é"})]
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"], "nothing is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"], "no temporary file remains"
 
 
-def test_plain_rows_are_of_one_turn() -> None:
+def test_plain_rows_need_one_turn() -> None:
     one = items_of(1)[0]
     assert student_row(one, "r", chat=False) == {"key": "k0", "prompt": "question 0", "response": "r"}
     assert student_row(one, "r", prompt="other")["messages"] == [{"role": "user", "content": "other"}]
@@ -119,7 +119,7 @@ def test_plain_rows_are_of_one_turn() -> None:
         student_row(two, "r", chat=False)
 
 
-# Asking
+# Requests and logs
 
 
 def test_killed_run_continues(tmp_path: Path) -> None:
@@ -127,26 +127,26 @@ def test_killed_run_continues(tmp_path: Path) -> None:
         return f"{last(request)} is {request.key.split('/')[1]}"
 
     items, sampling = items_of(5), Sampling(temperature=0.5, samples=3)
-    whole = Scripted(answer)
-    expected, _ = sequence_level(items, whole, tmp_path / "whole.jsonl", sampling)
+    uninterrupted = Scripted(answer)
+    expected, _ = sequence_level(items, uninterrupted, tmp_path / "whole.jsonl", sampling)
     dying = Scripted(answer, die_after=7)
     with pytest.raises(Killed):
         sequence_level(items, dying, tmp_path / "log.jsonl", sampling)
-    after = Scripted(answer)
-    rows, tally = sequence_level(items, after, tmp_path / "log.jsonl", sampling)
+    resumed = Scripted(answer)
+    rows, tally = sequence_level(items, resumed, tmp_path / "log.jsonl", sampling)
     assert rows == expected
-    assert (len(dying.asked), len(after.asked), tally.candidates) == (7, 8, 15)
-    assert sorted(r.key for r in dying.asked + after.asked) == sorted(r.key for r in whole.asked)
+    assert (len(dying.requests), len(resumed.requests), tally.candidates) == (7, 8, 15)
+    assert sorted(r.key for r in dying.requests + resumed.requests) == sorted(r.key for r in uninterrupted.requests)
     assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_log_answers_only_what_it_was_asked(tmp_path: Path) -> None:
+def test_log_is_used_only_for_equal_requests(tmp_path: Path) -> None:
     prompts = [("k", [{"role": "user", "content": "x"}])]
     model = Scripted(lambda request: str(request.temperature))
     for temperature in (0.0, 0.5, 0.0):
         assert ask(model, tmp_path / "log.jsonl", prompts, Sampling(temperature=temperature))[0][0].text == str(temperature)
     assert ask(model, tmp_path / "log.jsonl", [("k", [{"role": "user", "content": "y"}])], Sampling())[0][0].text == "0.0"
-    assert len(model.asked) == 3
+    assert len(model.requests) == 3
 
 
 def test_invalid_sampling_options_raise() -> None:
@@ -158,27 +158,27 @@ def test_invalid_sampling_options_raise() -> None:
         Sampling(temperature=float("nan"))
 
 
-def test_once_survives_a_line_cut_short(tmp_path: Path) -> None:
-    made: list[list[str]] = []
+def test_truncated_line_of_a_log_is_repeated(tmp_path: Path) -> None:
+    calls: list[list[str]] = []
 
     def make(keys: list[str]) -> list[str]:
-        made.append(keys)
+        calls.append(keys)
         return [f"text of {key}" for key in keys]
 
     log, keys = tmp_path / "log.jsonl", ["a", "b", "c"]
     assert once(log, keys, make, batch=2) == ["text of a", "text of b", "text of c"]
-    assert made == [["a", "b"], ["c"]]
+    assert calls == [["a", "b"], ["c"]]
     whole = log.read_bytes()
     log.write_bytes(whole[:-5])
     assert once(log, keys, make, batch=2) == ["text of a", "text of b", "text of c"]
-    assert made[2:] == [["c"]]
+    assert calls[2:] == [["c"]]
     assert log.read_bytes() == whole
 
 
 # Sequence level
 
 
-def test_sequence_level_drops_what_teaches_nothing(tmp_path: Path) -> None:
+def test_sequence_level_drops_empty_cut_and_repeated_texts(tmp_path: Path) -> None:
     texts = {"0": ["good", " good ", "other"], "1": ["", "  ", "\n"], "2": ["cut", "cut", "cut"]}
 
     def answer(request: Request) -> Reply:
@@ -205,7 +205,7 @@ def test_sequence_interpolation_takes_the_closest(tmp_path: Path) -> None:
 # In-context learning
 
 
-def test_demonstrations_are_seeded_and_never_the_row_itself() -> None:
+def test_demonstrations_follow_the_seed_and_exclude_the_row_itself() -> None:
     items = items_of(12)
     drawn = in_context.demonstrations(items, 4, seed=3)
     assert drawn == in_context.demonstrations(items, 4, seed=3)
@@ -213,17 +213,17 @@ def test_demonstrations_are_seeded_and_never_the_row_itself() -> None:
     for item, demos in zip(items, drawn, strict=True):
         assert len({d.key for d in demos}) == 4
         assert item not in demos
-    # Another row with the same question would give the answer away.
+    # A demonstration with the same question would reveal the answer.
     twin = Item("twin", items[0].messages, "answer 0")
     for seed in range(20):
         for item, demos in zip([*items[:3], twin], in_context.demonstrations([*items[:3], twin], 2, seed), strict=True):
             assert item.prompt not in [d.prompt for d in demos]
 
 
-def test_demonstrations_are_drawn_evenly() -> None:
+def test_demonstrations_are_drawn_uniformly() -> None:
     items = items_of(5)
     counts = Counter(d.key for seed in range(400) for d in in_context.demonstrations(items, 2, seed)[0])
-    # 400 draws of 2 of 4: 200 each, standard deviation 10.
+    # 400 draws of 2 out of 4: each is drawn 200 times, standard deviation 10.
     assert set(counts) == {"k1", "k2", "k3", "k4"}
     assert all(abs(count - 200) < 50 for count in counts.values())
 
@@ -242,10 +242,10 @@ def test_demonstrations_stay_within_the_task_and_come_from_the_pool() -> None:
         in_context.demonstrations(items_of(1), 1, 0, [Item("p", ({"role": "user", "content": "p"},))])
 
 
-def test_context_distillation_shows_the_demonstrations_to_the_teacher_only() -> None:
+def test_context_distillation_gives_demonstrations_only_to_the_teacher() -> None:
     items = items_of(4)
-    shown = in_context.demonstrations(items, 2, seed=0)
-    for item, demos, row in zip(items, shown, in_context.context_distillation(items, shown), strict=True):
+    demonstrations = in_context.demonstrations(items, 2, seed=0)
+    for item, demos, row in zip(items, demonstrations, in_context.context_distillation(items, demonstrations), strict=True):
         question = {"role": "user", "content": item.prompt}
         assert row["messages"] == [question]
         assert row["response"] == item.response
@@ -253,25 +253,25 @@ def test_context_distillation_shows_the_demonstrations_to_the_teacher_only() -> 
         assert row["teacher_messages"] == [*turns, question]
 
 
-def test_in_context_tuning_shows_them_to_both() -> None:
+def test_in_context_tuning_gives_demonstrations_to_both() -> None:
     items = items_of(4)
-    shown = in_context.demonstrations(items, 2, seed=0)
-    tuned = in_context.in_context_tuning(items, shown)
-    distilled = in_context.context_distillation(items, shown)
+    demonstrations = in_context.demonstrations(items, 2, seed=0)
+    tuned = in_context.in_context_tuning(items, demonstrations)
+    distilled = in_context.context_distillation(items, demonstrations)
     assert [row["messages"] for row in tuned] == [row["teacher_messages"] for row in distilled]
     assert all("teacher_messages" not in row for row in tuned)
     lm = in_context.language_modelling(items, 0.25)
     assert lm[1] == {"key": "k1/lm", "text": "question 1\nanswer 1", "weight": 0.25}
 
 
-def test_the_teachers_own_answers_can_be_taken(tmp_path: Path) -> None:
+def test_in_context_rows_can_use_the_teachers_answers(tmp_path: Path) -> None:
     items = [Item(i.key, i.messages, None, i.row, i.where) for i in items_of(3)]
     pool = items_of(3)
-    shown = in_context.demonstrations(items, 2, 0, pool)
+    demonstrations = in_context.demonstrations(items, 2, 0, pool)
     model = Scripted(lambda request: "" if last(request) == "question 1" else f"{len(request.messages)} turns")
-    kept, kept_shown, tally = in_context.answered(items, shown, model, tmp_path / "log", Sampling())
-    assert [(i.key, i.response) for i in kept] == [("k0", "5 turns"), ("k2", "5 turns")]
-    assert kept_shown == [shown[0], shown[2]]
+    answered, answered_demonstrations, tally = in_context.answered(items, demonstrations, model, tmp_path / "log", Sampling())
+    assert [(i.key, i.response) for i in answered] == [("k0", "5 turns"), ("k2", "5 turns")]
+    assert answered_demonstrations == [demonstrations[0], demonstrations[2]]
     assert (tally.kept, tally.dropped) == (2, {"empty": 1})
 
 
@@ -281,7 +281,7 @@ WORDS = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=12)
 
 
 def lcs(a: list[str], b: list[str]) -> int:
-    """By definition, a table of all prefixes."""
+    """Return the length of the longest common subsequence, from a table over all prefixes."""
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -294,30 +294,30 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(a: list[str], b: li
     n = lcs(a, b)
     precision, recall = n / len(a), n / len(b)
     f1 = 2 * precision * recall / (precision + recall) if n else 0.0
-    found = near.rouge_l(" ".join(a), ", ".join(b).upper())
-    assert found == pytest.approx(f1, abs=1e-12)
-    assert near.rouge_l(" ".join(b), " ".join(a)) == found
+    score = near.rouge_l(" ".join(a), ", ".join(b).upper())
+    assert score == pytest.approx(f1, abs=1e-12)
+    assert near.rouge_l(" ".join(b), " ".join(a)) == score
 
 
 @given(st.lists(WORDS, max_size=12))
-def test_no_two_texts_of_a_pool_are_near_duplicates(texts: list[list[str]]) -> None:
-    pool, kept = near.Pool(), []
+def test_pool_holds_no_near_duplicates(texts: list[list[str]]) -> None:
+    pool, texts_of_pool = near.Pool(), []
     for text in map(" ".join, texts):
         nearest = pool.nearest(text)
-        taken = pool.add(text)
-        assert taken == (nearest <= 0.7)
-        kept += [text] * taken
-    assert all(near.rouge_l(a, b) <= 0.7 for n, a in enumerate(kept) for b in kept[:n])
-    assert not any(pool.add(text) for text in kept)
+        added = pool.add(text)
+        assert added == (nearest <= 0.7)
+        texts_of_pool += [text] * added
+    assert all(near.rouge_l(a, b) <= 0.7 for n, a in enumerate(texts_of_pool) for b in texts_of_pool[:n])
+    assert not any(pool.add(text) for text in texts_of_pool)
 
 
-def test_a_duplicate_is_above_the_threshold_not_at_it() -> None:
+def test_text_at_the_threshold_is_not_a_duplicate() -> None:
     seven_of_ten = "a b c d e f g x y z"
     pool = near.Pool(["a b c d e f g h i j"])
     assert near.rouge_l(seven_of_ten, "a b c d e f g h i j") == 0.7
     assert pool.add(seven_of_ten)
     assert not pool.add("a b c d e f g h y z")
-    # Texts without words are duplicates only of themselves.
+    # A text without words is a duplicate only of itself.
     assert pool.add("!!!")
     assert pool.add("???")
     assert not pool.add("!!!")
@@ -338,7 +338,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     return model
 
 
-def test_sequence_command(questions: Path, tmp_path: Path, scripted: Scripted) -> None:
+def test_sequence_command_writes_rows(questions: Path, tmp_path: Path, scripted: Scripted) -> None:
     result = runner.invoke(cli.app, ["recipe", "sequence", "--data", str(questions), "--out", str(tmp_path / "out"), "--teacher", "t"])
     assert result.exit_code == 0, result.output
     rows = [row for _, row in read_jsonl(tmp_path / "out" / "rows.jsonl")]
@@ -347,13 +347,13 @@ def test_sequence_command(questions: Path, tmp_path: Path, scripted: Scripted) -
     assert "6 rows in" in result.output
 
 
-def test_in_context_command(questions: Path, tmp_path: Path, scripted: Scripted) -> None:
+def test_in_context_command_writes_rows(questions: Path, tmp_path: Path, scripted: Scripted) -> None:
     arguments = ["recipe", "in-context", "--data", str(questions), "-k", "2"]
     result = runner.invoke(cli.app, [*arguments, "--out", str(tmp_path / "gold"), "--lm-weight", "0.5"])
     assert result.exit_code == 0, result.output
     rows = [row for _, row in read_jsonl(tmp_path / "gold" / "rows.jsonl")]
     assert [len(row.get("teacher_messages", ())) for row in rows] == [5] * 6 + [0] * 6
-    assert not scripted.asked
+    assert not scripted.requests
     result = runner.invoke(cli.app, [*arguments, "--out", str(tmp_path / "own"), "--teacher", "t", "--student-view", "with"])
     assert result.exit_code == 0, result.output
     rows = [row for _, row in read_jsonl(tmp_path / "own" / "rows.jsonl")]
@@ -362,7 +362,7 @@ def test_in_context_command(questions: Path, tmp_path: Path, scripted: Scripted)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["sequence"], "give one of --teacher (a folder) and --base-url (a server)"),
         (["sequence", "--teacher", "t", "--base-url", "u"], "not both"),
@@ -379,8 +379,8 @@ def test_in_context_command(questions: Path, tmp_path: Path, scripted: Scripted)
         (["chain-of-thought", "--rationale-weight", "1", "--teacher", "t"], "fine-tune has one task"),
     ],
 )
-def test_commands_refuse_in_one_line(
-    questions: Path, tmp_path: Path, arguments: list[str], says: str, request: pytest.FixtureRequest
+def test_invalid_options_of_recipes_are_one_line(
+    questions: Path, tmp_path: Path, arguments: list[str], message: str, request: pytest.FixtureRequest
 ) -> None:
     if "--teacher" in arguments and "--base-url" not in arguments:
         request.getfixturevalue("scripted")
@@ -389,12 +389,12 @@ def test_commands_refuse_in_one_line(
     result = runner.invoke(cli.app, ["recipe", *arguments, "--data", str(questions), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert result.output.startswith("Error: ")
-    assert says in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
     assert not (tmp_path / "out" / "rows.jsonl").exists()
 
 
-def test_a_folder_is_asked_in_this_process(questions: Path, tmp_path: Path) -> None:
-    """Random weights do not stop within two tokens, so every reply is cut off; what matters is that they were asked, once."""
+def test_teacher_in_a_folder_generates_each_reply_once(questions: Path, tmp_path: Path) -> None:
+    """A random model does not stop within two tokens, so every reply is cut off. Each is generated once."""
     folder = tiny.save(tmp_path / "teacher")
     arguments = ["recipe", "sequence", "--data", str(questions), "--out", str(tmp_path / "out"), "--max-tokens", "2"]
     result = runner.invoke(cli.app, [*arguments, "--teacher", str(folder)])
@@ -405,7 +405,7 @@ def test_a_folder_is_asked_in_this_process(questions: Path, tmp_path: Path) -> N
     assert runner.invoke(cli.app, [*arguments, "--teacher", str(folder)]).exit_code == 2
     assert (tmp_path / "out" / "replies.jsonl").read_bytes() == log
     result = runner.invoke(cli.app, [*arguments, "--teacher", str(folder), "--seed", "1"])
-    assert "to another request" in result.output  # no reply of another setting is taken for this one's
+    assert "to another request" in result.output  # replies with other settings are not used
     result = runner.invoke(cli.app, [*arguments, "--teacher", str(tmp_path)])
     assert "no folder of a transformers model" in result.output
 

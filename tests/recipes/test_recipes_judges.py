@@ -1,4 +1,4 @@
-"""Judges and referees: empty verdicts do not count, agreement is reported, and a failed judge can be replaced."""
+"""Judges and referees: missing verdicts do not count, agreement is reported, and a failed judge can be replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kdkernels import cli
 
-pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
+pytest.importorskip("rapidfuzz")  # near-duplicates; part of the extra [train]
 
 from kdkernels.cli.recipes.shared import Teacher, option_of
 from kdkernels.recipes import disco, lion
@@ -41,37 +41,37 @@ def run(
     judge: Callable[[Request], str], tmp_path: Path, votes: int = 1, count: int = 1
 ) -> tuple[list[disco.Counterfactual], Tally, Scripted]:
     model = Scripted(judge)
-    found, tally = disco.counterfactuals(
+    counterfactuals, tally = disco.counterfactuals(
         texts(count), LABELS, Scripted(lambda _: "NEW words"), model, tmp_path,
         filling=Sampling(), judging=Sampling(temperature=1.0 if votes > 1 else 0.0, samples=votes),
     )  # fmt: skip
-    return found, tally, model
+    return counterfactuals, tally, model
 
 
-# A judge that names no label
+# Missing verdicts
 
 
 def test_missing_verdict_on_the_original_drops_all_its_pairs(tmp_path: Path) -> None:
-    found, tally, model = run(lambda request: "bad" if "NEW" in judged_text(request) else "I cannot say", tmp_path)
-    assert (found, tally.dropped) == ([], {"the judge names no label for the original text": 1})
-    assert len(model.asked) == 1, "only what can be used is judged"
+    counterfactuals, tally, model = run(lambda request: "bad" if "NEW" in judged_text(request) else "I cannot say", tmp_path)
+    assert (counterfactuals, tally.dropped) == ([], {"the judge names no label for the original text": 1})
+    assert len(model.requests) == 1, "the new text is not judged"
 
 
 def test_missing_verdicts_on_new_texts_are_counted_separately(tmp_path: Path) -> None:
-    found, tally, _ = run(lambda request: "hm" if "NEW" in judged_text(request) else "good", tmp_path)
-    assert (found, tally.dropped) == ([], {"the judge names no label for the new text": 1})
+    counterfactuals, tally, _ = run(lambda request: "hm" if "NEW" in judged_text(request) else "good", tmp_path)
+    assert (counterfactuals, tally.dropped) == ([], {"the judge names no label for the new text": 1})
 
 
 @pytest.mark.parametrize(
-    ("named", "kept"),
+    ("verdicts", "count"),
     [(["bad", "bad", "bad"], 1), (["bad", "bad", "?"], 1), (["bad", "?", "?"], 0), (["bad", "good", "?"], 0), (["?", "?", "?"], 0)],
 )
-def test_shares_are_of_the_votes_that_name_a_label_if_most_do(tmp_path: Path, named: list[str], kept: int) -> None:
+def test_votes_without_a_label_do_not_count_unless_they_are_the_majority(tmp_path: Path, verdicts: list[str], count: int) -> None:
     def judge(request: Request) -> str:
-        return named[int(request.key.split("/")[-2])] if "NEW" in judged_text(request) else "good"
+        return verdicts[int(request.key.split("/")[-2])] if "NEW" in judged_text(request) else "good"
 
-    found, tally, _ = run(judge, tmp_path, votes=3)
-    assert len(found) == kept
+    counterfactuals, tally, _ = run(judge, tmp_path, votes=3)
+    assert len(counterfactuals) == count
     assert tally.candidates == tally.kept + sum(tally.dropped.values())
 
 
@@ -89,12 +89,12 @@ def test_agreement_with_the_given_labels_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("agreed", "judged", "warns"), [(20, 40, True), (40, 40, False), (4, 4, False), (2, 4, True), (0, 3, True), (36, 40, False)]
 )
-def test_agreement_at_chance_is_known(agreed: int, judged: int, warns: bool) -> None:
+def test_agreement_at_chance_is_detected(agreed: int, judged: int, warns: bool) -> None:
     assert disco.at_chance(Tally(agreed=agreed, judged=judged), LABELS) == warns
 
 
 @pytest.mark.parametrize(("answer", "warns"), [("good", False), ("bad", True)])
-def test_the_command_reports_agreement_and_warns_at_chance(
+def test_disco_command_reports_agreement_and_warns_at_chance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, warns: bool
 ) -> None:
     def reply(request: Request) -> str:
@@ -110,27 +110,27 @@ def test_the_command_reports_agreement_and_warns_at_chance(
     output = " ".join(result.output.split())
     assert f"The judge names {0 if warns else 8} of 8 given labels ({'0' if warns else '100'}%)" in output
     assert ("guesses would agree as often" in output) == warns
-    assert "--threshold" in output or not warns, "the reason of a drop, with its option"
+    assert "--threshold" in output or not warns, "the reason for a drop names its option"
 
 
-# Replacing one
+# Replacing a referee
 
 
-def test_a_failed_referee_is_replaced_in_the_same_folder(tmp_path: Path) -> None:
-    """Use real logs, which contain the name of the model."""
+def test_failed_referee_is_replaced_in_the_same_folder(tmp_path: Path) -> None:
+    """Use a real model's log, which contains the model's name."""
     seeds = [f"Describe thing number {n}" for n in range(3)]
     teacher, student = Scripted(lambda _: "A good answer."), Scripted(lambda _: "poor")
 
     class Referee(LocalModel):
-        def __init__(self, name: str, said: str) -> None:
+        def __init__(self, name: str, verdict: str) -> None:
             super().__init__(tiny.model(312), tiny.tokenizer(), name=name)
-            self.said, self.count = said, 0
+            self.verdict, self.count = verdict, 0
 
         def _generate(self, batch: Any) -> Any:
             self.count += len(batch)
             replies = super()._generate(batch)
             for reply in replies:
-                reply.text = self.said
+                reply.text = self.verdict
             return replies
 
     def judge(referee: Any) -> list[lion.Judged]:
@@ -144,16 +144,16 @@ def test_a_failed_referee_is_replaced_in_the_same_folder(tmp_path: Path) -> None
     assert [j.difficulty for j in judged] == ["easy"] * 3
     with pytest.warns(UserWarning, match="referee-2"):
         judge(better)
-    assert (failed.count, better.count) == (6, 6), "nothing is asked twice"
+    assert (failed.count, better.count) == (6, 6), "no request is repeated"
     with pytest.raises(RecipeError):
         judge(failed)
     assert failed.count == 6
 
 
-# What is rated
+# Rated instructions
 
 
-def test_only_instructions_that_the_teacher_answers_are_rated(tmp_path: Path) -> None:
+def test_instructions_without_a_teachers_answer_are_not_rated(tmp_path: Path) -> None:
     seeds = [f"Describe thing number {n}" for n in range(4)]
 
     def teach(request: Request) -> Reply:
@@ -165,7 +165,7 @@ def test_only_instructions_that_the_teacher_answers_are_rated(tmp_path: Path) ->
         seeds, Scripted(teach), student, referee, tmp_path, 0, answering=Sampling(), rating=Sampling()
     )  # fmt: skip
     assert [j.instruction for j in judged] == [seeds[0], seeds[3]]
-    assert (len(student.asked), len(referee.asked)) == (2, 4)
+    assert (len(student.requests), len(referee.requests)) == (2, 4)
     assert tally.dropped == {"the teacher's answer is cut off at max_tokens": 1, "the teacher's answer is empty": 1}
     with pytest.raises(RecipeError, match="no usable answer to 4 instructions"):
         lion.discriminate(
@@ -173,10 +173,10 @@ def test_only_instructions_that_the_teacher_answers_are_rated(tmp_path: Path) ->
         )  # fmt: skip
 
 
-# Reasons
+# Reasons for drops
 
 
-def test_each_reason_stands_alone() -> None:
+def test_cut_replies_have_one_reason() -> None:
     assert cut_short(Reply("k", "text", "length")) == "cut off at max_tokens"
     assert cut_short(Reply("k", "text", "content_filter")) == "cut off (finish_reason content_filter)"
     assert cut_short(Reply("k", "", REFUSED)) == "refused by the server"
@@ -193,23 +193,25 @@ def test_each_reason_stands_alone() -> None:
         ("blank left empty", "--samples, --teacher"), ("nothing changed", "--samples, --teacher"),
     ],
 )  # fmt: skip
-def test_reasons_name_the_option_that_changes_them(reason: str, option: str) -> None:
+def test_reasons_for_drops_name_their_option(reason: str, option: str) -> None:
     assert option_of(reason) == option
 
 
-def test_a_log_keeps_why_a_rationale_ended(tmp_path: Path) -> None:
+def test_log_stores_the_finish_reason_of_a_rationale(tmp_path: Path) -> None:
     def make(keys: list[str]) -> list[dict[str, Any]]:
         return [{"text": "", "finish_reason": "length"} if key == "b" else {"text": key} for key in keys]
 
     first = once_each(tmp_path / "log.jsonl", ["a", "b"], make)
     again = once_each(tmp_path / "log.jsonl", ["a", "b"], lambda keys: [])
-    assert [(made["text"], made.get("finish_reason")) for made in first] == [(made["text"], made.get("finish_reason")) for made in again]
-    (tmp_path / "old.jsonl").write_text(json.dumps({"key": "a/0123456789ab", "text": "of a version before"}) + "\n")
-    assert once_each(tmp_path / "old.jsonl", ["a/0123456789ab"], make)[0]["text"] == "of a version before"
+    assert [(entry["text"], entry.get("finish_reason")) for entry in first] == [
+        (entry["text"], entry.get("finish_reason")) for entry in again
+    ]
+    (tmp_path / "old.jsonl").write_text(json.dumps({"key": "a/0123456789ab", "text": "of an earlier version"}) + "\n")
+    assert once_each(tmp_path / "old.jsonl", ["a/0123456789ab"], make)[0]["text"] == "of an earlier version"
     assert [row["key"] for _, row in read_jsonl(tmp_path / "log.jsonl")] == ["a", "b"]
 
 
-def test_only_judges_and_referees_are_replaced(tmp_path: Path) -> None:
+def test_logs_of_other_roles_are_not_replaced(tmp_path: Path) -> None:
     from kdkernels.teachers.replies import OtherRequest
 
     class Other:

@@ -1,4 +1,4 @@
-"""Lion: the referee in both orders, hard and easy instructions, new instructions, and an interrupted loop."""
+"""Lion: ratings in both orders, hard and easy instructions, new instructions, and interrupted loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kdkernels import cli
 
-pytest.importorskip("rapidfuzz")  # of the extra [train]: near-duplicates
+pytest.importorskip("rapidfuzz")  # near-duplicates; part of the extra [train]
 
 from kdkernels.cli.recipes.shared import Teacher
 from kdkernels.recipes import lion
@@ -27,7 +27,7 @@ SEEDS = [f"Describe the colour of thing number {n}" for n in range(6)]
 
 
 @pytest.mark.parametrize(
-    ("reply", "found"),
+    ("reply", "ratings"),
     [
         ("8 5", (8, 5)),
         ("\n  8.5, 10\nThe first is better, 9 at best.", (8.5, 10)),
@@ -42,12 +42,12 @@ SEEDS = [f"Describe the colour of thing number {n}" for n in range(6)]
         ("", None),
     ],
 )
-def test_ratings_are_two_numbers_on_the_first_line(reply: str, found: tuple[float, float] | None) -> None:
-    assert lion.ratings(reply) == found
+def test_ratings_are_read_from_the_first_line(reply: str, ratings: tuple[float, float] | None) -> None:
+    assert lion.ratings(reply) == ratings
 
 
 @given(st.integers(1, 10), st.integers(1, 10))
-def test_any_two_ratings_are_read(a: int, b: int) -> None:
+def test_ratings_are_read_in_every_style(a: int, b: int) -> None:
     for form in ("{} {}", "{},{}", "{}/10, {}/10", "**{}** **{}**", "Ratings: {} {}."):
         assert lion.ratings(form.format(a, b)) == (a, b)
 
@@ -57,17 +57,17 @@ def judged_by(referee: Any, tmp_path: Path) -> tuple[list[lion.Judged], Any]:
     return lion.discriminate(SEEDS, teacher, student, Scripted(referee), tmp_path, 0, answering=Sampling(), rating=Sampling())
 
 
-def test_a_referee_that_favours_the_first_place_is_evened_out(tmp_path: Path) -> None:
+def test_preference_for_the_first_answer_cancels_out(tmp_path: Path) -> None:
     judged, tally = judged_by(lambda _: "9 3", tmp_path)
     assert {(j.teacher, j.student, j.difficulty) for j in judged} == {(6, 6, "easy")}
     assert tally.kept == len(SEEDS)
 
 
-def test_hard_is_a_mean_difference_of_one_or_more(tmp_path: Path) -> None:
+def test_hard_means_a_mean_difference_of_at_least_one(tmp_path: Path) -> None:
     def referee(request: Request) -> str:
         number = int(last(request).split("\n")[0][-1])
         teacher_first = last(request).index("GOOD") < last(request).index("poor")
-        # The differences of the two orders: 1 and 1; 1 and 0; 2 and 0; 0 and 2; -1 and -1; no ratings in the second.
+        # Differences in the two orders. The last referee gives no ratings in the second order.
         first, second = [(1, 1), (1, 0), (2, 0), (0, 2), (-1, -1), (3, None)][number]
         gap = first if teacher_first else second
         if gap is None:
@@ -82,14 +82,14 @@ def test_hard_is_a_mean_difference_of_one_or_more(tmp_path: Path) -> None:
     assert [row["difficulty"] for row in rows] == ["hard", "easy", "hard", "hard", "easy"]
 
 
-def test_a_referee_without_ratings_is_an_error(tmp_path: Path) -> None:
+def test_referee_without_ratings_raises(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no two ratings for any of 6 instructions"):
         judged_by(lambda _: "fine", tmp_path)
     assert not (tmp_path / "round-0" / "judged.jsonl").exists()
 
 
 def new_instruction(request: Request) -> str:
-    """Different from all others, of six words."""
+    """Return an instruction of six words that differs from all others."""
     kind, attempt, number = request.key.split("/")[:3]
     return " ".join(f"{word}{kind}{attempt}{number}" for word in ("Write", "some", "poem", "about", "blue", "boats"))
 
@@ -105,12 +105,12 @@ def test_new_instructions_are_half_hard_half_easy(tmp_path: Path) -> None:
     assert {row["like"] for row in rows[:3]} <= {SEEDS[0], SEEDS[1]}
     assert {row["like"] for row in rows[3:]} == {SEEDS[2]}
     assert [row["instruction"] for row in rows] == new
-    assert (tally.kept, len(generator.asked)) == (5, 5)
+    assert (tally.kept, len(generator.requests)) == (5, 5)
     only_hard, _ = lion.generate(JUDGED[:2], SEEDS, generator, tmp_path, 1, Sampling(temperature=1.0), count=4)
     assert len(only_hard) == 4
 
 
-def test_useless_and_near_duplicate_instructions_are_dropped(tmp_path: Path) -> None:
+def test_short_cut_and_near_duplicate_instructions_are_dropped(tmp_path: Path) -> None:
     texts = ["too short now", "?what is this then", SEEDS[5], SEEDS[5] + " please", "A wholly other request for you", "cut off in the"]
 
     def answer(request: Request) -> Reply:
@@ -129,13 +129,13 @@ def test_useless_and_near_duplicate_instructions_are_dropped(tmp_path: Path) -> 
 
 
 class Loop:
-    """The command with scripted models, any of which may die after some answers."""
+    """Run the command with scripted models. With a ``budget``, ``Killed`` is raised after that many requests."""
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.out = tmp_path / "lion"
         self.data = tmp_path / "seeds.jsonl"
         self.data.write_text("".join(json.dumps({"prompt": s}) + "\n" for s in SEEDS))
-        self.asked = 0
+        self.requests = 0
         self.budget: int | None = None
         monkeypatch.setattr(Teacher, "_load", lambda _, path, *__: self.model(path))
 
@@ -145,9 +145,9 @@ class Loop:
         return Scripted(lambda request: self.answer(path, request))
 
     def answer(self, path: str, request: Request) -> str:
-        if self.budget is not None and self.asked >= self.budget:
+        if self.budget is not None and self.requests >= self.budget:
             raise Killed
-        self.asked += 1
+        self.requests += 1
         text = last(request)
         if "Rate how" in text:
             gap = text.count("7") or 0
@@ -167,15 +167,15 @@ class Loop:
         return {str(p.relative_to(self.out)): p.read_bytes() for p in sorted(self.out.rglob("*")) if p.is_file()}
 
 
-def test_two_rounds_one_file_for_each_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_rounds_write_one_file_for_each_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(tmp_path, monkeypatch)
     result = loop()
     assert result.exit_code == 0, result.output
     assert [row["response"] for _, row in read_jsonl(loop.out / "round-0" / "imitate.jsonl")] == [f"teacher: {s}" for s in SEEDS]
     assert "Train the student on" in result.output
-    before = loop.asked
+    before = loop.requests
     assert "Train the student on" in loop().output
-    assert loop.asked == before
+    assert loop.requests == before
     assert loop("--student", "student").exit_code == 0
     assert {p.name for p in (loop.out / "round-0").iterdir()} == {
         "imitate.jsonl", "student.jsonl", "referee.jsonl", "judged.jsonl", "generator.jsonl", "generated.jsonl", "settings.json"
@@ -183,7 +183,7 @@ def test_two_rounds_one_file_for_each_stage(tmp_path: Path, monkeypatch: pytest.
     new = [row["instruction"] for _, row in read_jsonl(loop.out / "round-0" / "generated.jsonl")]
     assert [row["messages"][0]["content"] for _, row in read_jsonl(loop.out / "round-1" / "imitate.jsonl")] == new
     assert max(rouge_l(a, b) for a in new for b in SEEDS) <= 0.7
-    # The same student again would judge itself on what it has not yet learnt.
+    # The student of this round must be a new one, trained on the last round's rows.
     result = loop("--student", "student")
     assert "is done with this student" in result.output
     assert not (loop.out / "round-1" / "generated.jsonl").exists()
@@ -194,34 +194,34 @@ def test_two_rounds_one_file_for_each_stage(tmp_path: Path, monkeypatch: pytest.
     assert lion.stage(loop.out) == (2, "student")
 
 
-def test_a_loop_killed_anywhere_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_repeated_loop_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole = Loop(tmp_path / "a", monkeypatch)
     assert whole().exit_code == whole("--student", "s").exit_code == 0
-    expected, total = whole.files(), whole.asked
+    expected, total = whole.files(), whole.requests
     loop = Loop(tmp_path / "b", monkeypatch)
-    deaths = 0
+    kills = 0
     for arguments in ((), ("--student", "s")):
         while True:
-            loop.budget = loop.asked + 5
+            loop.budget = loop.requests + 5
             try:
                 assert loop(*arguments).exit_code == 0
                 break
             except Killed:
-                deaths += 1
-    assert deaths >= 5
+                kills += 1
+    assert kills >= 5
     assert loop.files() == expected
-    assert loop.asked == total
+    assert loop.requests == total
 
 
-def test_other_settings_or_another_student_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_and_another_student_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(tmp_path, monkeypatch)
     assert loop().exit_code == 0
     result = loop("--seed", "1")
     assert result.exit_code == 2
     assert "it was begun with seed = 0, not 1" in result.output
-    loop.budget = loop.asked + 8
+    loop.budget = loop.requests + 8
     with pytest.raises(Killed):
         loop("--student", "one")
     loop.budget = None
@@ -241,7 +241,7 @@ def test_killed_round_continues_with_imitation(tmp_path: Path, monkeypatch: pyte
     assert lion.stage(loop.out) == (1, "student")
 
 
-def test_missing_student_does_not_become_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_student_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(tmp_path, monkeypatch)
     assert loop().exit_code == 0
     result = loop("--student", "missing")
@@ -250,10 +250,10 @@ def test_missing_student_does_not_become_the_rounds(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("option", [("--count", "0"), ("--rouge", "1"), ("--rouge", "0")])
-def test_invalid_options_fail_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, str]) -> None:
+def test_invalid_options_of_lion_raise_before_any_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, str]) -> None:
     loop = Loop(tmp_path, monkeypatch)
     result = loop(*option)
-    assert (result.exit_code, option[0] in result.output, loop.asked) == (2, True, 0)
+    assert (result.exit_code, option[0] in result.output, loop.requests) == (2, True, 0)
     assert not loop.out.exists()
 
 
@@ -266,4 +266,4 @@ def test_each_model_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for bar in ("6/6 replies in student.jsonl", "12/12 replies in referee.jsonl", "4/4 replies in generator.jsonl"):
         assert bar in output
     assert "student: 6 replies (0 from the log)" in output
-    assert "referee:" not in output, "the teacher is referee and generator, and is named once"
+    assert "referee:" not in output, "the teacher is also the referee and is named once"

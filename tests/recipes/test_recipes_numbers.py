@@ -1,4 +1,4 @@
-"""Numbers in answers are read whole or not at all, in every style that models write."""
+"""A number in an answer is read whole or not at all, in every style that models use."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ REPLIES = {
 
 
 @pytest.mark.parametrize(("text", "value"), NUMBERS.items())
-def test_a_number_is_read_whole(text: str, value: str) -> None:
+def test_number_is_read_whole(text: str, value: str) -> None:
     assert normalise(text, "number") == value
     assert normalise(text, "number", first=True) == value
 
@@ -61,11 +61,11 @@ def test_text_with_several_numbers_is_not_read_in_part(text: str) -> None:
 
 
 @pytest.mark.parametrize(("reply", "value"), REPLIES.items())
-def test_the_final_answer_of_a_reply(reply: str, value: str | None) -> None:
+def test_final_number_of_a_reply_is_extracted(reply: str, value: str | None) -> None:
     assert extract(reply, "number") == value
 
 
-def test_a_part_of_the_answer_lets_no_reply_through() -> None:
+def test_part_of_an_answer_does_not_match() -> None:
     for reply, part in (
         (r"\boxed{1{,}000}", "0"),
         ("Answer: 15.5kg", "15"),
@@ -76,7 +76,7 @@ def test_a_part_of_the_answer_lets_no_reply_through() -> None:
         assert not same(reply, part, "number")
 
 
-def test_boxes_hold_choices_and_words_too() -> None:
+def test_boxes_with_choices_and_words_are_read() -> None:
     assert extract(r"so it is \boxed{\text{Paris}}", "text") == "paris"
     assert extract(r"so it is \boxed{\textbf{B}}", "choice") == "B"
     assert boxed(r"\boxed{1} then \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
@@ -101,7 +101,7 @@ STYLES = (
 
 
 @given(st.integers(-(10**12), 10**12), st.sampled_from(STYLES))
-def test_any_whole_number_is_read_in_any_style(number: int, style: str) -> None:
+def test_integers_are_read_in_every_style(number: int, style: str) -> None:
     assert read_numbers(style.format(number)) == [number]
 
 
@@ -109,17 +109,17 @@ def test_any_whole_number_is_read_in_any_style(number: int, style: str) -> None:
     st.decimals(min_value=-(10**6), max_value=10**6, places=3),
     st.sampled_from([("{:,}", ",."), ("{:,}", ".,"), ("{:,}", " ,"), ("{:,}", "'.")]),
 )
-def test_decimals_are_read_whatever_groups_their_thousands(number: Fraction, style: tuple[str, str]) -> None:
+def test_decimals_are_read_with_every_thousands_separator(number: Fraction, style: tuple[str, str]) -> None:
     form, (group, point) = style
     text = form.format(number).replace(",", "\0").replace(".", point).replace("\0", group)
     values = read_numbers(text)
     assert len(values) == 1
-    # Three decimals after a single comma or point are thousands in the one style and decimals in the other.
+    # Three digits after a single comma are thousands in one style and decimals in the other, so a small number is ambiguous.
     assert values[0] == Fraction(number) or (abs(number) < 1000 and point == ",")
 
 
 @given(st.text(alphabet="0123456789.,'_ /-+*^xe%:kg\\{}$", max_size=14))
-def test_no_text_breaks_the_reader(text: str) -> None:
+def test_random_text_gives_fractions_or_none(text: str) -> None:
     for value in read_numbers(text):
         assert value is None or isinstance(value, Fraction)
 

@@ -1,4 +1,4 @@
-"""Chain of thought: answers and filters, multi-task weights, SCOTT's contrastive decoding, Socratic steps, DISCO's counterfactuals."""
+"""Recipes of reasoning: final answers, rationales, multi-task weights, SCOTT's decoding, Socratic steps, DISCO's counterfactuals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def item(n: int, answer: str, prompt: str | None = None, **fields: Any) -> Item:
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "found"),
+    ("text", "kind", "answer"),
     [
         ("3 + 4 = 7\nAnswer: 7", "number", "7"),
         ("Add them. The answer is 1,250.", "number", "1250"),
@@ -68,12 +68,12 @@ def item(n: int, answer: str, prompt: str | None = None, **fields: Any) -> Item:
         ("Answer: .5", "number", "1/2"),
     ],
 )
-def test_the_final_answer_is_found(text: str, kind: answers.Kind, found: str | None) -> None:
-    assert answers.extract(text, kind) == found
+def test_final_answer_is_extracted(text: str, kind: answers.Kind, answer: str | None) -> None:
+    assert answers.extract(text, kind) == answer
 
 
 @given(st.integers(-(10**9), 10**9), st.sampled_from(["{}", "{:,}", "{}.", "{}.0", "${}", "{} apples", "**{}**", "{}\nmore 99"]))
-def test_numbers_are_found_however_they_are_written(number: int, form: str) -> None:
+def test_numbers_are_extracted_from_every_style(number: int, form: str) -> None:
     if form == "${}":
         number = abs(number)
     for lead in ("Answer: ", "the answer is ", "We get 1 + 2 = 3.\nSo the final answer is: "):
@@ -90,15 +90,15 @@ def test_fractions_have_one_spelling(value: Fraction) -> None:
 
 @given(st.text(max_size=60), st.sampled_from(["number", "choice", "text"]))
 def test_any_text_gives_an_answer_or_none(text: str, kind: answers.Kind) -> None:
-    found = answers.extract(text, kind)
-    assert found is None or answers.normalise(found, kind) == found or kind == "text"
+    extracted = answers.extract(text, kind)
+    assert extracted is None or answers.normalise(extracted, kind) == extracted or kind == "text"
     rationale, answer = answers.split(text)
     assert rationale in text
     assert answer in text
 
 
 @given(st.text(st.characters(exclude_characters="\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), max_size=40))
-def test_written_values_are_read_back(rationale: str) -> None:
+def test_rationale_and_answer_survive_a_round_trip(rationale: str) -> None:
     text, answer = answers.split(cot.worked(rationale.strip(), "42"))
     assert answer == "42"
     assert text == rationale.strip()
@@ -108,12 +108,12 @@ def test_written_values_are_read_back(rationale: str) -> None:
 
 
 def by_sample(texts: dict[str, list[str | tuple[str, str]]]) -> Scripted:
-    """Replies by question number and sample; a pair is a text and its finish reason."""
+    """Return a model that answers from a table: question number, then sample. A pair is a text and its finish reason."""
 
     def answer(request: Request) -> Reply:
         row = last(request).split("\n")[0].split()[1]
-        found = texts[row][int(request.key.split("/")[1])]
-        return Reply(request.key, *((found,) if isinstance(found, str) else found))
+        reply = texts[row][int(request.key.split("/")[1])]
+        return Reply(request.key, *((reply,) if isinstance(reply, str) else reply))
 
     return Scripted(answer)
 
@@ -125,16 +125,16 @@ def test_rationales_are_kept_if_their_answer_is_right(tmp_path: Path) -> None:
             "1": ["no idea", "Answer: 9", ("long\nAnswer: 9", "length"), "Count.\nthe answer is 9."],
         }
     )
-    found, tally = cot.rationales(
+    rationales, tally = cot.rationales(
         [item(0, "4"), item(1, "nine: 9")], model, tmp_path / "log", Sampling(temperature=0.7, samples=4), kind="number"
     )
-    assert [(r.item.key, r.text) for r in found] == [("k0", "2 and 2 make 4."), ("k0", "Twice 2."), ("k1", "Count.")]
+    assert [(r.item.key, r.text) for r in rationales] == [("k0", "2 and 2 make 4."), ("k0", "Twice 2."), ("k1", "Count.")]
     assert tally.dropped == {
         "the same rationale again": 1, "wrong final answer": 1, "no final answer": 1, "no rationale before the answer": 1,
         "cut off at max_tokens": 1,
     }  # fmt: skip
     assert tally.candidates == tally.kept + sum(tally.dropped.values()) == 8
-    rows = cot.fine_tune_cot(found)
+    rows = cot.fine_tune_cot(rationales)
     assert [row["key"] for row in rows] == ["k0/0", "k0/1", "k1/0"]
     assert rows[1]["response"] == "Twice 2.\nAnswer: 4"
     assert rows[1]["messages"] == [{"role": "user", "content": "question 0"}]
@@ -149,7 +149,7 @@ def test_worked_examples_come_before_the_question(tmp_path: Path) -> None:
     cot.rationales(
         [system], model, tmp_path / "log", Sampling(), kind="number", instruction="Think!", examples=[item(7, "5", rationale="2 and 3")]
     )
-    assert [m["content"] for m in model.asked[0].messages] == ["be kind", "question 7\nThink!", "2 and 3\nAnswer: 5", "q\nThink!"]
+    assert [m["content"] for m in model.requests[0].messages] == ["be kind", "question 7\nThink!", "2 and 3\nAnswer: 5", "q\nThink!"]
     with pytest.raises(RecipeError, match="line 7, field 'rationale': text is needed"):
         cot.rationales([system], model, tmp_path / "log", Sampling(), kind="number", examples=[item(7, "5")])
     with pytest.raises(RecipeError, match="line 3: the answer 'none' holds no number"):
@@ -159,27 +159,27 @@ def test_worked_examples_come_before_the_question(tmp_path: Path) -> None:
 ANSWERED = [item(0, "4"), item(1, "9"), item(2, "7")]
 
 
-def found_rationales() -> list[cot.Rationale]:
+def three_rationales() -> list[cot.Rationale]:
     zero, one, _ = ANSWERED
     return [cot.Rationale(zero, "first"), cot.Rationale(zero, "second, longer"), cot.Rationale(one, "third")]
 
 
-def test_multi_task_rows() -> None:
-    rows = cot.multi_task(ANSWERED, found_rationales(), style="step-by-step")
+def test_multi_task_rows_hold_labels_and_rationales() -> None:
+    rows = cot.multi_task(ANSWERED, three_rationales(), style="step-by-step")
     assert [(r["key"], r["task"], r["response"]) for r in rows] == [
-        ("k0/label", "label", "4"), ("k1/label", "label", "9"), ("k2/label", "label", "7"),  # k2 has no rationale, but a label
+        ("k0/label", "label", "4"), ("k1/label", "label", "9"), ("k2/label", "label", "7"),  # k2 has a label and no rationale
         ("k0/rationale/0", "rationale", "first"), ("k0/rationale/1", "rationale", "second, longer"),
         ("k1/rationale/0", "rationale", "third"),
     ]  # fmt: skip
     assert rows[0]["messages"] == [{"role": "user", "content": "[label] question 0"}]
     assert rows[3]["messages"] == [{"role": "user", "content": "[rationale] question 0"}]
-    mt = cot.multi_task(ANSWERED, found_rationales(), style="mt-cot", prefixes={"label": "A ", "rationale": "B "}, chat=False)
+    mt = cot.multi_task(ANSWERED, three_rationales(), style="mt-cot", prefixes={"label": "A ", "rationale": "B "}, chat=False)
     assert mt[3]["response"] == "first\nAnswer: 4"
     assert mt[3]["prompt"] == "B question 0"
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 30)), min_size=2, max_size=20), st.floats(0.01, 10), st.floats(0.01, 10))
-def test_weights_give_each_task_its_own_mean(lengths: list[tuple[str, int]], weight_a: float, weight_b: float) -> None:
+def test_balanced_weights_give_a_weighted_sum_of_task_means(lengths: list[tuple[str, int]], weight_a: float, weight_b: float) -> None:
     lengths = [*lengths, ("a", 3), ("b", 5)]
     rows = [{"task": task, "response": "x" * n} for task, n in lengths]
     weights = {"a": weight_a, "b": weight_b}
@@ -187,14 +187,14 @@ def test_weights_give_each_task_its_own_mean(lengths: list[tuple[str, int]], wei
     losses = [torch.rand(n, generator=generator, dtype=torch.float64) for _, n in lengths]
     balanced = cot.balance(rows, weights, [n for _, n in lengths])
     total = sum(row["weight"] * loss.sum() for row, loss in zip(balanced, losses, strict=True)) / sum(map(len, losses))
-    wanted = sum(
+    expected = sum(
         w * torch.cat([loss for (t, _), loss in zip(lengths, losses, strict=True) if t == task]).mean() for task, w in weights.items()
     )
-    assert float(total) == pytest.approx(float(wanted), rel=1e-12)
+    assert float(total) == pytest.approx(float(expected), rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("weights", "says"),
+    ("weights", "message"),
     [
         ({"label": 1.0}, "the rows have the tasks"),
         ({"label": 1.0, "rationale": 1.0, "other": 1.0}, "other"),
@@ -203,9 +203,9 @@ def test_weights_give_each_task_its_own_mean(lengths: list[tuple[str, int]], wei
         ({"label": 1.0, "rationale": float("nan")}, "finite"),
     ],
 )
-def test_task_weights_are_checked(weights: dict[str, float], says: str) -> None:
-    with pytest.raises(RecipeError, match=says):
-        cot.balance(cot.multi_task(ANSWERED, found_rationales(), style="mt-cot"), weights, [1] * 6)
+def test_invalid_task_weights_raise(weights: dict[str, float], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        cot.balance(cot.multi_task(ANSWERED, three_rationales(), style="mt-cot"), weights, [1] * 6)
 
 
 # SCOTT
@@ -213,7 +213,7 @@ def test_task_weights_are_checked(weights: dict[str, float], says: str) -> None:
 
 @pytest.fixture(scope="module", params=[LlamaForCausalLM, GPT2LMHeadModel], ids=["relative", "absolute positions"])
 def teacher(request: pytest.FixtureRequest) -> tuple[Any, PreTrainedTokenizerFast]:
-    """Random weights and a tokenizer of characters; enough to tell right decoding from wrong."""
+    """A model with random weights and a tokenizer of characters."""
     letters = [chr(c) for c in range(32, 127)] + ["\n"]
     vocabulary = {token: n for n, token in enumerate(["<pad>", "<eos>", "<unk>", *letters])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -226,17 +226,17 @@ def teacher(request: pytest.FixtureRequest) -> tuple[Any, PreTrainedTokenizerFas
         max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     model = request.param(config).double().eval()
-    with torch.no_grad():  # sharper, so that the two prompts disagree
+    with torch.no_grad():  # sharper distributions, so that the two prompts disagree
         model.lm_head.weight.mul_(30)
         if isinstance(model, GPT2LMHeadModel):
             model.transformer.wpe.weight.mul_(30)
-        model.lm_head.weight[1].mul_(2)  # and end within some tokens
+        model.lm_head.weight[1].mul_(2)  # a larger end token, so that texts end after some tokens
     return model, tokenizer
 
 
-def by_definition(model: Any, tokenizer: Any, own: str, other: str, strength: float, count: int) -> list[int]:
-    """Ids of contrastive greedy decoding without caches, padding or batches, up to the end-of-text id 1."""
-    a, b = (tokenizer(text + "\n", return_tensors="pt").input_ids for text in (own, other))
+def by_definition(model: Any, tokenizer: Any, prompt: str, against: str, strength: float, count: int) -> list[int]:
+    """Return the ids of contrastive greedy decoding, without caches, padding or batches, up to the end-of-text id 1."""
+    a, b = (tokenizer(text + "\n", return_tensors="pt").input_ids for text in (prompt, against))
     new: list[int] = []
     while len(new) < count and 1 not in new:
         tail = torch.tensor([new], dtype=torch.long)
@@ -251,7 +251,7 @@ def by_definition(model: Any, tokenizer: Any, own: str, other: str, strength: fl
 def test_contrastive_decoding_equals_the_formula(teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strength: float) -> None:
     model, tokenizer = teacher
     items = [item(n, str(n), "What is the square of this, please?"[: 5 * n + 3]) for n in range(7)]
-    given, other = [f"answer {n}" for n in range(7)], ["", "a wrong and longer answer", "no", *[""] * 4]
+    answers, wrong_answers = [f"answer {n}" for n in range(7)], ["", "a wrong and longer answer", "no", *[""] * 4]
     generate, decoded = model.generate, []
 
     def recorded(**kwargs: Any) -> Any:
@@ -260,46 +260,46 @@ def test_contrastive_decoding_equals_the_formula(teacher: Any, tmp_path: Path, m
         return ids
 
     monkeypatch.setattr(model, "generate", recorded)
-    told: list[int] = []
+    progress: list[int] = []
     explainer = scott.Explainer(model, tokenizer, strength=strength, max_tokens=15, batch=4)
-    found = explainer(items, given, other, tmp_path / "log", told.append)
-    assert told == [0, 4, 3]
-    for i, a, b, ids, text in zip(items, given, other, decoded, found, strict=True):
-        wanted = by_definition(model, tokenizer, scott.explain_prompt(i.prompt, a), scott.explain_prompt(i.prompt, b), strength, 15)
-        assert ids[: len(wanted)] == wanted
-        assert text == (tokenizer.decode(wanted[:-1]).strip() if wanted[-1] == 1 else "")
+    rationales = explainer(items, answers, wrong_answers, tmp_path / "log", progress.append)
+    assert progress == [0, 4, 3]
+    for i, a, b, ids, text in zip(items, answers, wrong_answers, decoded, rationales, strict=True):
+        expected = by_definition(model, tokenizer, scott.explain_prompt(i.prompt, a), scott.explain_prompt(i.prompt, b), strength, 15)
+        assert ids[: len(expected)] == expected
+        assert text == (tokenizer.decode(expected[:-1]).strip() if expected[-1] == 1 else "")
     assert sum(len(ids) > 3 for ids in decoded) >= 3, "too short to compare"
 
 
 def test_contrastive_scores_equal_the_formula(teacher: Any) -> None:
     model, tokenizer = teacher
-    own, other = (tokenizer(text, return_tensors="pt").input_ids for text in ("2+2?4", "2+2?"))
-    contrast = scott.Contrast(model, other, torch.ones_like(other), own.shape[1], 0.5, [1])
-    ids = own
+    prompt, other_prompt = (tokenizer(text, return_tensors="pt").input_ids for text in ("2+2?4", "2+2?"))
+    contrast = scott.Contrast(model, other_prompt, torch.ones_like(other_prompt), prompt.shape[1], 0.5, [1])
+    ids = prompt
     for step in range(6):
         with torch.no_grad():
             logits = model(ids).logits[:, -1]
-            against = model(torch.cat([other, ids[:, own.shape[1] :]], -1)).logits[:, -1]
+            other_logits = model(torch.cat([other_prompt, ids[:, prompt.shape[1] :]], -1)).logits[:, -1]
         scores = contrast(ids, logits)
         if int(logits.argmax()) != 1:
-            wanted = logits.log_softmax(-1) - 0.5 * against.log_softmax(-1)
-            torch.testing.assert_close(scores.double(), wanted, rtol=1e-5, atol=1e-5)
+            expected = logits.log_softmax(-1) - 0.5 * other_logits.log_softmax(-1)
+            torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
         ids = torch.cat([ids, torch.tensor([[5 + step]])], -1)
     with pytest.raises(ValueError, match="2 sequences for 1 other prompts"):
         contrast(ids.expand(2, -1), logits.expand(2, -1))
 
 
-def test_generation_follows_the_teachers_stops_and_exclusions(teacher: Any) -> None:
+def test_contrast_keeps_the_teachers_end_and_impossible_tokens(teacher: Any) -> None:
     model, tokenizer = teacher
     other = tokenizer("x", return_tensors="pt").input_ids
     logits = torch.zeros(1, model.config.vocab_size)
     logits[0, 7] = -torch.inf
 
-    class RulesOut(torch.nn.Module):  # the same token, under the other prompt too
+    class ImpossibleToken(torch.nn.Module):  # -inf for the same token under the other prompt
         def forward(self, **_: Any) -> Any:
             return SimpleNamespace(logits=logits[None], past_key_values=None)
 
-    contrast = scott.Contrast(RulesOut(), other, torch.ones_like(other), 3, 0.5, [1])
+    contrast = scott.Contrast(ImpossibleToken(), other, torch.ones_like(other), 3, 0.5, [1])
     assert contrast(torch.ones(1, 3, dtype=torch.long), logits)[0, 7] == -torch.inf
     contrast = scott.Contrast(model, other, torch.ones_like(other), 3, 50.0, [1])
     assert contrast(torch.ones(1, 3, dtype=torch.long), logits)[0, 7] == -torch.inf
@@ -309,7 +309,7 @@ def test_generation_follows_the_teachers_stops_and_exclusions(teacher: Any) -> N
     assert scores.isfinite().nonzero().tolist() == [[0, 1]]
 
 
-def test_rationales_of_a_killed_run_are_not_made_again(teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_run_does_not_repeat_rationales(teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = teacher
     items = [item(n, str(n), f"{n}?") for n in range(4)]
     arguments = (items, ["1"] * 4, [""] * 4)
@@ -330,7 +330,7 @@ def test_rationales_of_a_killed_run_are_not_made_again(teacher: Any, tmp_path: P
     assert calls == [2, 2, 2]
     assert (tmp_path / "log").read_bytes() == (tmp_path / "whole").read_bytes()
     scott.Explainer(model, tokenizer, max_tokens=4, batch=4, name="another")(*arguments, tmp_path / "log")
-    assert calls == [2, 2, 2, 4], "a rationale of one teacher is not another's"
+    assert calls == [2, 2, 2, 4], "another teacher's rationales are not used"
     with pytest.raises(RecipeError, match="strength -1"):
         scott.Explainer(model, tokenizer, strength=-1)
 
@@ -352,7 +352,7 @@ def test_factual_and_counterfactual_rows() -> None:
     assert rows[1]["response"] == "8"
 
 
-def test_wrong_answers_are_wrong() -> None:
+def test_wrong_answers_differ_from_the_right_one() -> None:
     items = [item(0, "4", choices=["4", "4.0", "5"]), item(1, "9"), item(2, "4")]
     for seed in range(10):
         first, second, third = scott.wrong_answers(items, "number", seed)
@@ -385,32 +385,32 @@ def test_sub_questions_are_parsed(text: str, steps: Any) -> None:
     assert socratic.parse(text) == steps
 
 
-def test_decompositions_end_in_the_right_answer(tmp_path: Path) -> None:
+def test_decompositions_must_end_in_the_right_answer(tmp_path: Path) -> None:
     right = "Q: pens?\nA: 2 pens\nQ: and more?\nA: it is 4"
     model = by_sample({"0": ["Q: x?\nA: 5", right, "Q: y?\nA: 4"], "1": ["nothing", (right, "length"), "Q: z?\nA: none"], "2": [right] * 3})
     items = [item(0, "4"), item(1, "4"), item(2, "7")]
-    found, tally = socratic.decompose(items, model, tmp_path / "log", Sampling(temperature=1.0, samples=3), kind="number")
-    assert [d.steps for d in found] == [(("pens?", "2 pens"), ("and more?", "it is 4"))]
+    decompositions, tally = socratic.decompose(items, model, tmp_path / "log", Sampling(temperature=1.0, samples=3), kind="number")
+    assert [d.steps for d in decompositions] == [(("pens?", "2 pens"), ("and more?", "it is 4"))]
     assert tally.dropped == {
         "wrong final answer": 5, "not the first right one": 1, "no alternating questions and answers": 1, "cut off at max_tokens": 1
     }  # fmt: skip
     assert tally.candidates == tally.kept + sum(tally.dropped.values())
-    (question,) = socratic.questioner_rows(found, chat=False)
+    (question,) = socratic.questioner_rows(decompositions, chat=False)
     assert question["response"] == "pens?\nand more?"
-    first, second = socratic.solver_rows(found, chat=False)
+    first, second = socratic.solver_rows(decompositions, chat=False)
     assert (first["prompt"], first["response"]) == ("question 0\nQ: pens?\nA:", "2 pens")
     assert (second["prompt"], second["response"]) == ("question 0\nQ: pens?\nA: 2 pens\nQ: and more?\nA:", "it is 4")
     assert len({row["key"] for row in (first, second)}) == 2
 
 
-def test_rows_that_no_reply_can_match_cost_nothing(tmp_path: Path) -> None:
+def test_row_without_a_usable_answer_raises_before_any_request(tmp_path: Path) -> None:
     model = Scripted(lambda _: "Q: x?\nA: 1")
     with pytest.raises(RecipeError, match="line 1: the answer 'none' holds no number"):
         socratic.decompose([item(0, "4"), item(1, "none")], model, tmp_path / "log", Sampling(), kind="number")
-    assert not model.asked
+    assert not model.requests
 
 
-def test_the_two_students_solve_together(tmp_path: Path) -> None:
+def test_questioner_and_solver_answer_in_turn(tmp_path: Path) -> None:
     questioner = Scripted(lambda r: "one?\n\ntwo?" if "question 0" in last(r) else "only?")
     solver = Scripted(lambda r: f"{last(r).count('Q:')} asked")
     steps = socratic.solve([item(0, ""), item(1, "")], questioner, solver, tmp_path, Sampling())
@@ -420,7 +420,7 @@ def test_the_two_students_solve_together(tmp_path: Path) -> None:
 # DISCO
 
 
-def test_a_span_is_blanked() -> None:
+def test_one_span_of_a_text_is_blanked() -> None:
     text = "the quick brown fox jumps over the lazy dog"
     for seed in map(str, range(50)):
         masked, span = disco.blanked(text, seed)
@@ -450,7 +450,7 @@ def test_votes_name_a_label(reply: str, label: str | None) -> None:
     assert disco.vote(reply, ["good", "bad", "not good"]) == label
 
 
-def test_counterfactuals_must_move_the_label(tmp_path: Path) -> None:
+def test_counterfactuals_must_change_the_label(tmp_path: Path) -> None:
     row = {"text": "film was good", "label": "good"}
     items = [
         Item("k0", ({"role": "user", "content": ""},), None, row, "line 0"),
@@ -463,45 +463,45 @@ def test_counterfactuals_must_move_the_label(tmp_path: Path) -> None:
 
     def judge(request: Request) -> str:
         text = last(request).split("\n")[0]
-        if "really bad" in text:  # 1 vote of 2: not more than a half
+        if "really bad" in text:  # 1 vote of 2, which is not a majority
             return "bad" if request.key.split("/")[-2] == "0" else "good"
         return "bad" if "bad" in text else "good"
 
     labels, judging = ["good", "bad"], Sampling(temperature=1.0, samples=2)
-    found, tally = disco.counterfactuals(
+    counterfactuals, tally = disco.counterfactuals(
         items, labels, Scripted(fill), Scripted(judge), tmp_path, filling=Sampling(temperature=1.0, samples=6), judging=judging
     )
-    assert {c.shift for c in found} == {1.0}
-    assert {c.label for c in found} == {"bad"}
-    assert len(found) == 2
+    assert {c.shift for c in counterfactuals} == {1.0}
+    assert {c.label for c in counterfactuals} == {"bad"}
+    assert len(counterfactuals) == 2
     assert tally.dropped == {"the same text again": 2, "blank left empty": 4, "label moved by 0.5 or less": 4}
     assert tally.candidates == tally.kept + sum(tally.dropped.values()) == 12
-    rows = disco.rows(items, found, labels)
+    rows = disco.rows(items, counterfactuals, labels)
     assert [row["response"] for row in rows] == ["good", "good", "bad", "bad"]
     assert len({row["key"] for row in rows}) == 4
-    again, _ = disco.counterfactuals(
+    repeated, _ = disco.counterfactuals(
         items, labels, Scripted(fill, 0), Scripted(judge, 0), tmp_path, filling=Sampling(temperature=1.0, samples=6), judging=judging
     )
-    assert again == found
+    assert repeated == counterfactuals
 
 
-def test_two_rows_are_never_judged_as_one(tmp_path: Path) -> None:
-    """Keys and texts that are the same when written one after the other."""
+def test_rows_with_similar_keys_are_judged_separately(tmp_path: Path) -> None:
+    """The two rows have equal concatenations of key and text."""
     rows = {"a": "b/x y z", "a/b": "x y z"}
     items = [Item(key, ({"role": "user", "content": ""},), None, {"text": t, "label": "good", "context": key}) for key, t in rows.items()]
     judge = Scripted(lambda request: "bad" if "About: a/b" in last(request) else "good")
     disco.counterfactuals(
         items, ["good", "bad"], Scripted(lambda _: "so"), judge, tmp_path, filling=Sampling(), judging=Sampling()
     )  # fmt: skip
-    originals = [last(request) for request in judge.asked if any(f"Text: {text}\n" in last(request) for text in rows.values())]
+    originals = [last(request) for request in judge.requests if any(f"Text: {text}\n" in last(request) for text in rows.values())]
     assert len(originals) == 2
 
 
-def test_texts_keep_their_keys_wherever_they_move(tmp_path: Path) -> None:
+def test_texts_keep_their_keys_at_other_positions(tmp_path: Path) -> None:
     rows = [{"text": "a b", "label": "x"}, {"text": "c d", "label": "x"}, {"text": "a b", "label": "x"}]
 
-    def keys(some: Any) -> list[str]:
-        (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    def keys(rows: Any) -> list[str]:
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [i.key for i in disco.read_texts(tmp_path / "d.jsonl")]
 
     first, second, third = keys(rows)
@@ -511,14 +511,14 @@ def test_texts_keep_their_keys_wherever_they_move(tmp_path: Path) -> None:
         keys([{**rows[0], "key": 1}, {**rows[1], "key": "1"}])
 
 
-def test_a_blank_filled_as_before_changes_nothing(tmp_path: Path) -> None:
+def test_blank_filled_with_the_same_words_is_dropped(tmp_path: Path) -> None:
     row = {"text": "a b", "label": "x", "context": "c"}
     items = [Item("k", ({"role": "user", "content": ""},), None, row, "line 0")]
     _, span = disco.blanked("a b", "0/k/y")
     judge = Scripted(lambda _: "y")
-    found, tally = disco.counterfactuals(
+    counterfactuals, tally = disco.counterfactuals(
         items, ["x", "y"], Scripted(lambda _: span.upper()), judge, tmp_path, filling=Sampling(), judging=Sampling()
     )  # fmt: skip
-    assert (found, tally.dropped, judge.asked) == ([], {"nothing changed": 1}, [])
+    assert (counterfactuals, tally.dropped, judge.requests) == ([], {"nothing changed": 1}, [])
     with pytest.raises(RecipeError, match="line 0, field 'label': 'x' is none of y, z"):
         disco.counterfactuals(items, ["y", "z"], judge, judge, tmp_path, filling=Sampling(), judging=Sampling())

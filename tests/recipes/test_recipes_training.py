@@ -1,4 +1,4 @@
-"""A trainer can read the output of recipes: views, per-task means, and a changing weight."""
+"""Training on the rows of recipes: teacher's and student's prompts, per-task means, and a changing weight."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def trainer_of(rows: Any, out: Path, teacher: bool, **options: Any) -> Distillat
 
 
 @pytest.mark.parametrize("style", ["step-by-step", "mt-cot"])
-def test_the_trainers_loss_is_the_sum_of_the_tasks_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: Any) -> None:
-    found = [cot.Rationale(item, "two plus " * (n + 1) + "is one") for n, item in enumerate(ITEMS)]
-    rows = cot.multi_task(ITEMS, found, style=style)
+def test_loss_is_the_weighted_sum_of_task_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: Any) -> None:
+    rationales = [cot.Rationale(item, "two plus " * (n + 1) + "is one") for n, item in enumerate(ITEMS)]
+    rows = cot.multi_task(ITEMS, rationales, style=style)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _, **options: TOKENIZER)
     weights = {"label": 0.75, "rationale": 2.5}
     trainer = trainer_of(cot.balance(rows, weights, shared.lengths(rows, tmp_path)), tmp_path, teacher=False, kd_weight=0.0, ce_weight=1.0)
@@ -52,19 +52,19 @@ def test_the_trainers_loss_is_the_sum_of_the_tasks_means(tmp_path: Path, monkeyp
         scored = torch.tensor(list(example.student_scored))
         targets = torch.tensor(list(example.student_ids))[scored + 1]
         losses[str(example.task)].append(torch.nn.functional.cross_entropy(logits[scored], targets, reduction="none"))
-    wanted = sum(weights[task] * torch.cat(parts).mean() for task, parts in losses.items())
-    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)  # the weights are float32 in the batch
+    expected = sum(weights[task] * torch.cat(parts).mean() for task, parts in losses.items())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # the weights are float32 in the batch
 
 
-def test_the_hard_weight_falls_while_training(tmp_path: Path) -> None:
+def test_cross_entropy_weight_falls_during_training(tmp_path: Path) -> None:
     trainer = trainer_of(
         make_rows(6), tmp_path, teacher=True, max_steps=5, per_device_train_batch_size=6, kd_weight=0.7, ce_weight=2.0, ce_weight_last=0.5
     )  # fmt: skip
-    seen: list[float] = []
+    ce_weights: list[float] = []
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            seen.append(trainer.objective_now().ce_weight)
+            ce_weights.append(trainer.objective_now().ce_weight)
 
     trainer.add_callback(Look())
     batch = trainer.data_collator(trainer.train_dataset)
@@ -77,33 +77,33 @@ def test_the_hard_weight_falls_while_training(tmp_path: Path) -> None:
     def evaluated() -> float:
         return float(trainer.evaluate(trainer.train_dataset)["eval_loss"])
 
-    hard = evaluated()
+    before_training = evaluated()
     trainer.train()
-    assert seen == [2.0, 1.625, 1.25, 0.875, 0.5]
+    assert ce_weights == [2.0, 1.625, 1.25, 0.875, 0.5]
     first, middle, last = (loss(step) for step in (0, 2, 4))
     assert first > middle > last
     assert middle == pytest.approx((first + last) / 2, rel=1e-12)
-    assert evaluated() == pytest.approx(first, rel=1e-6), "evaluations take the first weight, whenever they are"
-    assert hard > first
+    assert evaluated() == pytest.approx(first, rel=1e-6), "every evaluation uses the first weight"
+    assert before_training > first
     assert loss(9) == last
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_invalid_last_weight(tmp_path: Path, value: float) -> None:
+def test_invalid_last_weight_raises(tmp_path: Path, value: float) -> None:
     with pytest.raises(ValueError, match="ce_weight_last must be finite and >= 0"):
         DistillationArguments(output_dir=str(tmp_path), ce_weight_last=value)
     assert DistillationArguments(output_dir=str(tmp_path), kd_weight=0.0, ce_weight_last=1.0).ce_weight == 0.0
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_only_the_teacher_reads_the_demonstrations(chat: bool) -> None:
-    shown = in_context.demonstrations(ITEMS, 2, seed=0)
-    distilled = load_examples(in_context.context_distillation(ITEMS, shown, chat=chat), TOKENIZER)
-    tuned = load_examples(in_context.in_context_tuning(ITEMS, shown, chat=chat), TOKENIZER)
+def test_demonstrations_are_tokenised_only_for_the_teacher(chat: bool) -> None:
+    demonstrations = in_context.demonstrations(ITEMS, 2, seed=0)
+    distilled = load_examples(in_context.context_distillation(ITEMS, demonstrations, chat=chat), TOKENIZER)
+    tuned = load_examples(in_context.in_context_tuning(ITEMS, demonstrations, chat=chat), TOKENIZER)
     alone = load_examples(
         [
             {k: v for k, v in row.items() if k in ("messages", "prompt", "response")}
-            for row in in_context.context_distillation(ITEMS, shown, chat=chat)
+            for row in in_context.context_distillation(ITEMS, demonstrations, chat=chat)
         ],
         TOKENIZER,
     )
@@ -115,15 +115,15 @@ def test_only_the_teacher_reads_the_demonstrations(chat: bool) -> None:
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_every_recipes_rows_are_read(chat: bool) -> None:
-    found = [cot.Rationale(item, "one plus two") for item in ITEMS]
+def test_rows_of_every_recipe_are_read(chat: bool) -> None:
+    rationales = [cot.Rationale(item, "one plus two") for item in ITEMS]
     steps = [socratic.Decomposition(item, (("one?", "two"), ("three?", "four"))) for item in ITEMS]
     reviews = [Item(f"r{n}", ({"role": "user", "content": ""},), None, {"text": "a red cat", "label": "one"}, f"row {n}") for n in range(2)]
     new = [disco.Counterfactual(reviews[0], "a blue cat", "two", 1.0, 0)]
     rows = [
-        *cot.fine_tune_cot(found, chat=chat),
-        *cot.multi_task(ITEMS, found, style="step-by-step", chat=chat),
-        *cot.multi_task(ITEMS, found, style="mt-cot", chat=chat),
+        *cot.fine_tune_cot(rationales, chat=chat),
+        *cot.multi_task(ITEMS, rationales, style="step-by-step", chat=chat),
+        *cot.multi_task(ITEMS, rationales, style="mt-cot", chat=chat),
         *scott.factual_rows(ITEMS, ["one"] * 4, chat=chat),
         *scott.counterfactual_rows(ITEMS, ["5"] * 4, ["one"] * 4, chat=chat),
         *socratic.questioner_rows(steps, chat=chat),

@@ -1,4 +1,4 @@
-"""Small cases of the benchmarks, and results of them. Tiny shapes: no number here means anything."""
+"""Small benchmark cases, and records of real and invented results. The shapes are too small for the numbers to mean anything."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def small_jobs() -> list[Job]:
     return [*jobs, Job(Case(256, 256, 8, 16), ("floor", "torch@rows=64", "torch@rows=128"), 2, False, "rows per chunk")]
 
 
-def made_up_peak(variant: str, case: Case, *_: Any) -> int:
+def fake_peak(variant: str, case: Case, *_: Any) -> int:
     if variant == "trl":
         raise processes.OutOfProcessError("ModuleNotFoundError: No module named 'trl'")
     return ((3 if variant == "eager" else 1) << 20) + 4 * case.n * case.v
 
 
-def made_up_case(case: Case, *, mib: int | None = None, skipped: Sequence[str] = (), **samples_ms: list[float]) -> dict[str, Any]:
-    """A complete case with these samples by variant, all of the same peak memory, and variants that did not run."""
+def fake_case(case: Case, *, mib: int | None = None, skipped: Sequence[str] = (), **samples_ms: list[float]) -> dict[str, Any]:
+    """Return a complete case with these samples by variant, all with the same peak memory, and with skipped variants."""
     measured = visits.new(Job(case, (*skipped, *samples_ms), 3))
     for row in measured["results"]:
         if row["variant"] in skipped:
@@ -51,8 +51,8 @@ def made_up_case(case: Case, *, mib: int | None = None, skipped: Sequence[str] =
     return {**measured, "complete": True, "visits_done": 1}
 
 
-def made_up_record(*cases: dict[str, Any], load: float = 0.5, cores: int = 2) -> dict[str, Any]:
-    """A complete run of these cases."""
+def fake_record(*cases: dict[str, Any], load: float = 0.5, cores: int = 2) -> dict[str, Any]:
+    """Return the record of a complete run of these cases."""
     where = {"machine": "cpu-2core-x", "cpu": "CPU X", "cores": cores, "gpu": None, "torch": "2.13.0", "date": "2026-11-28"}
     return {
         "status": "complete", "environment": {**where, "load_average": [load, load, load]}, "cases": list(cases), "jobs": [], "peers": {},
@@ -61,10 +61,10 @@ def made_up_record(*cases: dict[str, Any], load: float = 0.5, cores: int = 2) ->
 
 
 def measure_small(out: Path) -> None:
-    """Results of a real run; only peak memory is made up, and all in this process, as every one would take another."""
+    """Run the small jobs in this process and write their results. Peak memory is invented, since each would need a process of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "ask", processes.answer)
-        patch.setattr(visits, "peak_extra_bytes", made_up_peak)
+        patch.setattr(visits, "peak_extra_bytes", fake_peak)
         patch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1))
         patch.setattr(
             measure, "rates", lambda device, dtypes: {"copy_gb_s": 10.0, "matrix": {d: {"size": 8, "tflop_s": 1.0} for d in dtypes}}

@@ -1,4 +1,4 @@
-"""A local stub of the Hugging Face hub: it serves data sets, for ``datasets.load_dataset``, and takes models, for ``upload_folder``."""
+"""A local stub of the Hugging Face hub. It serves data sets for ``datasets.load_dataset`` and accepts models from ``upload_folder``."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ COMMIT = "1" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers for ``server.sets``: files by path, of each data set by name."""
+    """Serve ``server.sets``: data set name, then path, then content. ``server.paths`` records the requested paths."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self._answer(asked.get("paths"))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._answer(body.get("paths"))
 
     def do_GET(self) -> None:
         self._answer(None)
 
     def _answer(self, paths: list[str] | None) -> None:
         path = self.path.partition("?")[0].replace("%2F", "/").strip("/")
-        self.server.asked.append(path)  # type: ignore[attr-defined]
+        self.server.paths.append(path)  # type: ignore[attr-defined]
         sets: Mapping[str, Mapping[str, bytes]] = self.server.sets  # type: ignore[attr-defined]
         name = next((name for name in sets if path.startswith((f"api/datasets/{name}", f"datasets/{name}/"))), None)
         if name is None:
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        files, rest = sets[name], path.partition(name)[2].strip("/")
+        files, tail = sets[name], path.partition(name)[2].strip("/")
         if path.startswith("api/"):
-            what, _, of = rest.partition("/")
-            if what in ("tree", "paths-info"):
-                folder = of.partition("/")[2]
-                listed = self._children(files, folder) if paths is None else self._children(files, "", paths)
-                return self._send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
+            kind, _, place = tail.partition("/")
+            if kind in ("tree", "paths-info"):
+                folder = place.partition("/")[2]
+                entries = self._children(files, folder) if paths is None else self._children(files, "", paths)
+                return self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
             facts = {"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": [{"rfilename": file} for file in files]}
             return self._send(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
-        file = rest.partition("/")[2].partition("/")[2]  # resolve/REVISION/FILE
+        file = tail.partition("/")[2].partition("/")[2]  # resolve/REVISION/FILE
         if file not in files:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         content = files[file]
@@ -53,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
         return self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
 
     def _children(self, files: Mapping[str, bytes], folder: str, paths: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Files and folders directly in a folder, or those of the given paths."""
+        """Return the entries directly in a folder, or the entries for ``paths``."""
         start = f"{folder}/" if folder else ""
         names = [file for file in files if file.startswith(start)]
         inner = {start + file.removeprefix(start).partition("/")[0] for file in names}
@@ -80,7 +80,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 class Pushes(BaseHTTPRequestHandler):
-    """Takes models: ``server.pushed`` has the files of each by path. A name that begins with ``refused`` is refused."""
+    """Accept models into ``server.pushed``: model name, then path, then content. A name that begins with ``refused`` is refused."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -102,7 +102,7 @@ class Pushes(BaseHTTPRequestHandler):
             files = {entry["value"]["path"]: entry["value"]["content"] for entry in entries if entry["key"] == "file"}
             pushed[repo] |= {name: base64.b64decode(content) for name, content in files.items()}
             return self._send(200, {"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
-        return self._send(200, {"errors": [], "warnings": []})  # of a card
+        return self._send(200, {"errors": [], "warnings": []})  # validation of a model card
 
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].removeprefix("/api/models/")
@@ -122,7 +122,7 @@ class Pushes(BaseHTTPRequestHandler):
 
 @contextmanager
 def taking() -> Iterator[Any]:
-    """Take pushes in the place of the hub from this process; yields the server, with ``pushed`` and the ``tokens`` that came."""
+    """Accept this process's pushes in place of the hub. Yield the server: ``pushed`` files and the ``tokens`` received."""
     import huggingface_hub
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Pushes)
@@ -138,12 +138,12 @@ def taking() -> Iterator[Any]:
 
 @contextmanager
 def serving(folder: Path, sets: Mapping[str, Mapping[str, bytes]]) -> Iterator[list[str]]:
-    """Serve data sets in the place of the hub to this process, with caches under ``folder``; yields the paths that are asked for."""
+    """Serve data sets to this process in place of the hub, with caches in ``folder``. Yield the list of requested paths."""
     import datasets
     import huggingface_hub
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.sets, server.asked = sets, []  # type: ignore[attr-defined]
+    server.sets, server.paths = sets, []  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     constants = huggingface_hub.constants
@@ -153,7 +153,7 @@ def serving(folder: Path, sets: Mapping[str, Mapping[str, bytes]]) -> Iterator[l
             mock.patch.object(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"),
             mock.patch.multiple(datasets.config, HF_ENDPOINT=address, HF_HUB_OFFLINE=False, HF_DATASETS_CACHE=str(folder / "datasets")),
         ):
-            yield server.asked  # type: ignore[attr-defined]
+            yield server.paths  # type: ignore[attr-defined]
     finally:
         server.shutdown()
         server.server_close()

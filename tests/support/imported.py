@@ -1,4 +1,4 @@
-"""Prints as JSON which large modules each start of kdkernels imports: ``python imported.py``."""
+"""Print as JSON the large modules that each way to start kdkernels imports: ``python imported.py``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LARGE = {
 
 
 def paths(command: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The words of every command and subcommand."""
-    below = getattr(command, "commands", {})
-    return [path, *(words for name, part in below.items() for words in paths(part, (*path, name)))]
+    """Return the words of every command and subcommand."""
+    subcommands = getattr(command, "commands", {})
+    return [path, *(words for name, part in subcommands.items() for words in paths(part, (*path, name)))]
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from triton.runtime import interpreter
 
 
 def accelerate() -> None:
-    """Replace what the interpreter repeats for every call of a jit function inside a kernel.
+    """Cache work that the interpreter repeats for every call of a jit function inside a kernel.
 
-    It looks through all of ``triton.language`` for functions to replace, although the launch has replaced them already, and it makes
-    its table of dtypes anew for every operation.
+    It searches all of ``triton.language`` for functions to replace, although the launch has already replaced them, and it rebuilds its
+    table of dtypes for every operation.
     """
     replace = interpreter._patch_lang
 
@@ -23,15 +23,15 @@ def accelerate() -> None:
             return interpreter._LangPatchScope()
         return replace(fn)
 
-    look_up, of_name = interpreter._get_np_dtype, {}
+    look_up, dtypes = interpreter._get_np_dtype, {}
 
     def look_up_once(dtype: Any) -> Any:
         element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
         if isinstance(element, tl.pointer_type):
             return look_up(element)
-        if element.name not in of_name:
-            of_name[element.name] = look_up(element)
-        return of_name[element.name]
+        if element.name not in dtypes:
+            dtypes[element.name] = look_up(element)
+        return dtypes[element.name]
 
     interpreter._patch_lang = replace_once
     interpreter._get_np_dtype = look_up_once

@@ -1,4 +1,4 @@
-"""Divergences for tests: functions of sums that are not sums themselves. With their Triton counterparts."""
+"""Divergences used only in tests. They are nonlinear functions of sums. Triton versions: more_triton_divergences.py."""
 
 from __future__ import annotations
 

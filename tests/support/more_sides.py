@@ -1,4 +1,4 @@
-"""A kind of teacher for tests, defined like a new file in ``kdkernels/sides``."""
+"""A kind of teacher used only in tests, defined in the way of a new file in ``kdkernels/sides``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sharpened(TeacherKind):
 @flat
 @dataclass(frozen=True)
 class SharpenedForm(DenseForm):
-    """Given logits; the row kernels multiply them by ``scale`` as they read them."""
+    """Dense logits that the row kernels multiply by ``scale`` while reading."""
 
     def teacher_rows(self, call: Call, tensors: Tensors, index: Tensor | None) -> TeacherRows:
         return LogitsRows(call, tensors, index)

@@ -1,4 +1,4 @@
-"""Triton counterparts of more_divergences.py, in a separate file because Triton reads the source of compiled functions."""
+"""Triton versions of more_divergences.py, in their own file since Triton reads the source of jit functions."""
 
 from __future__ import annotations
 

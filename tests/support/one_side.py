@@ -1,4 +1,4 @@
-"""The one-side primitives, dense and fused, for comparison in tests."""
+"""The one-side primitives computed densely, to compare the fused ones with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PER_TOKEN = ("cross_entropy", "token_logprobs", "logsumexp", "entropy")
 
 
 def make_ids(leading: tuple[int, ...], vocab: int, k: int | None, device: str = "cpu") -> Tensor:
-    """Random ids, one row without any, one -1 among others, one id twice."""
+    """Return random ids, with a row that has none, a single -1, and a repeated id."""
     shape = leading if k is None else (*leading, k)
     ids = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(9))
     flat = ids.view(-1) if k is None else ids.view(-1, k)
@@ -27,14 +27,14 @@ def make_ids(leading: tuple[int, ...], vocab: int, k: int | None, device: str = 
 
 
 def arguments(name: str, leading: tuple[int, ...], vocab: int, k: int | None = None, device: str = "cpu") -> tuple[Tensor, ...]:
-    """Arguments of a primitive besides its side."""
+    """Return the arguments of a primitive other than its side."""
     if name == "cross_entropy":
         return (make_labels(leading, vocab, device),)
     return (make_ids(leading, vocab, k, device),) if name == "token_logprobs" else ()
 
 
 def dense(name: str, side: kd.LMHead | Tensor, *args: Tensor, temperature: float = 1.0) -> Tensor:
-    """A primitive as a careful user writes it: logits in the model's dtype, the rest in float32 or wider."""
+    """Compute a primitive densely: logits in the model's dtype, the rest in float32 or wider."""
     z = dense_logits(side)
     x = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
     if name == "logsumexp":
@@ -55,8 +55,8 @@ def ours(name: str, side: kd.LMHead | Tensor, *args: Tensor, **options: Any) -> 
 
 
 def tensors(side: kd.LMHead | Tensor) -> dict[str, Tensor]:
-    found = {"logits": side} if isinstance(side, Tensor) else vars(side)
-    return {name: t for name, t in found.items() if isinstance(t, Tensor)}
+    fields = {"logits": side} if isinstance(side, Tensor) else vars(side)
+    return {name: t for name, t in fields.items() if isinstance(t, Tensor)}
 
 
 def run(
@@ -67,7 +67,7 @@ def run(
     options: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Value and every gradient, for an upstream gradient that differs between tokens and changes sign."""
+    """Return the value and every gradient, with a random upstream gradient of both signs."""
     side = to_dtype(side, dtype, requires_grad=True)
     value = function(name, side, *args, **options)
     upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -80,15 +80,15 @@ def run(
 def check(backend: str, name: str, side: kd.LMHead | Tensor, args: tuple[Tensor, ...], **options: Any) -> dict[str, Tensor]:
     temperature = options.pop("temperature", 1.0)
     t = {} if name == "cross_entropy" else {"temperature": temperature}
-    got = run(ours, name, side, args, {**t, **options, "backend": backend})
+    actual = run(ours, name, side, args, {**t, **options, "backend": backend})
     eager, truth = run(dense, name, side, args, t), run(dense, name, side, args, t, dtype=torch.float64)
-    assert got.keys() == truth.keys()
-    for what, value in got.items():
-        assert value.dtype == eager[what].dtype, what
-        # A gradient of the logits is a difference of upstream gradients times probabilities, of size 1 whatever its own.
-        scale = 1.0 if what in ("d_logits", "value") else None
-        assert_close_2x(f"{name} {what}", value, eager[what], truth[what], scale)
-    return got
+    assert actual.keys() == truth.keys()
+    for quantity, value in actual.items():
+        assert value.dtype == eager[quantity].dtype, quantity
+        # A gradient of the logits is a difference of upstream gradients times probabilities, which are of size 1.
+        scale = 1.0 if quantity in ("d_logits", "value") else None
+        assert_close_2x(f"{name} {quantity}", value, eager[quantity], truth[quantity], scale)
+    return actual
 
 
 HEADS: dict[str, dict[str, Any]] = {

@@ -1,7 +1,7 @@
-"""What the answers are: the definitions, dense and in float64, written from the papers and not from the package.
+"""The true results: the definitions, dense and in float64, written from the papers and independent of the package.
 
-``divergence`` and ``closed_form`` are two independent forms of each of the ten; test_divergences.py holds them against each
-other before anything else is held against them.
+``divergence`` and ``closed_form`` are two independent forms of each of the ten divergences. test_divergences.py compares them with each
+other; all other tests compare the package with them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIVERGENCES: list[Divergence] = [
     kd.SymmetricKL(),
     kd.SymmetricKL(0.95),
     kd.JSD(),
-    kd.JSD(1e-3),  # close to both ends, where implementations that treat the ends as limits go wrong
+    kd.JSD(1e-3),  # close to the ends of the range, where an implementation may switch to the limit
     kd.JSD(0.999),
     kd.SkewKL(),
     kd.SkewKL(0.99),
@@ -43,7 +43,7 @@ DIVERGENCES: list[Divergence] = [
     kd.LogitMSE(centered=True),
 ]
 NEGATIVE: list[Divergence] = [kd.ABDivergence(-0.5, -0.3), kd.ABDivergence(0.4, -1.0), kd.ABDivergence(-1.0, 0.4)]
-"""With alpha + beta < 0, so that the least likely tokens weigh most: apart, since what the definitions below say of 0 is inf - inf."""
+"""Divergences with alpha + beta < 0, where unlikely tokens weigh most. Separate, since the definitions below give inf - inf at 0."""
 ONE_OF_EACH: list[Divergence] = [
     kd.ForwardKL(), kd.ReverseKL(), kd.SymmetricKL(0.3), kd.JSD(0.3), kd.SkewKL(0.2), kd.SkewReverseKL(0.2), kd.TotalVariation(),
     kd.AlphaDivergence(0.4), kd.ABDivergence(), kd.LogitMSE(), kd.LogitMSE(centered=True),
@@ -52,7 +52,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def name_of(value: object) -> str:
-    """Test ids."""
+    """Return a test id."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return str(value).replace(" ", "")
@@ -62,18 +62,18 @@ def name_of(value: object) -> str:
 
 
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor with 0 * anything = 0, in value and gradient."""
-    nothing = weight == 0
-    return torch.where(nothing, 0.0, weight * torch.where(nothing, 0.0, factor))
+    """Return weight * factor with 0 * anything = 0, in value and gradient."""
+    zero = weight == 0
+    return torch.where(zero, 0.0, weight * torch.where(zero, 0.0, factor))
 
 
 def _log_mean(a: float, log_1: Tensor, log_2: Tensor) -> Tensor:
-    """log(a * exp(log_1) + (1 - a) * exp(log_2))"""
+    """Return log(a * exp(log_1) + (1 - a) * exp(log_2))."""
     return torch.logaddexp(log_1 + math.log(a), log_2 + math.log(1 - a))
 
 
 def divergence(d: Divergence, x: Tensor, u: Tensor) -> Tensor:
-    """``D [...]`` from student and teacher logits over T, ``[..., V]``: the definition, differentiable in x."""
+    """Return ``D [...]`` of student and teacher logits over T, ``[..., V]``, by the definition, differentiable in x."""
     if isinstance(d, kd.LogitMSE):
         gap = x - u
         if d.centered:
@@ -111,7 +111,7 @@ def divergence(d: Divergence, x: Tensor, u: Tensor) -> Tensor:
 
 
 def closed_form(d: Divergence, x: Tensor, u: Tensor) -> Tensor:
-    """``T * dD/dz_s [..., V]``, as derived by hand."""
+    """Return ``T * dD/dz_s [..., V]``, as derived by hand."""
     if isinstance(d, kd.LogitMSE):
         gap = x - u
         return gap - gap.mean(-1, keepdim=True) if d.centered else gap
@@ -153,7 +153,7 @@ def closed_form(d: Divergence, x: Tensor, u: Tensor) -> Tensor:
 
 
 def dense_logits(side: kd.LMHead | Tensor) -> Tensor:
-    """``[..., V]`` in the side's own dtype, as a model's forward pass returns them."""
+    """Return logits ``[..., V]`` in the side's dtype, as a model's forward returns them."""
     if isinstance(side, Tensor):
         return side
     rows = slice(side.vocab_size)
@@ -180,9 +180,9 @@ def dense_loss(
     num_items: int | Tensor | None = None,
     **no_effect: Any,
 ) -> Tensor:
-    """``distillation_loss`` as a careful user writes it: logits in the model's dtype, softmaxes in float32 or wider.
+    """Compute ``distillation_loss`` densely: logits in the model's dtype, softmaxes in float32 or wider.
 
-    With float64 inputs it is the truth; with others, the yardstick that a fused kernel has to come close to.
+    With float64 inputs this is the truth. With other dtypes it is the eager result that a fused kernel's error is compared with.
     """
     zs, zt = dense_logits(student), dense_logits(teacher).detach()
     wide = torch.promote_types(torch.promote_types(zs.dtype, zt.dtype), torch.float32)
@@ -207,7 +207,7 @@ def dense_loss(
 
 
 def token_stats(student: kd.LMHead | Tensor, teacher: kd.LMHead | Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The five statistics in float64, of the leading shape; 0 at ignored positions."""
+    """Return the five statistics in float64, in the leading shape; 0 at ignored positions."""
     zs, zt = dense_logits(to_dtype(student, torch.float64)), dense_logits(to_dtype(teacher, torch.float64))
     temperature, labels = options.get("temperature", 1.0), options.get("labels")
     x, u = zs / temperature, zt / temperature
@@ -230,7 +230,7 @@ def token_stats(student: kd.LMHead | Tensor, teacher: kd.LMHead | Tensor, option
 
 
 def to_dtype(side: kd.LMHead | Tensor, dtype: torch.dtype | None, requires_grad: bool = False) -> kd.LMHead | Tensor:
-    """A detached copy, in ``dtype`` (None: as it is): leaves of a new graph."""
+    """Return a detached copy whose tensors are leaves of a new graph, in ``dtype`` (None: unchanged)."""
 
     def leaf(t: Tensor) -> Tensor:
         return t.detach().clone().to(dtype or t.dtype).requires_grad_(requires_grad)
@@ -256,10 +256,10 @@ def make_side(
     pad: int | None = None,
     spread: float = 2.0,
 ) -> kd.LMHead | Tensor:
-    """Random logits of standard deviation ``spread``: an LMHead of hidden size ``dim``, or dense with None.
+    """Return random logits of standard deviation ``spread``: an LMHead of hidden size ``dim``, or a tensor if ``dim`` is None.
 
     Args:
-        pad: rows of the head beyond the vocabulary, NaN, since they must never be read; None: no ``vocab_size``.
+        pad: number of rows of the head beyond the vocabulary. They are NaN, since they must not be read. None: no ``vocab_size``.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -284,7 +284,7 @@ def make_side(
 
 
 def make_labels(leading: Sequence[int], vocab: int, device: str = "cpu", masked: bool = True) -> Tensor:
-    """Random labels; about a third ignored, the first and the last of a row never the same."""
+    """Return random labels, of which every third is ignored if ``masked``."""
     labels = torch.randint(vocab, tuple(leading), generator=torch.Generator().manual_seed(5))
     if masked:
         flat = labels.view(-1)
@@ -293,10 +293,10 @@ def make_labels(leading: Sequence[int], vocab: int, device: str = "cpu", masked:
 
 
 def all_pairs(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Cases in which every pair of settings of every two factors occurs together.
+    """Return cases in which every two values of two different factors occur together.
 
-    Nearly all faults of a program with switches need one or two of them (Kuhn et al. 2004); the full product has millions of
-    cases, this has little more than the product of the two longest factors. Greedy, from a fixed seed.
+    Nearly all faults need one or two settings (Kuhn et al. 2004). The full product would have millions of cases; this has a few more
+    than the product of the two longest factors. Chosen greedily, from a fixed seed.
     """
     rng = random.Random(0)
     names = list(factors)
@@ -334,7 +334,7 @@ def run(
     dtype: torch.dtype | None = None,
     upstream: Tensor | float = 1.0,
 ) -> dict[str, Tensor]:
-    """Loss and every gradient of the student, from fresh leaves (in ``dtype``)."""
+    """Return the loss and every gradient of the student, from new leaves in ``dtype``."""
     student, teacher = to_dtype(student, dtype, requires_grad=True), to_dtype(teacher, dtype)
     loss = loss_fn(student, teacher, **options)
     loss.backward(torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device).expand(loss.shape))
@@ -345,24 +345,23 @@ def run(
 
 
 def truth_of(student: kd.LMHead | Tensor, teacher: kd.LMHead | Tensor, options: Mapping[str, Any], **kw: Any) -> dict[str, Tensor]:
-    """Compute the result in float64 from the same (rounded) inputs."""
+    """Return the float64 result from the same (rounded) inputs."""
     return run(dense_loss, student, teacher, options, dtype=torch.float64, **kw)
 
 
-def error(got: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference; infinities and NaN must sit in the same places."""
-    got = got.detach().to(truth.dtype)
-    assert got.shape == truth.shape, f"shape {list(got.shape)}, expected {list(truth.shape)}"
+def error(actual: Tensor, truth: Tensor) -> float:
+    """Return the largest absolute difference, or infinity if infinities and NaN are at different places."""
+    actual = actual.detach().to(truth.dtype)
+    assert actual.shape == truth.shape, f"shape {list(actual.shape)}, expected {list(truth.shape)}"
     finite = torch.isfinite(truth)
-    if not torch.equal(torch.where(finite, 0.0, got).nan_to_num(123.0), torch.where(finite, 0.0, truth).nan_to_num(123.0)):
+    if not torch.equal(torch.where(finite, 0.0, actual).nan_to_num(123.0), torch.where(finite, 0.0, truth).nan_to_num(123.0)):
         return math.inf
-    gap = (got - truth)[finite].abs()
+    gap = (actual - truth)[finite].abs()
     return float(gap.nan_to_num(nan=math.inf).max()) if gap.numel() else 0.0
 
 
-# One unit in the last place of the largest value for 16 bits; 64 for float32, where logits up to 30 (T = 0.5) have an error of 16 in
-# log q - log p, and the yardstick's own may happen to be next to nothing; for float64, truth and yardstick are the same computation,
-# so the floor alone decides.
+# Tolerance relative to the largest value. 16 bits: one ulp. float32: 64 ulp, since logits up to 30 (T = 0.5) cause an error of 16 ulp in
+# log q - log p, and eager torch's error may be almost 0 by chance. float64: eager torch is the truth, so only this tolerance counts.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2.0**-17, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -378,7 +377,7 @@ def assert_close_2x(name: str, kernel: Tensor, same_dtype_torch: Tensor, truth: 
     """``err(kernel) <= 2 * err(same-dtype torch) + floor`` against float64, with both errors in the message.
 
     Args:
-        scale: what the floor is relative to where that is more than the largest true value.
+        scale: the floor is relative to this, if it is larger than the largest true value.
     """
     ours, theirs, floor = errors(kernel, same_dtype_torch, truth, scale)
     assert ours <= 2 * theirs + floor, f"{name} ({kernel.dtype}): error {ours:.3e}, same-dtype torch {theirs:.3e}, floor {floor:.1e}"
@@ -392,14 +391,14 @@ def check(
     upstream: Tensor | float = 1.0,
     scales: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """Loss and gradients of a backend against float64 and against eager torch in the same dtype."""
+    """Compare a backend's loss and gradients with float64 and with eager torch in the same dtype. Return them."""
     ours = run(kd.distillation_loss, student, teacher, {**options, "backend": backend}, upstream=upstream)
     eager = run(dense_loss, student, teacher, options, upstream=upstream)
     truth = truth_of(student, teacher, options, upstream=upstream)
     assert ours.keys() == truth.keys()
     scales = dict(scales or {})
     if isinstance(student, Tensor) and isinstance(teacher, kd.LMHead) and student.dtype != torch.float16:
-        # Written in the student's dtype in forward, multiplied by the upstream gradient in backward: rounded twice.
+        # The gradient is rounded twice: stored in the student's dtype in forward, multiplied by the upstream gradient in backward.
         scales.setdefault("d_logits", 2 * float(truth["d_logits"].abs().nan_to_num(posinf=0.0).max()))
     for name, value in ours.items():
         assert value.dtype == eager[name].dtype, f"{name}: {value.dtype}, expected {eager[name].dtype}"

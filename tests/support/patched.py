@@ -1,4 +1,4 @@
-"""Run another library's trainer with and without a patch, and compare the results."""
+"""Run another library's trainer with and without kdkernels' patch, and compare the results."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ARGUMENTS: dict[str, Any] = {
     "max_grad_norm": 0.0, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "report_to": "none",
     "dataloader_pin_memory": False, "seed": 3, "bf16": False,
 }  # fmt: skip
-"""Three steps of SGD on a CPU. Adam would turn rounding in a gradient of 0 into a whole step."""
+"""Three steps of SGD on a CPU. Adam would turn the rounding error of a zero gradient into a full step."""
 BUDGET, ROWS = 16 << 10, 16
-"""Bytes for the chunk buffers, and more rows than fit into them at the vocabularies of the tests."""
+"""Bytes for the chunk buffers, and a number of rows that exceeds what fits in them."""
 TIMES = ("runtime", "per_second", "step_time", "epoch", "total_flos", "tokens_per")
 
 
@@ -37,7 +37,7 @@ def encoded(rows: int = 12) -> list[dict[str, Any]]:
 
 
 def lines_for(heading: str) -> Any:
-    """Return the code that docs/integrations.md lists for users, compiled: the first block below a heading."""
+    """Compile the first block of Python below a heading of docs/integrations.md."""
     page = Path(__file__).parents[2] / "docs" / "integrations.md"
     _, _, section = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
     code = section.partition("```python\n")[2].partition("```")[0]
@@ -46,13 +46,13 @@ def lines_for(heading: str) -> Any:
 
 
 def needs(*modules: str) -> pytest.MarkDecorator:
-    """Skip where one of the packages is not installed."""
+    """Return a mark that skips a test if one of the packages is missing."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed: make test-integrations")
 
 
 class Allocations(TorchDispatchMode):
-    """The largest number of rows of any tensor ``[..., vocab]`` that an operation allocates."""
+    """Record in ``rows`` the largest number of rows of a new tensor ``[..., vocab]``."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__()
@@ -60,10 +60,10 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = function(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(returned):
             large = isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[-1] == self.vocab
-            if large and leaf.untyped_storage().data_ptr() not in given:  # a transposed head is a view
+            if large and leaf.untyped_storage().data_ptr() not in inputs:  # a transposed head is a view
                 self.rows = max(self.rows, leaf.numel() // self.vocab)
         return returned
 
@@ -80,30 +80,30 @@ class Run:
 
 
 def run(trainer: Any, vocab: int) -> Run:
-    """Train and record."""
+    """Train, and return the results."""
     from transformers import TrainerCallback
 
-    found = Run()
+    results = Run()
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if not found.gradients:
-                found.gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            if not results.gradients:
+                results.gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
     trainer.add_callback(Look())
     with Allocations(vocab) as allocations:
         trainer.train()
-    found.rows_of_logits = allocations.rows
-    found.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    found.weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    found.logs = [
+    results.rows_of_logits = allocations.rows
+    results.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    results.weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    results.logs = [
         {name: value for name, value in entry.items() if not any(time in name for time in TIMES)} for entry in trainer.state.log_history
     ]
-    return found
+    return results
 
 
 def assert_agree(unpatched: Run, patched: Run, tolerance: float = 1e-5) -> None:
-    """Losses, logged metrics, gradients of the first step and weights after the last are equal to a relative 1e-5 in float32."""
+    """Check that losses, logged metrics, gradients of the first step and final weights agree, to a relative 1e-5 in float32."""
     assert len(unpatched.losses) >= 3
     assert min(unpatched.losses) > 1e-3
     assert patched.losses == pytest.approx(unpatched.losses, rel=tolerance)
@@ -122,7 +122,7 @@ def assert_agree(unpatched: Run, patched: Run, tolerance: float = 1e-5) -> None:
 
 
 def compare(build: Callable[[], Any], patch: Callable[..., Any], vocab: int) -> tuple[Run, Run]:
-    """Run the trainer unpatched, and again, built anew, under the patch; the two agree, and the second holds a chunk of logits at most."""
+    """Run the trainer without and with the patch. Check that both agree and that the patched run allocates at most a chunk of logits."""
     torch.manual_seed(0)
     unpatched = run(build(), vocab)
     torch.manual_seed(0)

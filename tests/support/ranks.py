@@ -1,4 +1,4 @@
-"""Code shared by the scripts that run in several processes."""
+"""The end of the scripts that run in several processes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 
 
 def leave() -> NoReturn:
-    """Ends the process when all have come here, and not by a return: gloo's own thread may still hold the last collective's tensors, and
-    giving them up while the interpreter shuts down aborts the process (torch 2.13 keeps the thread beyond destroy_process_group)."""
+    """Wait for all ranks, then end this process without shutting the interpreter down.
+
+    gloo's thread may still hold tensors of the last collective. Freeing them during shutdown aborts the process (torch 2.13 keeps the
+    thread after destroy_process_group).
+    """
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Script of each process of test_trainer_sharded.py: ``torchrun sharded_ranks.py (fsdp|zero3) FOLDER``."""
+"""Run one process of test_trainer_sharded.py: ``torchrun sharded_ranks.py (fsdp|zero3) FOLDER``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ranks import leave
 from training import make_model, make_rows, make_tokenizer
 
-# Each with what it is compared with: the same in one process, with twice the rows in a batch.
+# Cases by the kind of sharding. Each is compared with one process that has twice the rows in a batch.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "fsdp": {
         "untied": {"args": {"gradient_accumulation_steps": 2}},
@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 ZERO3 = {
-    # Everything in shards: what is small would otherwise stay whole.
+    # Shard small parameters too.
     "zero_optimization": {
         "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True, "reduce_bucket_size": 10**5,
     },
@@ -36,12 +36,12 @@ ZERO3 = {
 
 
 def dtype_of(kind: str) -> torch.dtype:
-    """DeepSpeed keeps float32 of whatever it trains."""
+    """Return the dtype to train in. DeepSpeed's master weights are float32."""
     return torch.float64 if kind == "fsdp" else torch.float32
 
 
 def make(kind: str, folder: Path, sharding: dict[str, Any] | None = None, tied: bool = False, args: dict[str, Any] | None = None) -> Any:
-    """A trainer; without ``torchrun`` one that takes the same steps alone."""
+    """Make a trainer. Without ``torchrun`` it takes the same steps in one process."""
     from kdkernels.trainer import DistillationArguments, DistillationTrainer
 
     alone = "RANK" not in os.environ
@@ -68,7 +68,7 @@ def make(kind: str, folder: Path, sharding: dict[str, Any] | None = None, tied: 
 
 
 def disguise() -> None:
-    """Gloo processes as GPUs: accelerate takes FSDP and DeepSpeed for those alone."""
+    """Present gloo processes as GPUs. accelerate allows FSDP and DeepSpeed only on GPUs."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -76,7 +76,7 @@ def disguise() -> None:
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
-    """Whole, on every rank."""
+    """Return the unsharded weights, on every rank."""
     if trainer.is_deepspeed_enabled:
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -89,7 +89,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def resumed(kind: str, folder: Path, sharding: dict[str, Any]) -> dict[str, Any]:
-    """A run that is cut at step 2 of 4, with features, and what it saves."""
+    """Resume a run with features at step 2 of 4. Return whether its weights, and the saved ones, equal the uninterrupted run's."""
     from safetensors.torch import load_file
 
     args = {
@@ -103,9 +103,9 @@ def resumed(kind: str, folder: Path, sharding: dict[str, Any]) -> dict[str, Any]
     torch.distributed.barrier()
     whole = weights(trainer)
     saved = {**load_file(folder / "final" / "model.safetensors"), **projectors(load_file(folder / "final" / "projector.safetensors"))}
-    again = make(kind, folder, sharding, args=args)
-    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    return {"resumed": same(whole, weights(again)), "saved": same(whole, saved)}
+    resumed_trainer = make(kind, folder, sharding, args=args)
+    resumed_trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return {"resumed": same(whole, weights(resumed_trainer)), "saved": same(whole, saved)}
 
 
 def projectors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -113,12 +113,12 @@ def projectors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def rounded(folder: Path) -> float:
-    """Held-out loss under bfloat16: FSDP casts what a model returns."""
+    """Return the held-out loss under bfloat16, where FSDP casts the model's outputs."""
     return float(make("fsdp", folder, args={"bf16": True}).evaluate()["eval_loss"])
 
 
 def rollouts(kind: str, folder: Path) -> int:
-    """Steps whose rollouts end at another length on each rank, where none may be kept waiting for the other's shards."""
+    """Train with rollouts of different lengths on each rank, which must not deadlock. Return the number of steps."""
     from kdkernels.trainer.rollouts import rollouts as write
 
     trainer = make(kind, folder, args={"on_policy_fraction": 1.0, "max_new_tokens": 2 + 5 * int(os.environ["RANK"])})
@@ -126,15 +126,15 @@ def rollouts(kind: str, folder: Path) -> int:
     items, rank = trainer.train_dataset[:2], int(os.environ["RANK"])
     longest = max(example.student_scored[0] + 1 for item in items for example in item)
     common = {"temperature": 1.0, "max_new_tokens": 3, "vocab_size": None, "place": (0,)}
-    written = write(trainer.model, items, trainer.tokenizer, max_length=longest + 3 * rank, **common)
-    assert (written == items) is (rank == 0)  # no room for a token there
+    responses = write(trainer.model, items, trainer.tokenizer, max_length=longest + 3 * rank, **common)
+    assert (responses == items) is (rank == 0)  # rank 0 has no room for a token
     return int(trainer.state.global_step)
 
 
 def main(kind: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     results: dict[str, Any] = {}
     for name, case in CASES[kind].items():
         trainer = make(kind, folder, **case)
@@ -143,7 +143,7 @@ def main(kind: str, folder: Path) -> None:
         assert trainer.objective.tap.fallback_reason is None
         assert trainer.args.world_size == 2
         assert trainer.is_fsdp_enabled if kind == "fsdp" else trainer.is_deepspeed_enabled
-        found |= {f"{name}.{parameter}": tensor for parameter, tensor in weights(trainer).items()}
+        tensors |= {f"{name}.{parameter}": tensor for parameter, tensor in weights(trainer).items()}
         results[name] = [before, trainer.evaluate()["eval_loss"]]
     states = ("FULL_STATE_DICT", "SHARDED_STATE_DICT") if kind == "fsdp" else ("",)
     for state in states:
@@ -152,7 +152,7 @@ def main(kind: str, folder: Path) -> None:
     if kind == "fsdp":
         results["bf16"] = rounded(folder)
     if trainer.args.process_index == 0:
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "weights.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "weights.safetensors")
         (folder / "results.json").write_text(json.dumps(results))
     leave()
 

@@ -1,4 +1,4 @@
-"""A batch for head taps, and a comparison of a tap with its model."""
+"""A batch for head taps, and comparisons of a tap's loss and gradients with those of the model's logits."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
     largest = max(g.abs().max().item() for g in expected.values())
     for name, gradient in expected.items():
-        error = (found[name] - gradient).abs().max().item() / largest
+        error = (actual[name] - gradient).abs().max().item() / largest
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 
 def assert_falls_back(model: nn.Module, reason: str) -> None:
-    """Loss and gradients are those of its logits, which are used, after a warning that matches ``reason``."""
+    """Check that the tap uses the dense logits, with a warning that matches ``reason``, and gives their loss and gradients."""
     tap = HeadTap(model)
     with pytest.warns(UserWarning, match=f"dense logits are used.*{reason}"):
         loss = tap(model, lambda tapped: loss_of(tapped.side(ROWS)), input_ids=IDS)
-    found = gradients(model, loss)
+    actual = gradients(model, loss)
     dense = loss_of(model(input_ids=IDS, use_cache=False).logits.flatten(0, 1)[ROWS])
     assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
     expected = gradients(model, dense)
     assert expected
-    assert_same_gradients(found, expected)
+    assert_same_gradients(actual, expected)
 
 
-def assert_is_the_model(model: nn.Module, **inputs: Any) -> HeadTap:
+def assert_equals_the_model(model: nn.Module, **inputs: Any) -> HeadTap:
     """Check that loss and gradients equal those from the logits, without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         tap = HeadTap(model)
         loss = tap(model, lambda tapped: loss_of(tapped.side(ROWS)), input_ids=IDS, **inputs)
-    found = gradients(model, loss)
+    actual = gradients(model, loss)
     dense = loss_of(model(input_ids=IDS, use_cache=False, **inputs).logits.flatten(0, 1)[ROWS])
     assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
-    assert_same_gradients(found, gradients(model, dense))
+    assert_same_gradients(actual, gradients(model, dense))
     assert tap.fallback_reason is None
     return tap

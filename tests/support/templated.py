@@ -1,4 +1,4 @@
-"""Tokenizers of two kinds with chat templates of several families, written for these tests."""
+"""Byte-level and SentencePiece-like tokenizers with chat templates in the styles of several model families."""
 
 from __future__ import annotations
 
@@ -85,10 +85,11 @@ def tokenizer(
     eos: str = "<|endoftext|>",
     pad: str = "<pad>",
 ) -> Any:
-    """
+    """Make a tokenizer with one token for each letter and each special token.
+
     Args:
-        pieces: SentencePiece's way (Unigram, a space before each text) instead of byte-level BPE.
-        begins, ends: put a begin-of-text token before, an end-of-text token after every text.
+        pieces: use Unigram with a space before each text, like SentencePiece, instead of byte-level BPE.
+        begins, ends: add a begin-of-text token before each text, an end-of-text token after it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -96,20 +97,23 @@ def tokenizer(
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if pieces:
         plain = ["<unk>", "▁", *(chr(code) for code in range(33, 127)), "\n", "▁the", "hi"]
-        built = Tokenizer(
+        backend = Tokenizer(
             models.Unigram([*((token, 0.0) for token in tokens), *((piece, -float(len(plain))) for piece in plain)], len(tokens))
         )
-        built.pre_tokenizer, built.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(prepend_scheme="first")
-    else:
-        built = Tokenizer(models.BPE({token: id for id, token in enumerate([*tokens, *letters])}, []))
-        built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    built.add_special_tokens([token for token in tokens if "think" not in token])
-    built.add_tokens([token for token in tokens if "think" in token])
-    if begins or ends:
-        built.post_processor = processors.TemplateProcessing(
-            single=[*(["<bos>"] if begins else []), "$A", *([eos] if ends else [])],
-            special_tokens=[(token, built.token_to_id(token)) for token in ("<bos>", eos)],
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            decoders.Metaspace(prepend_scheme="first"),
         )
-    made = PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<bos>", eos_token=eos, pad_token=pad)
-    made.chat_template = template
-    return made
+    else:
+        backend = Tokenizer(models.BPE({token: id for id, token in enumerate([*tokens, *letters])}, []))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens([token for token in tokens if "think" not in token])
+    backend.add_tokens([token for token in tokens if "think" in token])
+    if begins or ends:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*(["<bos>"] if begins else []), "$A", *([eos] if ends else [])],
+            special_tokens=[(token, backend.token_to_id(token)) for token in ("<bos>", eos)],
+        )
+    result = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token=eos, pad_token=pad)
+    result.chat_template = template
+    return result

@@ -1,4 +1,4 @@
-"""Prints the peak memory in MiB that one training step takes beyond models and data: ``training_memory.py ROWS LENGTH VOCABULARY``."""
+"""Print the peak memory in MiB of one training step, without models and data: ``training_memory.py ROWS LENGTH VOCABULARY``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Script of each process of test_trainer_distributed.py: ``torchrun training_ranks.py FOLDER``."""
+"""Run one process of test_trainer_distributed.py: ``torchrun training_ranks.py FOLDER``."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def make_trainer(folder: Path, tied: bool, **options: Any) -> Any:
 
 
 def step(trainer: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the one step that is trained."""
+    """Train one step and return its gradients."""
     from transformers import TrainerCallback
 
-    found: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            found.update({name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()})
+            gradients.update({name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()})
 
     trainer.add_callback(Look())
     trainer.train()
-    return found
+    return gradients
 
 
 def sharded(tied: bool, reshard: bool, rank: int) -> dict[str, torch.Tensor]:
-    """Gradients of the same step under FSDP2, as the trainer computes its loss."""
+    """Return the gradients of the same step under FSDP2, with the trainer's loss."""
     from torch.distributed.fsdp import fully_shard
 
     from kdkernels.data.collator import Collator
@@ -70,7 +70,7 @@ def sharded(tied: bool, reshard: bool, rank: int) -> dict[str, torch.Tensor]:
 def main(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    found: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
     metrics: dict[str, Any] = {}
     for tied in (False, True):
         trainer = make_trainer(folder, tied)
@@ -78,14 +78,14 @@ def main(folder: Path) -> None:
         assert trainer.args.world_size == 2
         if not tied:
             metrics["eval"] = trainer.evaluate()
-        found |= {f"ddp.{tied}.{name}": g for name, g in step(trainer).items()}
+        gradients |= {f"ddp.{tied}.{name}": g for name, g in step(trainer).items()}
         (metrics[f"log.{tied}"],) = [entry for entry in trainer.state.log_history if "loss" in entry]
         for reshard in (False, True):
-            found |= {f"fsdp.{tied}.{reshard}.{name}": g for name, g in sharded(tied, reshard, rank).items()}
+            gradients |= {f"fsdp.{tied}.{reshard}.{name}": g for name, g in sharded(tied, reshard, rank).items()}
     trainer = make_trainer(folder, False, on_policy_fraction=1.0, max_new_tokens=4, max_steps=2)
     trainer.train()
     if rank == 0:
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "gradients.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in gradients.items()}, folder / "gradients.safetensors")
         (folder / "metrics.json").write_text(json.dumps(metrics))
     leave()
 

@@ -1,6 +1,6 @@
-"""Compile the Triton kernels as the backend launches them, without a GPU, and print what each variant takes.
+"""Compile the Triton kernels as the backend launches them, without a GPU, and print the resources of each variant.
 
-A process of its own, since under TRITON_INTERPRET=1 there is nothing to compile:
+Run in its own process, since nothing is compiled under TRITON_INTERPRET=1:
 ``python tests/support/triton_aot.py ARCH [--all | --third]``.
 ARCH is a compute capability times ten (90) or an AMD architecture (gfx942).
 """
@@ -54,7 +54,7 @@ MODES = {"fused": (True, True), "statistics": (True, False), "gradient": (False,
 
 @dataclass
 class Driver:
-    """Stand in for a GPU's driver: say which GPU to compile for."""
+    """Replace Triton's driver. It names the GPU to compile for."""
 
     arch: str
 
@@ -72,7 +72,7 @@ class Driver:
 
 
 def compiled(launch: Callable[[], None]) -> list[Any]:
-    """The kernels that a call of the backend launches, compiled and not run."""
+    """Compile the kernels that ``launch`` would run, and return them."""
     kernels = []
     run = JITFunction.run
 
@@ -89,12 +89,12 @@ def compiled(launch: Callable[[], None]) -> list[Any]:
 
 
 def matrix(vocab: int, dtype: torch.dtype) -> Tensor:
-    """A row, far from the next."""
+    """Return one row ``[1, vocab]`` with a row stride."""
     return torch.empty(2, vocab, dtype=dtype)[:1]
 
 
 def row_kernel(divergence: Divergence, dtypes: str, mode: str, features: bool, vocab: int = VOCAB) -> Callable[[], None]:
-    """A launch of the kernel of two sides."""
+    """Return a function that launches the two-side kernel."""
     student, teacher, dz = DTYPES[dtypes]
     statistics, gradient = MODES[mode]
     scale, softcap = (2.0, 30.0) if features else (1.0, None)
@@ -115,7 +115,7 @@ def row_kernel(divergence: Divergence, dtypes: str, mode: str, features: bool, v
 
 
 def head_kernels(logits: torch.dtype, features: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Launches of the kernels of one side."""
+    """Yield launches of the one-side kernels."""
     problem = Call(divergence=REGISTRY["forward_kl"](), vocab=VOCAB, student=Form(2.0, 30.0, logits) if features else Form(dtype=logits))
     numbers = torch.empty(VOCAB)
     number, ids = numbers[:1], 100 if features else 1
@@ -136,7 +136,7 @@ def head_kernels(logits: torch.dtype, features: bool) -> Iterator[tuple[str, Cal
 
 
 def softmax_kernels() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Launches of softmax, where a row fits in registers and where it does not."""
+    """Yield launches of softmax for rows that fit in registers and rows that do not."""
     rows = (16384, torch.bfloat16), (32000, torch.float32), (VOCAB, torch.bfloat16)
     for (vocab, dtype), log in itertools.product(rows, (False, True)):
         x = matrix(vocab, dtype)
@@ -146,8 +146,11 @@ def softmax_kernels() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def row_variants(everything: bool) -> Iterator[tuple[Divergence, str, str, bool]]:
-    """By default every divergence fused, with and without features, on 32- and 16-bit rows, and each other dtype and mode once
-    or twice: what spills is decided by the divergence and the features, hardly by the conversion of a load or store."""
+    """Yield divergence, dtypes, mode and features: every combination, or a selection.
+
+    The selection has every divergence fused, with and without features, on 32- and 16-bit rows, and every other dtype and mode once or
+    twice. Spills depend on the divergence and the features, hardly on the conversion of a load or store.
+    """
     divergences = [cls() for cls in REGISTRY.values()] + [LogitMSE(centered=True)]
     if everything:
         yield from itertools.product(divergences, DTYPES, MODES, (False, True))
@@ -158,11 +161,11 @@ def row_variants(everything: bool) -> Iterator[tuple[Divergence, str, str, bool]
 
 
 def launches(everything: bool) -> Iterator[tuple[str, bool, Callable[[], None]]]:
-    """Label, whether with features, and launch."""
+    """Yield a label, whether the launch has features, and the launch."""
     for divergence, dtypes, mode, features in row_variants(everything):
         label = f"{divergence} {dtypes} {mode}{' features' if features else ''}"
         yield label, features, row_kernel(divergence, dtypes, mode, features)
-    for name in ("jsd", "skew_kl", "skew_reverse_kl"):  # the masked rest of a row takes the most registers
+    for name in ("jsd", "skew_kl", "skew_reverse_kl"):  # the masked end of a row needs the most registers
         label = f"{name} bfloat16 fused V={RAGGED}"
         yield label, False, row_kernel(REGISTRY[name](), "bfloat16", "fused", False, RAGGED)
     for features, dtype in ((False, torch.bfloat16), (True, torch.float32)):
@@ -173,7 +176,7 @@ def launches(everything: bool) -> Iterator[tuple[str, bool, Callable[[], None]]]
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers per thread, and bytes of stack (where spills go), local and shared memory."""
+    """Return registers per thread, and bytes of stack (spills), local and shared memory."""
     if "cubin" not in kernel.asm:
         return amd_resources(kernel.asm["amdgcn"])
     tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
@@ -185,12 +188,12 @@ def resources(kernel: Any) -> dict[str, int]:
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
-    """Return the resources from the metadata of AMD's assembly, with spilled vector registers as its stack."""
+    """Return the resources in the metadata of AMD's assembly. STACK counts spilled vector registers."""
     fields = {
         "REG": "vgpr_count", "STACK": "vgpr_spill_count", "LOCAL": "private_segment_fixed_size", "SHARED": "group_segment_fixed_size",
     }  # fmt: skip
-    found = dict(re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE))
-    return {name: int(found[field]) for name, field in fields.items()}
+    metadata = dict(re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE))
+    return {name: int(metadata[field]) for name, field in fields.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A kernel that computes only a divergence, in a separate file because Triton reads the source of compiled functions."""
+"""A kernel that computes only a divergence, in its own file since Triton reads the source of jit functions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import triton.language as tl
 def columns(
     log_q, log_p, value, slope, gradient, coefficient, scale, a, b, TERMS: tl.constexpr, GRADIENT: tl.constexpr
 ):  # fmt: skip
-    at = tl.arange(0, 256)
-    log_q = tl.load(log_q + at)
-    log_p = tl.load(log_p + at)
+    offsets = tl.arange(0, 256)
+    log_q = tl.load(log_q + offsets)
+    log_p = tl.load(log_p + offsets)
     _q, s, sums = TERMS(log_q, log_p, a, b)
-    tl.store(value + at, sums[0])
-    tl.store(slope + at, s)
+    tl.store(value + offsets, sums[0])
+    tl.store(slope + offsets, s)
     if GRADIENT is not None:
-        tl.store(gradient + at, GRADIENT(log_q, log_p, coefficient, scale, a, b))
+        tl.store(gradient + offsets, GRADIENT(log_q, log_p, coefficient, scale, a, b))

@@ -1,4 +1,4 @@
-"""Pairs of a student and a teacher for tests of a call's semantics."""
+"""Pairs of a student and a teacher, of heads and dense logits."""
 
 from __future__ import annotations
 

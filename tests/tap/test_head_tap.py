@@ -22,7 +22,7 @@ import kdkernels as kd
 transformers = pytest.importorskip("transformers")
 
 from families import build  # noqa: E402
-from tapped import IDS, ROWS, VOCAB, assert_is_the_model, assert_same_gradients, gradients, loss_of  # noqa: E402
+from tapped import IDS, ROWS, VOCAB, assert_equals_the_model, assert_same_gradients, gradients, loss_of  # noqa: E402
 
 from kdkernels.tap.head import HeadTap, Tapped  # noqa: E402
 from kdkernels.tap.probe import Transform, UnknownTransform, fit, ramp  # noqa: E402
@@ -85,14 +85,14 @@ def test_a_float64_model_whose_logits_are_float32() -> None:
     """Mamba casts the head's output to a narrower dtype, which is not a different head."""
     model = build("mamba").double()
     assert model(input_ids=IDS).logits.dtype == torch.float32
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
 
 
 def test_padding_and_positions_reach_the_model() -> None:
     model = build("llama")
     mask = torch.ones_like(IDS)
     mask[1, 6:] = 0
-    assert_is_the_model(model, attention_mask=mask, position_ids=torch.arange(8).flip(0)[None].expand(2, 8))
+    assert_equals_the_model(model, attention_mask=mask, position_ids=torch.arange(8).flip(0)[None].expand(2, 8))
 
 
 # The fallback
@@ -179,7 +179,7 @@ def test_forward_that_was_replaced_already_stays() -> None:
     seen = []
     model.forward = lambda *args, **kwargs: seen.append(1) or original(*args, **kwargs)
     mine = model.forward
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
     assert model.forward is mine
     assert seen
 
@@ -315,7 +315,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
 
 
 def test_partitioned_head_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from families import build  # noqa: E402
-from tapped import IDS, ROWS, assert_falls_back, assert_is_the_model, loss_of  # noqa: E402
+from tapped import IDS, ROWS, assert_equals_the_model, assert_falls_back, loss_of  # noqa: E402
 
 from kdkernels.tap.head import HeadTap  # noqa: E402
 from kdkernels.tap.weights import embedding_rows, head_width, logit_columns  # noqa: E402
@@ -22,13 +22,13 @@ def test_tied_head_is_the_embeddings_parameter() -> None:
     model = build("gemma")
     side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
     assert side.weight is model.model.embed_tokens.weight
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
 
 
 def test_bias() -> None:
     model = build("phi")
     assert HeadTap(model)(model, input_ids=IDS).side(ROWS).bias is model.lm_head.bias
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
 
 
 def lora(model: nn.Module, targets: list[str], **options: Any) -> Any:
@@ -42,7 +42,7 @@ def lora(model: nn.Module, targets: list[str], **options: Any) -> Any:
 
 def test_lora_on_the_body() -> None:
     model = lora(build("llama"), ["q_proj", "v_proj"])
-    tap = assert_is_the_model(model)
+    tap = assert_equals_the_model(model)
     assert not tap(model, input_ids=IDS).side(ROWS).weight.requires_grad
 
 
@@ -50,7 +50,7 @@ def test_lora_on_the_body() -> None:
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
 def test_lora_on_the_head_is_exact(family: str, options: dict[str, Any]) -> None:
     model = lora(build(family, tie_word_embeddings=False), ["q_proj", "lm_head"], **options)
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
     assert any("lm_head" in name and p.grad.abs().max() > 0 for name, p in model.named_parameters() if p.grad is not None)
 
 
@@ -58,7 +58,7 @@ def test_two_adapters_on_the_head() -> None:
     model = lora(build("llama"), ["lm_head"])
     model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=2, target_modules=["lm_head"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "second"])
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
 
 
 def test_dropout_of_an_adapter_on_the_head() -> None:
@@ -110,7 +110,7 @@ def test_other_adapters_on_the_head_fall_back(config: Any, reason: str) -> None:
 def test_parametrized_head_is_exact() -> None:
     model = build("llama")
     nn.utils.parametrizations.weight_norm(model.lm_head)
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
 
 
 # Quantised heads
@@ -192,7 +192,7 @@ def test_columns_are_read_off_weights_and_not_off_stale_sizes() -> None:
     model.lm_head = nn.Linear(*embeddings.shape, bias=False)
     model.lm_head.weight = embeddings
     assert logit_columns(model) == columns == model(input_ids=IDS).logits.shape[-1]
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
     longer = nn.Parameter(torch.randn(columns + 5, width) * 0.02)
     model.lm_head.weight = model.model.embed_tokens.weight = longer
     assert logit_columns(model) == embedding_rows(model) == columns + 5
@@ -249,7 +249,7 @@ def test_modules_to_save() -> None:
     model = lora(build("llama"), ["q_proj"], modules_to_save=["lm_head"])
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
-    assert_is_the_model(model)
+    assert_equals_the_model(model)
     assert HeadTap(model)(model, input_ids=IDS).side(ROWS).weight.requires_grad
 
 

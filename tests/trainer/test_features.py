@@ -1,4 +1,4 @@
-"""The feature tap: layers, distances, projectors, and saving."""
+"""The feature loss: layer pairs, distances, projectors and saving."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from kdkernels.tap.layers import LayerRecorder, decoder_layers  # noqa: E402
 from kdkernels.trainer.features import FeatureTap, parse_layers  # noqa: E402
 
 IDS = torch.randint(4, 96, (2, 8), generator=torch.Generator().manual_seed(1))
-LONGER = torch.cat([torch.full((2, 3), 7), IDS], dim=1)  # the teacher's view: demonstrations first
+LONGER = torch.cat([torch.full((2, 3), 7), IDS], dim=1)  # the teacher's input: three more tokens first
 ROWS = torch.tensor([1, 4, 5, 12, 14])
 LONGER_ROWS = ROWS + 3 + 3 * (ROWS // 8)
 KINDS = ("mse", "cosine", "normalized_mse")
 
 
 def features_of(tap: FeatureTap, student: nn.Module, teacher: nn.Module) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    with tap.student.recording(IDS) as of_student:
+    with tap.student.recording(IDS) as student_features:
         student(input_ids=IDS, use_cache=False)
-    with torch.no_grad(), tap.teacher.recording(LONGER) as of_teacher:
+    with torch.no_grad(), tap.teacher.recording(LONGER) as teacher_features:
         teacher(input_ids=LONGER, use_cache=False)
-    return of_student, of_teacher
+    return student_features, teacher_features
 
 
 def distance(kind: str, s: Tensor, t: Tensor) -> Tensor:
-    """Written out, in float64."""
+    """Return the distance of each row, in float64."""
     s, t = s.double(), t.double()
     if kind == "cosine":
         return 1 - (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))
@@ -47,7 +47,7 @@ def distance(kind: str, s: Tensor, t: Tensor) -> Tensor:
     return ((s - t) ** 2).mean(-1)
 
 
-# Which layers
+# Layers
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,12 @@ def distance(kind: str, s: Tensor, t: Tensor) -> Tensor:
         ([(0, 2), (-2, -3)], [(0, 2), (4, 9)]),
     ],
 )
-def test_layer_maps(layers: Any, expected: list[tuple[int, int]]) -> None:
+def test_layer_pairs_are_parsed(layers: Any, expected: list[tuple[int, int]]) -> None:
     assert parse_layers(layers, 6, 12) == expected
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(1, 1), (3, 7), (7, 3), (5, 5), (4, 30)])
-def test_all_layers_end_at_the_last_and_never_go_back(student: int, teacher: int) -> None:
+def test_all_pairs_every_student_layer_in_order_up_to_the_last(student: int, teacher: int) -> None:
     pairs = parse_layers("all", student, teacher)
     assert [s for s, _ in pairs] == list(range(student))
     assert pairs[-1] == (student - 1, teacher - 1)
@@ -83,25 +83,25 @@ def test_all_layers_end_at_the_last_and_never_go_back(student: int, teacher: int
         ("1:-13", r"layer -13 of the teacher, which has 12"),
     ],
 )
-def test_invalid_layer_maps(layers: Any, message: str) -> None:
+def test_invalid_layer_pairs_raise(layers: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_layers(layers, 6, 12)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral", "qwen3_next", "gemma3", "phi4_multimodal", "mamba", "bloom"])
-def test_decoder_layers(family: str) -> None:
-    """The last one's output, normalised by the model, is what its head receives; experts and towers for images are no decoder layers."""
+def test_decoder_layers_feed_the_head(family: str) -> None:
+    """The head reads the normalised output of the last decoder layer. Experts and image towers are not decoder layers."""
     model = build(family)
     layers = decoder_layers(model)
     assert len(layers) == model.config.get_text_config().num_hidden_layers
     recorder = LayerRecorder(model, [0, len(layers) - 1])
     with recorder.recording(IDS) as features:
-        hidden = HeadTap(model)(model, input_ids=IDS).hidden  # its measurements are not recorded
+        hidden = HeadTap(model)(model, input_ids=IDS).hidden  # the head tap's forward of its own is not recorded
     gradient = torch.autograd.grad(hidden.square().sum() + hidden.sum(), features[len(layers) - 1])[0]
     assert (gradient.abs().sum(-1) > 0).all()
 
 
-def test_unsupported_layers() -> None:
+def test_models_without_decoder_layers_raise() -> None:
     with pytest.raises(ValueError, match="XLMWithLMHeadModel has no list of decoder layers"):
         decoder_layers(build("xlm"))
     model = build("xlnet")
@@ -117,7 +117,7 @@ def test_unsupported_layers() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_is_its_definition(kind: Any) -> None:
+def test_loss_equals_its_definition(kind: Any) -> None:
     student, teacher = build("llama"), build("qwen3", num_hidden_layers=4)
     tap = FeatureTap(student, teacher, "0:1,1:3", kind)
     assert tap.projectors is None
@@ -135,7 +135,7 @@ def test_loss_is_its_definition(kind: Any) -> None:
     assert not s[0].grad_fn.name().startswith("Detach")
 
 
-def test_denominator_equals_that_of_the_distillation_loss() -> None:
+def test_loss_is_divided_like_the_distillation_loss() -> None:
     student, teacher = build("llama"), build("llama")
     tap = FeatureTap(student, teacher, "last")
     s, t = features_of(tap, student, teacher)
@@ -143,9 +143,9 @@ def test_denominator_equals_that_of_the_distillation_loss() -> None:
     whole = tap.loss(s, t, rows, others)
     parts = [tap.loss(s, t, rows[a:b], others[a:b], num_items=torch.tensor(5)) for a, b in ((0, 2), (2, 5))]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-6)
-    nothing = tap.loss(s, t, rows[:0], others[:0])
-    nothing.backward()
-    assert nothing.item() == 0
+    empty = tap.loss(s, t, rows[:0], others[:0])
+    empty.backward()
+    assert empty.item() == 0
     assert student.model.layers[0].mlp.up_proj.weight.grad.abs().max() == 0
 
 
@@ -162,7 +162,7 @@ def test_low_precision_features_are_summed_in_float32(kind: Any) -> None:
     loss.backward()
 
 
-def test_bad_calls() -> None:
+def test_invalid_calls_raise() -> None:
     student, teacher = build("llama"), build("llama")
     with pytest.raises(ValueError, match="feature loss 'l1': choose one of 'mse'"):
         FeatureTap(student, teacher, "all", "l1")
@@ -177,8 +177,8 @@ def test_bad_calls() -> None:
 # In a training step
 
 
-def test_with_the_head_tap_in_one_pass() -> None:
-    """Projectors learn, hooks are gone, and the gradients are those of both losses apart."""
+def test_feature_loss_and_head_tap_share_one_forward() -> None:
+    """The gradients are the sum of both losses' own, projectors learn, and no hooks remain."""
     student, teacher = build("llama"), build("llama", hidden_size=64)
     tap, heads = FeatureTap(student, teacher, "all"), (HeadTap(student), HeadTap(teacher))
     with torch.no_grad(), tap.teacher.recording(LONGER) as t:
@@ -191,7 +191,7 @@ def test_with_the_head_tap_in_one_pass() -> None:
         )
     assert all(not m._forward_hooks for model in (student, teacher) for m in model.modules())
     loss.backward()
-    found = {name: p.grad.clone() for name, p in student.named_parameters()}
+    combined = {name: p.grad.clone() for name, p in student.named_parameters()}
     student.zero_grad()
     kd.distillation_loss(student(input_ids=IDS).logits.flatten(0, 1)[ROWS], target).backward()
     hidden = [student(input_ids=IDS, output_hidden_states=True).hidden_states[1]]
@@ -200,12 +200,12 @@ def test_with_the_head_tap_in_one_pass() -> None:
     torch.testing.assert_close(hidden[0], s[0])
     tap.loss(s, t, ROWS, LONGER_ROWS).backward()
     for name, parameter in student.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(combined[name], parameter.grad, rtol=1e-4, atol=1e-5)
     assert set(tap.projectors) == {"0_0", "1_1"}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant: bool) -> None:
+def test_gradient_checkpointing_keeps_the_gradients(reentrant: bool) -> None:
     student = build("llama").train()
     tap = FeatureTap(student, student, "0:1")
     s, t = features_of(tap, student, student)
@@ -220,13 +220,13 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         torch.testing.assert_close(dict(student.named_parameters())[name].grad, gradient)
 
 
-def test_features_without_gradient_are_an_error() -> None:
-    """Features from hooks inside a checkpointed function (transformers before 5.20) have no gradient, which raises."""
+def test_features_without_gradient_raise() -> None:
+    """Hooks inside a checkpointed function (transformers before 5.20) record features without a gradient."""
     model = build("llama")
     layer = decoder_layers(model)[0]
     original = type(layer).__call__
-    kind = type("Checkpointed", (type(layer),), {"__call__": lambda self, *a, **k: torch.no_grad()(original)(self, *a, **k)})
-    layer.__class__ = kind
+    checkpointed = type("Checkpointed", (type(layer),), {"__call__": lambda self, *a, **k: torch.no_grad()(original)(self, *a, **k)})
+    layer.__class__ = checkpointed
     with pytest.raises(RuntimeError, match="use_reentrant"), LayerRecorder(model, [0]).recording(IDS):
         model(input_ids=IDS)
 
@@ -245,7 +245,7 @@ def test_other_threads_are_not_recorded() -> None:
 # Projectors
 
 
-def test_projectors_are_the_students_but_not_saved_with_it(tmp_path: Path) -> None:
+def test_projectors_are_parameters_of_the_student_saved_apart(tmp_path: Path) -> None:
     student, teacher = build("llama"), build("llama", hidden_size=64)
     plain = set(student.state_dict())
     tap = FeatureTap(student, teacher, "0:0,-1:-1")
@@ -265,16 +265,16 @@ def test_projectors_are_the_students_but_not_saved_with_it(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir() if "projector" in p.name) == ["projector.safetensors"]
 
     before = copy.deepcopy(tap.projectors.state_dict())
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    other = FeatureTap(again, teacher, "0:0,-1:-1")
-    other.load(tmp_path)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    reloaded_tap = FeatureTap(reloaded, teacher, "0:0,-1:-1")
+    reloaded_tap.load(tmp_path)
     for name, value in before.items():
-        torch.testing.assert_close(other.projectors.state_dict()[name], value)
+        torch.testing.assert_close(reloaded_tap.projectors.state_dict()[name], value)
 
     with pytest.raises(ValueError, match="but feature_layers and the models' widths need"):
-        FeatureTap(again, teacher, "0:0").load(tmp_path)
+        FeatureTap(reloaded, teacher, "0:0").load(tmp_path)
     with pytest.raises(FileNotFoundError):
-        other.load(tmp_path / "elsewhere")
+        reloaded_tap.load(tmp_path / "elsewhere")
     tap.detach()
     assert set(student.state_dict()) == plain
 
@@ -289,7 +289,7 @@ def test_equal_widths_need_no_projector(tmp_path: Path) -> None:
     assert not any("projector" in name for name, _ in student.named_parameters())
 
 
-def test_peft_student() -> None:
+def test_peft_student_learns_with_projectors() -> None:
     peft = pytest.importorskip("peft")
     student, teacher = build("llama"), build("llama", hidden_size=64)
     student = peft.get_peft_model(student, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))

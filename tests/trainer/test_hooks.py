@@ -1,4 +1,4 @@
-"""The private parts of transformers used by the trainer, and batches of a user's collator."""
+"""The trainer uses private parts of transformers in one file, and accepts batches of other collators."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def test_private_methods_of_transformers_are_used_in_one_file() -> None:
     assert not used
 
 
-def test_a_batch_may_hold_other_keys_and_one_view(tmp_path: Path) -> None:
+def test_batch_with_other_keys_and_one_view_is_accepted(tmp_path: Path) -> None:
     trainer = trainers(tmp_path, make_tokenizer())()
     batch = trainer.data_collator(trainer.train_dataset)
     expected = dense(trainer, batch) / batch["scored"].numel()
-    own: dict[str, Any] = {name: value for name, value in batch.items() if not name.startswith("teacher_") and name != "sizes"}
-    torch.testing.assert_close(trainer.compute_loss(trainer.model, {**own, "source": ["a"] * 12}), expected, rtol=1e-12, atol=0)
-    assert Batch.of(own).item_indices().tolist() == Batch.of(batch).item_indices().tolist()
+    one_view: dict[str, Any] = {name: value for name, value in batch.items() if not name.startswith("teacher_") and name != "sizes"}
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, {**one_view, "source": ["a"] * 12}), expected, rtol=1e-12, atol=0)
+    assert Batch.of(one_view).item_indices().tolist() == Batch.of(batch).item_indices().tolist()

@@ -1,4 +1,4 @@
-"""A resumed run equals the uninterrupted one, or raises: settings, models, data, checkpoints, lengths."""
+"""A resumed run equals the uninterrupted one, or raises: other settings, models, data, checkpoints and lengths."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ OTHERS = st.fixed_dictionaries({}, optional={
 })  # fmt: skip
 
 
-def check_that_a_killed_run_ends_the_same(home: Path, options: dict[str, Any], step: int) -> None:
+def check_killed_run(home: Path, options: dict[str, Any], step: int) -> None:
     if "eval_strategy" in options:
         options["eval_data"] = [str(home / "held-out.jsonl")]
     else:
@@ -67,7 +67,7 @@ def check_that_a_killed_run_ends_the_same(home: Path, options: dict[str, Any], s
         assert weights(resumed) == weights(whole)
         assert summary(resumed)["after"] == summary(whole)["after"]
         assert summary(resumed)["log"] == summary(whole)["log"]
-        if "eval_on_start" not in options:  # which evaluates at every start
+        if "eval_on_start" not in options:  # it logs one more evaluation at every start
             assert log(resumed) == log(whole)
 
 
@@ -76,7 +76,7 @@ def check_that_a_killed_run_ends_the_same(home: Path, options: dict[str, Any], s
 def test_resumed_run_equals_the_uninterrupted_one(
     home: Path, length: dict[str, Any], evaluation: dict[str, Any], loss: dict[str, Any], others: dict[str, Any], step: int
 ) -> None:
-    check_that_a_killed_run_ends_the_same(home, {**length, **others, **loss, **evaluation}, step)
+    check_killed_run(home, {**length, **others, **loss, **evaluation}, step)
 
 
 @pytest.mark.sweep
@@ -85,7 +85,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
 def test_resumed_runs_equal_the_uninterrupted_ones(
     home: Path, length: dict[str, Any], evaluation: dict[str, Any], loss: dict[str, Any], others: dict[str, Any], step: int
 ) -> None:
-    check_that_a_killed_run_ends_the_same(home, {**length, **others, **loss, **evaluation}, step)
+    check_killed_run(home, {**length, **others, **loss, **evaluation}, step)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def go_on(home: Path, out: Path, **options: Any) -> str:
+def resume(home: Path, out: Path, **options: Any) -> str:
     return run_in(home, out, **{"max_steps": 4, "eval_data": [str(home / "held-out.jsonl")], "lr_scheduler_type": "constant", **options})
 
 
@@ -107,104 +107,108 @@ def go_on(home: Path, out: Path, **options: Any) -> str:
         ("max_grad_norm", 0.5), ("average_tokens_across_devices", False), ("student_dtype", "bfloat16"), ("data_seed", 1),
     ],
 )  # fmt: skip
-def test_a_run_with_another_setting_is_refused(home: Path, finished: Path, name: str, value: Any) -> None:
+def test_resume_refuses_another_setting(home: Path, finished: Path, name: str, value: Any) -> None:
     with pytest.raises(TrainError, match=f"holds a run with another --{name.replace('_', '-')} "):
-        go_on(home, finished, **{name: value})
+        resume(home, finished, **{name: value})
 
 
-def test_every_argument_may_change_or_is_compared(finished: Path) -> None:
+def test_every_argument_is_compared_or_free_to_change(finished: Path) -> None:
     from kdkernels.trainer import DistillationArguments
 
     compared = set(Record.read(finished).settings)  # type: ignore[union-attr]
     assert set(DistillationArguments(output_dir="x", use_cpu=True).to_dict()) <= compared | FREE
 
 
-def changed_home(home: Path, folder: Path, what: str) -> Path:
-    """A copy of the user's files in which one has another content."""
+def changed_home(home: Path, folder: Path, changed: str) -> Path:
+    """Copy the models and data with other content in one of them."""
     copy = shutil.copytree(home, folder)
-    if what in ("teacher", "student"):
-        make_model(12 if what == "teacher" else 8, 1, seed=9).save_pretrained(copy / what)
-    elif what == "tokenizer":
+    if changed in ("teacher", "student"):
+        make_model(12 if changed == "teacher" else 8, 1, seed=9).save_pretrained(copy / changed)
+    elif changed == "tokenizer":
         make_tokenizer(words=["green", "red"]).save_pretrained(copy / "student")
         make_tokenizer(words=["green", "red"]).save_pretrained(copy / "teacher")
-    elif what != "nothing":
-        runs.write_rows(copy / f"{what}.jsonl", make_rows(7, seed=5))
+    elif changed != "nothing":
+        runs.write_rows(copy / f"{changed}.jsonl", make_rows(7, seed=5))
     return copy
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("changed", "message"),
     [
         ("teacher", "the --teacher's weights"), ("student", "the --student's weights"), ("tokenizer", "the tokenizer"),
         ("train", "--data"), ("held-out", "--eval-data"),
     ],
 )  # fmt: skip
-def test_a_run_with_other_content_is_refused(home: Path, finished: Path, tmp_path: Path, what: str, message: str) -> None:
+def test_resume_refuses_other_models_and_data(home: Path, finished: Path, tmp_path: Path, changed: str, message: str) -> None:
     with pytest.raises(TrainError, match=f"with another {message}"):
-        go_on(changed_home(home, tmp_path / "home", what), finished)
+        resume(changed_home(home, tmp_path / "home", changed), finished)
 
 
-def test_the_same_files_elsewhere_are_the_same_run(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_resume_accepts_the_same_files_in_another_folder(home: Path, finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "moved")
-    printed = go_on(changed_home(home, tmp_path / "home", "nothing"), out, save_steps=2, logging_steps=1, memory_budget=1 << 20)
+    printed = resume(changed_home(home, tmp_path / "home", "nothing"), out, save_steps=2, logging_steps=1, memory_budget=1 << 20)
     assert "Resuming at checkpoint-3" in printed
     assert "Note: another memory budget (None then, 1048576 now)" in printed
     assert summary(out)["steps"] == 4
 
 
-def test_incomplete_checkpoint_is_not_used(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_found_by_their_manifest(home: Path, finished: Path, tmp_path: Path) -> None:
     checkpoint = finished / "checkpoint-3"
     assert flaw(checkpoint) is None
     names = [path.name for path in checkpoint.iterdir()]
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors", MANIFEST} <= set(names)
     for number, name in enumerate(names):
-        for how in ("missing", "shorter", "changed"):
-            copy = shutil.copytree(checkpoint, tmp_path / f"{number}-{how}")
+        for damage in ("missing", "shorter", "changed"):
+            copy = shutil.copytree(checkpoint, tmp_path / f"{number}-{damage}")
             content = bytearray((copy / name).read_bytes())
             (copy / name).unlink()
-            if how != "missing":
+            if damage != "missing":
                 content[len(content) // 2] ^= 255
-                (copy / name).write_bytes(content[:-1] if how == "shorter" else content)
-            if name != MANIFEST or how == "missing":
-                assert flaw(copy) is not None, (name, how)
+                (copy / name).write_bytes(content[:-1] if damage == "shorter" else content)
+            if name != MANIFEST or damage == "missing":
+                assert flaw(copy) is not None, (name, damage)
 
 
-def test_earlier_checkpoint_is_used_or_the_run_raises(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_resume_uses_an_earlier_checkpoint_or_raises(home: Path, finished: Path, tmp_path: Path) -> None:
     out = killed_at(3, finished, tmp_path / "out")
     (out / "checkpoint-3" / "optimizer.pt").unlink()
-    assert "Resuming at checkpoint-2" in go_on(home, out, max_steps=3)
+    assert "Resuming at checkpoint-2" in resume(home, out, max_steps=3)
     assert weights(out) == weights(finished)
     out = killed_at(1, finished, tmp_path / "none")
     (out / "checkpoint-1" / "scheduler.pt").write_bytes(b"")
     with pytest.raises(TrainError, match=r"no checkpoint is whole\. checkpoint-1: scheduler\.pt is not as it was written"):
-        go_on(home, out)
+        resume(home, out)
 
 
-def test_requested_checkpoint_is_used_or_raises(home: Path, finished: Path, tmp_path: Path) -> None:
-    for asked, message in ((tmp_path / "nowhere", "no such folder"), (home / "student", "no checkpoint.json"), ("true", "holds no whole")):
+def test_resume_uses_the_requested_checkpoint_or_raises(home: Path, finished: Path, tmp_path: Path) -> None:
+    for checkpoint, message in (
+        (tmp_path / "nowhere", "no such folder"),
+        (home / "student", "no checkpoint.json"),
+        ("true", "holds no whole"),
+    ):
         with pytest.raises(TrainError, match=message):
-            go_on(home, tmp_path / "fresh", resume_from_checkpoint=str(asked))
+            resume(home, tmp_path / "fresh", resume_from_checkpoint=str(checkpoint))
     with pytest.raises(TrainError, match="choose another --output-dir to begin anew"):
-        go_on(home, finished, resume_from_checkpoint="false")
-    printed = go_on(home, tmp_path / "copy", max_steps=3, resume_from_checkpoint=str(finished / "checkpoint-1"))
+        resume(home, finished, resume_from_checkpoint="false")
+    printed = resume(home, tmp_path / "copy", max_steps=3, resume_from_checkpoint=str(finished / "checkpoint-1"))
     assert "Resuming at checkpoint-1" in printed
     assert weights(tmp_path / "copy") == weights(finished)
     with pytest.raises(TrainError, match="with another --temperature"):
-        go_on(home, tmp_path / "other", temperature=3.0, resume_from_checkpoint=str(finished / "checkpoint-1"))
+        resume(home, tmp_path / "other", temperature=3.0, resume_from_checkpoint=str(finished / "checkpoint-1"))
 
 
-def test_longer_runs_train_the_missing_steps(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_longer_run_trains_only_the_missing_steps(home: Path, finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
-    go_on(home, out, max_steps=-1, num_train_epochs=1)  # 6 steps
+    resume(home, out, max_steps=-1, num_train_epochs=1)  # 6 steps
     assert summary(out)["steps"] == 6
-    go_on(home, tmp_path / "whole", max_steps=6)
+    resume(home, tmp_path / "whole", max_steps=6)
     assert weights(out) == weights(tmp_path / "whole")
-    assert "This run is finished" in go_on(home, out, max_steps=6)
+    assert "This run is finished" in resume(home, out, max_steps=6)
     with pytest.raises(TrainError, match="a run of 6 steps already, and 4 are asked for"):
-        go_on(home, out, max_steps=4)
+        resume(home, out, max_steps=4)
 
 
-def test_the_first_step_after_a_decayed_schedule_learns(home: Path, tmp_path: Path) -> None:
+def test_step_after_a_decayed_schedule_changes_the_weights(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_in(home, out, max_steps=2, lr_scheduler_type="linear")
     before = weights(out)
@@ -213,21 +217,21 @@ def test_the_first_step_after_a_decayed_schedule_learns(home: Path, tmp_path: Pa
     assert log(out)[-1]["step"] == 3
 
 
-def test_a_run_of_an_earlier_version_is_refused_by_name(home: Path, finished: Path, tmp_path: Path) -> None:
+def test_resume_refuses_the_record_of_another_version(home: Path, finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
     (out / "run.json").write_text(json.dumps({"settings": {"student": "x", "teacher": [], "ranks": 1}, "before": None}))
     with pytest.raises(TrainError, match=r"run\.json was written by another version of kdkernels"):
-        go_on(home, out)
+        resume(home, out)
 
 
-def test_a_file_is_read_again_only_where_its_status_changed(tmp_path: Path) -> None:
+def test_file_is_hashed_again_only_if_its_status_changed(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"one")
     fresh = _sha256(path, None)
-    assert not fresh[-1], "it was written less than a second ago"
-    known = [*fresh[:-1], True]
-    assert _sha256(path, known) is known
+    assert not fresh[-1], "a file written less than a second ago is not trusted"
+    trusted = [*fresh[:-1], True]
+    assert _sha256(path, trusted) is trusted
     status = path.stat()
     path.write_bytes(b"two")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # the same size and time
-    assert _sha256(path, known)[0] != known[0]
+    assert _sha256(path, trusted)[0] != trusted[0]

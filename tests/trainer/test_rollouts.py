@@ -1,4 +1,4 @@
-"""Responses sampled from the student: prompts, end tokens, draws, and training steps on them."""
+"""Rollouts (responses sampled from the student): prompts, end tokens, draws, and training steps on them."""
 
 from __future__ import annotations
 
@@ -34,20 +34,22 @@ def test_rollouts_keep_prompts_and_end_at_the_end_token(make: Make) -> None:
     rows = make_rows(12)
     rows[1]["teacher_prompt"] = "the cat sees"
     trainer = make(rows=rows)
-    trainer.model.lm_head.weight.data[0] = 0.3 * trainer.model.lm_head.weight.data[1:].sum(0)  # some rollouts end
+    trainer.model.lm_head.weight.data[0] = 0.3 * trainer.model.lm_head.weight.data[1:].sum(
+        0
+    )  # raise the end token's logit, so that some rollouts end
     state = torch.get_rng_state()
     trainer.model.train()
     first = _rollouts(trainer, 12, max_new_tokens=30)
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer.model.training
     lengths = set()
-    for (given,), (own,) in zip(trainer.train_dataset, first, strict=True):
-        cut, their = given.student_scored[0] + 1, given.teacher_scored[0] + 1
-        assert list(own.student_ids[:cut]) == list(given.student_ids[:cut])
-        assert list(own.teacher_ids[:their]) == list(given.teacher_ids[:their])
-        response = list(own.student_ids[cut:])
-        assert list(own.teacher_ids[their:]) == response
-        assert list(own.student_scored) == list(range(cut - 1, cut - 1 + len(response)))
+    for (example,), (rollout,) in zip(trainer.train_dataset, first, strict=True):
+        student_prompt, teacher_prompt = example.student_scored[0] + 1, example.teacher_scored[0] + 1
+        assert list(rollout.student_ids[:student_prompt]) == list(example.student_ids[:student_prompt])
+        assert list(rollout.teacher_ids[:teacher_prompt]) == list(example.teacher_ids[:teacher_prompt])
+        response = list(rollout.student_ids[student_prompt:])
+        assert list(rollout.teacher_ids[teacher_prompt:]) == response
+        assert list(rollout.student_scored) == list(range(student_prompt - 1, student_prompt - 1 + len(response)))
         assert 0 not in response[:-1]
         assert response[-1] == 0 or len(response) == 30
         lengths.add(len(response))
@@ -61,13 +63,13 @@ def test_rollouts_keep_prompts_and_end_at_the_end_token(make: Make) -> None:
 def test_rollouts_ignore_saved_generation_settings(make: Make) -> None:
     trainer = make()
     plain = _rollouts(trainer, max_new_tokens=12)
-    own = trainer.model.generation_config
-    own.update(min_p=0.9, no_repeat_ngram_size=1, typical_p=0.2, suppress_tokens=list(range(10, 90)))
+    saved = trainer.model.generation_config
+    saved.update(min_p=0.9, no_repeat_ngram_size=1, typical_p=0.2, suppress_tokens=list(range(10, 90)))
     assert _rollouts(trainer, max_new_tokens=12) == plain
-    assert trainer.model.generation_config is own
+    assert trainer.model.generation_config is saved
 
 
-def test_rows_of_rollouts_are_packed_anew(make: Make) -> None:
+def test_rollouts_are_packed_again(make: Make) -> None:
     options = {"packing": True, "max_length": 32, "on_policy_fraction": 1.0, "max_new_tokens": 20, "per_device_train_batch_size": 2}
     trainer = make(**options)
     (batch,), count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
@@ -77,7 +79,7 @@ def test_rows_of_rollouts_are_packed_anew(make: Make) -> None:
     trainer.train()
 
 
-def test_left_padding_does_not_change_a_rollout(make: Make) -> None:
+def test_rollouts_do_not_depend_on_the_batch(make: Make) -> None:
     trainer = make()
     together = _rollouts(trainer, temperature=0.0)
     assert len({e.student_scored[0] for (e,) in together}) > 1
@@ -95,7 +97,7 @@ def test_left_padding_does_not_change_a_rollout(make: Make) -> None:
         assert alone[0] == together[number]
 
 
-def test_on_policy_steps_count_and_score_rollouts(make: Make) -> None:
+def test_on_policy_step_equals_the_dense_formula_on_rollouts(make: Make) -> None:
     trainer = make(
         on_policy_fraction=1.0,
         max_new_tokens=5,
@@ -104,29 +106,29 @@ def test_on_policy_steps_count_and_score_rollouts(make: Make) -> None:
         gradient_accumulation_steps=2,
         per_device_train_batch_size=4,
     )
-    seen: list[Any] = []
+    steps: list[Any] = []
     compute = trainer.compute_loss
 
     def recorded(model: Any, inputs: Any, **keywords: Any) -> Any:
         loss = compute(model, inputs, **keywords)
         with torch.no_grad():
-            batch = {**inputs, "response": torch.zeros(inputs["scored"].numel())}  # no cross-entropy of its own words
-            seen.append((keywords["num_items_in_batch"], inputs["scored"].numel(), loss.detach(), dense(trainer, batch)))
+            batch = {**inputs, "response": torch.zeros(inputs["scored"].numel())}  # no cross-entropy on rollouts
+            steps.append((keywords["num_items_in_batch"], inputs["scored"].numel(), loss.detach(), dense(trainer, batch)))
         return loss
 
     trainer.compute_loss = recorded  # type: ignore[method-assign]
     trainer.train()
-    total = sum(count for _, count, _, _ in seen)
-    assert len(seen) == 2
-    for items, _, loss, expected in seen:
+    total = sum(count for _, count, _, _ in steps)
+    assert len(steps) == 2
+    for items, _, loss, expected in steps:
         assert items == total
         torch.testing.assert_close(loss, expected / total, rtol=1e-10, atol=0)
 
 
-def test_the_mixture_follows_the_fraction(make: Make) -> None:
+def test_share_of_on_policy_steps_follows_the_fraction(make: Make) -> None:
     trainer = make(on_policy_fraction=0.5, max_new_tokens=2, max_steps=30, per_device_train_batch_size=1, dtype=torch.float32)
-    own: list[bool] = []
+    on_policy: list[bool] = []
     compute = trainer.compute_loss
-    trainer.compute_loss = lambda model, inputs, **k: (own.append(bool(inputs.get("on_policy"))), compute(model, inputs, **k))[1]  # type: ignore[method-assign]
+    trainer.compute_loss = lambda model, inputs, **k: (on_policy.append(bool(inputs.get("on_policy"))), compute(model, inputs, **k))[1]  # type: ignore[method-assign]
     trainer.train()
-    assert 8 <= sum(own) <= 22  # 30 fair coins: outside once in 500 seeds
+    assert 8 <= sum(on_policy) <= 22  # 30 fair coins: outside for one seed in 500

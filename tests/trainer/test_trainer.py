@@ -1,4 +1,4 @@
-"""The trainer against the dense formula, with steps split, packed or interrupted in any way."""
+"""The trainer's steps equal the dense formula, also when accumulated, packed or resumed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make(tokenizer: Any, tmp_path: Path) -> Make:
     return trainers(tmp_path, tokenizer)
 
 
-# One step is the dense formula
+# One step
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def make(tokenizer: Any, tmp_path: Path) -> Make:
     ids=lambda options: options.get("divergence", "forward_kl"),
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_step_is_the_dense_formula(make: Make, options: dict[str, Any], tied: bool) -> None:
+def test_one_step_equals_the_dense_formula(make: Make, options: dict[str, Any], tied: bool) -> None:
     rows = make_rows(8)
     rows[0]["weight"], rows[3]["weight"] = 0.0, 2.5
     if "kd_on_prompt" not in options:
@@ -54,11 +54,11 @@ def test_a_step_is_the_dense_formula(make: Make, options: dict[str, Any], tied: 
     batch = trainer.data_collator(trainer.train_dataset)
     expected = dense(trainer, batch)
     tokens = batch["labels"].ne(-100).sum()
-    named = dict(trainer.model.named_parameters())
-    wanted = dict(zip(named, torch.autograd.grad(expected / tokens, named.values()), strict=True))
+    parameters = dict(trainer.model.named_parameters())
+    expected_gradients = dict(zip(parameters, torch.autograd.grad(expected / tokens, parameters.values()), strict=True))
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=tokens)
     torch.testing.assert_close(loss, expected / tokens, rtol=1e-12, atol=0)
-    assert_same(gradients(trainer), wanted)
+    assert_same(gradients(trainer), expected_gradients)
 
 
 def test_moe_auxiliary_loss_is_added(make: Make) -> None:
@@ -71,7 +71,7 @@ def test_moe_auxiliary_loss_is_added(make: Make) -> None:
     torch.testing.assert_close(loss, dense(trainer, batch) / tokens + 0.5 * plain.aux_loss, rtol=1e-6, atol=0)
 
 
-def test_lora_student(make: Make) -> None:
+def test_step_of_a_lora_student_equals_the_dense_formula(make: Make) -> None:
     peft = pytest.importorskip("peft")
     student = peft.get_peft_model(
         make_model(16, seed=1, dtype=torch.float64), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
@@ -83,28 +83,28 @@ def test_lora_student(make: Make) -> None:
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     assert any("lm_head" in name for name in trained)
     expected = dense(trainer, batch) / tokens
-    wanted = torch.autograd.grad(expected, trained.values())
+    expected_gradients = torch.autograd.grad(expected, trained.values())
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=tokens)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
-    found = torch.autograd.grad(loss, trained.values())
-    assert_same(dict(zip(trained, found, strict=True)), dict(zip(trained, wanted, strict=True)))
+    actual = torch.autograd.grad(loss, trained.values())
+    assert_same(dict(zip(trained, actual, strict=True)), dict(zip(trained, expected_gradients, strict=True)))
 
 
 @pytest.mark.parametrize("mode", ["probs", "logits"])
-def test_several_teachers(make: Make, mode: str) -> None:
+def test_step_with_two_teachers_equals_the_dense_formula(make: Make, mode: str) -> None:
     teachers = [make_model(24, seed=s, dtype=torch.float64, initializer_range=0.3) for s in (2, 3)]
     trainer = make(teacher=teachers, ensemble_mode=mode, temperature=2.0)
     batch = trainer.data_collator(trainer.train_dataset)
-    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
-        z, *u = (model(**given).logits.flatten(0, 1)[batch["scored"]] / 2 for model in (trainer.model, *teachers))
+        z, *u = (model(**inputs).logits.flatten(0, 1)[batch["scored"]] / 2 for model in (trainer.model, *teachers))
         p = sum(u).div(2).softmax(-1) if mode == "logits" else sum(x.softmax(-1) for x in u).div(2)
         expected = 4 * (p * (p.log() - z.log_softmax(-1))).sum(-1).mean()
         torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-10, atol=0)
     assert torch.isfinite(next(iter(gradients(trainer).values()))).all()
 
 
-def test_differently_padded_vocabularies_are_cut_to_the_tokenizer(make: Make, tokenizer: Any) -> None:
+def test_differently_padded_vocabularies_are_cut_to_the_tokenizers_size(make: Make, tokenizer: Any) -> None:
     with pytest.warns(UserWarning, match=r"pad their vocabulary differently \(192 and 200 columns\): cut to the real 176"):
         trainer = make(teacher=make_model(24, seed=2, dtype=torch.float64, vocab_size=200))
     assert trainer.vocab_size == len(tokenizer) < 192
@@ -128,22 +128,22 @@ def test_cross_entropy_alone_needs_no_teacher(make: Make) -> None:
         make(teacher=None)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no peak memory of a process there")
-def test_a_step_holds_no_logits() -> None:
-    here = Path(__file__).parents[1] / "support"
+@pytest.mark.skipif(sys.platform == "win32", reason="the resource module is missing")
+def test_a_step_uses_less_memory_than_dense_logits() -> None:
+    support = Path(__file__).parents[1] / "support"
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(support.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, str(here / "training_memory.py"), "16", "64", "150000"]
+    command = [sys.executable, str(support / "training_memory.py"), "16", "64", "150000"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    logits = 16 * 64 * 150_000 * 4 / 2**20  # of one model
-    assert float(done.stdout.split()[-1]) < logits / 2, "with 64 MiB for chunks, gradients and activations of a few MiB"
+    logits = 16 * 64 * 150_000 * 4 / 2**20  # bytes of one model's logits, in MiB
+    assert float(done.stdout.split()[-1]) < logits / 2, "the chunks use 64 MiB, gradients and activations a few"
 
 
-# The same step, however it is split
+# Accumulation and packing
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -163,7 +163,7 @@ def test_packing_does_not_change_a_step(make: Make, flat: bool) -> None:
     packed = make(packing=True, max_length=40, **options)
     packed.data_collator = dataclasses.replace(packed.data_collator, flat=flat)
     assert 1 < len(packed.train_dataset) < 12
-    packed.model.config.use_cache = True  # the trap: a cache switches off the mask between examples
+    packed.model.config.use_cache = True  # with a cache, transformers would drop the mask between examples
     assert packed.teacher.models[0].config.use_cache
     assert_same(gradients(packed), reference, 1e-12)
 
@@ -181,15 +181,15 @@ def test_packing_raises_if_examples_would_attend_to_each_other(make: Make) -> No
 def test_evaluation_cross_entropy_does_not_depend_on_weights(make: Make) -> None:
     rows = [{**row, "weight": i % 3} for i, row in enumerate(make_rows(12))]
     with_teacher = make(eval_rows=rows, ce_weight=1.0).evaluate()
-    without = make(eval_rows=rows, kd_weight=0.0, ce_weight=1.0)
-    found = without.evaluate()
-    assert found["eval_cross_entropy"] == pytest.approx(with_teacher["eval_cross_entropy"], rel=1e-6)
-    batch = without.data_collator(without.eval_dataset)
-    assert found["eval_loss"] == pytest.approx(dense(without, batch).item() / found["eval_tokens"], rel=1e-12)
-    assert found["eval_loss"] != pytest.approx(found["eval_cross_entropy"], rel=1e-3)
+    without_teacher = make(eval_rows=rows, kd_weight=0.0, ce_weight=1.0)
+    metrics = without_teacher.evaluate()
+    assert metrics["eval_cross_entropy"] == pytest.approx(with_teacher["eval_cross_entropy"], rel=1e-6)
+    batch = without_teacher.data_collator(without_teacher.eval_dataset)
+    assert metrics["eval_loss"] == pytest.approx(dense(without_teacher, batch).item() / metrics["eval_tokens"], rel=1e-12)
+    assert metrics["eval_loss"] != pytest.approx(metrics["eval_cross_entropy"], rel=1e-3)
 
 
-def test_evaluation_weighs_tokens(make: Make) -> None:
+def test_evaluation_is_a_mean_over_tokens(make: Make) -> None:
     rows = make_rows(11, seed=5)
     trainer = make(eval_rows=rows, divergence="jsd", ce_weight=0.5)
     batch = trainer.data_collator(trainer.eval_dataset)
@@ -212,7 +212,7 @@ def test_evaluation_weighs_tokens(make: Make) -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_every_term_is_logged(make: Make) -> None:
+def test_every_term_of_the_loss_is_logged(make: Make) -> None:
     trainer = make(ce_weight=0.5, feature_weight=0.1, per_device_train_batch_size=4, gradient_accumulation_steps=2, rows=make_rows(8))
     batch = trainer.data_collator(trainer.train_dataset)
     side = LiveTeacher(copy.deepcopy(trainer.model), vocab_size=192).targets(view_of(batch))
@@ -229,7 +229,7 @@ def test_every_term_is_logged(make: Make) -> None:
     assert log["peak_memory_mib"] > 10
 
 
-# Interrupted
+# Resuming
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_every_term_is_logged(make: Make) -> None:
     [{}, {"on_policy_fraction": 0.7, "max_new_tokens": 4, "packing": True, "max_length": 60}, {"feature_weight": 1.0}],
     ids=["data", "on_policy", "features"],
 )
-def test_a_resumed_run_is_the_run(make: Make, options: dict[str, Any]) -> None:
+def test_resumed_training_equals_uninterrupted_training(make: Make, options: dict[str, Any]) -> None:
     settings = {
         "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2,
         "lr_scheduler_type": "linear", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dtype": torch.float32,
@@ -252,17 +252,17 @@ def test_a_resumed_run_is_the_run(make: Make, options: dict[str, Any]) -> None:
     resumed = make(student=student(), **{**settings, "seed": 42})
     torch.manual_seed(123)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
-    expected, found = whole.model.state_dict(), resumed.model.state_dict()
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    started = student().state_dict()
-    assert not any(torch.equal(started[name], found[name]) for name in started)
+    expected, actual = whole.model.state_dict(), resumed.model.state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    initial = student().state_dict()
+    assert not any(torch.equal(initial[name], actual[name]) for name in initial)
 
 
 # Features
 
 
-def test_projectors_are_kept_apart(make: Make) -> None:
+def test_feature_loss_equals_its_formula_and_projectors_are_saved_apart(make: Make) -> None:
     from safetensors.torch import load_file
 
     trainer = make(
@@ -276,7 +276,7 @@ def test_projectors_are_kept_apart(make: Make) -> None:
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
     ).hidden_states
     projector = trainer.objective.features.projectors["0_1"]
-    # The last of transformers' hidden states is after the final norm; the layer's own output is what it norms.
+    # The last entry of transformers' hidden_states is after the final norm; the loss uses the layer's output before it.
     raw = {}
     hook = (
         trainer.teacher.models[0].model.layers[1].register_forward_hook(lambda m, i, o: raw.update(out=o[0] if isinstance(o, tuple) else o))

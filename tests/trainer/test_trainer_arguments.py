@@ -1,4 +1,4 @@
-"""Invalid arguments, teachers and examples raise errors that name them; arguments survive JSON."""
+"""Invalid arguments, teachers and examples raise errors that name them. Arguments can be saved as JSON."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make(tokenizer: Any, tmp_path: Path) -> Make:
         ({"feature_weight": 1.0, "feature_layers": {0: 7}}, "names layer 7 of the teacher, which has 2"),
     ],
 )
-def test_invalid_arguments(make: Make, options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise(make: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
 
@@ -80,13 +80,13 @@ def test_invalid_arguments(make: Make, options: dict[str, Any], message: str) ->
         ({"report_to": "nowhere"}, "report_to=nowhere: nowhere is not supported"),
     ],
 )
-def test_invalid_training_settings(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_of_transformers_raise(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistillationArguments(output_dir=str(tmp_path), use_cpu=True, **options)
 
 
 @pytest.mark.parametrize(("report", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("trackio", "trackio")])
-def test_a_report_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: str, package: str) -> None:
+def test_report_without_its_package_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: str, package: str) -> None:
     from transformers.integrations import integration_utils
 
     monkeypatch.setattr(integration_utils, f"is_{package}_available", lambda: False)
@@ -104,30 +104,30 @@ def test_a_report_without_its_package_is_refused(tmp_path: Path, monkeypatch: py
         ({"packing": 1}, "packing must be True or False, got 1"),
     ],
 )
-def test_arguments_of_the_wrong_kind(make: Make, options: dict[str, Any], message: str) -> None:
+def test_arguments_of_the_wrong_type_raise(make: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make(**options)
 
 
-def test_the_token_of_the_hub_is_not_saved(tmp_path: Path) -> None:
+def test_hub_token_is_not_saved(tmp_path: Path) -> None:
     args = DistillationArguments(output_dir=str(tmp_path), hub_token="hf_a_secret", use_cpu=True)
     torch.save(args, tmp_path / "training_args.bin")
     assert b"hf_a_secret" not in (tmp_path / "training_args.bin").read_bytes()
     assert args.hub_token == "hf_a_secret"
 
 
-def test_arguments_survive_json(tmp_path: Path) -> None:
-    for given, kept in (
+def test_divergences_are_saved_as_text_in_json(tmp_path: Path) -> None:
+    for divergence, spelling in (
         (kd.JSD(beta=0.3), "jsd(beta=0.3)"), ("jsd(beta=0.5)", "jsd"),
         ({"name": "logit_mse", "centered": True}, "logit_mse(centered=True)"),
         (kd.ABDivergence(0.5, 0.25), "ab_divergence(alpha=0.5, beta=0.25)"), ("reverse_kl", "reverse_kl"),
     ):  # fmt: skip
-        args = DistillationArguments(output_dir=str(tmp_path), divergence=given, use_cpu=True)
-        assert json.loads(args.to_json_string())["divergence"] == kept
-        assert parse(args.divergence) == parse(given)
+        args = DistillationArguments(output_dir=str(tmp_path), divergence=divergence, use_cpu=True)
+        assert json.loads(args.to_json_string())["divergence"] == spelling
+        assert parse(args.divergence) == parse(divergence)
 
 
-def test_unsupported_teachers(make: Make) -> None:
+def test_unsupported_teachers_and_students_raise(make: Make) -> None:
     class Cache:
         vocab_size = 192
         salt = "s"
@@ -149,17 +149,17 @@ def test_unsupported_teachers(make: Make) -> None:
     with pytest.raises(ValueError, match=r"over 200 columns, the student has 192 .*kdkernels cache --vocab-size \d+"):
         make(teacher=Cache())
     Cache.vocab_size = 192
-    assert make(teacher=Cache(), kd_weight=0.0, ce_weight=1.0).train().training_loss > 0, "a teacher that no weight asks is not asked"
+    assert make(teacher=Cache(), kd_weight=0.0, ce_weight=1.0).train().training_loss > 0, "a teacher with weight 0 is not run"
     trainer = make(teacher=Cache())
     with pytest.raises(KeyError) as error:
         trainer.train()
     assert error.value.args[0] in [e.key("s") for (e,) in trainer.train_dataset]
     causal = make_model(16)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=192, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    for other in (t5, causal.model, LlamaForSequenceClassification(causal.config)):
-        for given in ({"student": other}, {"teacher": other}):
-            with pytest.raises(TypeError, match=f"is a {type(other).__name__}, not a causal language model"):
-                make(**given)
+    for model in (t5, causal.model, LlamaForSequenceClassification(causal.config)):
+        for models in ({"student": model}, {"teacher": model}):
+            with pytest.raises(TypeError, match=f"is a {type(model).__name__}, not a causal language model"):
+                make(**models)
     student = make_model(16)
     with pytest.raises(ValueError, match="every parameter of the student is frozen"):
         make(student=make_model(16).requires_grad_(False)).train()
@@ -172,7 +172,7 @@ def test_unsupported_teachers(make: Make) -> None:
         LiveTeacher(two)
 
 
-def test_the_trainer_asks_for_what_it_needs(tokenizer: Any, tmp_path: Path) -> None:
+def test_missing_and_unused_trainer_arguments_raise(tokenizer: Any, tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
     with pytest.raises(TypeError, match="args must be DistillationArguments, got TrainingArguments"):
@@ -186,7 +186,7 @@ def test_the_trainer_asks_for_what_it_needs(tokenizer: Any, tmp_path: Path) -> N
         DistillationTrainer(model=make_model(), args=DistillationArguments(str(tmp_path)))
 
 
-def test_examples_are_taken_as_they_are(make: Make, tokenizer: Any) -> None:
+def test_tokenised_examples_are_used_unchanged(make: Make, tokenizer: Any) -> None:
     examples = load_examples(make_rows(3), tokenizer)
     assert make(rows=examples).train_dataset == [(e,) for e in examples]
     assert math.isfinite(make(rows=examples).train().training_loss)

@@ -1,4 +1,4 @@
-"""Two processes with a sharded student (FSDP2 and DeepSpeed ZeRO-3 through the trainer; gloo, on the CPU) take the same steps as one."""
+"""Two processes with a sharded student (FSDP2 or DeepSpeed ZeRO-3; gloo, on the CPU) take the same steps as one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = ["fsdp", pytest.param("zero3", marks=NO_DEEPSPEED)]
 
 @pytest.fixture(scope="module", params=KINDS)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
-    """FSDP or ZeRO-3; the weights and results of two processes."""
+    """Run two processes. Return ``fsdp`` or ``zero3``, their weights and their results."""
     folder = tmp_path_factory.mktemp("ranks")
     path = os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
@@ -40,8 +40,8 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, load_file(folder / "weights.safetensors"), json.loads((folder / "results.json").read_text())
 
 
-def test_steps_and_evaluations_are_those_of_one_process(ranks: Any, tmp_path: Path) -> None:
-    kind, found, results = ranks
+def test_steps_and_evaluations_equal_one_process(ranks: Any, tmp_path: Path) -> None:
+    kind, sharded, results = ranks
     exact = dtype_of(kind) == torch.float64
     for name, case in CASES[kind].items():
         alone = make(kind, tmp_path, **case)
@@ -49,10 +49,10 @@ def test_steps_and_evaluations_are_those_of_one_process(ranks: Any, tmp_path: Pa
         alone.train()
         expected = weights(alone)
         prefix = f"{name}."
-        assert {key.removeprefix(prefix) for key in found if key.startswith(prefix)} == expected.keys()
-        for parameter, wanted in expected.items():
-            error = (found[prefix + parameter] - wanted).abs().max().item() / wanted.abs().max().item()
-            assert error <= (1e-12 if exact else 1e-6), f"{name}, {parameter}: {error:.1e}"  # float32 sums in another order
+        assert {key.removeprefix(prefix) for key in sharded if key.startswith(prefix)} == expected.keys()
+        for parameter, weight in expected.items():
+            error = (sharded[prefix + parameter] - weight).abs().max().item() / weight.abs().max().item()
+            assert error <= (1e-12 if exact else 1e-6), f"{name}, {parameter}: {error:.1e}"  # float32 sums have another order
         assert results[name] == pytest.approx([before, alone.evaluate()["eval_loss"]], rel=1e-10 if exact else 1e-6), name
 
 
@@ -70,7 +70,7 @@ def test_rollouts_of_different_lengths(ranks: Any) -> None:
 
 def test_mixed_precision_does_not_round_the_loss(ranks: Any, tmp_path: Path) -> None:
     if ranks[0] != "fsdp":
-        pytest.skip("DeepSpeed leaves alone what a model returns")
+        pytest.skip("DeepSpeed does not cast a model's outputs")
     exact = make("fsdp", tmp_path).evaluate()["eval_loss"]
-    # A sum of about 220 in bfloat16 is a multiple of 1: the error would be near 1e-3 of it.
+    # In bfloat16 a sum of about 220 is rounded to a multiple of 1, an error near 1e-3 of it.
     assert ranks[2]["bf16"] == pytest.approx(exact, rel=2e-4)
