@@ -1,4 +1,4 @@
-"""Selection of a backend, reasons against the others, and ``plan``."""
+"""Selection of a backend, the reasons why others can't run, ``plan``, devices, and backends of other packages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fresh() -> object:
     selection._select.cache_clear()
 
 
-def test_names() -> None:
+def test_names_and_order_of_backends() -> None:
     assert set(selection.NAMES) == {"cuda", "triton", "native", "torch", "reference"}
     assert selection.auto_order("cuda") == ("triton", "cuda", "torch")
     assert selection.auto_order("cpu") == ("native", "torch")
@@ -81,7 +81,7 @@ def test_import_error_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "libsomething.so.7" in str(selection.unavailable("triton", "cuda", F32))
 
 
-def test_triton_does_not_take_float64() -> None:
+def test_triton_refuses_float64() -> None:
     assert "float64" in str(selection.unavailable("triton", "cpu", (torch.float64, torch.float32)))
     assert "float64" in str(selection.unavailable("triton", "cuda", (torch.float32, torch.float64)))
 
@@ -93,8 +93,8 @@ def test_plan_names_a_reason_for_every_other_backend(device: str) -> None:
     assert set(plan.not_chosen) == set(selection.NAMES) - {plan.backend}
     assert all(plan.not_chosen.values())
     assert "checks" in plan.not_chosen["reference"]
-    asked = kd.plan(student, teacher, backend="torch")
-    assert "'torch' was selected" in asked.not_chosen["reference"]
+    explicit = kd.plan(student, teacher, backend="torch")
+    assert "'torch' was selected" in explicit.not_chosen["reference"]
     if device == "cpu":
         assert plan.backend == ("native" if selection.unavailable("native", "cpu", F32) is None else "torch")
         if plan.backend == "native":
@@ -102,8 +102,8 @@ def test_plan_names_a_reason_for_every_other_backend(device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_plan_numbers(backend: str) -> None:
-    """Two float32 buffers: 8192 bytes a row. Dense: two times logits, and the student's gradient if it has one."""
+def test_plan_counts_chunks_and_bytes(backend: str) -> None:
+    """Two float32 buffers take 8192 bytes a row. The dense loss holds both logits and, if needed, the student's gradient."""
     student, teacher = heads()
     plan = kd.plan(student, teacher, backend=backend, chunk_rows=128)
     assert (plan.rows_per_chunk, plan.num_chunks) == (128, 3)
@@ -126,7 +126,7 @@ def test_plan_counts_valid_rows() -> None:
     assert kd.plan(student, teacher, labels=torch.full((N,), -100), backend="torch").num_chunks == 0
 
 
-def test_plan_of_dense_logits_needs_no_buffer() -> None:
+def test_plan_of_dense_logits_has_no_buffer() -> None:
     plan = kd.plan(torch.zeros(5, 9), torch.zeros(5, 9), backend="torch")
     assert (plan.rows_per_chunk, plan.num_chunks, plan.buffer_bytes, plan.dense_bytes, plan.saved_bytes) == (5, 1, 0, 0, 0)
 
@@ -139,15 +139,15 @@ def test_plan_of_the_reference_is_dense() -> None:
 
 
 def test_plan_of_16_bit_heads() -> None:
-    """float32 logits by default; bfloat16 ones halve the buffer."""
+    """The default is float32 logits. bfloat16 logits halve the buffer."""
     student, teacher = heads(dtype=torch.bfloat16)
     assert kd.plan(student, teacher, backend="torch").buffer_bytes == N * 8192
     assert kd.plan(student, teacher, backend="torch", logits_dtype=torch.bfloat16).buffer_bytes == N * 4096
     assert kd.plan(student, teacher, backend="torch").dense_bytes == N * 4096
 
 
-def test_plan_on_meta_tensors() -> None:
-    """Plan shapes that do not fit in this machine's memory."""
+def test_plan_works_on_meta_tensors() -> None:
+    """Meta tensors plan shapes that do not fit in memory."""
     student = kd.LMHead(torch.empty(1 << 20, 4096, device="meta"), torch.empty(151936, 4096, device="meta"))
     plan = kd.plan(student, student)
     assert plan.dense_bytes == (1 << 20) * 151936 * 4 * 2
@@ -174,8 +174,8 @@ def test_plan_matches_the_run(calls: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_the_gpu_of_the_tensors_is_asked(name: str, monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
-    """A mixed pair, an older card beside a newer one: what the older one cannot run, the newer one can. "cuda" is the current one."""
+def test_availability_depends_on_the_gpu_of_the_tensors(name: str, monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
+    """Two GPUs, of which only the first supports the backend. "cuda" means the current GPU."""
     module = pytest.importorskip(f"kdkernels.backends.{name}")
     capabilities, current = [(9, 0), (7, 5)], [0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -201,7 +201,7 @@ def test_the_gpu_of_the_tensors_is_asked(name: str, monkeypatch: pytest.MonkeyPa
 
 
 class Entry:
-    """An entry point of another package, with its backend as an object."""
+    """An entry point that loads ``backend``, or raises it."""
 
     def __init__(self, name: str, backend: object) -> None:
         self.name, self.backend = name, backend
@@ -212,8 +212,8 @@ class Entry:
         return self.backend
 
 
-def elsewhere(**changes: object) -> SimpleNamespace:
-    """A backend of another package: torch's row kernels under another name, for devices of a type of their own."""
+def foreign_backend(**changes: object) -> SimpleNamespace:
+    """Return a backend as another package would define it: torch's row kernels, for devices of type xpu."""
     torch_rows = selection.load("torch")
     parts = {name: getattr(torch_rows, name) for name in ("state_scales", "rows", "head_rows", "softmax_rows", "softmax_gradient_rows")}
     return SimpleNamespace(**{"DEVICE_TYPES": ("xpu",), "unavailable": lambda device, dtypes: None, **parts, **changes})
@@ -231,11 +231,11 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
         forget()
         read: list[str] = []
 
-        def found(*, group: str) -> list[Entry]:
+        def entry_points(*, group: str) -> list[Entry]:
             read.append(group)
             return [Entry(name, backend) for name, backend in backends.items()]
 
-        monkeypatch.setattr(selection, "entry_points", found)
+        monkeypatch.setattr(selection, "entry_points", entry_points)
         return read
 
     yield register
@@ -243,14 +243,14 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
     forget()
 
 
-def test_a_backend_of_another_package_runs_by_name(entries: Callable[..., list[str]]) -> None:
+def test_backend_of_another_package_runs_by_name(entries: Callable[..., list[str]]) -> None:
     calls: list[Stage] = []
 
     def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
         calls.append(stages)
         selection.load("torch").rows(call, batch, stages)
 
-    read = entries(mine=elsewhere(rows=rows))
+    read = entries(mine=foreign_backend(rows=rows))
     student, teacher = heads(8)
     loss = kd.distillation_loss(student, teacher, backend="mine")
     assert torch.equal(loss, kd.distillation_loss(student, teacher, backend="torch"))
@@ -262,23 +262,23 @@ def test_a_backend_of_another_package_runs_by_name(entries: Callable[..., list[s
 
 
 def test_entry_points_are_read_for_unknown_devices_and_names_only(entries: Callable[..., list[str]]) -> None:
-    read = entries(mine=elsewhere(DEVICE_TYPES=("cpu", "xpu")), other=elsewhere(DEVICE_TYPES=()))
+    read = entries(mine=foreign_backend(DEVICE_TYPES=("cpu", "xpu")), other=foreign_backend(DEVICE_TYPES=()))
     assert selection.select("auto", "cpu", F32) in ("native", "torch"), "built-in backends come first"
     assert selection.select("torch", "cpu", F32) == "torch"
     assert not read
     assert selection.select("auto", "xpu", F32) == "mine"
-    assert selection.select("auto", "hpu", F32) == "torch", "a type that no backend declares"
+    assert selection.select("auto", "hpu", F32) == "torch", "no backend declares this type"
     assert len(read) == 1
 
 
 def test_auto_skips_unavailable_backends_of_other_packages(entries: Callable[..., list[str]]) -> None:
     entries(
         broken=ImportError("libsycl.so.8: cannot open"), partial=SimpleNamespace(DEVICE_TYPES=("xpu",), rows=print),
-        busy=elsewhere(unavailable=lambda device, dtypes: "it is Sunday"), torch=elsewhere(),
+        busy=foreign_backend(unavailable=lambda device, dtypes: "it is Sunday"), torch=foreign_backend(),
         misnamed=AttributeError("module 'rows' has no attribute 'backend'"), unlinked=OSError("libcnrt.so: cannot open"),
     )  # fmt: skip
     assert selection.select("auto", "xpu", F32) == "torch"
-    assert selection.load("torch").__name__ == "kdkernels.backends.torch", "no entry point takes the name of a built-in backend"
+    assert selection.load("torch").__name__ == "kdkernels.backends.torch", "an entry point can't replace a built-in backend"
     reasons = {
         "broken": "libsycl.so.8", "partial": "has no unavailable, state_scales", "busy": "it is Sunday",
         "misnamed": "'misnamed' of kdkernels.backends cannot be loaded: .*'backend'", "unlinked": "libcnrt.so",
@@ -290,7 +290,7 @@ def test_auto_skips_unavailable_backends_of_other_packages(entries: Callable[...
 
 
 @pytest.mark.parametrize("device_type", ["xpu", "mps", "hpu", "privateuseone"])
-def test_an_unknown_device_has_careful_traits(device_type: str) -> None:
+def test_unknown_device_has_conservative_traits(device_type: str) -> None:
     unknown = traits(device_type)
     assert unknown.asynchronous
     assert not any((unknown.wide_products, unknown.host_memory, unknown.recycled_pages, unknown.graphs, unknown.narrow_gradients))
@@ -300,7 +300,7 @@ def test_an_unknown_device_has_careful_traits(device_type: str) -> None:
 
 
 @pytest.mark.parametrize("device_type", ["xpu", "mps"])
-def test_tensors_of_an_unknown_device_are_given_to_torch(device_type: str) -> None:
+def test_unknown_device_uses_the_torch_backend(device_type: str) -> None:
     with FakeTensorMode():
         student, teacher = (torch.empty(8, V, device=device_type) for _ in range(2))
         assert kd.distillation_loss(student, teacher).device.type == device_type
@@ -310,11 +310,11 @@ def test_tensors_of_an_unknown_device_are_given_to_torch(device_type: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_engine_runs_with_the_traits_of_an_unknown_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the traits of an unknown device, a CPU gives the same losses and gradients in plain torch."""
+def test_traits_of_an_unknown_device_do_not_change_results(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the torch backend on a CPU with the traits of an unknown device."""
     results = []
-    for known in (selection._KNOWN, {}):
-        monkeypatch.setattr(selection, "_KNOWN", known)
+    for device_traits in (selection._KNOWN, {}):
+        monkeypatch.setattr(selection, "_KNOWN", device_traits)
         student, teacher = heads(20, dtype)
         for tensor in (student.hidden, student.weight):
             tensor.requires_grad_()

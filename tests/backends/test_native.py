@@ -1,4 +1,4 @@
-"""Tests specific to the compiled CPU kernels. test_loss.py and its neighbours check the results of every backend."""
+"""The compiled CPU kernels: conversions, instruction sets, threads and argument checks. tests/fused compares results of all backends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kdkernels.fused.work import Form
 _C = pytest.importorskip("kdkernels._C")
 
 
-def test_registries_agree() -> None:
+def test_compiled_divergences_equal_the_registry() -> None:
     assert _C.divergences() == sorted((cls.id, name, cls.slope_sum) for name, cls in divergences.REGISTRY.items())
 
 
@@ -45,7 +45,7 @@ PARAMETERS = [
 
 @pytest.mark.parametrize("divergence", PARAMETERS, ids=str)
 def test_columns_equal_the_python_terms(divergence: divergences.Divergence) -> None:
-    """Compare each column in float64, with one or both probabilities 0, p = q, and p near q."""
+    """Compare single columns in float64, with probabilities of 0, p = q, and p near q."""
     a, b = divergence.kernel_parameters
     logs = [0.0, -1e-9, -0.3, -5.0, -5.0 - 1e-7, -40.0, -600.0, -math.inf]
     for log_q in logs:
@@ -53,7 +53,7 @@ def test_columns_equal_the_python_terms(divergence: divergences.Divergence) -> N
             lq, lp = (torch.tensor([x], dtype=torch.float64) for x in (log_q, log_p))
             expected = divergence.terms(lq, lp, lq.exp(), lp.exp())
             actual = _C.divergence_terms(divergence.id, log_q, log_p, lq.exp().item(), lp.exp().item(), a, b)
-            # A value near p = q is a difference of numbers of their size.
+            # A value near p = q is a difference of two numbers of this size.
             size = max(math.exp(log_q), math.exp(log_p))
             for ours, theirs in zip(actual, expected, strict=True):
                 assert ours == pytest.approx(theirs.item(), rel=1e-13, abs=4e-16 * size, nan_ok=True), (log_q, log_p)
@@ -73,7 +73,7 @@ def run_rows(student: Tensor, teacher: Tensor, divergence: divergences.Divergenc
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_number_is_read_and_written_exactly(dtype: torch.dtype) -> None:
-    """LogitMSE against zeros has the logits for gradient: all 65536 patterns go through both conversions."""
+    """The gradient of LogitMSE against zeros is the logits. All 65536 bit patterns are read and written."""
     patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
     dz = run_rows(patterns, torch.zeros_like(patterns), kd.LogitMSE(), dtype).dz
     assert dz is not None
@@ -82,7 +82,7 @@ def test_every_16_bit_number_is_read_and_written_exactly(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_float32_is_rounded_as_torch_rounds_it(dtype: torch.dtype) -> None:
+def test_float32_is_rounded_like_torch(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (64, 4096), generator=generator).to(torch.int32).view(torch.float32)
     near_ties = (torch.randn(64, 4096, generator=generator).to(dtype).float().view(torch.int32) + torch.randint(-1, 2, (64, 4096))).view(
@@ -97,7 +97,7 @@ def test_float32_is_rounded_as_torch_rounds_it(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("isa", _C.cpu_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_instruction_set_gives_the_same_numbers(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instruction_sets_agree_for_two_sides(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     student, teacher = (torch.randn(9, 1037, generator=generator, dtype=dtype) * 5 for _ in range(2))
     best = run_rows(student, teacher, kd.JSD(0.3), dtype, temperature=2.0)
@@ -109,7 +109,7 @@ def test_every_instruction_set_gives_the_same_numbers(isa: str, dtype: torch.dty
     torch.testing.assert_close(other.dz, best.dz, **close)
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_number_of_threads_does_not_change_a_bit() -> None:
     generator = torch.Generator().manual_seed(2)
     student, teacher = (torch.randn(64, 4099, generator=generator) for _ in range(2))
     before = torch.get_num_threads()
@@ -142,8 +142,8 @@ def test_arguments_of_compiled_kernels_are_checked() -> None:
         _C.cpu_rows(arguments, 1, "mmx")
 
 
-def head_rows(logits: Tensor, **room: Tensor) -> HeadBatch:
-    """Compute all outputs of the one-side kernel."""
+def head_rows(logits: Tensor, **replaced: Tensor) -> HeadBatch:
+    """Return a batch with all outputs of the one-side kernel. ``replaced`` overrides its tensors."""
     count, vocab = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     problem = Call(kd.ForwardKL(), vocab, quantity="entropy", temperature=1.3, student=Form(dtype=logits.dtype))
@@ -155,15 +155,15 @@ def head_rows(logits: Tensor, **room: Tensor) -> HeadBatch:
         "top_ids": torch.empty(count, 5, dtype=torch.int32), "top_logprobs": torch.empty(count, 5, dtype=dtype),
         "draws": torch.empty(count, 4, dtype=torch.int32), "seed": torch.tensor(7),
     }  # fmt: skip
-    batch = HeadBatch(logits, None, torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype), **{**parts, **room})
+    batch = HeadBatch(logits, None, torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype), **{**parts, **replaced})
     cpu.head_rows(problem, batch, FORWARD | Stage.GRADIENT)
     return batch
 
 
 @pytest.mark.parametrize("isa", _C.cpu_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_instruction_set_gives_the_same_of_one_side(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws and top-k are equal bit for bit."""
+def test_instruction_sets_agree_for_one_side(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws and top-k ids are identical; the rest agrees up to rounding."""
     logits = torch.randn(9, 1037, generator=torch.Generator().manual_seed(1), dtype=dtype) * 5
     best = head_rows(logits)
     softmax = kd.softmax(logits, 0.7, backend="native")

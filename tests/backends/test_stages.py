@@ -105,7 +105,7 @@ def assert_same(actual: Iterable[Tensor | None], expected: Iterable[Tensor | Non
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def whole(module: Any, problem: Call, batch: RowBatch) -> RowBatch:
+def run_all_stages(module: Any, problem: Call, batch: RowBatch) -> RowBatch:
     module.rows(problem, batch, ALL)
     return batch
 
@@ -125,7 +125,7 @@ def test_stages_one_by_one_equal_stages_together(backend: str, divergence: str, 
     module, given = selection.load(backend), FEATURES[features]
     for dtype in dtypes_of(backend):
         problem = problem_of(REGISTRY[divergence](), given, VOCAB, dtype, backend)
-        together = whole(module, problem, batch_of(given, dtype))
+        together = run_all_stages(module, problem, batch_of(given, dtype))
         for plan in (
             (Stage.NORMALISERS, Stage.SUMS, Stage.GRADIENT),
             (Stage.NORMALISERS, Stage.SUMS | Stage.GRADIENT),
@@ -148,7 +148,7 @@ def test_slices_of_the_columns_merge_into_the_whole(backend: str, divergence: st
     module, given = selection.load(backend), FEATURES[features]
     for dtype in dtypes_of(backend):
         problem = problem_of(kd.divergences.parse(divergence), given, VOCAB, dtype, backend)
-        together = whole(module, problem, batch_of(given, dtype))
+        together = run_all_stages(module, problem, batch_of(given, dtype))
         assert_same(sliced(module, problem, batch_of(given, dtype)), (together.loss, together.stats, together.dz), 256)
 
 
@@ -198,7 +198,7 @@ def test_functions_of_sums_run_in_stages(backend: str, divergence: Divergence, m
     module = selection.load(backend)
     for features in (FEATURES["plain"], FEATURES["labels"]):
         problem = problem_of(divergence, features, VOCAB, torch.float32, backend)
-        together = whole(module, problem, batch_of(features, torch.float32))
+        together = run_all_stages(module, problem, batch_of(features, torch.float32))
         assert_same(sliced(module, problem, batch_of(features, torch.float32)), (together.loss, None, together.dz), 256)
         exact = batch_of(features, torch.float32)
         z = exact.student.double().requires_grad_()

@@ -1,4 +1,4 @@
-"""Tests specific to the Triton kernels. test_loss.py and its neighbours check the results of every backend."""
+"""The Triton kernels: compiled without a GPU, launches, and divergences. tests/fused compares the results of all backends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 
 def compile_all(arch: str, *arguments: str) -> list[dict[str, Any]]:
-    """Compile every kernel for a GPU, which need not exist, and return its resources."""
+    """Compile every kernel for a GPU architecture and return its resources. No GPU is needed."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     script = Path(__file__).parents[1] / "support" / "triton_aot.py"
     run = subprocess.run([sys.executable, str(script), arch, *arguments], capture_output=True, text=True, env=environment)
@@ -38,7 +38,7 @@ def test_kernels_compile_without_spills(arch: str) -> None:
     assert all(0 < v["REG"] <= 255 and v["REG"] * v["threads"] <= 65536 for v in variants), "a multiprocessor has 65536 registers"
     plain = [v for v in variants if v["kernel"] == "kd_rows_kernel" and not v["features"]]
     assert len(plain) > 2 * len(divergences.REGISTRY)
-    assert all(v["REG"] * v["threads"] <= 32768 for v in plain), "two programs on a multiprocessor"
+    assert all(v["REG"] * v["threads"] <= 32768 for v in plain), "two programs fit on a multiprocessor"
 
 
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
@@ -46,7 +46,7 @@ def test_kernels_compile_for_amd_without_spills(arch: str) -> None:
     assert not [v for v in compile_all(arch, "--third") if v["STACK"] or v["LOCAL"]]
 
 
-def test_amd_gpus_are_not_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supported_amd_gpus_are_available(monkeypatch: pytest.MonkeyPatch) -> None:
     from kdkernels.backends import triton as backend
 
     monkeypatch.setattr(backend, "_INTERPRETED", False)
@@ -58,7 +58,7 @@ def test_amd_gpus_are_not_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> No
         assert reason is None if runs else "gfx9" in str(reason)
 
 
-def test_every_divergence_has_a_twin() -> None:
+def test_every_divergence_has_triton_functions() -> None:
     from kdkernels.backends.triton.divergences import FUNCTIONS
 
     assert FUNCTIONS.keys() == divergences.REGISTRY.keys()
@@ -68,15 +68,15 @@ def test_every_divergence_has_a_twin() -> None:
 def test_launch_covers_a_row_within_limits(vocab: int) -> None:
     for features, rows in itertools.product((False, True), (1, 2)):
         launch = choose(vocab, features, (rows, rows))
-        assert launch.block & (launch.block - 1) == 0, "tl.arange wants a power of two"
+        assert launch.block & (launch.block - 1) == 0, "tl.arange needs a power of two"
         assert launch.num_warps in (1, 2, 4, 8)
-        assert launch.width == COLUMNS * LANES * launch.num_warps, "what is summed along rows stays within a thread"
+        assert launch.width == COLUMNS * LANES * launch.num_warps, "sums along a row stay within a thread"
         assert launch.block >= vocab or launch.block == 2048 * rows
         assert launch.options["maxnreg"] == (255 if features else 128)
 
 
 @pytest.mark.parametrize("vocab", [1, 127, 512, 4097, 16384, 16385, 32768, 32769, 262144])
-def test_launches_of_one_side(vocab: int) -> None:
+def test_launches_of_one_side_are_within_limits(vocab: int) -> None:
     sample = choose_sample(vocab)
     assert sample.block % 128 == 0, "counters come in lanes of 128"
     assert 4 * sample.block >= vocab or sample.block == 512
@@ -88,9 +88,9 @@ def test_launches_of_one_side(vocab: int) -> None:
         assert launch.options["maxnreg"] * 32 * launch.num_warps <= 65536
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter only")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 def test_jit_divergences_equal_the_torch_terms() -> None:
-    """Check value, slope and q of each column outside any kernel."""
+    """Compare value, slope and gradient of single columns, outside the row kernel."""
     from triton_columns import columns
 
     from kdkernels.backends.triton.divergences import FUNCTIONS
@@ -98,7 +98,7 @@ def test_jit_divergences_equal_the_torch_terms() -> None:
     generator = torch.Generator().manual_seed(0)
     log_q, log_p = (torch.randn(256, generator=generator).mul_(4).log_softmax(0) for _ in range(2))
     log_q[3], log_p[4], log_q[5], log_p[5] = 4 * (-torch.inf,)
-    log_p[6:60] = log_q[6:60] + 1e-3  # close columns: where digits are lost if they are
+    log_p[6:60] = log_q[6:60] + 1e-3  # columns near p = q, where digits are easily lost
     for name, cls in divergences.REGISTRY.items():
         divergence = cls()
         functions = FUNCTIONS[name]
@@ -111,7 +111,7 @@ def test_jit_divergences_equal_the_torch_terms() -> None:
         )  # fmt: skip
         natural = [x.double() / unit for x in logarithms]
         if functions.gradient is not None:
-            coefficient = 0.3 * (math.log(2) if name == "reverse_kl" else 1.0)  # its sum of slopes is in units of log 2
+            coefficient = 0.3 * (math.log(2) if name == "reverse_kl" else 1.0)  # Triton's reverse KL sums its slopes in log2
             torch.testing.assert_close(gradient, 2.0 * (slope - coefficient * natural[0].exp().float()), rtol=1e-5, atol=1e-7)
         exact = divergence.terms(*(x.clone() for x in natural), *(x.exp() for x in natural))
         natural = [x.float() for x in natural]

@@ -1,4 +1,4 @@
-"""torch.compile without a graph break, the custom ops' contracts, and activation checkpointing."""
+"""torch.compile without graph breaks, opcheck of the custom ops, and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def samples() -> tuple[Tensor, Tensor, Tensor, kd.LMHead, Tensor]:
 
 
 def step(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: kd.LMHead | Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
-    """Something before and after the loss, so that a graph break would cut the graph in two."""
+    """Compute a loss with operations before and after it, so that a graph break gives two graphs."""
     student = kd.LMHead(torch.tanh(hidden), weight, bias, softcap=8.0)
     return 2 * kd.distillation_loss(student, teacher, labels=labels, temperature=2.0, **options)
 
@@ -41,7 +41,7 @@ def grads_of(function: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
 
-@pytest.mark.parametrize("backend", ["torch", "auto"])  # the ops are the same for every kernel behind them; the reference is not one
+@pytest.mark.parametrize("backend", ["torch", "auto"])  # the same ops for every backend; the reference has none
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
 def test_compiles_into_one_graph(backend: str, reduction: str, ce_weight: float) -> None:
@@ -49,8 +49,8 @@ def test_compiles_into_one_graph(backend: str, reduction: str, ce_weight: float)
     compiled = torch.compile(step, backend=counter, fullgraph=True)
     options = {"reduction": reduction, "ce_weight": ce_weight, "backend": backend, "divergence": "jsd"}
     args = samples()
-    for got, expected in zip(grads_of(compiled, *args, options), grads_of(step, *args, options), strict=True):
-        torch.testing.assert_close(got, expected)
+    for actual, expected in zip(grads_of(compiled, *args, options), grads_of(step, *args, options), strict=True):
+        torch.testing.assert_close(actual, expected)
     assert counter.frame_count == 1
 
 
@@ -76,8 +76,8 @@ def test_compiles_dense_student_with_teacher_head() -> None:
         return kd.distillation_loss(z * 2, teacher, labels=labels, backend="torch")
 
     leaf = student.clone().requires_grad_()
-    got = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(leaf), leaf)[0]
-    torch.testing.assert_close(got, torch.autograd.grad(loss(leaf), leaf)[0])
+    gradient = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(leaf), leaf)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf), leaf)[0])
 
 
 def test_compiles_statistics_and_module() -> None:
@@ -88,12 +88,12 @@ def test_compiles_statistics_and_module() -> None:
         loss, stats = module(kd.LMHead(h, weight, bias), teacher, labels=labels)
         return loss, stats.divergence + stats.student_entropy
 
-    for got, expected in zip(torch.compile(both, backend="aot_eager", fullgraph=True)(hidden), both(hidden), strict=True):
-        torch.testing.assert_close(got, expected)
+    for actual, expected in zip(torch.compile(both, backend="aot_eager", fullgraph=True)(hidden), both(hidden), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_annealing_does_not_recompile() -> None:
-    """Temperature and weights that change every step: the first change makes them dynamic, after that nothing is compiled again."""
+    """Temperature and weights change every step. The first change makes them dynamic; later ones do not recompile."""
     hidden, weight, bias, teacher, labels = samples()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -112,8 +112,8 @@ def test_annealing_does_not_recompile() -> None:
     assert frames[-1] == frames[2], frames
 
 
-def test_number_of_tokens_may_change() -> None:
-    """Batches of other lengths, and other numbers of ignored labels: dynamic shapes, no recompilation per batch."""
+def test_changed_number_of_tokens_does_not_recompile() -> None:
+    """Batches of other lengths and numbers of ignored labels use dynamic shapes."""
     _, weight, bias, _, _ = samples()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
@@ -121,12 +121,12 @@ def test_number_of_tokens_may_change() -> None:
         student, teacher = (make_side((2, length), 31, d, seed=d) for d in (8, 12))
         args = (student.hidden, weight, bias, teacher, make_labels((2, length), 31))
         options = {"backend": "torch", "ce_weight": 0.5}
-        for got, expected in zip(grads_of(compiled, *args, options), grads_of(step, *args, options), strict=True):
-            torch.testing.assert_close(got, expected)
+        for actual, expected in zip(grads_of(compiled, *args, options), grads_of(step, *args, options), strict=True):
+            torch.testing.assert_close(actual, expected)
     assert counter.frame_count <= 2
 
 
-def test_num_items_tensor() -> None:
+def test_compiles_with_a_num_items_tensor() -> None:
     args = samples()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     for items in (torch.tensor(7), torch.tensor(9)):
@@ -135,15 +135,15 @@ def test_num_items_tensor() -> None:
 
 
 def test_inductor() -> None:
-    """The default compiler, once: it may fuse, reorder and reuse memory around the ops."""
+    """The default compiler may fuse, reorder and reuse memory around the ops."""
     args = samples()
     options = {"reduction": "none", "ce_weight": 0.5, "backend": "torch"}
     compiled = torch.compile(step, fullgraph=True)
-    for got, expected in zip(grads_of(compiled, *args, options), grads_of(step, *args, options), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(grads_of(compiled, *args, options), grads_of(step, *args, options), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bad_labels_still_raise_when_compiled() -> None:
+def test_invalid_labels_raise_when_compiled() -> None:
     hidden, weight, bias, teacher, labels = samples()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     labels[0, 0] = 31
@@ -170,15 +170,15 @@ OP_CASES: dict[str, dict[str, Any]] = {
 
 
 def captured(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arguments that a real call hands to each op, so that they cannot drift apart from these tests."""
-    # With cross-entropy and without ignored labels, so that every element of the saved state is defined and can be compared.
+    """Return the arguments that a real call passes to each op."""
+    # Cross-entropy and no ignored labels: then every element of the saved state is defined, and opcheck can compare it.
     case = {"dims": (8, 12), "dtype": torch.float32, "frozen": False, "token_weights": False, "ce_weight": 0.5, **case}
-    seen: dict[str, tuple[Any, ...]] = {}
+    arguments: dict[str, tuple[Any, ...]] = {}
     for name in ("distill", "distill_backward"):
         op = getattr(ops, name)
 
         def recorded(*args: Any, op: Any = op, name: str = name) -> Any:
-            seen[name] = args
+            arguments[name] = args
             return op(*args)
 
         monkeypatch.setattr(ops, name, recorded)
@@ -193,14 +193,14 @@ def captured(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> tuple[tup
     result = kd.distillation_loss(student, teacher, labels=labels, backend="torch", **options)
     loss = result[0] if isinstance(result, tuple) else result
     loss.sum().backward()
-    return seen["distill"], seen["distill_backward"]
+    return arguments["distill"], arguments["distill_backward"]
 
 
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, backward = captured(monkeypatch, OP_CASES[case])
     torch.library.opcheck(torch.ops.kdkernels.distill.default, forward)
-    # The gradient op is not differentiable: differentiating it raises by design.
+    # Differentiating the gradient op raises by design.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     with torch.no_grad():
         backward = ([t.detach() for t in backward[0]], *backward[1:])
@@ -213,7 +213,7 @@ def test_opcheck(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dims", [(8, 12), (8, None), (None, None)], ids=["head/head", "head/dense", "dense/dense"])
-def test_activation_checkpointing(backend: str, reduction: str, dims: tuple[int | None, int | None]) -> None:
+def test_activation_checkpointing_keeps_loss_and_gradients(backend: str, reduction: str, dims: tuple[int | None, int | None]) -> None:
     student, teacher = (make_side((6,), 31, d, seed=i) for i, d in enumerate(dims))
     options = {"labels": make_labels((6,), 31), "ce_weight": 0.5, "reduction": reduction, "backend": backend}
 
@@ -221,6 +221,6 @@ def test_activation_checkpointing(backend: str, reduction: str, dims: tuple[int 
         return checkpoint(kd.distillation_loss, *sides, use_reentrant=False, **kwargs)
 
     expected = run(kd.distillation_loss, student, teacher, options)
-    got = run(checkpointed, student, teacher, options)
+    actual = run(checkpointed, student, teacher, options)
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value)
+        torch.testing.assert_close(actual[name], value)

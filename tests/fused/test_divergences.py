@@ -1,4 +1,4 @@
-"""Divergences alone: the oracle against hand-derived gradients, then both forms of the package against the oracle."""
+"""Divergences without a loss: the oracle against hand-derived gradients, then the package's two forms against the oracle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pair(seed: int = 0, rows: int = 7, vocab: int = 31, spread: float = 2.0) -> 
 
 
 def value_and_gradient(d: Divergence, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the kernels' results from ``terms``: D ``[N]`` and ``T * dD/dz_s [N, V]``."""
+    """Return D ``[N]`` and ``T * dD/dz_s [N, V]``, computed from ``terms`` as the kernels do."""
     log_q, log_p = reference.normalize(x, u, d), reference.normalize(u, x, d)
     value, slope = d.terms(log_q.clone(), log_p.clone(), log_q.exp(), log_p.exp())
     total = slope.sum(-1, keepdim=True) if d.slope_sum is None else torch.full_like(slope[:, :1], d.slope_sum)
@@ -38,8 +38,8 @@ def value_and_gradient(d: Divergence, x: Tensor, u: Tensor) -> tuple[Tensor, Ten
 
 
 @every
-def test_oracle_gradient_is_the_closed_form(d: Divergence) -> None:
-    """The two forms in oracle.py were written independently: where they agree, both are right."""
+def test_oracle_gradient_equals_the_closed_form(d: Divergence) -> None:
+    """The two forms in oracle.py were written independently of each other."""
     x, u = pair()
     x.requires_grad_()
     divergence(d, x, u).sum().backward()
@@ -47,7 +47,7 @@ def test_oracle_gradient_is_the_closed_form(d: Divergence) -> None:
 
 
 @every
-def test_reference_formula(d: Divergence) -> None:
+def test_reference_equals_the_oracle(d: Divergence) -> None:
     x, u = pair(1)
     columns = d.reference(reference.normalize(x, u, d), reference.normalize(u, x, d))
     assert columns.shape == x.shape
@@ -59,14 +59,14 @@ def test_reference_formula(d: Divergence) -> None:
 def test_terms_give_value_and_gradient(d: Divergence, spread: float) -> None:
     x, u = pair(2, spread=spread)
     value, gradient = value_and_gradient(d, x, u)
-    # The oracle subtracts sums near 1: its digits are relative to 1, however small the divergence. Not so ours, see below.
+    # The oracle subtracts sums near 1, so its error is relative to 1 even for a small divergence. Ours is not, see below.
     torch.testing.assert_close(value, divergence(d, x, u), rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(gradient, closed_form(d, x, u), rtol=1e-9, atol=1e-13 * max(1.0, float(value.max())))
 
 
 @every
-def test_known_slope_sum_is_the_sum(d: Divergence) -> None:
-    """Kernels skip a sweep where it is declared: a wrong number there is a wrong gradient everywhere."""
+def test_declared_slope_sum_is_the_sum_of_slopes(d: Divergence) -> None:
+    """Kernels skip a sweep over a row if the sum is declared."""
     if d.slope_sum is None or d.normalizer != "softmax":
         pytest.skip("not declared")
     log_q, log_p = (torch.log_softmax(t, -1) for t in pair(3))
@@ -76,7 +76,7 @@ def test_known_slope_sum_is_the_sum(d: Divergence) -> None:
 
 @every
 def test_columns_of_a_value_are_not_negative(d: Divergence) -> None:
-    """So a sum cannot cancel, and cannot go below zero, in any dtype."""
+    """Then their sum loses no digits by cancellation and is not negative."""
     for dtype, spread in [(torch.float64, 2.0), (torch.float64, 1e-5), (torch.float32, 2.0), (torch.float32, 1e-4)]:
         x, u = (t.to(dtype) for t in pair(4, spread=spread))
         log_q, log_p = reference.normalize(x, u, d), reference.normalize(u, x, d)
@@ -88,13 +88,13 @@ def test_columns_of_a_value_are_not_negative(d: Divergence) -> None:
 @every
 @pytest.mark.parametrize("gap", [1e-2, 1e-4])
 def test_close_pairs_keep_their_digits(d: Divergence, gap: float) -> None:
-    """Near p = q a divergence is O(gap^2), and the naive float32 formula returns rounding noise."""
+    """Near p = q a divergence is O(gap^2), and a naive float32 formula would return rounding noise."""
     x, u = pair(5, spread=1.0)
     x = u + gap * x
     x, u = x.float().double(), u.float().double()
     value, gradient = value_and_gradient(d, x.float(), u.float())
-    true_value, true_gradient = value_and_gradient(d, x, u)  # float64, held against the oracle above
-    # log q - log p is known to about eps in float32, that is to eps / gap relative; twice that in a square.
+    true_value, true_gradient = value_and_gradient(d, x, u)  # float64, compared with the oracle above
+    # log q - log p has an error of about eps in float32, which is eps / gap relative, and twice that in a square.
     relative = 2.0**-22 / gap
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=0, atol=32 * relative * float(true_gradient.abs().max()))
     if not isinstance(d, kd.TotalVariation):
@@ -106,19 +106,19 @@ def test_close_pairs_keep_their_digits(d: Divergence, gap: float) -> None:
     "d", [kd.JSD(0.999), kd.JSD(0.001), kd.SkewKL(0.999), kd.SkewReverseKL(0.001), kd.SkewReverseKL(0.999)], ids=name_of
 )
 def test_unequal_mixtures_keep_their_digits(d: Divergence) -> None:
-    """log m where nearly all of m is the smaller one: 1 - 0.999 (1 - small) must not be formed by subtraction.
+    """log m must be accurate if m is mostly the smaller probability: 1 - 0.999 (1 - small) must not be a subtraction.
 
-    Column by column, since a sum hides it: float32 with the same (rounded) logarithms against float64. The skewed forms are
-    differences of terms of the size (1 - alpha) max(p, q), small themselves; those of JSD are not.
+    Columns are compared one by one, float32 with float64 from the same rounded logarithms. The skewed forms are differences of terms
+    of size (1 - alpha) max(p, q), which adds to their tolerance.
     """
     log_q = torch.linspace(-12, -0.01, 200).repeat(2)
-    log_p = torch.cat([log_q[:200] - 9, log_q[:200] + 9])  # one 8000 times the other
+    log_p = torch.cat([log_q[:200] - 9, log_q[:200] + 9])  # p and q differ by a factor of 8000
     log_q = torch.cat([log_q[:200], log_q[:200]])
-    got = d.terms(log_q.clone(), log_p.clone(), log_q.exp(), log_p.exp())
+    actual = d.terms(log_q.clone(), log_p.clone(), log_q.exp(), log_p.exp())
     wide = (log_q.double(), log_p.double())
     true = d.terms(wide[0].clone(), wide[1].clone(), wide[0].exp(), wide[1].exp())
     cancelled = 0.0 if isinstance(d, kd.JSD) else (1 - d.alpha) * torch.maximum(*wide).exp()
-    for column, truth in zip(got, true, strict=True):
+    for column, truth in zip(actual, true, strict=True):
         excess = (column.double() - truth).abs() - 2e-6 * truth.abs() - 2 * torch.finfo(torch.float32).eps * cancelled
         assert float(excess.max()) <= 0.0
 
@@ -126,11 +126,11 @@ def test_unequal_mixtures_keep_their_digits(d: Divergence) -> None:
 POWERS = [d for d in DIVERGENCES if isinstance(d, (kd.AlphaDivergence, kd.ABDivergence))]
 POWERS += [kd.AlphaDivergence(0.99), kd.ABDivergence(0.7, 0.2), kd.ABDivergence(1.0, -0.4), *NEGATIVE]
 RATIOS = [sign * ratio for ratio in (1e-3, 0.1, 0.7, 1.5, 2.5, 5.0, 11.0, 20.0, 40.0, 69.0) for sign in (1, -1)]
-"""log(q / p): from 1e-30 to 1e30."""
+"""Values of log(q / p), for q / p from 1e-30 to 1e30."""
 
 
 def exact_terms(d: Divergence, log_q: float, log_p: float) -> tuple[float, float]:
-    """Value and slope of a column of a power divergence as the papers write them, in 60 digits."""
+    """Return value and slope of a column of a power divergence by the papers' formula, in 60 digits."""
     with decimal.localcontext(prec=60):
         a, b = (decimal.Decimal(x) for x in (d.parameters if isinstance(d, kd.ABDivergence) else (d.alpha, 1.0 - d.alpha)))
         lq, lp, s = decimal.Decimal(log_q), decimal.Decimal(log_p), a + b
@@ -141,7 +141,7 @@ def exact_terms(d: Divergence, log_q: float, log_p: float) -> tuple[float, float
 @pytest.mark.parametrize("implementation", ["float32", "float64", "compiled"])
 @pytest.mark.parametrize("d", POWERS, ids=name_of)
 def test_power_columns_keep_their_digits(d: Divergence, implementation: str) -> None:
-    """Whatever p / q is: each slope to a few ulp of itself, not of the larger probability."""
+    """For any p / q, the error of a slope is a few ulp of the slope, not of the larger probability."""
     wide = implementation != "float32"
     dtype = torch.float64 if wide else torch.float32
     for ratio in RATIOS:
@@ -153,16 +153,16 @@ def test_power_columns_keep_their_digits(d: Divergence, implementation: str) -> 
             continue
         if implementation == "compiled":
             compiled = pytest.importorskip("kdkernels._C")
-            got = compiled.divergence_terms(d.id, log_q.item(), log_p.item(), q.item(), p.item(), *d.kernel_parameters)
+            actual = compiled.divergence_terms(d.id, log_q.item(), log_p.item(), q.item(), p.item(), *d.kernel_parameters)
         else:
-            got = [term.item() for term in d.terms(log_q[None].clone(), log_p[None].clone(), q[None], p[None])]
-        # An argument of exp is known to half an ulp of itself: so much of what it is exp of.
+            actual = [term.item() for term in d.terms(log_q[None].clone(), log_p[None].clone(), q[None], p[None])]
+        # The argument x of exp has an error of half an ulp of x, which is the relative error of exp(x).
         exponents = max(1.0, *(abs(x) for x in (*d.parameters, d.kernel_parameters[1], sum(d.kernel_parameters))))
-        # And q^s (1 - (p / q)^a), the slope, is a small part of q^s where a is small.
+        # The slope q^s (1 - (p / q)^a) is small relative to q^s if a is small.
         digits = torch.finfo(dtype).eps * (8 + 2 * abs(ratio) * exponents) * max(1.0, 1 / abs(d.alpha))
-        assert got[1] == pytest.approx(true_slope, rel=digits, abs=1e-44), (ratio, "slope")
-        if abs(ratio) >= 0.7:  # nearer to p = q a value is a difference, see above; and a weight near 0 or 1 makes it one
-            assert got[0] == pytest.approx(true_value, rel=512 * digits, abs=1e-44), (ratio, "value")
+        assert actual[1] == pytest.approx(true_slope, rel=digits, abs=1e-44), (ratio, "slope")
+        if abs(ratio) >= 0.7:  # near p = q, or with a weight near 0 or 1, a value is a small difference
+            assert actual[0] == pytest.approx(true_value, rel=512 * digits, abs=1e-44), (ratio, "value")
 
 
 @every
@@ -174,23 +174,23 @@ def test_zero_at_equality(d: Divergence) -> None:
         assert float(gradient.abs().max()) <= 4 * torch.finfo(dtype).eps
 
 
-# ---- relations between them: an error of meaning (a swapped pair, a mirrored weight) cannot satisfy all of these
+# ---- relations between divergences, which an error such as swapped arguments would break
 
 
-def amount(d: Divergence, x: Tensor, u: Tensor) -> Tensor:
+def value_of(d: Divergence, x: Tensor, u: Tensor) -> Tensor:
     return value_and_gradient(d, x, u)[0]
 
 
 def test_direction_of_forward_and_reverse() -> None:
-    """Forward is KL(teacher || student): infinite where the student, not the teacher, has ruled a token out."""
+    """Forward is KL(teacher || student): infinite if only the student excludes a token."""
     full, gap = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64)
-    assert amount(kd.ForwardKL(), x=gap, u=full).item() == math.inf
-    assert amount(kd.ForwardKL(), x=full, u=gap).item() == pytest.approx(math.log(3 / 2))
-    assert amount(kd.ReverseKL(), x=gap, u=full).item() == pytest.approx(math.log(3 / 2))
-    assert amount(kd.ReverseKL(), x=full, u=gap).item() == math.inf
+    assert value_of(kd.ForwardKL(), x=gap, u=full).item() == math.inf
+    assert value_of(kd.ForwardKL(), x=full, u=gap).item() == pytest.approx(math.log(3 / 2))
+    assert value_of(kd.ReverseKL(), x=gap, u=full).item() == pytest.approx(math.log(3 / 2))
+    assert value_of(kd.ReverseKL(), x=full, u=gap).item() == math.inf
 
 
-def test_numbers_worked_out_by_hand() -> None:
+def test_values_computed_by_hand() -> None:
     """p = (3/4, 1/4), q = (1/2, 1/2)."""
     u, x = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
     forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
@@ -213,11 +213,11 @@ def test_numbers_worked_out_by_hand() -> None:
     }
     assert {type(d) for d in expected} == set(REGISTRY.values())
     for d, number in expected.items():
-        assert amount(d, x, u).item() == pytest.approx(number, rel=1e-12), d
+        assert value_of(d, x, u).item() == pytest.approx(number, rel=1e-12), d
         assert divergence(d, x, u).item() == pytest.approx(number, rel=1e-12), d
 
 
-def test_mirrored_pairs() -> None:
+def test_mirrored_divergences_are_equal() -> None:
     x, u = pair(7)
     mirrored = [
         (kd.ForwardKL(), kd.ReverseKL()),
@@ -228,12 +228,12 @@ def test_mirrored_pairs() -> None:
         (kd.ABDivergence(0.2, 0.7), kd.ABDivergence(0.7, 0.2)),
         (kd.TotalVariation(), kd.TotalVariation()),
     ]
-    for one, other in mirrored:
-        torch.testing.assert_close(amount(one, x, u), amount(other, u, x), msg=lambda m, o=one: f"{o}: {m}")
+    for left, right in mirrored:
+        torch.testing.assert_close(value_of(left, x, u), value_of(right, u, x), msg=lambda m, o=left: f"{o}: {m}")
 
 
-def test_limits() -> None:
-    """With a parameter at the end of its range, each family equals the divergence that its error message recommends."""
+def test_limits_of_parameters_are_other_divergences() -> None:
+    """At the end of a parameter's range, a family tends to the divergence that the error message recommends."""
     x, u = pair(8, spread=1.0)
     e = 1e-7
     limits = [
@@ -241,24 +241,24 @@ def test_limits() -> None:
         (kd.SymmetricKL(1 - e), kd.ReverseKL(), 1.0),
         (kd.SkewKL(e), kd.ForwardKL(), 1.0),
         (kd.SkewReverseKL(e), kd.ReverseKL(), 1.0),
-        (kd.JSD(e), kd.ForwardKL(), e),  # vanishes, at the rate of beta
+        (kd.JSD(e), kd.ForwardKL(), e),  # vanishes like beta
         (kd.JSD(1 - e), kd.ReverseKL(), e),
         (kd.AlphaDivergence(1 - e), kd.ForwardKL(), 1.0),
         (kd.AlphaDivergence(e), kd.ReverseKL(), 1.0),
         (kd.ABDivergence(1.0, e), kd.ForwardKL(), 1.0),
         (kd.ABDivergence(e, 1.0), kd.ReverseKL(), 1.0),
-        (kd.ABDivergence(0.3, 0.7), kd.AlphaDivergence(0.3), 1.0),  # no limit: equal
+        (kd.ABDivergence(0.3, 0.7), kd.AlphaDivergence(0.3), 1.0),  # equal, not only in the limit
     ]
     for near, limit, factor in limits:
-        for got, expected in zip(value_and_gradient(near, x, u), value_and_gradient(limit, x, u), strict=True):
-            torch.testing.assert_close(got, expected * factor, rtol=1e-4, atol=1e-5 * factor, msg=lambda m, n=near: f"{n}: {m}")
+        for actual, expected in zip(value_and_gradient(near, x, u), value_and_gradient(limit, x, u), strict=True):
+            torch.testing.assert_close(actual, expected * factor, rtol=1e-4, atol=1e-5 * factor, msg=lambda m, n=near: f"{n}: {m}")
 
 
 logit = st.floats(-50, 50, allow_nan=False, width=32)
 
 
 @given(st.lists(st.tuples(logit, logit), min_size=1, max_size=12), st.sampled_from(ONE_OF_EACH))
-def test_bounds(rows: list[tuple[float, float]], d: Divergence) -> None:
+def test_values_are_within_bounds(rows: list[tuple[float, float]], d: Divergence) -> None:
     x, u = torch.tensor(rows, dtype=torch.float64).t()[:, None, :]
     value, gradient = value_and_gradient(d, x.contiguous(), u.contiguous())
     assert torch.isfinite(value).all()
@@ -275,7 +275,7 @@ def test_bounds(rows: list[tuple[float, float]], d: Divergence) -> None:
         assert abs(gradient.sum().item()) <= 1e-9 * max(1.0, float(gradient.abs().max()))
 
 
-# ---- columns without mass
+# ---- excluded columns
 
 
 @one_of_each
@@ -296,8 +296,8 @@ SOFTMAX_ONLY = [d for d in DIVERGENCES if d.normalizer == "softmax"]
 
 @pytest.mark.parametrize("d", SOFTMAX_ONLY, ids=name_of)
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_columns_that_one_excludes(d: Divergence, side: str) -> None:
-    """The value is the definition's, infinite or not, in both forms; never NaN."""
+def test_columns_that_one_side_excludes_follow_the_definition(d: Divergence, side: str) -> None:
+    """Both forms give the value of the definition, finite or infinite, and never NaN."""
     x, u = pair(10)
     (x if side == "student" else u)[:, 5] = -math.inf
     value, _ = value_and_gradient(d, x, u)
@@ -309,8 +309,8 @@ def test_columns_that_one_excludes(d: Divergence, side: str) -> None:
 
 @pytest.mark.parametrize("d", NEGATIVE, ids=name_of)
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_negative_powers_of_nothing_are_infinite(d: Divergence, side: str) -> None:
-    """alpha + beta < 0 gives an excluded column two or three infinite terms; the largest, which decides, is positive."""
+def test_negative_powers_of_zero_are_infinite(d: Divergence, side: str) -> None:
+    """With alpha + beta < 0 an excluded column has two or three infinite terms. The largest is positive."""
     x, u = pair(10)
     truth = divergence(d, x, u)
     torch.testing.assert_close(value_and_gradient(d, x, u)[0], truth)
@@ -322,20 +322,20 @@ def test_negative_powers_of_nothing_are_infinite(d: Divergence, side: str) -> No
 
 @pytest.mark.parametrize("d", [kd.ABDivergence(0.05, 0.05), kd.ABDivergence(0.02, -0.01), kd.ABDivergence(-0.02, 0.01)], ids=name_of)
 @pytest.mark.parametrize("backend", ["torch", "native"])
-def test_small_powers_of_what_underflows_count(d: Divergence, backend: str) -> None:
-    """exp(-120) is 0 in float32, its twentieth power is not."""
+def test_small_powers_of_tiny_probabilities_count(d: Divergence, backend: str) -> None:
+    """exp(-120) is 0 in float32, but exp(-120)^(1/20) is not."""
     require(backend, "cpu")
     x, u = (35 * t.float() for t in pair(11))
     options = {"divergence": d, "reduction": "sum"}
-    got, truth = run(kd.distillation_loss, x, u, {**options, "backend": backend}), truth_of(x, u, options)
-    for name, value in got.items():
+    actual, truth = run(kd.distillation_loss, x, u, {**options, "backend": backend}), truth_of(x, u, options)
+    for name, value in actual.items():
         torch.testing.assert_close(value.double(), truth[name], rtol=1e-5, atol=1e-6 * float(truth[name].abs().max()))
 
 
 # ---- names and parameters
 
 
-def test_registry() -> None:
+def test_registry_is_complete() -> None:
     assert len(REGISTRY) == 10
     assert sorted(cls.id for cls in REGISTRY.values()) == list(range(10))
     for name, cls in REGISTRY.items():
@@ -348,7 +348,7 @@ def test_registry() -> None:
             cls().name = "other"
 
 
-def test_resolve() -> None:
+def test_resolve_accepts_names_and_instances() -> None:
     mine = kd.JSD(0.3)
     assert divergences.resolve(mine) is mine
     with pytest.raises(ValueError, match=r"'kl' is unknown; valid names: forward_kl, .*logit_mse"):
@@ -388,6 +388,6 @@ def test_resolve() -> None:
         (lambda: kd.LogitMSE(1), r"LogitMSE\(centered\).*1"),
     ],
 )
-def test_bad_parameters(make: object, message: str) -> None:
+def test_invalid_parameters_raise(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Ctrl-C during a long call of the compiled CPU kernels, sent as a signal to a separate process."""
+"""Ctrl-C during a long call of the compiled CPU kernels, sent as a signal to another process."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ try:
 except KeyboardInterrupt:
     stopped, interruptible = len(chunks), False
     chunks.clear()
-    call(4)  # nothing is left locked or half set
+    call(4)  # a later call works
     print(stopped, len(chunks), student.grad is not None)
 """
 
 
-@pytest.mark.skipif(_extension.missing() is not None, reason="the compiled kernels are not there")
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.skipif(_extension.missing() is not None, reason="the compiled kernels are missing")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a process")
 @pytest.mark.parametrize("begins_with", [1, 4097], ids=["forward", "backward"])
-def test_an_interrupt_ends_the_call_at_the_next_chunk(begins_with: int) -> None:
-    """Dense logits go over the rows once in forward and once in backward, here one row at a time: 8192 chunks."""
+def test_interrupt_ends_the_call_at_the_next_chunk(begins_with: int) -> None:
+    """The call has 8192 chunks of one row: 4096 in forward, 4096 in backward."""
     code = CALL.format(begins_with=begins_with)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -48,6 +48,6 @@ def test_an_interrupt_ends_the_call_at_the_next_chunk(begins_with: int) -> None:
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    stopped, again, has_gradient = output.split()
-    assert begins_with <= int(stopped) < begins_with + 4000, "it ran on to the end"
-    assert (again, has_gradient) == ("8", "True")
+    stopped, chunks_of_second_call, has_gradient = output.split()
+    assert begins_with <= int(stopped) < begins_with + 4000, "the call ran to its end"
+    assert (chunks_of_second_call, has_gradient) == ("8", "True")

@@ -1,4 +1,4 @@
-"""Host memory that is reused between calls."""
+"""Host memory that calls reuse: scratch buffers and recycled gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import kdkernels as kd
 from kdkernels.fused import pages
 
 MIB = 1 << 20
-linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux alone")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is reused only on Linux")
 
 
 @pytest.fixture
@@ -24,22 +24,22 @@ def free(monkeypatch: pytest.MonkeyPatch) -> deque[object]:
     return pages._free
 
 
-def test_scratch_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_is_reused_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "_SCRATCH", pages._Scratch())
     monkeypatch.setattr(pages, "KEPT_BYTES", 1000)
     with torch.inference_mode():
         first = pages.scratch("a", 600)
-    assert not first.is_inference(), "a training step has to be able to write to it"
+    assert not first.is_inference(), "a training step must be able to write to it"
     assert pages.scratch("a", 500).data_ptr() == first.data_ptr()
     assert pages.scratch("b", 500).data_ptr() != first.data_ptr()
     large = pages.scratch("a", 2000)
     assert large.numel() == 2000
-    assert pages.scratch("a", 600).data_ptr() == first.data_ptr(), "what is too large to keep replaces nothing"
-    seen = []
-    thread = threading.Thread(target=lambda: seen.append(pages.scratch("a", 600).data_ptr()))
+    assert pages.scratch("a", 600).data_ptr() == first.data_ptr(), "a buffer above the limit does not replace the kept one"
+    addresses = []
+    thread = threading.Thread(target=lambda: addresses.append(pages.scratch("a", 600).data_ptr()))
     thread.start()
     thread.join()
-    assert seen != [first.data_ptr()], "each thread has its own"
+    assert addresses != [first.data_ptr()], "each thread has its own buffer"
 
 
 def floats(mib: int) -> torch.Tensor:
@@ -47,37 +47,37 @@ def floats(mib: int) -> torch.Tensor:
 
 
 @linux
-def test_memory_is_used_again_when_nothing_refers_to_it(free: deque[object]) -> None:
+def test_memory_is_reused_when_no_tensor_refers_to_it(free: deque[object]) -> None:
     first = pages.recycled(torch.empty(2000, 2000, dtype=torch.bfloat16))
     assert first.shape == (2000, 2000)
     assert first.dtype == torch.bfloat16
     address, part = first.data_ptr(), first.fill_(3)[5:7, ::2]
     del first
     other = pages.recycled(torch.empty(2000, 1000))
-    assert other.data_ptr() != address, "a view still reads it"
+    assert other.data_ptr() != address, "a view still uses the memory"
     assert (part == 3).all()
     del part
-    again = pages.recycled(torch.empty(2000, 1000))
-    assert again.data_ptr() == address, "the same number of bytes, whatever the dtype"
+    recycled = pages.recycled(torch.empty(2000, 1000))
+    assert recycled.data_ptr() == address, "an equal number of bytes, of another dtype"
     assert not free
 
 
 @linux
-def test_what_is_kept_has_a_limit(free: deque[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_memory_has_a_limit(free: deque[object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "KEPT_BYTES", 20 * MIB)
     tensors = [floats(mib) for mib in (6, 8, 10, 24)]
     while tensors:
         tensors.pop(0)
-    assert [len(memory) // MIB for memory in free] == [8, 10], "the oldest goes, and what is larger than all is not kept"
+    assert [len(memory) // MIB for memory in free] == [8, 10], "the oldest is freed, and memory above the limit is not kept"
 
 
 @linux
-def test_results_die_on_any_thread(free: deque[object]) -> None:
-    def work() -> None:
+def test_memory_can_be_freed_on_any_thread(free: deque[object]) -> None:
+    def allocate() -> None:
         for _ in range(200):
             floats(4)[0] = 1
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=allocate) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -86,12 +86,12 @@ def test_results_die_on_any_thread(free: deque[object]) -> None:
 
 
 @pytest.mark.parametrize("tensor", [torch.empty(1000), torch.empty(1 << 23, device="meta")], ids=["small", "device"])
-def test_others_are_returned_as_they_are(tensor: torch.Tensor) -> None:
+def test_small_and_device_tensors_are_not_recycled(tensor: torch.Tensor) -> None:
     assert pages.recycled(tensor) is tensor
 
 
 @linux
-def test_a_step_takes_the_memory_of_the_last_ones_gradient(free: deque[object]) -> None:
+def test_step_reuses_the_memory_of_the_last_gradient(free: deque[object]) -> None:
     student, teacher = (make_side((8,), 40_000, 64, seed=seed) for seed in (1, 2))
     student.weight.requires_grad_()
     options = {"backend": "torch"}
@@ -103,6 +103,6 @@ def test_a_step_takes_the_memory_of_the_last_ones_gradient(free: deque[object]) 
         addresses.append(student.weight.grad.data_ptr())
     assert len(set(addresses)) < 3
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
-    kept, student.weight.grad = student.weight.grad, None
+    live_gradient, student.weight.grad = student.weight.grad, None
     kd.distillation_loss(student, teacher, temperature=3.0, **options).backward()
-    assert torch.equal(kept, gradients[0]), "a gradient that somebody keeps is nobody else's"
+    assert torch.equal(live_gradient, gradients[0]), "memory of a live gradient is not reused"

@@ -1,4 +1,4 @@
-"""The CPU's product of bfloat16 operands into float32: exact products for any shape, and its use by the loss."""
+"""The CPU's matrix product of bfloat16 operands into float32: its results for any shape, and when the loss uses it."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ def operands(rows: int, columns: int, depth: int, seed: int = 0) -> tuple[Tensor
 
 def check(a: Tensor, b: Tensor, out: Tensor) -> None:
     truth = a.double() @ b.double().t()
-    # Sums of the sizes of the products, rounded as often as a sum of depth / 2 numbers is.
+    # Error bound: the sum of the products' absolute values times the rounding of about depth / 2 additions.
     bound = (a.double().abs() @ b.double().abs().t()) * 2**-23 * max(1, a.shape[1]) ** 0.5
     assert ((out.double() - truth).abs() <= bound).all()
 
 
 @given(st.integers(0, 20), st.integers(0, 150), st.integers(0, 40).map(lambda n: 2 * n), st.integers(1, 3))
 @settings(max_examples=200, deadline=None)
-def test_any_shape(rows: int, columns: int, depth: int, threads: int) -> None:
+def test_product_of_any_shape(rows: int, columns: int, depth: int, threads: int) -> None:
     a, b, _ = operands(rows, columns, depth)
     room = torch.full((rows + 1, columns + 5), 7.0)
     out = room[:rows, 2 : 2 + columns]
     _C.cpu_product(a.data_ptr(), b.data_ptr(), out.data_ptr(), rows, columns, depth, a.stride(0), b.stride(0), room.stride(0), threads)
     check(a, b, out)
     room[:rows, 2 : 2 + columns] = 7
-    assert (room == 7).all(), "nothing beside the result is written"
+    assert (room == 7).all(), "only the result is written"
 
 
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(33, 1000, 512), (9, 97, 2048), (17, 49, 2050), (8, 48, 5000)])
-def test_deep_and_wide(rows: int, columns: int, depth: int) -> None:
+def test_product_of_deep_and_wide_operands(rows: int, columns: int, depth: int) -> None:
     a, b, out = operands(rows, columns, depth)
     cpu.product(a, b, out)
     check(a, b, out)
 
 
-def test_strides_and_what_is_not_finite() -> None:
+def test_product_of_strided_and_non_finite_operands() -> None:
     a, b, out = operands(11, 60, 64)
     wide_a, wide_b = (torch.full((n, 100), math.nan, dtype=torch.bfloat16) for n in (11, 60))
     wide_a[:, 3:67], wide_b[:, 5:69] = a, b
@@ -64,12 +64,12 @@ def test_strides_and_what_is_not_finite() -> None:
     cpu.product(wide_a[:, 3:67], wide_b[:, 5:69], out)
     assert out[4].isnan().all()
     assert not out[:, 7].isfinite().any()
-    rest = torch.ones_like(out, dtype=torch.bool)
-    rest[4], rest[:, 7] = False, False
-    assert out[rest].isfinite().all()
+    others = torch.ones_like(out, dtype=torch.bool)
+    others[4], others[:, 7] = False, False
+    assert out[others].isfinite().all()
 
 
-def test_an_odd_depth_is_refused() -> None:
+def test_product_of_odd_depth_raises() -> None:
     a, b, out = operands(2, 3, 5)
     with pytest.raises(ValueError, match="depth of the product must be even"):
         cpu.product(a, b, out)
@@ -77,8 +77,10 @@ def test_an_odd_depth_is_refused() -> None:
 
 @pytest.mark.parametrize("chunk_rows", [None, 16])
 @pytest.mark.parametrize("student_dtype", [torch.bfloat16, torch.float32])
-def test_the_loss_takes_it(student_dtype: torch.dtype, chunk_rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every bfloat16 head whose logits are held in float32, with the gradient as close to the truth as the widened product's."""
+def test_loss_uses_the_product_for_bfloat16_heads(
+    student_dtype: torch.dtype, chunk_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is used for every bfloat16 head with float32 logits. The gradient is as accurate as with operands converted to float32."""
     student, teacher = make_side((40,), 300, 64, seed=1, dtype=student_dtype), make_side((40,), 300, 32, seed=2, dtype=torch.bfloat16)
     calls = []
     product = cpu.product
@@ -93,7 +95,7 @@ def test_the_loss_takes_it(student_dtype: torch.dtype, chunk_rows: int | None, m
         assert error(ours[name], true) <= 2 * error(widened[name], true) + rounding * true.abs().max().item(), name
 
 
-def test_what_it_cannot_do_is_left_to_torch() -> None:
+def test_unsupported_products_use_torch() -> None:
     odd, even = (make_side((4,), 30, d, seed=1, dtype=torch.bfloat16) for d in (7, 8))
     call = Call(kd.ForwardKL(), 30, student=Form(dtype=torch.bfloat16), teacher=Form(dtype=torch.bfloat16), backend="native")
     assert own_product(call, even.weight, torch.bfloat16)
