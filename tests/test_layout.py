@@ -190,11 +190,9 @@ def test_no_file_is_too_long_to_read() -> None:
 
 def test_functions_are_short() -> None:
     found = [function for file in package_files() for function in functions(file)]
-    longest = max((f for f in found if not f.jit), key=lambda f: f.lines)
-    kernel = max((f for f in found if f.jit), key=lambda f: f.lines)
-    print(f"longest function: {longest}; of Triton's: {kernel}")
+    longest = max(found, key=lambda f: f.lines)
+    print(f"longest function: {longest}")
     assert longest.lines <= 60
-    assert kernel.lines <= 63
 
 
 def test_functions_have_few_parameters() -> None:

@@ -88,20 +88,30 @@ def test_launches_of_one_side_are_within_limits(vocab: int) -> None:
         assert launch.options["maxnreg"] * 32 * launch.num_warps <= 65536
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+NEARLY_ONE = (0.9, 0.99, 0.999, 0.9999)
+LIGHT = [
+    *(divergences.JSD(beta) for near in NEARLY_ONE for beta in (near, 1 - near)),
+    *(divergences.SkewKL(alpha) for alpha in NEARLY_ONE),
+    *(divergences.SkewReverseKL(alpha) for alpha in NEARLY_ONE),
+]
+"""Mixtures that are nearly q or nearly p, so that values are small."""
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+
+
+@interpreted
 def test_jit_divergences_equal_the_torch_terms() -> None:
     """Compare value, slope and gradient of single columns, outside the row kernel."""
     from triton_columns import columns
 
-    from kdkernels.backends.triton.divergences import FUNCTIONS
+    from kdkernels.backends.triton.divergences import functions_of
 
     generator = torch.Generator().manual_seed(0)
     log_q, log_p = (torch.randn(256, generator=generator).mul_(4).log_softmax(0) for _ in range(2))
     log_q[3], log_p[4], log_q[5], log_p[5] = 4 * (-torch.inf,)
     log_p[6:60] = log_q[6:60] + 1e-3  # columns near p = q, where digits are easily lost
-    for name, cls in divergences.REGISTRY.items():
-        divergence = cls()
-        functions = FUNCTIONS[name]
+    for divergence in (*(cls() for cls in divergences.REGISTRY.values()), *LIGHT):
+        name, functions = divergence.name, functions_of(divergence)
         unit = math.log2(math.e) if divergence.normalizer == "softmax" else 1.0
         logarithms = [x * unit for x in (log_q, log_p)]
         value, slope, gradient = torch.empty(256), torch.empty(256), torch.empty(256)
@@ -126,3 +136,29 @@ def test_jit_divergences_equal_the_torch_terms() -> None:
         if isinstance(divergence, divergences.JSD):
             close = slice(6, 60)
             torch.testing.assert_close(value[close].double().sum(), exact[0][close].sum(), rtol=1e-3, atol=0.0)
+
+
+@interpreted
+@pytest.mark.parametrize("noise", [4.0, 0.2, 0.01])
+def test_values_and_slopes_keep_their_digits_with_a_light_weight(noise: float) -> None:
+    """Hold the error of a row's values to the 2x rule, with a floor relative to their sum: it is as small as the weight or its square."""
+    from triton_columns import columns
+
+    from kdkernels.backends.triton.divergences import functions_of
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(256, generator=generator).mul_(4)
+    noisy = logits + noise * torch.randn(256, generator=generator)
+    log_q, log_p = ((z.double().log_softmax(0) * math.log2(math.e)).float() for z in (logits, noisy))
+    natural = [x.double() * math.log(2.0) for x in (log_q, log_p)]
+    for divergence in LIGHT:
+        value, slope = torch.empty(256), torch.empty(256)
+        columns[(1,)](
+            log_q, log_p, value, slope, slope, 0.0, 1.0, *divergence.kernel_parameters,
+            TERMS=functions_of(divergence).terms, GRADIENT=None,
+        )  # fmt: skip
+        exact = divergence.terms(*(x.clone() for x in natural), *(x.exp() for x in natural))
+        float32 = divergence.terms(*(x.float() for x in natural), *(x.float().exp() for x in natural))
+        for ours, same, truth in zip((value, slope), float32, exact, strict=True):
+            error, yardstick, floor = ((x - truth).abs().sum() for x in (ours, same, truth * (1 + 2.0**-17)))
+            assert error <= 2 * yardstick + floor, f"{divergence}: error {error:.1e}, torch {yardstick:.1e}, floor {floor:.1e}"

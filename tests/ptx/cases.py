@@ -338,6 +338,14 @@ _SOFTMAX_FACTORS: dict[str, Any] = {
 }
 
 
+LIGHT: list[Divergence] = [
+    kd.JSD(0.999), kd.JSD(0.001), kd.SkewKL(0.9999), kd.SkewReverseKL(0.9999),
+    *(kd.JSD(beta) for beta in (0.9, 0.99, 0.9999, 0.1, 0.01, 0.0001)),
+    *(skew(alpha) for skew in (kd.SkewKL, kd.SkewReverseKL) for alpha in (0.9, 0.99, 0.999)),
+]  # fmt: skip
+"""Mixtures that are nearly q or nearly p, so that values are small."""
+
+
 def _cases(of: Callable[..., Case], factors: dict[str, Any], names: dict[str, tuple[str, ...]], everything: bool) -> Iterator[Case]:
     """Cases in which every two settings meet; ``everything``: every combination."""
     chosen = _product(factors) if everything else oracle.all_pairs(factors)
@@ -359,10 +367,12 @@ def sample() -> Iterator[Case]:
     yield from _cases(Draws, _DRAW_FACTORS, {}, False)
     yield from _cases(Softmax, _SOFTMAX_FACTORS, {}, False)
     yield Rows(kd.ForwardKL(), 1)
+    for divergence in LIGHT[:4]:
+        yield Rows(divergence, 1040, gradient="float32", stats=True)
 
 
 def everything() -> Iterator[Case]:
-    """The sample, every row kernel without features, each alone with every feature, and every softmax and draw."""
+    """The sample, every row kernel without features, each alone with every feature, light mixtures, and every softmax and draw."""
     yield from sample()
     plain = {name: _ROW_FACTORS[name] for name in ("divergence", "vocab", "dtypes")}
     yield from _cases(Rows, plain, {"dtypes": ("student", "teacher", "gradient")}, True)
@@ -371,5 +381,7 @@ def everything() -> Iterator[Case]:
         yield Rows(divergence, 4643, **feature)
     for divergence in oracle.DIVERGENCES + oracle.NEGATIVE:
         yield Rows(divergence, 1040, student_bias=True, labels=True, stats=True)
+    for divergence, dtype in itertools.product(LIGHT, ("float32", "bfloat16")):
+        yield Rows(divergence, 1040, dtype, dtype, stats=True)
     yield from _cases(Draws, _DRAW_FACTORS, {}, True)
     yield from _cases(Softmax, _SOFTMAX_FACTORS, {}, True)

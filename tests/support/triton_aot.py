@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 
 import kdkernels.backends.triton as backend
 from kdkernels.backends.rows import FORWARD, STATE, STATS, HeadBatch, RowBatch, Stage
-from kdkernels.divergences import REGISTRY, Divergence, LogitMSE
+from kdkernels.divergences import JSD, REGISTRY, Divergence, LogitMSE, SkewKL, SkewReverseKL
 from kdkernels.fused.call import Call
 from kdkernels.fused.work import Form
 
@@ -168,6 +168,9 @@ def launches(everything: bool) -> Iterator[tuple[str, bool, Callable[[], None]]]
     for name in ("jsd", "skew_kl", "skew_reverse_kl"):  # the masked end of a row needs the most registers
         label = f"{name} bfloat16 fused V={RAGGED}"
         yield label, False, row_kernel(REGISTRY[name](), "bfloat16", "fused", False, RAGGED)
+    for i, divergence in enumerate((JSD(0.999), SkewKL(0.99), JSD(0.001), SkewReverseKL(0.99))):
+        features = i % 2 == 1
+        yield f"{divergence} bfloat16 fused", features, row_kernel(divergence, "bfloat16", "fused", features, RAGGED)
     for features, dtype in ((False, torch.bfloat16), (True, torch.float32)):
         for label, launch in head_kernels(dtype, features):
             yield f"{label} {dtype}", features, launch

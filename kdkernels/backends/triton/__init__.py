@@ -11,7 +11,7 @@ from ...fused.call import Call
 from .. import torch as torch_rows
 from ..rows import HeadBatch, RowBatch, Stage, Transform
 from .arithmetic import INTERPRETED as _INTERPRETED
-from .divergences import FUNCTIONS
+from .divergences import functions_of
 from .heads import head_rows_kernel, sample_rows_kernel, softmax_gradient_rows_kernel, softmax_rows_kernel
 from .kernel import CAPPED, SCALED, kd_rows_kernel
 from .launch import choose, choose_sample, choose_softmax
@@ -74,7 +74,7 @@ def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
     if not count:
         return
     a, b = call.divergence.kernel_parameters
-    functions = FUNCTIONS[call.divergence.name]
+    functions = functions_of(call.divergence)
     transforms = _transforms(call)
     optional = (batch.student_bias, batch.teacher_bias, batch.labels, batch.stats)
     launch = choose(vocab, any(transforms) or any(t is not None for t in optional), functions.block_rows)
@@ -122,13 +122,11 @@ def head_rows(call: Call, batch: HeadBatch, stages: Stage) -> None:
         )  # fmt: skip
         if batch.draws is not None and Stage.SUMS in stages:
             launch = choose_sample(vocab)
-            exact = batch.logits.new_empty(3, dtype=torch.float64)
-            for slot, number in zip(exact, (call.inv_temperature, t.scale, t.softcap or 0.0), strict=True):
-                slot.fill_(number)  # fill_ runs on the device; a host copy would synchronise and cannot be captured in a CUDA graph
             sample_rows_kernel[(count * batch.draws.shape[1],)](
-                batch.logits, batch.bias, batch.top, batch.log_sum, batch.seed, exact, batch.draws,
+                batch.logits, batch.bias, batch.top, batch.log_sum, batch.seed, batch.draws,
                 batch.logits.stride(0), vocab, batch.draws.shape[1], batch.first_row,
                 log2_factor, t.scale, t.softcap or 0.0,
+                call.inv_temperature, t.scale, t.softcap or 0.0,
                 TRANSFORM=transform, BLOCK=launch.block, **launch.options,
             )  # fmt: skip
 

@@ -17,6 +17,8 @@ from .arithmetic import LN2, LOG2E, NEGLIGIBLE, at_least, exp2m1, fast_log2
 
 APART = tl.constexpr(d.APART * LOG2E.value)
 NEAR = tl.constexpr(0.25)
+LIGHT = 0.125
+"""The largest weight of q or p in a mixture for which LIGHT_FUNCTIONS are used. They keep the digits of small values, but cost more."""
 
 
 @triton.jit
@@ -47,6 +49,25 @@ def close_log_m(weight_q, weight_p, q_larger, size, log_m):
     fourth = both * (1.0 - 6.0 * both) * (LN2 * LN2 * LN2 / 24.0)
     series = size * (share + size * (both * (LN2 / 2.0) + size * (third + size * fourth)))
     return tl.where(size > -NEAR, series, log_m)
+
+
+@triton.jit
+def light_mixture(light, log_light, log_heavy):
+    """Return the parts of ``m = light * l + (1 - light) * h``, relative to h. ``light`` is at most LIGHT.
+
+    The logarithm has an absolute error near 1, but here a value is as small as ``light`` or its square. So where ``t = m / h - 1`` is
+    small, ``log(1 + t)`` is computed as ``t - bend``, with a polynomial for ``bend``.
+
+    Returns:
+        size: ``log2(l / h)``, limited to where the result depends on it; t; close: ``t < 1/4``; bend: ``t - log(1 + t)`` if close;
+        log_m: ``log2(1 + t)``.
+    """
+    size = tl.minimum(at_least(log_light - log_heavy, -64.0), 64.0)
+    t = light * exp2m1(size)
+    close = t < 0.25
+    bend = t * t * (0.5 + t * (-0.3333294 + t * (0.2500239 + t * (-0.20080183 + t * (0.16693323 + t * -0.10811102)))))
+    log_m = tl.where(close, (t - bend) * LOG2E, fast_log2(1.0 + t))
+    return size, t, close, bend, log_m
 
 
 @triton.jit
@@ -97,6 +118,24 @@ def jsd_gradient(log_q, log_p, coefficient, scale, a, b):
 
 
 @triton.jit
+def jsd_light_q(log_q, log_p, a, b):
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    size, _t, _close, _bend, log_m = light_mixture(b, log_q, log_p)
+    from_q, from_p = q * (b * LN2), p * (a * LN2)
+    slope = from_q * (size - log_m)
+    return q, slope, (from_q * size - log_m * (from_q + from_p), slope)
+
+
+@triton.jit
+def jsd_light_p(log_q, log_p, a, b):
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    size, _t, _close, _bend, log_m = light_mixture(a, log_p, log_q)
+    from_q, from_p = q * (b * LN2), p * (a * LN2)
+    slope = -from_q * log_m
+    return q, slope, (from_p * size - log_m * (from_q + from_p), slope)
+
+
+@triton.jit
 def skew_kl(log_q, log_p, a, b):
     q, p = tl.exp2(log_q), tl.exp2(log_p)
     q_larger, size, smaller, log_m = mixture(b, a, log_q, log_p)
@@ -104,6 +143,14 @@ def skew_kl(log_q, log_p, a, b):
     slope = (-b * b) * (q * excess)
     of_p = tl.where(q_larger, size, 0.0) - close_log_m(b, a, q_larger, size, log_m)
     return q, slope, ((p * of_p) * LN2 + b * (q - p), slope)
+
+
+@triton.jit
+def skew_kl_light_q(log_q, log_p, a, b):
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    _size, t, close, bend, log_m = light_mixture(b, log_q, log_p)
+    slope = b * (q * (t * tl.exp2(-log_m)))
+    return q, slope, (tl.where(close, p * bend, b * (q - p) - (p * log_m) * LN2), slope)
 
 
 @triton.jit
@@ -115,6 +162,15 @@ def skew_reverse_kl(log_q, log_p, a, b):
     slope = (q * (rest - log_m)) * LN2 - (a * b) * (q * excess)
     of_q = rest - close_log_m(a, b, q_larger, size, log_m)
     return q, slope, ((q * of_q) * LN2 + b * (p - q), slope)
+
+
+@triton.jit
+def skew_reverse_kl_light_p(log_q, log_p, a, b):
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    _size, t, close, bend, log_m = light_mixture(b, log_p, log_q)
+    lost = t * tl.exp2(-log_m)  # 1 - q / m
+    slope = q * tl.where(close, bend - (b + t) * lost, a * lost - log_m * LN2)
+    return q, slope, (tl.where(close, q * bend, b * (p - q) - (q * log_m) * LN2), slope)
 
 
 @triton.jit
@@ -207,3 +263,18 @@ FUNCTIONS: dict[str, Functions] = {
     d.ABDivergence.name: Functions(ab_divergence, block_rows=(1, 2)),
     d.LogitMSE.name: Functions(logit_mse, finish=value_alone),
 }
+LIGHT_FUNCTIONS: dict[tuple[str, int], Functions] = {
+    (d.JSD.name, 0): Functions(jsd_light_p, block_rows=(1, 2)),
+    (d.JSD.name, 1): Functions(jsd_light_q, block_rows=(1, 2)),
+    (d.SkewKL.name, 1): Functions(skew_kl_light_q, block_rows=(1, 2)),
+    (d.SkewReverseKL.name, 1): Functions(skew_reverse_kl_light_p, block_rows=(1, 2)),
+}
+"""Functions for mixtures that are nearly q or nearly p, by name and by index of the kernel parameter that is at most LIGHT."""
+
+
+def functions_of(divergence: d.Divergence) -> Functions:
+    """Return the functions of a divergence for its parameters."""
+    for index, parameter in enumerate(divergence.kernel_parameters):
+        if parameter <= LIGHT and (divergence.name, index) in LIGHT_FUNCTIONS:
+            return LIGHT_FUNCTIONS[divergence.name, index]
+    return FUNCTIONS[divergence.name]

@@ -100,6 +100,26 @@ def write_block(dz, side, columns, mask, norm, c0, c1, outer, TRANSFORM: tl.cons
     tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def add_at_ids(
+    dz, ids, logprobs, d_logprobs, num_ids, norm, softcap, c0, c1, outer,
+    TRANSFORM: tl.constexpr, D_ENTROPY: tl.constexpr, IDS_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rewrite the columns at ids with d_logprobs added. Equal ids each sum all their d_logprobs and write the same value."""
+    tl.debug_barrier()
+    for start in range(0, num_ids, IDS_BLOCK):
+        k = start + tl.arange(0, IDS_BLOCK)
+        chosen = tl.load(ids + k, mask=k < num_ids, other=-1)
+        log_q = tl.load(logprobs + k, mask=k < num_ids, other=0.0)
+        g = slope_of(log_q, c0, c1, D_ENTROPY)
+        for j in range(0, num_ids):
+            g += tl.where(chosen == tl.load(ids + j), tl.load(d_logprobs + j), 0.0)
+        if TRANSFORM == CAPPED:
+            bend = ((log_q + norm[2]) / norm[0] + norm[1]) / softcap
+            g *= 1.0 - bend * bend
+        tl.store(dz + chosen, (g * outer).to(dz.dtype.element_ty), mask=chosen >= 0)
+
+
 @triton.jit(do_not_specialize=["num_ids"])
 def head_rows_kernel(
     logits,  # [C, V]
@@ -142,14 +162,13 @@ def head_rows_kernel(
     if d_entropy is not None:
         c1 -= tl.load(d_entropy + row)
         c0 += c1 * h
-    slots = tl.arange(0, IDS_BLOCK)
     if ids is not None and (SUMS or GRADIENT):
         ids += row * num_ids
         logprobs += row * num_ids
         if d_logprobs is not None:
             d_logprobs += row * num_ids
         for start in range(0, num_ids, IDS_BLOCK):
-            k = start + slots
+            k = start + tl.arange(0, IDS_BLOCK)
             chosen = tl.load(ids + k, mask=k < num_ids, other=-1)
             is_token = chosen >= 0
             z = load_logits(side[0], bias, chosen, is_token, scale, softcap, TRANSFORM)
@@ -167,19 +186,7 @@ def head_rows_kernel(
         if whole < vocab:
             write_block(dz, side, whole + offsets, whole + offsets < vocab, norm, c0, c1, outer, TRANSFORM, D_ENTROPY)
         if d_logprobs is not None:
-            # Rewrite the columns at ids with d_logprobs added. Equal ids each sum all their d_logprobs and write the same value.
-            tl.debug_barrier()
-            for start in range(0, num_ids, IDS_BLOCK):
-                k = start + slots
-                chosen = tl.load(ids + k, mask=k < num_ids, other=-1)
-                log_q = tl.load(logprobs + k, mask=k < num_ids, other=0.0)
-                g = slope_of(log_q, c0, c1, D_ENTROPY)
-                for j in range(0, num_ids):
-                    g += tl.where(chosen == tl.load(ids + j), tl.load(d_logprobs + j), 0.0)
-                if TRANSFORM == CAPPED:
-                    bend = ((log_q + norm[2]) / inv_temperature + norm[1]) / softcap
-                    g *= 1.0 - bend * bend
-                tl.store(dz + chosen, (g * outer).to(dz.dtype.element_ty), mask=chosen >= 0)
+            add_at_ids(dz, ids, logprobs, d_logprobs, num_ids, norm, softcap, c0, c1, outer, TRANSFORM, D_ENTROPY, IDS_BLOCK)
 
 
 @triton.jit
@@ -244,11 +251,11 @@ def sample_rows_kernel(
     bias,  # [V] float32, or None
     top, log_sum,  # [C] float32
     seed,  # [] int64
-    numbers,  # [3] float64: 1 / T, scale, softcap
     draws,  # [C, S] int32
     logits_stride, vocab, num_draws, first_row,
     log2_factor,  # 1 / T, in units of log 2
     scale, softcap,
+    inv_temperature_64: tl.float64, scale_64: tl.float64, softcap_64: tl.float64,
     TRANSFORM: tl.constexpr,
     BLOCK: tl.constexpr,  # counters per block, for 4 * BLOCK columns; a multiple of 128
 ):  # fmt: skip
@@ -263,7 +270,7 @@ def sample_rows_kernel(
     side = (logits + row * logits_stride, bias, scale, softcap)
     number = row + first_row
     key = tl.load(seed)
-    exact = (tl.load(top + row), log2_factor, tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2))
+    numbers = (tl.load(top + row), log2_factor, inv_temperature_64, scale_64, softcap_64)
     offsets = tl.arange(0, BLOCK)
     same = tl.zeros([BLOCK], dtype=tl.int32)
     low_row = (number & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True) + same
@@ -273,9 +280,9 @@ def sample_rows_kernel(
     winner = tl.full([], -1, dtype=tl.int32)
     whole = vocab // (4 * BLOCK) * BLOCK
     for start in range(0, whole, BLOCK):
-        best, winner = race_block(best, winner, side, start + offsets, None, vocab, key, counter, exact, TRANSFORM, BLOCK)
+        best, winner = race_block(best, winner, side, start + offsets, None, vocab, key, counter, numbers, TRANSFORM, BLOCK)
     if whole * 4 < vocab:
-        best, winner = race_block(best, winner, side, whole + offsets, True, vocab, key, counter, exact, TRANSFORM, BLOCK)
+        best, winner = race_block(best, winner, side, whole + offsets, True, vocab, key, counter, numbers, TRANSFORM, BLOCK)
     total = tl.load(log_sum + row)
     tl.store(draws + row * num_draws + draw, tl.where(total - total == 0.0, winner, -1))
 
