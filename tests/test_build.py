@@ -1,7 +1,7 @@
 """Every way to build and install the package, offline, with the test environment's packages and without build isolation.
 
-Most tests build a project whose build files and Python are this one's and whose C++ and CUDA sources are a line each, with a program in
-the place of nvcc that writes down what it is asked for and has the C++ compiler do it.
+Most tests build a copy of this project whose C++ and CUDA sources are one line each. A script replaces nvcc: it logs its arguments and
+calls the C++ compiler.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ sys.exit(subprocess.call(["c++", "-fPIC", "-x", "c++", *passed] if "-c" in passe
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The build files, the Python package, and sources that compile at once."""
+    """A copy of the project with one-line sources."""
     folder = tmp_path / "a project"  # a path with a space
     copy_project(folder)
     for name, text in TINY_SOURCES.items():
@@ -89,7 +89,7 @@ def copy_project(folder: Path) -> None:
 
 @pytest.fixture
 def nvcc(tmp_path: Path) -> Path:
-    """The folder of a toolkit, for CUDA_HOME."""
+    """The folder of a CUDA toolkit whose nvcc is the script, for CUDA_HOME."""
     path = tmp_path / "cuda" / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
     path.write_text(NVCC.format(python=sys.executable))
@@ -98,9 +98,9 @@ def nvcc(tmp_path: Path) -> Path:
 
 
 def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str | Path) -> str:
-    """What it prints. Variables of the build that this process has are not passed on; CUDA kernels are left out unless asked for."""
-    mine = ("KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS", "PYTHONPATH")
-    environment = {k: v for k, v in os.environ.items() if k not in mine and not k.startswith(("COV_", "COVERAGE_"))}
+    """Run a command and return its output. This process's build variables are removed, and CUDA kernels are off by default."""
+    removed = ("KDKERNELS_CUDA", "KDKERNELS_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if k not in removed and not k.startswith(("COV_", "COVERAGE_"))}
     environment |= {"KDKERNELS_CUDA": "0", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     environment |= {name: str(value) for name, value in variables.items()}
     result = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -118,12 +118,12 @@ def pip_install(project: Path, target: Path, *arguments: str, **variables: str |
 
 
 def compiled(output: str) -> set[str]:
-    """Return the names of the outputs of ninja, from the commands that it prints."""
+    """Return the names of the files that ninja built, from the commands that it printed."""
     return {name for line in output.splitlines() if re.match(r"\s*\[\d+/\d+\]", line) for name in re.findall(r" -o (\S+)", line)}
 
 
 def in_python(code: str, path: Path) -> str:
-    """Run where ``path`` comes before the package that is under test elsewhere."""
+    """Run code with ``path`` first on Python's path."""
     return run(sys.executable, "-c", code, cwd=path, PYTHONPATH=path).strip()
 
 
@@ -140,7 +140,7 @@ def cpu_objects(names: set[str]) -> set[str]:
     return {name for name in names if not name.startswith(("rows_", "heads_"))}
 
 
-def test_pip_installs_it(project: Path, tmp_path: Path) -> None:
+def test_pip_installs_the_package(project: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     assert cpu_objects(compiled(pip_install(project, target, "."))) == CPU_OBJECTS
     assert in_python(LOAD + "print(m.cuda_targets or 'none')", target) == "none"
@@ -148,7 +148,7 @@ def test_pip_installs_it(project: Path, tmp_path: Path) -> None:
     assert (target / "kdkernels" / "_C.pyi").exists()
 
 
-def test_a_second_build_compiles_nothing_in_any_way_of_installing(project: Path, tmp_path: Path) -> None:
+def test_second_build_compiles_nothing(project: Path, tmp_path: Path) -> None:
     assert compiled(build(project))
     for output in (
         build(project),
@@ -159,14 +159,14 @@ def test_a_second_build_compiles_nothing_in_any_way_of_installing(project: Path,
         assert "no work to do" in output
 
 
-def test_an_editable_install_imports_from_the_project(project: Path, tmp_path: Path) -> None:
+def test_editable_install_imports_from_the_project(project: Path, tmp_path: Path) -> None:
     pip_install(project, tmp_path / "editable", "--editable", ".")
     assert list((project / "kdkernels").glob("_C.*.so"))
     assert not list((tmp_path / "editable").glob("kdkernels/*"))
     assert in_python(LOAD + "print('loaded')", project) == "loaded"
 
 
-def test_touching_a_source_compiles_only_it(project: Path, nvcc: Path) -> None:
+def test_changed_source_compiles_only_its_dependents(project: Path, nvcc: Path) -> None:
     cuda = {"CUDA_HOME": nvcc, "KDKERNELS_CUDA": "1"}
 
     def after(name: str) -> set[str]:
@@ -180,17 +180,17 @@ def test_touching_a_source_compiles_only_it(project: Path, nvcc: Path) -> None:
     assert after("cpu/dispatch.cpp") == {"dispatch.o", "_C.so"}
     assert after("params.h") == {"bindings.o", "_C.so"}
     assert compiled(build(project, **cuda)) == set()
-    # The compiler's reports are those of the sources that are there.
+    # Reports of removed sources are deleted.
     (project / "csrc" / "cuda" / "two.cu").rename(project / "csrc" / "cuda" / "three.cu")
     assert compiled(build(project, **cuda)) == {"cuda_three.o", "_C.so"}
     assert {report.name for report in project.glob("build/ninja-*/*.log")} == {"cuda_one.o.log", "cuda_three.o.log"}
 
 
-def test_cuda_is_built_where_there_is_an_nvcc(project: Path, nvcc: Path) -> None:
-    """By default for every target that it knows, and the newest one's PTX; never a runtime that wants a driver to load."""
-    said = build(project, KDKERNELS_CUDA="auto", CUDA_PATH=nvcc)
-    assert re.search(r"building CUDA kernels with \S+nvcc for sm_80, sm_86, sm_90a: about \d+ minutes? on \d+ cores", said)
-    assert "KDKERNELS_CUDA=0 skips them" in said
+def test_cuda_is_built_if_nvcc_is_found(project: Path, nvcc: Path) -> None:
+    """The default is every known target and the newest one's PTX, with a static runtime, which loads without a driver."""
+    output = build(project, KDKERNELS_CUDA="auto", CUDA_PATH=nvcc)
+    assert re.search(r"building CUDA kernels with \S+nvcc for sm_80, sm_86, sm_90a: about \d+ minutes? on \d+ cores", output)
+    assert "KDKERNELS_CUDA=0 skips them" in output
     assert in_python(LOAD + "print(m.cuda_targets)", project) == "80;86;90a"
     log = (nvcc / "bin" / "nvcc.log").read_text()
     one = next(line for line in log.splitlines() if "one.cu" in line)
@@ -214,26 +214,26 @@ def test_cuda_targets_can_be_chosen(project: Path, nvcc: Path) -> None:
     assert "knows 80; 86; 90" in message
 
 
-def test_a_kernel_that_does_not_compile_says_why(project: Path, nvcc: Path) -> None:
+def test_failed_kernel_shows_the_compilers_error(project: Path, nvcc: Path) -> None:
     (project / "csrc" / "cuda" / "two.cu").write_text("int two() { return undeclared; }")
     message = build(project, fails=True, CUDA_HOME=nvcc, KDKERNELS_CUDA="auto")
     assert "undeclared" in message
     assert "KDKERNELS_CUDA=0 builds without the CUDA kernels" in message
 
 
-def test_cuda_that_cannot_be_built_is_an_error_only_if_asked_for(project: Path, tmp_path: Path) -> None:
+def test_missing_nvcc_is_an_error_only_if_cuda_is_required(project: Path, tmp_path: Path) -> None:
     without_nvcc = {"PATH": path_of(tmp_path, "c++", "sh")}
     assert "there is no nvcc in CUDA_HOME/bin, CUDA_PATH/bin or on PATH" in build(project, fails=True, KDKERNELS_CUDA="1", **without_nvcc)
     assert cpu_objects(compiled(build(project, KDKERNELS_CUDA="auto", **without_nvcc))) == CPU_OBJECTS
 
 
 @pytest.mark.parametrize("value", ["maybe", "", "2"])
-def test_other_settings_are_errors(project: Path, value: str) -> None:
+def test_invalid_settings_of_the_build_raise(project: Path, value: str) -> None:
     assert f"KDKERNELS_CUDA is {value!r}; it can be auto, 0 or 1" in build(project, fails=True, KDKERNELS_CUDA=value)
 
 
 def path_of(tmp_path: Path, *programs: str) -> str:
-    """A PATH with those programs only, and what they call."""
+    """Return a PATH with only these programs and what they call."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for program in programs:
@@ -241,24 +241,24 @@ def path_of(tmp_path: Path, *programs: str) -> str:
     return str(folder) + (os.pathsep + os.path.dirname(shutil.which("as") or "") if "c++" in programs else "")
 
 
-def test_without_a_compiler_it_installs_in_pure_python_and_says_what_is_missing(project: Path, tmp_path: Path) -> None:
-    """Also where an earlier build, of a compiler that is gone, has left an extension."""
+def test_install_without_a_compiler_is_pure_python(project: Path, tmp_path: Path) -> None:
+    """An extension from an earlier build is not installed."""
     build(project)
     target = tmp_path / "site"
-    nothing = path_of(tmp_path)
-    output = pip_install(project, target, ".", PATH=nothing)
+    empty_path = path_of(tmp_path)
+    output = pip_install(project, target, ".", PATH=empty_path)
     assert "no C++ compiler that is supported here" in output
     assert not list(target.glob("kdkernels/*.so"))
-    # The import hook of this project's own editable install would find this project's extension.
+    # The import hook of an editable install would find the extension in the project.
     code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
     reason = in_python(code + "from kdkernels.backends import _extension; print(_extension.missing())", target)
     assert "kdkernels._C cannot be imported" in reason
     assert "C++17 compiler" in reason
-    assert "no C++ compiler" in pip_install(project, tmp_path / "editable", "--editable", ".", PATH=nothing)
+    assert "no C++ compiler" in pip_install(project, tmp_path / "editable", "--editable", ".", PATH=empty_path)
 
 
-def test_the_sdist_makes_a_wheel_that_loads(tmp_path: Path) -> None:
-    """`python -m build`: an sdist from the project, a wheel from the sdist, with the real sources (unoptimised: it is quicker)."""
+def test_wheel_from_the_sdist_loads(tmp_path: Path) -> None:
+    """`python -m build` makes an sdist from the project and a wheel from the sdist, with the real sources (-O0, which is faster)."""
     pytest.importorskip("build")
     project, target = tmp_path / "project", tmp_path / "site"
     copy_project(project)
@@ -276,7 +276,7 @@ def test_the_sdist_makes_a_wheel_that_loads(tmp_path: Path) -> None:
         (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
         requirements = [Requirement(str(r)) for r in Metadata.from_email(archive.read(name), validate=False).requires_dist or []]
     (torch,) = (r for r in requirements if r.name == "torch")
-    # Whatever torch is there stays there, CPU builds and builds of later versions too.
+    # The requirement keeps any installed torch, also CPU builds and later versions.
     assert torch.specifier.contains("2.8.0")
     assert torch.specifier.contains("2.13.0+cpu")
     assert torch.specifier.contains("3.1")
@@ -287,18 +287,18 @@ LOGS = sorted(ROOT.glob("build/ninja-*/cuda_*.o.log"))
 
 
 def spills(log: str) -> list[str]:
-    """The kernels, with their targets, that use a stack frame or spill registers, from what ``ptxas -v`` printed."""
-    found, kernel = [], "?"
+    """Return the lines of ``ptxas -v`` for kernels with a stack frame or spills, with kernel and target."""
+    lines, kernel = [], "?"
     for line in log.splitlines():
         if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
             kernel = f"{match[1]} ({match[2]})"
         numbers = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", line)
         if any(int(n) for n in numbers):
-            found.append(f"{kernel}: {line.strip()}")
-    return found
+            lines.append(f"{kernel}: {line.strip()}")
+    return lines
 
 
-def test_the_spill_check_sees_spills() -> None:
+def test_spills_are_found_in_a_report() -> None:
     quiet = "ptxas info : Compiling entry function 'k' for 'sm_80'\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
     assert spills(quiet) == []
     assert spills(quiet.replace("0 bytes spill loads", "16 bytes spill loads")) == [
@@ -306,8 +306,8 @@ def test_the_spill_check_sees_spills() -> None:
     ]
 
 
-@pytest.mark.skipif(not LOGS, reason="no CUDA kernels were built here")
+@pytest.mark.skipif(not LOGS, reason="this build has no CUDA kernels")
 @pytest.mark.parametrize("log", LOGS, ids=lambda path: path.name)
 def test_no_cuda_kernel_spills(log: Path) -> None:
-    """Read the report of this checkout's build, for each of its targets."""
+    """Read the compiler's reports of this checkout's build."""
     assert spills(log.read_text()) == []

@@ -1,4 +1,4 @@
-"""Every guarantee in docs/guarantees.md names an existing test."""
+"""Every guarantee in docs/guarantees.md names tests that exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="the documentation is
 
 
 def promises() -> list[tuple[str, str]]:
-    """Each promise of the page's tables, with the cell that names its tests."""
+    """Return each promise of the page's tables and the cell with its tests."""
     rows = [line.strip("|").rsplit(" | ", 1) for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     return [(row[0].strip(), row[1]) for row in rows if len(row) == 2 and row[0].strip() != "promise"]
 
@@ -26,14 +26,14 @@ def names_in(file: Path) -> set[str]:
     return {node.name for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_page_has_its_sections() -> None:
+def test_guarantees_page_has_its_sections() -> None:
     assert set(SECTIONS) <= set(re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def test_every_promise_names_tests_that_exist() -> None:
     assert promises()
     for promise, cell in promises():
-        named = NAMED.findall(cell)
-        assert named, f"no test is named for: {promise}"
-        for file, test in named:
+        tests = NAMED.findall(cell)
+        assert tests, f"no test is named for: {promise}"
+        for file, test in tests:
             assert test in names_in(ROOT / file), f"{file}::{test} does not exist; it is named for: {promise}"

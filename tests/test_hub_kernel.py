@@ -1,4 +1,4 @@
-"""The losses as a kernel for the package ``kernels``: its files, loaded in the same way as ``kernels`` loads them."""
+"""The losses as a kernel for Hugging Face's package ``kernels``, loaded in the way of that package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def variant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_kernel_computes_beside_the_installed_package(variant: Path) -> None:
+def test_hub_kernel_gives_the_results_of_the_installed_package(variant: Path) -> None:
     name = json.loads((variant / "metadata.json").read_text())["id"]
     kernel = load(name, variant / "kdkernels" / "__init__.py")
     assert kernel is not kdkernels
@@ -41,10 +41,10 @@ def test_a_kernel_computes_beside_the_installed_package(variant: Path) -> None:
     hidden, weight, teacher = (torch.randn(*shape, generator=generator) for shape in ((6, 8), (32, 8), (6, 32)))
     results = []
     for package in (kernel, kdkernels):
-        trained = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = package.distillation_loss(package.LMHead(*trained), teacher, divergence=package.JSD(), temperature=2.0)
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = package.distillation_loss(package.LMHead(*leaves), teacher, divergence=package.JSD(), temperature=2.0)
         loss.backward()
-        results.append((loss.detach(), *[tensor.grad for tensor in trained]))
+        results.append((loss.detach(), *[tensor.grad for tensor in leaves]))
     torch.testing.assert_close(results[0], results[1])
     modules = [module for key, module in sys.modules.items() if key.startswith(f"{name}.")]
     assert all(Path(str(module.__file__)).is_relative_to(variant) for module in modules), "no module of the installed package"
@@ -59,7 +59,7 @@ def test_hub_kernel_imports_only_torch_and_triton(variant: Path) -> None:
     assert {"torch", "triton"} <= imported <= {*allowed, "psutil"}, "psutil is optional: without it, free memory is not known"
 
 
-def test_an_existing_folder_is_not_written_to(tmp_path: Path) -> None:
+def test_hub_kernel_does_not_replace_an_existing_folder(tmp_path: Path) -> None:
     script = load("hub_kernel", ROOT / "release" / "hub_kernel.py")
     with pytest.raises(SystemExit, match="exists: remove it"):
         script.build(tmp_path)

@@ -1,4 +1,4 @@
-"""The documentation is correct: Python blocks run, tables match the code, links work, the site builds."""
+"""Documentation: Python blocks run, tables equal the code, links work, and the site builds."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def missing(needs: str | None) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path) -> None:
-    """One after the other in one namespace, as a reader would paste them."""
+    """Run a page's blocks in order in one namespace, as a reader would paste them."""
     namespace: dict[str, object] = {"__name__": page.stem}
     text = page.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("```python\n")
     for block in blocks:
         line = text.count("\n", 0, block.start("code"))
-        code = compile("\n" * line + block["code"], str(page), "exec")  # so that a traceback names the page's own line
+        code = compile("\n" * line + block["code"], str(page), "exec")  # blank lines, so that a traceback has the page's line numbers
         if not missing(block["needs"]):
             exec(code, namespace)
 
 
-def test_readme_example_is_ten_lines_and_stands_alone() -> None:
+def test_readme_example_has_ten_lines_and_runs_alone() -> None:
     code = BLOCK.search(README)["code"]  # type: ignore[index]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     namespace: dict[str, object] = {}
@@ -54,10 +54,10 @@ def test_readme_example_is_ten_lines_and_stands_alone() -> None:
 
 
 def rows_of(table_header: str) -> list[list[str]]:
-    """The cells of a README table."""
-    _, _, rest = README.partition(table_header + "\n")
-    assert rest, table_header
-    lines = rest.splitlines()[1:]
+    """Return the cells of a README table."""
+    _, _, tail = README.partition(table_header + "\n")
+    assert tail, table_header
+    lines = tail.splitlines()[1:]
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[: lines.index("")]]
 
 
@@ -65,8 +65,8 @@ def test_readme_lists_every_divergence_with_its_defaults() -> None:
     rows = rows_of("| name | class, with its defaults | formula | paper |")
     assert {name: eval(call, {"kd": kd}) for name, call, *_ in rows} == {name: cls() for name, cls in REGISTRY.items()}
     for name, call, *_ in rows:
-        shown = eval(call, {"kd": kd})
-        assert call == f"kd.{shown!r}", name  # the defaults are spelt out
+        divergence = eval(call, {"kd": kd})
+        assert call == f"kd.{divergence!r}", name  # the defaults are written out
 
 
 def test_readme_lists_every_backend_and_its_dtypes() -> None:
@@ -75,14 +75,14 @@ def test_readme_lists_every_backend_and_its_dtypes() -> None:
     for name, _, _, dtypes in rows:
         device = "cpu" if selection.unavailable(name, "cpu", (torch.float32, torch.float32)) is None else "cuda"
         if selection.unavailable(name, device, (torch.float32, torch.float32)) is not None:
-            continue  # it runs nowhere here
+            continue  # not available on this machine
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             runs = selection.unavailable(name, device, (dtype, dtype)) is None
             assert runs == (str(dtype).removeprefix("torch.") in dtypes.split(", ")), (name, dtype)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith(("http://", "https://")):
@@ -95,7 +95,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], target
 
 
-def test_changelog_has_a_section_for_the_version_or_for_what_comes() -> None:
+def test_changelog_begins_with_the_version_or_unreleased() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     first = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)
     assert first is not None
@@ -103,7 +103,7 @@ def test_changelog_has_a_section_for_the_version_or_for_what_comes() -> None:
 
 
 @pytest.mark.parametrize("front", ["README.md", "docs/index.md"])
-def test_the_front_pages_link_to_every_page(front: str) -> None:
+def test_front_pages_link_to_every_page(front: str) -> None:
     page = ROOT / front
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     linked = {(page.parent / target.partition("#")[0]).resolve() for target in targets}
@@ -111,8 +111,8 @@ def test_the_front_pages_link_to_every_page(front: str) -> None:
     assert sorted(path.name for path in pages - linked) == []
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """A broken link, a page that is missing from the navigation and a malformed docstring are warnings."""
+def test_site_builds_without_warnings(tmp_path: Path) -> None:
+    """Warnings are broken links, pages missing from the navigation and malformed docstrings."""
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]

@@ -1,4 +1,4 @@
-"""release/wheels.py and the release workflow agree on Pythons and project names, and publish without a secret."""
+"""release/wheels.py and the release workflow: they agree on Python versions, and publish only tested wheels without secrets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def jobs() -> dict[str, Any]:
     return yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]
 
 
-def test_the_project_gets_another_name_and_nothing_else_changes(wheels: ModuleType, tmp_path: Path) -> None:
+def test_renaming_the_project_changes_one_line(wheels: ModuleType, tmp_path: Path) -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
     wheels.rename_project(tmp_path, "kdkernels-cu13")
@@ -44,7 +44,7 @@ def test_the_project_gets_another_name_and_nothing_else_changes(wheels: ModuleTy
         wheels.rename_project(tmp_path, "kdkernels-cu13")
 
 
-def test_objects_move_to_where_the_next_python_looks(wheels: ModuleType, tmp_path: Path) -> None:
+def test_objects_are_reused_for_the_next_python(wheels: ModuleType, tmp_path: Path) -> None:
     folder = tmp_path / "build" / "ninja-linux-x86_64-cpython-310"
     folder.mkdir(parents=True)
     (folder / "product.o").write_text("machine code")
@@ -54,7 +54,7 @@ def test_objects_move_to_where_the_next_python_looks(wheels: ModuleType, tmp_pat
     ]
 
 
-def test_existing_and_missing_pythons(wheels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_broken_and_missing_pythons_are_not_found(wheels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
     assert wheels.find_python("3.11") is None
@@ -64,7 +64,7 @@ def test_existing_and_missing_pythons(wheels: ModuleType, monkeypatch: pytest.Mo
     assert wheels.find_python("3.11") is None
 
 
-def test_the_workflow_builds_and_tries_every_python(wheels: ModuleType, jobs: dict[str, Any]) -> None:
+def test_workflow_builds_and_tests_every_python(wheels: ModuleType, jobs: dict[str, Any]) -> None:
     for job in ("wheels", "try"):
         assert tuple(jobs[job]["strategy"]["matrix"]["python"]) == wheels.PYTHONS
     oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))

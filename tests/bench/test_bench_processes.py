@@ -1,4 +1,4 @@
-"""Benchmarks in separate processes: crashes become rows, ended runs leave no processes, and two runs can be compared."""
+"""Benchmarks in separate processes: crashes become rows, killed runs leave no processes, and two runs can be compared."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ChunkedDivergenceFunction:
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Replace TRL with a library that prints to stdout, and dies after the number of calls in this file, if it exists."""
+    """Replace TRL with a library that prints to stdout. If the returned file exists, it crashes after the number of calls in it."""
     file, package = tmp_path / "calls", tmp_path / "libraries" / "trl" / "kernels"
     package.mkdir(parents=True)
     for folder in (package, package.parent):
@@ -54,13 +54,13 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_visit_in_a_separate_process(calls: Path) -> None:
-    job, told = Job(HEADS, ("floor", "trl", "torch", "no-such"), 5, False, "", 2), []
+def test_visits_add_samples_and_skip_failed_variants(calls: Path) -> None:
+    job, events = Job(HEADS, ("floor", "trl", "torch", "no-such"), 5, False, "", 2), []
     measured = visits.new(job)
-    visits.visit(measured, job, 1, "cpu", told.append)
+    visits.visit(measured, job, 1, "cpu", events.append)
     assert (measured["visits_done"], measured["complete"]) == (1, False)
     first = json.loads(json.dumps(measured["results"]))
-    visits.visit(measured, job, 2, "cpu", told.append)
+    visits.visit(measured, job, 2, "cpu", events.append)
     assert measured["complete"]
     for before, row in zip(first[:3], measured["results"], strict=False):
         assert row["visit"] == [1, 1, 1, 2, 2]
@@ -68,18 +68,18 @@ def test_visit_in_a_separate_process(calls: Path) -> None:
         assert min(row["samples_ms"]) > 0
     assert [r.get("gradient_error", 1) < 1e-5 for r in measured["results"][1:3]] == [True, True]
     assert "variant 'no-such' is unknown" in measured["results"][3]["skipped"]
-    assert told.count("timing trl") == (1 + 3) + (1 + 2)
-    assert told.count("checking no-such") == 1, "what has failed is not tried again"
+    assert events.count("timing trl") == (1 + 3) + (1 + 2)
+    assert events.count("checking no-such") == 1, "a failed variant is not tried again"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("survives", [0, 3], ids=["in its check", "in its second round"])
-def test_a_variant_that_kills_its_process_takes_no_other_with_it(calls: Path, survives: int) -> None:
+def test_variant_that_kills_its_process_does_not_stop_others(calls: Path, survives: int) -> None:
     job = Job(HEADS, ("floor", "trl", "torch"), 4, False, "", 2)
     measured = visits.new(job)
     visits.visit(measured, job, 1, "cpu")
     assert [len(row["samples_ms"]) for row in measured["results"]] == [2, 2, 2]
-    calls.write_text(str(survives))  # calls: the check, a round to warm up, and two rounds
+    calls.write_text(str(survives))  # a visit calls it for the check, one warm-up round and two rounds
     visits.visit(measured, job, 2, "cpu")
     floor, trl, torch = measured["results"]
     assert trl["skipped"] == f"its process was killed by signal {signal.SIGSEGV:d}"
@@ -88,7 +88,7 @@ def test_a_variant_that_kills_its_process_takes_no_other_with_it(calls: Path, su
     assert measured["complete"]
 
 
-def test_inputs_that_cannot_be_made_are_every_row_s_reason() -> None:
+def test_inputs_larger_than_memory_skip_every_row() -> None:
     job = Job(Case(1 << 40, 1 << 20), ("rows:torch", "torch"), 1, False)
     measured = visits.new(job)
     visits.visit(measured, job, 1, "cpu")
@@ -97,25 +97,25 @@ def test_inputs_that_cannot_be_made_are_every_row_s_reason() -> None:
     assert measured["complete"]
 
 
-def test_a_process_gives_up_at_its_deadline_but_leaves_a_sample() -> None:
-    told: list[Event] = []
+def test_process_stops_at_its_deadline_after_one_sample() -> None:
+    events: list[Event] = []
     job = {"case": vars(LOGITS), "variants": ["floor"], "samples": 9}
     processes.ask(
-        {"task": "visit", "job": job, "names": ["floor"], "number": 1, "device": "cpu", "seconds_left": 0.0}, told.append
+        {"task": "visit", "job": job, "names": ["floor"], "number": 1, "device": "cpu", "seconds_left": 0.0}, events.append
     )  # fmt: skip
-    assert [len(event["samples"].get("floor", [])) for event in told if "samples" in event] == [0, 1]
+    assert [len(event["samples"].get("floor", [])) for event in events if "samples" in event] == [0, 1]
 
 
 def test_exceptions_of_the_listener_end_the_process() -> None:
-    def full(event: Event) -> None:
+    def raise_error(event: Event) -> None:
         raise run.BenchError("no space left")
 
     job = Job(LOGITS, ("floor",), 1, False)
     with pytest.raises(run.BenchError, match="no space left"):
-        processes.ask({"task": "visit", "job": run.dataclasses.asdict(job), "names": ["floor"], "number": 1, "device": "cpu"}, full)
+        processes.ask({"task": "visit", "job": run.dataclasses.asdict(job), "names": ["floor"], "number": 1, "device": "cpu"}, raise_error)
 
 
-# --- ends of a run
+# --- interrupted runs
 
 RUN = """
 import sys
@@ -136,52 +136,52 @@ sys.exit(run.run(record, out, Console(quiet=True))["status"] != "complete")
 
 
 def members(session: int) -> list[int]:
-    """Return the processes of a session without zombies."""
-    found = []
+    """Return the ids of a session's processes, without zombies."""
+    ids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
+        except OSError:  # the process has ended
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            ids.append(int(stat.parent.name))
+    return ids
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    until = time.monotonic() + 180
-    while not holds():
-        assert time.monotonic() < until
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes as Linux lists them")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("signal_", "everyone", "status"),
+    ("signal_", "to_group", "status"),
     [(signal.SIGTERM, True, "interrupted"), (signal.SIGKILL, False, "running")],
     ids=["SIGTERM to all", "SIGKILL"],
 )
 def test_interrupted_visit_keeps_samples_and_leaves_no_process(
-    tmp_path: Path, signal_: signal.Signals, everyone: bool, status: str
+    tmp_path: Path, signal_: signal.Signals, to_group: bool, status: str
 ) -> None:
     process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], start_new_session=True)
 
-    def begun() -> bool:
+    def second_visit_started() -> bool:
         assert process.poll() is None
         cases = run.load(tmp_path)["cases"] if (tmp_path / run.FILE).exists() else []
         return bool(cases) and 2 in cases[0]["results"][0].get("visit", [])
 
-    wait_until(begun)
+    wait_until(second_visit_started)
     assert len(members(process.pid)) == 2
-    (os.killpg if everyone else os.kill)(process.pid, signal_)
+    (os.killpg if to_group else os.kill)(process.pid, signal_)
     process.wait(timeout=180)
     wait_until(lambda: not members(process.pid))
-    kept = run.load(tmp_path)
-    assert kept["status"] == status
-    assert not any("skipped" in row for row in kept["cases"][0]["results"])
-    assert all(12 < len(row["samples_ms"]) == len(row["visit"]) for row in kept["cases"][0]["results"])
+    saved = run.load(tmp_path)
+    assert saved["status"] == status
+    assert not any("skipped" in row for row in saved["cases"][0]["results"])
+    assert all(12 < len(row["samples_ms"]) == len(row["visit"]) for row in saved["cases"][0]["results"])
     subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], check=True)
-    for before, row in zip(kept["cases"][0]["results"], run.load(tmp_path)["cases"][0]["results"], strict=True):
+    for before, row in zip(saved["cases"][0]["results"], run.load(tmp_path)["cases"][0]["results"], strict=True):
         assert row["visit"] == [1] * 12 + [2] * 12
         assert row["samples_ms"][:12] == before["samples_ms"][:12]
         assert len(row["samples_ms"]) == 24
@@ -197,7 +197,7 @@ def record(**samples: list[float]) -> dict[str, Any]:
     return {"schema": run.SCHEMA, "status": "complete", "environment": environment, "settings": {}, "cases": cases}
 
 
-def test_two_runs_agree_where_their_spreads_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_are_compared_by_their_spreads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = record(floor=[1.0, 2.0, 9.0], eager=[5.0, 6.0]), record(floor=[4.0, 5.0, 5.0], eager=[6.0, 7.0], native=[1.0])
     pairs, alone = agree.compare(first, second)
     assert [(pair.variant, pair.overlaps, pair.first[1], pair.second[1]) for pair in pairs] == [

@@ -1,4 +1,4 @@
-"""Benchmark runs: output, interruption and resuming."""
+"""Benchmark runs: output files, interruption, resuming and time budgets."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from kdkernels.bench.measure import Job
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Visit in this process, so that tests can patch it. test_bench_processes.py tests separate processes."""
+def visits_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run visits in this process, so that tests can patch them. test_bench_processes.py covers separate processes."""
     monkeypatch.setattr(processes, "ask", processes.answer)
 
 
@@ -33,7 +33,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_leaves_results_plots_and_one_page(measured: Path) -> None:
+def test_run_writes_results_plots_and_one_page(measured: Path) -> None:
     record = run.load(measured)
     assert record["status"] == "complete"
     assert [Job.load(saved) for saved in record["jobs"]] == small_jobs()
@@ -45,8 +45,8 @@ def test_a_run_leaves_results_plots_and_one_page(measured: Path) -> None:
     assert heads["results"][4]["skipped"] == "ModuleNotFoundError: No module named 'trl'"
     assert record["environment"]["torch"] == torch.__version__
     names = {file.name for file in (measured / "plots").iterdir()}
-    wanted = {"loss-1", "loss-4", "tokens-ms", "tokens-mib", "gap-error", "row-kernels-bandwidth", "rows-per-chunk-ms"}
-    assert {f"{name}.{ext}" for name in wanted for ext in ("svg", "png")} <= names
+    expected = {"loss-1", "loss-4", "tokens-ms", "tokens-mib", "gap-error", "row-kernels-bandwidth", "rows-per-chunk-ms"}
+    assert {f"{name}.{ext}" for name in expected for ext in ("svg", "png")} <= names
     text = (measured / "report.html").read_text()
     assert "Cut short" not in text
     assert "No module named &#x27;trl&#x27;" in text
@@ -55,14 +55,16 @@ def test_a_run_leaves_results_plots_and_one_page(measured: Path) -> None:
 
 def test_report_page_is_self_contained(measured: Path) -> None:
     text = (measured / "report.html").read_text()
-    names = re.sub(r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", text, flags=re.DOTALL)  # names, not addresses
+    names = re.sub(
+        r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", text, flags=re.DOTALL
+    )  # remove namespaces, which are not addresses
     assert not re.search(r"https?://|<script|@import|<img", names)
     assert not re.search(r'(?:src|href)="(?!#|data:)', names)
-    assert "#2563eb" not in text.partition("</style>")[2], "figures take the page's colours"
+    assert "#2563eb" not in text.partition("</style>")[2], "figures use the page's colours"
 
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Raise Ctrl-C at the nth use of the clock."""
+    """Raise KeyboardInterrupt at the given use of the clock."""
     timer, count = measure.milliseconds, iter(range(10**6))
 
     def milliseconds(s: variants.Step, device: torch.device) -> float:
@@ -73,16 +75,16 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(measure, "milliseconds", milliseconds)
 
 
-def test_an_interrupted_run_keeps_its_samples_and_is_finished(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_keeps_its_samples_and_can_be_resumed(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "rates", lambda *_: {"copy_gb_s": 10.0, "matrix": {}})
     jobs = [Job(HEADS, ("floor", "eager"), 3, memory=False), Job(LOGITS, ("floor", "eager", "torch"), 3, memory=False)]
     with monkeypatch.context() as patch:
         interrupted_at(patch, 2 * 4 + 3 * 2 + 1)  # in the second case, after its first round
         record = run.run(run.begin(jobs, "cpu", {"suite": "smoke"}, tmp_path), tmp_path, QUIET)
     assert record["status"] == "interrupted"
-    kept = run.load(tmp_path)
-    assert [m["complete"] for m in kept["cases"]] == [True, False]
-    assert sorted(len(r["samples_ms"]) for r in kept["cases"][1]["results"]) == [1, 1, 1]
+    saved = run.load(tmp_path)
+    assert [m["complete"] for m in saved["cases"]] == [True, False]
+    assert sorted(len(r["samples_ms"]) for r in saved["cases"][1]["results"]) == [1, 1, 1]
     text = (tmp_path / "report.html").read_text()
     assert "Cut short" in text
     assert "1 of 2 cases" in text
@@ -90,7 +92,7 @@ def test_an_interrupted_run_keeps_its_samples_and_is_finished(measured: Path, tm
         run.begin(jobs, "cpu", {}, tmp_path)
     finished = run.run(run.resume(tmp_path), tmp_path, QUIET)
     assert finished["status"] == "complete"
-    assert finished["cases"][0] == kept["cases"][0]
+    assert finished["cases"][0] == saved["cases"][0]
     assert [len(r["samples_ms"]) for r in finished["cases"][1]["results"]] == [3, 3, 3]
     assert "Cut short" not in (tmp_path / "report.html").read_text()
 
@@ -98,28 +100,28 @@ def test_an_interrupted_run_keeps_its_samples_and_is_finished(measured: Path, tm
 def test_cases_are_visited_in_rounds_and_resumed_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "rates", lambda *_: {"copy_gb_s": 10.0, "matrix": {}})
     jobs = [Job(HEADS, ("floor", "torch"), 5, False, "", 3), Job(LOGITS, ("floor", "torch"), 2, False, "", 2), Job(LOGITS, ("floor",), 1)]
-    told: list[tuple[int, int]] = []
+    visited: list[tuple[int, int]] = []
     answer = processes.answer
 
-    def ask(request: processes.Request, tell: measure.Tell) -> None:
-        told.append((request["number"], [run.dataclasses.asdict(job) for job in jobs].index(request["job"])))
-        answer(request, tell)
+    def ask(request: processes.Request, report: measure.Tell) -> None:
+        visited.append((request["number"], [run.dataclasses.asdict(job) for job in jobs].index(request["job"])))
+        answer(request, report)
 
     monkeypatch.setattr(processes, "ask", ask)
     with monkeypatch.context() as patch:
-        # Visits of 3, 2 and 2 rounds of two, then of one, then the second visit of the first, in its second timed round.
+        # After 3, 2 and 2 rounds of the first visits, in the second timed round of the first job's second visit.
         interrupted_at(patch, 2 * 3 + 2 * 2 + 2 + 2 * 2 + 1)
         record = run.run(run.begin(jobs, "cpu", {"suite": "smoke"}, tmp_path), tmp_path, QUIET)
-    assert told == [(1, 0), (1, 1), (1, 2), (2, 0)]
-    kept = run.load(tmp_path)["cases"]
-    assert [(m["visits_done"], m["complete"]) for m in kept] == [(1, False), (1, False), (1, True)]
-    assert {tuple(r["visit"]) for r in kept[0]["results"]} == {(1, 1, 2)}
+    assert visited == [(1, 0), (1, 1), (1, 2), (2, 0)]
+    saved_cases = run.load(tmp_path)["cases"]
+    assert [(m["visits_done"], m["complete"]) for m in saved_cases] == [(1, False), (1, False), (1, True)]
+    assert {tuple(r["visit"]) for r in saved_cases[0]["results"]} == {(1, 1, 2)}
     assert "cut short after 1 of 3 processes" in (tmp_path / "report.html").read_text()
-    told.clear()
+    visited.clear()
     record = run.run(run.resume(tmp_path), tmp_path, QUIET)
-    assert told == [(2, 0), (2, 1), (3, 0)]
+    assert visited == [(2, 0), (2, 1), (3, 0)]
     assert (record["status"], [m["complete"] for m in record["cases"]]) == ("complete", [True] * 3)
-    for before, m, rounds in zip(kept, record["cases"], ([1, 1, 2, 2, 3], [1, 2], [1]), strict=True):
+    for before, m, rounds in zip(saved_cases, record["cases"], ([1, 1, 2, 2, 3], [1, 2], [1]), strict=True):
         for old, row in zip(before["results"], m["results"], strict=True):
             assert row["visit"] == rounds
             assert len(row["samples_ms"]) == len(rounds)
@@ -127,7 +129,7 @@ def test_cases_are_visited_in_rounds_and_resumed_in_place(tmp_path: Path, monkey
             assert row["samples_ms"][: len(first)] == first
 
 
-def test_a_budget_of_time_ends_a_run_between_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_budget_ends_a_run_between_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "rates", lambda *_: {"copy_gb_s": 10.0, "matrix": {}})
     jobs = [Job(HEADS, ("floor",), 1, memory=False)] * 2
     record = run.run(run.begin(jobs, "cpu", {"suite": "smoke"}, tmp_path), tmp_path, QUIET, budget_minutes=1e-9)
@@ -135,17 +137,17 @@ def test_a_budget_of_time_ends_a_run_between_cases(tmp_path: Path, monkeypatch: 
     assert run.run(run.resume(tmp_path), tmp_path, QUIET)["status"] == "complete"
 
 
-def test_an_interrupted_process_leaves_a_record(tmp_path: Path) -> None:
+def test_interrupted_command_saves_a_record(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kdkernels.cli", "bench", "--suite", "smoke", "--shape", "64,512,8,16", "--backends", "torch"]
     process = subprocess.Popen(
         [*command, "--peers", "none", "--device", "cpu", "--out", str(tmp_path / "out")],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     file = tmp_path / "out" / run.FILE
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while not (file.exists() and "rates" in json.loads(file.read_text())):
         assert process.poll() is None
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -170,7 +172,7 @@ def test_resume_raises_for_incomparable_settings(tmp_path: Path) -> None:
             run.load(tmp_path)
 
 
-def test_without_matplotlib_the_page_says_so(measured: Path) -> None:
+def test_page_without_plots_names_matplotlib(measured: Path) -> None:
     text = page.page(run.load(measured), [])
     assert "Plots need matplotlib" in text
     assert "<svg" not in text

@@ -1,4 +1,4 @@
-"""The benchmarks measure the right computation. Shapes are tiny, so the measured numbers are meaningless."""
+"""Each benchmark variant computes its case, and failures become rows. Shapes are tiny, so times mean nothing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kdkernels.divergences import REGISTRY
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Visit in this process, so that tests can patch it."""
+def visits_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run visits in this process, so that tests can patch them."""
     monkeypatch.setattr(processes, "ask", processes.answer)
 
 
-def measure_here(job: Job) -> visits.Measured:
+def measure_all(job: Job) -> visits.Measured:
     measured = visits.new(job)
     for number in range(1, job.visits + 1):
         visits.visit(measured, job, number, "cpu")
@@ -35,31 +35,31 @@ def test_quantile_interpolates() -> None:
     assert [measure.quantile([4.0, 1.0, 2.0], q) for q in (0.0, 0.25, 0.5, 1.0)] == [1.0, 1.5, 2.0, 4.0]
 
 
-def test_shape_from_text() -> None:
+def test_shapes_are_parsed() -> None:
     assert Case.parse_shape("8,100,4,6") == (8, 100, 4, 6)
     assert Case.parse_shape("8,100") == (8, 100, 0, 0)
-    for wrong in ("8", "8,0", "8;100", "8,100,4", "8,100,4,6,7", "a,b"):
+    for text in ("8", "8,0", "8;100", "8,100,4", "8,100,4,6,7", "a,b"):
         with pytest.raises(ValueError, match="N,V,Ds,Dt"):
-            Case.parse_shape(wrong)
+            Case.parse_shape(text)
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [({"ds": 4}, "both"), ({"operation": "sort"}, "operation"), ({"masked": 1.0}, "masked"), ({"ds": 4, "dt": 8, "gap": 0.1}, "gap")],
 )
-def test_invalid_cases(arguments: dict[str, Any], word: str) -> None:
+def test_invalid_cases_raise(arguments: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         Case(8, 100, **arguments)
 
 
-def test_floor_of_a_case() -> None:
+def test_floor_counts_products_or_bytes() -> None:
     assert Case(8, 100, 4, 6).flop == 2 * 8 * 100 * (3 * 4 + 6)
     assert Case(8, 100, 4, 6, masked=0.5, frozen_head=True).flop == 2 * 4 * 100 * (2 * 4 + 6)
     assert Case(8, 100, 4, 6, operation="cross_entropy").flop == 2 * 8 * 100 * 3 * 4
     assert (LOGITS.flop, LOGITS.floor_bytes) == (0, 3 * 32 * 256 * 4)
 
 
-def test_a_gap_sets_how_far_the_teacher_is() -> None:
+def test_gap_is_the_distance_of_the_teacher() -> None:
     def distance(gap: float) -> float:
         inputs = build(Case(64, 256, 16, 16, gap=gap))
         s, t = inputs.student, inputs.teacher
@@ -82,20 +82,20 @@ def test_variants_compute_the_case(sizes: tuple[int, int], divergence: str, dtyp
     for name in (*variants.default_variants(case, "cpu"), *rows):
         if name == "floor":
             assert variants.build(name, case, build(case))() is None
-        elif name != "compile":  # the same formula, after seconds of compiling
+        elif name != "compile":  # compile is eager's formula and takes seconds to compile
             error = variants.check(name, case, "cpu")
             assert error is not None
             assert error < (0.05 if dtype == "bfloat16" else 1e-5), name
 
 
 @pytest.mark.parametrize("divergence", list(REGISTRY))
-def test_the_dense_formula_of_every_divergence(divergence: str) -> None:
+def test_eager_formula_of_every_divergence(divergence: str) -> None:
     error = variants.check("eager", Case(32, 256, dtype="float32", divergence=divergence), "cpu")
     assert error is not None
     assert error < 1e-5
 
 
-def test_cross_entropy_is_an_operation_of_its_own() -> None:
+def test_variants_compute_cross_entropy() -> None:
     case = Case(32, 256, 8, 16, operation="cross_entropy", masked=0.25)
     names = variants.default_variants(case, "cpu")
     assert names[:3] == ["floor", "eager", "compile"]
@@ -106,27 +106,27 @@ def test_cross_entropy_is_an_operation_of_its_own() -> None:
         assert error < 1e-5
 
 
-def test_options_in_a_variant_s_name() -> None:
+def test_options_are_parsed_from_a_variants_name() -> None:
     v = variants.Variant.parse("native/bfloat16@rows=512")
     assert v.options == {"backend": "native", "logits_dtype": torch.bfloat16, "chunk_rows": 512}
     assert variants.Variant.parse("torch@budget=3").options == {"backend": "torch", "memory_budget": 3 << 20}
     assert variants.Variant.parse("rows:cuda").rows_only
     assert table.name_of("native/bfloat16@rows=512") == "kdkernels native, bfloat16 logits, 512 rows"
-    for wrong in ("native@rows", "native@rows=0", "native@speed=9", "native@budget=x"):
+    for name in ("native@rows", "native@rows=0", "native@speed=9", "native@budget=x"):
         with pytest.raises(ValueError, match="after @"):
-            variants.Variant.parse(wrong)
+            variants.Variant.parse(name)
 
 
-def test_designed_memory_use() -> None:
+def test_accounted_memory_is_buffers_and_gradients() -> None:
     case = Case(1024, 256, 8, 16)
-    held = variants.held("torch@rows=128", case, build(case))
-    assert (held["rows_per_chunk"], held["num_chunks"]) == (128, 8)
+    plan = variants.held("torch@rows=128", case, build(case))
+    assert (plan["rows_per_chunk"], plan["num_chunks"]) == (128, 8)
     gradients = 4 * 8 * (1024 + 256)
-    assert held["buffer_bytes"] == 2 * 4 * 128 * 256
-    assert held["accounted_bytes"] == gradients + held["buffer_bytes"]
+    assert plan["buffer_bytes"] == 2 * 4 * 128 * 256
+    assert plan["accounted_bytes"] == gradients + plan["buffer_bytes"]
 
 
-def test_row_kernels_allocate_nothing_and_refuse_what_they_cannot() -> None:
+def test_row_kernel_variants_reuse_their_gradient_and_refuse_heads() -> None:
     inputs = build(LOGITS)
     step = variants.build("rows:torch", LOGITS, inputs)
     step()
@@ -139,7 +139,7 @@ def test_row_kernels_allocate_nothing_and_refuse_what_they_cannot() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_row_kernels_write_a_16_bit_gradient_over_float32_logits(backend: str) -> None:
-    """The default of the loss with a bfloat16 head on a GPU; each pass begins with the logits that the last one overwrote."""
+    """This is the default for a bfloat16 head on a GPU. Each pass restores the logits that the last one overwrote."""
     case = Case(16, 257, dtype="bfloat16")
     name = f"rows:{backend}/float32"
     inputs = build(case)
@@ -160,14 +160,14 @@ def test_row_kernels_write_a_16_bit_gradient_over_float32_logits(backend: str) -
 
 
 @pytest.mark.parametrize("case", [HEADS, LOGITS], ids=["heads", "logits"])
-def test_a_variant_that_computes_something_else_is_found(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variant_with_a_wrong_result_raises(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = variants._eager
     monkeypatch.setitem(variants._BUILDERS, "eager", lambda case, inputs: eager(Case(**{**vars(case), "temperature": 2.1}), inputs))
     with pytest.raises(RuntimeError, match="differs from the float64 reference"):
         variants.check("eager", case, "cpu")
 
 
-def test_nothing_is_timed_in_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_triton_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from kdkernels.backends import selection
 
     monkeypatch.setattr(selection, "unavailable", lambda *_: None)  # as with TRITON_INTERPRET=1
@@ -181,25 +181,27 @@ def test_unknown_variant_lists_the_valid_ones() -> None:
         variants.build("fast", HEADS, build(HEADS))
 
 
-def test_every_round_runs_every_variant_with_clear_gradients() -> None:
+def test_each_round_runs_every_variant_without_old_gradients() -> None:
     inputs = build(LOGITS)
-    ran: list[str] = []
+    order: list[str] = []
 
     def step(name: str) -> Callable[[], None]:
         def run() -> None:
             assert inputs.trained[0].grad is None
             inputs.trained[0].grad = torch.ones(LOGITS.n, LOGITS.v)
-            ran.append(name)
+            order.append(name)
 
         return run
 
     def too_large() -> None:
         raise torch.OutOfMemoryError("no memory\nmore of it")
 
-    taken, failed = measure.time_interleaved({"big": too_large, **{name: step(name) for name in "abc"}}, inputs, samples=6, warmup=2)
+    samples_by_name, failed = measure.time_interleaved(
+        {"big": too_large, **{name: step(name) for name in "abc"}}, inputs, samples=6, warmup=2
+    )
     assert failed == {"big": "OutOfMemoryError: no memory"}
-    rounds = ["".join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
-    assert {name: len(samples) for name, samples in taken.items()} == {"a": 6, "b": 6, "c": 6}
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert {name: len(samples) for name, samples in samples_by_name.items()} == {"a": 6, "b": 6, "c": 6}
     assert len(rounds) == 8
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len(set(rounds)) > 1
@@ -207,36 +209,36 @@ def test_every_round_runs_every_variant_with_clear_gradients() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux")
 def test_peak_memory_of_a_known_allocation() -> None:
-    """The floor of given logits writes one [N, V] buffer, here of 64 MiB."""
+    """The floor of a case with logits writes one [N, V] buffer, which takes 64 MiB here."""
     peak = visits.peak_extra_bytes("floor", Case(1024, 16384))
     assert abs(peak - (64 << 20)) < 2 << 20  # the kernel counts pages in batches
 
 
-def test_a_process_that_fails_says_why() -> None:
+def test_failed_process_raises_with_its_reason() -> None:
     with pytest.raises(processes.OutOfProcessError, match="variant 'fast' is unknown"):
         visits.peak_extra_bytes("fast", HEADS)
 
 
-def test_a_deadline_ends_the_rounds_but_leaves_a_sample() -> None:
+def test_deadline_ends_the_rounds_after_one_sample() -> None:
     rounds: list[int] = []
-    taken, _ = measure.time_interleaved(
+    samples, _ = measure.time_interleaved(
         {"a": lambda: None}, build(LOGITS), samples=9, after_round=lambda t: rounds.append(len(t["a"])), deadline=0.0
     )
-    assert len(taken["a"]) == 1
+    assert len(samples["a"]) == 1
     assert rounds == [0, 1]
 
 
-def test_rates_of_this_machine() -> None:
+def test_rates_of_this_machine_are_plausible() -> None:
     rates = measure.rates("cpu", ["float32"], samples=2)
     assert 0.1 < rates["copy_gb_s"] < 10_000
     assert rates["matrix"]["float32"]["tflop_s"] > 0
 
 
-# --- other libraries
+# --- peers: other libraries
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, build_loss: Callable[[Case, Inputs], Callable[[], torch.Tensor]], **options: Any) -> None:
-    """A library called "other" that is installed."""
+    """Register an installed peer with the name "other"."""
     monkeypatch.setitem(PEERS, "other", Peer("Other", "json", "torch", build_loss, **options))
 
 
@@ -244,63 +246,63 @@ def dense(case: Case, inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: variants._true_distillation(case, inputs)
 
 
-def test_every_peer_has_a_reason() -> None:
+def test_unavailable_peers_have_a_reason() -> None:
     for name, peer in PEERS.items():
         assert peer.cannot(LOGITS, "cpu") is not None, name
         if "cpu" not in peer.devices:
             assert peer.absent("cpu") is not None, name
     assert PEERS["fla"].module == "fla"
-    no_such = Peer("X", "no_such_module_anywhere", "no-such", dense)
-    assert no_such.absent("cpu") == "no-such is not installed"
+    missing = Peer("X", "no_such_module_anywhere", "no-such", dense)
+    assert missing.absent("cpu") == "no-such is not installed"
 
 
-@pytest.mark.usefixtures("here")
-def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("visits_in_this_process")
+def test_peer_with_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, lambda case, inputs: lambda: 2 * variants._true_distillation(case, inputs))
-    measured = measure_here(Job(HEADS, ("eager", "other"), samples=1, memory=False))
+    measured = measure_all(Job(HEADS, ("eager", "other"), samples=1, memory=False))
     eager, other = measured["results"]
     assert len(eager["samples_ms"]) == 1
     assert "samples_ms" not in other
     assert "the loss differs from the float64 reference by 1.0e+00" in other["skipped"]
 
 
-@pytest.mark.usefixtures("here")
-def test_a_peer_that_fails_gets_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("visits_in_this_process")
+def test_failing_peer_gets_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(case: Case, inputs: Inputs) -> Callable[[], torch.Tensor]:
         raise ImportError("libother.so.1 is missing\nand more")
 
     fake(monkeypatch, broken, note="it rounds")
-    measured = measure_here(Job(HEADS, ("floor", "other"), samples=1, memory=False))
+    measured = measure_all(Job(HEADS, ("floor", "other"), samples=1, memory=False))
     assert measured["results"][1]["skipped"] == "ImportError: libother.so.1 is missing"
     cells = list(table.rows(measured, None))[1]
     assert cells[1] == "did not run: ImportError: libother.so.1 is missing"
     assert table.notes(measured) == []
 
 
-@pytest.mark.usefixtures("here")
-def test_bounds_are_checked_and_never_count_as_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("visits_in_this_process")
+def test_bounds_are_checked_and_are_not_best_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, lambda case, inputs: lambda: variants._true_cross_entropy(case, inputs), operation="cross_entropy", note="a bound")
-    measured = measure_here(Job(HEADS, ("floor", "other"), samples=1, memory=False))
+    measured = measure_all(Job(HEADS, ("floor", "other"), samples=1, memory=False))
     assert measured["results"][1]["gradient_error"] < 1e-5
     assert table.best_peer(measured) is None
     assert table.notes(measured) == ["other: a bound."]
 
 
-@pytest.mark.usefixtures("here")
-def test_a_process_that_is_killed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("visits_in_this_process")
+def test_killed_process_gets_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any, **__: Any) -> int:
         raise processes.OutOfProcessError("its process was killed by signal 9, memory being short")
 
     monkeypatch.setattr(visits, "peak_extra_bytes", killed)
-    measured = measure_here(Job(HEADS, ("floor", "eager"), samples=1))
+    measured = measure_all(Job(HEADS, ("floor", "eager"), samples=1))
     assert "killed by signal 9" in measured["results"][1]["skipped"]
     assert len(measured["results"][0]["samples_ms"]) == 1
 
 
-@pytest.mark.usefixtures("here")
-def test_cases_beyond_the_memory_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("visits_in_this_process")
+def test_cases_larger_than_memory_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visits, "_available_bytes", lambda: 1000)
-    measured = measure_here(Job(HEADS, ("floor", "eager", "torch"), samples=1, memory=False))
+    measured = measure_all(Job(HEADS, ("floor", "eager", "torch"), samples=1, memory=False))
     assert ["skipped" in r for r in measured["results"]] == [True, True, False]
     assert "are free" in measured["results"][0]["skipped"]
 
@@ -325,7 +327,7 @@ def test_suites_grow_and_every_case_has_its_floor(device: str, monkeypatch: pyte
     assert rows == {(d, v) for d in REGISTRY for v in suites.ROW_VOCABULARIES}
 
 
-def test_the_parts_measure_every_compiled_backend_in_its_default_configuration() -> None:
+def test_gpu_suites_measure_every_compiled_backend() -> None:
     ours = ["triton", "cuda", "torch"]
     for job in suites.jobs("rows", "cuda", backends=ours):
         assert set(job.variants) == {"floor", "floor/float32"} | {f"rows:{name}{wide}" for name in ours[:2] for wide in ("", "/float32")}
@@ -341,6 +343,6 @@ def test_requested_cases_replace_the_suite() -> None:
     jobs = suites.jobs("smoke", "cpu", shapes=[(8, 100, 4, 6), (8, 100, 0, 0)], divergences=["jsd"], temperature=3.0, peers=[])
     assert [str(j.case) for j in jobs] == ["jsd, float32, N=8 V=100 Ds=4 Dt=6, T=3", "jsd, float32, N=8 V=100 (logits given), T=3"]
     assert not set(jobs[0].variants) & set(PEERS)
-    only = suites.jobs("smoke", "cpu", dtypes=["bfloat16"], backends=["torch"], peers=[])
-    assert {j.case.dtype for j in only} == {"bfloat16"}
-    assert only[0].variants == ("floor", "eager", "compile", "torch", "torch/bfloat16")
+    bfloat16_jobs = suites.jobs("smoke", "cpu", dtypes=["bfloat16"], backends=["torch"], peers=[])
+    assert {j.case.dtype for j in bfloat16_jobs} == {"bfloat16"}
+    assert bfloat16_jobs[0].variants == ("floor", "eager", "compile", "torch", "torch/bfloat16")

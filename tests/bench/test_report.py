@@ -1,4 +1,4 @@
-"""The documentation shows the measured results."""
+"""``benchmarks.report`` draws measured results into README, pages and figures, and detects stale ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGE = "".join(f"# {name}\n\n<!-- bench: {name} -->\n<!-- /bench -->\n\n" for na
 
 @pytest.fixture
 def repository(measured: Path, tmp_path: Path) -> Path:
-    """Create a tree with results, a README and a documentation page, all up to date."""
+    """Make a repository with results, a README and a documentation page, all up to date."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(PAGE)
     (tmp_path / "docs" / "page.md").write_text(PAGE)
@@ -43,7 +43,7 @@ def record_of(repository: Path) -> tuple[Path, dict[str, Any]]:
     return file, json.loads(file.read_text())
 
 
-def test_pages_and_figures_are_drawn_and_then_current(repository: Path) -> None:
+def test_pages_and_figures_are_drawn_and_up_to_date(repository: Path) -> None:
     assert report.report(repository, check=True) == []
     readme = (repository / "README.md").read_text()
     assert "PyTorch eager takes" in readme
@@ -60,8 +60,8 @@ def test_pages_and_figures_are_drawn_and_then_current(repository: Path) -> None:
 
 def test_new_results_make_documents_stale(repository: Path) -> None:
     file, record = record_of(repository)
-    at = next(m for m in record["cases"] if m["curve"] == "tokens")
-    at["results"][1]["peak_extra_bytes"] += 50 << 20
+    case = next(m for m in record["cases"] if m["curve"] == "tokens")
+    case["results"][1]["peak_extra_bytes"] += 50 << 20
     file.write_text(json.dumps(record))
     stale = ["README.md: memory tables", "docs/page.md: memory tables", "docs/figures/a-machine-tokens-mib.svg: curve figure"]
     assert report.report(repository, check=True) == stale
@@ -70,7 +70,7 @@ def test_new_results_make_documents_stale(repository: Path) -> None:
     assert report.report(repository, check=True) == []
 
 
-def test_results_of_a_run_that_was_cut_short_are_not_shown(repository: Path) -> None:
+def test_interrupted_results_raise(repository: Path) -> None:
     file, record = record_of(repository)
     file.write_text(json.dumps({**record, "status": "interrupted"}))
     with pytest.raises(report.ReportError, match="a-machine is from an interrupted run"):
@@ -95,7 +95,7 @@ def test_manual_edits_are_stale(repository: Path) -> None:
     assert not (figure.parent / "other-machine-loss-1.svg").exists()
 
 
-def test_a_figure_knows_its_data() -> None:
+def test_figure_is_current_only_for_its_data() -> None:
     line = {"name": "a", "ours": True, "x": [1, 2], "y": [1.0, 2.0]}
     data = {"title": "t", "x": "tokens", "y": "MiB", "log": True, "percent": False, "curves": [line]}
     svg = figures.draw("curve", data)
@@ -107,7 +107,7 @@ def test_a_figure_knows_its_data() -> None:
     assert figures.png("curve", data).startswith(b"\x89PNG")
 
 
-def test_better_rivals_are_mentioned(repository: Path) -> None:
+def test_better_peers_are_listed(repository: Path) -> None:
     _, record = record_of(repository)
     record["cases"] = [m for m in record["cases"] if not m["curve"]]
     for m in record["cases"]:
@@ -126,7 +126,7 @@ def test_better_rivals_are_mentioned(repository: Path) -> None:
     assert "gradient error 5.0e-04, kdkernels 1.0e-03" in text
 
 
-def test_a_gpu_is_shown_before_a_cpu() -> None:
+def test_gpu_is_shown_before_cpu() -> None:
     cpu, gpu = ({"environment": {"gpu": name}} for name in (None, "NVIDIA H200"))
     assert report.featured({"cpu-2core": cpu, "nvidia-h200": gpu})[0] == "nvidia-h200"
 
@@ -139,13 +139,13 @@ def test_a_gpu_is_shown_before_a_cpu() -> None:
         ("<!-- bench: summary -->\n<!-- bench: machines -->\n<!-- /bench -->", "README.md: the block 'summary' has no end"),
     ],
 )
-def test_invalid_markers(repository: Path, text: str, message: str) -> None:
+def test_invalid_markers_raise(repository: Path, text: str, message: str) -> None:
     (repository / "README.md").write_text(text)
     with pytest.raises(report.ReportError, match=message):
         report.report(repository, check=True)
 
 
-def test_the_command_fails_where_something_is_stale_or_nothing_is_there(
+def test_check_fails_for_stale_or_missing_results(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "ROOT", repository)

@@ -1,4 +1,4 @@
-"""The script that runs all GPU checks, and its kit, on a machine without a GPU."""
+"""The script that runs all GPU checks, its kit and the smoke checks, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def plan(*arguments: str) -> dict[str, int]:
-    """The steps of a dry run with their time limits in seconds."""
+    """Return the steps of a dry run with their time limits in seconds."""
     done = run_gpu("--dry-run", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     steps = dict(re.findall(r"^(\S+) +(\d+) s  ", done.stdout, re.MULTILINE))
@@ -34,7 +34,7 @@ def plan(*arguments: str) -> dict[str, int]:
     return {name: int(seconds) for name, seconds in steps.items()}
 
 
-def test_the_two_parts_fit_their_calls(tmp_path: Path) -> None:
+def test_time_limits_of_both_parts_fit_their_calls(tmp_path: Path) -> None:
     (tmp_path / "kit").mkdir()
     kit = ("--kit", str(tmp_path / "kit"), "--out", str(tmp_path / "out"))
     first, rest, both = (plan(*kit, "--part", part) for part in ("first", "rest", "all"))
@@ -48,7 +48,7 @@ def test_the_two_parts_fit_their_calls(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_kit_the_extension_is_built_unless_told_not_to() -> None:
+def test_extension_is_built_without_a_kit() -> None:
     assert next(iter(plan())) == "build"
     assert "build" not in plan("--no-build")
 
@@ -70,55 +70,55 @@ def test_gpu_script_rejects_unknown_arguments(arguments: list[str], word: str) -
 
 @pytest.fixture
 def triton_key(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Replace the installed Triton by a stub with a given build key."""
+    """Replace Triton's cache module with a stub that has another build key."""
     module = SimpleNamespace(triton_key=lambda: "3.6.0-one-build")
     monkeypatch.setattr(gpu_kit, "cache_module", lambda: module)
     return module
 
 
-def test_a_kits_kernels_are_found_by_another_build_of_triton(tmp_path: Path, triton_key: SimpleNamespace) -> None:
-    """Triton's cache names a folder by its own build, and its files of groups hold absolute paths."""
-    rests = ["source-a-options", "source-b-options"]
-    for rest in rests:
-        folder = tmp_path / "cache" / gpu_kit.folder_name(rest)
+def test_kernels_of_a_kit_work_with_another_build_of_triton(tmp_path: Path, triton_key: SimpleNamespace) -> None:
+    """Folder names in Triton's cache contain Triton's build key, and group files contain absolute paths."""
+    keys = ["source-a-options", "source-b-options"]
+    for key in keys:
+        folder = tmp_path / "cache" / gpu_kit.folder_name(key)
         folder.mkdir(parents=True)
-        (folder / "rows.cubin").write_bytes(rest.encode())
+        (folder / "rows.cubin").write_bytes(key.encode())
         (folder / "rows.json").write_text("{}")
-        (folder / "rows.ttir").write_text("large, and not needed")
+        (folder / "rows.ttir").write_text("large and unused")
         (folder / "__grp__rows.json").write_text('{"child_paths": {"rows.cubin": "/elsewhere/rows.cubin"}}')
     kit = tmp_path / "kit"
     kit.mkdir()
-    assert gpu_kit.pack(kit, tmp_path / "cache", {gpu_kit.folder_name(rest): rest for rest in rests}) == 2
+    assert gpu_kit.pack(kit, tmp_path / "cache", {gpu_kit.folder_name(key): key for key in keys}) == 2
     with tarfile.open(kit / gpu_kit.KERNELS) as archive:
         assert not [name for name in archive.getnames() if name.endswith(".ttir")]
 
-    before = {gpu_kit.folder_name(rest) for rest in rests}
+    before = {gpu_kit.folder_name(key) for key in keys}
     triton_key.triton_key = lambda: "3.6.0-another-build"
     assert gpu_kit.unpack(kit, tmp_path / "there") == 2
     folders = sorted((tmp_path / "there").iterdir())
     assert not before & {folder.name for folder in folders}
-    for rest in rests:
-        folder = tmp_path / "there" / gpu_kit.folder_name(rest)
+    for key in keys:
+        folder = tmp_path / "there" / gpu_kit.folder_name(key)
         children = json.loads((folder / "__grp__rows.json").read_text())["child_paths"]
-        assert Path(children["rows.cubin"]).read_bytes() == rest.encode()
+        assert Path(children["rows.cubin"]).read_bytes() == key.encode()
         assert sorted(children) == ["rows.cubin", "rows.json"]
 
 
-def test_a_kit_is_not_written_over_a_folder(tmp_path: Path) -> None:
+def test_kit_does_not_replace_an_existing_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("x")
     with pytest.raises(SystemExit, match="remove it, or name another folder"):
         gpu_kit.build(tmp_path)
     assert (tmp_path / "mine").read_text() == "x"
 
 
-def test_the_smoke_run_passes_where_the_kernels_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoke_checks_pass_for_correct_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_smoke, "DIVERGENCES", ("jsd",))
     for name, run in gpu_smoke.checks("native", "cpu", (77,)):
-        passed, words = run()
-        assert passed, f"{name}: {words}"
+        passed, message = run()
+        assert passed, f"{name}: {message}"
 
 
-def test_the_smoke_run_fails_where_a_result_is_off() -> None:
+def test_smoke_check_fails_for_a_wrong_result() -> None:
     def check(backend: str, double: bool) -> dict[str, torch.Tensor]:
         return {"loss": torch.tensor(1.0 + 1e-3 * (backend == "cuda"), dtype=torch.float64 if double else torch.float32)}
 
@@ -128,7 +128,7 @@ def test_the_smoke_run_fails_where_a_result_is_off() -> None:
 
 @pytest.mark.slow
 def test_gpu_tests_are_collected_without_some_extras() -> None:
-    """A file that cannot be imported keeps all others from running. A machine with torch has transformers, but hardly these."""
+    """A file that cannot be imported stops the whole run, and a GPU machine may lack these packages."""
     extras = ["datasets", "fastapi", "peft", "rapidfuzz", "sklearn", "uvicorn"]
     missing = "import sys, pytest; sys.modules.update(dict.fromkeys(sys.argv[1:])); raise SystemExit(pytest.main("
     arguments = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
@@ -139,7 +139,7 @@ def test_gpu_tests_are_collected_without_some_extras() -> None:
 
 
 def test_tests_stop_after_a_lost_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else thousands of tests would fail for the one that made an illegal access."""
+    """After an illegal access in one test, all later tests would fail too."""
 
     def lost() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -150,11 +150,11 @@ def test_tests_stop_after_a_lost_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         leave_lost_gpu()
 
 
-def test_the_gpu_script_needs_a_gpu(tmp_path: Path) -> None:
+def test_gpu_script_without_a_gpu_fails(tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one here")
+        pytest.skip("this machine has a GPU")
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexit 0\n")  # a Python that has everything
+    python.write_text("#!/bin/sh\nexit 0\n")  # stands for a Python with every package
     python.chmod(0o755)
     done = subprocess.run(
         ["bash", str(SCRIPT), "--out", str(tmp_path / "out")],

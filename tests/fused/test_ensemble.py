@@ -1,4 +1,4 @@
-"""Ensembles of teachers against the dense average in float64. The allowed error is relative to torch's in the same dtype."""
+"""Ensembles of teachers against the dense average in float64, with twice the error of torch in the same dtype allowed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODES = ("probs", "logits")
 def make_ensemble(
     leading: tuple[int, ...], mode: Any, kind: str = "heads", dtype: torch.dtype = torch.float32, device: str = "cpu", vocab: int = VOCAB
 ) -> kd.Ensemble:
-    """Build an ensemble of three teachers that differ in every allowed way."""
+    """Build an ensemble of three teachers with different hidden sizes, dtypes, biases, scales and softcaps."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     dense = [make_side(leading, vocab, None, dtype=d, device=device, seed=s) for s, d in ((11, dtype), (12, wide), (13, dtype))]
     heads = [
@@ -37,7 +37,7 @@ def make_ensemble(
 
 
 def average(teacher: kd.Ensemble, temperature: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Dense logits of the ensemble, ``[..., V]``, in ``dtype``, or as a careful user makes them."""
+    """Return the ensemble's dense logits ``[..., V]``, computed in ``dtype`` (None: float32 or wider)."""
     logits = [dense_logits(t if dtype is None else to_dtype(t, dtype)) for t in teacher.teachers]
     logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
     weights = teacher.weights or [1.0] * len(logits)
@@ -62,7 +62,7 @@ def check(backend: str, student: Any, teacher: kd.Ensemble, options: dict[str, A
     eager = run(student, average(teacher, temperature), options, loss_of_one)
     truth = run(student, average(teacher, temperature, torch.float64), options, loss_of_one, torch.float64)
     for name, value in ours.items():
-        # Written in the student's dtype in forward, multiplied by the upstream gradient in backward: rounded twice.
+        # The gradient is rounded twice: stored in the student's dtype in forward, multiplied by the upstream gradient in backward.
         scale = 2 * float(truth[name].abs().max()) if name == "d_logits" else None
         assert_close_2x(name, value, eager[name], truth[name], scale)
     return ours
@@ -94,7 +94,7 @@ def test_values_and_gradients(case: dict[str, Any], any_backend: str, device: st
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_teacher_is_that_teacher(mode: Any, any_backend: str, device: str) -> None:
+def test_ensemble_of_one_teacher_equals_that_teacher(mode: Any, any_backend: str, device: str) -> None:
     student, teacher = (make_side((5,), VOCAB, 8, device=device, seed=s) for s in (0, 1))
     both = [
         run(student, t, {"temperature": 2.0, "backend": any_backend}, kd.distillation_loss)
@@ -104,10 +104,10 @@ def test_one_teacher_is_that_teacher(mode: Any, any_backend: str, device: str) -
         torch.testing.assert_close(both[1][name], value, rtol=2e-5, atol=1e-6)
 
 
-def test_the_modes_are_unlike_and_weights_are_shares() -> None:
-    student, one, other = (make_side((5,), VOCAB, None, seed=s) for s in (0, 1, 2))
+def test_modes_differ_and_weights_are_normalised() -> None:
+    student, first, second = (make_side((5,), VOCAB, None, seed=s) for s in (0, 1, 2))
     results = [
-        float(kd.distillation_loss(student, kd.Ensemble([one, other], weights, mode=mode)))
+        float(kd.distillation_loss(student, kd.Ensemble([first, second], weights, mode=mode)))
         for mode, weights in (("probs", None), ("logits", None), ("probs", [3, 3]), ("logits", [0.1, 0.1]))
     ]
     assert results[2:] == pytest.approx(results[:2])
@@ -115,8 +115,8 @@ def test_the_modes_are_unlike_and_weights_are_shares() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_columns_that_teachers_exclude(mode: Any, any_backend: str, device: str) -> None:
-    """Excluded by all, or of logits by one, it has no probability; of probabilities one teacher suffices to give it some."""
+def test_columns_that_some_or_all_teachers_exclude(mode: Any, any_backend: str, device: str) -> None:
+    """With averaged logits, a column excluded by one teacher has probability 0. With averaged probabilities, only one excluded by all."""
     if interpreted(any_backend, device):
         pytest.skip("the row kernel gets a plain teacher")
     student, *teachers = (make_side((4,), 40, None, device=device, seed=s) for s in range(3))
@@ -124,9 +124,9 @@ def test_columns_that_teachers_exclude(mode: Any, any_backend: str, device: str)
         t[:, 30:] = -math.inf
     teachers[0][:, 20:30] = -math.inf
     for divergence in (kd.ForwardKL(), kd.JSD(0.3)):
-        got = check(any_backend, student, kd.Ensemble(teachers, mode=mode), {"divergence": divergence})
-        assert all(torch.isfinite(v).all() for v in got.values())
-        # Excluded by the student too, a column might as well not be there.
+        result = check(any_backend, student, kd.Ensemble(teachers, mode=mode), {"divergence": divergence})
+        assert all(torch.isfinite(v).all() for v in result.values())
+        # A column that the student excludes too has no effect.
         short = student.clone()
         short[:, 37:] = -math.inf
         both = [
@@ -138,8 +138,8 @@ def test_columns_that_teachers_exclude(mode: Any, any_backend: str, device: str)
         assert (both[0]["d_logits"][:, 37:] == 0).all()
 
 
-def test_what_float32_takes_for_0_is_not_lost(any_backend: str, device: str) -> None:
-    """exp(-100) is: averaged as probabilities the reverse KL would be infinite."""
+def test_tiny_probabilities_of_all_teachers_are_not_lost(any_backend: str, device: str) -> None:
+    """exp(-100) is 0 in float32. An average of such probabilities would make the reverse KL infinite."""
     student, *teachers = (make_side((3,), 20, None, device=device, seed=s) for s in range(3))
     for t in teachers:
         t[:, 0] += 200
@@ -148,7 +148,7 @@ def test_what_float32_takes_for_0_is_not_lost(any_backend: str, device: str) -> 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ignored_and_failing_rows(mode: Any, any_backend: str, device: str) -> None:
+def test_nan_stays_in_its_row_and_ignored_rows_are_zero(mode: Any, any_backend: str, device: str) -> None:
     student = to_dtype(make_side((5,), 40, 8, device=device), None, requires_grad=True)
     teacher = make_ensemble((5,), mode, device=device, vocab=40)
     labels = torch.tensor([1, -100, 2, 3, 4], device=device)
@@ -165,7 +165,7 @@ def test_ignored_and_failing_rows(mode: Any, any_backend: str, device: str) -> N
 
 @pytest.mark.parametrize("kind", ["heads", "logits", "mixed"])
 @pytest.mark.parametrize("dim", [None, 8])
-def test_chunks_and_a_second_backward_change_nothing(kind: str, dim: int | None, engine_backend: str, device: str) -> None:
+def test_result_does_not_depend_on_chunks_or_a_second_backward(kind: str, dim: int | None, engine_backend: str, device: str) -> None:
     student = to_dtype(make_side((11,), VOCAB, dim, device=device), None, requires_grad=True)
     leaves = [student] if isinstance(student, Tensor) else [student.hidden, student.weight]
     teacher = make_ensemble((11,), "probs", kind, device=device)
@@ -175,8 +175,8 @@ def test_chunks_and_a_second_backward_change_nothing(kind: str, dim: int | None,
         first = torch.autograd.grad(loss, leaves, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True))
         results.append((loss, *first))
-    for other in results[1:]:
-        for a, b in zip(other, results[0], strict=True):
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
@@ -192,8 +192,8 @@ def test_gradcheck(mode: Any, reduction: str) -> None:
     assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
-def test_the_products_of_a_call(calls: dict[str, int]) -> None:
-    """One for each head, once; the teachers' are not kept for backward unless it needs them."""
+def test_each_head_is_multiplied_once(calls: dict[str, int]) -> None:
+    """Three teachers and the student have one product each, and backward one for each gradient."""
     student = to_dtype(make_side((6,), 23, 4), None, requires_grad=True)
     loss = kd.distillation_loss(student, make_ensemble((6,), "probs", vocab=23), backend="torch")
     loss.backward()
@@ -211,15 +211,15 @@ def test_no_gradient_reaches_a_teacher() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_without_a_break(reduction: str, engine_backend: str) -> None:
+def test_ensemble_compiles_into_one_graph(reduction: str, engine_backend: str) -> None:
     student = to_dtype(make_side((6,), 40, 8), None, requires_grad=True)
     teacher = make_ensemble((6,), "probs", "mixed", vocab=40)
     assert isinstance(student, kd.LMHead)
     leaves = [student.hidden, student.weight]
 
     def step(h: Tensor, w: Tensor, first: Tensor) -> Tensor:
-        several = kd.Ensemble([first, *teacher.teachers[1:]], [1.0, 2.0, 0.5], mode="probs")
-        return kd.distillation_loss(kd.LMHead(h, w), several, temperature=2.0, reduction=reduction, backend=engine_backend).sum()
+        ensemble = kd.Ensemble([first, *teacher.teachers[1:]], [1.0, 2.0, 0.5], mode="probs")
+        return kd.distillation_loss(kd.LMHead(h, w), ensemble, temperature=2.0, reduction=reduction, backend=engine_backend).sum()
 
     plain = torch.autograd.grad(step(*leaves, teacher.teachers[0]), leaves)
     fused = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves, teacher.teachers[0])
@@ -235,11 +235,11 @@ def test_autocast(engine_backend: str, device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         mixed = kd.distillation_loss(student, teacher, backend=engine_backend)
     exact = kd.distillation_loss(to_dtype(student, torch.bfloat16), half, backend=engine_backend)
-    torch.testing.assert_close(mixed, exact, rtol=2e-3, atol=1e-4)  # their biases are rounded in one of the two
+    torch.testing.assert_close(mixed, exact, rtol=2e-3, atol=1e-4)  # only one of the two rounds the biases
 
 
-def test_plan_and_memory_count_two_buffers() -> None:
-    """The average and, in turn, a head's logits, however many teachers there are."""
+def test_plan_counts_two_teacher_buffers() -> None:
+    """The two teacher buffers hold the average and one head's logits, for any number of teachers."""
     head = kd.LMHead(torch.randn(8, 4), torch.randn(1024, 4))
     one, two, six = (kd.plan(head, t, backend="torch") for t in (head, *(kd.Ensemble([head] * n, mode="probs") for n in (2, 6))))
     row = 1024 * 4
@@ -253,10 +253,10 @@ def test_statistics(any_backend: str, device: str) -> None:
     student = make_side((6,), VOCAB, 8, device=device)
     teacher = make_ensemble((6,), "probs", device=device)
     options = {"labels": make_labels((6,), VOCAB, device), "temperature": 2.0, "return_stats": True, "backend": any_backend}
-    _, found = kd.distillation_loss(student, teacher, **options)
+    _, stats = kd.distillation_loss(student, teacher, **options)
     _, expected = kd.distillation_loss(student, average(teacher, 2.0), **options)
     for name, value in vars(expected).items():
-        torch.testing.assert_close(getattr(found, name), value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(getattr(stats, name), value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,6 @@ def test_statistics(any_backend: str, device: str) -> None:
         (lambda z: loss(kd.Ensemble([z], mode="probs"), z), TypeError, "student must be an LMHead or a tensor"),
     ],
 )  # fmt: skip
-def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
+def test_invalid_ensembles_raise(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.randn(3, 10))

@@ -1,4 +1,4 @@
-"""Gradients: which inputs get one, its cost, and use inside larger graphs."""
+"""Gradients: which inputs get one, how many matrix products they need, and use inside larger graphs."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from kdkernels.divergences import Divergence
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-# ---- who gets a gradient, and what it costs
+# ---- which inputs get a gradient, and its cost
 
-WANTED = list(itertools.product([False, True], repeat=3))
+TRAINED = list(itertools.product([False, True], repeat=3))
 
 
-@pytest.mark.parametrize("wanted", WANTED, ids=lambda w: "".join("hwb"[i] if x else "-" for i, x in enumerate(w)))
+@pytest.mark.parametrize("trained", TRAINED, ids=lambda w: "".join("hwb"[i] if x else "-" for i, x in enumerate(w)))
 @reductions
 def test_unneeded_gradients_are_not_computed(
-    wanted: tuple[bool, bool, bool], reduction: str, engine_backend: str, device: str, calls: dict[str, int]
+    trained: tuple[bool, bool, bool], reduction: str, engine_backend: str, device: str, calls: dict[str, int]
 ) -> None:
     student, teacher = pair(device=device, bias=True)
     labels = make_labels((6,), 33, device)
     options = {"labels": labels, "reduction": reduction, "divergence": kd.ReverseKL()}
     expected = run(dense_loss, student, teacher, options)
-    hidden, weight, bias = wanted
-    for t, want in zip(tensors(student), wanted, strict=True):
-        t.requires_grad_(want)
+    hidden, weight, bias = trained
+    for t, trains in zip(tensors(student), trained, strict=True):
+        t.requires_grad_(trains)
     loss = kd.distillation_loss(student, teacher, **options, backend=engine_backend)
-    assert loss.requires_grad == any(wanted)
-    if any(wanted):
+    assert loss.requires_grad == any(trained)
+    if any(trained):
         loss.sum().backward()
-    for name, t, want in zip(("d_hidden", "d_weight", "d_bias"), tensors(student), wanted, strict=True):
-        assert (t.grad is not None) == want
-        if want:
+    for name, t, trains in zip(("d_hidden", "d_weight", "d_bias"), tensors(student), trained, strict=True):
+        assert (t.grad is not None) == trains
+        if trains:
             torch.testing.assert_close(t.grad, expected[name], rtol=1e-4, atol=1e-5)
-    again = reduction == "none" and (weight or bias)  # the head's gradient takes the rows once more
-    assert calls == {"logits": 4 if again else 2, "grad_hidden": int(hidden), "add_grad_weight": int(weight)}
+    recomputed = reduction == "none" and (weight or bias)  # the head's gradient needs the logits again
+    assert calls == {"logits": 4 if recomputed else 2, "grad_hidden": int(hidden), "add_grad_weight": int(weight)}
 
 
 @sides
 @reductions
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_loss_alone(
+def test_loss_without_gradients_needs_no_gradient_products(
     dims: tuple[int | None, int | None], reduction: str, context: Any, any_backend: str, device: str, calls: dict[str, int]
 ) -> None:
     student, teacher = pair(dims, device=device)
@@ -58,15 +58,15 @@ def test_loss_alone(
     expected = kd.distillation_loss(student, teacher, reduction=reduction, backend=any_backend)
     before = dict(calls)
     with context():
-        got = kd.distillation_loss(student, teacher, reduction=reduction, backend=any_backend)
-    assert not got.requires_grad
-    torch.testing.assert_close(got, expected)
+        loss = kd.distillation_loss(student, teacher, reduction=reduction, backend=any_backend)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected)
     assert calls["grad_hidden"] == before["grad_hidden"]
     assert calls["add_grad_weight"] == before["add_grad_weight"]
 
 
-def test_inference_tensors(backend: str, device: str) -> None:
-    """Hidden states that were made under inference_mode, as a generation loop makes them."""
+def test_inference_tensors_are_accepted(backend: str, device: str) -> None:
+    """A generation loop makes hidden states under inference_mode."""
     with torch.inference_mode():
         student, teacher = pair(device=device)
         loss = kd.distillation_loss(student, teacher, labels=make_labels((6,), 33, device), backend=backend, return_stats=True)[0]
@@ -84,24 +84,24 @@ def test_teacher_that_requires_grad_is_detached(any_backend: str, device: str) -
         assert all(t.grad is not None for t in tensors(student))
 
 
-def test_no_other_warnings(any_backend: str) -> None:
+def test_usual_calls_do_not_warn(any_backend: str) -> None:
     student, teacher = pair()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run(kd.distillation_loss, student, teacher, {"labels": make_labels((6,), 33), "backend": any_backend})
-        with torch.no_grad():  # here a teacher that requires grad costs nothing
+        with torch.no_grad():  # no gradient is computed, so no warning
             kd.distillation_loss(student, to_dtype(teacher, None, requires_grad=True), backend=any_backend)
 
 
 def test_self_distillation_of_one_tensor(any_backend: str) -> None:
-    """The same logits on both sides: the student's gradient flows, the teacher's does not."""
+    """The same logits are teacher and part of the student. Only the student's gradient flows."""
     logits = torch.randn(4, 9, requires_grad=True)
     other = torch.randn(4, 9)
     with pytest.warns(UserWarning, match="detached"):
         kd.distillation_loss(logits + other, logits, backend=any_backend).backward()
-    again = logits.detach().clone().requires_grad_()
-    dense_loss(again + other, logits.detach()).backward()
-    torch.testing.assert_close(logits.grad, again.grad)
+    expected = logits.detach().clone().requires_grad_()
+    dense_loss(expected + other, logits.detach()).backward()
+    torch.testing.assert_close(logits.grad, expected.grad)
 
 
 # ---- graphs
@@ -111,7 +111,7 @@ def test_self_distillation_of_one_tensor(any_backend: str) -> None:
 @pytest.mark.parametrize("kind", ["head", "dense"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck(divergence: Divergence, kind: str, reduction: str) -> None:
-    """Central differences in float64: the one check that owes nothing to any formula of ours."""
+    """Compare with central differences in float64, which need no formula of the package."""
     labels = torch.tensor([3, -100, 0])
     options = {
         "divergence": divergence, "temperature": 1.5, "labels": labels, "ce_weight": 0.3, "token_weights": torch.tensor([0.5, 1.0, 2.0]),
@@ -140,7 +140,7 @@ def test_upstream_gradients_of_any_sign(dims: tuple[int | None, int | None], any
 
 @sides
 def test_loss_in_a_larger_graph(dims: tuple[int | None, int | None], any_backend: str, device: str) -> None:
-    """Inputs are not leaves, and a nonlinear function follows the per-token losses."""
+    """The inputs are not leaves, and a nonlinear function of the per-token losses follows."""
     student, teacher = pair(dims, (6,), device=device)
 
     def total(loss_fn: Any, side: Any, **kw: Any) -> Tensor:
@@ -167,10 +167,10 @@ def test_second_backward_is_identical(
     loss = kd.distillation_loss(student, teacher, labels=make_labels((6,), 33, device), reduction=reduction, backend=engine_backend)
     upstream = torch.full_like(loss, -0.7)
     first = torch.autograd.grad(loss, tensors(student), upstream, retain_graph=True)
-    other = torch.autograd.grad(loss, tensors(student), 3 * upstream, retain_graph=True)
+    scaled = torch.autograd.grad(loss, tensors(student), 3 * upstream, retain_graph=True)
     second = torch.autograd.grad(loss, tensors(student), upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, scaled, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, tensors(student), upstream)
 
@@ -178,7 +178,7 @@ def test_second_backward_is_identical(
 @sides
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_second_derivatives_raise(dims: tuple[int | None, int | None], reduction: str, engine_backend: str, device: str) -> None:
-    """They are not implemented. Zeros without a word would be worse."""
+    """Second derivatives are not implemented, and must not be silently zero."""
     student, teacher = pair(dims, device=device)
     student = to_dtype(student, None, requires_grad=True)
     loss = kd.distillation_loss(student, teacher, reduction=reduction, backend=engine_backend).sum()
@@ -188,8 +188,8 @@ def test_second_derivatives_raise(dims: tuple[int | None, int | None], reduction
 
 
 @reductions
-def test_changed_inputs_are_noticed(reduction: str, engine_backend: str) -> None:
-    """Backward may read the logits again: if they were overwritten meanwhile, autograd has to say so."""
+def test_inputs_changed_before_backward_raise(reduction: str, engine_backend: str) -> None:
+    """Backward may read the logits again. If they were overwritten, autograd must raise."""
     student = torch.randn(4, 9, requires_grad=True)
     logits = student * 1.0
     loss = kd.distillation_loss(logits, torch.randn(4, 9), reduction=reduction, backend=engine_backend).sum()
@@ -200,21 +200,23 @@ def test_changed_inputs_are_noticed(reduction: str, engine_backend: str) -> None
 
 
 @sides
-def test_inputs_are_not_written_to(dims: tuple[int | None, int | None], any_backend: str, device: str) -> None:
+def test_inputs_are_not_modified(dims: tuple[int | None, int | None], any_backend: str, device: str) -> None:
     student, teacher = pair(dims, device=device, bias=True, softcap=5.0)
     student = to_dtype(student, None, requires_grad=True)
     before = [t.detach().clone() for t in tensors(student) + tensors(teacher)]
     labels, weights = make_labels((6,), 33, device), torch.rand(6, device=device)
-    kept = labels.clone(), weights.clone()
+    copies = labels.clone(), weights.clone()
     kd.distillation_loss(student, teacher, labels=labels, token_weights=weights, temperature=2.0, backend=any_backend).backward()
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(student) + tensors(teacher), strict=True))
-    assert torch.equal(labels, kept[0])
-    assert torch.equal(weights, kept[1])
+    assert torch.equal(labels, copies[0])
+    assert torch.equal(weights, copies[1])
 
 
 @sides
 @reductions
-def test_deterministic(dims: tuple[int | None, int | None], reduction: str, engine_backend: str, device: str) -> None:
+def test_loss_and_gradients_are_deterministic(
+    dims: tuple[int | None, int | None], reduction: str, engine_backend: str, device: str
+) -> None:
     student, teacher = pair(dims, (9,), device=device, bias=True)
     options = {
         "labels": make_labels((9,), 33, device),

@@ -1,4 +1,4 @@
-"""Losses and primitives at their limits: temperatures close to 0, certain models, and invalid arguments."""
+"""Losses and primitives at their limits: temperatures close to 0, certain models, forward mode, vmap, and invalid values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def loss_gradient(z: Tensor, teacher: Any, **options: Any) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 1e-25, 1e-300])
-def test_softmax_and_draws_become_the_largest(any_backend: str, device: str, temperature: float) -> None:
+def test_softmax_and_draws_select_the_largest_logit(any_backend: str, device: str, temperature: float) -> None:
     z = 4 * normal(5, 300).to(device)
     hot = torch.nn.functional.one_hot(z.argmax(-1), 300).to(z.dtype)
     torch.testing.assert_close(kd.softmax(z, temperature, backend=any_backend), hot)
@@ -65,7 +65,7 @@ def test_equal_largest_logits_share_the_probability(any_backend: str, device: st
 @pytest.mark.parametrize("head", ["logits", "scale", "softcap", "bias"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation", "skew_kl"])
 def test_losses_at_a_tiny_temperature(any_backend: str, device: str, divergence: str, head: str) -> None:
-    """With T^2 the divergences vanish as T does; without it total variation and JSD tend to those of the two largest."""
+    """With T^2 the divergences tend to 0. Without it, total variation and JSD tend to those of the two argmax tokens."""
     options = {"logits": {}, "scale": {"scale": 3.7}, "softcap": {"softcap": 5.0}, "bias": {"bias": normal(40, seed=3).to(device)}}[head]
     logits = [4 * normal(6, 40, seed=seed).to(device) for seed in (1, 2)]
     sides = logits if head == "logits" else [kd.LMHead(z, torch.eye(40, device=device), **options) for z in logits]
@@ -76,14 +76,14 @@ def test_losses_at_a_tiny_temperature(any_backend: str, device: str, divergence:
     assert float(loss.detach().abs().max()) < 1e-8
     assert float(gradient.abs().max()) < 1e-8
     if divergence in ("jsd", "total_variation"):
-        plain = kd.distillation_loss(*sides, t_squared=False, **settings)
+        unscaled = kd.distillation_loss(*sides, t_squared=False, **settings)
         exact = {"jsd": math.log(2), "total_variation": 1.0}[divergence]
-        tops = [kd.topk_logprobs(side, 1, backend=any_backend).ids[:, 0] for side in sides]
-        torch.testing.assert_close(plain.detach(), exact * (tops[0] != tops[1]).to(plain.dtype))
+        argmax = [kd.topk_logprobs(side, 1, backend=any_backend).ids[:, 0] for side in sides]
+        torch.testing.assert_close(unscaled.detach(), exact * (argmax[0] != argmax[1]).to(unscaled.dtype))
 
 
 @pytest.mark.parametrize("mode", ["probs", "logits"])
-def test_an_ensemble_at_a_tiny_temperature(any_backend: str, device: str, mode: Any) -> None:
+def test_ensemble_at_a_tiny_temperature(any_backend: str, device: str, mode: Any) -> None:
     students, teachers = normal(5, 30).to(device), [normal(5, 30, seed=s).to(device) for s in (1, 2, 3)]
     loss, gradient = loss_gradient(students, kd.Ensemble(teachers, mode=mode), temperature=1e-12, backend=any_backend)
     assert float(loss) < 1e-9
@@ -91,8 +91,8 @@ def test_an_ensemble_at_a_tiny_temperature(any_backend: str, device: str, mode: 
 
 
 @pytest.mark.parametrize("temperature", [1e-8, 1e-12, 1e-40])
-def test_a_renormalised_topk_at_a_tiny_temperature(any_backend: str, device: str, temperature: float) -> None:
-    """The teacher's two equal tokens keep half of the probability each, also where T turns their logarithms into millions."""
+def test_renormalised_topk_at_a_tiny_temperature(any_backend: str, device: str, temperature: float) -> None:
+    """Two equal tokens of the teacher have probability 1/2 each, although their log-probabilities over T are huge."""
     ids = torch.tensor([[4, 7, 9, -1]], device=device)
     teacher = kd.TopK(ids, torch.tensor([[0.4, 0.4, 0.1, 1.0]], device=device).log(), tail="renorm")
     student = torch.zeros(1, 12, device=device)
@@ -106,7 +106,7 @@ def test_a_renormalised_topk_at_a_tiny_temperature(any_backend: str, device: str
 
 
 def certain(rows: int, vocab: int, temperature: float, device: str) -> tuple[Tensor, Tensor]:
-    """Logits of two models that both give all but about 1e-8 of the probability to the same token."""
+    """Return logits of two models that both give probability 1 - 1e-8 to the same token."""
     sides = normal(rows, vocab), normal(rows, vocab, seed=1)
     top = torch.arange(rows) % vocab
     for seed, side in enumerate(sides):
@@ -115,7 +115,7 @@ def certain(rows: int, vocab: int, temperature: float, device: str) -> tuple[Ten
 
 
 @pytest.mark.parametrize("divergence", sorted(REGISTRY.keys() - {"logit_mse"}))
-def test_gradients_of_models_that_are_certain(backend: str, device: str, divergence: str) -> None:
+def test_gradients_of_certain_models_are_accurate(backend: str, device: str, divergence: str) -> None:
     student, teacher = certain(24, 101, 1.5, device)
     options = {"divergence": divergence, "temperature": 1.5, "t_squared": False, "reduction": "none"}
     _, truth = loss_gradient(student.double(), teacher.double(), backend="reference", **options)
@@ -126,8 +126,8 @@ def test_gradients_of_models_that_are_certain(backend: str, device: str, diverge
 
 @pytest.mark.parametrize("softcap", [None, 80.0])
 @pytest.mark.parametrize("scale", [1.0, 0.7])
-def test_a_trainable_head_of_models_that_are_certain(backend: str, device: str, scale: float, softcap: float | None) -> None:
-    """Backward multiplies again here: its logits need not be forward's to the last bit."""
+def test_head_gradient_of_certain_models_is_accurate(backend: str, device: str, scale: float, softcap: float | None) -> None:
+    """Backward computes the logits again, and they may differ from forward's in the last bit."""
     student, teacher = certain(16, 64, 1.5, device)
 
     def weight_gradient(dtype: torch.dtype, backend: str) -> Tensor:
@@ -144,8 +144,8 @@ def test_a_trainable_head_of_models_that_are_certain(backend: str, device: str, 
 
 
 @pytest.mark.parametrize("name", ["torch", "native", "triton", "cuda"])
-def test_backward_sums_the_slopes_that_it_writes(name: str, device: str) -> None:
-    """Whatever rounds the saved normalisers otherwise (another compiler, another thread count) moves no gradient of total variation."""
+def test_saved_normalisers_with_other_rounding_keep_gradients_small(name: str, device: str) -> None:
+    """Backward sums the slopes that it writes, so a change of the saved normalisers by some ulp does not matter."""
     require(name, device)
     student, teacher = certain(12, 101, 1.5, device)
     problem = Call(kd.TotalVariation(), 101, temperature=1.5, t_squared=False, wants_input=True, backend=name)
@@ -153,10 +153,10 @@ def test_backward_sums_the_slopes_that_it_writes(name: str, device: str) -> None
     module = selection.load(name)
     module.rows(problem, RowBatch(student, teacher, None, None, None, None, state, loss=loss), FORWARD)
     for ulps in (-3, 0, 3):
-        moved = state.clone()
-        moved[1] += ulps * 6e-8
+        changed = state.clone()
+        changed[1] += ulps * 6e-8
         dz = torch.full_like(student, math.nan)
-        module.rows(problem, RowBatch(student, teacher, None, None, None, None, moved, dz=dz), Stage.SUMS | Stage.GRADIENT)
+        module.rows(problem, RowBatch(student, teacher, None, None, None, None, changed, dz=dz), Stage.SUMS | Stage.GRADIENT)
         assert float(dz.abs().max()) < 1e-5, ulps
 
 
@@ -191,26 +191,26 @@ FORWARD_MODES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = 
 
 @pytest.mark.parametrize("mode", FORWARD_MODES)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_forward_mode_is_refused_by_name(name: str, mode: str) -> None:
+def test_forward_mode_raises_with_the_functions_name(name: str, mode: str) -> None:
     with pytest.raises(RuntimeError, match=rf"kdkernels\.{name} has no forward-mode derivative.*backend=\"reference\""):
         FORWARD_MODES[mode](lambda z: FUNCTIONS[name](z, "torch"), normal(5, 40))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_forward_mode_of_the_reference(name: str) -> None:
+def test_forward_mode_of_the_reference_equals_the_gradient(name: str) -> None:
     z, direction = normal(5, 40).double(), normal(5, 40, seed=2).double()
-    (gradient,) = torch.autograd.grad(FUNCTIONS[name](at := z.clone().requires_grad_(), "reference"), at)
+    (gradient,) = torch.autograd.grad(FUNCTIONS[name](leaf := z.clone().requires_grad_(), "reference"), leaf)
     _, tangent = torch.func.jvp(lambda x: FUNCTIONS[name](x, "reference"), (z,), (direction,))
     torch.testing.assert_close(tangent, (gradient * direction).sum(), check_dtype=False)
 
 
-def test_tangents_of_constants_and_of_out() -> None:
+def test_tangents_of_weights_and_out_raise() -> None:
     z, y, weights = normal(5, 40), normal(5, 40, seed=1), torch.rand(5)
     with pytest.raises(RuntimeError, match="token_weights have a forward-mode tangent"):
         torch.func.jvp(lambda w: kd.distillation_loss(z, y, token_weights=w, backend="reference"), (weights,), (weights,))
     with pytest.raises(RuntimeError, match="out= records no forward-mode derivative"):
         torch.func.jvp(lambda x: kd.softmax(x, out=torch.empty_like(z)), (z,), (z,))
-    with forward_ad.dual_level():  # an open level alone is nothing wrong
+    with forward_ad.dual_level():  # an open level without tangents is allowed
         assert torch.isfinite(kd.distillation_loss(z, y))
 
 
@@ -219,7 +219,7 @@ def test_tangents_of_constants_and_of_out() -> None:
 
 @pytest.mark.parametrize("value", [-1, -2.5, math.nan, math.inf])
 @pytest.mark.parametrize("function", ["distillation_loss", "cross_entropy"])
-def test_impossible_numbers_of_items(function: str, value: float) -> None:
+def test_invalid_num_items_raise(function: str, value: float) -> None:
     second = normal(4, 30, seed=1) if function == "distillation_loss" else torch.arange(4)
     for items in (value, torch.tensor(value), torch.tensor([value], dtype=torch.float64)):
         with pytest.raises(ValueError, match="num_items must be finite and >= 0"):
@@ -227,7 +227,7 @@ def test_impossible_numbers_of_items(function: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("items", [0, 0.0, torch.tensor(0)])
-def test_zero_items(any_backend: str, device: str, items: Any) -> None:
+def test_num_items_0_raises_with_valid_tokens(any_backend: str, device: str, items: Any) -> None:
     z, y = normal(4, 30).to(device), normal(4, 30, seed=1).to(device)
     with pytest.raises(ValueError, match="num_items is 0, but 4 tokens are valid"):
         kd.distillation_loss(z, y, num_items=items, backend=any_backend)
@@ -237,7 +237,7 @@ def test_zero_items(any_backend: str, device: str, items: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_zero_items_on_a_gpu_wait_for_nothing() -> None:
+def test_num_items_0_on_a_gpu_is_not_read() -> None:
     z, y = normal(4, 30).cuda(), normal(4, 30, seed=1).cuda()
     assert not torch.isfinite(kd.distillation_loss(z, y, num_items=torch.tensor(0, device="cuda")))
 
@@ -245,7 +245,7 @@ def test_zero_items_on_a_gpu_wait_for_nothing() -> None:
 # ---- vmap
 
 
-def test_vmap_of_the_reference() -> None:
+def test_vmap_of_the_reference_equals_separate_calls() -> None:
     z, y, labels = normal(3, 5, 40), normal(3, 5, 40, seed=1), torch.arange(15).view(3, 5)
     labels[0, 1] = labels[2, 3] = -100
     weights, draws = torch.rand(3, 5), kd.sample(y, 2)
@@ -265,12 +265,12 @@ def test_vmap_of_the_reference() -> None:
         torch.testing.assert_close(mapped, each, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# ---- memory that is shared
+# ---- shared memory
 
 
 @pytest.mark.parametrize("function", [kd.softmax, kd.log_softmax])
 @pytest.mark.parametrize("bridge", ["numpy", "dlpack"])
-def test_out_that_overlaps_in_memory(function: Callable[..., Tensor], bridge: str) -> None:
+def test_overlapping_out_raises(function: Callable[..., Tensor], bridge: str) -> None:
     memory = np.zeros(1001, dtype=np.float32)
     wrap = torch.from_numpy if bridge == "numpy" else torch.from_dlpack
     logits, shifted = wrap(memory[:-1]).view(10, 100), wrap(memory[1:]).view(10, 100)
@@ -278,14 +278,14 @@ def test_out_that_overlaps_in_memory(function: Callable[..., Tensor], bridge: st
         function(logits, out=shifted)
     logits.copy_(normal(10, 100))
     expected, same = function(logits.clone()), wrap(memory[:-1]).view(10, 100)
-    function(logits, out=same)  # the same memory throughout is in place
+    function(logits, out=same)  # exactly the same memory is allowed: in place
     torch.testing.assert_close(logits, expected)
 
 
 # ---- sparse teachers
 
 
-def test_probabilities_that_cannot_be(any_backend: str, device: str) -> None:
+def test_impossible_probabilities_raise(any_backend: str, device: str) -> None:
     z = normal(3, 50).to(device)
     ids = torch.tensor([[4, 7, 9]] * 3, device=device)
 
@@ -298,7 +298,7 @@ def test_probabilities_that_cannot_be(any_backend: str, device: str) -> None:
             with pytest.raises(ValueError, match=rf"TopK.logprobs of a position add up to a probability of {total} \(1 such"):
                 loss(values, tail=tail)
     labels = torch.tensor([1, -100, 2], device=device)
-    assert torch.isfinite(loss([0.9, 0.8, 0.7], labels=labels)), "an ignored row says nothing"
+    assert torch.isfinite(loss([0.9, 0.8, 0.7], labels=labels)), "an ignored row is not checked"
     assert torch.isfinite(loss([0.9, 0.8, 0.7], tail="renorm"))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert torch.isfinite(loss([0.7, 0.2, 0.1 + 1e-6], dtype=dtype)), "rounding"
@@ -312,7 +312,7 @@ def test_probabilities_that_cannot_be(any_backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("confidence", [5.0, 12.0, 30.0, 200.0])
-def test_reference_against_a_confident_student(backend: str, device: str, divergence: str, confidence: float) -> None:
+def test_backends_equal_the_reference_for_a_confident_student(backend: str, device: str, divergence: str, confidence: float) -> None:
     z = normal(3, 50).to(device)
     z[:, 3] = confidence
     ids = torch.tensor([[3, 8, -1], [3, -1, -1], [8, 3, 5]], device=device)
@@ -321,7 +321,7 @@ def test_reference_against_a_confident_student(backend: str, device: str, diverg
     torch.testing.assert_close(gradient, reference, rtol=2e-3, atol=2e-4)
 
 
-def test_reference_where_every_token_is_named() -> None:
+def test_topk_of_the_whole_vocabulary_equals_the_reference() -> None:
     z, log_p = normal(2, 6), normal(2, 6, seed=1).log_softmax(-1)
     teacher = kd.TopK(torch.arange(6).expand(2, 6), log_p)
     gradients = [loss_gradient(z, teacher, reduction="none", backend=b)[1] for b in ("reference", "torch")]

@@ -1,4 +1,4 @@
-"""Loss and gradients of every backend against the float64 definition and torch in the same dtype."""
+"""Loss and gradients of every backend against the definition in float64 and against torch in the same dtype."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 SIDES = ("head/head", "head/dense", "dense/head", "dense/dense")
 
-# Every pair of settings occurs in some case. That takes 115 cases or so, as many as divergences x reductions; the full product
-# has 22 * 4 * 5 * 4 * 4 * 5 * 2^8 * 3 = 27 million. The settings that interact in threes (dtype, side and reduction decide which
-# code runs) get a full product of their own below.
+# Every pair of settings occurs in some case: about 115 cases, where the full product has 27 million. Dtype, sides and reduction
+# together decide which code runs, so they have a full product of their own below.
 PAIRS = all_pairs(
     {
         "divergence": DIVERGENCES,
@@ -45,14 +44,14 @@ def case_id(case: dict[str, Any]) -> str:
 
 
 def random_upstream(leading: tuple[int, ...], device: str) -> torch.Tensor:
-    """Some negative, one zero: what a policy gradient or a token-level mask outside of the loss sends back."""
+    """Return random upstream gradients of both signs, with one zero, as from a policy gradient or a mask outside the loss."""
     upstream = torch.randn(leading, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     upstream.view(-1)[0] = 0.0
     return upstream.to(device)
 
 
 def options_of(case: dict[str, Any], leading: tuple[int, ...], vocab: int, device: str) -> tuple[dict[str, Any], Any]:
-    """Keywords of the loss, and the upstream gradient."""
+    """Return the loss's keyword arguments and the upstream gradient."""
     options: dict[str, Any] = {k: case[k] for k in ("divergence", "temperature", "t_squared", "kd_weight", "chunk_rows") if k in case}
     reduction, _, denominator = case.get("reduction", "mean").partition("/")
     options["reduction"] = reduction
@@ -88,7 +87,7 @@ def test_pairs_of_settings(case: dict[str, Any], backend: str, device: str) -> N
     check(backend, *sides_of(case, leading, vocab, device), options, upstream)
 
 
-# One setting at a time, so that what breaks is named by the test that fails first.
+# One setting at a time, so that a failure names its setting.
 ALONE: list[dict[str, Any]] = [
     {},
     {"bias": True},
@@ -124,7 +123,7 @@ def test_one_setting(case: dict[str, Any], any_backend: str, device: str) -> Non
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 def test_sides_dtypes_reductions(dtype: torch.dtype, sides: str, reduction: str, backend: str, device: str) -> None:
-    """The three that decide which code runs: products, buffers, and gradients in forward or recomputed in backward."""
+    """Sides, dtype and reduction decide products, buffers, and whether gradients come from forward or are recomputed in backward."""
     require(backend, device, dtype)
     leading, vocab = (5,), 61
     case = {"sides": sides, "dtype": dtype, "reduction": reduction, "labels": "masked + ce", "token_weights": True}
@@ -134,7 +133,7 @@ def test_sides_dtypes_reductions(dtype: torch.dtype, sides: str, reduction: str,
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
 def test_divergences(divergence: Divergence, any_backend: str, device: str) -> None:
-    """Dense both sides: nothing but the row kernel, fused (reduction of a sum) and from saved state (backward)."""
+    """With dense sides only the row kernel runs. With a head, the gradient is computed in forward."""
     options = {"divergence": divergence, "temperature": 1.5}
     check(any_backend, *sides_of({"sides": "dense/dense"}, (6,), 200, device), {**options, "reduction": "sum"})
     check(any_backend, *sides_of({"sides": "head/dense"}, (6,), 200, device), {**options, "reduction": "mean"})
@@ -142,18 +141,18 @@ def test_divergences(divergence: Divergence, any_backend: str, device: str) -> N
 
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 @pytest.mark.parametrize("gap", [1e-1, 1e-3])
-def test_close_student(divergence: Divergence, gap: float, backend: str, device: str) -> None:
-    """Late in training, where everything cancels. float32 logits of 8 are known to 5e-7, so log q - log p is, and so is a gradient."""
+def test_close_student_keeps_accuracy(divergence: Divergence, gap: float, backend: str, device: str) -> None:
+    """Late in training, p is close to q and terms cancel. float32 logits of 8 have an error of 5e-7, and so have gradients."""
     teacher = make_side((12,), 150, None, device=device, seed=1)
     student = teacher + gap * make_side((12,), 150, None, device=device, seed=2)
-    # Floors: for probabilities below 1/4 here, and logits below 8; the value's error is that of a gradient times the gap.
+    # Floors: probabilities are below 1/4 here and logits below 8. The error of a value is that of a gradient times the gap.
     size = 0.25 if divergence.normalizer == "softmax" else 1.0
-    options = {"divergence": divergence, "reduction": "none"}  # 12 losses: the largest error of one would be a matter of luck
+    options = {"divergence": divergence, "reduction": "none"}  # 12 losses, since the error of a single one varies
     check(backend, student, teacher, options, scales={"d_logits": size / 8, "loss": size * gap / 2})
 
 
-# V = 127: odd and below every tile. 4097: one column into a second block. 50257 (GPT-2): odd. 151937: odd, and large enough that
-# float32 sums over the row matter. N and D tiny, since only the row is of interest.
+# V = 127: odd, below every tile. 4097: one column in a second block. 50257 (GPT-2): odd. 151937: odd, and large enough for errors of
+# float32 sums over the row. N and D are small, since only the length of a row matters.
 @pytest.mark.parametrize("vocab", [1, 2, 127, 4097, 50257, 151937])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_vocabularies(vocab: int, dtype: torch.dtype, backend: str, device: str) -> None:
@@ -167,10 +166,10 @@ def test_vocabularies(vocab: int, dtype: torch.dtype, backend: str, device: str)
 
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 def test_several_blocks_per_row(divergence: Divergence, backend: str, device: str) -> None:
-    """A kernel that goes through a row in blocks has to carry its sums; the last block here is one column wide."""
+    """A kernel that reads a row in blocks must carry its sums. The last block here has one column."""
     case = {"divergence": divergence, "labels": "given + ce", "sides": "dense/dense", "reduction": "none"}
     options, upstream = options_of(case, (2,), 8193, device)
-    # A rising row: every block moves the running maximum. A falling one: none does after the first.
+    # In a rising row every block raises the running maximum. In a falling row only the first does.
     slope = torch.linspace(-4, 4, 8193, device=device) * torch.tensor([[1.0], [-1.0]], device=device)
     student, teacher = (side + slope for side in sides_of(case, (2,), 8193, device))
     check(backend, student, teacher, options, upstream)
@@ -214,7 +213,7 @@ def test_mixed_dtypes(
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_logits_dtype_bfloat16(reduction: str, backend: str, device: str) -> None:
-    """The opt-in for half the memory: what eager bfloat16 does, and no worse."""
+    """bfloat16 logits halve the memory and are as accurate as eager bfloat16."""
     require(backend, device, torch.bfloat16)
     case = {"dtype": torch.bfloat16, "reduction": reduction, "labels": "masked", "bias": True}
     options, upstream = options_of(case, (8,), 61, device)
@@ -224,7 +223,7 @@ def test_logits_dtype_bfloat16(reduction: str, backend: str, device: str) -> Non
 
 
 def test_default_logits_are_not_rounded(backend: str, device: str) -> None:
-    """bfloat16 operands, float32 logits: an order of magnitude closer to the truth than eager's rounded ones."""
+    """float32 logits from bfloat16 operands are far more accurate than eager's rounded ones."""
     require(backend, device, torch.float32)
     case = {"dtype": torch.bfloat16, "reduction": "none", "divergence": kd.JSD()}
     student, teacher = sides_of(case, (8,), 61, device, spread=8.0)
@@ -240,7 +239,7 @@ def test_default_logits_are_not_rounded(backend: str, device: str) -> None:
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast(sides: str, reduction: str, backend: str, device: str) -> None:
-    """float32 parameters under bfloat16 autocast: products in bfloat16, gradients float32 and near the truth."""
+    """Autocast of float32 parameters computes products in bfloat16 and gives float32 gradients near the truth."""
     require(backend, device, torch.float32)
     case = {"sides": sides, "reduction": reduction, "labels": "masked + ce", "bias": True, "softcap": 8.0}
     options, upstream = options_of(case, (6,), 50, device)
@@ -255,19 +254,19 @@ def test_autocast(sides: str, reduction: str, backend: str, device: str) -> None
     for name, value in ours.items():
         assert value.dtype == torch.float32, name
         torch.testing.assert_close(value.double(), truth[name], rtol=0.03, atol=0.03 * float(truth[name].abs().max()))
-    if "head" in sides:  # it did compute in bfloat16: agreement to float32 would mean that autocast was ignored
+    if "head" in sides:  # equal losses would mean that autocast was ignored
         full = run(kd.distillation_loss, student, teacher, {**options, "backend": backend}, upstream=upstream)
         assert not torch.equal(full["loss"], ours["loss"])
 
 
-def test_autocast_takes_mixed_heads(device: str) -> None:
+def test_autocast_accepts_heads_of_mixed_dtypes(device: str) -> None:
     """Under autocast, hidden states can be float32 (after a LayerNorm) with a bfloat16 head, or the reverse."""
     student, teacher = sides_of({}, (4,), 30, device)
     mixed = kd.LMHead(student.hidden.bfloat16(), student.weight)
     with torch.autocast(device, torch.bfloat16):
-        got = kd.distillation_loss(mixed, teacher)
-        same = kd.distillation_loss(student, teacher)
-    torch.testing.assert_close(got, same)
+        mixed_loss = kd.distillation_loss(mixed, teacher)
+        expected = kd.distillation_loss(student, teacher)
+    torch.testing.assert_close(mixed_loss, expected)
 
 
 # ---- statistics
@@ -299,7 +298,7 @@ def test_statistics(divergence: Divergence, sides: str, dtype: torch.dtype, any_
 
 def test_statistics_without_labels(any_backend: str, device: str) -> None:
     student, teacher = sides_of({"sides": "dense/dense"}, (4,), 30, device)
-    teacher[2:] = student[2:]  # so that agreement is seen to be 1 somewhere
+    teacher[2:] = student[2:]  # top-1 agreement is 1 for these rows
     student[0] = -teacher[0]
     _, stats = kd.distillation_loss(student, teacher, return_stats=True, backend=any_backend)
     assert stats.cross_entropy.isnan().all()
@@ -309,7 +308,7 @@ def test_statistics_without_labels(any_backend: str, device: str) -> None:
 
 
 def test_statistics_with_labels_but_no_ce_weight(any_backend: str, device: str) -> None:
-    """Cross-entropy is reported whether or not it is trained on."""
+    """Cross-entropy is reported even if its weight is 0."""
     options, _ = options_of({"labels": "masked", "divergence": kd.LogitMSE()}, (6,), 30, device)
     student, teacher = sides_of({}, (6,), 30, device)
     loss, stats = kd.distillation_loss(student, teacher, return_stats=True, backend=any_backend, **options)
@@ -335,8 +334,7 @@ def test_statistics_do_not_change_gradients(reduction: str, backend: str, device
 # ---- conventions
 
 
-def test_t_squared_multiplies_by_t_squared(any_backend: str, device: str) -> None:
-    """Cross-entropy is left alone."""
+def test_t_squared_multiplies_only_the_divergence(any_backend: str, device: str) -> None:
     student, teacher = sides_of({}, (6,), 30, device)
     options, _ = options_of({"labels": "given + ce", "temperature": 3.0}, (6,), 30, device)
     at = {**options, "backend": any_backend}
@@ -348,12 +346,12 @@ def test_t_squared_multiplies_by_t_squared(any_backend: str, device: str) -> Non
 
 
 def test_defaults_are_forward_kl_per_valid_token(any_backend: str, device: str) -> None:
-    """``F.kl_div(log q, p, reduction="sum") / tokens``: the call that this one replaces."""
+    """The default equals ``F.kl_div(log q, p, reduction="sum") / valid tokens``."""
     student, teacher = sides_of({"sides": "dense/dense"}, (2, 3), 30, device)
     labels = make_labels((2, 3), 30, device)
     valid = labels != -100
     log_q, p = torch.log_softmax(student[valid].double(), -1), torch.softmax(teacher[valid].double(), -1)
     expected = torch.nn.functional.kl_div(log_q, p, reduction="sum") / valid.sum()
-    got = kd.distillation_loss(student, teacher, labels=labels, backend=any_backend)
-    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert not math.isclose(got.item(), expected.item() / 2, rel_tol=1e-3)
+    loss = kd.distillation_loss(student, teacher, labels=labels, backend=any_backend)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not math.isclose(loss.item(), expected.item() / 2, rel_tol=1e-3)

@@ -1,4 +1,4 @@
-"""NaN, infinities, extreme and padded logits do not affect other rows."""
+"""NaN and infinities stay in their rows; excluded columns, extreme logits, float16 ranges and padded vocabularies."""
 
 from __future__ import annotations
 
@@ -62,21 +62,21 @@ def test_bad_rows_stay_in_their_rows(d: Divergence, kind: str, side: str, reduct
     chosen = student if side == "student" else teacher
     rows = chosen if isinstance(chosen, Tensor) else chosen.hidden
     rows[2, 3], rows[4, 1] = NAN, INF  # in the first chunk and in the second
-    got = run(kd.distillation_loss, student, teacher, {**options, "reduction": reduction})
+    actual = run(kd.distillation_loss, student, teacher, {**options, "reduction": reduction})
     others = torch.tensor([0, 1, 3, 5], device=device)
     if reduction == "none":
-        assert torch.equal(got["loss"][others], clean["loss"][others])
-        assert got["loss"][2].isnan()
-        assert kind == "head" or not torch.isfinite(got["loss"][4])
+        assert torch.equal(actual["loss"][others], clean["loss"][others])
+        assert actual["loss"][2].isnan()
+        assert kind == "head" or not torch.isfinite(actual["loss"][4])
     name = "d_hidden" if kind == "head" else "d_logits"
-    assert torch.equal(got[name][others], clean[name][others])
+    assert torch.equal(actual[name][others], clean[name][others])
 
 
 @pytest.mark.parametrize("kind", ["head", "dense"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_ignored_rows_contribute_nothing(kind: str, bad: float, reduction: str, any_backend: str, device: str) -> None:
-    """Also not 0 * NaN to the head's gradient."""
+    """A NaN in an ignored row must not reach the head's gradient as 0 * NaN."""
     student, teacher = heads(device=device, bias=True) if kind == "head" else logits(device=device)
     labels = make_labels((6,), 40, device)
     options = {
@@ -90,9 +90,9 @@ def test_ignored_rows_contribute_nothing(kind: str, bad: float, reduction: str, 
     for side in (student, teacher):
         (side if isinstance(side, Tensor) else side.hidden)[labels == -100] = bad
     options["token_weights"][labels == -100] = bad
-    got = run(kd.distillation_loss, student, teacher, options)
+    actual = run(kd.distillation_loss, student, teacher, options)
     for name, value in clean.items():
-        assert torch.equal(got[name], value), name
+        assert torch.equal(actual[name], value), name
 
 
 def test_ignored_rows_in_statistics(any_backend: str, device: str) -> None:
@@ -106,15 +106,15 @@ def test_ignored_rows_in_statistics(any_backend: str, device: str) -> None:
         assert (value[labels == -100] == 0).all()
 
 
-# ---- columns at -inf
+# ---- excluded columns (-inf)
 
-FINITE_WITHOUT_TEACHER = [  # p = 0 < q has a finite cost
+FINITE_WITHOUT_TEACHER = [  # finite for p = 0 < q
     d for d in DIVERGENCES
     if isinstance(d, (kd.ForwardKL, kd.JSD, kd.SkewKL, kd.SkewReverseKL, kd.TotalVariation))
     or (isinstance(d, kd.AlphaDivergence) and d.alpha > 0) or (isinstance(d, kd.ABDivergence) and d.alpha > 0 and d.alpha + d.beta > 0)
 ]  # fmt: skip
 INFINITE_WITHOUT_TEACHER = [d for d in (*DIVERGENCES, *NEGATIVE) if d not in FINITE_WITHOUT_TEACHER and not isinstance(d, kd.LogitMSE)]
-FINITE_WITHOUT_STUDENT = [  # q = 0 < p has a finite cost
+FINITE_WITHOUT_STUDENT = [  # finite for q = 0 < p
     d for d in DIVERGENCES
     if isinstance(d, (kd.ReverseKL, kd.JSD, kd.SkewKL, kd.SkewReverseKL, kd.TotalVariation))
     or (isinstance(d, kd.AlphaDivergence) and d.alpha < 1) or (isinstance(d, kd.ABDivergence) and d.beta > 0 and d.alpha + d.beta > 0)
@@ -123,32 +123,32 @@ INFINITE_WITHOUT_STUDENT = [d for d in (*DIVERGENCES, *NEGATIVE) if d not in FIN
 
 
 @pytest.mark.parametrize("d", FINITE_WITHOUT_TEACHER, ids=name_of)
-def test_teacher_columns_without_mass(d: Divergence, any_backend: str, device: str) -> None:
-    """A grammar, a top-k filter, another tokenizer's gap: p = 0 exactly."""
+def test_columns_excluded_by_the_teacher_are_finite(d: Divergence, any_backend: str, device: str) -> None:
+    """A grammar, a top-k filter or an unused token gives p = 0."""
     student, teacher = logits(device=device)
     teacher[:, 3:9] = -INF
     teacher[1, :] = -INF
-    teacher[1, 4] = 0.0  # one token takes all
+    teacher[1, 4] = 0.0  # a single token has probability 1
     result = check(any_backend, student, teacher, {"divergence": d, "temperature": 2.0, "reduction": "none"})
     assert all(torch.isfinite(v).all() for v in result.values())
 
 
 @pytest.mark.parametrize("d", INFINITE_WITHOUT_TEACHER, ids=name_of)
-def test_teacher_columns_without_mass_where_that_costs_everything(d: Divergence, any_backend: str, device: str) -> None:
-    """+inf, as the definition says; not NaN; and the other rows know nothing of it."""
+def test_columns_excluded_by_the_teacher_are_infinite(d: Divergence, any_backend: str, device: str) -> None:
+    """The loss is +inf as in the definition, not NaN, and other rows do not change."""
     student, teacher = logits(device=device)
     options = {"divergence": d, "reduction": "none", "backend": any_backend}
     clean = run(kd.distillation_loss, student, teacher, options)
     teacher[2, 3:9] = -INF
-    got = run(kd.distillation_loss, student, teacher, options)
-    assert got["loss"][2].item() == INF
+    actual = run(kd.distillation_loss, student, teacher, options)
+    assert actual["loss"][2].item() == INF
     others = torch.tensor([0, 1, 3, 4, 5], device=device)
-    assert torch.equal(got["loss"][others], clean["loss"][others])
-    assert torch.equal(got["d_logits"][others], clean["d_logits"][others])
+    assert torch.equal(actual["loss"][others], clean["loss"][others])
+    assert torch.equal(actual["d_logits"][others], clean["d_logits"][others])
 
 
 @pytest.mark.parametrize("d", FINITE_WITHOUT_STUDENT, ids=name_of)
-def test_student_columns_without_mass(d: Divergence, any_backend: str, device: str) -> None:
+def test_columns_excluded_by_the_student_are_finite(d: Divergence, any_backend: str, device: str) -> None:
     student, teacher = logits(device=device)
     student[:, 3:9] = -INF
     result = check(any_backend, student, teacher, {"divergence": d, "reduction": "none"})
@@ -156,24 +156,24 @@ def test_student_columns_without_mass(d: Divergence, any_backend: str, device: s
 
 
 @pytest.mark.parametrize("d", INFINITE_WITHOUT_STUDENT, ids=name_of)
-def test_student_columns_without_mass_where_that_costs_everything(d: Divergence, any_backend: str, device: str) -> None:
+def test_columns_excluded_by_the_student_are_infinite(d: Divergence, any_backend: str, device: str) -> None:
     student, teacher = logits(device=device)
     options = {"divergence": d, "reduction": "none", "backend": any_backend}
     clean = run(kd.distillation_loss, student, teacher, options)
     student[2, 5] = -INF
-    got = run(kd.distillation_loss, student, teacher, options)
-    assert got["loss"][2].item() == INF
+    actual = run(kd.distillation_loss, student, teacher, options)
+    assert actual["loss"][2].item() == INF
     others = torch.tensor([0, 1, 3, 4, 5], device=device)
-    assert torch.equal(got["loss"][others], clean["loss"][others])
-    assert torch.equal(got["d_logits"][others], clean["d_logits"][others])
-    if isinstance(d, kd.ForwardKL):  # its gradient q - p is finite even here
-        assert not got["d_logits"].isnan().any()
-        torch.testing.assert_close(got["d_logits"][2], torch.softmax(student[2], -1) - torch.softmax(teacher[2], -1))
+    assert torch.equal(actual["loss"][others], clean["loss"][others])
+    assert torch.equal(actual["d_logits"][others], clean["d_logits"][others])
+    if isinstance(d, kd.ForwardKL):  # its gradient q - p is finite here too
+        assert not actual["d_logits"].isnan().any()
+        torch.testing.assert_close(actual["d_logits"][2], torch.softmax(student[2], -1) - torch.softmax(teacher[2], -1))
 
 
 @one_of_each
 def test_columns_that_both_exclude_are_skipped(d: Divergence, any_backend: str, device: str) -> None:
-    """Excluded columns have no effect, not even on the mean of LogitMSE."""
+    """They have no effect, also not on the mean that centered LogitMSE subtracts."""
     student, teacher = logits(device=device)
     keep = torch.ones(40, dtype=torch.bool)
     keep[[0, 7, 8, 39]] = False
@@ -183,27 +183,27 @@ def test_columns_that_both_exclude_are_skipped(d: Divergence, any_backend: str, 
     )
     student[:, ~keep] = -INF
     teacher[:, ~keep] = -INF
-    got = run(kd.distillation_loss, student, teacher, {**options, "backend": any_backend})
-    torch.testing.assert_close(got["loss"], truth["loss"])
-    torch.testing.assert_close(got["d_logits"][:, keep], truth["d_logits"])
-    assert (got["d_logits"][:, ~keep] == 0).all()
+    actual = run(kd.distillation_loss, student, teacher, {**options, "backend": any_backend})
+    torch.testing.assert_close(actual["loss"], truth["loss"])
+    torch.testing.assert_close(actual["d_logits"][:, keep], truth["d_logits"])
+    assert (actual["d_logits"][:, ~keep] == 0).all()
 
 
 @one_of_each
-def test_infinite_divergence_with_weight_zero(d: Divergence, any_backend: str, device: str) -> None:
-    """``kd_weight=0`` is cross-entropy alone: an annealing schedule must be able to end there."""
+def test_infinite_divergence_of_weight_0_is_ignored(d: Divergence, any_backend: str, device: str) -> None:
+    """``kd_weight=0`` gives cross-entropy only, as at the end of an annealing schedule."""
     student, teacher = logits(device=device)
     teacher[:, 3] = -INF
     student[:, 9] = -INF
     options = {"divergence": d, "kd_weight": 0.0, "ce_weight": 1.0, "labels": torch.full((6,), 5, device=device)}
-    got = run(kd.distillation_loss, student, teacher, {**options, "backend": any_backend})
+    actual = run(kd.distillation_loss, student, teacher, {**options, "backend": any_backend})
     leaf = student.clone().requires_grad_()
     expected = torch.nn.functional.cross_entropy(leaf, options["labels"])
     expected.backward()
-    torch.testing.assert_close(got["loss"], expected.detach())
-    torch.testing.assert_close(got["d_logits"], leaf.grad)
-    nothing = run(kd.distillation_loss, student, teacher, {"divergence": d, "kd_weight": 0.0, "backend": any_backend})
-    assert all((value == 0).all() for value in nothing.values())
+    torch.testing.assert_close(actual["loss"], expected.detach())
+    torch.testing.assert_close(actual["d_logits"], leaf.grad)
+    zero = run(kd.distillation_loss, student, teacher, {"divergence": d, "kd_weight": 0.0, "backend": any_backend})
+    assert all((value == 0).all() for value in zero.values())
 
 
 def test_statistics_with_empty_columns(any_backend: str, device: str) -> None:
@@ -218,7 +218,7 @@ def test_statistics_with_empty_columns(any_backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("bias", [-INF])
 def test_minus_infinity_by_bias(bias: float, any_backend: str, device: str) -> None:
-    """Tokens forbidden through the bias of both heads."""
+    """A bias of -inf in both heads excludes a token."""
     student, teacher = heads(device=device, bias=True)
     plain = {"divergence": kd.JSD(), "reduction": "none", "backend": any_backend}
     keep = torch.arange(40, device=device) != 7
@@ -228,16 +228,16 @@ def test_minus_infinity_by_bias(bias: float, any_backend: str, device: str) -> N
 
     expected = run(kd.distillation_loss, cut(student), cut(teacher), plain)
     student.bias[7] = teacher.bias[7] = bias
-    got = run(kd.distillation_loss, student, teacher, plain)
-    torch.testing.assert_close(got["loss"], expected["loss"])
-    torch.testing.assert_close(got["d_hidden"], expected["d_hidden"])
-    torch.testing.assert_close(got["d_weight"][keep], expected["d_weight"])
-    assert (got["d_weight"][~keep] == 0).all()
+    actual = run(kd.distillation_loss, student, teacher, plain)
+    torch.testing.assert_close(actual["loss"], expected["loss"])
+    torch.testing.assert_close(actual["d_hidden"], expected["d_hidden"])
+    torch.testing.assert_close(actual["d_weight"][keep], expected["d_weight"])
+    assert (actual["d_weight"][~keep] == 0).all()
 
 
 # ---- extreme but finite
 
-BOUNDED = [  # whose float32 value and gradient exist for every finite float32 pair of logits
+BOUNDED = [  # value and gradient are finite in float32 for all finite float32 logits
     kd.ForwardKL(), kd.ReverseKL(), kd.SymmetricKL(0.3), kd.JSD(0.3), kd.SkewKL(0.2), kd.SkewReverseKL(0.2), kd.TotalVariation(),
     kd.AlphaDivergence(0.4), kd.ABDivergence(), kd.LogitMSE(), kd.LogitMSE(centered=True),
 ]  # fmt: skip
@@ -252,7 +252,7 @@ def check_extreme(
     truth = truth_of(student, teacher, options)
     ours = run(kd.distillation_loss, student, teacher, {**options, "backend": backend})
     assert torch.isfinite(truth["loss"]).all()
-    # A logit is known to half a unit in its last place, and the loss is linear in it (quadratic for LogitMSE, whose truth is large).
+    # A logit has an error of half an ulp, and the loss is linear in it (quadratic for LogitMSE, whose value is large).
     size = float(max(student.abs().max(), teacher.abs().max())) * max(1.0, temperature)
     eager = run(dense_loss, student, teacher, options)
     assert_close_2x("loss", ours["loss"], eager["loss"].nan_to_num(0.0), truth["loss"], scale=size)
@@ -275,7 +275,7 @@ def test_extreme_logits(dtype: torch.dtype, rows: list[tuple[float, float]], d: 
 @pytest.mark.parametrize("d", BOUNDED, ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
 def test_extreme_rows(d: Divergence, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Fixed ones for every backend: hypothesis on a GPU or in an interpreter takes too long."""
+    """Use fixed rows for every backend, since hypothesis is too slow on a GPU or in an interpreter."""
     require(backend, device, dtype)
     for row in (
         [(1e4, -1e4), (-1e4, 1e4), (0.0, 0.0)],
@@ -293,11 +293,13 @@ SOFTMAX_DIVERGENCES = [d for d in ONE_OF_EACH if d.normalizer == "softmax"]
 @pytest.mark.parametrize("d", SOFTMAX_DIVERGENCES, ids=name_of)
 @pytest.mark.parametrize("kind", ["head", "dense"])
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e3, 1e4])
-def test_a_common_offset_costs_no_digits(d: Divergence, kind: str, offset: float, backend: str, device: str) -> None:
-    """A softmax does not see what is added to all of a row's logits, and neither may its rounding: a log-sum-exp in one number
-    would be off by half a step of the offset, 6e-5 at 1e3, and so would everything that is made of it."""
+def test_common_offset_of_logits_keeps_accuracy(d: Divergence, kind: str, offset: float, backend: str, device: str) -> None:
+    """A softmax does not change if a number is added to all logits of a row, and its accuracy must not change either.
+
+    With the log-sum-exp as a single number, the error would be half an ulp of the offset, 6e-5 at 1e3.
+    """
     if interpreted(backend, device) and not isinstance(d, (kd.ForwardKL, kd.JSD)):
-        pytest.skip("one divergence whose slopes' sum is known, and one whose is not: the others' path is the same, and slow")
+        pytest.skip("the slow interpreter runs one divergence with a declared slope sum and one without")
     student, teacher = heads(device=device, bias=True) if kind == "head" else logits(device=device)
     (student if kind == "dense" else student.bias).add_(offset)
     (teacher if kind == "dense" else teacher.bias).sub_(offset)
@@ -308,8 +310,10 @@ def test_a_common_offset_costs_no_digits(d: Divergence, kind: str, offset: float
         eager, truth = run(dense_loss, student, teacher, options), truth_of(student, teacher, options)
         for name, value in ours.items():
             floor = 2.0**-19 * float(truth[name].abs().max())
-            got, yardstick = error(value, truth[name]), error(eager[name], truth[name])
-            assert got <= 2 * yardstick + floor, f"{name}: error {got:.3e}, same-dtype torch {yardstick:.3e}, floor {floor:.1e}"
+            kernel_error, torch_error = error(value, truth[name]), error(eager[name], truth[name])
+            assert kernel_error <= 2 * torch_error + floor, (
+                f"{name}: error {kernel_error:.3e}, same-dtype torch {torch_error:.3e}, floor {floor:.1e}"
+            )
 
 
 @pytest.mark.parametrize(
@@ -318,18 +322,18 @@ def test_a_common_offset_costs_no_digits(d: Divergence, kind: str, offset: float
     ids=name_of,
 )
 def test_power_gradients_keep_their_digits_in_every_column(d: Divergence, backend: str, device: str) -> None:
-    """From q = 1e-30 p to q = 1e30 p in one row: every column's gradient to 1e-4 of its own two parts, slope and ``q * sum(slopes)``."""
+    """In a row with q / p from 1e-30 to 1e30, each gradient has a relative error below 1e-4 of its parts, slope and ``q * sum(slopes)``."""
     x = torch.linspace(-34.5, 34.5, 139, device=device)[None]
     u = -x
-    got = run(kd.distillation_loss, x, u, {"divergence": d, "reduction": "none", "backend": backend})["d_logits"].double()
+    actual = run(kd.distillation_loss, x, u, {"divergence": d, "reduction": "none", "backend": backend})["d_logits"].double()
     log_q, log_p = (torch.log_softmax(t.double(), -1) for t in (x, u))
     q = log_q.exp()
-    _, slope = d.terms(log_q.clone(), log_p.clone(), q, log_p.exp())  # in float64, held against 60 digits in test_divergences.py
+    _, slope = d.terms(log_q.clone(), log_p.clone(), q, log_p.exp())  # float64, compared with 60 digits in test_divergences.py
     center = q * slope.sum(-1, keepdim=True)
     parts = slope.abs() + center.abs()
     representable = parts > 1e-35
     assert representable.sum() > 100
-    worst = ((got - (slope - center)).abs() / parts)[representable].max()
+    worst = ((actual - (slope - center)).abs() / parts)[representable].max()
     assert worst <= 1e-4
 
 
@@ -355,7 +359,7 @@ def test_any_shape_any_values(rows: list[list[float]], d: Divergence) -> None:
 
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
 def test_small_gradients_of_float16_survive(loss_scale: float, backend: str, device: str) -> None:
-    """A softmax over a large vocabulary has entries below float16's smallest step: under a gradient scaler they count."""
+    """A large vocabulary has probabilities below the smallest float16. With a gradient scaler they must not be lost."""
     require(backend, device, torch.float16)
     student, teacher = heads((4,), 3000, device, dtype=torch.float16)
     check(backend, student, teacher, {"reduction": "mean", "num_items": 1000}, upstream=loss_scale)
@@ -380,8 +384,7 @@ def test_weights_and_scales_do_not_overflow_float16(
     sides: dict[str, Any], options: dict[str, Any], upstream: float, d: Divergence, device_layout: bool, engine_backend: str, device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Logit gradients are float16 on their way through a GPU's matrix products, whatever multiplies them. With ``device_layout`` they
-    are on a CPU too."""
+    """On a GPU, logit gradients are float16 in the matrix products. ``device_layout`` does the same on a CPU."""
     require(engine_backend, device, torch.float16)
     if device_layout:
         monkeypatch.setattr(HeadRows, "dz_dtype", property(lambda head: head.dtype))
@@ -392,7 +395,7 @@ def test_weights_and_scales_do_not_overflow_float16(
     if "labels" in more:
         more["labels"] = torch.full((6,), more["labels"], device=device)
     result = check(engine_backend, student, teacher, more, upstream=upstream)
-    if not isinstance(d, kd.LogitMSE):  # whose gradient itself may be beyond float16, in eager torch too
+    if not isinstance(d, kd.LogitMSE):  # its gradient may exceed float16, in eager torch too
         assert all(torch.isfinite(value).all() for value in result.values())
 
 
@@ -402,12 +405,12 @@ def test_weights_and_scales_do_not_overflow_float16(
         ({"kd_weight": 1e6, "num_items": 100_000}, 1.0),
         ({"token_weights": 1e6, "reduction": "none"}, 1e-5),
         ({"temperature": 300.0, "kd_weight": 300.0, "num_items": 1000}, 1.0),
-        ({"reduction": "sum"}, 2.0**14),  # a gradient scaler's
+        ({"reduction": "sum"}, 2.0**14),  # as from a gradient scaler
         ({"reduction": "none", "token_weights": 1e-4}, 2.0**14),
     ],
 )
 def test_dense_float16_students_beside_a_teacher_head(options: dict[str, Any], upstream: float, backend: str, device: str) -> None:
-    """Their gradient fits into float16 when everything has been multiplied, and not before."""
+    """The gradient fits in float16 only after all factors have been multiplied."""
     require(backend, device, torch.float16)
     student = make_side((4,), 3000, None, seed=1, device=device, dtype=torch.float16)
     teacher = make_side((4,), 3000, 12, seed=2, device=device, dtype=torch.float16)
@@ -420,7 +423,7 @@ def test_dense_float16_students_beside_a_teacher_head(options: dict[str, Any], u
 
 
 def test_softcap_at_saturation(any_backend: str, device: str) -> None:
-    """tanh' near 1: 1 - tanh^2 has few digits left, but no more may be lost than eager loses."""
+    """Near saturation 1 - tanh^2 loses digits, but not more than in eager torch."""
     student, teacher = heads(device=device, softcap=2.0, spread=12.0)
     check(any_backend, student, teacher, {"reduction": "none"})
 
@@ -430,8 +433,8 @@ def test_softcap_at_saturation(any_backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_padding_and_cutting_changes_nothing(reduction: str, dtype: torch.dtype, any_backend: str, device: str) -> None:
-    """Rows beyond ``vocab_size`` are never read, so they may hold NaN, and get a gradient of exactly zero."""
+def test_rows_beyond_vocab_size_have_no_effect(reduction: str, dtype: torch.dtype, any_backend: str, device: str) -> None:
+    """Rows of the head beyond ``vocab_size`` are not read, so they may be NaN. Their gradient is zero."""
     require(any_backend, device, dtype)
     student, teacher = heads(device=device, bias=True, dtype=dtype)
     options = {"labels": make_labels((6,), 40, device), "ce_weight": 0.5, "reduction": reduction, "backend": any_backend, "chunk_rows": 2}
@@ -443,13 +446,15 @@ def test_padding_and_cutting_changes_nothing(reduction: str, dtype: torch.dtype,
 
         return kd.LMHead(side.hidden, pad(side.weight), pad(side.bias), vocab_size=40)
 
-    got = run(kd.distillation_loss, padded(student, 24), padded(teacher, 5), options)
+    actual = run(kd.distillation_loss, padded(student, 24), padded(teacher, 5), options)
     for name, value in plain.items():
         cut = name in ("d_weight", "d_bias")
-        # A BLAS may take another path for another leading dimension: equal up to the order of a sum.
-        torch.testing.assert_close(got[name][:40] if cut else got[name], value, rtol=2e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
+        # A BLAS may sum in another order for another leading dimension.
+        torch.testing.assert_close(
+            actual[name][:40] if cut else actual[name], value, rtol=2e-6 if dtype == torch.float32 else 8e-3, atol=1e-6
+        )
         if cut:
-            assert (got[name][40:] == 0).all()
+            assert (actual[name][40:] == 0).all()
 
 
 def test_labels_in_the_padding_are_out_of_range(any_backend: str) -> None:

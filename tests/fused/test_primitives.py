@@ -1,4 +1,4 @@
-"""One-side primitives against float64 and dense torch in the same dtype. See also test_primitives_calls.py."""
+"""One-side primitives against float64 and against dense torch in the same dtype. See also test_primitives_calls.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES = all_pairs(
 @pytest.mark.parametrize(("rows", "vocab"), [(300, 4099), (3, 128_256), (2, 1_000_000)])
 @pytest.mark.parametrize("name", PER_TOKEN)
 def test_rows_of_any_length(name: str, rows: int, vocab: int, dtype: torch.dtype, engine_backend: str, device: str) -> None:
-    """That a core, a CTA, a cluster of them or none of these holds."""
+    """Rows that fit in a CPU core's cache, a CTA, a cluster of CTAs, or none of them."""
     require(engine_backend, device, dtype)
     side = make_side((rows,), vocab, None, dtype=dtype, device=device)
     check(engine_backend, name, side, arguments(name, (rows,), vocab, device=device), temperature=0.7)
@@ -51,20 +51,20 @@ def test_values_and_gradients(case: dict[str, Any], backend: str, device: str) -
 
 @pytest.mark.parametrize("name", PER_TOKEN)
 def test_long_rows(name: str, backend: str, device: str) -> None:
-    """Several blocks of a kernel, the last of them ragged."""
+    """A row of several blocks, the last of which is not full."""
     side = make_side((2,), 50257, None, device=device)
     check(backend, name, side, arguments(name, (2,), 50257, None, device), temperature=2.0)
 
 
 def test_many_ids(backend: str, device: str) -> None:
-    """More ids than any block of them, many of them equal."""
+    """More ids than a kernel's block holds, many of them equal."""
     side = make_side((3,), 40, 8, device=device)
     check(backend, "token_logprobs", side, (make_ids((3,), 40, 100, device),))
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
 def test_excluded_columns_and_peaked_rows(name: str, backend: str, device: str) -> None:
-    """-inf logits contribute nothing; one token of probability 1; logits in the thousands."""
+    """Rows with -inf logits, with a token of probability 1, and with logits in the thousands."""
     z = make_side((4,), 70, None, device=device)
     assert isinstance(z, Tensor)
     args = arguments(name, (4,), 70, None, device)
@@ -73,9 +73,9 @@ def test_excluded_columns_and_peaked_rows(name: str, backend: str, device: str) 
     z[2] += 3000
     if name in ("cross_entropy", "token_logprobs"):
         args[0][0], args[0][1:] = 3, 5
-    got = check(backend, name, z, args)
-    assert torch.isfinite(got["value"]).all()
-    assert (got["d_logits"][0, 30:] == 0).all()
+    result = check(backend, name, z, args)
+    assert torch.isfinite(result["value"]).all()
+    assert (result["d_logits"][0, 30:] == 0).all()
 
 
 def test_entropy_of_uniform_and_of_certain_rows(any_backend: str, device: str) -> None:
@@ -86,15 +86,15 @@ def test_entropy_of_uniform_and_of_certain_rows(any_backend: str, device: str) -
     torch.testing.assert_close(kd.entropy(z, backend=any_backend), expected, rtol=1e-6, atol=1e-12)
 
 
-def test_an_id_without_probability_is_minus_infinity(any_backend: str, device: str) -> None:
+def test_logprob_of_an_excluded_id_is_minus_infinity(any_backend: str, device: str) -> None:
     z = torch.zeros(2, 5, device=device)
     z[0, 3] = -math.inf
-    got = kd.token_logprobs(z, torch.tensor([3, 3], device=device), backend=any_backend)
-    assert got[0] == -math.inf
-    assert got[1] == pytest.approx(-math.log(5), rel=1e-6)
+    logprobs = kd.token_logprobs(z, torch.tensor([3, 3], device=device), backend=any_backend)
+    assert logprobs[0] == -math.inf
+    assert logprobs[1] == pytest.approx(-math.log(5), rel=1e-6)
 
 
-# ---- gradients, exactly
+# ---- gradients
 
 
 @pytest.mark.parametrize("name", [*PER_TOKEN, "token_logprobs of 3"])
@@ -127,7 +127,7 @@ def test_gradcheck_softmax(function: Callable[..., Tensor], backend: str) -> Non
 
 @pytest.mark.parametrize("name", [*PER_TOKEN, "token_logprobs of 3"])
 @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ()])
-def test_only_what_requires_grad_gets_one(name: str, trained: tuple[str, ...], engine_backend: str, device: str) -> None:
+def test_only_tensors_that_require_grad_get_gradients(name: str, trained: tuple[str, ...], engine_backend: str, device: str) -> None:
     name, _, k = name.partition(" of ")
     args = arguments(name, (5,), 23, int(k) if k else None, device)
     side = to_dtype(make_side((5,), 23, 8, bias=True, device=device), None, requires_grad=True)
@@ -147,8 +147,8 @@ def test_only_what_requires_grad_gets_one(name: str, trained: tuple[str, ...], e
 
 @pytest.mark.parametrize("name", [*PER_TOKEN, "token_logprobs of 3"])
 @pytest.mark.parametrize("dim", [8, None])
-def test_retained_graph(name: str, dim: int | None, engine_backend: str, device: str) -> None:
-    """A second backward gives the same again; so does one after other memory was written."""
+def test_second_backward_through_a_primitive_is_identical(name: str, dim: int | None, engine_backend: str, device: str) -> None:
+    """Two backward passes through a retained graph give equal gradients."""
     name, _, k = name.partition(" of ")
     side = to_dtype(make_side((5,), 23, dim, device=device), None, requires_grad=True)
     value = ours(name, side, *arguments(name, (5,), 23, int(k) if k else None, device), backend=engine_backend)
@@ -158,7 +158,7 @@ def test_retained_graph(name: str, dim: int | None, engine_backend: str, device:
         assert torch.equal(a, b)
 
 
-def test_a_second_derivative_raises() -> None:
+def test_second_derivative_of_a_primitive_raises() -> None:
     z = torch.randn(2, 5, requires_grad=True)
     ids = torch.zeros(2, dtype=torch.int64)
     for name, value in {

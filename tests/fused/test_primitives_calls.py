@@ -1,4 +1,4 @@
-"""Semantics of the primitives apart from accuracy: chunks, ignored tokens, calling conventions, errors, containers."""
+"""Semantics of the primitives: chunks, ignored tokens, calling conventions, errors and containers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 @pytest.mark.parametrize("name", [*PER_TOKEN, "token_logprobs of 3"])
 @pytest.mark.parametrize("dim", [8, None])
-def test_chunks_change_nothing(name: str, dim: int | None, engine_backend: str, device: str) -> None:
+def test_primitives_do_not_depend_on_chunks(name: str, dim: int | None, engine_backend: str, device: str) -> None:
     name, _, k = name.partition(" of ")
     side = make_side((2, 11), 301, dim, device=device)
     args = arguments(name, (2, 11), 301, int(k) if k else None, device)
     whole = run(ours, name, side, args, {"backend": engine_backend})
     for options in ({"chunk_rows": 1}, {"chunk_rows": 7}, {"memory_budget": 3000}):
-        for what, value in run(ours, name, side, args, {"backend": engine_backend, **options}).items():
-            if dim is None:  # the same logits, bit by bit
-                assert torch.equal(value, whole[what]) or (name, what) == ("cross_entropy", "value"), (what, options)
-            torch.testing.assert_close(value, whole[what], rtol=2e-5, atol=2e-6)
+        for quantity, value in run(ours, name, side, args, {"backend": engine_backend, **options}).items():
+            if dim is None:  # dense logits: identical bits
+                assert torch.equal(value, whole[quantity]) or (name, quantity) == ("cross_entropy", "value"), (quantity, options)
+            torch.testing.assert_close(value, whole[quantity], rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,10 @@ def test_chunks_change_nothing(name: str, dim: int | None, engine_backend: str, 
         ("token_logprobs of 3", False, (1, 1, 0), (1, 0, 1)),
     ],
 )
-def test_matrix_products(name: str, frozen: bool, forward: tuple[int, ...], backward: tuple[int, ...], calls: dict[str, int]) -> None:
-    """dH without recomputation; the chunk again only for a trainable head of a per-token quantity."""
+def test_number_of_matrix_products(
+    name: str, frozen: bool, forward: tuple[int, ...], backward: tuple[int, ...], calls: dict[str, int]
+) -> None:
+    """The gradient of the hidden states is computed in forward. Only a trainable head with per-token results multiplies again."""
     name, _, k = name.partition(" of ")
     side = make_side((6,), 23, 8)
     assert isinstance(side, kd.LMHead)
@@ -63,8 +65,8 @@ def test_matrix_products(name: str, frozen: bool, forward: tuple[int, ...], back
     assert tuple(b - f for b, f in zip(calls.values(), forward, strict=True)) == backward
 
 
-def test_memory_is_flat_in_the_number_of_tokens() -> None:
-    """N x V of float32 would be 128 MiB, the chunk is 4 MiB."""
+def test_memory_does_not_grow_with_the_number_of_tokens() -> None:
+    """N x V float32 logits would take 128 MiB. A chunk takes 4 MiB."""
     script = """
 import resource, torch, kdkernels as kd
 hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
@@ -82,7 +84,7 @@ work(256); before = peak(); work(4096); print(peak() - before)
     assert int(out) <= 32, f"{out} MiB"
 
 
-# ---- which tokens count
+# ---- ignored tokens
 
 
 @pytest.mark.parametrize("k", [None, 3])
@@ -103,7 +105,7 @@ def test_rows_without_an_id_are_not_read(k: int | None, dim: int | None, any_bac
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_ids_of_any_integer_dtype(dtype: torch.dtype, any_backend: str, device: str) -> None:
-    """Narrow ids cannot hold the vocabulary size, and unsigned ids cannot hold -1."""
+    """Narrow dtypes can't hold the vocabulary size, and unsigned ones can't hold -1."""
     z = torch.randn(2, 70_000, device=device)
     ids = torch.tensor([torch.iinfo(dtype).max % 70_000, 3], device=device)
     expected = kd.token_logprobs(z, ids, backend=any_backend)
@@ -113,8 +115,8 @@ def test_ids_of_any_integer_dtype(dtype: torch.dtype, any_backend: str, device: 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dim", [8, None])
-def test_cross_entropy_is_the_losss(reduction: str, dim: int | None, any_backend: str, device: str) -> None:
-    """Reductions, weights, ignored labels and num_items mean what they mean in distillation_loss."""
+def test_cross_entropy_equals_that_of_the_loss(reduction: str, dim: int | None, any_backend: str, device: str) -> None:
+    """Reductions, weights, ignored labels and num_items have the same meaning as in distillation_loss."""
     side = make_side((2, 4), 33, dim, device=device)
     labels, weights = make_labels((2, 4), 33, device), torch.rand(2, 4, device=device)
     options = {"reduction": reduction, "num_items": 5, "token_weights": weights, "backend": any_backend}
@@ -133,12 +135,12 @@ def test_cross_entropy_is_the_losss(reduction: str, dim: int | None, any_backend
 
 @pytest.mark.parametrize("name", [*PER_TOKEN, "token_logprobs of 3"])
 @pytest.mark.parametrize("dim", [8, None])
-@pytest.mark.parametrize("why", ["no rows", "none valid"])
-def test_nothing_to_do(name: str, dim: int | None, why: str, any_backend: str, device: str) -> None:
-    if why == "none valid" and name in ("logsumexp", "entropy"):
-        pytest.skip("every row of it is valid")
+@pytest.mark.parametrize("case", ["no rows", "none valid"])
+def test_primitives_without_valid_rows_are_zero(name: str, dim: int | None, case: str, any_backend: str, device: str) -> None:
+    if case == "none valid" and name in ("logsumexp", "entropy"):
+        pytest.skip("every row is valid")
     name, _, k = name.partition(" of ")
-    leading = (2, 0) if why == "no rows" else (2, 3)
+    leading = (2, 0) if case == "no rows" else (2, 3)
     side = to_dtype(make_side(leading, 23, dim, device=device), None, requires_grad=True)
     args = arguments(name, (2, 3), 23, int(k) if k else None, device)
     args = tuple(a[:, : leading[1]].clone().fill_(-100 if name == "cross_entropy" else -1) for a in args)
@@ -153,13 +155,13 @@ def test_nothing_to_do(name: str, dim: int | None, why: str, any_backend: str, d
 
 
 @pytest.mark.parametrize("dim", [8, None])
-def test_ids_of_no_rows(dim: int | None, any_backend: str, device: str) -> None:
+def test_sample_and_topk_of_no_rows(dim: int | None, any_backend: str, device: str) -> None:
     side = make_side((2, 0), 23, dim, device=device)
     assert kd.sample(side, 3, backend=any_backend).ids.shape == (2, 0, 3)
     assert kd.topk_logprobs(side, 3, backend=any_backend).ids.shape == (2, 0, 3)
 
 
-def test_a_bad_row_stays_alone(any_backend: str, device: str) -> None:
+def test_nan_stays_in_its_row(any_backend: str, device: str) -> None:
     z = make_side((3,), 40, None, device=device)
     assert isinstance(z, Tensor)
     z[1, 5] = math.nan
@@ -206,7 +208,7 @@ def test_inference_mode_and_autocast(name: str, engine_backend: str, device: str
 
 @pytest.mark.parametrize("name", [*PER_TOKEN, "token_logprobs of 3"])
 def test_strided_sides(name: str, engine_backend: str, device: str) -> None:
-    """logits[:, :-1] and the like: no row stride expresses them, and nothing may assume one."""
+    """logits[:, :-1] has no single row stride."""
     name, _, k = name.partition(" of ")
     z = make_side((2, 5), 23, None, device=device)
     args = arguments(name, (2, 4), 23, int(k) if k else None, device)
@@ -236,7 +238,7 @@ def test_activation_checkpointing() -> None:
         assert torch.equal(a, b)
 
 
-def test_deterministic(backend: str, device: str) -> None:
+def test_token_logprobs_are_deterministic(backend: str, device: str) -> None:
     if interpreted(backend, device):
         pytest.skip("the interpreter runs in order")
     side, ids = make_side((64,), 301, 8, device=device), torch.randint(5, (64, 9), device=device)
@@ -244,7 +246,7 @@ def test_deterministic(backend: str, device: str) -> None:
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-# ---- bad input
+# ---- invalid input
 
 
 @pytest.mark.parametrize(
@@ -292,15 +294,15 @@ def test_deterministic(backend: str, device: str) -> None:
         (lambda s: kd.softmax(s.requires_grad_(), out=torch.empty(3, 20)), ValueError, "out= records no gradient"),
     ],
 )  # fmt: skip
-def test_bad_input(call: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
+def test_invalid_calls_of_primitives_raise(call: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
     z = torch.randn(3, 20)
     before = z.clone()
     with pytest.raises(error, match=message):
         call(z)
-    assert torch.equal(z, before), "nothing is computed"
+    assert torch.equal(z, before), "the input is unchanged"
 
 
-def test_backends_that_cannot_run_say_so() -> None:
+def test_unavailable_backend_raises_with_a_reason() -> None:
     z = torch.randn(2, 5)
     with pytest.raises(kd.BackendUnavailable, match="cannot run here"):
         kd.entropy(z, backend="cuda")
@@ -318,11 +320,11 @@ def test_generator_of_another_device() -> None:
 # ---- containers
 
 
-def test_containers() -> None:
+def test_topk_and_sampled_check_their_tensors() -> None:
     ids, logprobs = torch.tensor([[1, -1]]), torch.tensor([[-0.5, math.nan]])
     assert kd.TopK(ids, logprobs).tail == "bucket"
     assert kd.Sampled(ids, torch.ones(1, 2)).counts.sum() == 2
-    for bad, error, message in (
+    for make, error, message in (
         (lambda: kd.TopK(ids.float(), logprobs), TypeError, "TopK.ids must be integers"),
         (lambda: kd.TopK(ids, ids), TypeError, "TopK.logprobs must be floating point"),
         (lambda: kd.TopK(ids, logprobs[:, :1]), ValueError, r"TopK.logprobs must have the ids' shape \[1, 2\]"),
@@ -336,11 +338,11 @@ def test_containers() -> None:
         (lambda: kd.Sampled(ids, torch.ones(1, 2, dtype=torch.bool)), TypeError, "Sampled.counts must be numbers"),
     ):
         with pytest.raises(error, match=message):
-            bad()
+            make()
 
 
-def test_a_backend_without_kernels_of_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "auto" skips such a backend, selecting it by name raises, and the loss still runs on it."""
+def test_backend_without_one_side_kernels_serves_only_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing it by name for a primitive raises. The loss runs on it."""
     from kdkernels.backends import selection
     from kdkernels.backends import torch as module
 

@@ -1,4 +1,4 @@
-"""The primitives under torch.compile, and the contracts of their custom ops."""
+"""The primitives under torch.compile, and opcheck of their custom ops."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def both(step: Callable[..., Tensor], *leaves: Tensor) -> None:
-    """Value and gradients, compiled in one graph and not."""
+def compare_compiled(step: Callable[..., Tensor], *leaves: Tensor) -> None:
+    """Check that a function compiles into one graph and gives the same value and gradients."""
     counter = CompileCounterWithBackend("aot_eager")
     results = []
     for function in (step, torch.compile(step, backend=counter, fullgraph=True)):
@@ -59,20 +59,20 @@ def test_heads_compile_into_one_graph(name: str) -> None:
     def step(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return 2 * FUNCTIONS[name](kd.LMHead(torch.tanh(hidden), weight, bias, softcap=8.0)).square()
 
-    both(step, head.hidden, head.weight, head.bias)
+    compare_compiled(step, head.hidden, head.weight, head.bias)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_logits_compile_into_one_graph(name: str) -> None:
     z = make_side((2, 5), 31, None)
     assert isinstance(z, Tensor)
-    both(lambda x: 2 * FUNCTIONS[name](torch.tanh(x)).square(), z)
+    compare_compiled(lambda x: 2 * FUNCTIONS[name](torch.tanh(x)).square(), z)
 
 
 @pytest.mark.parametrize("function", [kd.softmax, kd.log_softmax])
 def test_softmax_compiles(function: Callable[..., Tensor]) -> None:
     z = torch.randn(2, 3, 31)
-    both(lambda x: function(2 * x, 0.7, backend="torch").square(), z)
+    compare_compiled(lambda x: function(2 * x, 0.7, backend="torch").square(), z)
 
     def in_place(x: Tensor) -> Tensor:
         x = x * 2
@@ -82,7 +82,7 @@ def test_softmax_compiles(function: Callable[..., Tensor]) -> None:
     torch.testing.assert_close(torch.compile(in_place, backend="aot_eager", fullgraph=True)(z), in_place(z))
 
 
-def test_ids_compile() -> None:
+def test_topk_and_sample_compile() -> None:
     head = make_side((2, 5), 31, 8)
     assert isinstance(head, kd.LMHead)
 
@@ -93,13 +93,13 @@ def test_ids_compile() -> None:
 
     compiled = torch.compile(ids, backend="aot_eager", fullgraph=True)
     torch.manual_seed(0)
-    got = compiled(head.hidden)
+    compiled_ids = compiled(head.hidden)
     torch.manual_seed(0)
-    for a, b in zip(got, ids(head.hidden), strict=True):
+    for a, b in zip(compiled_ids, ids(head.hidden), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_temperature_that_changes_does_not_recompile() -> None:
+def test_changed_temperature_does_not_recompile() -> None:
     head = make_side((2, 5), 31, 8)
     assert isinstance(head, kd.LMHead)
     counter = CompileCounterWithBackend("aot_eager")
@@ -117,7 +117,7 @@ def test_a_temperature_that_changes_does_not_recompile() -> None:
 
 
 def test_inductor() -> None:
-    """The default compiler, once."""
+    """Compile with the default compiler."""
     head = make_side((2, 5), 31, 8)
     assert isinstance(head, kd.LMHead)
 
@@ -134,7 +134,7 @@ def test_inductor() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_bad_ids_still_raise_when_compiled() -> None:
+def test_invalid_ids_raise_when_compiled() -> None:
     z, ids = torch.randn(2, 5, 31), IDS.clone()
     ids[0, 0] = 31
     with pytest.raises(ValueError, match="ids contain 31"):
@@ -147,39 +147,43 @@ def test_bad_ids_still_raise_when_compiled() -> None:
 def captured(
     monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], call: Callable[[], Tensor], module: ModuleType = ops
 ) -> dict[str, tuple[Any, ...]]:
-    """Return the arguments that a real call hands to each op, so that they cannot drift apart from these tests."""
-    seen: dict[str, tuple[Any, ...]] = {}
+    """Return the arguments that a real call passes to each op."""
+    arguments: dict[str, tuple[Any, ...]] = {}
     for name in names:
         op = getattr(module, name)
 
         def recorded(*args: Any, op: Any = op, name: str = name) -> Any:
-            seen[name] = args
+            arguments[name] = args
             return op(*args)
 
         monkeypatch.setattr(module, name, recorded)
     call().sum().backward()
-    return seen
+    return arguments
 
 
-GRADIENT_TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # gradient ops are not differentiable: that raises
+GRADIENT_TESTS = (
+    "test_schema",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)  # without the autograd test, since gradient ops raise there
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dim", [8, None])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_opcheck(name: str, dim: int | None, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without ignored rows, so that every element of the saved state is defined and can be compared.
-    for what, ids in (("LABELS", LABELS), ("IDS", IDS), ("MANY", MANY)):
-        monkeypatch.setitem(globals(), what, ids.clamp(min=0))
+    # No ignored rows: then every element of the saved state is defined, and opcheck can compare it.
+    for constant, ids in (("LABELS", LABELS), ("IDS", IDS), ("MANY", MANY)):
+        monkeypatch.setitem(globals(), constant, ids.clamp(min=0))
     side = make_side((2, 5), 31, dim, bias=True)
     trained = [side] if isinstance(side, Tensor) else [side.hidden] if frozen else [side.hidden, side.weight, side.bias]
     for t in trained:
         assert t is not None
         t.requires_grad_()
-    seen = captured(monkeypatch, ("distill", "distill_backward"), lambda: FUNCTIONS[name](side))
-    tensors, *rest = seen["distill_backward"]
-    args = ([t.detach() for t in tensors], *rest)  # before opcheck traces it, and is seen
-    library.opcheck(torch.ops.kdkernels.distill.default, seen["distill"])
+    arguments = captured(monkeypatch, ("distill", "distill_backward"), lambda: FUNCTIONS[name](side))
+    tensors, *rest = arguments["distill_backward"]
+    args = ([t.detach() for t in tensors], *rest)  # before opcheck's own calls are captured
+    library.opcheck(torch.ops.kdkernels.distill.default, arguments["distill"])
     with torch.no_grad():
         library.opcheck(torch.ops.kdkernels.distill_backward.default, args, test_utils=GRADIENT_TESTS)
 
@@ -187,21 +191,23 @@ def test_opcheck(name: str, dim: int | None, frozen: bool, monkeypatch: pytest.M
 def test_opcheck_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(2, 3, 21, requires_grad=True)
     ops = torch.ops.kdkernels
-    seen = captured(monkeypatch, ("softmax", "softmax_backward"), lambda: kd.softmax(z, 2.0, backend="torch").square(), softmax)
-    args = tuple(a.detach() if isinstance(a, Tensor) else a for a in seen["softmax_backward"])  # before opcheck traces it, and is seen
-    library.opcheck(ops.softmax.default, seen["softmax"])
+    arguments = captured(monkeypatch, ("softmax", "softmax_backward"), lambda: kd.softmax(z, 2.0, backend="torch").square(), softmax)
+    args = tuple(
+        a.detach() if isinstance(a, Tensor) else a for a in arguments["softmax_backward"]
+    )  # before opcheck's own calls are captured
+    library.opcheck(ops.softmax.default, arguments["softmax"])
     library.opcheck(ops.softmax_backward.default, args, test_utils=GRADIENT_TESTS)
-    _, *rest = seen["softmax"]
+    _, *rest = arguments["softmax"]
     for logits in (z.detach(), None):
         library.opcheck(ops.softmax_out.default, (z.detach().clone(), logits, *rest))
 
 
 def test_opcheck_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_side((2, 3), 21, 8, bias=True)
-    seen = captured(
+    arguments = captured(
         monkeypatch,
         ("topk_logprobs", "sample"),
         lambda: kd.topk_logprobs(head, 4, backend="torch").logprobs.requires_grad_() + kd.sample(head, 4, backend="torch").ids,
     )
-    library.opcheck(torch.ops.kdkernels.topk_logprobs.default, seen["topk_logprobs"])
-    library.opcheck(torch.ops.kdkernels.sample.default, seen["sample"])
+    library.opcheck(torch.ops.kdkernels.topk_logprobs.default, arguments["topk_logprobs"])
+    library.opcheck(torch.ops.kdkernels.sample.default, arguments["sample"])

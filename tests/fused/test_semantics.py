@@ -1,4 +1,4 @@
-"""Semantics of a call apart from accuracy: ignored tokens, reductions, shapes and strides. test_gradients.py covers gradients."""
+"""Semantics of a call: ignored tokens, reductions, shapes and strides. test_gradients.py covers gradients."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 @sides
 @reductions
-@pytest.mark.parametrize("why", ["all ignored", "no rows", "no rows, no labels"])
-def test_nothing_valid(dims: tuple[int | None, int | None], reduction: str, why: str, any_backend: str, device: str) -> None:
-    """0.0 that backpropagates zeros of the right shapes, whatever the hidden states hold."""
-    leading = (2, 3) if why == "all ignored" else (2, 0)
+@pytest.mark.parametrize("case", ["all ignored", "no rows", "no rows, no labels"])
+def test_loss_without_valid_tokens_is_zero(
+    dims: tuple[int | None, int | None], reduction: str, case: str, any_backend: str, device: str
+) -> None:
+    """It is 0.0 and backpropagates zeros, even if the hidden states are NaN."""
+    leading = (2, 3) if case == "all ignored" else (2, 0)
     student, teacher = pair(dims, leading, device=device, bias=True)
     for t in (tensors(student)[0], tensors(teacher)[0]):
         t.fill_(float("nan"))
     student = to_dtype(student, None, requires_grad=True)
-    labels = None if why.endswith("labels") else torch.full(leading, -100, device=device)
+    labels = None if case.endswith("labels") else torch.full(leading, -100, device=device)
     ce = 0.0 if labels is None else 0.5
     loss, stats = kd.distillation_loss(
         student, teacher, labels=labels, ce_weight=ce, reduction=reduction, backend=any_backend, return_stats=True
@@ -55,7 +57,7 @@ def test_one_valid_row(dims: tuple[int | None, int | None], reduction: str, back
 
 
 @sides
-def test_ignored_rows_are_as_if_absent(dims: tuple[int | None, int | None], engine_backend: str, device: str) -> None:
+def test_ignored_rows_have_no_effect(dims: tuple[int | None, int | None], engine_backend: str, device: str) -> None:
     student, teacher = pair(dims, (7,), device=device)
     labels = make_labels((7,), 33, device)
     keep = labels != -100
@@ -67,15 +69,15 @@ def test_ignored_rows_are_as_if_absent(dims: tuple[int | None, int | None], engi
     whole = run(kd.distillation_loss, student, teacher, {**options, "labels": labels})
     part = run(kd.distillation_loss, cut(student), cut(teacher), {**options, "labels": labels[keep]})
     for name, value in part.items():
-        got = whole[name]
+        value_of_all = whole[name]
         if name in ("d_hidden", "d_logits"):
-            assert (got[~keep] == 0).all()
-            got = got[keep]
-        torch.testing.assert_close(got, value, rtol=1e-6, atol=1e-8)
+            assert (value_of_all[~keep] == 0).all()
+            value_of_all = value_of_all[keep]
+        torch.testing.assert_close(value_of_all, value, rtol=1e-6, atol=1e-8)
 
 
 def test_ignore_index_may_be_a_token(any_backend: str, device: str) -> None:
-    """Padding with token 0 is common: a label inside the vocabulary can be the ignored one, and -100 is then out of range."""
+    """Padding with token 0 is common. With ``ignore_index=0``, label 0 is ignored and -100 is out of range."""
     student, teacher = pair(device=device)
     labels = torch.tensor([0, 3, 0, 5, 32, 0], device=device)
     kwargs = {"ce_weight": 1.0, "reduction": "none", "backend": any_backend}
@@ -86,21 +88,21 @@ def test_ignore_index_may_be_a_token(any_backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
-def test_integer_labels(dtype: torch.dtype, any_backend: str, device: str) -> None:
+def test_labels_of_every_integer_dtype(dtype: torch.dtype, any_backend: str, device: str) -> None:
     student, teacher = pair(device=device)
     labels = make_labels((6,), 33, device)
     expected = kd.distillation_loss(student, teacher, labels=labels, ce_weight=1.0)
-    got = kd.distillation_loss(student, teacher, labels=labels.to(dtype), ce_weight=1.0, backend=any_backend)
-    torch.testing.assert_close(got, expected)
+    loss = kd.distillation_loss(student, teacher, labels=labels.to(dtype), ce_weight=1.0, backend=any_backend)
+    torch.testing.assert_close(loss, expected)
 
 
-def test_unsigned_labels(any_backend: str, device: str) -> None:
-    """-100 is not a uint8, so nothing is ignored; 156, which is -100 modulo 256, is a token like any other."""
+def test_unsigned_labels_are_never_ignored(any_backend: str, device: str) -> None:
+    """uint8 can't hold -100, so no label is ignored. 156, which is -100 modulo 256, is an ordinary token."""
     student, teacher = pair(vocab=200, device=device)
     labels = torch.tensor([156, 3, 199, 0, 156, 7], device=device)
     expected = kd.distillation_loss(student, teacher, labels=labels, ce_weight=1.0, reduction="none", backend=any_backend)
-    got = kd.distillation_loss(student, teacher, labels=labels.to(torch.uint8), ce_weight=1.0, reduction="none", backend=any_backend)
-    torch.testing.assert_close(got, expected)
+    loss = kd.distillation_loss(student, teacher, labels=labels.to(torch.uint8), ce_weight=1.0, reduction="none", backend=any_backend)
+    torch.testing.assert_close(loss, expected)
 
 
 # ---- reductions
@@ -114,11 +116,11 @@ def test_reductions_agree(dims: tuple[int | None, int | None], any_backend: str,
     weights = torch.rand(2, 4, device=device)
     options = {"labels": labels, "ce_weight": 0.5, "token_weights": weights, "backend": any_backend}
     none, total, mean, fixed = (
-        kd.distillation_loss(student, teacher, **options, **how)
-        for how in ({"reduction": "none"}, {"reduction": "sum"}, {}, {"num_items": torch.tensor(5, device=device)})
+        kd.distillation_loss(student, teacher, **options, **reduction)
+        for reduction in ({"reduction": "none"}, {"reduction": "sum"}, {}, {"num_items": torch.tensor(5, device=device)})
     )
     torch.testing.assert_close(none.sum(), total)
-    torch.testing.assert_close(total / (labels != -100).sum(), mean)  # by valid tokens, not by the sum of weights
+    torch.testing.assert_close(total / (labels != -100).sum(), mean)  # divided by the number of valid tokens, not by the sum of weights
     torch.testing.assert_close(total / 5, fixed)
     assert (none[labels == -100] == 0).all()
 
@@ -126,8 +128,8 @@ def test_reductions_agree(dims: tuple[int | None, int | None], any_backend: str,
 @pytest.mark.parametrize(
     "items", [5, torch.tensor(5), torch.tensor([5]), torch.tensor(5.0, dtype=torch.float64), torch.tensor(5, dtype=torch.int32)]
 )
-def test_num_items_changes_no_dtype(items: int | Tensor, any_backend: str) -> None:
-    """The loss is float32, whatever the count comes in (a float64 count after an all-reduce, say)."""
+def test_num_items_does_not_change_the_dtype(items: int | Tensor, any_backend: str) -> None:
+    """The loss is float32 for a count of any dtype, such as a float64 count from an all-reduce."""
     student, teacher = pair()
     total = kd.distillation_loss(student, teacher, reduction="sum", backend=any_backend)
     loss = kd.distillation_loss(student, teacher, num_items=items, backend=any_backend)
@@ -168,10 +170,10 @@ def test_micro_batches_with_num_items_equal_one_batch(dims: tuple[int | None, in
 
 
 def strided(kind: str, side: Any) -> Any:
-    """A side with the same values, in awkward memory."""
+    """Return a side with the same values and other strides."""
 
-    def awkward(t: Tensor) -> Tensor:
-        if kind == "cut in time":  # hidden[:, :-1], as every causal shift makes it: no single row stride
+    def restride(t: Tensor) -> Tensor:
+        if kind == "cut in time":  # hidden[:, :-1], as in a causal shift: no single row stride
             return torch.cat([t, torch.full_like(t[:, :1], float("nan"))], 1)[:, :-1]
         if kind == "transposed in time":  # [T, B, D] memory
             return t.transpose(0, 1).contiguous().transpose(0, 1)
@@ -182,16 +184,18 @@ def strided(kind: str, side: Any) -> Any:
         return t
 
     if isinstance(side, Tensor):
-        return awkward(side)
+        return restride(side)
     weight = side.weight.t().contiguous().t() if "transposed" in kind else side.weight
-    return kd.LMHead(awkward(side.hidden), weight, side.bias)
+    return kd.LMHead(restride(side.hidden), weight, side.bias)
 
 
 @sides
 @pytest.mark.parametrize("kind", ["cut in time", "transposed in time", "transposed", "every other column"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_strides(dims: tuple[int | None, int | None], kind: str, masked: bool, reduction: str, engine_backend: str, device: str) -> None:
+def test_strides_do_not_change_results(
+    dims: tuple[int | None, int | None], kind: str, masked: bool, reduction: str, engine_backend: str, device: str
+) -> None:
     student, teacher = pair(dims, (3, 4), device=device, bias=True)
     labels = strided("transposed", make_labels((3, 4), 33, device, masked=masked))
     options = {"labels": labels, "ce_weight": 0.5, "reduction": reduction, "backend": engine_backend, "chunk_rows": 5}
@@ -208,7 +212,7 @@ def test_strides(dims: tuple[int | None, int | None], kind: str, masked: bool, r
 @pytest.mark.parametrize("expanded", ["rows", "columns"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_expanded_logits(expanded: str, reduction: str, engine_backend: str, device: str) -> None:
-    """Stride 0: the gradient must not be written through it."""
+    """The gradient must not be written through a stride of 0."""
     base = make_side((1,) if expanded == "rows" else (4,), 33 if expanded == "rows" else 1, None, device=device)
     other = make_side((4,), 33, None, device=device, seed=3)
     for order in (1, -1):
@@ -226,7 +230,7 @@ def test_expanded_logits(expanded: str, reduction: str, engine_backend: str, dev
 
 
 @sides
-def test_row_permutation(dims: tuple[int | None, int | None], engine_backend: str, device: str) -> None:
+def test_permuted_rows_give_permuted_results(dims: tuple[int | None, int | None], engine_backend: str, device: str) -> None:
     student, teacher = pair(dims, (9,), device=device)
     order = torch.tensor([4, 8, 0, 3, 7, 1, 2, 6, 5], device=device)
     labels = make_labels((9,), 33, device)
@@ -248,7 +252,9 @@ def test_row_permutation(dims: tuple[int | None, int | None], engine_backend: st
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("dim", [16, None], ids=["head", "dense"])
-def test_student_equal_to_teacher(divergence: Divergence, dtype: torch.dtype, dim: int | None, backend: str, device: str) -> None:
+def test_student_equal_to_teacher_has_no_loss(
+    divergence: Divergence, dtype: torch.dtype, dim: int | None, backend: str, device: str
+) -> None:
     require(backend, device, dtype)
     teacher = make_side((6,), 90, dim, dtype=dtype, device=device)
     result = run(
@@ -263,15 +269,15 @@ def test_student_equal_to_teacher(divergence: Divergence, dtype: torch.dtype, di
 # ---- the module form
 
 
-def test_module_is_the_function(any_backend: str) -> None:
+def test_module_equals_the_function(any_backend: str) -> None:
     student, teacher = pair()
     labels, weights = make_labels((6,), 33), torch.rand(6)
     options = {"divergence": "jsd", "temperature": 2.0, "ce_weight": 0.5, "reduction": "sum", "backend": any_backend}
     module = kd.DistillationLoss(**options)
     assert isinstance(module, torch.nn.Module)
     assert not list(module.parameters())
-    got = module(student, teacher, labels=labels, token_weights=weights)
-    torch.testing.assert_close(got, kd.distillation_loss(student, teacher, labels=labels, token_weights=weights, **options))
+    loss_of_module = module(student, teacher, labels=labels, token_weights=weights)
+    torch.testing.assert_close(loss_of_module, kd.distillation_loss(student, teacher, labels=labels, token_weights=weights, **options))
     torch.testing.assert_close(module(student, teacher, labels), kd.distillation_loss(student, teacher, labels=labels, **options))
     mean = kd.DistillationLoss(backend=any_backend)
     torch.testing.assert_close(mean(student, teacher, num_items=3), 2 * mean(student, teacher))

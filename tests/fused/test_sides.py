@@ -1,4 +1,4 @@
-"""Kinds of sides: a kind defined in a test works everywhere. And the flat form of a call."""
+"""A kind of teacher defined only in this file works, and the flat form of a call."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class UnigramRows:
 
 @pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
 @pytest.mark.parametrize("chunk_rows", [None, 2])
-def test_a_new_kind_of_teacher_needs_nothing_outside_its_own_definition(backend: str, chunk_rows: int | None) -> None:
+def test_new_kind_of_teacher_works_without_other_changes(backend: str, chunk_rows: int | None) -> None:
     hidden, weight, row = torch.randn(2, 3, 8), torch.randn(21, 8), torch.randn(21)
     options = {"labels": make_labels((2, 3), 21), "divergence": "jsd", "backend": backend, "chunk_rows": chunk_rows, "temperature": 1.5}
     results = []
@@ -71,8 +71,8 @@ def test_a_new_kind_of_teacher_needs_nothing_outside_its_own_definition(backend:
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = kd.distillation_loss(kd.LMHead(*leaves), teacher, **options)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 CALLS = [
@@ -90,17 +90,17 @@ CALLS = [
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_a_call_is_read_back_from_its_flat_form(call: Call) -> None:
-    named = {"student.input": torch.zeros(2, 3), "labels": torch.zeros(2)}
-    flat_form = flatten(call, Tensors(named))
-    back, tensors = restore(*flat_form)
-    assert back == call
-    assert tensors.named.keys() == named.keys()
-    assert all(tensors[name] is tensor for name, tensor in named.items())
+def test_call_survives_its_flat_form(call: Call) -> None:
+    arguments = {"student.input": torch.zeros(2, 3), "labels": torch.zeros(2)}
+    flat_form = flatten(call, Tensors(arguments))
+    restored, tensors = restore(*flat_form)
+    assert restored == call
+    assert tensors.named.keys() == arguments.keys()
+    assert all(tensors[name] is tensor for name, tensor in arguments.items())
 
 
-def test_numbers_and_sizes_are_not_part_of_the_text() -> None:
-    """So that annealing a temperature or another batch does not compile anything again."""
+def test_numbers_and_sizes_are_not_in_the_text_of_the_flat_form() -> None:
+    """Otherwise torch.compile would recompile for another temperature or batch size."""
     call = Call(kd.JSD(0.3), 7, temperature=2.0, chunk_rows=4, student=HeadForm(2.0, 30.0))
     other = Call(kd.JSD(0.7), 9, temperature=3.0, chunk_rows=8, student=HeadForm(1.0, 20.0))
     assert flatten(call, Tensors({}))[3] == flatten(other, Tensors({}))[3]
@@ -108,7 +108,7 @@ def test_numbers_and_sizes_are_not_part_of_the_text() -> None:
         assert flatten(changed, Tensors({}))[3] != flatten(call, Tensors({}))[3]
 
 
-def test_the_tensors_of_one_side_are_found_by_its_name() -> None:
+def test_tensors_of_a_side_are_selected_by_prefix() -> None:
     tensors = Tensors({name: torch.empty(0) for name in ("student.input", "teacher.0.input", "teacher.0.bias", "teacher.1.input")})
     assert list(tensors.of("teacher").of("0").named) == ["input", "bias"]
     assert tensors.of("teacher").get("input") is None

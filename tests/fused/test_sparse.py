@@ -1,6 +1,4 @@
-"""Losses against TopK and Sampled teachers: every mode against its float64 definition. The allowed error is relative to torch's in the
-same dtype.
-"""
+"""Losses against TopK and Sampled teachers, compared with the definition in float64 and with torch in the same dtype."""
 
 from __future__ import annotations
 
@@ -32,19 +30,19 @@ VOCAB = 613
 def make_teacher(
     tail: str, many: int, leading: tuple[int, ...], vocab: int = VOCAB, temperature: float = 1.0, device: str = "cpu"
 ) -> kd.TopK | kd.Sampled:
-    """The most likely of a random teacher, the first and the last column among them; one row with padding in between."""
+    """Return the top-k or samples of a random teacher. Top-k includes the first and last column, and a row with padding in between."""
     logits = make_side(leading, vocab, None, seed=7)
     assert isinstance(logits, Tensor)
     if tail == "sampled":
-        drawn = kd.sample(logits, many, temperature=temperature, generator=torch.Generator().manual_seed(3))
-        return kd.Sampled(drawn.ids.to(device), drawn.counts.to(device))
+        samples = kd.sample(logits, many, temperature=temperature, generator=torch.Generator().manual_seed(3))
+        return kd.Sampled(samples.ids.to(device), samples.counts.to(device))
     logits[..., 0] = 9.0
     logits[..., -1] = 8.5
     top = kd.topk_logprobs(logits, many, temperature=temperature)
     ids, logprobs = top.ids.clone(), top.logprobs.clone()
     if many > 2:
         ids.view(-1, many)[0, 1::2] = -1
-        logprobs.view(-1, many)[0, 1::2] = math.nan  # padding, whatever it holds
+        logprobs.view(-1, many)[0, 1::2] = math.nan  # padding may hold any value
     return kd.TopK(ids.to(device), logprobs.to(device), tail=tail, temperature=temperature)  # type: ignore[arg-type]
 
 
@@ -61,24 +59,24 @@ def dense_loss(
     reduction: str = "mean",
     **no_effect: Any,
 ) -> Tensor:
-    """By the definitions, over explicit outcomes: the named tokens (or all of the vocabulary), and all others as one."""
+    """Compute the loss by its definition, over explicit outcomes: the listed tokens, or the vocabulary, and a bucket for the others."""
     z = dense_logits(student)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     valid = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if labels is None else labels != -100
     z = z[valid]
     ids = teacher.ids[valid].long()
-    named = ids >= 0
+    listed = ids >= 0
     log_q = torch.log_softmax(z / temperature, -1)
-    full = torch.zeros_like(z)  # the teacher over the whole vocabulary
+    full = torch.zeros_like(z)  # the teacher's probabilities over the vocabulary
     if isinstance(teacher, kd.Sampled):
-        weights = teacher.counts[valid].to(z.dtype) * named
+        weights = teacher.counts[valid].to(z.dtype) * listed
         full.scatter_add_(-1, ids.clamp(min=0), weights / weights.sum(-1, keepdim=True))
         value = -(full * log_q).sum(-1)
     else:
-        logprobs = teacher.logprobs[valid].to(z.dtype).masked_fill(~named, -math.inf)
+        logprobs = teacher.logprobs[valid].to(z.dtype).masked_fill(~listed, -math.inf)
         p = logprobs.exp()
         if teacher.tail == "renorm":
-            # By the definition, softmax(z_t / T) over the ids alone, from log softmax(z_t / T') at them.
+            # softmax(z_t / T) over the ids only, computed from log softmax(z_t / T').
             p = torch.softmax(logprobs * teacher.temperature / temperature, -1)
         full.scatter_add_(-1, ids.clamp(min=0), p)
         if teacher.tail == "bucket":
@@ -92,9 +90,9 @@ def dense_loss(
         q_all, log_p_all = log_q_all.exp(), p_all.log()
 
         def kl(weight: Tensor, log_weight: Tensor, log_other: Tensor) -> Tensor:
-            nothing = weight == 0
-            gap = torch.where(nothing, 0.0, log_weight) - torch.where(nothing, 0.0, log_other)
-            return torch.where(nothing, 0.0, weight * gap).sum(-1)
+            zero = weight == 0
+            gap = torch.where(zero, 0.0, log_weight) - torch.where(zero, 0.0, log_other)
+            return torch.where(zero, 0.0, weight * gap).sum(-1)
 
         if isinstance(divergence, kd.ForwardKL):
             value = kl(p_all, log_p_all, log_q_all)
@@ -148,7 +146,7 @@ def test_every_mode(any_backend: str, device: str, tail: str, divergence: Any, d
 @pytest.mark.parametrize("many", [1, 64, 512])
 @pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
 def test_numbers_of_ids_at_a_temperature(engine_backend: str, device: str, tail: str, divergence: Any, many: int) -> None:
-    """Loss with cross-entropy at T = 1 and an upstream gradient per token."""
+    """The loss includes cross-entropy at T = 1 and has an upstream gradient for each token."""
     leading = (7,)
     options = {
         "divergence": divergence, "labels": make_labels(leading, VOCAB, device), "ce_weight": 0.5, "temperature": 2.0, "reduction": "none",
@@ -159,7 +157,7 @@ def test_numbers_of_ids_at_a_temperature(engine_backend: str, device: str, tail:
         check(engine_backend, make_side(leading, VOCAB, dim, device=device), teacher, options)
 
 
-def test_ids_of_every_width_and_draws_that_repeat(engine_backend: str, device: str) -> None:
+def test_ids_of_every_dtype_and_repeated_draws(engine_backend: str, device: str) -> None:
     ids = torch.tensor([[0, 5, 5, 12, -1], [12, 12, 12, 0, 12]], device=device)
     counts = torch.tensor([[1, 2, 3, 1, 9], [1, 1, 1, 1, 1]], device=device)
     z = make_side((2,), 13, None, device=device)
@@ -170,24 +168,24 @@ def test_ids_of_every_width_and_draws_that_repeat(engine_backend: str, device: s
         torch.testing.assert_close(loss, truth / torch.tensor([7.0, 5.0], device=device))
 
 
-def test_renorm_at_another_temperature_is_the_tempered_set() -> None:
+def test_renormalised_topk_can_change_its_temperature() -> None:
     z, zt = make_side((3,), VOCAB, None), make_side((3,), VOCAB, None, seed=1)
     assert isinstance(zt, Tensor)
-    kept = kd.topk_logprobs(zt, 8, temperature=1.0)
-    there = kd.topk_logprobs(zt, 8, temperature=3.0)
-    a, b = (kd.distillation_loss(z, kd.TopK(t.ids, t.logprobs, "renorm", t.temperature), temperature=3.0) for t in (kept, there))
+    at_1 = kd.topk_logprobs(zt, 8, temperature=1.0)
+    at_3 = kd.topk_logprobs(zt, 8, temperature=3.0)
+    a, b = (kd.distillation_loss(z, kd.TopK(t.ids, t.logprobs, "renorm", t.temperature), temperature=3.0) for t in (at_1, at_3))
     torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "zero", "renorm"])
-def test_the_whole_vocabulary_is_the_dense_loss(tail: str, engine_backend: str, device: str) -> None:
+def test_topk_of_the_whole_vocabulary_equals_the_dense_loss(tail: str, engine_backend: str, device: str) -> None:
     z, zt = make_side((5,), 40, None, device=device), make_side((5,), 40, None, seed=1, device=device)
     top = kd.topk_logprobs(zt, 40)
     sparse = kd.distillation_loss(z, kd.TopK(top.ids, top.logprobs, tail), backend=engine_backend)  # type: ignore[arg-type]
     torch.testing.assert_close(sparse, kd.distillation_loss(z, zt, backend=engine_backend), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_named_teaches_nothing(any_backend: str, device: str) -> None:
+def test_rows_without_ids_have_no_loss(any_backend: str, device: str) -> None:
     ids, values = torch.full((3, 2), -1, device=device), torch.full((3, 2), math.nan, device=device)
     for tail, divergence in MODES[:-1]:
         z = torch.randn(3, 20, device=device).requires_grad_()
@@ -199,8 +197,8 @@ def test_nothing_named_teaches_nothing(any_backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
-def test_named_tokens_that_have_nothing(tail: str, divergence: Any, any_backend: str, device: str) -> None:
-    """Excluded by both sides, no part of loss or gradient; where the student alone has nothing, forward KL is infinite."""
+def test_listed_tokens_with_probability_0(tail: str, divergence: Any, any_backend: str, device: str) -> None:
+    """A token excluded by both sides has no effect. If only the student excludes it, forward KL is infinite."""
     z = torch.randn(3, 12, device=device)
     z[:, 3] = -math.inf
     ids = torch.tensor([[3, 5, -1], [2, 3, 0], [11, 0, 3]], device=device)
@@ -210,46 +208,46 @@ def test_named_tokens_that_have_nothing(tail: str, divergence: Any, any_backend:
     ours = run(kd.distillation_loss, z, teacher, {**options, "backend": any_backend})
     shorter = torch.where(ids == 3, -1, ids)
     same = kd.Sampled(shorter, shares) if tail == "sampled" else kd.TopK(shorter, shares.log(), tail)  # type: ignore[arg-type]
-    expected = run(dense_loss, z[:, [*range(3), *range(4, 12)]], moved(same), options)
+    expected = run(dense_loss, z[:, [*range(3), *range(4, 12)]], without_token_3(same), options)
     torch.testing.assert_close(ours["loss"], expected["loss"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours["d_logits"][:, [*range(3), *range(4, 12)]], expected["d_logits"], rtol=1e-5, atol=1e-6)
     assert (ours["d_logits"][:, 3] == 0).all()
-    z[0, 5] = -math.inf  # the teacher gives it most
+    z[0, 5] = -math.inf  # the teacher's most likely token
     loss = kd.distillation_loss(z, teacher, **options, backend=any_backend)
     assert bool(loss[0] == math.inf) == isinstance(divergence, kd.ForwardKL)
     assert torch.isfinite(loss[1:]).all()
 
 
-def moved(teacher: kd.TopK | kd.Sampled) -> Any:
-    """Gradient in a vocabulary without token 3."""
+def without_token_3(teacher: kd.TopK | kd.Sampled) -> Any:
+    """Renumber the ids for a vocabulary without token 3."""
     return dataclasses.replace(teacher, ids=torch.where(teacher.ids > 3, teacher.ids - 1, teacher.ids))
 
 
-def test_a_confident_student_keeps_the_digits_of_its_likely_tokens(engine_backend: str, device: str) -> None:
-    """What is q - p at the ids is so whatever the ratio of the tails, here 2000."""
+def test_gradients_of_a_confident_student_are_accurate(engine_backend: str, device: str) -> None:
+    """At the ids the gradient is q - p, also if the tails differ by a factor of 2000."""
     z, zt = (torch.randn(4, 500, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     z[:, :4] += 20
     zt[:, :4] += 12
     top = kd.topk_logprobs(zt, 4)
     assert (top.ids < 4).all()
     z = z.to(device)
-    got = run(
+    actual = run(
         kd.distillation_loss, z, kd.TopK(top.ids.to(device), top.logprobs.to(device)), {"reduction": "sum", "backend": engine_backend}
     )
     q = torch.softmax(z.double(), -1).gather(-1, top.ids.long().to(device))
     truth = 0.5 * (q - top.logprobs.to(device).double().exp())
-    assert_close_2x("d_logits at ids", got["d_logits"].gather(-1, top.ids.long().to(device)), truth.float(), truth)
+    assert_close_2x("d_logits at ids", actual["d_logits"].gather(-1, top.ids.long().to(device)), truth.float(), truth)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "sampled"])
-def test_more_ids_than_any_block_of_them(tail: str, engine_backend: str, device: str) -> None:
+def test_more_ids_than_a_block_holds(tail: str, engine_backend: str, device: str) -> None:
     teacher = make_teacher(tail, 1500, (2,), vocab=2000, device=device)
     check(engine_backend, make_side((2,), 2000, 8, device=device), teacher, {"divergence": kd.ForwardKL()})
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_label_inside_and_outside_the_ids(temperature: float, any_backend: str, device: str) -> None:
-    """Beside token 0, which is where padding would go: every column is written once, with all that belongs to it."""
+    """Padding must not write to token 0. Each column's gradient is written once, including the label's part."""
     ids = torch.tensor([[0, 4, 7], [-1, 4, 7], [-1, -1, -1], [-1, -1, -1], [0, -1, -1], [7, -1, 0]], device=device)
     labels = torch.tensor([4, 0, 0, 5, 0, 0], device=device)
     logprobs = torch.full(ids.shape, -1.5, device=device)
@@ -260,8 +258,8 @@ def test_label_inside_and_outside_the_ids(temperature: float, any_backend: str, 
             check(any_backend, side, kd.TopK(ids, logprobs, temperature=temperature), options)
 
 
-def test_a_part_of_what_was_kept(engine_backend: str, device: str) -> None:
-    """The first 3 of 8, and every other position: views with strides of their own."""
+def test_strided_views_of_a_teacher(engine_backend: str, device: str) -> None:
+    """Use the first 3 of 8 ids at every other position, which is a strided view."""
     z = make_side((2, 3), 40, None, device=device)
     top = kd.topk_logprobs(make_side((2, 6), 40, None, seed=1, device=device), 8)
     for dtype in (torch.int32, torch.int64):
@@ -271,16 +269,16 @@ def test_a_part_of_what_was_kept(engine_backend: str, device: str) -> None:
             for a, b in ((ids, logprobs), (ids.contiguous(), logprobs.contiguous()))
         )
         assert torch.equal(views, copies)
-    drawn = kd.sample(make_side((2, 3), 40, None, device=device), 4)  # its counts are one number, expanded
+    drawn = kd.sample(make_side((2, 3), 40, None, device=device), 4)  # its counts have stride 0
     kd.distillation_loss(z, drawn, backend=engine_backend, chunk_rows=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_gradients_narrower_than_the_logits_they_lie_over(
+def test_16_bit_gradients_over_float32_logits(
     dtype: torch.dtype, temperature: float, engine_backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logit gradients in float16, scaled by a power of two as on a GPU."""
+    """Logit gradients are 16-bit, scaled by a power of two, as on a GPU."""
     monkeypatch.setattr(HeadRows, "dz_dtype", property(lambda head: head.dtype))
     labels = make_labels((6,), VOCAB, device)
     options = {"divergence": kd.ForwardKL(), "labels": labels, "ce_weight": 0.5, "temperature": temperature, "chunk_rows": 4}
@@ -289,7 +287,7 @@ def test_gradients_narrower_than_the_logits_they_lie_over(
         check(engine_backend, side, make_teacher(tail, 8, (6,), temperature=temperature, device=device), options)
 
 
-def test_autocast_and_the_module(engine_backend: str, device: str) -> None:
+def test_module_under_autocast(engine_backend: str, device: str) -> None:
     side = make_side((6,), VOCAB, 8, device=device)
     teacher = make_teacher("bucket", 8, (6,), temperature=2.0, device=device)
     loss = kd.DistillationLoss(temperature=2.0, divergence="jsd", backend=engine_backend)
@@ -334,15 +332,15 @@ def test_statistics(any_backend: str, device: str) -> None:
     _, sparse = kd.distillation_loss(z, kd.TopK(top.ids, top.logprobs, "zero"), **options)
     for name, expected in vars(dense).items():
         torch.testing.assert_close(getattr(sparse, name), expected, rtol=1e-4, atol=1e-5)
-    _, few = kd.distillation_loss(z, kd.TopK(top.ids[:, :3], top.logprobs[:, :3], "bucket"), **options)
+    _, topk_stats = kd.distillation_loss(z, kd.TopK(top.ids[:, :3], top.logprobs[:, :3], "bucket"), **options)
     mass = top.logprobs[:, :3].exp()
     rest = 1 - mass.sum(-1)
     entropy = -(torch.xlogy(mass, mass).sum(-1) + torch.xlogy(rest, rest))
-    torch.testing.assert_close(few.teacher_entropy, torch.where(labels == -100, 0.0, entropy), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(few.student_entropy, dense.student_entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(topk_stats.teacher_entropy, torch.where(labels == -100, 0.0, entropy), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(topk_stats.student_entropy, dense.student_entropy, rtol=1e-4, atol=1e-5)
 
 
-def test_compiles_without_a_break(engine_backend: str) -> None:
+def test_sparse_losses_compile_into_one_graph(engine_backend: str) -> None:
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     top = kd.topk_logprobs(torch.randn(6, 40), 4)
 
@@ -357,11 +355,11 @@ def test_compiles_without_a_break(engine_backend: str) -> None:
     hidden.grad = weight.grad = None
     for _ in range(2):
         step(hidden, weight, top.ids, top.logprobs).backward()
-    for found, leaf in zip(grads, (hidden, weight), strict=True):
-        torch.testing.assert_close(found, leaf.grad)
+    for gradient, leaf in zip(grads, (hidden, weight), strict=True):
+        torch.testing.assert_close(gradient, leaf.grad)
 
 
-def test_plan_counts_the_students_logits_alone() -> None:
+def test_plan_counts_only_the_students_logits() -> None:
     head = kd.LMHead(torch.randn(8, 4), torch.randn(1000, 4))
     plan = kd.plan(head, kd.topk_logprobs(torch.randn(8, 1000), 4), backend="torch")
     assert plan.buffer_bytes < 8 * 1100 * 4
@@ -384,7 +382,7 @@ def test_undefined_losses_raise(tail: str, divergence: str, way_out: str) -> Non
         kd.distillation_loss(torch.randn(2, VOCAB), make_teacher(tail, 4, (2,)), divergence=divergence)
 
 
-def test_bad_input() -> None:
+def test_invalid_sparse_teachers_raise() -> None:
     z, logprobs = torch.randn(2, 10), torch.log_softmax(torch.randn(2, 3), -1)
 
     def teacher(*ids: int) -> kd.TopK:
@@ -406,8 +404,8 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="leading shape"):
         kd.distillation_loss(torch.randn(3, 10), teacher(1, 2, 3))
     for tail in ("bucket", "zero"):
-        kept = kd.TopK(torch.tensor([[0], [1]]), torch.zeros(2, 1), tail)  # type: ignore[arg-type]
+        topk = kd.TopK(torch.tensor([[0], [1]]), torch.zeros(2, 1), tail)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"temperature=2.0, but .* at 1.0.*tail='renorm'"):
-            kd.distillation_loss(z, kept, temperature=2.0)
-    # Of tokens that do not count, anything goes.
+            kd.distillation_loss(z, topk, temperature=2.0)
+    # Rows without a valid label are not checked.
     kd.distillation_loss(z, teacher(7, 99, 7), labels=torch.tensor([-100, 3]))

@@ -1,4 +1,4 @@
-"""Invalid input raises the right exception, with argument and value, before any computation."""
+"""Invalid arguments raise the right exception, with name and value, before any computation."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def ones(value: float | None = None) -> Tensor:
     return values
 
 
-# (what is passed, exception, what the message must say: the argument, what was given, the way out)
-BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
+# Arguments, exception, and a pattern for the message: name, value and remedy.
+INVALID: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
     # shapes
     "leading shapes": (lambda: {"teacher": teacher(hidden=torch.randn(2, 3, DT))}, ValueError, r"teacher.*\[2, 3\].*student \[6\]"),
     "leading sizes": (lambda: {"teacher": torch.randn(5, V)}, ValueError, r"teacher.*\[5\].*student \[6\]"),
@@ -169,7 +169,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
 
 
 @pytest.fixture
-def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed before the arguments were checked")
 
@@ -183,11 +183,11 @@ def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nothing_computed")
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str, backend: str) -> None:
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_arguments_raise_before_any_computation(case: str, backend: str) -> None:
     if backend == "reference" and "memory_budget below" in case:
-        pytest.skip("the reference has no buffer to keep within a budget")
-    make, error, message = BAD[case]
+        pytest.skip("the reference ignores the budget")
+    make, error, message = INVALID[case]
     torch.manual_seed(0)
     with pytest.raises(error, match=message) as caught:
         kd.distillation_loss(**{"student": student(), "teacher": teacher(), "backend": backend, **make()})
@@ -197,36 +197,36 @@ def test_bad_input(case: str, backend: str) -> None:
     assert len(text) < 400
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_plan_raises_the_same(case: str) -> None:
-    make, error, message = BAD[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_plan_raises_the_same_errors(case: str) -> None:
+    make, error, message = INVALID[case]
     with pytest.raises(error, match=message):
         kd.plan(**{"student": student(), "teacher": teacher(), "backend": "torch", **make()})
 
 
-def test_cases_differ_from_a_good_call_in_one_thing() -> None:
-    """The good call that they all change passes, also with every optional argument: so it is the change that is refused."""
+def test_unchanged_call_of_the_invalid_cases_is_valid() -> None:
+    """Without their change, the invalid calls pass, also with every optional argument."""
     loss = kd.distillation_loss(
         student(bias=torch.randn(V), softcap=3.0), teacher(), labels=labels(), token_weights=ones(), ce_weight=0.5, memory_budget=384
     )
     assert torch.isfinite(loss)
 
 
-def test_bad_values_at_ignored_positions_are_ignored() -> None:
+def test_invalid_values_at_ignored_positions_are_accepted() -> None:
     weights = ones(math.nan)
     target = labels()
     target[3] = -100
     assert torch.isfinite(kd.distillation_loss(student(), teacher(), labels=target, token_weights=weights))
 
 
-def test_bad_call_leaves_no_gradient() -> None:
+def test_invalid_call_leaves_no_gradient() -> None:
     side = student(hidden=torch.randn(N, DS, requires_grad=True))
     with pytest.raises(ValueError, match="labels"):
         kd.distillation_loss(side, teacher(), labels=labels(V)).backward()
     assert side.hidden.grad is None
 
 
-def test_warning_points_at_the_caller() -> None:
+def test_warning_names_the_callers_file() -> None:
     grad = teacher(hidden=torch.randn(N, DT, requires_grad=True))
     with pytest.warns(UserWarning, match="the teacher requires grad: it is detached") as caught:
         kd.distillation_loss(student(), grad)
@@ -234,21 +234,21 @@ def test_warning_points_at_the_caller() -> None:
     assert caught[0].filename == __file__
 
 
-def test_flags_of_bad_values_cost_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One selection of rows for both passes: each is a synchronisation on a GPU."""
-    looks = 0
+def test_values_are_checked_once_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are selected once for both passes, since each selection synchronises with a GPU."""
+    selections = 0
     select = engine.select_rows
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal looks
-        looks += 1
+        nonlocal selections
+        selections += 1
         return select(*args, **kwargs)
 
     monkeypatch.setattr(engine, "select_rows", counted)
     side = student(hidden=torch.randn(N, DS, requires_grad=True), weight=torch.randn(V, DS, requires_grad=True))
     target = labels()
     target[1] = -100
-    for reduction in ("sum", "none"):  # backward scales the gradients, or visits the rows again
-        looks = 0
+    for reduction in ("sum", "none"):  # backward scales the gradients or computes them
+        selections = 0
         kd.distillation_loss(side, teacher(), labels=target, reduction=reduction, backend="torch").sum().backward()
-        assert looks == 1
+        assert selections == 1

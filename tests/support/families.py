@@ -1,6 +1,6 @@
-"""Tiny random models of every causal family in transformers, and the head tap on each.
+"""Tiny random models of every causal family in transformers, and a comparison of the head tap with their logits.
 
-``python tests/support/families.py`` examines all of them and writes docs/families.md.
+``python tests/support/families.py`` examines all families and writes docs/families.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB, HIDDEN = 96, 32
 
-# What a field of a config becomes, by its name. What is not here keeps its default.
+# Values of config fields by name. Other fields keep their defaults.
 SMALL: dict[str, Any] = {}
 for _names, _value in (
     ("vocab_size vocab_size_per_layer_input audio_vocab_size", VOCAB),
@@ -63,7 +63,7 @@ for _names, _value in (
     SMALL.update(dict.fromkeys(_names.split(), _value))
 
 _MIXED = {"layer_types": ["linear_attention", "full_attention"]}
-# Where a family has rules of its own, and where a default of 1.0 would hide that its logits are scaled.
+# Fields that some families need, and scales of logits whose default is 1.0.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _MIXED,
     "bamba": {"attn_layer_indices": [1]},
@@ -98,7 +98,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "mpt": {"logit_scale": 3.0},  # which the model ignores
+    "mpt": {"logit_scale": 3.0},  # the model ignores it
     "qwen3_5": {"text_config": _MIXED},
     "qwen3_5_moe": {"text_config": _MIXED},
     "qwen3_5_moe_text": _MIXED,
@@ -131,29 +131,29 @@ NOT_RUN = {
 }
 
 
-def shrink(kind: type[PretrainedConfig], **given: Any) -> PretrainedConfig:
-    """A config of this kind, nested ones included, whose model is small enough to build in a moment."""
+def shrink(kind: type[PretrainedConfig], **overrides: Any) -> PretrainedConfig:
+    """Return a config of this class, with nested configs, for a very small model."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     small: dict[str, Any] = {}
     for name, nested in kind.sub_configs.items():
-        if nested is AutoConfig:  # of the kind that it has by default
+        if nested is AutoConfig:  # use the default's class
             nested = type(getattr(kind(), name, None))
         if issubclass(nested, PretrainedConfig):
-            small[name] = shrink(nested, **given.pop(name, {}))
+            small[name] = shrink(nested, **overrides.pop(name, {}))
     for name, value in SMALL.items():
         if name in fields or name in kind.attribute_map:
             default = fields[name].default if name in fields else value
             small[name] = [value] if isinstance(default, list | tuple) else value
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"):
         small[name] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 3}[name]
-    if "kv_lora_rank" in fields:  # latent attention has no groups
+    if "kv_lora_rank" in fields:  # latent attention has as many key-value heads as heads
         small["num_key_value_heads"] = small["num_attention_heads"]
-    return kind(**{**small, **given})
+    return kind(**{**small, **overrides})
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, **given: Any) -> nn.Module:
-    """A random model of the family, in evaluation mode, with logits of a size at which a soft cap can be felt."""
-    config = shrink(CONFIG_MAPPING[family], **{**SPECIAL.get(family, {}), **given})
+def build(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
+    """Return a random model of the family in evaluation mode, whose logits are large enough for a soft cap to matter."""
+    config = shrink(CONFIG_MAPPING[family], **{**SPECIAL.get(family, {}), **overrides})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     head = model.get_output_embeddings()
@@ -173,7 +173,7 @@ class Finding:
     way: str  # "tap" | "dense" | "not run"
     scale: float = 1.0
     softcap: float | None = None
-    cut: int = 0  # columns of the head that are no logits
+    cut: int = 0  # columns of the head beyond the logits
     bias: bool = False
     tied: bool = False
     features: bool = False
@@ -198,7 +198,7 @@ class Finding:
 
 
 def examine(family: str) -> Finding:
-    """Builds a model of the family and compares its tapped side with its dense logits: the loss and the gradient of every parameter."""
+    """Build a model of the family. Compare loss and gradients of its tapped side with those of its dense logits."""
     try:
         model = build(family)
         ids = torch.randint(4, VOCAB, (2, 8), generator=torch.Generator().manual_seed(1))
@@ -212,7 +212,7 @@ def examine(family: str) -> Finding:
             raise
         return Finding(family, "not run", note=f"{reason} ({type(error).__name__})")
     if family == "reformer":
-        model.train()  # has no backward pass in evaluation mode
+        model.train()  # it has no backward in evaluation mode
     rows = torch.tensor([1, 4, 5, 12, 14])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -287,14 +287,17 @@ def page(findings: Iterable[Finding]) -> str:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    found = []
+    findings = []
     for name in sys.argv[1:] or FAMILIES:
         start = time.perf_counter()
         try:
-            found.append(examine(name))
+            findings.append(examine(name))
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
             continue
-        print(f"{found[-1].line} {found[-1].loss_error:.1e} {found[-1].gradient_error:.1e} {time.perf_counter() - start:.2f} s", flush=True)
+        print(
+            f"{findings[-1].line} {findings[-1].loss_error:.1e} {findings[-1].gradient_error:.1e} {time.perf_counter() - start:.2f} s",
+            flush=True,
+        )
     if not sys.argv[1:]:
-        PAGE.write_text(page(found))
+        PAGE.write_text(page(findings))

@@ -1,4 +1,4 @@
-"""Script of each process of test_tap_distributed.py: ``torchrun tap_ranks.py FOLDER``. Writes the largest error of each case."""
+"""Run one process of test_tap_distributed.py and write each case's largest error: ``torchrun tap_ranks.py FOLDER``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from ranks import leave
 from torch import Tensor, nn
 
-ROWS = (torch.tensor([1, 4, 5, 12, 14]), torch.tensor([0, 2, 3, 9, 13]))  # of each rank
+ROWS = (torch.tensor([1, 4, 5, 12, 14]), torch.tensor([0, 2, 3, 9, 13]))  # scored rows of each rank
 DDP: dict[str, dict[str, Any]] = {"ddp": {}, "ddp, unused": {"find_unused_parameters": True}, "ddp, static": {"static_graph": True}}
 
 
 def batch(rank: int) -> tuple[Tensor, Tensor]:
-    """Ids and a teacher's logits."""
+    """Return token ids and a teacher's logits."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randint(4, 96, (2, 8), generator=generator), 3 * torch.randn(5, 96, generator=generator)
 
@@ -30,7 +30,7 @@ def loss_of(side: Any, teacher: Tensor) -> Tensor:
 
 
 def expected(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients of the mean over both ranks, in this process alone, from the model's own logits."""
+    """Return the gradients of the mean over both ranks' losses, computed in this process from the model's logits."""
     model.zero_grad()
     for rank, rows in enumerate(ROWS):
         ids, teacher = batch(rank)
@@ -38,9 +38,9 @@ def expected(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def error_of(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    largest = max(g.abs().max().item() for g in wanted.values())
-    return max((found[name] - g).abs().max().item() for name, g in wanted.items()) / largest
+def error_of(actual: dict[str, Tensor], expected_gradients: dict[str, Tensor]) -> float:
+    largest = max(g.abs().max().item() for g in expected_gradients.values())
+    return max((actual[name] - g).abs().max().item() for name, g in expected_gradients.items()) / largest
 
 
 def replicated(rank: int, options: dict[str, Any]) -> float:
@@ -49,15 +49,15 @@ def replicated(rank: int, options: dict[str, Any]) -> float:
     from kdkernels.tap.head import HeadTap
 
     model = build("llama")
-    wanted = expected(model)
+    expected_gradients = expected(model)
     wrapped = nn.parallel.DistributedDataParallel(model, **options)
     tap = HeadTap(wrapped)
     ids, teacher = batch(rank)
     errors = []
-    for _ in range(2):  # DDP learns from its first step
+    for _ in range(2):  # DDP rebuilds its buckets after the first step
         model.zero_grad()
         tap(wrapped, lambda tapped: loss_of(tapped.side(ROWS[rank]), teacher), input_ids=ids).backward()
-        errors.append(error_of({name: p.grad for name, p in model.named_parameters()}, wanted))
+        errors.append(error_of({name: p.grad for name, p in model.named_parameters()}, expected_gradients))
     assert tap.fallback_reason is None
     return max(errors)
 
@@ -69,7 +69,7 @@ def sharded(rank: int, tied: bool, reshard: bool) -> float:
     from kdkernels.tap.head import HeadTap
 
     model = build("llama", tie_word_embeddings=tied)
-    wanted = expected(model)
+    expected_gradients = expected(model)
     model.zero_grad()
     for layer in model.model.layers:
         fully_shard(layer)
@@ -78,20 +78,20 @@ def sharded(rank: int, tied: bool, reshard: bool) -> float:
     ids, teacher = batch(rank)
     errors = []
     for _ in range(2):
-        model.zero_grad()  # while the parameters are the sharded ones
+        model.zero_grad()  # parameters are sharded here
         loss = tap(model, lambda tapped: loss_of(tapped.side(ROWS[rank]), teacher), input_ids=ids)
         loss.backward()
-        errors.append(error_of({name: p.grad.full_tensor() for name, p in model.named_parameters()}, wanted))
+        errors.append(error_of({name: p.grad.full_tensor() for name, p in model.named_parameters()}, expected_gradients))
     assert tap.fallback_reason is None
     with pytest.raises(ValueError, match=r"is sharded .*give the head tap a finish"):
         tap(model, input_ids=ids)
-    with torch.no_grad():  # a teacher
+    with torch.no_grad():  # as a teacher is used
         errors.append(abs(loss_of(tap(model, input_ids=ids).side(ROWS[rank]), teacher).item() / loss.item() - 1))
     return max(errors)
 
 
-def made_whole(rank: int) -> float:
-    """The gradient of a weight that each rank used in its own way is the mean, in shards."""
+def unsharded_weight(rank: int) -> float:
+    """Return the error of an unsharded weight and of its sharded gradient, the mean over ranks that use it differently."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -107,12 +107,12 @@ def made_whole(rank: int) -> float:
 
 
 def cases(rank: int) -> dict[str, Callable[[], float]]:
-    found: dict[str, Callable[[], float]] = {name: lambda o=options: replicated(rank, o) for name, options in DDP.items()}
+    by_name: dict[str, Callable[[], float]] = {name: lambda o=options: replicated(rank, o) for name, options in DDP.items()}
     for tied in (False, True):
         for reshard in (False, True):
-            found[f"fsdp2, tied={tied}, reshard={reshard}"] = lambda t=tied, r=reshard: sharded(rank, t, r)
-    found["whole"] = lambda: made_whole(rank)
-    return found
+            by_name[f"fsdp2, tied={tied}, reshard={reshard}"] = lambda t=tied, r=reshard: sharded(rank, t, r)
+    by_name["whole"] = lambda: unsharded_weight(rank)
+    return by_name
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The head tap: measured transform, fallbacks, wrappers, precision, auxiliary losses, memory, and cleanup."""
+"""The head tap: measured transform, fallback to logits, cleanup, auxiliary losses, precision, wrappers and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tapped import IDS, ROWS, VOCAB, assert_equals_the_model, assert_same_gradie
 from kdkernels.tap.head import HeadTap, Tapped  # noqa: E402
 from kdkernels.tap.probe import Transform, UnknownTransform, fit, ramp  # noqa: E402
 
-# The step from head to logits
+# From head to logits
 
 
 @pytest.mark.parametrize("columns", [96, 50257])
@@ -36,8 +36,8 @@ from kdkernels.tap.probe import Transform, UnknownTransform, fit, ramp  # noqa: 
 def test_probe_finds_scale_softcap_and_columns(scale: float, softcap: float | None, columns: int) -> None:
     z = ramp(columns + 11)[None, None] * scale
     z = z if softcap is None else torch.tanh(z / softcap) * softcap
-    found = fit(z[..., :columns])
-    assert found == Transform(pytest.approx(scale, rel=1e-6), None if softcap is None else pytest.approx(softcap, rel=1e-6), columns)
+    transform = fit(z[..., :columns])
+    assert transform == Transform(pytest.approx(scale, rel=1e-6), None if softcap is None else pytest.approx(softcap, rel=1e-6), columns)
 
 
 UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,12 +52,12 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("transform", UNKNOWN.values(), ids=UNKNOWN)
-def test_probe_refuses_what_it_cannot_express(transform: Callable[[Tensor], Tensor]) -> None:
+def test_probe_raises_for_other_transforms(transform: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(UnknownTransform):
         fit(transform(ramp(96)[None]))
 
 
-def test_probe_keeps_the_random_state_the_training_mode_and_the_gradients() -> None:
+def test_probe_keeps_random_state_training_mode_and_gradients() -> None:
     model = build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     model.transformer.h[1].eval()
     modes = [m.training for m in model.modules()]
@@ -68,21 +68,21 @@ def test_probe_keeps_the_random_state_the_training_mode_and_the_gradients() -> N
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_vocabulary_is_cut() -> None:
+def test_vocab_size_cuts_the_head() -> None:
     model = build("llama")
     assert HeadTap(model, vocab_size=90)(model, input_ids=IDS).side(ROWS).vocab_size == 90
     with pytest.raises(ValueError, match="vocab_size=97, but the logits of llama have 96 columns"):
         HeadTap(model, vocab_size=97)(model, input_ids=IDS)
 
 
-def test_all_rows() -> None:
+def test_side_without_rows_has_every_position() -> None:
     model = build("llama")
     side = HeadTap(model)(model, input_ids=IDS).side()
     torch.testing.assert_close(side.hidden @ side.weight.T, model(input_ids=IDS).logits)
 
 
-def test_a_float64_model_whose_logits_are_float32() -> None:
-    """Mamba casts the head's output to a narrower dtype, which is not a different head."""
+def test_float64_model_with_float32_logits_is_exact() -> None:
+    """Mamba casts the head's output to float32."""
     model = build("mamba").double()
     assert model(input_ids=IDS).logits.dtype == torch.float32
     assert_equals_the_model(model)
@@ -118,7 +118,7 @@ def test_unknown_transform_falls_back_with_one_warning() -> None:
 
 
 def test_logits_that_do_not_come_from_the_head_fall_back() -> None:
-    """A second term that vanishes for the probe's ramp: only the comparison at a real token detects it."""
+    """The added term is 0 for the probe's ramp, so only the comparison at a real token detects it."""
     model = build("llama")
     head = model.lm_head
     original = type(model).forward
@@ -136,23 +136,23 @@ def test_logits_that_do_not_come_from_the_head_fall_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("change", "reason"),
     [
         (lambda m: setattr(m, "get_output_embeddings", lambda: None), "names no output embeddings"),
         (lambda m: setattr(m.lm_head, "forward", lambda x: nn.functional.linear(x, m.lm_head.weight)), "not a plain linear layer"),
         (lambda m: setattr(m, "lm_head", nn.Sequential(m.lm_head)), "is a Sequential"),
     ],
-    ids=["none", "own forward", "two stages"],
+    ids=["none", "replaced forward", "two stages"],
 )
-def test_head_that_cannot_be_taken_apart(spoil: Callable[[Any], None], reason: str) -> None:
+def test_head_that_is_not_a_plain_linear_layer_falls_back(change: Callable[[Any], None], reason: str) -> None:
     model = build("llama")
-    spoil(model)
+    change(model)
     with pytest.warns(UserWarning, match=reason):
         side = HeadTap(model, vocab_size=90)(model, input_ids=IDS).side(ROWS)
     torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS, :90])
 
 
-# What it leaves behind
+# Cleanup
 
 
 def test_exception_restores_the_model() -> None:
@@ -172,30 +172,30 @@ def test_exception_restores_the_model() -> None:
     assert model(input_ids=IDS).logits.shape == (2, 8, VOCAB)
 
 
-def test_forward_that_was_replaced_already_stays() -> None:
-    """accelerate's mixed precision leaves a ``forward`` on the instance."""
+def test_replaced_forward_is_kept() -> None:
+    """accelerate's mixed precision sets ``forward`` on the instance."""
     model = build("llama")
     original = model.forward
-    seen = []
-    model.forward = lambda *args, **kwargs: seen.append(1) or original(*args, **kwargs)
-    mine = model.forward
+    forward_calls = []
+    model.forward = lambda *args, **kwargs: forward_calls.append(1) or original(*args, **kwargs)
+    replaced = model.forward
     assert_equals_the_model(model)
-    assert model.forward is mine
-    assert seen
+    assert model.forward is replaced
+    assert forward_calls
 
 
 @pytest.mark.parametrize("where", ["head", "finish"])
-def test_other_threads_see_the_model(where: str) -> None:
+def test_other_threads_get_the_models_logits(where: str) -> None:
     model = build("llama")
     tap = HeadTap(model)
     tap(model, input_ids=IDS)
     expected = model(input_ids=IDS).logits
     inside, done = threading.Event(), threading.Event()
-    found: list[Tensor] = []
+    logits: list[Tensor] = []
 
     def dense() -> None:
         assert inside.wait(30)
-        found.append(model(input_ids=IDS).logits)
+        logits.append(model(input_ids=IDS).logits)
         done.set()
 
     def pause(*_: Any) -> None:
@@ -213,12 +213,12 @@ def test_other_threads_see_the_model(where: str) -> None:
     tap(model, finish, input_ids=IDS)
     handle.remove()
     thread.join()
-    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(logits[0], expected)
     assert "forward" not in model.lm_head.__dict__
     assert "forward" not in model.__dict__
 
 
-def test_unsupported_inputs_of_the_tap() -> None:
+def test_unsupported_inputs_of_the_tap_raise() -> None:
     model = build("llama")
     with pytest.raises(ValueError, match="does not take labels: give them to the loss"):
         HeadTap(model)(model, input_ids=IDS, labels=IDS)
@@ -234,7 +234,7 @@ def test_unsupported_inputs_of_the_tap() -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "jetmoe", "gpt_oss", "phimoe", "jamba"])
-def test_auxiliary_loss_is_what_the_model_adds(family: str) -> None:
+def test_auxiliary_loss_equals_the_models(family: str) -> None:
     name = "aux_loss_coef" if family == "jetmoe" else "router_aux_loss_coef"
     model = build(family, output_router_logits=True, **{name: 0.03})
     output = model(input_ids=IDS, labels=IDS, use_cache=False)
@@ -247,12 +247,12 @@ def test_auxiliary_loss_is_what_the_model_adds(family: str) -> None:
     assert tapped.aux_loss.requires_grad
     expected = gradients(model, added)
     router = {name: g for name, g in expected.items() if g.abs().max() > 1e-4 and "head" not in name and "embed" not in name}
-    found = gradients(model, tapped.aux_loss)
+    actual = gradients(model, tapped.aux_loss)
     assert router
-    assert_same_gradients({name: found[name] for name in router}, router, 1e-3)
+    assert_same_gradients({name: actual[name] for name in router}, router, 1e-3)
 
 
-def test_no_auxiliary_loss_where_the_config_wants_none() -> None:
+def test_no_auxiliary_loss_without_router_logits() -> None:
     model = build("mixtral")
     assert HeadTap(model)(model, input_ids=IDS).aux_loss is None
 
@@ -262,22 +262,22 @@ def test_no_auxiliary_loss_where_the_config_wants_none() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
-def test_low_precision_model(family: str, dtype: torch.dtype) -> None:
-    """Against float32 of the same weights, not further away than the model's own logits."""
+def test_low_precision_model_is_as_accurate_as_its_logits(family: str, dtype: torch.dtype) -> None:
+    """Compared with the same weights in float32, the tap is as accurate as the model's logits."""
     model = build(family, dtype=dtype)
     truth = loss_of(copy.deepcopy(model).float()(input_ids=IDS).logits.flatten(0, 1)[ROWS]).item()
     tapped = HeadTap(model)(model, input_ids=IDS)
     assert tapped.side(ROWS).weight.dtype == dtype
     error = abs(loss_of(tapped.side(ROWS)).item() - truth)
-    own = abs(loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]).item() - truth)
-    print(f"tapped {error:.2e}, dense {own:.2e}")
-    assert error <= 2 * own + torch.finfo(dtype).eps * truth
+    dense_error = abs(loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]).item() - truth)
+    print(f"tapped {error:.2e}, dense {dense_error:.2e}")
+    assert error <= 2 * dense_error + torch.finfo(dtype).eps * truth
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_autocast_of_the_model_reaches_the_loss(family: str, dtype: torch.dtype) -> None:
-    """Autocast around the model's forward only, as in accelerate."""
+    """Autocast covers only the model's forward, as in accelerate."""
     model = build(family)
     original = model.forward
 
@@ -287,7 +287,7 @@ def test_autocast_of_the_model_reaches_the_loss(family: str, dtype: torch.dtype)
 
     truth = loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]).item()
     model.forward = autocast
-    own = loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS].float()).item()
+    dense = loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS].float()).item()
     states = []
 
     def finish(tapped: Tapped) -> Tensor:
@@ -298,8 +298,8 @@ def test_autocast_of_the_model_reaches_the_loss(family: str, dtype: torch.dtype)
     loss = tap(model, finish, input_ids=IDS)
     assert states == [dtype]
     assert tap.fallback_reason is None
-    print(f"tapped {abs(loss.item() - truth):.2e}, dense {abs(own - truth):.2e}")
-    assert abs(loss.item() - truth) <= 2 * abs(own - truth) + torch.finfo(dtype).eps * truth
+    print(f"tapped {abs(loss.item() - truth):.2e}, dense {abs(dense - truth):.2e}")
+    assert abs(loss.item() - truth) <= 2 * abs(dense - truth) + torch.finfo(dtype).eps * truth
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     with tap(model, input_ids=IDS).computing():
@@ -310,7 +310,7 @@ def test_autocast_of_the_model_reaches_the_loss(family: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant: bool) -> None:
+def test_gradient_checkpointing_is_exact(reentrant: bool) -> None:
     model = build("llama").train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
@@ -319,7 +319,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 def test_partitioned_head_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ZeRO-3 leaves parameters empty outside of its own hooks; ``GatheredParameters`` fills them for a block."""
+    """Outside the engine's hooks, ZeRO-3's parameters are empty. ``GatheredParameters`` fills them inside a block."""
     model = build("llama")
     head, full = model.lm_head.weight, model.lm_head.weight.data
     expected = gradients(model, loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]))
@@ -337,7 +337,7 @@ def test_partitioned_head_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
 
     zero = types.SimpleNamespace(GatheredParameters=gathered_parameters)
     monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
-    # What the engine's hooks do around a module's own forward.
+    # The engine's hooks fill and empty a module's parameters around its forward.
     model.lm_head.register_forward_pre_hook(lambda *_: setattr(head, "data", full))
     model.lm_head.register_forward_hook(lambda *_: setattr(head, "data", full.new_empty(0)))
     head.data = full.new_empty(0)
@@ -346,13 +346,12 @@ def test_partitioned_head_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.numel() == 0
     assert blocks
     assert all(parameters == [head] and rank is None for parameters, rank in blocks)
-    head.data = full  # the engine fills it again before gradients are accumulated
+    head.data = full  # the engine fills it before gradients are accumulated
     assert tap.fallback_reason is None
     assert_same_gradients(gradients(model, loss), expected)
 
 
-def test_compiled_model() -> None:
-    """Compiled once, whatever the number of calls."""
+def test_compiled_model_is_compiled_once() -> None:
     model = build("llama", num_hidden_layers=1)
     expected = gradients(model, loss_of(model(input_ids=IDS).logits.flatten(0, 1)[ROWS]))
     graphs = []
@@ -369,7 +368,7 @@ def test_compiled_model() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most rows that a tensor of so many columns had."""
+    """Record in ``rows`` the largest number of rows of a tensor with ``columns`` columns."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()
@@ -384,16 +383,16 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_no_logits_exist(family: str) -> None:
+def test_tap_makes_no_logits(family: str) -> None:
     model = build(family, vocab_size=4001)
     ids = torch.randint(4, 4001, (4, 64))
     rows = torch.arange(255)
     labels = torch.randint(4001, (255,))
     tap = HeadTap(model)
     tap(model, input_ids=ids)
-    with Largest(4001) as made:
+    with Largest(4001) as largest:
         tap(model, lambda tapped: kd.cross_entropy(tapped.side(rows), labels, chunk_rows=32), input_ids=ids).backward()
-    assert made.rows <= 32
-    with Largest(4001) as made:
+    assert largest.rows <= 32
+    with Largest(4001) as largest:
         model(input_ids=ids)
-    assert made.rows == 256, "the measure itself"
+    assert largest.rows == 256, "the model's own forward makes the logits"

@@ -1,4 +1,4 @@
-"""Parameters of the head: tied, with bias, adapted by PEFT; each is exact or raises."""
+"""Parameters of the head: tied, with bias, adapted by PEFT, quantised. Each is exact, falls back to logits, or raises."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_tied_head_is_the_embeddings_parameter() -> None:
     assert_equals_the_model(model)
 
 
-def test_bias() -> None:
+def test_bias_of_the_head_is_used() -> None:
     model = build("phi")
     assert HeadTap(model)(model, input_ids=IDS).side(ROWS).bias is model.lm_head.bias
     assert_equals_the_model(model)
@@ -40,7 +40,7 @@ def lora(model: nn.Module, targets: list[str], **options: Any) -> Any:
     return adapted
 
 
-def test_lora_on_the_body() -> None:
+def test_lora_on_the_body_keeps_the_head_frozen() -> None:
     model = lora(build("llama"), ["q_proj", "v_proj"])
     tap = assert_equals_the_model(model)
     assert not tap(model, input_ids=IDS).side(ROWS).weight.requires_grad
@@ -54,14 +54,14 @@ def test_lora_on_the_head_is_exact(family: str, options: dict[str, Any]) -> None
     assert any("lm_head" in name and p.grad.abs().max() > 0 for name, p in model.named_parameters() if p.grad is not None)
 
 
-def test_two_adapters_on_the_head() -> None:
+def test_two_adapters_on_the_head_are_exact() -> None:
     model = lora(build("llama"), ["lm_head"])
     model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=2, target_modules=["lm_head"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "second"])
     assert_equals_the_model(model)
 
 
-def test_dropout_of_an_adapter_on_the_head() -> None:
+def test_dropout_of_an_adapter_on_the_head_is_applied() -> None:
     model = lora(build("llama"), ["lm_head"], lora_dropout=0.5).train()
     tap = HeadTap(model)
     tap(model, input_ids=IDS)
@@ -70,12 +70,12 @@ def test_dropout_of_an_adapter_on_the_head() -> None:
     torch.manual_seed(3)
     side = tap(model, input_ids=IDS).side()
     torch.manual_seed(3)
-    logits = model(input_ids=IDS).logits  # one mask for all of [B, L], drawn at the same place
+    logits = model(input_ids=IDS).logits  # one dropout mask for [B, L], drawn at the same point
     torch.testing.assert_close(side.hidden @ side.weight.T, logits)
     assert loss.isfinite()
 
 
-def test_switched_off_and_merged_adapters() -> None:
+def test_disabled_and_merged_adapters_are_exact() -> None:
     model = lora(build("llama"), ["lm_head"])
     tap = HeadTap(model)
     tap(model, input_ids=IDS)
@@ -117,7 +117,7 @@ def test_parametrized_head_is_exact() -> None:
 
 
 class Quantised(nn.Linear):
-    """Weights in eight bits, a scale for each row."""
+    """A linear layer with int8 weights and a scale for each row."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -144,7 +144,7 @@ def test_head_whose_forward_dequantises_falls_back() -> None:
 
 
 class Packed(torch.Tensor):
-    """A weight that looks like any other and is computed with in another way, as torchao's."""
+    """A tensor subclass whose linear layer computes something else, like torchao's."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,7 +162,7 @@ def test_weight_of_another_kind_falls_back() -> None:
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
 def test_4_bit_head_falls_back(storage: torch.dtype) -> None:
-    """Not part of the test environment: no other test needs a library of 60 MB for it."""
+    """Run only where bitsandbytes is installed. It is not in the test environment."""
     bnb = pytest.importorskip("bitsandbytes")
     model = build("llama", hidden_size=64)
     linear = bnb.nn.Linear4bit(64, 96, bias=False, quant_type="nf4", compute_dtype=torch.float32, quant_storage=storage)
@@ -175,7 +175,7 @@ def test_4_bit_head_falls_back(storage: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
-def test_columns_are_those_of_the_logits_where_weights_are_packed(storage: torch.dtype) -> None:
+def test_logit_columns_of_packed_weights(storage: torch.dtype) -> None:
     model = build("llama")
     columns = model(input_ids=IDS).logits.shape[-1]
     assert logit_columns(model) == columns
@@ -184,8 +184,8 @@ def test_columns_are_those_of_the_logits_where_weights_are_packed(storage: torch
     assert logit_columns(lora(model, ["q_proj"])) == columns
 
 
-def test_columns_are_read_off_weights_and_not_off_stale_sizes() -> None:
-    """A library that ties or resizes weights replaces the weight alone: PEFT makes a tied head as nn.Linear(*embeddings.shape)."""
+def test_logit_columns_come_from_weights_and_not_from_stale_attributes() -> None:
+    """Libraries that tie or resize weights may replace only the weight. PEFT makes a tied head as nn.Linear(*embeddings.shape)."""
     model = build("llama")
     columns, width = model.lm_head.weight.shape
     embeddings = model.get_input_embeddings().weight
@@ -196,16 +196,18 @@ def test_columns_are_read_off_weights_and_not_off_stale_sizes() -> None:
     longer = nn.Parameter(torch.randn(columns + 5, width) * 0.02)
     model.lm_head.weight = model.model.embed_tokens.weight = longer
     assert logit_columns(model) == embedding_rows(model) == columns + 5
-    as_int8 = nn.Parameter(torch.zeros(columns, width, dtype=torch.int8), requires_grad=False)  # one number each
+    as_int8 = nn.Parameter(torch.zeros(columns, width, dtype=torch.int8), requires_grad=False)  # one number for each element
     model.lm_head.weight, model.lm_head.in_features, model.lm_head.out_features = as_int8, width, columns
     assert logit_columns(model) == columns
-    model.lm_head.weight = nn.Parameter(torch.zeros(columns, width // 2, dtype=torch.uint8), requires_grad=False)  # two in one
+    model.lm_head.weight = nn.Parameter(
+        torch.zeros(columns, width // 2, dtype=torch.uint8), requires_grad=False
+    )  # two numbers in each element
     assert logit_columns(model) == columns
     model.model.embed_tokens.weight = nn.Parameter(torch.zeros(columns * width // 2, 1, dtype=torch.bfloat16), requires_grad=False)
     assert embedding_rows(model) is None
 
 
-def test_width_is_that_of_the_hidden_states_where_weights_are_packed() -> None:
+def test_head_width_of_packed_weights() -> None:
     model = build("llama")
     columns, width = model.lm_head.weight.shape
     assert head_width(model) == width
@@ -217,13 +219,13 @@ def test_width_is_that_of_the_hidden_states_where_weights_are_packed() -> None:
         model.lm_head.weight = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
         assert (head_width(model), logit_columns(model)) == (width, columns)
     assert head_width(lora(model, ["q_proj"])) == width
-    del model.lm_head.weight  # as where a library keeps the numbers under another name
+    del model.lm_head.weight  # as if a library stored the weight under another name
     assert head_width(model) == width
     del model.lm_head.in_features
     assert head_width(model) == width == model.config.hidden_size
 
 
-def test_width_is_read_off_weights_and_not_off_stale_sizes() -> None:
+def test_head_width_comes_from_weights_and_not_from_stale_attributes() -> None:
     model = build("llama")
     columns, width = model.lm_head.weight.shape
     embeddings = model.get_input_embeddings().weight
@@ -235,7 +237,7 @@ def test_width_is_read_off_weights_and_not_off_stale_sizes() -> None:
     assert head_width(model) == width + 8
 
 
-def test_later_adapter_falls_back_if_necessary() -> None:
+def test_adapter_added_after_the_tap_falls_back() -> None:
     base = build("llama")
     tap = HeadTap(base)
     tap(base, input_ids=IDS)
@@ -245,7 +247,7 @@ def test_later_adapter_falls_back_if_necessary() -> None:
     torch.testing.assert_close(side, model(input_ids=IDS).logits.flatten(0, 1)[ROWS])
 
 
-def test_modules_to_save() -> None:
+def test_modules_to_save_are_trained_and_exact() -> None:
     model = lora(build("llama"), ["q_proj"], modules_to_save=["lm_head"])
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
@@ -254,7 +256,7 @@ def test_modules_to_save() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
-def test_prompt_tuning_is_an_error(kind: str) -> None:
+def test_prompt_tuning_raises(kind: str) -> None:
     model = peft.get_peft_model(build("llama"), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match=f"{kind} prepends virtual tokens"):
         HeadTap(model)

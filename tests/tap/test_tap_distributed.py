@@ -1,4 +1,4 @@
-"""The head tap in two processes (gloo, on the CPU): DDP and FSDP2 give the gradients of the mean over both."""
+"""The head tap in two processes (gloo, on the CPU): DDP and FSDP2 give the gradients of the mean over both ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    """Return for each rank: case -> largest error, relative to the largest gradient."""
+    """Return for each rank and case the largest error, relative to the largest gradient."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)])}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -34,6 +34,6 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("case", cases(0))
-def test_gradients_are_those_of_one_process(errors: list[dict[str, float]], case: str) -> None:
+def test_gradients_equal_those_of_one_process(errors: list[dict[str, float]], case: str) -> None:
     print([e[case] for e in errors])
-    assert max(e[case] for e in errors) <= 1e-5  # float32 sums in another order
+    assert max(e[case] for e in errors) <= 1e-5  # float32 sums have another order
