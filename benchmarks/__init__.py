@@ -1,3 +1,4 @@
-"""Committed results, the report that draws README.md and docs/ from them, and the suite that finds regressions.
+"""Committed benchmark results, the report that draws README.md and docs/ from them, and a suite that finds regressions.
 
-kdkernels/bench measures; see docs/benchmarks.md."""
+The measurements themselves are in kdkernels/bench; see docs/benchmarks.md.
+"""

@@ -1,4 +1,4 @@
-"""Compare two runs, within the spreads that they print: ``python -m benchmarks.agree A/results.json B/results.json``."""
+"""Compare two runs by their spreads: ``python -m benchmarks.agree A/results.json B/results.json``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kdkernels.bench.plots import machine_line
 
 @dataclass(frozen=True)
 class Pair:
-    """One variant of one case, in both runs."""
+    """The times of one variant of one case in two runs."""
 
     case: str
     variant: str
@@ -33,7 +33,7 @@ class Pair:
 
 
 def spreads(record: run.Record) -> Iterator[tuple[tuple[str, str], Spread]]:
-    """By title of the case, with its curve, and variant."""
+    """Yield ``(title of the case, variant)`` and the spread of the times."""
     for measured in record["cases"]:
         title = table.title(measured) + (f" ({measured['curve']})" if measured["curve"] else "")
         for row in measured["results"]:
@@ -53,9 +53,9 @@ def _cell(spread: Spread) -> str:
 
 def main(
     first: Annotated[Path, typer.Argument(help="results.json of a run, or its folder.")],
-    second: Annotated[Path, typer.Argument(help="That of the other.")],
+    second: Annotated[Path, typer.Argument(help="results.json of the other run, or its folder.")],
 ) -> None:
-    """Compares what two runs timed, row by row; exits with 1 where spreads do not overlap, or there is nothing to compare."""
+    """Compare the times of two runs row by row. Exit with 1 if some spreads do not overlap or no row is in both."""
     try:
         records: list[dict[str, Any]] = [run.load(path) for path in (first, second)]
     except run.BenchError as error:
@@ -65,19 +65,19 @@ def main(
     console = Console(width=None if Console().is_terminal else 160)
     for path, record in zip((first, second), records, strict=True):
         console.print(f"{path}: {machine_line(record)}, commit {record['environment']['commit']}", highlight=False, soft_wrap=True)
-    shown = Table("case", "variant")
+    comparison = Table("case", "variant")
     for column in ("first: ms p50 [p20, p80]", "second", "second / first", "overlap"):
-        shown.add_column(Text(column), justify="right", no_wrap=True)
+        comparison.add_column(Text(column), justify="right", no_wrap=True)
     case = ""
     for pair in pairs:
         ratio = pair.second.mid / pair.first.mid
         cells = (_cell(pair.first), _cell(pair.second), f"{ratio:.2f}", "yes" if pair.overlaps else "NO")
-        shown.add_row(*map(Text, ("" if pair.case == case else pair.case, pair.variant, *cells)))
+        comparison.add_row(*map(Text, ("" if pair.case == case else pair.case, pair.variant, *cells)))
         case = pair.case
-    console.print(shown)
+    console.print(comparison)
     agreeing = sum(pair.overlaps for pair in pairs)
-    rest = f"; {alone} are in one run only" if alone else ""
-    console.print(f"{agreeing} of {len(pairs)} rows overlap{rest}.", highlight=False)
+    tail = f"; {alone} are in one run only" if alone else ""
+    console.print(f"{agreeing} of {len(pairs)} rows overlap{tail}.", highlight=False)
     if not pairs or agreeing < len(pairs):
         raise typer.Exit(1)
 

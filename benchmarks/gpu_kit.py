@@ -1,12 +1,12 @@
-"""Build here what a GPU machine without a network lacks, and install it there.
+"""Build a kit for a GPU machine without a network, and install it there.
 
     python -m benchmarks.gpu_kit build gpu-kit          # or make gpu-kit
     python -m benchmarks.gpu_kit install gpu-kit --packages DIR
 
 A kit holds ``_C``, compiled for one Python and one GPU; the Triton kernels that ``benchmarks/run_gpu.sh`` launches, compiled; and wheels.
-Triton names a compiled kernel by a hash over its own files, the kernel's source and the launch: ``install`` computes the names anew from
-the parts of the hash, so that the kernels are found by another build of the same Triton version, too. Build a kit from the very commit
-that is sent: the sources of the kernels are part of their names.
+Triton names a compiled kernel by a hash of its own files, the kernel's source and the launch. ``install`` recomputes the names from the
+parts of the hash, so another build of the same Triton version finds the kernels. Build the kit from exactly the commit that runs on the
+GPU machine, since the kernels' sources are part of the names.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import typer
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 64 << 20
-"""Bytes of a kit, at most: what fits beside a checkout where a tree of that size is sent."""
+"""Largest size of a kit in bytes, so that it can be sent with a checkout."""
 
 WHEELS = (
     "typer", "shellingham", "rich", "markdown-it-py", "mdurl", "pygments", "pytest", "pluggy", "iniconfig", "packaging", "hypothesis",
     "sortedcontainers", "pytest-xdist", "execnet", "liger-kernel", "trl", "datasets", "dill", "multiprocess", "xxhash",
 )  # fmt: skip
-"""Pure or small: what the tests need, and the libraries that the benchmark compares with."""
+"""Small packages that the tests need, and the libraries that the benchmarks compare with."""
 
 TESTS = ("loss", "gradients", "numerics", "semantics", "primitives", "primitives_calls", "sparse", "draws", "ensemble", "chunking")
 KERNELS, INDEX, GROUP = "triton.tar.xz", "triton.json", "__grp__"
@@ -43,8 +43,8 @@ VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def _said(*command: str) -> str:
-    """Output of a command."""
+def _output_of(*command: str) -> str:
+    """Return the output of a command."""
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
 
 
@@ -59,7 +59,7 @@ def _version(python: str) -> str:
         SystemExit: it does not run.
     """
     try:
-        return _said(python, "-c", VERSION)
+        return _output_of(python, "-c", VERSION)
     except (OSError, subprocess.CalledProcessError):
         message = f"--python {python}: this command does not run. Give the path of a Python of the version that the GPU machine has"
         raise SystemExit(f"{message}, or make gpu-kit GPU_PYTHON=PATH") from None
@@ -78,23 +78,23 @@ def build(
     """Build a kit: the extension, the Triton kernels, and wheels."""
     if kit.exists():
         raise SystemExit(f"{kit} exists: remove it, or name another folder")
-    about = {"commit": _said("git", "rev-parse", "HEAD"), "python": _version(python), "arch": arch, "triton": triton}
+    about = {"commit": _output_of("git", "rev-parse", "HEAD"), "python": _version(python), "arch": arch, "triton": triton}
     with tempfile.TemporaryDirectory() as work:
-        made = Path(work) / "kit"
-        (made / "wheels").mkdir(parents=True)
-        _extension(made, Path(work), python, arch)
-        _wheels(made / "wheels", about["python"])
-        _kernels(made, Path(work), triton, arch.rstrip("a"), tests)
-        (made / "kit.json").write_text(json.dumps(about, indent=1))
-        size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+        folder = Path(work) / "kit"
+        (folder / "wheels").mkdir(parents=True)
+        _extension(folder, Path(work), python, arch)
+        _wheels(folder / "wheels", about["python"])
+        _kernels(folder, Path(work), triton, arch.rstrip("a"), tests)
+        (folder / "kit.json").write_text(json.dumps(about, indent=1))
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if size > LIMIT:
             raise SystemExit(f"the kit has {size >> 20} MiB, and {LIMIT >> 20} MiB is the limit: leave out wheels (WHEELS)")
-        shutil.copytree(made, kit)
+        shutil.copytree(folder, kit)
     print(f"{kit}: {size / 2**20:.1f} MiB. On the GPU machine: benchmarks/run_gpu.sh --kit {kit}")
 
 
-def _extension(made: Path, work: Path, python: str, arch: str) -> None:
-    """``_C`` for that Python and GPU."""
+def _extension(folder: Path, work: Path, python: str, arch: str) -> None:
+    """Build ``_C`` for this Python and GPU into ``folder``."""
     venv = work / "venv"
     _run(python, "-m", "venv", venv)
     pip = (venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", "constraints.txt")
@@ -104,7 +104,7 @@ def _extension(made: Path, work: Path, python: str, arch: str) -> None:
         KDKERNELS_CUDA="1", KDKERNELS_CUDA_ARCHS=arch,
     )  # fmt: skip
     (extension,) = (work / "lib").rglob("_C.*.so")
-    shutil.copy(extension, made)
+    shutil.copy(extension, folder)
 
 
 def _wheels(folder: Path, version: str) -> None:
@@ -115,32 +115,32 @@ def _wheels(folder: Path, version: str) -> None:
     )  # fmt: skip
 
 
-def _kernels(made: Path, work: Path, version: str, arch: str, tests: bool) -> None:
-    """Compile every launch of the benchmarks and tests with that Triton, and pack the machine code with the parts of its names."""
-    of_version = work / "triton"
+def _kernels(folder: Path, work: Path, version: str, arch: str, tests: bool) -> None:
+    """Compile every launch of the benchmarks and tests with this version of Triton, and pack the machine code."""
+    triton_folder = work / "triton"
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
-    _run(*pip, "--target", of_version, f"triton=={version}")
+    _run(*pip, "--target", triton_folder, f"triton=={version}")
     cache = work / "cache"
     environment = {
-        "PYTHONPATH": os.pathsep.join(map(str, (of_version, ROOT, ROOT / "tests", ROOT / "tests" / "support"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (triton_folder, ROOT, ROOT / "tests", ROOT / "tests" / "support"))),
         "TRITON_CACHE_DIR": str(cache),
         "TRITON_STORE_BINARY_ONLY": "1", "TRITON_INTERPRET": "0", "KDKERNELS_RECORD": str(work / "names"), "KDKERNELS_RECORD_ARCH": arch,
     }  # fmt: skip
     _run(sys.executable, "-m", "benchmarks.record_launches", **environment)
     if tests:
         files = [f"tests/fused/test_{name}.py" for name in TESTS]
-        subprocess.run(  # the tests' own verdict does not matter: their results are those of another backend
+        subprocess.run(  # failures do not matter: the torch backend computes the results
             [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "benchmarks.record_launches", "-p", "no:cacheprovider",
              "-k", "triton-cpu", *files], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=False,
         )  # fmt: skip
     names: dict[str, str] = {}
     for path in (work / "names").iterdir():
         names.update(json.loads(path.read_text()))
-    print(f"{pack(made, cache, names)} Triton kernels compiled for sm_{arch} with Triton {version}")
+    print(f"{pack(folder, cache, names)} Triton kernels compiled for sm_{arch} with Triton {version}")
 
 
 def pack(kit: Path, cache: Path, names: dict[str, str]) -> int:
-    """Write the machine code of the kernels in ``cache`` into the kit, with the rest of each name's hash. Returns their number."""
+    """Write the kernels' machine code from ``cache`` into the kit, with the rest of each name's hash. Return their number."""
     index: list[dict[str, Any]] = []
     with tarfile.open(kit / KERNELS, "w:xz") as archive:
         for name, rest in sorted(names.items()):
@@ -154,7 +154,7 @@ def pack(kit: Path, cache: Path, names: dict[str, str]) -> int:
 
 
 def unpack(kit: Path, cache: Path) -> int:
-    """Write the kit's kernels into ``cache`` under the names that the Triton here looks for. Returns their number."""
+    """Write the kit's kernels into ``cache`` under the names that the installed Triton uses. Return their number."""
     index = json.loads((kit / INDEX).read_text())
     with tempfile.TemporaryDirectory() as work:
         with tarfile.open(kit / KERNELS) as archive:
@@ -169,14 +169,14 @@ def unpack(kit: Path, cache: Path) -> int:
 
 
 def cache_module() -> Any:
-    """Triton's own module for its cache: imported where it is needed, since building a kit needs no Triton here."""
+    """Return Triton's cache module. Imported here, since building a kit needs no Triton."""
     from triton.runtime import cache
 
     return cache
 
 
 def folder_name(rest: str) -> str:
-    """The folder of a compiled kernel in Triton's cache, for the Triton that is installed here."""
+    """Return the name of a compiled kernel's folder in the cache of the installed Triton."""
     digest = hashlib.sha256(f"{cache_module().triton_key()}-{rest}".encode()).digest()
     return base64.b32encode(digest).decode().rstrip("=")
 
@@ -194,11 +194,11 @@ def install(
         shutil.copy(extension, ROOT / "kdkernels")
     packages.mkdir(parents=True, exist_ok=True)
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(packages))
-    # One by one: a wheel that does not fit must not keep the others out.
+    # One by one, so that an incompatible wheel does not stop the others.
     wheels = sorted((kit / "wheels").glob("*.whl"))
     refused = [wheel.name for wheel in wheels if subprocess.run([*pip, str(wheel)], check=False, capture_output=True).returncode]
     if triton.__version__ != about["triton"]:
-        print(f"Triton is {triton.__version__} here and {about['triton']} in the kit: its kernels are compiled anew")
+        print(f"Triton is {triton.__version__} here and {about['triton']} in the kit: its kernels are compiled again")
         return
     kernels = unpack(kit, packages / "triton")
     print(f"installed {kernels} kernels and all but {len(refused)} wheels{': ' * bool(refused)}{', '.join(refused)}")

@@ -1,10 +1,10 @@
-"""Run every kernel of one backend once against float64, and print a line for each: the first thing to run on a new GPU.
+"""Run every kernel of a backend once, compare with float64, and print a line for each. Run this first on a new GPU.
 
     python -m benchmarks.gpu_smoke --backend triton [--device cuda] [--vocab 128256 --vocab 50257 --vocab 777]
 
-The loss runs as it does in training: bfloat16 hidden states and heads, with float32 logits (the gradient written over them) and with
-bfloat16 logits. An error passes if it is at most twice that of the plain torch backend on the same numbers, plus a floor for what torch
-happens to get exactly. Each line is flushed, so that a crash shows which kernel it was. Exit status 1 if a line failed.
+The loss runs as in training: bfloat16 hidden states and heads, with float32 logits (overwritten by the gradient) and with bfloat16
+logits. A check passes if the error is at most twice that of the torch backend on the same numbers, plus a floor. Lines are flushed, so that
+the last one before a crash names the kernel. The exit status is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "total_variation")
 VOCABULARIES = (128256, 50257, 777)
 N, DS, DT = 8, 64, 128
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
-"""Relative errors by the dtype of the result, below which torch's own error does not count."""
+"""Relative errors that always pass, by the dtype of the result."""
 
 Check = Callable[[str, bool], dict[str, Tensor]]
-"""Takes a backend and whether to compute in float64; returns the results by name."""
+"""A function of a backend and of whether to compute in float64, which returns the results by name."""
 
 
 def sides(vocab: int, device: str) -> tuple[Tensor, ...]:
-    """Hidden states ``[N, D]`` and heads ``[V, D]`` of a student and a teacher, in bfloat16, with logits of standard deviation 3."""
+    """Return bfloat16 hidden states ``[N, D]`` and heads ``[V, D]`` of a student and a teacher. Logits have standard deviation 3."""
     generator = torch.Generator(device).manual_seed(vocab)
 
     def normal(rows: int, width: int, std: float) -> Tensor:
@@ -42,7 +42,7 @@ def sides(vocab: int, device: str) -> tuple[Tensor, ...]:
 
 
 def loss_check(vocab: int, device: str, divergence: str, logits_dtype: torch.dtype) -> Check:
-    """The loss with labels and every second token weighted, and the gradients of hidden states and head."""
+    """Return a check of the loss with labels and token weights, and of the gradients of hidden states and head."""
     tensors = sides(vocab, device)
     labels = torch.arange(N, device=device) * (vocab - 1) // (N - 1)
     weights = torch.linspace(0.5, 1.5, N, device=device)
@@ -64,11 +64,11 @@ def loss_check(vocab: int, device: str, divergence: str, logits_dtype: torch.dty
 
 
 def primitive_checks(vocab: int, device: str) -> Iterator[tuple[str, Check]]:
-    """Everything that has a kernel of its own beside the loss."""
+    """Yield checks of the primitives that have kernels of their own."""
     hidden, head, *_ = sides(vocab, device)
     ids = torch.arange(3 * N, device=device).view(N, 3) * 31 % vocab
 
-    def of_head(function: Callable[[kd.LMHead, str], Tensor]) -> Check:
+    def head_check(function: Callable[[kd.LMHead, str], Tensor]) -> Check:
         def run(backend: str, double: bool) -> dict[str, Tensor]:
             h = (hidden.double() if double else hidden).detach().clone().requires_grad_()
             value = function(kd.LMHead(h, head.double() if double else head), backend)
@@ -78,13 +78,13 @@ def primitive_checks(vocab: int, device: str) -> Iterator[tuple[str, Check]]:
 
         return run
 
-    yield "token_logprobs", of_head(lambda side, backend: kd.token_logprobs(side, ids, temperature=1.3, backend=backend))
-    yield "entropy", of_head(lambda side, backend: kd.entropy(side, temperature=1.3, backend=backend))
-    yield "cross_entropy", of_head(lambda side, backend: kd.cross_entropy(side, ids[:, 0], backend=backend))
+    yield "token_logprobs", head_check(lambda side, backend: kd.token_logprobs(side, ids, temperature=1.3, backend=backend))
+    yield "entropy", head_check(lambda side, backend: kd.entropy(side, temperature=1.3, backend=backend))
+    yield "cross_entropy", head_check(lambda side, backend: kd.cross_entropy(side, ids[:, 0], backend=backend))
 
     def top(backend: str, double: bool) -> dict[str, Tensor]:
-        found = kd.topk_logprobs(kd.LMHead(*((hidden.double(), head.double()) if double else (hidden, head))), 8, backend=backend)
-        return {"logprobs": found.logprobs}
+        top_k = kd.topk_logprobs(kd.LMHead(*((hidden.double(), head.double()) if double else (hidden, head))), 8, backend=backend)
+        return {"logprobs": top_k.logprobs}
 
     yield "topk_logprobs", top
     logits = (hidden.float() @ head.float().t()).detach()
@@ -106,31 +106,31 @@ def primitive_checks(vocab: int, device: str) -> Iterator[tuple[str, Check]]:
 
 
 def error(result: Tensor, truth: Tensor) -> float:
-    """Relative, in the Frobenius norm; infinite where the result is not finite."""
+    """Return the relative error in the Frobenius norm, or infinity if the result is not finite."""
     value = float((result.double() - truth).norm() / truth.norm())
     return math.inf if math.isnan(value) else value
 
 
 def verdict(check: Check, backend: str) -> tuple[bool, str]:
     """Return whether every result is within twice torch's error, and the errors."""
-    truth, ours, torchs = check("reference", True), check(backend, False), check("torch", False)
-    passed, words = True, []
+    truth, ours, eager = check("reference", True), check(backend, False), check("torch", False)
+    passed, messages = True, []
     for name, exact in truth.items():
-        got, yardstick = error(ours[name], exact), error(torchs[name], exact)
-        passed &= got <= 2 * yardstick + FLOOR.get(ours[name].dtype, 1e-6)
-        words.append(f"{name} {got:.1e} (torch {yardstick:.1e})")
-    return passed, ", ".join(words)
+        kernel_error, torch_error = error(ours[name], exact), error(eager[name], exact)
+        passed &= kernel_error <= 2 * torch_error + FLOOR.get(ours[name].dtype, 1e-6)
+        messages.append(f"{name} {kernel_error:.1e} (torch {torch_error:.1e})")
+    return passed, ", ".join(messages)
 
 
 def draws_agree(vocab: int, device: str, backend: str) -> tuple[bool, str]:
-    """Return whether the backend draws the tokens that torch draws from the same seed, and how many agree."""
+    """Return whether the backend and torch draw the same tokens from the same seed, and how many agree."""
     hidden, head, *_ = sides(vocab, device)
-    drawn = []
+    ids = []
     for name in (backend, "torch"):
         generator = torch.Generator(device).manual_seed(5)
-        drawn.append(kd.sample(kd.LMHead(hidden, head), num_samples=4, generator=generator, backend=name).ids)
-    same = int((drawn[0] == drawn[1]).sum())
-    return same == drawn[0].numel(), f"{same} of {drawn[0].numel()} draws are those of torch"
+        ids.append(kd.sample(kd.LMHead(hidden, head), num_samples=4, generator=generator, backend=name).ids)
+    same = int((ids[0] == ids[1]).sum())
+    return same == ids[0].numel(), f"{same} of {ids[0].numel()} draws are those of torch"
 
 
 def checks(backend: str, device: str, vocabularies: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], tuple[bool, str]]]]:
@@ -155,11 +155,11 @@ def main(
     for name, run in checks(backend, device, tuple(vocab or VOCABULARIES)):
         total += 1
         try:
-            passed, words = run()
-        except Exception as problem:  # a lost context fails the rest too, each by name
-            passed, words = False, f"{type(problem).__name__}: {problem}".splitlines()[0]
+            passed, message = run()
+        except Exception as problem:  # after a lost context the other checks fail too
+            passed, message = False, f"{type(problem).__name__}: {problem}".splitlines()[0]
         failed += not passed
-        print(f"{'ok  ' if passed else 'FAIL'} {backend} {name}: {words}", flush=True)
+        print(f"{'ok  ' if passed else 'FAIL'} {backend} {name}: {message}", flush=True)
     print(f"{total - failed} passed, {failed} failed in {time.monotonic() - began:.1f} s", flush=True)
     sys.exit(1 if failed else 0)
 

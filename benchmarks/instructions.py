@@ -1,8 +1,8 @@
-"""Count what the row kernels issue per column pair on sm_90, from their machine code: ``python -m benchmarks.instructions 3.6.0``.
+"""Count the instructions of the row kernels per column pair on sm_90, from machine code: ``python -m benchmarks.instructions 3.6.0``.
 
-Writes results/instructions.json: the Triton kernels as compiled by the installed Triton and by the versions that are named (from the
-folders ``triton-VERSION`` of the virtual environment, which ``make ptx`` makes), and the CUDA kernels of ``kdkernels._C``. A sweep is a
-loop over a row; what comes before, between and after sweeps does not count, nor does the incomplete last block.
+Write results/instructions.json for the CUDA kernels of ``kdkernels._C`` and for the Triton kernels, compiled by the installed Triton and by
+the versions given (in the folders ``triton-VERSION`` of the virtual environment, which ``make ptx`` makes). A sweep is a loop over a row.
+Instructions outside sweeps, and of the incomplete last block, are not counted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TWO_READ_COLUMNS = 8  # kTwoReadColumns of csrc/cuda/two_read.h
 
 @dataclass(frozen=True)
 class Count:
-    """One kernel: instructions per column pair, by sweep and, over all of them, by pipe."""
+    """Instructions of one kernel per column pair, by sweep, and by pipe over all sweeps."""
 
     kernel: str
     divergence: str
@@ -62,7 +62,7 @@ class Count:
 
 
 def count(label: dict[str, Any], sweeps: Sequence[tuple[Sequence[sass.Instruction], float]], usage: dict[str, int]) -> Count:
-    """Return the instructions per column pair from each sweep's turn and the column pairs of a lane in it."""
+    """Return the count of a kernel. Each sweep is the instructions of one turn and the column pairs of a lane in it."""
     pipes: dict[str, float] = {}
     for path, pairs in sweeps:
         for pipe, number in sass.pipes(path).items():
@@ -81,13 +81,13 @@ def count(label: dict[str, Any], sweeps: Sequence[tuple[Sequence[sass.Instructio
 
 
 def cuobjdump() -> Path:
-    """The disassembler that comes with Triton."""
+    """Return the disassembler in the Triton package."""
     return next(Path(triton.__file__).parent.rglob("cuobjdump"))
 
 
 @contextmanager
 def compiled_only(arch: int = 90) -> Iterator[list[Any]]:
-    """Launches compile and do nothing else; the list takes their kernels."""
+    """Make launches compile without running. Yield the list of their kernels."""
     kernels: list[Any] = []
     run, active = JITFunction.run, driver._active
 
@@ -105,12 +105,12 @@ def compiled_only(arch: int = 90) -> Iterator[list[Any]]:
 
 
 def triton_cubin(divergence: Divergence, dtype: str, vocab: int) -> bytes:
-    """The row kernel of a training step: logits in rows of multiples of 64 bytes, bfloat16 gradients over the student's."""
+    """Compile the row kernel of a training step: rows padded to 64 bytes, bfloat16 gradients over the student's logits."""
     itemsize = DTYPES[dtype].itemsize
     width = -(-vocab * itemsize // 64) * 64 // itemsize
     student, teacher = (torch.empty(16, width, dtype=DTYPES[dtype])[:, :vocab] for _ in range(2))
-    whole = torch.empty(0, dtype=torch.bfloat16).set_(student.untyped_storage())
-    dz = whole.as_strided((16, vocab), (width * itemsize // 2, 1))
+    storage = torch.empty(0, dtype=torch.bfloat16).set_(student.untyped_storage())
+    dz = storage.as_strided((16, vocab), (width * itemsize // 2, 1))
     state, loss = torch.empty(len(STATE), 16), torch.empty(16)
     batch = RowBatch(student, teacher, None, None, None, None, state, loss=loss, dz=dz)
     with compiled_only() as kernels:
@@ -138,14 +138,14 @@ def triton_count(divergence: Divergence, dtype: str, vocab: int) -> Count:
 
 
 def cuda_function(kernel: str, divergence: Divergence, dtype: str) -> str:
-    """The mangled name of a kernel without features."""
+    """Return the mangled name of a kernel without optional features."""
     struct = type(divergence).__name__
     lean = "Lb0E" if kernel == "one_read" else ""
     return f"_ZN2kd13{kernel}_rowsI{lean}{_CUDA_TYPES[dtype]}NS_{len(struct)}{struct}EEEvNS_4RowsE"
 
 
 def cuda_counts(cases: Sequence[tuple[str, Divergence, str]]) -> list[Count]:
-    """Counts of kernels (one_read or two_read) of the built extension."""
+    """Return the counts of kernels (one_read or two_read) of the built extension."""
     from kdkernels import _C
 
     library = Path(_C.__file__)
@@ -170,7 +170,7 @@ def _cuda_count(case: tuple[str, Divergence, str], code: Sequence[sass.Instructi
     middle = sweeping[1:-1]
     if kernel == "two_read" and divergence.slope_sum is not None:
         middle = []  # the last sweep sums the value
-    # Columns beyond a row are branched around in the middle sweep: all are there where as many exponentials run as in the last.
+    # The middle sweep branches around columns beyond the row. The path of whole vectors has as many exponentials as the last sweep.
     needed = sass.pipes(last)["XU"] if kernel == "two_read" else 0
     first = sweeping[:-1][:1] if divergence.normalizer != "none" else []
     paths = [*(sass.shortest(loop, turn()) for loop in first), *(sass.shortest(loop, turn(transcendental=needed)) for loop in middle), last]
@@ -178,7 +178,7 @@ def _cuda_count(case: tuple[str, Divergence, str], code: Sequence[sass.Instructi
     return count({"kernel": f"cuda {kernel}", "divergence": divergence.name, "dtype": dtype, "vocab": None}, sweeps, usage)
 
 
-# ---- all of them
+# ---- all kernels
 
 
 def every_divergence() -> list[Divergence]:
@@ -197,7 +197,7 @@ def all_cuda_counts() -> list[Count]:
 
 
 def stale(recorded: Sequence[dict[str, Any]]) -> list[str]:
-    """Recount some kernels; return those whose counts are more than 2 % from the recorded ones, where those are of the same Triton."""
+    """Recount some kernels. Return those that differ by more than 2 % from counts recorded with the same version of Triton."""
     from kdkernels import _C
 
     counts = [
@@ -207,17 +207,17 @@ def stale(recorded: Sequence[dict[str, Any]]) -> list[str]:
     ]
     if "90a" in _C.cuda_targets():
         counts += cuda_counts([("one_read", divergences.JSD(), "bfloat16"), ("two_read", divergences.ForwardKL(), "bfloat16")])
-    known = {(c["kernel"], c["divergence"], c["dtype"], c["vocab"]): c for c in recorded}
+    by_kernel = {(c["kernel"], c["divergence"], c["dtype"], c["vocab"]): c for c in recorded}
     lines = []
     for c in counts:
         key = (c.kernel, c.divergence, c.dtype, c.vocab)
-        if key in known and abs(sum(known[key]["sweeps"]) - c.total) > 0.02 * c.total:
-            lines.append(f"{key}: {known[key]['sweeps']} recorded, {c.sweeps} counted")
+        if key in by_kernel and abs(sum(by_kernel[key]["sweeps"]) - c.total) > 0.02 * c.total:
+            lines.append(f"{key}: {by_kernel[key]['sweeps']} recorded, {c.sweeps} counted")
     return lines
 
 
 def main() -> int:
-    """Count all; ``--triton`` prints those of this process' Triton only, ``--check`` says which of a few are not as recorded."""
+    """Count all kernels and write the results. ``--triton`` prints this process's Triton kernels; ``--check`` recounts a few."""
     if sys.argv[1:] == ["--check"]:
         lines = stale(json.loads(RESULTS.read_text()))
         print("\n".join(lines))

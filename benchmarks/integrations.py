@@ -1,8 +1,8 @@
-"""Step time and peak memory of other trainers' losses, with the patch and without, on a CPU at a vocabulary of 131,072.
+"""Step time and peak memory of other trainers' losses with and without the patch, on a CPU, with a vocabulary of 131,072.
 
-``python -m benchmarks.integrations NAME``, in the environment of that framework, writes ``results/integrations/NAME.json``;
-``python -m benchmarks.integrations`` draws the table in docs/integrations.md from these files. A step is the framework's own loss of one
-batch and its backward pass; the trainer around it is not run. Every variant has a process of its own.
+``python -m benchmarks.integrations NAME`` runs in the environment of a framework and writes ``results/integrations/NAME.json``.
+``python -m benchmarks.integrations`` draws the table in docs/integrations.md from these files. A step is the framework's loss of one batch
+and its backward. The rest of the trainer does not run. Each variant runs in a new process.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def models() -> tuple[Any, Any]:
     """Return a student and a teacher of one layer, float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    made = []
+    pair = []
     for seed, hidden in enumerate((STUDENT, TEACHER)):
         torch.manual_seed(seed)
         config = LlamaConfig(vocab_size=VOCAB, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1, num_attention_heads=4)
-        made.append(LlamaForCausalLM(config))
-    return made[0].train(), made[1].eval().requires_grad_(False)
+        pair.append(LlamaForCausalLM(config))
+    return pair[0].train(), pair[1].eval().requires_grad_(False)
 
 
 def batch() -> dict[str, Tensor]:
-    """Return ids and labels of which the first quarter, a prompt, does not count."""
+    """Return a batch whose labels ignore the first quarter, the prompt."""
     ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
     labels = ids.clone()
     labels[:, : LENGTH // 4] = -100
@@ -76,9 +76,9 @@ def trl_distillation(student: Any, teacher: Any) -> tuple[Step, Any]:
         mask = inputs.pop("labels")[:, 1:] != -100
         hidden = student.model(**inputs).last_hidden_state[:, :-1]
         with torch.no_grad():
-            of_teacher = teacher.model(**inputs).last_hidden_state[:, :-1]
+            teacher_hidden = teacher.model(**inputs).last_hidden_state[:, :-1]
         heads = student.lm_head.weight, teacher.lm_head.weight
-        loss: Tensor = distillation_trainer._chunked_divergence_loss(hidden, of_teacher, *heads, mask, 0.5)[0]
+        loss: Tensor = distillation_trainer._chunked_divergence_loss(hidden, teacher_hidden, *heads, mask, 0.5)[0]
         return loss
 
     return step, trl.patch
@@ -125,7 +125,7 @@ CASES: dict[str, tuple[str, str, Callable[[Any, Any], tuple[Step, Any]]]] = {
     "modelopt": ("ModelOpt `KDTrainer`, forward KL", "nvidia-modelopt", modelopt),
     "ms_swift": ("ms-swift `GKDTrainer`, JSD", "ms-swift", ms_swift),
 }
-"""Title, distribution and builder."""
+"""Title, distribution and builder, by name."""
 
 
 def peak() -> int:
@@ -150,17 +150,17 @@ def measure(name: str, patched: bool) -> dict[str, Any]:
 
 
 def record(name: str) -> None:
-    """Measure both variants, each in a process of its own, and write the file of a case."""
-    found = {}
+    """Measure both variants, each in a new process, and write the case's file."""
+    results = {}
     for variant in ("unpatched", "patched"):
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.integrations", name, variant]
         printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[variant] = json.loads(printed.splitlines()[-1])
+        results[variant] = json.loads(printed.splitlines()[-1])
     distribution = CASES[name][1]
     case = {"vocab": VOCAB, "tokens": BATCH * LENGTH, "student": STUDENT, "teacher": TEACHER, "memory_budget": BUDGET, "dtype": "float32"}
     versions = {package: importlib.metadata.version(package) for package in (distribution, "transformers", "torch")}
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"case": case, "versions": versions, "machine": environment("cpu"), **found}, indent=1)
+    text = json.dumps({"case": case, "versions": versions, "machine": environment("cpu"), **results}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -178,7 +178,7 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """Return the page with the table drawn anew."""
+    """Return the page with a new table."""
     head, _, rest = text.partition(START)
     _, _, tail = rest.partition(END)
     return f"{head}{START}\n{table()}\n{END}{tail}"

@@ -1,7 +1,7 @@
-"""Milliseconds of a fused-linear loss on an H200 that none has measured: modelled from instruction counts, bytes and FLOP.
+"""A model of the time of a fused linear loss on an H200, from instruction counts, bytes and FLOP. It has not been measured.
 
-A matrix product takes as long as its arithmetic or its traffic, whichever is longer; the row kernel as long as its traffic or the issue
-of its instructions. The constants are assumptions. Latency is not in the model: kernels reach 70-90 % of such bounds.
+A matrix product takes max(arithmetic, memory traffic), the row kernel max(memory traffic, instruction issue). The constants are
+assumptions. Latency is not modelled; kernels usually reach 70-90 % of such bounds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 BANDWIDTH = 4.3e12  # bytes a second, copied
 MATRIX_RATE = 790e12  # FLOP a second in bfloat16
 LANES = 128 * 132 * 1.755e9  # lanes of instructions issued a second, at the clock under load
-ISSUE_SHARE = 0.85  # of these, that a row kernel reaches
+ISSUE_SHARE = 0.85  # the share of it that a row kernel reaches
 BUDGET = 4 << 30  # bytes of chunk buffers
 ASSUMPTIONS = (
     "Modelled, not measured: an H200 that copies 4.3 TB/s, multiplies 790 TFLOP/s and issues 128 lanes per multiprocessor at 1.755 GHz, "
@@ -36,13 +36,13 @@ LOGIT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def pair_bytes(kernel: str, dtype: str, sweeps: int) -> int:
-    """Bytes that a row kernel moves per column pair: both logits in each sweep that reads memory, and a gradient of two bytes."""
+    """Return the bytes a row kernel moves per column pair: both logits in each sweep that reads memory, and a 2-byte gradient."""
     reads = 1 if kernel == "cuda one_read" else sweeps
     return 2 * LOGIT_BYTES[dtype] * reads + 2
 
 
 def chunk_rows(shape: Shape, logit_bytes: int) -> int:
-    """Rows per chunk within the budget, in multiples of 128."""
+    """Return the rows per chunk within the budget, a multiple of 128."""
     fits = min(BUDGET // (2 * shape.vocab * logit_bytes), 8192)
     if fits >= shape.tokens:
         return shape.tokens
@@ -52,19 +52,19 @@ def chunk_rows(shape: Shape, logit_bytes: int) -> int:
 
 
 def product_ms(m: int, n: int, k: int, out_bytes: int = 2, accumulated_bytes: int = 0) -> float:
-    """An ``[m, k] @ [k, n]`` product of bfloat16 operands."""
+    """Return the time of an ``[m, k] @ [k, n]`` product of bfloat16 operands."""
     traffic = 2 * (m * k + n * k) + m * n * (out_bytes + accumulated_bytes)
     return max(2 * m * n * k / MATRIX_RATE, traffic / BANDWIDTH) * 1e3
 
 
 def floor_ms(shape: Shape) -> float:
-    """The four matrix products alone, in one chunk."""
+    """Return the time of the four matrix products alone, in one chunk."""
     n, v, ds, dt = shape.tokens, shape.vocab, shape.student, shape.teacher
     return product_ms(n, v, ds) + product_ms(n, v, dt) + product_ms(n, ds, v) + product_ms(v, ds, n)
 
 
 def loss_ms(shape: Shape, kernel: str, dtype: str, instructions: float, sweeps: int) -> tuple[float, float]:
-    """Forward and backward of the whole loss: with the accumulator's traffic hidden behind its product, and without."""
+    """Return the time of forward and backward of the loss, with the accumulator's traffic hidden behind its product, and exposed."""
     n, v, ds, dt = shape.tokens, shape.vocab, shape.student, shape.teacher
     logit = LOGIT_BYTES[dtype]
     rows = chunk_rows(shape, logit)
@@ -76,5 +76,5 @@ def loss_ms(shape: Shape, kernel: str, dtype: str, instructions: float, sweeps: 
     pairs = n * v
     row_kernel = max(pairs * pair_bytes(kernel, dtype, sweeps) / BANDWIDTH, pairs * instructions / (LANES * ISSUE_SHARE)) * 1e3
     backward = (v * ds * 6 + n * ds * 8) / BANDWIDTH * 1e3
-    rest = products + row_kernel + backward
-    return rest + hidden, rest + exposed
+    other_parts = products + row_kernel + backward
+    return other_parts + hidden, other_parts + exposed

@@ -1,7 +1,7 @@
-"""Time of the primitives against the matrix products, and against torch's own functions: ``python -m benchmarks.primitives``.
+"""Times of the primitives, compared with matrix products and torch's functions: ``python -m benchmarks.primitives``.
 
-Each group of variants is interleaved in one process; what is reported is a ratio inside its group. N=2048, V=32000, D=512 unless told
-otherwise. Writes ``benchmarks/results/<machine>/primitives.json``.
+The variants of a group are interleaved in one process, and ratios are within a group. Defaults: N=2048, V=32000, D=512. Writes
+``benchmarks/results/<machine>/primitives.json``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Step = Callable[[], Any]
 
 @dataclass
 class Group:
-    """Variants of one question; ``yardstick`` is what the others are compared with."""
+    """Variants that compute the same result. The others are compared with ``yardstick``."""
 
     name: str
     yardstick: str
@@ -76,12 +76,12 @@ def groups(n: int, v: int, d: int, backend: str, device: str) -> Iterator[Group]
         },
         [hidden, weight],
     )  # fmt: skip
-    kept = kd.topk_logprobs(randn(n, v, std=3.0), 64, temperature=2.0)
+    topk_teacher = kd.topk_logprobs(randn(n, v, std=3.0), 64, temperature=2.0)
     yield Group(
         "loss against a teacher's 64 most likely, forward and backward", "three products",
         {
             "three products": products,
-            "kd.TopK": backward(lambda: kd.distillation_loss(head, kept, temperature=2.0, backend=backend)),
+            "kd.TopK": backward(lambda: kd.distillation_loss(head, topk_teacher, temperature=2.0, backend=backend)),
         },
         [hidden, weight],
     )  # fmt: skip
@@ -97,16 +97,16 @@ def groups(n: int, v: int, d: int, backend: str, device: str) -> Iterator[Group]
     for dtype in (torch.float32, torch.bfloat16):
         given, upstream = randn(n, v, std=3.0, dtype=dtype).requires_grad_(), randn(n, v, dtype=dtype)
         for ours, theirs in ((kd.softmax, torch.softmax), (kd.log_softmax, torch.log_softmax)):
-            name, of = ours.__name__, str(dtype).removeprefix("torch.")
+            name, dtype_name = ours.__name__, str(dtype).removeprefix("torch.")
             yield Group(
-                f"{name} of {of} logits, forward", "torch",
+                f"{name} of {dtype_name} logits, forward", "torch",
                 {
                     "torch": lambda f=theirs, x=given: f(x.detach(), -1),
                     "kd": lambda f=ours, x=given: f(x.detach(), backend=backend),
                 },
             )  # fmt: skip
             yield Group(
-                f"{name} of {of} logits, forward and backward", "torch",
+                f"{name} of {dtype_name} logits, forward and backward", "torch",
                 {
                     "torch": lambda f=theirs, x=given, g=upstream: f(x, -1).backward(g),
                     "kd": lambda f=ours, x=given, g=upstream: f(x, backend=backend).backward(g),
@@ -139,16 +139,16 @@ def main(
     samples: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 9,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
 ) -> None:
-    """Measures the primitives and writes OUT/MACHINE/primitives.json."""
-    where = environment(device)  # first: later the load is our own
+    """Measure the primitives and write OUT/MACHINE/primitives.json."""
+    where = environment(device)  # read the load before the measurements cause it
     settings = {"n": n, "v": v, "d": d, "backend": backend, "device": device, "samples": samples}
     record: dict[str, Any] = {"environment": where, "settings": settings, "groups": []}
     table = Table("what", "variant", "ms p50 [p20, p80]", "x of the yardstick", title=f"{where['machine']}, N={n} V={v} D={d}")
     for group in groups(n, v, d, backend, device):
-        taken, failed = time_interleaved(group.steps, group, samples)  # type: ignore[arg-type]  (all it asks of inputs)
-        record["groups"].append({"name": group.name, "yardstick": group.yardstick, "samples_ms": taken, "failed": failed})
-        yardstick = quantile(taken[group.yardstick], 0.5)
-        for name, ms in taken.items():
+        samples_ms, failed = time_interleaved(group.steps, group, samples)  # type: ignore[arg-type]  (all it asks of inputs)
+        record["groups"].append({"name": group.name, "yardstick": group.yardstick, "samples_ms": samples_ms, "failed": failed})
+        yardstick = quantile(samples_ms[group.yardstick], 0.5)
+        for name, ms in samples_ms.items():
             low, mid, high = (quantile(ms, q) for q in (0.2, 0.5, 0.8))
             table.add_row(group.name, name, f"{mid:.1f} [{low:.1f}, {high:.1f}]", f"{mid / yardstick:.2f}")
     path = out / where["machine"] / "primitives.json"

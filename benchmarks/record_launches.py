@@ -1,9 +1,9 @@
-"""Compile what the Triton backend would launch on a GPU, on a machine without one; nothing is launched.
+"""Compile the kernels that the Triton backend would launch on a GPU, without a GPU and without launching them.
 
-As a program it makes the calls of ``benchmarks.gpu_smoke`` and of the suites ``rows`` and ``headline``; as a pytest plugin
-(``-p benchmarks.record_launches -k triton-cpu``) those of the tests. In both, results come from the torch backend. Writes one JSON per
-process into the folder ``$KDKERNELS_RECORD``: folder in Triton's cache -> the part of its name's hash that does not depend on the build
-of Triton. Needs TRITON_INTERPRET=0 when it is imported.
+As a program it makes the calls of ``benchmarks.gpu_smoke`` and of the suites ``rows`` and ``headline``. As a pytest plugin
+(``-p benchmarks.record_launches -k triton-cpu``) it records the calls of the tests. The torch backend computes the results. Each process
+writes a JSON file into the folder ``$KDKERNELS_RECORD``: folder in Triton's cache -> the part of the hash of its name that does not depend
+on the build of Triton. Import it with TRITON_INTERPRET=0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMES: dict[str, str] = {}
 
 
 class AbsentDriver:
-    """Stands in for the CUDA driver: says which GPU to compile for, and launches nothing."""
+    """Replace Triton's CUDA driver. It names the GPU to compile for and launches nothing."""
 
     def __init__(self, arch: int) -> None:
         self._target = GPUTarget("cuda", arch, 32)
@@ -67,16 +67,16 @@ def _recorded(get_cache_key: Callable[..., str]) -> Callable[..., str]:
     return recorded
 
 
-def _both(ours: Callable[..., None], torchs: Callable[..., None]) -> Callable[..., None]:
+def _both(ours: Callable[..., None], torch_function: Callable[..., None]) -> Callable[..., None]:
     def both(*arguments: Any, **keywords: Any) -> None:
         ours(*arguments, **keywords)
-        torchs(*arguments, **keywords)
+        torch_function(*arguments, **keywords)
 
     return both
 
 
 def start() -> None:
-    """Compile every launch from now on, and run none."""
+    """Make every later launch compile without running."""
     driver.set_active(AbsentDriver(int(os.environ.get("KDKERNELS_RECORD_ARCH", "90"))))
     compiler.get_cache_key = _recorded(compiler.get_cache_key)
     run = JITFunction.run
@@ -90,7 +90,7 @@ def start() -> None:
 
 
 def save() -> None:
-    """Add this process' kernels to the folder."""
+    """Write this process's kernels into the folder."""
     folder = Path(os.environ["KDKERNELS_RECORD"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{os.getpid()}.json").write_text(json.dumps(NAMES))
@@ -100,7 +100,7 @@ def pytest_sessionstart() -> None:
     import conftest
 
     start()
-    conftest.interpreted = lambda backend, device: False  # the shapes of a GPU
+    conftest.interpreted = lambda backend, device: False  # use the shapes of a GPU
 
 
 def pytest_sessionfinish() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
         check()
     for suite in ("rows", "headline"):
         for job in suites.jobs(suite, "cuda", backends=["triton"], peers=[]):
-            # Sizes that the launches do not depend on are small; N stays a multiple of 16.
+            # Sizes that do not affect launches are small. N stays a multiple of 16.
             case = replace(job.case, n=16, ds=job.case.ds and 16, dt=job.case.dt and 16)
             for name in job.variants:
                 if variants.Variant.parse(name).name == "triton":

@@ -1,6 +1,6 @@
-"""Tables and figures of README.md and docs/, from the committed results: ``python -m benchmarks.report [--check]``.
+"""Draw the tables and figures of README.md and docs/ from the committed results: ``python -m benchmarks.report [--check]``.
 
-A block of generated text stands between two comments, ``<!-- bench: NAME -->`` and ``<!-- /bench -->``; NAME is one of ``BLOCKS``.
+Generated text is between the comments ``<!-- bench: NAME -->`` and ``<!-- /bench -->``. NAME is one of ``BLOCKS``.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _BLOCK = re.compile(r"(<!-- bench: (?P<name>[^>]*?) -->\n).*?(<!-- (?P<end>/benc
 
 
 class ReportError(RuntimeError):
-    """Nothing can be drawn; the message says where and why."""
+    """A block or figure can't be drawn. The message says where and why."""
 
 
 def ours(measured: dict[str, Any]) -> dict[str, Any] | None:
-    """The backend that ``backend="auto"`` would select: backends are measured in its order."""
+    """Return the results of the backend that ``backend="auto"`` would select. Backends are measured in its order."""
     return next((r for r in measured["results"] if is_ours(r["variant"]) and "samples_ms" in r), None)
 
 
 def ran(measured: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The results of a variant that ran."""
+    """Return the results of a variant, if it ran."""
     return next((r for r in measured["results"] if r["variant"] == name and "samples_ms" in r), None)
 
 
 def featured(records: Records) -> tuple[str, dict[str, Any]]:
-    """The machine that the README shows: a GPU where there is one."""
+    """Return the machine that the README shows: a GPU, if there is one."""
     return min(records.items(), key=lambda item: (item[1]["environment"]["gpu"] is None, item[0]))
 
 
@@ -57,7 +57,7 @@ def single(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table; all columns but the first are numbers."""
+    """Return a table whose columns after the first are numbers."""
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, tuple(rule), *rows))
 
@@ -66,11 +66,11 @@ def mib(value: int | None) -> str:
     return "not measured" if value is None else f"{value / 2**20:,.0f}"
 
 
-# --- blocks: (records, folder of figures as the file sees it) -> text
+# --- blocks: (records, path from the file to the folder of figures) -> text
 
 
 def headline(records: Records, figures_at: str) -> str:
-    """The headline of the machine that the README shows, as its own report has it."""
+    """Return the headline of the machine that the README shows, as in its report."""
     _, record = featured(records)
     measured = next((m for m in single(record) if m["case"]["ds"]), None)
     if measured is None or ours(measured) is None or ran(measured, "eager") is None or median(measured, "floor") is None:
@@ -89,7 +89,7 @@ def memory_figure(records: Records, figures_at: str) -> str:
 
 
 def summary(records: Records, figures_at: str) -> str:
-    """One line per case and logits dtype of the backend that "auto" takes."""
+    """Return a table with a line for each case and logits dtype of the backend that "auto" selects."""
     _, record = featured(records)
     header = (
         "loss",
@@ -185,7 +185,7 @@ def loss_tables(records: Records, figures_at: str) -> str:
 
 
 def memory_tables(records: Records, figures_at: str) -> str:
-    """Draw the peaks of the curve over tokens, and the part that docs/memory.md does not account for."""
+    """Return tables of peak memory over tokens, and of the part that docs/memory.md does not account for."""
     parts = []
     for machine, record in records.items():
         points = [m for m in record["cases"] if m["curve"] == "tokens"]
@@ -194,12 +194,12 @@ def memory_tables(records: Records, figures_at: str) -> str:
         case = Case(**points[0]["case"])
         parts.append(f"### {machine}: memory against N")
         parts.append(f"V={case.v:,} Ds={case.ds} Dt={case.dt} {case.dtype}, {DIVERGENCE_NAMES[case.divergence]}; MiB.")
-        found = {(r["variant"], m["case"]["n"]): r for m in points for r in m["results"] if r.get("peak_extra_bytes") is not None}
-        tokens = sorted({n for _, n in found})
+        rows_by_variant = {(r["variant"], m["case"]["n"]): r for m in points for r in m["results"] if r.get("peak_extra_bytes") is not None}
+        tokens = sorted({n for _, n in rows_by_variant})
         for title, value in (("peak beyond the inputs", lambda r: r["peak_extra_bytes"]), ("of it not accounted for", unaccounted)):
             rows = []
-            for variant in dict.fromkeys(name for name, _ in found):
-                values = [value(found[variant, n]) if (variant, n) in found else None for n in tokens]
+            for variant in dict.fromkeys(name for name, _ in rows_by_variant):
+                values = [value(rows_by_variant[variant, n]) if (variant, n) in rows_by_variant else None for n in tokens]
                 if any(v is not None for v in values):
                     rows.append((name_of(variant), *("not measured" if v is None else f"{v / 2**20:,.1f}" for v in values)))
             parts.append(markdown((title, *(f"N={n:,}" for n in tokens)), rows))
@@ -211,7 +211,7 @@ def unaccounted(row: dict[str, Any]) -> int | None:
 
 
 def not_better(records: Records, figures_at: str) -> str:
-    """Every case in which something else beats what "auto" takes with default settings."""
+    """List every case in which another variant beats the backend that "auto" selects with default settings."""
     found, cases = [], 0
     for machine, record in records.items():
         for measured in single(record):
@@ -229,7 +229,7 @@ def not_better(records: Records, figures_at: str) -> str:
 
 
 def _where_better(rival: dict[str, Any], own: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Figures of a rival that are better than ours, and ours. Times whose spreads overlap are not better."""
+    """Yield a rival's better figures and ours. A time is better only if the spreads do not overlap."""
     their_times, my_times = (Spread.of(r["samples_ms"]) for r in (rival, own))
     if their_times.mid < my_times.mid and not their_times.overlaps(my_times):
         yield f"{number(their_times.mid)} ms", f"{number(my_times.mid)} ms"
@@ -237,19 +237,19 @@ def _where_better(rival: dict[str, Any], own: dict[str, Any]) -> Iterator[tuple[
     if theirs is not None and mine is not None and theirs < mine:
         yield f"{mib(theirs)} MiB", f"{mib(mine)} MiB"
     theirs, mine = rival["gradient_error"], own["gradient_error"]
-    # Among float32 errors of a few rounding steps nothing is better than anything.
+    # float32 errors of a few ulp are considered equal.
     if theirs < mine and mine > 2e-6:
         yield f"gradient error {theirs:.1e}", f"{mine:.1e}"
 
 
 def curves(records: Records, figures_at: str) -> str:
-    """Every curve of every machine, as figures."""
+    """Return every curve of every machine as a figure."""
     parts = []
     for machine, record in records.items():
-        found = [plot for plot in plots.plots(record) if plot.kind == "curve"]
-        if found:
+        curve_plots = [plot for plot in plots.plots(record) if plot.kind == "curve"]
+        if curve_plots:
             parts.append(f"### {machine}: curves")
-            parts += [f"![{plot.data['title'].replace(chr(10), '; ')}]({figures_at}/{machine}-{plot.name}.svg)" for plot in found]
+            parts += [f"![{plot.data['title'].replace(chr(10), '; ')}]({figures_at}/{machine}-{plot.name}.svg)" for plot in curve_plots]
     return "\n\n".join(parts)
 
 
@@ -264,11 +264,11 @@ BLOCKS: dict[str, Callable[[Records, str], str]] = {
     "memory tables": memory_tables,
     "curves": curves,
 }
-"""By name: (records, folder of figures as the file sees it) -> text."""
+"""Functions by name: (records, path from the file to the folder of figures) -> text."""
 
 
 def primitives_table(measured: dict[str, dict[str, Any]]) -> str:
-    """Machine -> what benchmarks.primitives wrote: a table each."""
+    """Return a table for each machine's record of benchmarks.primitives."""
     parts = []
     for machine, record in measured.items():
         s, rows = record["settings"], []
@@ -283,15 +283,15 @@ def primitives_table(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def instructions_table(counts: list[dict[str, Any]]) -> str:
-    """Instructions that row kernels issue per column pair: a row for each divergence and dtype, a column for each kernel and vocabulary."""
+    """Return a table of instructions per column pair: rows are divergences and dtypes, columns kernels and vocabularies."""
     columns = list(dict.fromkeys((c["kernel"], c["vocab"]) for c in counts))
     cells = {(c["divergence"], c["dtype"], c["kernel"], c["vocab"]): c for c in counts}
     rows = []
     for divergence, dtype in dict.fromkeys((c["divergence"], c["dtype"]) for c in counts):
         row = [f"{DIVERGENCE_NAMES.get(divergence, divergence.replace('_', ' '))}, {dtype}"]
         for column in columns:
-            found = cells.get((divergence, dtype, *column))
-            row.append(f"{sum(found['sweeps']):.0f} ({found['registers']})" if found else "")
+            entry = cells.get((divergence, dtype, *column))
+            row.append(f"{sum(entry['sweeps']):.0f} ({entry['registers']})" if entry else "")
         rows.append(tuple(row))
     header = (
         "instructions (registers)",
@@ -303,7 +303,7 @@ def instructions_table(counts: list[dict[str, Any]]) -> str:
 
 
 def modelled_table(counts: list[dict[str, Any]]) -> str:
-    """Times of the whole loss that the counts lead to."""
+    """Return a table of modelled times of the loss."""
     newest = next((c["kernel"] for c in counts if c["kernel"].startswith("triton")), "")
     cells = {(c["kernel"], c["dtype"], c["divergence"]): c for c in counts if c["vocab"] in (None, 128256)}
     header = ["modelled ms (x of floor)"]
@@ -317,15 +317,15 @@ def modelled_table(counts: list[dict[str, Any]]) -> str:
         row = [f"{kernel.replace('_', '-')}, {dtype} logits"]
         for shape in model.SHAPES:
             for divergence in ("forward_kl", "reverse_kl", "jsd"):
-                found = cells[kernel, dtype, divergence]
-                low, high = model.loss_ms(shape, kernel, dtype, sum(found["sweeps"]), len(found["sweeps"]))
+                entry = cells[kernel, dtype, divergence]
+                low, high = model.loss_ms(shape, kernel, dtype, sum(entry["sweeps"]), len(entry["sweeps"]))
                 row.append(f"{low:.1f}-{high:.1f} ({(low + high) / 2 / model.floor_ms(shape):.2f})")
         rows.append(tuple(row))
     return f"{model.ASSUMPTIONS}\n\n{markdown(tuple(header), rows)}"
 
 
 def other_blocks(results: Path) -> dict[str, Callable[[Records, str], str]]:
-    """Blocks that are drawn from records of their own."""
+    """Return the blocks that are drawn from other records."""
     experiments = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("learning/*.json"))}
     primitives = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*/primitives.json"))}
     counts = json.loads((results / "instructions.json").read_text(encoding="utf-8")) if (results / "instructions.json").exists() else []
@@ -339,13 +339,13 @@ def other_blocks(results: Path) -> dict[str, Callable[[Records, str], str]]:
     for source, name in ((guide, "steps"), (comparison, "pair")):
         file = results / "guide" / f"{name}.json"
         if file.exists():
-            drawn = source.blocks(json.loads(file.read_text(encoding="utf-8")))
-            blocks |= {block: lambda *_, draw=draw: draw() for block, draw in drawn.items()}
+            guide_blocks = source.blocks(json.loads(file.read_text(encoding="utf-8")))
+            blocks |= {block: lambda *_, draw=draw: draw() for block, draw in guide_blocks.items()}
     return blocks
 
 
 def expected_figures(records: Records) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(file name, kind, data): the bars that the README opens with, and every curve."""
+    """Yield file name, kind and data of the README's bars and of every curve."""
     for machine, record in records.items():
         for plot in plots.plots(record):
             if plot.kind == "curve" or plot.name == "loss-1":
@@ -355,11 +355,11 @@ def expected_figures(records: Records) -> Iterator[tuple[str, str, dict[str, Any
 def redraw_text(
     path: str, text: str, records: Records, others: dict[str, Callable[[Records, str], str]] | None = None
 ) -> tuple[str, list[str]]:
-    """A file's text with every block as it should be, and the names of the blocks that were not.
+    """Return a file's text with every block redrawn, and the names of the blocks that were stale.
 
     Args:
-        path: relative to the root; errors name it.
-        others: blocks beside ``BLOCKS``.
+        path: path relative to the root, for errors.
+        others: additional blocks.
     """
     blocks = BLOCKS | (others or {})
     figures_at, stale = ("figures" if path.startswith("docs/") else "docs/figures"), []
@@ -382,13 +382,13 @@ def redraw_text(
 
 
 def report(root: Path, check: bool) -> list[str]:
-    """Brings every table and figure under ``root`` up to date, or with ``check`` only says what is not.
+    """Redraw every table and figure under ``root``, or with ``check`` only find the stale ones.
 
     Returns:
-        What was, or is, stale, as ``file: block``.
+        The stale ones, as ``file: block``.
 
     Raises:
-        ReportError: there are no results, or a marker makes no sense.
+        ReportError: there are no results, or a marker is invalid.
     """
     results = root / "benchmarks" / "results"
     records: Records = {path.parent.name: run.load(path.parent) for path in sorted(results.glob(f"*/{run.FILE}"))}
@@ -406,10 +406,10 @@ def report(root: Path, check: bool) -> list[str]:
         if redrawn != text and not check:
             file.write_text(redrawn, encoding="utf-8")
     folder = root / "docs" / "figures"
-    wanted = set()
+    expected = set()
     for name, kind, data in expected_figures(records):
         file = folder / name
-        wanted.add(name)
+        expected.add(name)
         if file.exists() and figures.is_current(file.read_text(encoding="utf-8"), kind, data):
             continue
         stale.append(f"docs/figures/{name}: {kind} figure")
@@ -417,7 +417,7 @@ def report(root: Path, check: bool) -> list[str]:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(figures.draw(kind, data), encoding="utf-8")
     for file in sorted(folder.glob("*.svg")):
-        if file.name not in wanted:
+        if file.name not in expected:
             stale.append(f"docs/figures/{file.name}: no results belong to it")
             if not check:
                 file.unlink()
@@ -425,7 +425,7 @@ def report(root: Path, check: bool) -> list[str]:
 
 
 def main(check: Annotated[bool, typer.Option("--check", help="Change nothing; exit with 1 if something is stale.")] = False) -> None:
-    """Redraws what README.md and docs/ show of benchmarks/results."""
+    """Redraw the blocks and figures of README.md and docs/ from benchmarks/results."""
     try:
         stale = report(ROOT, check)
     except (ReportError, run.BenchError) as error:

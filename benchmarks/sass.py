@@ -1,7 +1,7 @@
-"""Machine code of NVIDIA GPUs as counts: the instructions of each loop, by the pipe that executes them.
+"""Count the instructions of loops in NVIDIA machine code, by the pipe that executes them.
 
-The pipes are Hopper's, by the throughput table of the CUDA programming guide: a multiprocessor issues 128 lanes a cycle, of which FMA
-takes all, ALU (integers, comparisons, conversions) a half, LSU (loads, stores, shuffles) a quarter, XU (exponentials, logarithms) an
+The pipes are Hopper's, from the throughput table of the CUDA programming guide. Of the 128 lanes that a multiprocessor issues a cycle, FMA
+can take all, ALU (integers, comparisons, conversions) a half, LSU (loads, stores, shuffles) a quarter, XU (exponentials, logarithms) an
 eighth.
 """
 
@@ -44,7 +44,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Target address of a branch."""
+        """Return the target address of a branch."""
         address = re.search(r"0x([0-9a-f]+)\s*$", self.arguments) if self.name == "BRA" else None
         return int(address.group(1), 16) if address else None
 
@@ -54,7 +54,7 @@ class Instruction:
 
     @property
     def loaded_bytes(self) -> int:
-        """Bytes that a lane loads from global or shared memory."""
+        """Return the bytes that a lane loads from global or shared memory."""
         if self.name not in ("LDG", "LDS", "LD"):
             return 0
         sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
@@ -63,19 +63,19 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Turn:
-    """The minimum that one turn of a loop must do. It selects the path of whole vectors; the shortest such path is counted.
+    """Requirements for the path of one turn through a loop. The shortest path that meets them is counted.
 
-    So branches for disabled features, rare cases and incomplete vectors do not count.
+    This excludes branches for disabled features, rare cases and incomplete vectors.
     """
 
     load: str
-    """Opcode of the loads of 16 bytes that count: LDG or LDS."""
+    """Opcode of the 16-byte loads: LDG or LDS."""
     loaded: int
-    """Bytes that a lane loads by them, exactly."""
+    """Exact number of bytes that a lane loads with them."""
     transcendental: int = 0
-    """Exponentials and logarithms."""
+    """Smallest number of exponentials and logarithms."""
     stores: bool = False
-    """True if it must store a vector of 8 or 16 bytes to global memory."""
+    """Whether the path must store a vector of 8 or 16 bytes to global memory."""
 
 
 def pipes(code: Sequence[Instruction]) -> Counter[str]:
@@ -83,7 +83,7 @@ def pipes(code: Sequence[Instruction]) -> Counter[str]:
 
 
 def disassemble(binary: Path, cuobjdump: Path, functions: Sequence[str] = (), arch: str | None = None) -> dict[str, list[Instruction]]:
-    """The code of the kernels (all, or those named) in a cubin or a library, by name."""
+    """Return the code of kernels (all, or ``functions``) in a cubin or library, by name."""
     command = [str(cuobjdump), "-sass", *(["-arch", arch] if arch else []), *(["-fun", ",".join(functions)] if functions else [])]
     out = subprocess.run([*command, str(binary)], capture_output=True, text=True, check=True).stdout
     return parse(out)
@@ -94,7 +94,7 @@ def resources(binary: Path, cuobjdump: Path, arch: str | None = None) -> dict[st
     command = [str(cuobjdump), "--dump-resource-usage", *(["-arch", arch] if arch else []), str(binary)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name: re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line) for name, line in _RESOURCES.findall(out)}
-    return {name: {key: int(value) for key, value in found} for name, found in numbers.items()}
+    return {name: {key: int(value) for key, value in pairs} for name, pairs in numbers.items()}
 
 
 def parse(text: str) -> dict[str, list[Instruction]]:
@@ -112,11 +112,11 @@ def parse(text: str) -> dict[str, list[Instruction]]:
 
 
 def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops, in the order of the code."""
-    at = {instruction.address: index for index, instruction in enumerate(code)}
+    """Return the innermost loops, in the order of the code."""
+    index_at = {instruction.address: index for index, instruction in enumerate(code)}
     spans: dict[int, int] = {}
     for index, instruction in enumerate(code):
-        start = at.get(instruction.target) if instruction.target is not None else None
+        start = index_at.get(instruction.target) if instruction.target is not None else None
         if start is not None and start <= index:
             spans[start] = max(index, spans.get(start, 0))
     innermost = [
@@ -131,17 +131,17 @@ _Done = tuple[int, int, bool]  # bytes loaded, transcendentals (up to the wanted
 
 
 def shortest(loop: Sequence[Instruction], turn: Turn) -> list[Instruction] | None:
-    """The shortest path from a loop's first instruction to its last that does what a turn has to; None if none does.
+    """Return the shortest path from a loop's first to its last instruction that meets the requirements, or None.
 
-    Jumps go forwards, so one pass in the order of the code finds the best way to each instruction.
+    Jumps inside a loop go forward, so one pass in the order of the code finds the shortest path to each instruction.
     """
-    at = {instruction.address: index for index, instruction in enumerate(loop)}
+    index_at = {instruction.address: index for index, instruction in enumerate(loop)}
     best: list[dict[_Done, tuple[int, int, _Done | None]]] = [{} for _ in loop]  # done -> (instructions, from, done there)
     best[0][0, 0, False] = (0, -1, None)
     for index, instruction in enumerate(loop[:-1]):
         load = 16 if instruction.name == turn.load and "128" in instruction.opcode else 0
         stored = instruction.name == "STG" and ("128" in instruction.opcode or ".64" in instruction.opcode)
-        target = at.get(instruction.target) if instruction.target is not None else None
+        target = index_at.get(instruction.target) if instruction.target is not None else None
         ends = instruction.name in ("EXIT", "RET", "BRA") and not instruction.conditional
         reachable = ([] if ends else [index + 1]) + ([target] if target is not None and target > index else [])
         for (loaded, computed, has_stored), (count, _, _) in best[index].items():

@@ -1,7 +1,7 @@
-"""Has a loss become slower? Small shapes, every backend that runs here, each round of it next to one of the floor.
+"""Find losses that became slower: small shapes, every available backend, each round next to a round of the floor.
 
-``make bench``, or ``python -m pytest benchmarks``, with every option of pytest-benchmark. The ratios to the floor are compared with
-``baseline.json`` (see conftest.py), since times say nothing on another day: ``--update-baseline`` writes them there instead.
+``make bench``, or ``python -m pytest benchmarks`` with any option of pytest-benchmark. Times vary from day to day, so ratios to the floor
+are compared with ``baseline.json`` (see conftest.py). ``--update-baseline`` writes them instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kdkernels.bench.timing import elapsed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Large enough for the floor to be matrix products (or memory traffic) and not launches, small enough for a second per test.
+# Large enough that matrix products (or memory traffic) and not launches take the time, small enough for a second per test.
 SHAPE = (2048, 32000, 1024, 1024) if DEVICE == "cuda" else (512, 8000, 128, 256)
 CASES = [
     Case(*SHAPE, dtype, divergence)

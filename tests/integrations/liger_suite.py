@@ -1,8 +1,8 @@
 """Run Liger-Kernel's own tests of the losses in ``kdkernels.compat.liger``: ``python tests/integrations/liger_suite.py CHECKOUT``.
 
-Their files are copied to a temporary folder, unmodified but for the imports of what is tested, which come from ``kdkernels.compat.liger``.
-Everything else comes from the checkout. What was run, on which commit, is written to ``results/liger_suite.txt``. A case of more than 1e12
-floating-point operations is skipped and counted.
+Their files are copied to a temporary folder. Only the imports of the tested names are changed, to ``kdkernels.compat.liger``; everything
+else comes from the checkout. The results and the commit are written to ``results/liger_suite.txt``. Cases of more than 1e12 floating-point
+operations are skipped and counted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 
 def redirected(source: str) -> tuple[str, list[str]]:
-    """Return the source with imports of what is provided taken from here, and the names that are."""
+    """Return the source with its imports of provided names redirected to kdkernels, and these names."""
     lines, names = source.splitlines(keepends=True), []
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ImportFrom) or node.module is None or not node.module.startswith("liger_kernel."):
@@ -55,8 +55,10 @@ def main(checkout: Path) -> int:
     commit = subprocess.run([*git, "log", "-1", "--format=%H %cs"], check=True, capture_output=True, text=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        listed = subprocess.run([*git, "ls-tree", "-r", "--name-only", "HEAD", *FOLDERS], check=True, capture_output=True, text=True)
-        for name in listed.stdout.splitlines():
+        files_of_commit = subprocess.run(
+            [*git, "ls-tree", "-r", "--name-only", "HEAD", *FOLDERS], check=True, capture_output=True, text=True
+        )
+        for name in files_of_commit.stdout.splitlines():
             if name.endswith(".py"):
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 (copy / name).write_bytes(subprocess.run([*git, "show", f"HEAD:{name}"], check=True, capture_output=True).stdout)
@@ -72,8 +74,8 @@ def main(checkout: Path) -> int:
         files = [f"test/{name}" for name in FILES]
         run = subprocess.run([*command, *files], cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(run.stdout)
-    kept = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "SKIPPED", "ERROR", "E ")) or " passed" in line]
-    report = [f"linkedin/Liger-Kernel {commit}", f"provided here: {', '.join(sorted(set(names)))}", *files, *kept]
+    lines = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "SKIPPED", "ERROR", "E ")) or " passed" in line]
+    report = [f"linkedin/Liger-Kernel {commit}", f"provided here: {', '.join(sorted(set(names)))}", *files, *lines]
     (Path(__file__).parent / "results" / "liger_suite.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
     return run.returncode
 

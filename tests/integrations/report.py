@@ -1,4 +1,4 @@
-"""Run the tests of one integration and write what they printed, with the versions they ran on, to ``results/NAME.txt``."""
+"""Run the tests of one integration and write their output and the package versions to ``results/NAME.txt``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def versions(name: str) -> str:
-    """Return the versions of the framework, which the first line of its requirements names, of transformers and of torch."""
+    """Return the versions of the framework (named in the first line of its requirements), transformers and torch."""
     pinned = (HERE / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
     framework = re.match(r"# (\S+)", pinned)
     assert framework, f"the first line of {name}.txt is '# DISTRIBUTION'"
@@ -24,9 +24,9 @@ def main(name: str) -> int:
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-rs", "--no-header", "-W", "ignore", f"tests/integrations/test_{name}.py"]
     run = subprocess.run(command, cwd=HERE.parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(run.stdout)
-    kept = [line for line in run.stdout.splitlines() if line and not line.startswith("{")]
+    lines = [line for line in run.stdout.splitlines() if line and not line.startswith("{")]
     header = f"{versions(name)}; Python {platform.python_version()}, {platform.machine()}, CPU"
-    (HERE / "results" / f"{name}.txt").write_text("\n".join([header, *kept[-20:]]) + "\n", encoding="utf-8")
+    (HERE / "results" / f"{name}.txt").write_text("\n".join([header, *lines[-20:]]) + "\n", encoding="utf-8")
     return run.returncode
 
 

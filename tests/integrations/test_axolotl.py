@@ -1,4 +1,4 @@
-"""The plugin in Axolotl's plugin manager and configuration, with a transformers trainer."""
+"""The Axolotl plugin in Axolotl's plugin manager and configuration, with a transformers Trainer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PLUGIN = "kdkernels.integrations.axolotl.DistillationPlugin"
 def manager() -> Iterator[Any]:
     from axolotl.integrations.base import PluginManager
 
-    made = PluginManager.get_instance()
-    made.register(PLUGIN)
-    yield made
-    made.plugins.clear()
+    plugins = PluginManager.get_instance()
+    plugins.register(PLUGIN)
+    yield plugins
+    plugins.plugins.clear()
 
 
 def build(folder: Path) -> Any:
@@ -34,7 +34,7 @@ def build(folder: Path) -> Any:
     return Trainer(model, args, data_collator=DataCollatorForSeq2Seq(make_tokenizer()), train_dataset=encoded())
 
 
-def test_the_plugin_gives_the_trainer_its_teacher(manager: Any, tmp_path: Path) -> None:
+def test_plugin_distils_like_the_patched_trainer(manager: Any, tmp_path: Path) -> None:
     from axolotl.utils.dict import DictDefault
 
     from kdkernels.integrations.transformers import distill
@@ -48,12 +48,12 @@ def test_the_plugin_gives_the_trainer_its_teacher(manager: Any, tmp_path: Path) 
     )
     trainer = build(tmp_path)
     manager.post_trainer_create(manager.cfg, trainer)
-    found, same = run(trainer, VOCAB), run(expected, VOCAB)
-    assert found.losses == pytest.approx(same.losses, rel=1e-5)
-    assert found.rows_of_logits <= ROWS
+    actual, expected_run = run(trainer, VOCAB), run(expected, VOCAB)
+    assert actual.losses == pytest.approx(expected_run.losses, rel=1e-5)
+    assert actual.rows_of_logits <= ROWS
 
 
-def test_a_run_without_the_section_is_not_changed(manager: Any, tmp_path: Path) -> None:
+def test_axolotl_run_without_the_section_is_unchanged(manager: Any, tmp_path: Path) -> None:
     from axolotl.utils.dict import DictDefault
 
     trainer = build(tmp_path)
@@ -61,7 +61,7 @@ def test_a_run_without_the_section_is_not_changed(manager: Any, tmp_path: Path) 
     assert "compute_loss" not in vars(trainer)
 
 
-def test_the_configuration_takes_the_section_and_refuses_a_wrong_one(manager: Any, tmp_path: Path) -> None:
+def test_configuration_accepts_a_valid_section_only(manager: Any, tmp_path: Path) -> None:
     from axolotl.integrations.config import merge_input_args
     from pydantic import ValidationError
 
@@ -74,7 +74,7 @@ def test_the_configuration_takes_the_section_and_refuses_a_wrong_one(manager: An
         config.model_validate({**minimal, "kdkernels": {"techer": "big"}})
 
 
-def test_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_version_of_axolotl_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     from kdkernels.integrations import UnsupportedVersion
     from kdkernels.integrations.axolotl import DistillationPlugin
 

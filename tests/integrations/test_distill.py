@@ -1,4 +1,4 @@
-"""Distillation in any transformers Trainer."""
+"""``distill`` patches any transformers Trainer: its steps equal those of the dense formula."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def teacher() -> Any:
 
 
 class Dense(Trainer):
-    """Compute the same loss with dense logits."""
+    """A Trainer with the same loss, computed from dense logits."""
 
     teacher_model: Any
     settings: tuple[Divergence | str, float, float]
@@ -57,7 +57,7 @@ class Dense(Trainer):
         (JSD(beta=0.3), 2.0, 0.5, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     ],
 )
-def test_three_steps_are_those_of_the_dense_formula(
+def test_three_steps_equal_the_dense_formula(
     tmp_path: Path, divergence: Divergence | str, temperature: float, ce_weight: float, options: dict[str, Any]
 ) -> None:
     dense = build(tmp_path, Dense, **options)
@@ -66,12 +66,12 @@ def test_three_steps_are_those_of_the_dense_formula(
     expected = run(dense, VOCAB)
     trainer = build(tmp_path, **options)
     distill(trainer, teacher(), divergence=divergence, temperature=temperature, ce_weight=ce_weight, memory_budget=BUDGET)
-    found = run(trainer, VOCAB)
-    assert_agree(expected, found)
-    assert found.rows_of_logits <= ROWS < expected.rows_of_logits
+    actual = run(trainer, VOCAB)
+    assert_agree(expected, actual)
+    assert actual.rows_of_logits <= ROWS < expected.rows_of_logits
 
 
-def test_the_first_gradient_is_that_of_the_distillation_trainer(tmp_path: Path) -> None:
+def test_first_gradient_equals_that_of_the_distillation_trainer(tmp_path: Path) -> None:
     student = make_model(16, 1, VOCAB, seed=1, initializer_range=0.2)
     ours = trainers(tmp_path, make_tokenizer())(
         student, teacher(), rows=make_rows(12), dtype=torch.float32, temperature=2.0, ce_weight=0.5, divergence="reverse_kl",
@@ -80,13 +80,13 @@ def test_the_first_gradient_is_that_of_the_distillation_trainer(tmp_path: Path) 
     expected = gradients(ours)
     trainer = build(tmp_path, per_device_train_batch_size=12, max_steps=1)
     distill(trainer, teacher(), divergence="reverse_kl", temperature=2.0, ce_weight=0.5)
-    found = run(trainer, VOCAB).gradients
-    assert found.keys() == expected.keys()
+    actual = run(trainer, VOCAB).gradients
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
 
 
-def test_undo_gives_the_trainer_its_own_loss_back(tmp_path: Path) -> None:
+def test_undo_restores_the_trainers_loss(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     accepts = trainer.model_accepts_loss_kwargs
     model = teacher()
@@ -101,7 +101,7 @@ def test_undo_gives_the_trainer_its_own_loss_back(tmp_path: Path) -> None:
     patch.undo()
 
 
-def test_a_later_patch_is_undone_first(tmp_path: Path) -> None:
+def test_later_patch_must_be_undone_first(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     patch = distill(trainer, teacher())
     trainer.compute_loss = lambda *_, **__: None  # type: ignore[method-assign]
@@ -118,14 +118,14 @@ def test_evaluation_reports_the_distillation_loss_and_logits(tmp_path: Path) -> 
     assert predicted.metrics["test_loss"] == pytest.approx(trainer.compute_loss(trainer.model, batch).item(), rel=1e-5)
 
 
-def test_a_batch_without_labels_is_an_error(tmp_path: Path) -> None:
+def test_batch_without_labels_raises(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     distill(trainer, teacher())
     with pytest.raises(ValueError, match="no labels"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})
 
 
-def test_an_unknown_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_version_of_transformers_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(tmp_path)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
     with pytest.raises(UnsupportedVersion, match=r"transformers 99\.0 .* 5\.6\.0 to "):
@@ -133,7 +133,7 @@ def test_an_unknown_version_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     distill(trainer, teacher(), force=True)
 
 
-def test_the_documented_lines_are_all_that_a_user_adds(tmp_path: Path) -> None:
+def test_documented_lines_patch_a_trainer(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     exec(lines_for("transformers Trainer"), {"trainer": trainer, "teacher": teacher()})
     assert "kdkernels" in trainer.compute_loss.__code__.co_filename

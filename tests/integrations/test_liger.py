@@ -1,4 +1,4 @@
-"""Liger's names, arguments and averages, against plain torch. ``liger_suite.py`` runs Liger's own tests."""
+"""The losses with Liger's names, arguments and averages, compared with plain torch. ``liger_suite.py`` runs Liger's own tests."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ N, V = 12, 37
 
 def tensors() -> dict[str, Tensor]:
     torch.manual_seed(0)
-    made = {
+    by_name = {
         "student": torch.randn(N, 8), "head": torch.randn(V, 8), "teacher": torch.randn(N, 16), "teacher_head": torch.randn(V, 16),
         "bias": torch.randn(V), "teacher_bias": torch.randn(V),
     }  # fmt: skip
-    return {name: tensor.double().requires_grad_(name in ("student", "head", "bias")) for name, tensor in made.items()}
+    return {name: tensor.double().requires_grad_(name in ("student", "head", "bias")) for name, tensor in by_name.items()}
 
 
 def labels() -> Tensor:
-    made = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
-    made[::4] = -100
-    return made
+    values = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+    values[::4] = -100
+    return values
 
 
 def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
@@ -42,11 +42,11 @@ def gradients(loss: Tensor, *parameters: Tensor, scale: float = 1.0) -> tuple[Te
     return torch.autograd.grad(loss * scale, parameters, retain_graph=True)
 
 
-def assert_same(found: Tensor, expected: Tensor, *parameters: Tensor, tolerance: float = 1e-9) -> None:
-    """Values and gradients agree, a second time as well, and under a factor."""
-    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+def assert_same(actual: Tensor, expected: Tensor, *parameters: Tensor, tolerance: float = 1e-9) -> None:
+    """Check values and gradients, also for a scaled loss."""
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
     for scale in (1.0, 3.0):
-        for ours, theirs in zip(gradients(found, *parameters, scale=scale), gradients(expected, *parameters, scale=scale), strict=True):
+        for ours, theirs in zip(gradients(actual, *parameters, scale=scale), gradients(expected, *parameters, scale=scale), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=10 * tolerance)
 
 
@@ -57,8 +57,8 @@ def test_fused_linear_jsd(beta: float, masked: bool) -> None:
     log_q, log_p = (F.log_softmax(t[a] @ t[b].T / 2, -1) for a, b in (("student", "head"), ("teacher", "teacher_head")))
     values = jsd(log_q, log_p, beta)
     expected = values.mean() if y is None else values[y != -100].mean()
-    found = liger.LigerFusedLinearJSD(beta, temperature=2.0)(t["student"], t["head"], t["teacher"], t["teacher_head"], y)
-    assert_same(found, expected, t["student"], t["head"])
+    loss = liger.LigerFusedLinearJSD(beta, temperature=2.0)(t["student"], t["head"], t["teacher"], t["teacher_head"], y)
+    assert_same(loss, expected, t["student"], t["head"])
 
 
 def test_fused_linear_jsd_with_cross_entropy() -> None:
@@ -68,9 +68,9 @@ def test_fused_linear_jsd_with_cross_entropy() -> None:
     soft = jsd(F.log_softmax(z / 2, -1), F.log_softmax(u / 2, -1), 0.2)[y != -100].mean()
     hard = F.cross_entropy(z, y)
     module = chunked_loss.LigerFusedLinearJSDLoss(0.3, 0.7, beta=0.2, temperature=2.0, chunk_size=5, return_soft_hard_loss=True)
-    found = module(t["student"], t["head"], t["teacher"], t["teacher_head"], y, t["bias"], t["teacher_bias"])
-    assert_same(found[0], 0.3 * hard + 0.7 * soft, t["student"], t["head"], t["bias"])
-    torch.testing.assert_close(torch.stack(found[1:]).double(), torch.stack([soft, hard]), rtol=1e-6, atol=0)
+    outputs = module(t["student"], t["head"], t["teacher"], t["teacher_head"], y, t["bias"], t["teacher_bias"])
+    assert_same(outputs[0], 0.3 * hard + 0.7 * soft, t["student"], t["head"], t["bias"])
+    torch.testing.assert_close(torch.stack(outputs[1:]).double(), torch.stack([soft, hard]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -88,10 +88,10 @@ def test_jsd_of_log_probabilities(beta: float, masked: bool) -> None:
 def test_kl_of_log_probabilities(reduction: str, log_target: bool) -> None:
     log_q = torch.randn(N, V).log_softmax(-1).requires_grad_()
     p = torch.randn(N, V).log_softmax(-1) if log_target else torch.randn(N, V).softmax(-1)
-    found = liger.LigerKLDIVLoss(reduction=reduction, log_target=log_target)(log_q, p)
+    loss = liger.LigerKLDIVLoss(reduction=reduction, log_target=log_target)(log_q, p)
     expected = F.kl_div(log_q, p, reduction=reduction, log_target=log_target)
-    assert found.shape == expected.shape
-    assert_same(found.sum(), expected.sum(), log_q, tolerance=1e-5)
+    assert loss.shape == expected.shape
+    assert_same(loss.sum(), expected.sum(), log_q, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -123,9 +123,9 @@ def test_fused_linear_cross_entropy(options: dict[str, Any], reduction: str, mon
     divisor = class_weights[y[valid]].sum() if class_weights is not None else valid.sum()
     expected = {"none": values + squares, "sum": (values + squares).sum(), "mean": values.sum() / divisor + squares.sum() / valid.sum()}
     module = liger.LigerFusedLinearCrossEntropyLoss(**{**options, "ce_weight": class_weights}, reduction=reduction)
-    found = module(weight, x, y, bias)
+    loss = module(weight, x, y, bias)
     upstream = torch.rand(N) if reduction == "none" else torch.ones(())
-    assert_same((found * upstream).sum(), (expected[reduction] * upstream).sum(), x, weight, bias, tolerance=1e-5)
+    assert_same((loss * upstream).sum(), (expected[reduction] * upstream).sum(), x, weight, bias, tolerance=1e-5)
 
 
 def test_cross_entropy_returns_the_requested_outputs() -> None:
@@ -142,7 +142,7 @@ def test_cross_entropy_returns_the_requested_outputs() -> None:
     torch.testing.assert_close(output.z_loss, 0.1 * (x @ weight.T).logsumexp(-1)[valid].square().mean())
 
 
-def test_other_vocabularies_are_refused() -> None:
+def test_different_vocabularies_raise() -> None:
     t = tensors()
     with pytest.raises(ValueError, match="vocab"):
         chunked_loss.liger_fused_linear_jsd(t["student"], t["head"], t["teacher"], t["teacher_head"][:-1], labels())

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's command with a teacher in its YAML file, against the dense formula in its trainer."""
+"""LLaMA-Factory's command with a teacher in its YAML file, compared with the dense formula in its trainer."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SECTION = {"divergence": "reverse_kl", "temperature": 2.0, "ce_weight": 0.5, "me
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("llamafactory")
-    tiny.save(made / "student", seed=1)
-    tiny.save(made / "teacher", seed=2)
+    path = tmp_path_factory.mktemp("llamafactory")
+    tiny.save(path / "student", seed=1)
+    tiny.save(path / "teacher", seed=2)
     rows = [
         {"instruction": f"{i} {word}", "input": "", "output": " ".join(tiny.WORDS[: 2 + i % 5])} for i, word in enumerate(tiny.WORDS[:12])
     ]
-    (made / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    (made / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), encoding="utf-8")
-    return made
+    (path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    (path / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), encoding="utf-8")
+    return path
 
 
 def options(folder: Path, output: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def dense(teacher: Any) -> Any:
     return compute_loss
 
 
-def test_its_command_distils_as_the_dense_formula_does(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_distils_like_the_dense_formula(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import yaml
     from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
     from llamafactory.train.tuner import run_exp
@@ -85,15 +85,15 @@ def test_its_command_distils_as_the_dense_formula_does(folder: Path, tmp_path: P
             llamafactory.main()
     finally:
         llamafactory.patch().undo()
-    found, fused = results(tmp_path / "fused")
-    assert len(found) == 3
-    assert found == pytest.approx(losses, rel=1e-5, abs=1e-4)  # logged to four digits by some versions
+    fused_losses, fused_weights = results(tmp_path / "fused")
+    assert len(fused_losses) == 3
+    assert fused_losses == pytest.approx(losses, rel=1e-5, abs=1e-4)  # some versions log four digits
     assert allocations.rows <= ROWS
     for name, expected in weights.items():
-        torch.testing.assert_close(fused[name], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(fused_weights[name], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def test_a_run_without_the_section_is_not_changed(folder: Path, tmp_path: Path) -> None:
+def test_llamafactory_run_without_the_section_is_unchanged(folder: Path, tmp_path: Path) -> None:
     from llamafactory.train.tuner import run_exp
 
     run_exp(options(folder, tmp_path / "plain"))
@@ -102,7 +102,7 @@ def test_a_run_without_the_section_is_not_changed(folder: Path, tmp_path: Path) 
     assert results(tmp_path / "patched")[0] == results(tmp_path / "plain")[0]
 
 
-def test_undo_restores_and_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_restores_llamafactory_and_unknown_versions_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     from llamafactory.train import tuner
 
     before = tuner._training_function
@@ -122,7 +122,7 @@ def test_other_stages_are_refused(folder: Path, tmp_path: Path) -> None:
         run_exp({**options(folder, tmp_path), "stage": "dpo", "kdkernels": {"teacher": "x"}})
 
 
-def test_the_documented_lines_run(folder: Path, tmp_path: Path) -> None:
+def test_documented_lines_for_llamafactory_run(folder: Path, tmp_path: Path) -> None:
     arguments = {**options(folder, tmp_path), "kdkernels": {"teacher": str(folder / "teacher"), **SECTION}}
     try:
         exec(lines_for("LLaMA-Factory"), {"arguments": arguments})

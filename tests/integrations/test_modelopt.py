@@ -1,4 +1,4 @@
-"""ModelOpt's KDTrainer with and without the patch."""
+"""ModelOpt's KDTrainer with the patch trains and evaluates as without it."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def build(folder: Path, temperature: float = 1.0, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("temperature", "options"), [(1.0, {}), (2.0, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})]
 )
-def test_three_steps_are_those_of_the_unpatched_trainer(tmp_path: Path, temperature: float, options: dict[str, Any]) -> None:
+def test_three_steps_equal_the_unpatched_trainer(tmp_path: Path, temperature: float, options: dict[str, Any]) -> None:
     unpatched, _ = compare(lambda: build(tmp_path, temperature, **options), modelopt.patch, VOCAB)
     assert unpatched.rows_of_logits > ROWS
 
 
-def test_evaluation_reports_what_modelopt_reports(tmp_path: Path) -> None:
+def test_evaluation_equals_the_unpatched_trainers(tmp_path: Path) -> None:
     expected = build(tmp_path).evaluate()
     with modelopt.patch():
-        found = build(tmp_path).evaluate()
-    assert {"eval_loss", "eval_ce_loss"} <= found.keys()
+        metrics = build(tmp_path).evaluate()
+    assert {"eval_loss", "eval_ce_loss"} <= metrics.keys()
     for name in ("eval_loss", "eval_ce_loss"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-6)
 
 
-def test_undo_restores_and_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_restores_modelopt_and_unknown_versions_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     from modelopt.torch.distill.plugins.huggingface import KDTrainer
 
     before = KDTrainer.compute_loss
@@ -62,7 +62,7 @@ def test_undo_restores_and_an_unknown_version_is_refused(monkeypatch: pytest.Mon
         modelopt.patch()
 
 
-def test_the_documented_lines_are_all_that_a_user_adds(tmp_path: Path) -> None:
+def test_documented_lines_patch_modelopt(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     try:
         exec(lines_for("NVIDIA ModelOpt"), {"trainer": trainer})

@@ -1,7 +1,7 @@
-"""ms-swift's GKDTrainer.compute_loss with and without the patch.
+"""ms-swift's GKDTrainer.compute_loss with the patch equals the unpatched loss.
 
-The trainer is made without its ``__init__``, which needs a data set in ms-swift's format, a template and a model that its registry knows;
-what its loss reads is set by hand.
+The trainer is made without ``__init__``, which needs a data set in ms-swift's format, a template and a registered model. The attributes
+that its loss reads are set by hand.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def batch(trainer: Any) -> dict[str, Any]:
     from transformers import DataCollatorForSeq2Seq
 
     inputs = dict(DataCollatorForSeq2Seq(make_tokenizer())(encoded(8)))
-    made = GKDBatch(data_source=DataSource.DATASET)
+    gkd_batch = GKDBatch(data_source=DataSource.DATASET)
     if trainer.use_teacher_api:
         logits = make_model(24, 1, VOCAB, seed=2, initializer_range=0.4)(inputs["input_ids"]).logits.detach()
-        made.teacher_topk_logprobs, made.teacher_topk_indices = logits.log_softmax(-1).topk(5)
-        made.teacher_topk_logprobs[0] = -torch.inf  # positions that the API did not cover
-    return {"model_inputs": inputs, "gkd_batch": made, "teacher_model_inputs": dict(inputs)}
+        gkd_batch.teacher_topk_logprobs, gkd_batch.teacher_topk_indices = logits.log_softmax(-1).topk(5)
+        gkd_batch.teacher_topk_logprobs[0] = -torch.inf  # positions that the API did not cover
+    return {"model_inputs": inputs, "gkd_batch": gkd_batch, "teacher_model_inputs": dict(inputs)}
 
 
 def steps(trainer: Any) -> tuple[list[float], list[torch.Tensor], int]:
-    """Return the losses of three steps of SGD, the gradients of the first, and the most rows of logits."""
+    """Take three SGD steps. Return the losses, the first gradients with the final weights, and the largest number of rows of logits."""
     optimizer, losses, gradients = torch.optim.SGD(trainer.model.parameters(), lr=0.5), [], []
     with Allocations(VOCAB) as allocations:
         for _ in range(3):
@@ -68,8 +68,12 @@ def steps(trainer: Any) -> tuple[list[float], list[torch.Tensor], int]:
 
 
 def batch_without_allocations(trainer: Any) -> dict[str, Any]:
-    trainer.held = getattr(trainer, "held", None) or batch(trainer)
-    return {**trainer.held, "model_inputs": dict(trainer.held["model_inputs"]), "teacher_model_inputs": dict(trainer.held["model_inputs"])}
+    trainer.fixed_batch = getattr(trainer, "fixed_batch", None) or batch(trainer)
+    return {
+        **trainer.fixed_batch,
+        "model_inputs": dict(trainer.fixed_batch["model_inputs"]),
+        "teacher_model_inputs": dict(trainer.fixed_batch["model_inputs"]),
+    }
 
 
 @pytest.mark.parametrize(
@@ -84,21 +88,21 @@ def batch_without_allocations(trainer: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_three_steps_are_those_of_the_unpatched_loss(options: dict[str, Any]) -> None:
+def test_three_steps_equal_the_unpatched_loss(options: dict[str, Any]) -> None:
     trainer = build(**options)
-    trainer.held = batch(trainer)
+    trainer.fixed_batch = batch(trainer)
     losses, tensors, dense_rows = steps(trainer)
     with ms_swift.patch(memory_budget=BUDGET):
         trainer = build(**options)
-        trainer.held = batch(trainer)
+        trainer.fixed_batch = batch(trainer)
         patched_losses, patched_tensors, rows = steps(trainer)
     assert patched_losses == pytest.approx(losses, rel=1e-5)
-    for found, expected in zip(patched_tensors, tensors, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(expected.abs().max().item(), 1e-3))
+    for actual, expected in zip(patched_tensors, tensors, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(expected.abs().max().item(), 1e-3))
     assert rows <= ROWS < dense_rows
 
 
-def test_other_vocabularies_run_the_code_of_ms_swift() -> None:
+def test_different_vocabularies_use_the_unpatched_loss() -> None:
     def loss() -> float:
         trainer = build()
         trainer.teacher_model = make_model(24, 1, VOCAB + 8, seed=2)
@@ -109,7 +113,7 @@ def test_other_vocabularies_run_the_code_of_ms_swift() -> None:
         assert loss() == expected
 
 
-def test_undo_restores_and_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_restores_ms_swift_and_unknown_versions_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     from swift.rlhf_trainers.gkd_trainer import GKDTrainer
 
     before = GKDTrainer.compute_loss
@@ -123,7 +127,7 @@ def test_undo_restores_and_an_unknown_version_is_refused(monkeypatch: pytest.Mon
         ms_swift.patch()
 
 
-def test_the_documented_lines_run() -> None:
+def test_documented_lines_for_ms_swift_run() -> None:
     trained: list[bool] = []
     try:
         exec(lines_for("ms-swift"), {"trainer": SimpleNamespace(train=lambda: trained.append(True))})

@@ -1,4 +1,4 @@
-"""The section for a teacher in LLaMA-Factory's and Axolotl's files."""
+"""The section ``kdkernels`` in configuration files of LLaMA-Factory and Axolotl."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kdkernels import JSD
 from kdkernels.integrations.settings import Settings
 
 
-def test_a_section_is_read() -> None:
+def test_section_is_read() -> None:
     settings = Settings.read({"teacher": "big", "divergence": "jsd(beta=0.3)", "temperature": 2.0})
     assert settings == Settings("big", divergence=JSD(beta=0.3), temperature=2.0)
 
@@ -22,6 +22,6 @@ def test_a_section_is_read() -> None:
         ({"teacher": "big", "divergence": "jds"}, "'jds' is unknown"),
     ],
 )
-def test_a_wrong_section_is_refused(section: object, message: str) -> None:
+def test_invalid_section_raises(section: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings.read(section)

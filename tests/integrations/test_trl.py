@@ -1,4 +1,4 @@
-"""TRL's trainers with and without the patch."""
+"""TRL's trainers with the patch train and evaluate as without it."""
 
 from __future__ import annotations
 
@@ -104,14 +104,14 @@ def test_evaluation_gives_the_same_loss_and_logits(tmp_path: Path) -> None:
 def test_subclass_keeps_its_loss(tmp_path: Path) -> None:
     from trl.experimental.gkd import GKDTrainer
 
-    class Own(GKDTrainer):
+    class CustomLoss(GKDTrainer):
         @staticmethod
         def generalized_jsd_loss(student_logits: Any, *args: Any, **kwargs: Any) -> Any:
             return student_logits.float().square().mean()
 
     def build() -> Any:
         trainer = gkd(tmp_path)
-        trainer.__class__ = Own
+        trainer.__class__ = CustomLoss
         return trainer
 
     unpatched = run(build(), VOCAB)
@@ -119,7 +119,7 @@ def test_subclass_keeps_its_loss(tmp_path: Path) -> None:
         assert run(build(), VOCAB).losses == unpatched.losses
 
 
-def test_undo_restores_what_was_there() -> None:
+def test_undo_restores_trls_losses() -> None:
     from trl.experimental.gkd import GKDTrainer
     from trl.experimental.gold import GOLDTrainer
     from trl.trainer import distillation_trainer
@@ -135,15 +135,15 @@ def test_undo_restores_what_was_there() -> None:
     assert before == (GKDTrainer.compute_loss, GOLDTrainer.compute_loss, distillation_trainer._chunked_divergence_loss)
 
 
-def test_the_replacement_takes_what_trl_gives() -> None:
+def test_replacement_has_trls_signature() -> None:
     from trl.trainer import distillation_trainer
 
-    theirs = inspect.signature(distillation_trainer._chunked_divergence_loss).parameters
+    parameters = inspect.signature(distillation_trainer._chunked_divergence_loss).parameters
     with trl.patch():
-        assert list(inspect.signature(distillation_trainer._chunked_divergence_loss).parameters) == list(theirs)
+        assert list(inspect.signature(distillation_trainer._chunked_divergence_loss).parameters) == list(parameters)
 
 
-def test_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_version_of_trl_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     from trl.experimental.gkd import GKDTrainer
 
     with monkeypatch.context() as patched:
@@ -160,7 +160,7 @@ def test_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         trl.patch()
 
 
-def test_the_documented_lines_are_all_that_a_user_adds(tmp_path: Path) -> None:
+def test_documented_lines_patch_trl(tmp_path: Path) -> None:
     from trl.experimental.gkd import GKDTrainer
 
     trainer = gkd(tmp_path)

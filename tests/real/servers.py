@@ -1,4 +1,4 @@
-"""Servers for the walk: llama.cpp's, and ``transformers serve``, each in a process that ends with the test."""
+"""Servers for test_walk.py: llama.cpp's and ``transformers serve``, each in a process that ends with the test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 2
 server = xllamacpp.Server(p)
 time.sleep(3600)
 """
-"""llama.cpp's server out of the package ``xllamacpp``, if ``llama-server`` is not installed."""
+"""Start llama.cpp's server from the package ``xllamacpp``, used if ``llama-server`` is not installed."""
 
 
 def free_port() -> int:
@@ -36,13 +36,13 @@ def free_port() -> int:
 
 @contextmanager
 def started(command: list[str], port: int) -> Iterator[str]:
-    """Yield the URL of a server once it answers."""
+    """Start a server and yield its URL when it answers."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + 300
+        deadline = time.monotonic() + 300
         while not answers(f"http://127.0.0.1:{port}/health"):
             assert process.poll() is None, f"{command[0]} ended with status {process.returncode}"
-            assert time.monotonic() < until, f"{command[0]} does not answer after 300 s"
+            assert time.monotonic() < deadline, f"{command[0]} does not answer after 300 s"
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
@@ -69,7 +69,7 @@ def llama_server(model: Path) -> Iterator[str]:
     elif importlib.util.find_spec("xllamacpp"):
         command = [sys.executable, "-c", XLLAMACPP, str(gguf), str(port)]
     else:
-        pytest.skip("no llama-server on PATH, and the package xllamacpp, which has it too, is not installed")
+        pytest.skip("llama-server is not on PATH, and the package xllamacpp is not installed")
     with started(command, port) as url:
         yield url
 

@@ -1,7 +1,7 @@
-"""A walk through every command with a real model: ``make real``, or ``KDKERNELS_REAL_MODEL=FOLDER pytest -m real -s tests/real``.
+"""Every command with a real model: ``make real``, or ``KDKERNELS_REAL_MODEL=FOLDER pytest -m real -s tests/real``.
 
-``tests/real/model.py`` makes FOLDER. Every command runs in this process, and is printed with what it prints. A step checks what a
-user would look at: the rows, the loss, the files. Values are checked elsewhere, with small models.
+``tests/real/model.py`` makes FOLDER. Commands run in this process and are printed with their output. Tests check rows, losses and files;
+other tests check values with small models.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ REVIEWS = [("A wonderful film with great actors.", "good"), ("The food was cold 
 LIMITS = ["--max-length", 96, "--learning-rate", "1e-4", "--per-device-train-batch-size", 4, "--logging-steps", 1, "--use-cpu"]
 EVALUATED = ["--eval-data", "held-out.jsonl", "--eval-strategy", "steps", "--eval-steps", 2, "--per-device-eval-batch-size", 4]
 HARD = ["--kd-weight", 0, "--ce-weight", 1]
-"""Cross-entropy on the teacher's text alone, for rows that have no teacher."""
+"""Options to train on text without a teacher: cross-entropy only."""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The teacher, a student that is its first three layers, and rows, in one folder."""
+    """A folder with the teacher, a student made of its first three layers, and rows."""
     if MODEL is None:
         pytest.skip("KDKERNELS_REAL_MODEL is not set: make the folder with tests/real/model.py, or run make real")
     folder = tmp_path_factory.mktemp("real")
@@ -82,11 +82,11 @@ def make_student(teacher: Path, student: Path, layers: int) -> None:
 
 
 def walk(*arguments: object, refused: bool = False) -> str:
-    """Run a command, print it with its output as a terminal would, and return the output."""
+    """Run a command, print it with its output, and return the output."""
     words = [str(argument) for argument in arguments]
-    begun = time.perf_counter()
+    start = time.perf_counter()
     result = runner.invoke(cli.app, words)
-    print(f"\n$ kdkernels {shlex.join(words)}\n{result.output.rstrip()}\n[{time.perf_counter() - begun:.0f} s]", flush=True)
+    print(f"\n$ kdkernels {shlex.join(words)}\n{result.output.rstrip()}\n[{time.perf_counter() - start:.0f} s]", flush=True)
     assert result.exception is None or isinstance(result.exception, SystemExit), "a traceback instead of an error"
     assert (result.exit_code != 0) == refused, result.output
     return result.output
@@ -97,14 +97,14 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def train(out: str, *arguments: object) -> str:
-    """Train the student; the loss must be a number at every step, and the folder a model."""
+    """Train the student. Check that every loss is finite and that the folder has a model. Return the output."""
     saves = [] if "--save-strategy" in arguments else ["--save-strategy", "no"]
-    said = walk("train", "--student", "student", "--output-dir", out, "--max-steps", 2, *LIMITS, *arguments, *saves)
+    output = walk("train", "--student", "student", "--output-dir", out, "--max-steps", 2, *LIMITS, *arguments, *saves)
     losses = [line["loss"] for line in read(Path(out, "log.jsonl")) if "loss" in line]
     assert losses
     assert all(math.isfinite(loss) and loss > 0 for loss in losses)
     assert Path(out, "model.safetensors").exists()
-    return said
+    return output
 
 
 GENERATE = ["generate", "--model", "teacher", "--data", "rows.jsonl", "--out", "local.jsonl", "--max-tokens", 12]
@@ -125,7 +125,7 @@ def test_train_from_the_live_teacher_killed_and_resumed(home: Path) -> None:
     walk("train", "--student", "student", "--output-dir", "live", "--max-steps", 2, *LIMITS, *live, "--plan")
     train("live", *live)
     before, after = summary(home / "live")["before"], summary(home / "live")["after"]
-    assert after["eval_divergence"] < before["eval_divergence"], "two steps from the teacher bring the student nearer"
+    assert after["eval_divergence"] < before["eval_divergence"], "two steps bring the student closer to the teacher"
     whole = weights(home / "live")
     (home / "live").rename("finished")
     killed_at(1, home / "finished", home / "live")
@@ -168,10 +168,10 @@ def test_recipe_in_context() -> None:
 
 @pytest.mark.parametrize("style", ["fine-tune", "step-by-step", "mt-cot"])
 def test_recipe_chain_of_thought(style: str) -> None:
-    """All styles ask the same; 135M parameters get few sums right, and what is wrong is dropped with its reason."""
-    asked = ["--data", "sums.jsonl", "--teacher", "teacher", "--samples", 2, "--temperature", 0.7, "--max-tokens", 48]
-    said = walk("recipe", "chain-of-thought", *asked, "--out", style, "--style", style, "--student", "student")
-    assert "rows" in said
+    """All styles ask for the same texts. A model of 135M parameters gets few sums right, and the others are dropped with a reason."""
+    options = ["--data", "sums.jsonl", "--teacher", "teacher", "--samples", 2, "--temperature", 0.7, "--max-tokens", 48]
+    output = walk("recipe", "chain-of-thought", *options, "--out", style, "--style", style, "--student", "student")
+    assert "rows" in output
     assert Path(style, "rows.jsonl").exists()
 
 
@@ -183,27 +183,27 @@ def test_recipe_scott() -> None:
 
 
 def test_recipe_socratic() -> None:
-    """135M parameters answer at once, without sub-questions: the error says which options change that."""
+    """A model of 135M parameters answers without sub-questions. The error names the options that may help."""
     limits = ["--max-tokens", 64]
-    asked = ["recipe", "socratic", "--data", "sums.jsonl", "--out", "socratic", "--teacher", "teacher", *limits]
-    assert "no alternating questions and answers" in walk(*asked, refused=True)
+    command = ["recipe", "socratic", "--data", "sums.jsonl", "--out", "socratic", "--teacher", "teacher", *limits]
+    assert "no alternating questions and answers" in walk(*command, refused=True)
     assert not Path("socratic/rows.jsonl").exists()
 
 
 def test_recipe_disco() -> None:
-    """135M parameters name no label when asked to judge: nothing is kept, and the error says which options change that."""
+    """A model of 135M parameters names no label as a judge, so no text is kept. The error names the options that may help."""
     limits = ["--samples", 2, "--max-tokens", 12]
-    asked = ["recipe", "disco", "--data", "reviews.jsonl", "--labels", "good,bad", "--out", "disco", "--teacher", "teacher", *limits]
-    assert "--judge" in walk(*asked, refused=True)
+    command = ["recipe", "disco", "--data", "reviews.jsonl", "--labels", "good,bad", "--out", "disco", "--teacher", "teacher", *limits]
+    assert "--judge" in walk(*command, refused=True)
     assert not Path("disco/rows.jsonl").exists()
 
 
 def test_recipe_lion() -> None:
-    round_of = ["recipe", "lion", "--data", "sums.jsonl", "--out", "lion", "--teacher", "teacher", "--count", 2, "--max-tokens", 48]
-    walk(*round_of)
+    command = ["recipe", "lion", "--data", "sums.jsonl", "--out", "lion", "--teacher", "teacher", "--count", 2, "--max-tokens", 48]
+    walk(*command)
     train("lion-0", "--data", "lion/round-0/imitate.jsonl", *HARD, "--max-length", 200)
-    said = walk(*round_of, "--student", "lion-0", refused=True)
-    assert "--referee" in said, "135M parameters do not rate as asked: the way out is another referee"
+    output = walk(*command, "--student", "lion-0", refused=True)
+    assert "--referee" in output, "a model of 135M parameters does not rate; the error suggests another referee"
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +219,9 @@ def serve(home: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("api", "data"), [("chat", "rows.jsonl"), ("completions", "openings.jsonl")])
-def test_llama_server_writes_and_its_probabilities_are_learnt(llama: str, api: str, data: str) -> None:
-    asked = ["--base-url", llama, "--model", "smollm2", "--data", data, "--max-tokens", 12, "--logprobs", 5, "--api", api]
-    walk("generate", *asked, "--out", f"llama-{api}.jsonl")
+def test_generate_with_llama_server_and_train_on_its_logprobs(llama: str, api: str, data: str) -> None:
+    options = ["--base-url", llama, "--model", "smollm2", "--data", data, "--max-tokens", 12, "--logprobs", 5, "--api", api]
+    walk("generate", *options, "--out", f"llama-{api}.jsonl")
     rows = read(f"llama-{api}.jsonl")
     assert all(row["response"] and row["teacher_logprobs"] for row in rows)
     replies = ["--from-replies", "--tokenizer", "teacher", "--data", f"llama-{api}.jsonl"]
@@ -230,20 +230,20 @@ def test_llama_server_writes_and_its_probabilities_are_learnt(llama: str, api: s
 
 
 def test_llama_server_has_no_prompt_logprobs(llama: str) -> None:
-    asked = ["--teacher", "smollm2", "--base-url", llama, "--tokenizer", "teacher", "--data", "rows.jsonl", "-k", 5]
-    assert "prompt_logprobs" in walk("cache", *asked, "--out", "remote", refused=True)
+    options = ["--teacher", "smollm2", "--base-url", llama, "--tokenizer", "teacher", "--data", "rows.jsonl", "-k", 5]
+    assert "prompt_logprobs" in walk("cache", *options, "--out", "remote", refused=True)
 
 
-def test_recipe_asks_llama_server(llama: str) -> None:
+def test_recipe_sequence_with_llama_server(llama: str) -> None:
     walk("recipe", "sequence", "--data", "rows.jsonl", "--out", "llama-seq", "--base-url", llama, "--model", "smollm2", "--max-tokens", 12)
     assert Path("llama-seq/rows.jsonl").exists()
 
 
 @pytest.mark.parametrize(("api", "data"), [("chat", "rows.jsonl"), ("completions", "openings.jsonl")])
-def test_transformers_serve_writes(serve: str, home: Path, api: str, data: str) -> None:
-    """Greedy text in chat is that of the same model in this process; completions get the prompt without a template."""
-    asked = ["--base-url", serve, "--model", home / "teacher", "--data", data, "--max-tokens", 12, "--concurrency", 2, "--api", api]
-    walk("generate", *asked, "--out", f"serve-{api}.jsonl")
+def test_generate_with_transformers_serve(serve: str, home: Path, api: str, data: str) -> None:
+    """Greedy chat text equals that of the model in this process. Completions get the prompt without a template."""
+    options = ["--base-url", serve, "--model", home / "teacher", "--data", data, "--max-tokens", 12, "--concurrency", 2, "--api", api]
+    walk("generate", *options, "--out", f"serve-{api}.jsonl")
     if api == "chat":
         walk(*GENERATE)
         assert [row["response"] for row in read("serve-chat.jsonl")] == [row["response"] for row in read("local.jsonl")]
@@ -251,11 +251,11 @@ def test_transformers_serve_writes(serve: str, home: Path, api: str, data: str) 
 
 
 def test_transformers_serve_has_no_logprobs(serve: str, home: Path) -> None:
-    asked = ["--base-url", serve, "--model", home / "teacher", "--data", "rows.jsonl", "--max-tokens", 12, "--logprobs", 5]
-    assert "log-probabilities" in walk("generate", *asked, "--out", "serve-logprobs.jsonl", refused=True)
+    options = ["--base-url", serve, "--model", home / "teacher", "--data", "rows.jsonl", "--max-tokens", 12, "--logprobs", 5]
+    assert "log-probabilities" in walk("generate", *options, "--out", "serve-logprobs.jsonl", refused=True)
 
 
-def test_bench() -> None:
+def test_bench_writes_results() -> None:
     sizes = ["--shape", "64,4000,48,64", "--divergence", "forward_kl", "--dtype", "float32", "--peers", "none", "--budget-minutes", 1]
     walk("bench", "--suite", "smoke", *sizes, "--out", "bench")
     assert {path.name for path in Path("bench").iterdir()} >= {"results.json", "report.html"}
