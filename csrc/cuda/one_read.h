@@ -13,8 +13,7 @@
 // a slot changes hands with a __syncwarp; the only wider barrier is the one cluster barrier per reduction. What is not needed
 // before the gradient (the loss, entropies) travels with the next row's first reduction.
 #pragma once
-#include "heuristics.h"
-#include "sums.h"
+#include "row.h"
 
 namespace kd {
 

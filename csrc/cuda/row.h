@@ -1,22 +1,8 @@
-// Shared by both two-side kernels: arguments, running statistics of a row, and the arithmetic of one column.
+// A row of two sides: arguments of the kernels, arithmetic of one column, gradient, state, and results.
 #pragma once
-#include "../divergence.h"
-#include "../params.h"
+#include "columns.h"
 
 namespace kd {
-
-constexpr int kLanes = 32;
-
-KD_DEVICE float infinity() { return __builtin_inff(); }
-
-struct RowSide {
-    const void* logits;    // [rows, stride] before bias, scale and softcap
-    const float* bias;     // [vocab], or null
-    int64_t stride;        // in logits
-    Dtype dtype;
-    float scale, softcap;  // softcap 0: none
-    KD_DEVICE bool plain() const { return !bias && scale == 1.f && softcap == 0.f; }  // logits as they are read
-};
 
 // RowArguments with numbers in float, and derived values.
 struct Rows {
@@ -38,45 +24,6 @@ struct Rows {
                !labels && !stats && slope_scale != 0;
     }
 };
-
-// z and y are a column's logits (student, teacher) as a kernel reads them: transformed, or raw where the transform is a positive scale
-// that goes into `c`, the factor that makes them logits over T in units of ln 2, as ex2 takes them.
-
-// Log-sum-exps of a part of a row: the largest logit of each side and the sum of 2^((z - largest) c), for the student at T = 1 too. The
-// difference comes first: z c and largest c may be millions apart from their rounded values where T is small. NaN lives in the sums.
-struct LogSums {
-    float max_s = -infinity(), sum_s = 0.f, max_t = -infinity(), sum_t = 0.f, sum_ce = 0.f;
-
-    KD_DEVICE static float reference(float max) { return max == -infinity() ? 0.f : max; }
-    // Rescales a sum from one largest logit to another.
-    KD_DEVICE static float moved(float sum, float max, float to, float c) { return sum * exp2_fast((max - to) * c); }
-    template <int kCount> KD_DEVICE static void add(float& sum, float before, float now, const float* z, float c) {
-        const float to = reference(now);
-        sum = moved(sum, before, to, c);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) sum += exp2_fast((z[i] - to) * c);
-    }
-    template <int kCount> KD_DEVICE static float largest(float max, const float* z) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) max = fmaxf(max, z[i]);
-        return max;
-    }
-    KD_DEVICE void merge(const LogSums& o, float c_s, float c_t) {
-        const float now_s = fmaxf(max_s, o.max_s), now_t = fmaxf(max_t, o.max_t);
-        const float to_s = reference(now_s), to_t = reference(now_t);
-        sum_s = moved(sum_s, max_s, to_s, c_s) + moved(o.sum_s, o.max_s, to_s, c_s);
-        sum_t = moved(sum_t, max_t, to_t, c_t) + moved(o.sum_t, o.max_t, to_t, c_t);
-        sum_ce = moved(sum_ce, max_s, to_s, kLog2E) + moved(o.sum_ce, o.max_s, to_s, kLog2E);
-        max_s = now_s, max_t = now_t;
-    }
-};
-
-// From a logit to the base-2 logarithm of its probability: see STATE in kdkernels/backends/rows.py.
-struct Norm {
-    float c = 0.f, top = 0.f, rest = 0.f;
-    KD_DEVICE float operator()(float z) const { return fmaf(z - top, c, -rest); }
-};
-KD_DEVICE Norm norm_of(float max, float sum, float c) { return {c, max, log2_fast(sum)}; }
 
 // One column of a divergence.
 template <class D> KD_DEVICE Terms<float> column_terms(const Rows& a, float log2_q, float log2_p, float q) {
@@ -120,21 +67,6 @@ struct LeanTail {
     float value = 0.f;
     KD_DEVICE void merge(const LeanTail& o) { value += o.value; }
 };
-
-// A logit after bias, scale and softcap, rounded before every use: in an FMA with the subtraction, the largest would not give 0.
-KD_DEVICE float transformed(float z, const RowSide& side, int column) {
-    if (side.bias) z += side.bias[column];
-    z = rounded_product(z, side.scale);
-    return side.softcap != 0.f ? rounded_product(side.softcap, tanh(z / side.softcap)) : z;
-}
-
-KD_DEVICE float logit_at(const RowSide& side, int64_t row, int column) {
-    switch (side.dtype) {
-        case Dtype::bf16: return to_float(static_cast<const bf16*>(side.logits)[row * side.stride + column]);
-        case Dtype::f16: return to_float(static_cast<const half*>(side.logits)[row * side.stride + column]);
-        default: return static_cast<const float*>(side.logits)[row * side.stride + column];
-    }
-}
 
 // The column-independent part of one row's gradient.
 template <bool kFull> struct Gradient {

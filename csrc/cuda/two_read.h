@@ -2,8 +2,7 @@
 // For GPUs without clusters, for rows that are too long for the largest cluster's shared memory or do not start at multiples of
 // 16 bytes, for sides of different dtypes, for LogitMSE, and for the backward pass, where one sweep is all there is to do.
 #pragma once
-#include "heuristics.h"
-#include "sums.h"
+#include "row.h"
 
 namespace kd {
 
