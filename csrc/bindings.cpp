@@ -98,7 +98,6 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("dz_scale", &Args::dz_scale)
         .def_readwrite("double_precision", &Args::double_precision)
         .def_readwrite("stages", &Args::stages)
-        .def_readwrite("statistics", &Args::statistics)
         .def_readwrite("state_stride", &Args::state_stride)
         .def_readwrite("stats_stride", &Args::stats_stride)
         .def_readwrite("dz_stride", &Args::dz_stride);
@@ -206,7 +205,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("major"), py::arg("multiprocessors"), py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("rows"),
         py::arg("vocab"), py::arg("itemsize"), py::arg("sweeps"), py::arg("inputs") = 1, py::arg("threads") = kd::kTeamThreads,
         py::arg("more_shared") = 0, py::arg("clusters") = true, py::arg("draws") = 1);
-    m.attr("interface") = 3;  // see INTERFACE in kdkernels/backends/_extension.py
+    m.attr("interface") = 4;  // see INTERFACE in kdkernels/backends/_extension.py
     m.attr("cuda_most_top") = kd::kMostTop;
 
     m.def("cpu_isas", [] {

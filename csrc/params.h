@@ -17,15 +17,13 @@ struct Side {
 };
 
 // Stages of a row, added up: see Stage in kdkernels/backends/rows.py.
-enum Stage : int { kNormalisers = 1, kSums = 2, kGradient = 4 };
+enum Stage : int { kNormalisers = 1, kSums = 2, kGradient = 4, kForward = kNormalisers | kSums };
 
-// Rows of the state: see STATE in kdkernels/backends/rows.py. The CUDA kernels keep logarithms of sums in units of log 2 where the
-// others keep the sums, and a mean where the others keep the largest; so their names for these rows differ.
+// Rows of the state: see STATE in kdkernels/backends/rows.py.
 // clang-format off
 enum StateRow : int {
-    kTopS, kExpSumS, kTopT, kExpSumT, kExpSumOne, kTarget, kMeanS, kMeanT, kColumns, kBestS, kBestT, kFirstSum,
-    kStateRows = kFirstSum + 4,
-    kRestS = kExpSumS, kRestT = kExpSumT, kRestCe = kExpSumOne, kTopCe = kColumns, kSlopeSum = kFirstSum + 1,
+    kTopS, kExpSumS, kTopT, kExpSumT, kExpSumOne, kTarget, kMeanS, kMeanT, kColumns, kBestS, kBestT, kValueSum, kSlopeSum,
+    kStateRows = kValueSum + 4,
 };
 // clang-format on
 
@@ -39,8 +37,7 @@ struct RowArguments {
     double value_scale = 1.0, slope_scale = 1.0, ce_weight = 0.0;
     double dz_scale = 1.0;
     bool double_precision = false;  // compute type: double or float
-    int stages = kNormalisers | kSums | kGradient;
-    bool statistics = true;         // CUDA: kNormalisers and kSums; else neither
+    int stages = kForward | kGradient;
     const int64_t* labels = nullptr;  // [C], -1: in another slice of the columns; or null: no cross-entropy
     const void* weight = nullptr;   // [C] compute type, or null
     void* state = nullptr;          // [kStateRows, C] compute type

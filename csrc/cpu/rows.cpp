@@ -153,8 +153,8 @@ template <class Real, class D> struct Row {
         } else {
             sums = columns.template sums<D, Keep::slopes>(vocab, per_sum_s, per_sum_t, 0, s.g);
         }
-        n[kFirstSum] = Real(sums.value), n[kFirstSum + 1] = Real(sums.slope);
-        save(kFirstSum, 2);
+        n[kValueSum] = Real(sums.value), n[kSlopeSum] = Real(sums.slope);
+        save(kValueSum, 2);
         report(sums.value);
     }
 
@@ -187,7 +187,7 @@ template <class Real, class D> struct Row {
     void write_dz() {
         Real* __restrict g = s.g;
         const Real* __restrict q = s.q;
-        const Real factor = Real(a.slope_scale), slope_sum = D::knows_slope_sum ? Real(D::slope_sum) : n[kFirstSum + 1];
+        const Real factor = Real(a.slope_scale), slope_sum = D::knows_slope_sum ? Real(D::slope_sum) : n[kSlopeSum];
         if (a.slope_scale == 0) {
             KD_SIMD for (int64_t v = 0; v < vocab; ++v) g[v] = 0;
         } else if (softmax) {

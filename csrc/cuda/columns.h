@@ -40,7 +40,7 @@ template <class Logit> KD_DEVICE void unpack(float* z, const Raw& raw) {
 #pragma unroll
     for (int i = 0; i < kVec<Logit>; ++i) z[i] = logit_of<Logit>(raw, i);
 }
-// Where a row begins or ends, or does not start at a multiple of 16 bytes: columns `apart`, 0 outside the row.
+// Loads columns `apart`, 0 outside the row: in rows that do not start at a multiple of 16 bytes, and at the ends of a row.
 template <class Logit> KD_DEVICE Raw load_apart(const Logit* row, int column, int apart, int vocab) {
     using Word = std::conditional_t<sizeof(Logit) == 4, uint32_t, uint16_t>;
     Raw raw{};
@@ -56,7 +56,8 @@ template <class Logit> KD_DEVICE Raw load_apart(const Logit* row, int column, in
 
 // ---- logits ---------------------------------------------------------------------------------------------------------
 
-// A logit after bias, scale and softcap, rounded before every use: in an FMA with the subtraction, the largest would not give 0.
+// Returns a logit after bias, scale and softcap. It is rounded before it is used: contracted into an FMA with the subtraction of the
+// largest logit, the largest itself would not give 0.
 KD_DEVICE float transformed(float z, const RowSide& side, int column) {
     if (side.bias) z += side.bias[column];
     z = rounded_product(z, side.scale);
@@ -70,8 +71,9 @@ KD_DEVICE float logit_at(const RowSide& side, int64_t row, int column) {
         default: return static_cast<const float*>(side.logits)[row * side.stride + column];
     }
 }
-// kCount columns, `apart`, after bias, scale and softcap; -inf outside the row, unless all are inside (`whole`). As `transformed`, with
-// a branch for all columns and not for each.
+
+// Applies bias, scale and softcap to kCount columns, `apart`, and writes -inf outside the row. whole: all columns are inside. Unlike
+// `transformed`, it branches once for all columns.
 template <int kCount> KD_DEVICE void transform(float* z, const RowSide& side, int column, int apart, int vocab, bool whole) {
     if (side.bias) {
 #pragma unroll
@@ -92,11 +94,11 @@ template <int kCount> KD_DEVICE void transform(float* z, const RowSide& side, in
 
 // ---- log-sum-exps ---------------------------------------------------------------------------------------------------
 
-// z and y are a column's logits (student, teacher) as a kernel reads them: transformed, or raw where the transform is a positive scale
-// that goes into `c`, the factor that makes them logits over T in units of ln 2, as ex2 takes them.
+// z and y are logits of the student and the teacher: transformed, or as read if the transform is only a positive scale. c converts z to
+// z / T in units of ln 2, the input of ex2; it includes a scale that was not applied.
 
-// Log-sum-exps of a part of a row: the largest logit of each side and the sum of 2^((z - largest) c), for the student at T = 1 too. The
-// difference comes first: z c and largest c may be millions apart from their rounded values where T is small. NaN lives in the sums.
+// Log-sum-exps of a part of a row: max, the largest logit of a side, and sum 2^((z - max) c). sum_ce is the student's at T = 1. Subtract
+// before multiplying: for a small T, z c and max c are rounded by millions. A NaN logit shows in the sum, not in max.
 struct LogSums {
     float max_s = -infinity(), sum_s = 0.f, max_t = -infinity(), sum_t = 0.f, sum_ce = 0.f;
 
@@ -124,14 +126,14 @@ struct LogSums {
     }
 };
 
-// From a logit to the base-2 logarithm of its probability: see STATE in kdkernels/backends/rows.py.
+// Maps a logit to log2 of its probability, (z - top) c - rest: see STATE in kdkernels/backends/rows.py.
 struct Norm {
     float c = 0.f, top = 0.f, rest = 0.f;
     KD_DEVICE float operator()(float z) const { return fmaf(z - top, c, -rest); }
 };
 KD_DEVICE Norm norm_of(float max, float sum, float c) { return {c, max, log2_fast(sum)}; }
 
-// A thread's largest logit of one side, held against a limit. Floats:
+// The largest logit of one side in a thread, and a limit to compare it with.
 struct Largest {
     float value = -infinity(), limit = -infinity();
     KD_DEVICE float get() const { return value; }
@@ -139,7 +141,7 @@ struct Largest {
     KD_DEVICE void set_limit(float to) { limit = to; }
     template <int kCount> KD_DEVICE void add(const Raw&, const float* z) { value = LogSums::largest<kCount>(value, z); }
 };
-// 16-bit logits that nothing transforms: the largest of the low and of the high halves of a vector's words, two columns an instruction.
+// The same for 16-bit logits without a transform: maxima of the low and of the high halves of words, two columns per instruction.
 template <class Logit> struct PackedLargest {
     static constexpr uint32_t kNone = std::is_same_v<Logit, bf16> ? 0xff80ff80u : 0xfc00fc00u;  // -inf, twice
     uint32_t pair = kNone, limit = kNone;
@@ -155,10 +157,10 @@ template <class Logit> struct PackedLargest {
     }
 };
 
-// LogSums during a sweep. A sum is relative to `from`, an earlier largest logit, and moves on only when the largest has left it behind by
-// kRoom powers of two: one branch per vector, rarely taken, instead of a correction of both sums in every vector.
+// LogSums during a sweep. A sum is relative to `from`, an earlier largest logit, which is replaced when the largest is kRoom powers of two
+// above it. That is one branch per vector, rarely taken, instead of rescaling both sums for every vector.
 template <class Top> struct RunningSums {  // Top: Largest or PackedLargest
-    static constexpr float kRoom = 48.f;  // a limit that is rounded to 16 bits allows for twice that
+    static constexpr float kRoom = 48.f;  // up to twice that if the limit is rounded to 16 bits
     struct Side {
         Top largest;
         float c, room, from = -std::numeric_limits<float>::max(), sum = 0.f;
@@ -174,7 +176,7 @@ template <class Top> struct RunningSums {  // Top: Largest or PackedLargest
     float sum_ce = 0.f;
 
     KD_DEVICE RunningSums(float c_s, float c_t) : s(c_s), t(c_t) {}
-    // Columns of both sides, as read and as logits.
+    // Adds columns of both sides, given as read and as logits.
     template <int kCount> KD_DEVICE void add(const Raw& raw_s, const Raw& raw_t, const float* z, const float* y, bool at_one) {
         s.largest.template add<kCount>(raw_s, z), t.largest.template add<kCount>(raw_t, y);
         if (!(s.largest.within() && t.largest.within())) {

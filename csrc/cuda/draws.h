@@ -1,16 +1,17 @@
 // The row kernel that draws ids from softmax(z / T), by the race of csrc/cpu/heads.cpp: the largest (z - top) / T - log E wins, with E
 // exponential, from the numbers of csrc/philox.h.
 //
-// What decides is compared in double. In float32 each thread finds its largest and second largest time, good to kTimeError and the
-// rounding of the logits; only threads whose largest is that close to the largest of all look at that column in double, and look at
-// all of theirs again in the rare case that the second is too, or that a number is so near 0 or 1 that its low word matters.
+// Candidates are found in float32 and compared in double. Each thread finds its largest and its second largest time in float32, with an
+// error of kTimeError and the rounding of the logits. If its largest is within that error of the largest of all, the thread computes the
+// time of that column in double. It computes all its columns in double in two rare cases: the second largest time is within the error as
+// well, or a random number is so close to 0 or 1 that its low word matters.
 #pragma once
 #include "../philox.h"
 #include "head.h"
 
 namespace kd {
 
-// log2 of minus the logarithm of 1 - u, for the number u whose high word this is, kExtreme away from 0 and 1.
+// Returns log2(-log(1 - u)) for the number u with this high word, at least kExtreme away from 0 and 1.
 KD_DEVICE float log2_exponential(uint32_t high) {
     const bool small = high < 1u << 28;
     const float v = (float(small ? high : ~high) + 0.5f) * 0x1p-32f;  // u < 1/16, or 1 - u
@@ -18,7 +19,7 @@ KD_DEVICE float log2_exponential(uint32_t high) {
     return log2_fast(small ? series : -kLn2 * log2_fast(v));
 }
 
-// Arrival time of a column, from the stored logit.
+// Returns the time of a column in double, from the stored logit.
 KD_DEVICE double exact_time(const Heads& a, float logit, int column, double reference, uint32_t high, uint32_t low) {
     double z = logit;
     if (a.side.bias) z += double(a.side.bias[column]);
@@ -47,11 +48,12 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 
     const int64_t number = a.first_row + team.row;
     const int groups = (a.vocab + int(kGroup) - 1) / int(kGroup), share = (groups + team.size - 1) / team.size;
     const int end = share * (team.rank + 1) < groups ? share * (team.rank + 1) : groups;
-    // Lanes of a thread: neighbours, for loads of 16 bytes; where rows do not start there, neighbours are other threads'.
+    // A thread's lanes are neighbours if rows start at multiples of 16 bytes, for loads of 16 bytes. Otherwise neighbouring lanes belong to
+    // different threads.
     const int of_group = thread_index() % kThreads, first = aligned ? of_group * kCount : of_group, apart = aligned ? 1 : kThreads;
     const int groups_a_step = block_threads() / kThreads;
 
-    // Calls body(logit, column, high word, lane's slot, word) for this thread's columns of draw d, and before(z) for those of each word.
+    // Calls body(logit, column, high word) for each column of this thread in draw d, and before(z) once for the columns of each word.
     const auto for_columns = [&](int64_t d, auto&& before, auto&& body) {
         for (int g = share * team.rank + thread_index() / kThreads; g < end; g += groups_a_step) {
             const int start = g * int(kGroup) + first;
@@ -129,7 +131,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kDrawThreads, sizeof(Logit) == 4 ? 3 
         const Winner winner = team.reduce(best, [](Winner& x, const Winner& o) {
             if (o.time > x.time || (o.time == x.time && o.id < x.id)) x = o;
         });
-        // A row without a finite sum is not a distribution.
+        // A row without a finite sum is not a distribution: -1.
         if (team.reports()) a.draws[team.row * a.num_draws + d] = log_q.rest - log_q.rest == 0.f ? winner.id : -1;
     }
 }

@@ -1,17 +1,17 @@
-// The row kernel of one side alone: log-sum-exp, entropy, log-probabilities at ids, and their gradient.
+// The row kernel of one side: log-sum-exp, entropy, log-probabilities at ids, and their gradient.
 //
 //   logits --sweep 1--> (max, sum, weighted sum) --reduction--> top, log_sum, entropy, log-probabilities
 //      | kept in shared memory, else read again                   |
-//      +--sweep 2 (if there is a gradient)------------------------+--> dz; the columns at ids once more, with what comes on top
+//      +--sweep 2 (with a gradient)-------------------------------+--> dz, then again at ids, with the gradient of the log-probabilities
 #pragma once
 #include "slice.h"
 
 namespace kd {
 
-constexpr uint32_t kExtreme = 1u << 10;  // distance of a random word from 0 or 2^32 within which float32 does not judge
-constexpr float kTimeError = 4e-3f;      // of a difference of two times, over ln 2; that of one is about 2^-11 at kExtreme
+constexpr uint32_t kExtreme = 1u << 10;  // a random word closer to 0 or 2^32 is compared in double only
+constexpr float kTimeError = 4e-3f;      // error of the difference of two times, over ln 2; one time has about 2^-11 at kExtreme
 
-// HeadArguments with the numbers in float (where draws are decided, in double).
+// HeadArguments with numbers in float, and in double where they decide draws.
 struct Heads {
     RowSide side;
     float *top, *log_sum, *entropy;                   // [rows]; entropy: or null
@@ -31,8 +31,8 @@ struct Heads {
     Dtype dz_dtype;
     float per_t, dz_scale;
     double exact_per_t, exact_scale, exact_softcap;
-    uint32_t extreme = kExtreme;                      // draws: what float32 does not judge,
-    float time_error = kTimeError;                    // and how well it judges the rest
+    uint32_t extreme = kExtreme;                      // of draws; tests use other values
+    float time_error = kTimeError;
     bool statistics;
 };
 
@@ -40,7 +40,7 @@ template <class Logit> KD_DEVICE Slice<Logit> slice_of(const Heads& a, const Tea
     return {a.side.logits, team.row * a.side.stride, a.vocab, team};
 }
 
-// The results of the statistics, computed now or by an earlier call.
+// Returns the log-sum-exp, from the sums of this call or as an earlier call wrote it.
 KD_DEVICE LogProbability statistics_of(const Heads& a, const Team& team, const LogSum& sums, bool writes = true) {
     if (!a.statistics) return {a.per_t, a.top[team.row], a.log_sum[team.row]};
     const LogProbability log_q = log_probability(sums, a.per_t);
@@ -76,7 +76,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
     const int64_t* const ids = a.ids + row * a.num_ids;
     float* const logprobs = a.logprobs + row * a.num_ids;
     const float* const d_logprobs = a.d_logprobs ? a.d_logprobs + row * a.num_ids : nullptr;
-    // Calls body(k, id) for the ids whose columns are this CTA's; -1 is the first one's.
+    // Calls body(k, id) for the ids in this CTA's columns. The first CTA takes ids of -1.
     const auto for_ids = [&](auto&& body) {
         for (int k = thread_index(); k < a.num_ids; k += block_threads())
             if (const int id = int(ids[k]); id < 0 ? team.rank == 0 : slice.has(id)) body(k, id);
@@ -104,7 +104,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
     const float d_entropy = a.d_entropy ? a.d_entropy[row] : 0.f;
     const float c0 = (a.d_lse ? a.d_lse[row] : 0.f) - (a.d_entropy ? d_entropy * entropy : 0.f) - all.upstream;
     const float outer = a.side.scale * a.per_t * a.dz_scale, per_cap = a.side.softcap != 0.f ? 1.f / a.side.softcap : 0.f;
-    // (c0 + c1 log q) q, and what comes on top; then to the logits as they are stored. z: looked at with a softcap.
+    // Returns the gradient by a stored logit: (c0 + c1 log q) q + on_top by the logit after its transform. z is used with a softcap only.
     const auto gradient = [&](float l, float z, float on_top) {
         const float q = probability(l);
         float g = a.d_entropy ? (q == 0.f ? 0.f : q * (c0 - d_entropy * l)) : q * c0;
@@ -118,7 +118,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
         float g[S::kCount];
 #pragma unroll
         for (int i = 0; i < S::kCount; ++i) g[i] = gradient(log_q(z[i]), z[i], 0.f);
-        if (overtakes) sync_block();  // dz overwrites logits; other threads have read theirs
+        if (overtakes) sync_block();  // dz overwrites logits: wait until all threads have read theirs
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) store_dz(slice, dz, a.dz_dtype, slice.column(step, j), g + j * S::kVec);
     });
@@ -127,7 +127,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) head_rows(const Head
     for_ids([&](int k, int id) {
         if (id < 0) return;
         float on_top = 0.f;
-        bool first = true;  // one of several equal ids writes for all
+        bool first = true;  // the first of several equal ids writes for all
         for (int j = 0; j < a.num_ids; ++j) {
             if (ids[j] != id) continue;
             on_top += d_logprobs[j], first = first && j >= k;

@@ -18,10 +18,10 @@ constexpr int kChunkBytes = 1024;  // per side: two 16-byte loads per lane
 constexpr int kSlotBytes = 2 * kChunkBytes;
 constexpr int kPartBytes = 48;     // maximum contribution of a warp to a reduction
 
-constexpr int kVectorBytes = 16, kVectors = 2;  // kernels of one side: 16-byte loads, and how many of them a thread has on their way
+constexpr int kVectorBytes = 16, kVectors = 2;  // bytes of a load; loads in flight per thread (kernels of one side)
 constexpr int kBins = 256;                      // bins of a top-k search: one digit of a key
 
-// The columns of one warp; the same in every row.
+// Columns of one warp, the same in every row.
 struct Span {
     int begin, length, chunks, chunk;
     KD_BOTH Span(int vocab, int owner, int owners, int itemsize) {
@@ -36,8 +36,8 @@ struct Span {
     KD_BOTH int chunk_length(int c) const { return length - c * chunk < chunk ? length - c * chunk : chunk; }
 };
 
-// Host and device agree on the layout of shared memory through these: the rings, the parts of two reductions (a fast CTA may push
-// into the next one while a slow one still reads this one; it cannot get two ahead), the mbarriers.
+// Bytes of shared memory: rings, parts of two reductions (a fast CTA can push into the next one while a slow one still reads this one, but
+// cannot get two ahead), mbarriers.
 constexpr size_t one_read_shared_bytes(int warps, int slots, int cluster) {
     return size_t(warps) * slots * (kSlotBytes + sizeof(uint64_t)) + size_t(2) * cluster * warps * kPartBytes;
 }
@@ -58,9 +58,9 @@ struct Launch {
     int cluster = 1;       // CTAs per row pair
     int slots = 0;         // of each warp's ring
     int threads = 0;       // per CTA
-    int64_t blocks = 0;    // at most: the one-read kernel's clusters are persistent, and need not be more than fit at once
+    int64_t blocks = 0;    // maximum: the one-read kernel launches no more clusters than fit at once
     size_t shared_bytes = 0;
-    int shared_limit = 0;  // what the kernel may be launched with on this GPU, whatever the shape: set once and the same for all threads
+    int shared_limit = 0;  // maximum shared memory of the kernel on this GPU, for any shape: set once, the same for all threads
 };
 
 constexpr int kReservedPerBlock = 1024;  // of shared memory, by the system
@@ -69,8 +69,8 @@ constexpr int kOneReadThreads = 256;
 
 inline int largest_cluster(int major) { return major < 9 ? 0 : major < 12 ? 16 : 8; }
 
-// Slots of a warp's ring: a row's chunks, one more at least for the row that comes next, and up to all of that row's as there is room.
-// 0: not even one row fits.
+// Returns the slots of a warp's ring: a row's chunks, plus at least one and at most all chunks of the next row, as there is room. Returns 0
+// if no row fits.
 inline int ring_slots(int64_t vocab, int itemsize, int warps, int cluster, size_t room) {
     const int chunks = Span(int(vocab), 0, cluster * warps, itemsize).chunks;  // the first owner has the longest span
     int slots = 2 * chunks;
@@ -79,9 +79,9 @@ inline int ring_slots(int64_t vocab, int itemsize, int warps, int cluster, size_
 }
 
 // Args:
-//   one_read_possible: both sides of one dtype, rows that start at multiples of 16 bytes, a divergence of softmaxes, and statistics
-//     still to be found.
-//   largest: cluster size to stay within; 0: two reads.
+//   one_read_possible: both sides have one dtype, rows start at multiples of 16 bytes, the divergence is one of softmaxes, and NORMALISERS
+//     and SUMS run together.
+//   largest: maximum cluster size; 0: two reads.
 inline Launch choose_launch(const GpuLimits& gpu, int64_t rows, int64_t vocab, int itemsize, bool one_read_possible, int largest) {
     constexpr int warps = kOneReadThreads / 32;
     Launch two{false, 1, 0, kTwoReadThreads, rows, two_read_shared_bytes(kTwoReadThreads)};
@@ -110,9 +110,9 @@ inline Launch choose_launch(const GpuLimits& gpu, int64_t rows, int64_t vocab, i
 // ---- one side alone: slice.h ----------------------------------------------------------------------------------------
 
 constexpr int kTeamThreads = 512, kDrawThreads = 256;  // at most
-constexpr int kMostTop = 4096;                         // of the largest that are looked for
+constexpr int kMostTop = 4096;                         // maximum k of a top-k
 
-// Keys that a search for the k largest has room for: about 1.15 k columns reach its first bound.
+// Returns how many keys a search for the k largest has room for. About 1.15 k columns reach its first bound.
 inline int top_capacity(int64_t k) {
     int capacity = 512;
     while (capacity < 2 * k) capacity *= 2;
@@ -123,11 +123,11 @@ inline size_t top_shared_bytes(int capacity) { return (kBins + 32 + 4) * sizeof(
 struct TeamShape {
     int64_t rows, vocab;
     int itemsize;
-    int sweeps = 1;        // 2: the row is kept in shared memory, if it fits
+    int sweeps = 1;        // 2: keep the row in shared memory, if it fits
     int inputs = 1;        // rows to keep
-    int threads = kTeamThreads;  // at most
-    size_t more_shared = 0;      // bytes, for something else
-    int largest = 0;       // cluster size to stay within
+    int threads = kTeamThreads;  // maximum
+    size_t more_shared = 0;      // other shared bytes
+    int largest = 0;       // maximum cluster size
     int64_t draws = 1;     // of each row
 };
 struct TeamLaunch {
@@ -137,8 +137,8 @@ struct TeamLaunch {
     int draw_parts = 1;    // teams that share the draws of a row
 };
 
-// How a row of one side is shared among threads: a CTA, or a cluster whose shared memory holds the row. Two CTAs of 512 threads are what
-// a multiprocessor has registers for: one loads while the other waits or writes.
+// Chooses the threads that share a row of one side: a CTA, or a cluster whose shared memory holds the row. A multiprocessor has registers
+// for two CTAs of 512 threads: one loads while the other waits or writes.
 inline TeamLaunch choose_team(const GpuLimits& gpu, const TeamShape& s) {
     const int vec = kVectorBytes / s.itemsize;
     const int64_t vectors = (s.vocab + vec - 1 + vec - 1) / vec;  // a row may start within one
@@ -159,7 +159,7 @@ inline TeamLaunch choose_team(const GpuLimits& gpu, const TeamShape& s) {
         keeps = cluster <= largest;
     }
     if (!keeps) cluster = 1;
-    // Few rows: more CTAs for each, as long as every thread has a whole step. Without shared memory a second sweep is one CTA's.
+    // Few rows: more CTAs for each, as long as every thread has a whole step. A second sweep without shared memory needs a single CTA.
     while ((keeps || s.sweeps < 2) && cluster * 2 <= largest && s.rows * cluster * 2 <= gpu.multiprocessors &&
            vectors >= int64_t(cluster) * 2 * threads * kVectors)
         cluster *= 2;

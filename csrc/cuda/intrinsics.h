@@ -1,5 +1,5 @@
-// What the row kernels need from a GPU, and nothing else: under nvcc each function is one or two PTX instructions; under a C++
-// compiler the same names run on CPU fibers (tests/cuda_on_cpu/cuda_on_cpu.h), so that CI executes the kernels' own source.
+// All GPU operations of the row kernels. With nvcc each function is one or two PTX instructions. With a C++ compiler the same names run on
+// CPU fibers (tests/cuda_on_cpu/cuda_on_cpu.h), so that CI runs the source of the kernels.
 #pragma once
 #ifndef __CUDACC__
 #include "cuda_on_cpu.h"
@@ -69,7 +69,7 @@ KD_DEVICE void mbarrier_wait(Mbarrier* b, unsigned parity) {
     asm volatile("{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra again;\n}"
                  :: "r"(shared_address(b)), "r"(parity) : "memory");
 }
-// Orders what this thread has written to shared memory before the copies that are to overwrite it.
+// Orders this thread's writes to shared memory before the copies that overwrite them.
 KD_DEVICE void fence_bulk_loads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 KD_DEVICE void bulk_load(void* dst, const void* src, int bytes, Mbarrier* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

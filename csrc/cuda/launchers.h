@@ -1,4 +1,4 @@
-// Launches the row kernels of two sides for one logit dtype: each two_sides_*.cu beside this file instantiates them for one.
+// Launches the row kernels of two sides for one logit dtype. Each two_sides_*.cu instantiates them for one dtype.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,8 +19,8 @@ inline void check(cudaError_t error, const char* what) {
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
 }
 
-// Prepares a kernel for a launch's shape on the current device, and returns how many of its clusters fit there at once; 0 if none does.
-// The driver is asked once for each kernel, shape and device.
+// Prepares a kernel for a launch on the current device. Returns how many clusters fit there at once; 0 if none fits. Asks the driver once
+// for each kernel, shape and device.
 inline int prepare(const void* function, const Launch& l, const cudaLaunchConfig_t& config) {
     if (!l.shared_limit && !config.numAttrs) return 1;
     static std::mutex mutex;
@@ -61,17 +61,17 @@ template <class Arguments> bool launch(void (*kernel)(Arguments), const std::typ
     return true;
 }
 
-template <class Logit> bool launch_rows(Rows a, const Launch& l, int divergence, cudaStream_t stream) {
+template <class Logit, class D> bool launch_rows_of(D, Rows a, const Launch& l, cudaStream_t stream) {
     a.slots = l.slots;
+    if (!l.one_read) return launch(two_read_rows<Logit, D>, a, l, stream);
+    if constexpr (std::is_same_v<D, LogitMSE>) return false;
+    else if (a.plain()) return launch(one_read_rows<false, Logit, D>, a, l, stream);
+    else return launch(one_read_rows<true, Logit, D>, a, l, stream);
+}
+// Returns false as well for an unknown divergence.
+template <class Logit> bool launch_rows(const Rows& a, const Launch& l, int divergence, cudaStream_t stream) {
     bool done = false;
-    with_divergence(divergence, [&](auto d) {
-        using D = decltype(d);
-        if (!l.one_read) {
-            done = launch(two_read_rows<Logit, D>, a, l, stream);
-        } else if constexpr (!std::is_same_v<D, LogitMSE>) {
-            done = a.plain() ? launch(one_read_rows<false, Logit, D>, a, l, stream) : launch(one_read_rows<true, Logit, D>, a, l, stream);
-        }
-    });
+    with_divergence(divergence, [&](auto d) { done = launch_rows_of<Logit>(d, a, l, stream); });
     return done;
 }
 

@@ -1,5 +1,5 @@
-// The one-read row kernel (sm_90 and newer): a row of student and of teacher logits is read once from memory; loss, state and dz
-// come out, dz over the student's logits if the caller wants it there.
+// The one-read row kernel (sm_90 and newer). Reads the student's and the teacher's row once from memory, and writes loss, state and dz. dz
+// may overwrite the student's logits.
 //
 //   HBM --bulk copy--> ring slot (private to a warp) --sweep 1--> (max, sum) of both sides
 //                           |                                         | pushed to every CTA, one cluster barrier
@@ -7,11 +7,12 @@
 //                           |--sweep 2 (only if the sum of slopes is unknown)--> sum of slopes --> one cluster barrier
 //                           |--last sweep--> dz; the slot is freed --> the copy of the NEXT row's chunk starts
 //
-// A cluster of CTAs owns a row pair at a time and is persistent: it takes rows cluster_index, + cluster_count, ... Each warp owns
-// one span of columns, and a ring of chunk slots in shared memory that its lane 0 fills. The ring is longer than a row's chunks, so
-// the next row is on its way while this one is reduced: memory does not wait for arithmetic. Because rings are private to warps,
-// a slot changes hands with a __syncwarp; the only wider barrier is the one cluster barrier per reduction. What is not needed
-// before the gradient (the loss, entropies) travels with the next row's first reduction.
+// A persistent cluster of CTAs processes rows cluster_index, cluster_index + cluster_count, ... Each warp has a span of columns, and a
+// ring of chunk slots in shared memory that its lane 0 fills. The ring holds more chunks than a row has: the next row is loaded while this
+// one is reduced. Rings are private to warps, so a __syncwarp is enough to reuse a slot; each reduction has one cluster barrier. Sums that
+// the gradient does not need (loss, entropies) are reduced with the next row's first reduction.
+//
+// Runs the stages NORMALISERS and SUMS together, with or without GRADIENT.
 #pragma once
 #include "row.h"
 
@@ -19,14 +20,14 @@ namespace kd {
 
 #ifndef KD_NO_CLUSTERS
 
-// What each warp of a cluster sends to every CTA: sweep 1's statistics and the tail of the row before.
+// The part that each warp of a cluster sends to every CTA: the sums of sweep 1, and the tail of the previous row.
 template <class Tail> struct FirstPart {
     LogSums sums;
     Tail tail;
 };
 
-// Every warp's part goes to every CTA, so that each thread reduces in its own CTA's shared memory: one barrier per reduction, and no
-// reads from a CTA that may have ended. All threads return the same bits.
+// Reduces over a cluster; all threads return the same bits. Every warp sends its part to every CTA, and each thread reduces in the shared
+// memory of its own CTA: one barrier per reduction, and no reads from a CTA that may have ended.
 template <class T, class Merge> KD_DEVICE T cluster_reduce(T x, unsigned char* parts, int& parity, Merge&& merge) {
     struct alignas(16) Padded { T value; };
     static_assert(sizeof(Padded) <= kPartBytes);
@@ -81,7 +82,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         for (int i = 0; i < a.slots; ++i) load_next();
     }
     cluster_arrive();  // CTAs must have started before others write to them,
-    cluster_wait();    // and all lanes see the mbarriers
+    cluster_wait();  // and all lanes see the mbarriers
 
     const float per_t = a.inv_temperature * kLog2E;
     const float c_s = kFull ? per_t : per_t * a.student.scale, c_t = kFull ? per_t : per_t * a.teacher.scale;
@@ -91,7 +92,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
     constexpr int kStep = kLanes * kVec;
     const auto slot_at = [&](int slot) { return reinterpret_cast<Logit*>(ring + slot * kSlotBytes); };
     constexpr int kTeacher = kChunkBytes / sizeof(Logit);  // from the student's columns in a slot to the teacher's
-    // -inf beyond the span, in both sides: such columns add nothing to any sum, and no sweep has to tell them apart.
+    // Writes -inf beyond the span, on both sides: such columns add 0 to every sum, and no sweep needs a mask.
     const auto pad = [&](int slot, int length) {
         for (int first = 0; first < length; first += kStep) {
             const int at = first + lane * kVec;
@@ -119,18 +120,17 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         }
     };
 
-    RowTail tail;                 // of this thread's columns in the previous row
-    float tail_ce = 0.f;          // the previous row's cross-entropy
+    RowTail tail;  // of this thread's columns in the previous row
     int parity = 0, slot = 0, phase = 0;  // start of the current row in the ring
     const bool reports = cluster_rank() == 0 && thread_index() == 0;
-    const auto weight_of = [&](int64_t row) { return a.weight ? a.weight[row] : 1.f; };
 
     int64_t row = cluster_index();
     for (; row < a.rows; row += cluster_count()) {
-        const int label = kFull && a.labels ? int(a.labels[row]) : -1;
-        const bool second_sum = label >= 0 && a.inv_temperature != 1.f;  // cross-entropy is at T = 1
-        // Read before the row is overwritten: a reduction of all threads comes in between.
-        float target = 0.f;
+        const bool has_labels = kFull && a.labels;
+        const int label = has_labels ? int(a.labels[row]) : kNoLabels;
+        const bool second_sum = has_labels && a.inv_temperature != 1.f;  // cross-entropy is at T = 1
+        // Read it now: the row may be overwritten after the next reduction.
+        float target = -infinity();
         if (kFull && reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
 
         // Sweep 1, as the chunks land: log-sum-exps.
@@ -146,22 +146,22 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         First mine;
         mine.sums = running.total(), mine.tail = tail;
         const First all = cluster_reduce(mine, parts, parity, merge_first);
-        if (reports && row != cluster_index()) report(a, row - cluster_count(), all.tail, tail_ce, weight_of(row - cluster_count()));
+        if (reports && row != cluster_index()) report(a, row - cluster_count(), all.tail);
         const LogSums& sums = all.sums;
+        if (reports) {
+            LogSums saved = sums;
+            if (!second_sum) saved.sum_ce = sums.sum_s;
+            if constexpr (!kFull)  // the state holds logits, after their scale
+                saved.max_s = rounded_product(sums.max_s, a.student.scale), saved.max_t = rounded_product(sums.max_t, a.teacher.scale);
+            save_normalisers(a, row, saved, has_labels, target);
+        }
         const Norm norm_s = norm_of(sums.max_s, sums.sum_s, c_s), norm_t = norm_of(sums.max_t, sums.sum_t, c_t);
         Norm at_one;
-        if (kFull && label >= 0) at_one = second_sum ? norm_of(sums.max_s, sums.sum_ce, kLog2E) : norm_s;
-        tail_ce = -at_one(target) * kLn2;
-        if (reports) {
-            // Backward reads the row again, including the scale.
-            save_norm(a, row, kTopS, kRestS, {per_t, kFull ? norm_s.top : rounded_product(norm_s.top, a.student.scale), norm_s.rest});
-            save_norm(a, row, kTopT, kRestT, {per_t, kFull ? norm_t.top : rounded_product(norm_t.top, a.teacher.scale), norm_t.rest});
-            save_norm(a, row, kTopCe, kRestCe, at_one);
-        }
+        if (has_labels) at_one = second_sum ? norm_of(sums.max_s, sums.sum_ce, kLog2E) : norm_s;
         tail = RowTail{};
 
         const auto hand_back = [&] {  // the current slot, for a copy of the next row's chunk
-            sync_warp();              // all lanes are done with it
+            sync_warp();  // all lanes are done with it
             if (lane == 0) load_next();
             if (++slot == a.slots) slot = 0, phase ^= 1;
         };
@@ -181,11 +181,11 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
                 if (++at == a.slots) at = 0;
             }
             slope_sum = slope_sum_of(cluster_reduce(slopes, parts, parity, [](float& x, float o) { x += o; }), norm_t);
+            if (reports) state_at(a, row, kSlopeSum) = slope_sum;
         }
-        if (reports) state_at(a, row, kSlopeSum) = slope_sum;
 
         // Last sweep: dz. Slots are handed back one by one.
-        const Gradient<kFull> gradient(a, slope_sum, at_one, weight_of(row), label);
+        const Gradient<kFull> gradient(a, slope_sum, at_one, weight_of(a, row), label);
         void* const dz = a.dz ? dz_row(a, row) : nullptr;
         for (int c = 0; c < span.chunks; ++c) {
             for_lane(slot, c, [&](const Raw&, const Raw&, const float* z, const float* y, int column) {
@@ -211,7 +211,7 @@ template <bool kFull, class Logit, class D> KD_KERNEL KD_BOUNDS(kOneReadThreads,
         First mine;
         mine.tail = tail;
         const First all = cluster_reduce(mine, parts, parity, merge_first);
-        if (reports) report(a, row - cluster_count(), all.tail, tail_ce, weight_of(row - cluster_count()));
+        if (reports) report(a, row - cluster_count(), all.tail);
     }
 }
 

@@ -1,4 +1,4 @@
-// Launches the kernels of one side for one logit dtype: each one_side_*.cu beside this file instantiates them for one.
+// Launches the kernels of one side for one logit dtype. Each one_side_*.cu instantiates them for one dtype.
 #pragma once
 #include "draws.h"
 #include "head.h"

@@ -1,9 +1,8 @@
-// Shared by the one-side kernels: the threads of a row, their columns, and the log-sum-exp.
+// A row of one side: its threads, their columns, and the log-sum-exp. Shared by the kernels of one side.
 //
-// A row belongs to a team: one CTA, or a cluster of them (sm_90 and newer). A CTA owns a slice of the row's 16-byte vectors. Vectors
-// start at multiples of 16 bytes in memory, wherever the row starts: the first and the last may hold columns that are none of the row's.
-// A slice that is swept over twice is kept in shared memory if it fits. Each thread keeps there, and finds again, only what it has
-// read itself: no barrier is needed for it.
+// A team processes a row: one CTA, or a cluster of CTAs (sm_90 and newer). Each CTA has a slice of the row's 16-byte vectors. Vectors start
+// at multiples of 16 bytes in memory, wherever the row starts: the first and the last can contain columns outside the row. A slice that is
+// read twice is kept in shared memory if it fits. Each thread reads there only what it has written itself, so no barrier is needed.
 #pragma once
 #include "one_read.h"
 #include "two_read.h"
@@ -11,10 +10,10 @@
 namespace kd {
 
 struct Team {
-    int size = 1, rank = 0;  // CTAs of the row, and which of them this is
+    int size = 1, rank = 0;  // number of CTAs, index of this one
     int64_t row;
     int parity = 0;
-    bool waits = false;      // wait until the others have started
+    bool waits = false;  // wait until the others have started
 
 #ifdef KD_NO_CLUSTERS
     KD_DEVICE Team() : row(block_index()) {}
@@ -25,7 +24,7 @@ struct Team {
 #endif
     KD_DEVICE bool reports() const { return rank == 0 && thread_index() == 0; }
 
-    // All threads of the team return the same bits. It is a barrier for them too: what was in memory before may be written over.
+    // Reduces over the team; all threads return the same bits. Also a barrier: after it, memory that was read before may be overwritten.
     template <class T, class Merge> KD_DEVICE T reduce(const T& x, Merge&& merge) {
 #ifndef KD_NO_CLUSTERS
         if (size > 1) {
@@ -40,7 +39,7 @@ struct Team {
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-// This thread's vectors of a slice, kept in shared memory for the next sweep (see choose_team).
+// Vectors of this thread, kept in shared memory for the next sweep (see choose_team).
 struct Kept {
     int at;  // 0: read again from memory
     KD_DEVICE Raw* slot(int step, int j) const {
@@ -59,9 +58,9 @@ struct Kept {
 template <class Logit> struct Slice {
     static constexpr int kVec = kd::kVec<Logit>, kCount = kVec * kVectors;
     const Logit* row;
-    int vocab, lead;     // lead: columns between the start of the first vector and column 0
-    int begin, end;      // vectors of this CTA
-    int steps;           // of its threads, each of which takes kVectors in a step
+    int vocab, lead;  // lead: columns between the start of the first vector and column 0
+    int begin, end;  // vectors of this CTA
+    int steps;  // of its threads, each of which takes kVectors in a step
 
     KD_DEVICE Slice(const void* logits, int64_t offset, int vocab, const Team& team)
         : row(static_cast<const Logit*>(logits) + offset), vocab(vocab),
@@ -72,16 +71,16 @@ template <class Logit> struct Slice {
         const int step = kVectors * block_threads();
         steps = (end - begin + step - 1) / step;
     }
-    // The first column of this thread's j-th vector in a step: negative if the row starts within it, `vocab` if it is none of the slice's.
+    // Returns the first column of this thread's j-th vector in a step: negative if the row starts within it, `vocab` outside the slice.
     KD_DEVICE int column(int step, int j) const {
         const int v = begin + (step * kVectors + j) * block_threads() + thread_index();
         return v < end ? v * kVec - lead : vocab;
     }
     KD_DEVICE bool has(int column) const { return (column + lead) / kVec >= begin && (column + lead) / kVec < end; }
     KD_DEVICE bool inside(int column) const { return column >= 0 && column < vocab; }
-    // True if all columns of this thread's step are in the row.
+    // Returns true if all columns of this thread's step are in the row.
     KD_DEVICE bool whole(int step) const { return column(step, 0) >= 0 && column(step, kVectors - 1) + kVec <= vocab; }
-    // This thread's columns of a step, of this row or another row with the same dtype; 0 outside the row.
+    // Loads this thread's columns of a step, from this row or another one of the same dtype; 0 outside the row.
     KD_DEVICE void load(const Logit* from, int step, Raw* raw) const {
         if (whole(step) && starts_vector(from + column(step, 0))) {
 #pragma unroll
@@ -91,7 +90,7 @@ template <class Logit> struct Slice {
             for (int j = 0; j < kVectors; ++j) raw[j] = load_apart(from, column(step, j), 1, vocab);
         }
     }
-    // Writes up to kVec numbers of any row, converted if necessary.
+    // Converts and writes kVec numbers, without those outside the row.
     template <class T> KD_DEVICE void store(T* to, int column, const float* x) const {
         constexpr int kBytes = int(sizeof(T)) * kVec < kVectorBytes ? int(sizeof(T)) * kVec : kVectorBytes;
         if (column >= 0 && column + kVec <= vocab && starts_vector(to + column, kBytes)) {
@@ -109,7 +108,7 @@ template <class Logit> struct Slice {
 
 enum class Sweep { first, again };
 
-// Calls body(z, step) for each step of this thread, all of them in all threads: z of its kCount columns, -inf outside the row.
+// Calls body(z, step) for each step of this thread, with the kCount logits z of the step, -inf outside the row. All threads run all steps.
 template <Sweep kSweep, class Logit, class Body>
 KD_DEVICE void sweep(const Slice<Logit>& slice, const RowSide& side, Kept kept, Body&& body) {
     for (int step = 0; step < slice.steps; ++step) {
@@ -130,7 +129,7 @@ KD_DEVICE void sweep(const Slice<Logit>& slice, const RowSide& side, Kept kept, 
 
 // ---- log-sum-exp ----------------------------------------------------------------------------------------------------
 
-// One side of LogSums, and the sum of 2^d d over d = (z - largest) c, which makes an entropy of it.
+// One side of LogSums, and for the entropy `weighted`, the sum of 2^d d with d = (z - max) c.
 struct LogSum {
     float max = -infinity(), sum = 0.f, weighted = 0.f;
 
@@ -164,7 +163,7 @@ private:
     }
 };
 
-// log q = (z - top) / T - rest, as the two are given out and read again.
+// Maps a logit to log q = (z - top) / T - rest. top and rest are results of a call, and inputs of later calls.
 struct LogProbability {
     float per_t, top, rest;
     KD_DEVICE float operator()(float z) const { return fmaf(z - top, per_t, -rest); }

@@ -1,4 +1,5 @@
-// softmax(x / T) or its logarithm, and backward, for given logits: one read where the slices of a row fit in shared memory, else two.
+// Row kernels of softmax(x / T), its logarithm, and their gradients, for given logits. They read a row once if its slices fit in shared
+// memory, else twice.
 #pragma once
 #include "slice.h"
 
@@ -35,7 +36,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) softmax_rows(const S
     });
 }
 
-// From y = softmax(x / T) or its logarithm, and the gradient by it.
+// The gradient by x, from y = softmax(x / T) or its logarithm and from the gradient by y.
 template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) softmax_gradient_rows(const Softmaxes a) {
     using S = Slice<Logit>;
     Team team;

@@ -1,10 +1,10 @@
 // The row kernel that finds the k largest logits, by falling logit and then rising id, and their log-probabilities.
 //
-//   logits --sweep 1--> (max, sum); the largest of each of some 4 k parts of the row --k-th largest of those--> a bound that k columns reach
+//   logits --sweep 1--> (max, sum); the largest of each of 4 k parts of the row --k-th largest of these--> a bound that k columns reach
 //      +----sweep 2--> the columns that reach it (about 1.15 k of them) --sort in shared memory--> the first k
 //
-// A column is a 64-bit key, logit above inverted id, so that there are no ties, and the order of arrival does not matter. Where more
-// columns reach the bound than there is room for (many equal logits, mostly), it is raised digit by digit: one more sweep each.
+// A column is a 64-bit key, logit above inverted id: there are no ties, and the order of arrival does not matter. If more columns reach the
+// bound than fit (mostly many equal logits), the bound is raised digit by digit, with a sweep for each digit.
 #pragma once
 #include "head.h"
 
@@ -33,11 +33,11 @@ KD_DEVICE float key_logit(uint64_t key) {
 }
 KD_DEVICE int key_id(uint64_t key) { return int(~uint32_t(key)); }
 
-// What is known of the k-th largest key: it shares the digits above `shift` with `bound`, and is the left-th largest that does.
+// The known digits of the k-th largest key: it shares the digits above `shift` with `bound`, and is the left-th largest such key.
 struct Rank {
     uint64_t bound = 0;
-    int shift = 64, left, sharing;  // sharing: keys that do, if a digit is known
-    // Determines one more digit. `visit` calls a function with each of this thread's keys.
+    int shift = 64, left, sharing;  // sharing: number of such keys, once a digit is known
+    // Finds the next digit. visit(f) calls f with each key of this thread.
     template <class Visit> KD_DEVICE void narrow(const TopScratch& s, Visit&& visit) {
         shift -= 8;
         for (int b = thread_index(); b < kBins; b += block_threads()) s.bins[b] = 0;
@@ -82,7 +82,7 @@ template <class Logit> KD_KERNEL KD_BOUNDS(kTeamThreads, 2) top_rows(const Heads
         });
     };
 
-    // A thread's steps, in `rounds` turns, are the parts whose largest is looked for.
+    // Each thread has `rounds` parts: part r contains its steps r, r + rounds, ...
     const int wanted = 4 * k / threads, rounds = slice.steps < wanted ? slice.steps : wanted > 1 ? wanted : 1;
     LogSum mine;
     sweep<Sweep::first>(slice, a.side, kept, [&](const float* z, int step) {

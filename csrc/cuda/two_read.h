@@ -1,6 +1,8 @@
-// The two-read row kernel (sm_80 and newer): a CTA owns a row pair and sweeps over it up to three times, as the Triton kernel does.
-// For GPUs without clusters, for rows that are too long for the largest cluster's shared memory or do not start at multiples of
-// 16 bytes, for sides of different dtypes, for LogitMSE, and for the backward pass, where one sweep is all there is to do.
+// The two-read row kernel (sm_80 and newer). A CTA processes a row pair, with a sweep over memory for each stage of the launch. Results of
+// other stages are read from the state.
+//
+// Runs what the one-read kernel cannot: a part of the stages (a backward pass, a slice of the columns), GPUs without clusters, rows that
+// are too long for the largest cluster's shared memory or do not start at multiples of 16 bytes, sides of different dtypes, and LogitMSE.
 #pragma once
 #include "row.h"
 
@@ -10,15 +12,15 @@ constexpr int kTwoReadColumns = 8;  // per thread and step
 
 struct NormPart {
     LogSums sums;
-    float mean_s = 0.f, mean_t = 0.f, kept = 0.f;
+    float mean_s = 0.f, mean_t = 0.f, columns = 0.f;
 };
 struct ValuePart {
     Tail tail;
     float slope = 0.f;
 };
 
-// All threads return the same bits. A fast warp may write its part of the next reduction while a slow one still reads this one, and
-// cannot get two ahead: hence two places, in turn.
+// Reduces over a CTA; all threads return the same bits. A fast warp can write its part of the next reduction while a slow one still reads
+// this one, but cannot get two ahead: two places are used in turn.
 template <class T, class Merge> KD_DEVICE T block_reduce(T x, int& parity, Merge&& merge) {
     static_assert(sizeof(T) <= kPartBytes);
     const int warp = thread_index() / kLanes, warps = block_threads() / kLanes, lane = thread_index() % kLanes;
@@ -35,7 +37,7 @@ template <class T, class Merge> KD_DEVICE T block_reduce(T x, int& parity, Merge
     return x;
 }
 
-// z of kTwoReadColumns columns that are neighbours, as they are read.
+// Loads kTwoReadColumns neighbouring columns, without bias, scale and softcap.
 template <class Logit> KD_DEVICE void load_neighbours(float* z, const Logit* from) {
     constexpr int kVec = kd::kVec<Logit>, kLoads = kTwoReadColumns / kVec;
     Raw raw[kLoads];
@@ -44,7 +46,7 @@ template <class Logit> KD_DEVICE void load_neighbours(float* z, const Logit* fro
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) unpack<Logit>(z + j * kVec, raw[j]);
 }
-// z of kTwoReadColumns columns, `stride` apart, after bias, scale and softcap; -inf beyond the row, unless all are in it (`whole`).
+// Loads kTwoReadColumns columns, `stride` apart, and applies bias, scale and softcap; -inf beyond the row. whole: all columns are inside.
 template <class Logit> KD_DEVICE void load_columns(float* z, const RowSide& side, int64_t row, int column, int stride, int vocab,
                                                    bool whole) {
     const auto* const logits = static_cast<const Logit*>(side.logits) + row * side.stride;
@@ -69,10 +71,9 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
     const int64_t row = block_index();
     const float c = a.inv_temperature * kLog2E;
     constexpr bool softmax = !std::is_same_v<D, LogitMSE>;  // else a.normalizer is one of the others
-    const int label = a.labels ? int(a.labels[row]) : -1;
-    const float weight = a.weight ? a.weight[row] : 1.f;
+    const int label = a.labels ? int(a.labels[row]) : kNoLabels;
     const bool reports = thread_index() == 0;
-    const bool second_sum = label >= 0 && a.inv_temperature != 1.f;  // cross-entropy is at T = 1
+    const bool second_sum = a.labels && a.inv_temperature != 1.f;  // cross-entropy is at T = 1
 
     // Aligned rows: a thread's columns are neighbours, read 16 bytes at a time. Others: neighbours go to neighbouring threads.
     const int stride = a.aligned ? 1 : block_threads();
@@ -84,7 +85,7 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
     const auto* const student = static_cast<const Logit*>(a.student.logits) + row * a.student.stride + first;
     const auto* const teacher = static_cast<const Logit*>(a.teacher.logits) + row * a.teacher.stride + first;
     // Calls body(z, y, first column) for this thread's columns of a step; all threads run every step. Columns beyond the row are -inf on
-    // both sides, and add nothing to any sum.
+    // both sides, and add 0 to every sum.
     auto for_columns = [&](auto&& body) {
         for (int start = 0; start < a.vocab; start += step) {
             const int column = start + first;
@@ -101,47 +102,51 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
         }
     };
 
-    Norm norm_s{c}, norm_t{c}, full_s, full_t, at_one;  // of the divergence, of the softmaxes, of the student's at T = 1
-    LogSums sums;
-    float slope_sum = float(D::slope_sum), target = 0.f;
-    Tail tail;
+    // NORMALISERS: in a sweep, or from the state.
     int parity = 0;
-    const auto merge_values = [](ValuePart& x, const ValuePart& o) { x.tail.merge(o.tail), x.slope += o.slope; };
-    // Sweep 2 also sums entropies. Slopes that jump may differ from those of the forward pass, so they are summed again.
-    const bool sweeps_values = a.statistics ? !D::knows_slope_sum || a.stats || !a.dz : D::slope_jumps;
-    if (a.statistics) {
+    LogSums sums;
+    float mean_s = 0.f, mean_t = 0.f;
+    if (a.stages & kNormalisers) {
+        float target = -infinity();
         if (reports && label >= 0) target = transformed(logit_at(a.student, row, label), a.student, label);
         NormPart part;
-        if (softmax || a.stats || label >= 0 || a.normalizer == Normalizer::mean) {
+        if (softmax || a.stats || a.labels || a.normalizer == Normalizer::mean) {
             RunningSums<Largest> running(c, c);
             for_columns([&](const float* z, const float* y, int) {
                 running.template add<kCount>({}, {}, z, y, second_sum);
                 if (!softmax && a.normalizer == Normalizer::mean) {
 #pragma unroll
                     for (int i = 0; i < kCount; ++i)
-                        if (!(z[i] == -infinity() && y[i] == -infinity())) part.mean_s += z[i], part.mean_t += y[i], part.kept += 1.f;
+                        if (!(z[i] == -infinity() && y[i] == -infinity())) part.mean_s += z[i], part.mean_t += y[i], part.columns += 1.f;
                 }
             });
             part.sums = running.total();
             part = block_reduce(part, parity, [&](NormPart& x, const NormPart& o) {
                 x.sums.merge(o.sums, c, c);
-                x.mean_s += o.mean_s, x.mean_t += o.mean_t, x.kept += o.kept;
+                x.mean_s += o.mean_s, x.mean_t += o.mean_t, x.columns += o.columns;
             });
         }
         sums = part.sums;
-        full_s = norm_of(sums.max_s, sums.sum_s, c), full_t = norm_of(sums.max_t, sums.sum_t, c);
-        if (softmax) {
-            norm_s = full_s, norm_t = full_t;
-        } else if (a.normalizer == Normalizer::mean) {
-            const float size = fmaxf(part.kept, 1.f);
-            norm_s.top = part.mean_s / size, norm_t.top = part.mean_t / size;
+        if (a.labels && !second_sum) sums.sum_ce = sums.sum_s;
+        if (reports) save_normalisers(a, row, sums, a.labels, target);
+        if (!softmax) {
+            const float count = fmaxf(part.columns, 1.f);
+            mean_s = part.mean_s / count, mean_t = part.mean_t / count;
+            if (reports) state_at(a, row, kMeanS) = mean_s, state_at(a, row, kMeanT) = mean_t, state_at(a, row, kColumns) = part.columns;
         }
-        if (label >= 0) at_one = second_sum ? norm_of(sums.max_s, sums.sum_ce, kLog2E) : full_s;
     } else {
-        norm_s = saved_norm(a, row, kTopS, kRestS, c), norm_t = saved_norm(a, row, kTopT, kRestT, c);
-        slope_sum = state_at(a, row, kSlopeSum);
-        at_one = saved_norm(a, row, kTopCe, kRestCe, kLog2E);
+        sums = saved_normalisers(a, row);
+        if (!softmax && a.normalizer == Normalizer::mean) mean_s = state_at(a, row, kMeanS), mean_t = state_at(a, row, kMeanT);
     }
+    const Norm full_s = norm_of(sums.max_s, sums.sum_s, c), full_t = norm_of(sums.max_t, sums.sum_t, c);  // of the softmaxes
+    const Norm norm_s = softmax ? full_s : Norm{c, mean_s}, norm_t = softmax ? full_t : Norm{c, mean_t};  // of the divergence
+    const Norm at_one = norm_of(sums.max_s, sums.sum_ce, kLog2E);  // of the student at T = 1
+
+    // SUMS: in a sweep, or in that of GRADIENT if the sum of the slopes is known.
+    const auto merge_values = [](ValuePart& x, const ValuePart& o) { x.tail.merge(o.tail), x.slope += o.slope; };
+    const bool sums_values = a.stages & kSums, sweeps_values = sums_values && (!D::knows_slope_sum || a.stats || !a.dz);
+    float slope_sum = float(D::slope_sum);
+    Tail tail;
 
     if (sweeps_values) {
         ValuePart part;
@@ -156,11 +161,16 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
         });
         part = block_reduce(part, parity, merge_values);
         tail = part.tail;
-        if (!D::knows_slope_sum) slope_sum = slope_sum_of(part.slope, norm_t);
+        if constexpr (!D::knows_slope_sum) {
+            slope_sum = slope_sum_of(part.slope, norm_t);
+            if (reports) state_at(a, row, kSlopeSum) = slope_sum;
+        }
+    } else if (!D::knows_slope_sum && a.dz) {
+        slope_sum = state_at(a, row, kSlopeSum);
     }
 
     if (a.dz) {
-        const Gradient<true> gradient(a, softmax ? slope_sum : 0.f, at_one, weight, label);
+        const Gradient<true> gradient(a, softmax ? slope_sum : 0.f, at_one, weight_of(a, row), label);
         void* const dz = dz_row(a, row);
         ValuePart part;
         for_columns([&](const float* z, const float* y, int column) {
@@ -177,18 +187,13 @@ template <class Logit, class D> KD_KERNEL KD_BOUNDS(kTwoReadThreads, 2) two_read
                 q[i] = softmax ? of_q : 0.f;
             }
             gradient.template operator()<kCount>(g, q, z, column, stride);
-            if (sizeof(Logit) == 4) sync_block();  // dz may overwrite the logits in a narrower type: all must have read theirs
+            if (sizeof(Logit) == 4) sync_block();  // dz may overwrite logits in a narrower type: wait until all are read
             store_dz<Logit, kCount>(a, dz, column, stride, g, a.vocab);
         });
-        if (a.statistics && !sweeps_values) tail = block_reduce(part, parity, merge_values).tail;
+        if (sums_values && !sweeps_values) tail = block_reduce(part, parity, merge_values).tail;
     }
 
-    if (a.statistics && reports) {
-        save_norm(a, row, kTopS, kRestS, norm_s), save_norm(a, row, kTopT, kRestT, norm_t);
-        state_at(a, row, kSlopeSum) = slope_sum;
-        save_norm(a, row, kTopCe, kRestCe, at_one);
-        report(a, row, tail, -at_one(target) * kLn2, weight);
-    }
+    if (sums_values && reports) report(a, row, tail);
 }
 
 }  // namespace kd

@@ -34,14 +34,15 @@ Rows rows_of(const RowArguments& r) {
     a.inv_temperature = float(r.inv_temperature);
     a.value_scale = float(r.value_scale), a.slope_scale = float(r.slope_scale), a.ce_weight = float(r.ce_weight);
     a.dz_scale = float(r.dz_scale);
-    a.normalizer = r.normalizer, a.statistics = r.statistics;
+    a.normalizer = r.normalizer, a.stages = r.stages;
     a.aligned = starts_at_16(r.student.logits, r.student.stride, r.student.dtype) &&
                 starts_at_16(r.teacher.logits, r.teacher.stride, r.teacher.dtype) && (!r.dz || starts_at_16(r.dz, r.dz_stride, r.dz_dtype));
     return a;
 }
 
 Launch plan(const GpuLimits& gpu, const Rows& a, int largest) {
-    const bool possible = a.statistics && a.aligned && a.normalizer == Normalizer::softmax && a.student.dtype == a.teacher.dtype;
+    const bool together = (a.stages & kForward) == kForward;
+    const bool possible = together && a.aligned && a.normalizer == Normalizer::softmax && a.student.dtype == a.teacher.dtype;
     return choose_launch(gpu, a.rows, a.vocab, size_of(a.student.dtype), possible, largest);
 }
 

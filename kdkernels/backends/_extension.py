@@ -15,7 +15,7 @@ from .rows import STATE, HeadBatch, RowBatch, Stage, Transform
 if TYPE_CHECKING:
     from ..fused.call import Call
 
-INTERFACE = 3
+INTERFACE = 4
 """Version of the compiled extension's interface. Increment it when the arguments or their meaning change."""
 
 
@@ -76,7 +76,7 @@ def row_arguments(call: Call, batch: RowBatch, stages: Stage, device_type: str) 
     args.value_scale, args.slope_scale, args.ce_weight = call.value_scale, call.slope_scale, call.ce_weight
     args.dz_scale = batch.dz_scale
     args.double_precision = dtype == torch.float64
-    args.stages, args.statistics = int(stages), Stage.NORMALISERS in stages
+    args.stages = int(stages)
     args.labels = address("labels", batch.labels, (count,), torch.int64)
     args.weight = address("weight", batch.weight, (count,), dtype)
     args.state, args.state_stride = address("state", batch.state, (len(STATE), count), dtype), batch.state.stride(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _extension
 from . import torch as torch_rows
-from .rows import FORWARD, HeadBatch, RowBatch, Stage
+from .rows import HeadBatch, RowBatch, Stage
 
 if TYPE_CHECKING:
     from ..fused.call import Call
@@ -58,9 +58,8 @@ def state_scales(call: Call) -> tuple[float, float]:
 def rows(call: Call, batch: RowBatch, stages: Stage) -> None:
     """Launch a batch on the current stream of its device, without synchronising.
 
-    NORMALISERS and SUMS run together. Without them, GRADIENT always computes the sums of slopes that jump again, even without SUMS.
+    The one-read kernel runs NORMALISERS and SUMS in one call, with or without GRADIENT. The two-read kernel runs any stages.
     """
-    _check_stages(stages)
     _launch(_extension._C.cuda_rows, _extension.row_arguments(call, batch, stages, "cuda"), batch.student)
 
 
@@ -80,11 +79,6 @@ def softmax_rows(x: Tensor, out: Tensor, temperature: float, logarithm: bool) ->
 def softmax_gradient_rows(y: Tensor, dy: Tensor, out: Tensor, temperature: float, logarithm: bool) -> None:
     """Write the gradient by x to ``out``, from the softmax's result y and its gradient dy."""
     _launch(_extension._C.cuda_softmax_rows, _extension.softmax_arguments(y, dy, out, temperature, logarithm, "cuda"), y)
-
-
-def _check_stages(stages: Stage) -> None:
-    if stages & FORWARD not in (FORWARD, Stage(0)) and stages != Stage.SUMS | Stage.GRADIENT:
-        raise NotImplementedError(f"the CUDA kernels cannot run {stages!r} alone: NORMALISERS and SUMS need one call; use backend='triton'")
 
 
 def _launch(kernel: Callable[[_Arguments, int], None], arguments: _Arguments, where: Tensor) -> None:

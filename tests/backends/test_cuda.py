@@ -4,13 +4,13 @@ neighbours check their results on a GPU, like those of every backend.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import cuda_on_cpu
 import pytest
 import torch
 
@@ -219,26 +219,17 @@ def test_hopper_code_has_clusters_and_bulk_copies() -> None:
 # ---- their source on CPU fibers
 
 
-@pytest.fixture(scope="module")
-def fibers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    if shutil.which(os.environ.get("CXX", "g++")) is None or shutil.which("make") is None:
-        pytest.skip("no C++ compiler or no make")
-    return {"cwd": str(Path(__file__).parents[1] / "cuda_on_cpu"), "build": str(tmp_path_factory.mktemp("fibers"))}
-
-
 @pytest.mark.slow
-def test_kernels_on_fibers(fibers: dict[str, str]) -> None:
-    """Against float64, under a hostile scheduler; then with every synchronisation call removed in turn, which must be noticed."""
-    for target in ("test", "mutate"):
-        run = subprocess.run(["make", target, f"BUILD={fibers['build']}"], cwd=fibers["cwd"], capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    for calls in (17, 50):  # of the kernels of two sides, and of one
-        assert f"{calls} synchronisation calls, 0 removed without notice" in run.stdout
+def test_kernels_on_fibers() -> None:
+    """Compare with float64 under a hostile scheduler. Then remove each synchronisation call in turn: a run must notice."""
+    cuda_on_cpu.run("test")
+    mutations = cuda_on_cpu.run("mutate")
+    for calls in (17, 50):  # of the kernels of two sides, and of one side
+        assert f"{calls} synchronisation calls, 0 removed without notice" in mutations
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["tsan", "asan"])
-def test_kernels_on_fibers_under(sanitizer: str, fibers: dict[str, str]) -> None:
-    run = subprocess.run(["make", sanitizer, f"BUILD={fibers['build']}"], cwd=fibers["cwd"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert len(re.findall(r"^[1-9]\d* runs, 0 failed$", run.stdout, re.MULTILINE)) == 3
+def test_kernels_on_fibers_under(sanitizer: str) -> None:
+    output = cuda_on_cpu.run(sanitizer, sanitizer)
+    assert len(re.findall(r"^[1-9]\d* runs, 0 failed$", output, re.MULTILINE)) == 3

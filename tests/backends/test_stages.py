@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from conftest import require
+from cuda_on_cpu import CudaOnCpu
 from more_divergences import Mixed, NegLogAcceptance
 from torch import Tensor
 
@@ -22,10 +23,10 @@ from kdkernels.fused.call import Call
 from kdkernels.fused.work import Form
 
 ALL = FORWARD | Stage.GRADIENT
-CALLS = (
+PARTS = (
     (Stage.NORMALISERS, Stage.SUMS, Stage.GRADIENT), (Stage.NORMALISERS, Stage.SUMS | Stage.GRADIENT), (FORWARD, Stage.GRADIENT),
 )  # fmt: skip
-ROWS, VOCAB = 4, 101
+ROWS, VOCAB, WIDTH = 4, 101, 112
 SLICES = (slice(0, 37), slice(37, VOCAB))
 
 
@@ -62,20 +63,25 @@ def problem_of(divergence: Divergence, features: Features, vocab: int, dtype: to
 
 
 def batch_of(features: Features, dtype: torch.dtype) -> RowBatch:
-    """Return rows with tensors for all outputs of the features, filled with NaN."""
+    """Return rows with tensors for all outputs of the features, filled with NaN. Rows start at multiples of 16 bytes."""
     generator = torch.Generator().manual_seed(3)
-    student, teacher, bias = (3 * torch.randn(n, VOCAB, generator=generator, dtype=dtype) for n in (ROWS, ROWS, 2))
+    compute = torch.promote_types(dtype, torch.float32)
+    student, teacher, bias = (3 * torch.randn(n, VOCAB, generator=generator, dtype=compute) for n in (ROWS, ROWS, 2))
+
+    def stored(rows: Tensor) -> Tensor:
+        return torch.empty(ROWS, WIDTH, dtype=dtype)[:, :VOCAB].copy_(rows)
+
     if features.empty:
         student[1, SLICES[0]] = -math.inf
         teacher[1, SLICES[0]] = -math.inf
         student[:, 90:] = teacher[:, 90:] = -math.inf
     return RowBatch(
-        student, teacher, *(bias if features.bias else (None, None)),
+        stored(student), stored(teacher), *(bias if features.bias else (None, None)),
         labels=torch.tensor([3, 60, 37, 89]) if features.labels else None,
-        weight=torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=dtype) if features.weight else None,
-        state=torch.full((len(STATE), ROWS), math.nan, dtype=dtype), loss=torch.full((ROWS,), math.nan, dtype=dtype),
+        weight=torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=compute) if features.weight else None,
+        state=torch.full((len(STATE), ROWS), math.nan, dtype=compute), loss=torch.full((ROWS,), math.nan, dtype=compute),
         stats=torch.full((len(STATS), ROWS), math.nan) if features.stats else None,
-        dz=torch.full_like(student, math.nan),
+        dz=stored(torch.full_like(student, math.nan)),
     )  # fmt: skip
 
 
@@ -94,8 +100,15 @@ def slice_of(batch: RowBatch, columns: slice) -> RowBatch:
     )  # fmt: skip
 
 
-def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
-    return (torch.float32,) if backend == "triton" else (torch.float32, torch.float64)
+GPUS = ("cuda sm_80", "cuda sm_90")
+"""The CUDA kernels on CPU fibers, as launched on a GPU without and with clusters."""
+
+
+def module_of(backend: str) -> Any:
+    if backend in GPUS:
+        return CudaOnCpu(clusters=backend == "cuda sm_90")
+    require(backend, "cpu")
+    return selection.load(backend)
 
 
 def assert_same(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None], digits: float) -> None:
@@ -110,43 +123,54 @@ def run_all_stages(module: Any, problem: Call, batch: RowBatch) -> RowBatch:
     return batch
 
 
-def cases(divergences: Iterable[str], interpreted: dict[str, Iterable[str]]) -> list[tuple[str, str, str]]:
-    """Yield backend, divergence and features; only a selection under Triton's slow interpreter."""
-    every = [(name, divergence, features) for name in ("torch", "native") for divergence in divergences for features in FEATURES]
-    return every + [("triton", divergence, features) for features, some in interpreted.items() for divergence in some]
+def cases(divergences: Sequence[str], interpreted: dict[str, Iterable[str]]) -> list[tuple[str, str, str, str]]:
+    """Return backend, divergence, features and dtypes of the logits.
+
+    Triton's interpreter is slow and runs a selection. On fibers, every two of GPU, divergence, features and dtype meet.
+    """
+    found = []
+    for i, divergence in enumerate(divergences):
+        for j, features in enumerate(FEATURES):
+            found += [(backend, divergence, features, "float32 float64") for backend in ("torch", "native")]
+            found.append((GPUS[(i + j // 2) % 2], divergence, features, ("float32", "bfloat16", "float16")[(i + j) % 3]))
+    return found + [("triton", divergence, features, "float32") for features, some in interpreted.items() for divergence in some]
 
 
 @pytest.mark.parametrize(
-    ("backend", "divergence", "features"),
+    ("backend", "divergence", "features", "dtypes"),
     cases(sorted(REGISTRY), {"plain": ["forward_kl", "jsd"], "labels": ["total_variation", "logit_mse"], "statistics": ["forward_kl"]}),
 )
-def test_stages_one_by_one_equal_stages_together(backend: str, divergence: str, features: str) -> None:
-    require(backend, "cpu")
-    module, given = selection.load(backend), FEATURES[features]
-    for dtype in dtypes_of(backend):
+def test_stages_one_by_one_equal_stages_together(backend: str, divergence: str, features: str, dtypes: str) -> None:
+    module, given = module_of(backend), FEATURES[features]
+    for dtype in (getattr(torch, name) for name in dtypes.split()):
         problem = problem_of(REGISTRY[divergence](), given, VOCAB, dtype, backend)
         together = run_all_stages(module, problem, batch_of(given, dtype))
-        for plan in (
-            (Stage.NORMALISERS, Stage.SUMS, Stage.GRADIENT),
-            (Stage.NORMALISERS, Stage.SUMS | Stage.GRADIENT),
-            (FORWARD, Stage.GRADIENT),
-        ):
+        for parts in PARTS:
             apart = batch_of(given, dtype)
-            for stages in plan:
+            for stages in parts:
                 module.rows(problem, apart, stages)
             assert_same((apart.loss, apart.stats, apart.dz), (together.loss, together.stats, together.dz), 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_one_read_kernel_runs_the_forward_stages_together(dtype: torch.dtype) -> None:
+    module, problem = module_of("cuda sm_90"), problem_of(kd.ForwardKL(), PLAIN, VOCAB, dtype, "cuda")
+    ran = {}
+    for stages in (ALL, FORWARD, Stage.NORMALISERS, Stage.SUMS, Stage.GRADIENT, Stage.SUMS | Stage.GRADIENT):
+        module.rows(problem, batch_of(PLAIN, dtype), stages)
+        ran[stages] = module.one_read
+    assert [stages for stages in ran if ran[stages]] == [ALL, FORWARD]
 
 
 EVERY = [*sorted(REGISTRY), "logit_mse(centered=True)"]
 
 
 @pytest.mark.parametrize(
-    ("backend", "divergence", "features"), cases(EVERY, {"empty": ["reverse_kl"], "labels": ["skew_kl"], "statistics": EVERY})
+    ("backend", "divergence", "features", "dtypes"), cases(EVERY, {"empty": ["reverse_kl"], "labels": ["skew_kl"], "statistics": EVERY})
 )
-def test_slices_of_the_columns_merge_into_the_whole(backend: str, divergence: str, features: str) -> None:
-    require(backend, "cpu")
-    module, given = selection.load(backend), FEATURES[features]
-    for dtype in dtypes_of(backend):
+def test_slices_of_the_columns_merge_into_the_whole(backend: str, divergence: str, features: str, dtypes: str) -> None:
+    module, given = module_of(backend), FEATURES[features]
+    for dtype in (getattr(torch, name) for name in dtypes.split()):
         problem = problem_of(kd.divergences.parse(divergence), given, VOCAB, dtype, backend)
         together = run_all_stages(module, problem, batch_of(given, dtype))
         assert_same(sliced(module, problem, batch_of(given, dtype)), (together.loss, together.stats, together.dz), 256)

@@ -1,30 +1,43 @@
-// Runs the CUDA row kernels' own source on CPU fibers against a float64 definition; with "mutate", removes every synchronisation
-// call in turn and asks that some run notices.
+// Runs the source of the CUDA row kernels on CPU fibers and compares with a float64 definition. "mutate" removes each synchronisation
+// call in turn; some run must notice.
 #include <algorithm>
 #include <random>
 #include <vector>
 
 #include "buffers.h"
-#include "cuda/one_read.h"
-#include "cuda/two_read.h"
+#include "cuda/launchers.h"
 #include "harness.h"
 
 namespace {
 using namespace kd;
 
-// Under a sanitizer one divergence of each kind of sweep, in two dtypes: what synchronises does not depend on the formula.
+// Under a sanitizer one divergence of each kind of sweep, in two dtypes: synchronisation does not depend on the formula.
 #ifdef KD_SOME
 constexpr bool kAll = false;
+template <class Logit> bool launch_some(const Rows& a, const Launch& l, int divergence, cudaStream_t stream) {
+    switch (divergence) {
+        case ForwardKL::id: return launch_rows_of<Logit>(ForwardKL{}, a, l, stream);
+        case JSD::id: return launch_rows_of<Logit>(JSD{}, a, l, stream);
+        case LogitMSE::id: return launch_rows_of<Logit>(LogitMSE{}, a, l, stream);
+        default: return false;
+    }
+}
 #else
 constexpr bool kAll = true;
 #endif
+
+// The launches of a row: all stages together; forward, then the gradient (a backward pass); one by one; the normalisers first.
+const std::vector<int> kPlans[] = {{kForward | kGradient}, {kForward, kGradient}, {kNormalisers, kSums, kGradient}, {kNormalisers, kSums | kGradient}};
+const char* const kPlanNames[] = {"", " backward", " one by one", " normalisers first"};
+constexpr int kTogether = 0, kBackward = 1;
 
 struct Shape { int rows, vocab, clusters, cluster_size, warps, spare_slots; };
 
 // What a run switches on; drawn from its seed.
 struct Features {
-    bool bias = false, softcap = false, scale = false, labels = false, stats = false, weight = false, dz = true, narrow = false;
-    bool statistics = true, mixed = false, unaligned = false, certain = false;  // certain: both sides are, of the label
+    bool bias = false, softcap = false, scale = false, labels = false, stats = false, weight = false, narrow = false;
+    bool mixed = false, unaligned = false, certain = false;  // certain: both sides are, of the label
+    int plan = kTogether;               // of kPlans
     bool ramp = false, sparse = false;  // logits that rise or fall by hundreds along a row; nothing but -inf in most of it, and in all of its start
     int broken = 0;                     // of kBroken: what the second row holds, whose results are NaN
     float temperature = 1.f, offset = 0.f;  // offset: of all logits, the other way for the teacher's
@@ -35,7 +48,7 @@ const char* const kBroken[] = {"", " NaN", " teacher-NaN", " inf", " teacher-inf
 
 // One row by its definition, in double; `size` of a gradient is what rounding acts on, before anything cancels.
 struct Truth {
-    double loss = 0, norm_s = 0, norm_t = 0, slope_sum = 0, lse_ce = 0, stats[5] = {}, size = 0;
+    double loss = 0, norm_s = 0, norm_t = 0, slope_sum = 0, lse_ce = 0, columns = 0, stats[5] = {}, size = 0;
     double unit = 0;  // relative error to expect: of ex2 and lg2, of sums, and of logarithms that are differences of float logits
     std::vector<double> dz, dz_size;
 };
@@ -59,7 +72,7 @@ template <class D> Truth truth_of(const Rows& a, const std::vector<double>& zs, 
     if (a.normalizer == Normalizer::mean) {
         int kept = 0;
         for (int v = 0; v < n; ++v) if (!(std::isinf(zs[v]) && std::isinf(zt[v]))) r.norm_s += zs[v] * per_t, r.norm_t += zt[v] * per_t, ++kept;
-        r.norm_s /= std::max(kept, 1), r.norm_t /= std::max(kept, 1);
+        r.norm_s /= std::max(kept, 1), r.norm_t /= std::max(kept, 1), r.columns = kept;
     }
     std::vector<double> slope(n), q(n), formed(n);  // formed: the size of what a slope is the difference of
     double value = 0, largest = 0;
@@ -104,6 +117,14 @@ template <class D> Truth truth_of(const Rows& a, const std::vector<double>& zs, 
     return r;
 }
 
+template <class Logit> bool launch_of(const Rows& a, const Launch& l, int divergence) {
+#ifdef KD_SOME
+    return launch_some<Logit>(a, l, divergence, nullptr);
+#else
+    return (std::is_same_v<Logit, float> ? launch_f32 : std::is_same_v<Logit, bf16> ? launch_bf16 : launch_f16)(a, l, divergence, nullptr);
+#endif
+}
+
 // The largest error over its tolerance; above 1 is wrong.
 template <class Logit, class D> double run(bool one_read, const Shape& s, Features f, unsigned seed, emu::Launch launch) {
     std::mt19937 random(seed * 31 + s.vocab + 7 * D::id);
@@ -132,7 +153,7 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
     a.value_scale = .8f * f.temperature * f.temperature, a.slope_scale = .8f * f.temperature, a.ce_weight = f.labels ? .7f : 0.f;
     a.dz_scale = dz_dtype == Dtype::f16 && softmax ? 4.f : 1.f;
     a.normalizer = softmax ? Normalizer::softmax : seed % 2 ? Normalizer::mean : Normalizer::none;
-    a.statistics = true, a.aligned = !f.unaligned;
+    a.aligned = !f.unaligned;
     a.a = D::id == AlphaDivergence::id ? .4f : .3f, a.b = D::id == ABDivergence::id ? .7f : 1 - a.a;
 
     std::vector<std::vector<double>> zs(s.rows, std::vector<double>(s.vocab)), zt = zs;
@@ -164,43 +185,26 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
     }
     std::vector<Truth> truths;
     for (int r = 0; r < s.rows; ++r) truths.push_back(truth_of<D>(a, zs[r], zt[r], r));
-    a.dz = f.dz ? student.data : nullptr;  // over the logits, unlike everything above
-    if (!f.statistics) {
-        a.statistics = false;
-        // The largest logit or the mean as a float, and the rest in units of ln 2.
-        const auto write = [&](int r, StateRow top, StateRow rest, const std::vector<double>& z, bool lse, double per_t, double norm) {
-            const float rounded = float(lse ? *std::max_element(z.begin(), z.end()) : norm / per_t);
-            state[top * s.rows + r] = rounded, state[rest * s.rows + r] = float((norm - rounded * per_t) / std::log(2.0));
-        };
-        for (int r = 0; r < s.rows; ++r) {
-            const Truth& t = truths[r];
-            write(r, kTopS, kRestS, zs[r], softmax, a.inv_temperature, t.norm_s), write(r, kTopT, kRestT, zt[r], softmax, a.inv_temperature, t.norm_t);
-            if (f.labels) write(r, kTopCe, kRestCe, zs[r], true, 1, t.lse_ce);
-            state[kSlopeSum * s.rows + r] = t.slope_sum;
-        }
-    }
 
-    const auto two_read = [&] {
-        launch.clusters = s.rows, launch.cluster_size = 1;
-        launch.shared_bytes = two_read_shared_bytes(launch.threads);
-        emu::launch(launch, [&] { two_read_rows<Logit, D>(a); });
+    Launch two{false, 1, 0, 32 * s.warps, s.rows, two_read_shared_bytes(32 * s.warps)}, one = two;
+    const int owners = s.cluster_size * s.warps, slots = Span(s.vocab, 0, owners, sizeof(Logit)).chunks + s.spare_slots;
+    one = {true, s.cluster_size, slots, 32 * s.warps, s.clusters * s.cluster_size, one_read_shared_bytes(s.warps, slots, s.cluster_size)};
+    Driver::run = [&](const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
+        launch.cluster_size = config.numAttrs ? int(config.attrs->val.clusterDim.x) : 1;
+        launch.clusters = int(config.gridDim.x) / launch.cluster_size, launch.threads = int(config.blockDim.x);
+        launch.shared_bytes = config.dynamicSmemBytes;
+        emu::launch(launch, kernel);
     };
-    launch.threads = 32 * s.warps;
-    if (one_read) {
-        const int owners = s.cluster_size * s.warps;
-        a.slots = Span(s.vocab, 0, owners, sizeof(Logit)).chunks + s.spare_slots;
-        launch.clusters = s.clusters, launch.cluster_size = s.cluster_size;
-        launch.shared_bytes = one_read_shared_bytes(s.warps, a.slots, s.cluster_size);
-        if constexpr (D::id != LogitMSE::id)
-            emu::launch(launch, [&] { a.plain() ? one_read_rows<false, Logit, D>(a) : one_read_rows<true, Logit, D>(a); });
-    } else {
-        two_read();
-    }
-    if (!f.dz) {  // what has been saved, put to use: a backward pass
-        // Of numbers that are rounded otherwise than in the forward pass, as another compiler's would be.
-        for (int r = 0; f.certain && f.statistics && r < s.rows; ++r) state[kRestS * s.rows + r] += r % 2 ? 1e-7f : -1e-7f;
-        a.dz = student.data, a.loss = a.stats = nullptr, a.statistics = false;
-        two_read();
+    for (const int stages : kPlans[f.plan]) {
+        a.stages = stages;
+        a.dz = stages & kGradient ? student.data : nullptr;  // over the logits
+        if (f.plan == kBackward && stages == kGradient) {
+            // The saved numbers may be rounded differently, as by another compiler. Slopes that jump are then summed again.
+            for (int r = 0; f.certain && r < s.rows; ++r) state[kExpSumS * s.rows + r] *= r % 2 ? 1 + 1e-7f : 1 - 1e-7f;
+            if (D::slope_jumps) a.stages |= kSums;
+            a.loss = a.stats = nullptr;
+        }
+        if (!launch_of<Logit>(a, one_read && (stages & kForward) == kForward ? one : two, D::id)) throw emu::Fault("not launched");
     }
 
     double worst = 0;
@@ -217,16 +221,26 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
             for (int c = 0; c < s.vocab; ++c) judge(get(student.data + r * student_stride * sizeof(Logit), c, dz_dtype), NAN, 1);
             continue;
         }
-        if (f.statistics) {
-            judge(loss[r], t.loss, t.unit * (t.size + std::abs(t.loss)));
-            const auto judge_norm = [&](StateRow top, StateRow rest, double per_t, double want) {
-                judge(double(state[top * s.rows + r]) * per_t + state[rest * s.rows + r] * std::log(2.0), want, 2e-6 * (1 + std::abs(want)));
-            };
-            judge_norm(kTopS, kRestS, a.inv_temperature, t.norm_s), judge_norm(kTopT, kRestT, a.inv_temperature, t.norm_t);
-            if (!(D::slope_jumps && f.certain)) judge(state[kSlopeSum * s.rows + r], t.slope_sum, t.unit * (1 + std::abs(t.slope_sum)));
-            if (f.labels) judge_norm(kTopCe, kRestCe, 1, t.lse_ce);
-            for (int i = 0; f.stats && i < 5; ++i) judge(stats[i * s.rows + r], t.stats[i], i == 4 ? 1e-6 : 2 * t.unit * (1 + t.size + std::abs(t.stats[i])));
+        judge(loss[r], t.loss, t.unit * (t.size + std::abs(t.loss)));
+        const auto at = [&](StateRow i) { return double(state[i * s.rows + r]); };
+        const auto judge_lse = [&](StateRow top, StateRow sum, double per_t, double want) {
+            judge(at(top) * per_t + std::log(at(sum)), want, 2e-6 * (1 + std::abs(want)));
+        };
+        if (softmax) judge_lse(kTopS, kExpSumS, a.inv_temperature, t.norm_s), judge_lse(kTopT, kExpSumT, a.inv_temperature, t.norm_t);
+        if (a.normalizer == Normalizer::mean) {
+            const auto judge_mean = [&](double got, double want) { judge(got, want, t.unit * (1 + std::abs(want))); };
+            judge_mean(at(kMeanS) * a.inv_temperature, t.norm_s), judge_mean(at(kMeanT) * a.inv_temperature, t.norm_t);
+            judge(at(kColumns), t.columns, 1e-6);
         }
+        judge(at(kValueSum), t.stats[0], 2 * t.unit * (1 + t.size + std::abs(t.stats[0])));
+        if (!D::knows_slope_sum && !(D::slope_jumps && f.certain)) judge(at(kSlopeSum), t.slope_sum, t.unit * (1 + std::abs(t.slope_sum)));
+        if (f.labels) judge_lse(kTopS, kExpSumOne, 1, t.lse_ce), judge(at(kTarget), zs[r][labels[r]], 1e-5 * (1 + std::abs(zs[r][labels[r]])));
+        for (int i = 0; f.stats && i < 5; ++i) judge(stats[i * s.rows + r], t.stats[i], i == 4 ? 1e-6 : 2 * t.unit * (1 + t.size + std::abs(t.stats[i])));
+        const auto judge_best = [&](StateRow best, const std::vector<double>& z) {
+            const double top = *std::max_element(z.begin(), z.end());
+            judge(z.at(size_t(at(best))), top, 1e-6 * (1 + std::abs(top)));
+        };
+        if (f.stats) judge_best(kBestS, zs[r]), judge_best(kBestT, zt[r]);
         // Where both are certain the sign of q - p is anyone's, and with it the gradient of what is left to the other tokens.
         const double unsure = D::slope_jumps && f.certain ? 1e-4 : 0;
         for (int c = 0; c < s.vocab; ++c)
@@ -246,14 +260,11 @@ template <class Logit> double run(int divergence, bool one_read, const Shape& s,
     });
     return worst;
 }
-double run_half(int divergence, bool one_read, const Shape& s, const Features& f, unsigned seed, const emu::Launch& launch) {
-    if constexpr (kAll) return run<half>(divergence, one_read, s, f, seed, launch);
-    return 0;
-}
 double run(int dtype, int divergence, bool one_read, const Shape& s, const Features& f, unsigned seed, const emu::Launch& launch = {}) {
     if constexpr (!kAll) dtype %= 2;
-    return dtype == 0 ? run<bf16>(divergence, one_read, s, f, seed, launch) : dtype == 1 ? run<float>(divergence, one_read, s, f, seed, launch)
-                                                                            : run_half(divergence, one_read, s, f, seed, launch);
+    if constexpr (kAll)
+        if (dtype == 2) return run<half>(divergence, one_read, s, f, seed, launch);
+    return dtype == 0 ? run<bf16>(divergence, one_read, s, f, seed, launch) : run<float>(divergence, one_read, s, f, seed, launch);
 }
 
 Features draw(unsigned seed, int salt, bool one_read) {
@@ -262,14 +273,14 @@ Features draw(unsigned seed, int salt, bool one_read) {
     Features f;
     f.weight = coin(2), f.narrow = coin(2), f.temperature = coin(2) ? 1.f : coin(2) ? 2.f : .7f;
     if (coin(2)) f.bias = coin(2), f.softcap = coin(3), f.labels = coin(2), f.stats = coin(2);
-    f.scale = coin(4), f.dz = !coin(6), f.offset = coin(3) && !f.softcap ? 3000.f : 0.f;
-    if (!one_read) f.mixed = coin(3), f.unaligned = coin(3), f.statistics = !coin(3) || !f.dz;
-    if (!f.statistics) f.stats = false;
+    f.scale = coin(4), f.offset = coin(3) && !f.softcap ? 3000.f : 0.f;
+    f.plan = one_read ? (coin(6) ? kBackward : kTogether) : int(random() % std::size(kPlans));
+    if (!one_read) f.mixed = coin(3), f.unaligned = coin(3);
     f.certain = coin(2) && !f.softcap;
-    if (coin(4) && f.statistics && !f.bias && !f.softcap && !f.scale) f.temperature = 1e-10f;  // of logits that nothing rounds
+    if (coin(4) && !f.bias && !f.softcap && !f.scale) f.temperature = 1e-10f;  // of logits that nothing rounds
     if (f.unaligned) f.narrow = false;
     if (!f.softcap && !f.scale && !f.certain && f.temperature > 1e-3f) f.ramp = coin(6), f.sparse = coin(6);
-    if (f.statistics && !f.softcap && !f.scale && coin(6)) f.broken = 1 + int(random() % 6);
+    if (!f.softcap && !f.scale && coin(6)) f.broken = 1 + int(random() % 6);
     return f;
 }
 
@@ -339,10 +350,10 @@ int test(int seeds) {
                     const int dtype = int(seed + divergence) % 3;
                     const Features f = draw(seed, divergence + s.vocab, one_read);
                     tests([&] { return run(dtype, divergence, one_read, s, f, seed); }, [&] {
-                        return text("%s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %u:%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s T %g offset %g",
+                        return text("%s divergence %d dtype %d rows %d vocab %d clusters %d x %d x %d warps, seed %u:%s%s%s%s%s%s%s%s%s%s%s%s%s%s T %g offset %g",
                                     one_read ? "one-read" : "two-read", divergence, dtype, s.rows, s.vocab, s.clusters, s.cluster_size, s.warps, seed,
                                     f.bias ? " bias" : "", f.softcap ? " softcap" : "", f.scale ? " scale" : "", f.labels ? " labels" : "", f.stats ? " stats" : "",
-                                    f.weight ? " weight" : "", f.dz ? "" : " no-dz", f.narrow ? " narrow" : "", f.statistics ? "" : " gradient-only",
+                                    f.weight ? " weight" : "", kPlanNames[f.plan], f.narrow ? " narrow" : "",
                                     f.mixed ? " mixed" : "", f.unaligned ? " unaligned" : "", f.certain ? " certain" : "",
                                     f.ramp ? " ramp" : "", f.sparse ? " sparse" : "", kBroken[f.broken], double(f.temperature), double(f.offset));
                     });

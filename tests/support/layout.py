@@ -65,14 +65,11 @@ CALLS = {
         Calls("csrc/bindings.cpp", "PYBIND11_MODULE", (("csrc/cuda/two_sides.cu", "cuda_rows"),)),
         Calls("csrc/cuda/two_sides.cu", "cuda_rows", (("csrc/cuda/two_sides_f32.cu", "launch_f32"),)),
         Calls("csrc/cuda/two_sides_f32.cu", "launch_f32", (("csrc/cuda/launchers.h", "launch_rows"),)),
+        Calls("csrc/cuda/launchers.h", "launch_rows", (("csrc/divergence.h", "with_divergence"),)),
         Calls(
             "csrc/cuda/launchers.h",
-            "launch_rows",
-            (
-                ("csrc/cuda/one_read.h", "one_read_rows"),
-                ("csrc/cuda/two_read.h", "two_read_rows"),
-                ("csrc/divergence.h", "with_divergence"),
-            ),
+            "launch_rows_of",
+            (("csrc/cuda/one_read.h", "one_read_rows"), ("csrc/cuda/two_read.h", "two_read_rows")),
         ),
         Calls("csrc/cuda/one_read.h", "one_read_rows", (("csrc/cuda/row.h", "column_terms"),)),
         Calls("csrc/cuda/two_read.h", "two_read_rows", (("csrc/cuda/row.h", "column_terms"),)),

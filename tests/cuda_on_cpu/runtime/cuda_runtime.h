@@ -1,7 +1,8 @@
-// The part of the CUDA runtime that csrc/cuda/launchers.h calls, as a record of the calls.
+// The part of the CUDA runtime that the launch code of csrc/cuda calls. Records the calls, and runs kernels if Driver::run is set.
 #pragma once
 #include <atomic>
 #include <cstddef>
+#include <functional>
 
 struct dim3 {
     unsigned x, y = 1, z = 1;
@@ -11,6 +12,10 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidClusterSize };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaDeviceAttr {
+    cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
     struct { struct { unsigned x, y, z; } clusterDim; } val;
@@ -29,18 +34,26 @@ struct Driver {
     static inline std::atomic<int> attributes = 0, questions = 0, launches = 0, cleared = 0;
     static inline unsigned largest_cluster = 16;
     static constexpr int kFit = 5;  // clusters at once
+    static constexpr int kAmpere = 1;  // number of the device without clusters; the others have them
+    static inline std::function<void(const cudaLaunchConfig_t&, const std::function<void()>& kernel)> run;
 };
 
 inline const char* cudaGetErrorName(cudaError_t) { return "name"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "text"; }
 inline cudaError_t cudaGetLastError() { return ++Driver::cleared, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = Driver::device, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    constexpr int kAmpereLimits[] = {8, 108, 166912, 167936}, kHopperLimits[] = {9, 132, 232448, 233472};
+    return *value = (device == Driver::kAmpere ? kAmpereLimits : kHopperLimits)[attribute], cudaSuccess;
+}
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return ++Driver::attributes, cudaSuccess; }
 inline cudaError_t cudaOccupancyMaxActiveClusters(int* fit, const void*, const cudaLaunchConfig_t* config) {
     ++Driver::questions;
     if (config->attrs->val.clusterDim.x > Driver::largest_cluster) return cudaErrorInvalidClusterSize;
     return *fit = Driver::kFit, cudaSuccess;
 }
-template <class Arguments> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*)(Arguments), const Arguments&) {
-    return Driver::blocks = config->gridDim.x, ++Driver::launches, cudaSuccess;
+template <class Arguments> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments), const Arguments& a) {
+    Driver::blocks = config->gridDim.x, ++Driver::launches;
+    if (Driver::run) Driver::run(*config, [&] { kernel(a); });
+    return cudaSuccess;
 }
