@@ -1,7 +1,7 @@
 // The divergences: value and slope df/d(log q) of one column, from log q, log p and their exponentials.
-// T * dD/dz_student = slope - q * sum(slope). The forms are those of `terms` in kdkernels/divergences.py, whose comments
-// say why; a test holds the two, and the Triton twins, against each other. Ids are that file's too. A divergence with one
-// parameter gets 1 minus it as the second, which float could not form from it without losing digits near 1.
+// T * dD/dz_student = slope - q * sum(slope). Formulas and ids are those of kdkernels/divergences.py, whose comments explain them; tests
+// compare them with Python and Triton. A divergence with one parameter a gets 1 - a as the second: computed in float, it would lose digits
+// near 1.
 //
 // log_q and log_p are in units of kUnit: natural on a CPU, in base 2 on a GPU, whose ex2 and lg2 are one instruction each. Values and
 // slopes are in natural units.
@@ -25,9 +25,9 @@ template <class Real> constexpr Real kUnit = kSpecial<Real> ? Real(kLn2) : Real(
 
 template <class Real> KD_INLINE Real magnitude(Real x) { return x < Real(0) ? -x : x; }
 
-// p * x; 0 if p is 0, even if x is infinite or NaN.
+// Returns p * x; 0 if p is 0, even if x is infinite or NaN.
 template <class Real> KD_INLINE Real product(Real p, Real x) { return p == Real(0) ? Real(0) : p * x; }
-// The same of an x that is finite on a GPU: log_qm, log_pm, log or excess of what follows.
+// The same for an x that is finite on a GPU: log_qm, log_pm, log and excess below.
 template <class Real> KD_INLINE Real times(Real p, Real x) { return kSpecial<Real> ? p * x : product(p, x); }
 
 // log(q / m) and log(p / m), m = weight_q * q + weight_p * p with weights that sum to 1.

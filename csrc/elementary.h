@@ -1,8 +1,8 @@
-// exp, log and their relatives without branches or library calls, so that a loop over columns becomes SIMD code.
-// Good to about 2 ulp; exp flushes results below twice the normal range to 0. NaN and infinities are handled as in IEEE 754.
+// exp, log, expm1, log1p and tanh without branches or library calls, so that a loop over columns becomes SIMD code. The error is about
+// 2 ulp; exp flushes results below twice the normal range to 0. NaN and infinities are handled as in IEEE 754.
 //
-// On a GPU (and on the fibers that stand in for one in tests, KD_FIBERS) the float forms are the special function unit's: ex2 and
-// lg2 to about 2^-22, which float32 sums over a vocabulary do not notice.
+// On a GPU, and on the fibers of tests (KD_FIBERS), float functions use the special function unit: ex2 and lg2 with an error of about
+// 2^-22, which is small against the rounding of float32 sums over a vocabulary.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -147,8 +147,8 @@ template <class Real> KD_INLINE Real log(Real x) {
     return e * F::ln2_hi + (s * Real(2) + (s * z * log_tail(z) + e * F::ln2_lo));
 }
 
-// log(1 + y), -1 < y <= 0, with what 1 + y rounds away put back; or, where that is small, log(w): w is the same number, formed
-// without the cancellation.
+// Returns log(1 + y), -1 < y <= 0, corrected for the rounding of 1 + y; or log(w) if 1 + y is small. w is 1 + y, computed without
+// cancellation.
 template <class Real> KD_INLINE Real log1p_or_log(Real y, Real w) {
     const bool near = y > Real(-0.5);
     const Real x = near ? Real(1) + y : w;

@@ -1,4 +1,4 @@
-// Arguments of a row kernel: plain pointers and numbers, no torch. C rows, V columns, unit stride along V.
+// Arguments of the row kernels: plain pointers and numbers, without torch. C rows, V columns, unit stride along V.
 #pragma once
 #include <cstdint>
 

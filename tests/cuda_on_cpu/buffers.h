@@ -12,7 +12,7 @@ using namespace kd;
 
 double unit(Dtype d) { return d == Dtype::f32 ? 0x1p-22 : d == Dtype::f16 ? 0x1p-10 : 0x1p-7; }
 
-// Rows of exactly their size, so that AddressSanitizer sees a read beyond them.
+// Memory of exactly the size of its rows: AddressSanitizer reports reads beyond them.
 struct Buffer {
     unsigned char* data;
     explicit Buffer(size_t bytes) : data(static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(16)))) { std::fill_n(data, bytes, 0xff); }

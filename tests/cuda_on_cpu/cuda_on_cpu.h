@@ -1,10 +1,9 @@
-// Runs CUDA kernel source on a CPU. Every CUDA thread is a fiber; the barriers, mbarriers, bulk copies and
-// distributed shared memory that the row kernels use are functions of this header with the names of intrinsics.h.
+// Runs CUDA kernel source on a CPU. Every CUDA thread is a fiber. This header has barriers, mbarriers, bulk copies and distributed shared
+// memory as functions with the names of intrinsics.h.
 //
-// The scheduler is hostile on purpose: it delays or hurries copies, freezes warps and CTAs, poisons shared memory
-// with NaN, and reports deadlocks and misuse as emu::Fault. Compiled with -fsanitize=thread, every CUDA thread is a
-// ThreadSanitizer fiber and every barrier a happens-before edge, so races in shared and global memory are reported;
-// with -fsanitize=address, out-of-bounds accesses are.
+// The scheduler is hostile: it delays or hurries copies, freezes warps and CTAs, fills shared memory with NaN, and reports deadlocks and
+// misuse as emu::Fault. With -fsanitize=thread, every CUDA thread is a ThreadSanitizer fiber and every barrier a happens-before edge: races
+// in shared and global memory are reported. With -fsanitize=address, accesses out of bounds are.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -18,7 +17,7 @@ namespace emu {
 
 struct Fault : std::runtime_error { using std::runtime_error::runtime_error; };
 
-// The place of a synchronisation call: what a deadlock report names, and what a mutation test removes.
+// A synchronisation call in the source. Deadlock reports name it, mutation tests remove it.
 struct Site {
     const char* call;
     int line;
@@ -37,7 +36,7 @@ void launch(const Launch&, const std::function<void()>& kernel);   // throws Fau
 struct Where { int thread, threads, rank, cluster_size, cluster, clusters; unsigned char* shared; };
 const Where& where();
 
-// The runtime, compiled without instrumentation (cuda_on_cpu.cpp). Each returns at once when its site is removed.
+// The runtime, compiled without instrumentation (cuda_on_cpu.cpp). These return at once if their site is removed.
 bool warp_rendezvous(Site, bool orders_memory);
 void block_barrier(Site);
 void cluster_barrier_arrive(Site);
@@ -50,7 +49,7 @@ void copy_async(void* dst, const void* src, int bytes, uint64_t* barrier, Site);
 void* remote_address(void* local, int rank);
 void* exchange_slot(int lane);          // of this warp, valid until its second next rendezvous
 
-// MUFU results are not correctly rounded; a test that passes only with libm's accuracy would prove too much.
+// Adds an error like that of MUFU, which does not round correctly. Kernels must not depend on the accuracy of libm.
 inline float blur(float y, float error) {
     uint32_t bits;
     std::memcpy(&bits, &y, 4);
@@ -93,7 +92,7 @@ inline void bulk_load(void* dst, const void* src, int bytes, Mbarrier* b, EMU_SI
 
 template <class T> void store_remote(T* local, int rank, const T& value) { *static_cast<T*>(emu::remote_address(local, rank)) = value; }
 
-// A shuffle moves registers and orders no memory: under ThreadSanitizer it is no happens-before edge.
+// A shuffle moves registers and does not order memory: under ThreadSanitizer it is not a happens-before edge.
 template <class T> __attribute__((no_sanitize("thread"))) T shuffle_xor(T value, int mask, EMU_SITE("shuffle_xor")) {
     const int lane = thread_index() % 32;
     *static_cast<T*>(emu::exchange_slot(lane)) = value;
@@ -140,9 +139,9 @@ template <class T> bool pair_within(uint32_t x, uint32_t y) {
 }
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec { T at[N]; };
 template <class V> void store_vector(void* to, const V& v) { *static_cast<V*>(to) = v; }
-// Of any type that the memory holds, as on a GPU: copied, not aliased.
+// Copies the bytes: memory of any type can be read as a vector, as on a GPU.
 template <class V> V load_vector(const void* from) {
-    if (reinterpret_cast<uintptr_t>(from) % alignof(V)) throw emu::Fault("a vector that is read at no multiple of its size");
+    if (reinterpret_cast<uintptr_t>(from) % alignof(V)) throw emu::Fault("a vector is read at an address that is not a multiple of its size");
     V v;
     std::memcpy(&v, from, sizeof v);
     return v;

@@ -1,5 +1,5 @@
-// What the tests of the kernels have in common: runs that are counted, synchronisation calls that are removed, and main.
-//   PROGRAM test [SEEDS] | mutate [SEEDS]; exit status 0: all as it should be
+// Shared by the tests of the kernels: counted runs, removal of synchronisation calls, and main.
+//   PROGRAM test [SEEDS] | mutate [SEEDS]; exit status 0: success
 #pragma once
 #include <cstdarg>
 #include <cstdio>
@@ -20,7 +20,7 @@ __attribute__((format(printf, 1, 2))) std::string text(const char* format, ...) 
     return line;
 }
 
-// What is wrong with a run that returns its largest error over its tolerance; empty: nothing.
+// Returns why a run failed; empty if it passed. `run` returns its largest ratio of an error to its tolerance.
 template <class Run> std::string wrong(Run&& run) {
     try {
         if (const double worst = run(); worst > 1) return text("wrong result, %g of tolerance", worst);
@@ -43,7 +43,7 @@ struct Tests {
     }
 };
 
-// Removes every synchronisation call (known by its name and line) of run(launch, seed) in turn; some seed has to notice.
+// Removes each synchronisation call of run(launch, seed) in turn. For each, the run must fail with some seed.
 struct Mutations {
     int seeds, calls = 0, unnoticed = 0;
     template <class Run> void operator()(const std::string& name, Run&& run) {

@@ -1,4 +1,4 @@
-// The CUDA kernels of one side, as test_rows.cpp does it for those of two.
+// Tests of the CUDA kernels of one side. test_rows.cpp has those of two sides.
 #include <random>
 #include <vector>
 
@@ -17,15 +17,15 @@ constexpr bool kAll = false;
 constexpr bool kAll = true;
 #endif
 
-// kSparse: the calls of a loss against a sparse teacher (kdkernels/fused/sparse.py), one after the other.
+// kSparse: the sequence of calls of a loss against a sparse teacher (kdkernels/fused/sparse.py).
 enum Kernel { kHead, kTop, kDraw, kSoftmax, kSoftmaxGradient, kSparse, kKernels };
 const char* const kNames[] = {"head", "top", "draw", "softmax", "softmax gradient", "sparse"};
 
 struct Shape { int rows, vocab, cluster, warps; };
 struct Features {
     bool bias = false, softcap = false, scale = false, entropy = false, narrow = false, kept = true, unaligned = false, dz = true;
-    bool gradient_apart = false;  // its state is read, in a launch of its own
-    bool ties = false, odd_rows = false, logarithm = false, in_place = true, unsure = false;  // unsure: float32 judges few draws
+    bool gradient_apart = false;  // a launch of its own, which reads the state
+    bool ties = false, odd_rows = false, logarithm = false, in_place = true, unsure = false;  // unsure: most draws are decided in double
     int num_ids = 0, k = 1;
     float temperature = 1.f, offset = 0.f;
 };
@@ -40,7 +40,7 @@ struct Judge {
     }
 };
 
-// Logits and their transform, the latter in float as the kernels have it and in double.
+// Logits, and their transform in double (z) and in float, as in the kernels (near).
 template <class Logit> struct Rows_ {
     static constexpr Dtype kType = kDtype<Logit>;
     int rows, vocab;
@@ -100,7 +100,7 @@ int64_t kept_bytes(int vocab, int itemsize, int cluster, int threads) {
     return (share + step - 1) / step * step * 16;
 }
 
-// The largest error over its tolerance; above 1 is wrong.
+// Returns the largest ratio of an error to its tolerance; above 1 is wrong.
 template <class Logit> double run(Kernel kernel, const Shape& s, const Features& f, unsigned seed, emu::Launch launch) {
     std::mt19937 random(seed * 31 + s.vocab + 7 * kernel);
     std::normal_distribution<float> normal;
@@ -111,9 +111,9 @@ template <class Logit> double run(Kernel kernel, const Shape& s, const Features&
     launch.threads = threads, launch.clusters = s.rows, launch.cluster_size = s.cluster;
     launch.shared_bytes = one_read_shared_bytes(s.warps, 0, s.cluster);
     Judge judge;
-    double largest = f.softcap ? 6 : 0;  // of what logits are made of
+    double largest = f.softcap ? 6 : 0;  // largest number in the computation of the logits
     for (const auto& row : rows.near) for (float v : row) if (std::isfinite(v)) largest = std::max(largest, std::abs(double(v)));
-    // Of a logarithm: of lg2 and the sum, of the transform, and of what the logarithm itself is rounded to.
+    // Tolerance of a logarithm: errors of lg2 and the sum, of the transform, and of rounding the logarithm.
     const double off = 3e-6 + (f.bias || f.softcap || f.scale ? 0x1p-21 * largest * per_t : 0);
     const auto unit_of = [&](double log_q) { return off + 0x1p-21 * std::abs(std::isfinite(log_q) ? log_q : 0); };
 
@@ -124,7 +124,7 @@ template <class Logit> double run(Kernel kernel, const Shape& s, const Features&
         a.rows = s.rows, a.vocab = vocab, a.per_t = per_t, a.logarithm = f.logarithm;
         if (f.kept) a.kept_at = int(launch.shared_bytes), a.kept_bytes = int(bytes), launch.shared_bytes += bytes * (kernel == kSoftmax ? 1 : 2);
         Buffer dy(s.rows * rows.stride * sizeof(Logit) + 16), apart(s.rows * rows.stride * sizeof(Logit));
-        const int shift = f.unaligned ? 1 : 0;  // another place within 16 bytes than x
+        const int shift = f.unaligned ? 1 : 0;  // 1: a different offset within 16 bytes than x
         std::vector<std::vector<double>> want(s.rows, std::vector<double>(vocab)), tolerance = want;
         for (int r = 0; r < s.rows; ++r) {
             std::vector<double> stored(vocab), up(vocab);
@@ -233,7 +233,7 @@ template <class Logit> double run(Kernel kernel, const Shape& s, const Features&
     if (n) a.ids = ids.data(), a.num_ids = n, a.logprobs = logprobs.data(), a.d_logprobs = d_logprobs.data();
     if (f.entropy) a.entropy = entropy.data(), a.d_entropy = d_entropy.data();
     if (with_lse) a.d_lse = d_lse.data();
-    if (sparse) {  // statistics first, with the largest for the token statistics; then a gradient that is a multiple of q
+    if (sparse) {  // statistics and the largest logit first, then a gradient that is a multiple of q
         a.d_lse = a.d_entropy = a.d_logprobs = nullptr;
         std::fill(d_entropy.begin(), d_entropy.end(), 0.f), std::fill(d_logprobs.begin(), d_logprobs.end(), 0.f);
     }
@@ -317,11 +317,11 @@ Features draw(unsigned seed, int salt, Kernel kernel, const Shape& s) {
     if (kernel == kDraw) f.k = 1 + random() % 4;
     if (kernel == kSparse) f.gradient_apart = true, f.num_ids = coin(3) ? 1 : coin(2) ? 5 : 65;
     const bool forward = kernel != kSparse && kernel != kSoftmaxGradient && !f.gradient_apart;
-    if (coin(4) && forward && !f.bias && !f.softcap && !f.scale) f.temperature = 1e-10f, f.dz = f.logarithm = false;  // of logits that nothing rounds
+    if (coin(4) && forward && !f.bias && !f.softcap && !f.scale) f.temperature = 1e-10f, f.dz = f.logarithm = false;  // only for logits without a transform
     return f;
 }
 
-// V of one column, odd, below and above a thread's step; a CTA, and clusters up to 8.
+// Vocabularies of one column, odd, below and above a thread's step; one CTA, and clusters of up to 8.
 const Shape kShapes[] = {{2, 1, 1, 1}, {3, 7, 2, 1}, {3, 127, 1, 1}, {4, 1000, 2, 2}, {3, 1031, 4, 1}, {3, 4099, 1, 2}, {2, 5021, 8, 1}};
 
 int test(int seeds) {
@@ -344,7 +344,7 @@ int test(int seeds) {
     return tests.status();
 }
 
-// Each kernel in the forms that need its synchronisation: in a cluster, in one CTA; with dz that overtakes what is read; with ties.
+// Runs each kernel in the forms that need its synchronisation: in a cluster, in one CTA, with dz that overwrites unread logits, with ties.
 int mutate(int seeds) {
     struct Form { Kernel kernel; Shape shape; int dtype; };
     const Form forms[] = {{kHead, {3, 5021, 4, 2}, 1}, {kHead, {3, 5021, 1, 4}, 1}, {kTop, {3, 5021, 1, 4}, 1}, {kDraw, {3, 5021, 2, 2}, 0}, {kDraw, {3, 5021, 1, 4}, 1},

@@ -1,4 +1,4 @@
-// What a launch asks of the driver, and how often: launchers.h against a runtime that records its calls.
+// Calls of the driver that launchers.h makes for a launch, counted by a runtime that records them.
 #include <thread>
 #include <vector>
 
@@ -13,7 +13,7 @@ void second_kernel(Rows) {}
 
 const Launch kOneRead{true, 16, 4, 256, 160, 90000, 232448}, kTwoRead{false, 1, 0, 256, 40, 768, 0};
 
-// The calls that `run` makes: attributes set, occupancy questions, launches.
+// Calls of the driver: attributes set, occupancy questions, launches.
 struct Calls {
     int attributes, questions, launches;
     bool operator==(const Calls&) const = default;
@@ -61,7 +61,7 @@ int test(int) {
     return tests.status();
 }
 
-int mutate(int) { return 0; }  // nothing here synchronises
+int mutate(int) { return 0; }  // there is no synchronisation call
 }  // namespace
 
 int main(int argc, char** argv) { return run_main(argc, argv, test, 0, mutate); }

@@ -33,23 +33,23 @@ constexpr int kTogether = 0, kBackward = 1;
 
 struct Shape { int rows, vocab, clusters, cluster_size, warps, spare_slots; };
 
-// What a run switches on; drawn from its seed.
+// Features of a run, drawn from its seed.
 struct Features {
     bool bias = false, softcap = false, scale = false, labels = false, stats = false, weight = false, narrow = false;
-    bool mixed = false, unaligned = false, certain = false;  // certain: both sides are, of the label
+    bool mixed = false, unaligned = false, certain = false;  // certain: both sides give the label a probability of almost 1
     int plan = kTogether;               // of kPlans
-    bool ramp = false, sparse = false;  // logits that rise or fall by hundreds along a row; nothing but -inf in most of it, and in all of its start
-    int broken = 0;                     // of kBroken: what the second row holds, whose results are NaN
-    float temperature = 1.f, offset = 0.f;  // offset: of all logits, the other way for the teacher's
+    bool ramp = false, sparse = false;  // ramp: logits rise or fall by hundreds along a row. sparse: most logits are -inf, and all at the start
+    int broken = 0;                     // of kBroken: makes the results of the second row NaN
+    float temperature = 1.f, offset = 0.f;  // offset: added to the student's logits, subtracted from the teacher's
     bool plain() const { return !bias && !softcap && !labels && !stats; }
 };
 
 const char* const kBroken[] = {"", " NaN", " teacher-NaN", " inf", " teacher-inf", " empty", " teacher-empty"};
 
-// One row by its definition, in double; `size` of a gradient is what rounding acts on, before anything cancels.
+// Results of one row by definition, in double. size, dz_size: sums of magnitudes, which rounding errors are relative to.
 struct Truth {
     double loss = 0, norm_s = 0, norm_t = 0, slope_sum = 0, lse_ce = 0, columns = 0, stats[5] = {}, size = 0;
-    double unit = 0;  // relative error to expect: of ex2 and lg2, of sums, and of logarithms that are differences of float logits
+    double unit = 0;  // expected relative error of ex2, lg2, sums, and differences of float logits
     std::vector<double> dz, dz_size;
 };
 double lse(const std::vector<double>& z, double per_t) {
@@ -74,10 +74,10 @@ template <class D> Truth truth_of(const Rows& a, const std::vector<double>& zs, 
         for (int v = 0; v < n; ++v) if (!(std::isinf(zs[v]) && std::isinf(zt[v]))) r.norm_s += zs[v] * per_t, r.norm_t += zt[v] * per_t, ++kept;
         r.norm_s /= std::max(kept, 1), r.norm_t /= std::max(kept, 1), r.columns = kept;
     }
-    std::vector<double> slope(n), q(n), formed(n);  // formed: the size of what a slope is the difference of
+    std::vector<double> slope(n), q(n), formed(n);  // formed: magnitude of the numbers that a slope is the difference of
     double value = 0, largest = 0;
     for (const auto* z : {&zs, &zt}) {
-        // A softmax sees logits from the largest on, if nothing is done to them that rounds them where they are.
+        // A softmax depends on differences from the largest logit, which are exact for logits without a transform.
         const RowSide& side = z == &zs ? a.student : a.teacher;
         const bool untouched = !side.bias && side.scale == 1 && side.softcap == 0;
         const double from = softmax && untouched ? *std::max_element(z->begin(), z->end()) : 0;
@@ -111,7 +111,7 @@ template <class D> Truth truth_of(const Rows& a, const std::vector<double>& zs, 
         }
         const double straight = a.student.scale * weight * a.dz_scale, bend = a.student.softcap != 0 ? zs[v] / a.student.softcap : 0;
         const double outer = straight * (1 - bend * bend);
-        // 1 - bend^2 is known to a step of 1, however small it is.
+        // 1 - bend^2 has the absolute error of 1.
         r.dz[v] = g * outer, r.dz_size[v] = size * std::abs(outer) + (bend != 0 ? 0.1 * std::abs(g * straight) : 0);
     }
     return r;
@@ -125,7 +125,7 @@ template <class Logit> bool launch_of(const Rows& a, const Launch& l, int diverg
 #endif
 }
 
-// The largest error over its tolerance; above 1 is wrong.
+// Returns the largest ratio of an error to its tolerance; above 1 is wrong.
 template <class Logit, class D> double run(bool one_read, const Shape& s, Features f, unsigned seed, emu::Launch launch) {
     std::mt19937 random(seed * 31 + s.vocab + 7 * D::id);
     std::normal_distribution<float> normal;
@@ -173,8 +173,8 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
                 if (f.broken > 4) side = -INFINITY;
                 else if (c == labels[r]) side = f.broken > 2 ? INFINITY : NAN;
             }
-            if (holes && c % 97 == 5 && c != labels[r]) x = u = -INFINITY;  // a column that both exclude
-            if (holes && !f.sparse && c % 97 == 3 && (D::id == 0 || D::id == 3)) u = -INFINITY;  // and one that the teacher does, where that costs little
+            if (holes && c % 97 == 5 && c != labels[r]) x = u = -INFINITY;  // a column that both sides exclude
+            if (holes && !f.sparse && c % 97 == 3 && (D::id == 0 || D::id == 3)) u = -INFINITY;  // and one that only the teacher excludes
             put(student.data, r * student_stride + c, kLogit, x), put(teacher.data, r * teacher_stride + c, teacher_dtype, u);
             const auto z = [&](const RowSide& side, const void* p, int64_t at) {
                 double v = (get(p, at, side.dtype) + (side.bias ? side.bias[c] : 0.f)) * side.scale;
@@ -241,7 +241,7 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
             judge(z.at(size_t(at(best))), top, 1e-6 * (1 + std::abs(top)));
         };
         if (f.stats) judge_best(kBestS, zs[r]), judge_best(kBestT, zt[r]);
-        // Where both are certain the sign of q - p is anyone's, and with it the gradient of what is left to the other tokens.
+        // If both sides are certain, rounding decides the sign of q - p, and the gradient of the other tokens with it.
         const double unsure = D::slope_jumps && f.certain ? 1e-4 : 0;
         for (int c = 0; c < s.vocab; ++c)
             judge(get(student.data + r * student_stride * sizeof(Logit), c, dz_dtype), t.dz[c],
@@ -277,18 +277,19 @@ Features draw(unsigned seed, int salt, bool one_read) {
     f.plan = one_read ? (coin(6) ? kBackward : kTogether) : int(random() % std::size(kPlans));
     if (!one_read) f.mixed = coin(3), f.unaligned = coin(3);
     f.certain = coin(2) && !f.softcap;
-    if (coin(4) && !f.bias && !f.softcap && !f.scale) f.temperature = 1e-10f;  // of logits that nothing rounds
+    if (coin(4) && !f.bias && !f.softcap && !f.scale) f.temperature = 1e-10f;  // only for logits without a transform
     if (f.unaligned) f.narrow = false;
     if (!f.softcap && !f.scale && !f.certain && f.temperature > 1e-3f) f.ramp = coin(6), f.sparse = coin(6);
     if (!f.softcap && !f.scale && coin(6)) f.broken = 1 + int(random() % 6);
     return f;
 }
 
-// V odd, below a chunk, exactly one, one over; one cluster and two, up to 8 CTAs and 2 warps; rings with one chunk to spare and more.
+// Vocabularies that are odd, below a chunk, one chunk, and above; one and two clusters of up to 8 CTAs and 2 warps; rings with one or more spare
+// chunks.
 const Shape kShapes[] = {{3, 7, 1, 1, 1, 1}, {3, 127, 1, 2, 1, 1}, {4, 1000, 2, 2, 2, 1}, {2, 512, 1, 1, 1, 2}, {3, 1031, 1, 4, 1, 2}, {5, 2053, 2, 2, 2, 2}, {2, 4099, 1, 8, 1, 1}};
 
-// One column in float, base 2, against the definition in double: value and slope, and the slope that is computed alone. Error over
-// tolerance; logarithms from certainty to far below what float32 holds, and -inf.
+// Compares value and slope of one column in float, base 2, and the slope computed alone, with the definition in double. Returns the largest
+// ratio of an error to its tolerance.
 template <class D> double column_error(double log2_q, double log2_p) {
     Rows a{};
     a.a = D::id == AlphaDivergence::id ? .4f : .3f, a.b = D::id == ABDivergence::id ? .7f : 1 - a.a;
@@ -297,12 +298,12 @@ template <class D> double column_error(double log2_q, double log2_p) {
     const Terms<double> want = D::template terms<double>(lq, lp, q, p, a.a, a.b);
     const Terms<float> got = column_terms<D>(a, float_q, float_p, exp2_fast(float_q));
     const float alone = column_slope<D>(a, float_q, float_p, exp2_fast(float_q));
-    // ex2 and lg2 are good to 2^-22, and so are logarithms to that of their size; of what is next to nothing float32 has none.
+    // ex2 and lg2 have an error of 2^-22, logarithms one of 2^-22 times their size. Probabilities below float32's range are 0.
     const double larger = D::id == ABDivergence::id ? std::exp((a.a + a.b) * std::max(lq, lp)) : std::max(q, p);
     const double known = larger > 0 ? 1 - std::max(lq, lp) : 1;
     const double tolerance = 3e-6 * larger * known + 1e-30;
     const auto off = [](double got, double want, double by) { return std::isinf(want) ? 0 : std::abs(got - want) / by; };
-    const double jump = D::slope_jumps && std::abs(q - p) < tolerance ? 2 * q : 0;  // which of two that are equal is the larger
+    const double jump = D::slope_jumps && std::abs(q - p) < tolerance ? 2 * q : 0;  // rounding decides the sign of q - p
     double worst = 0;
     for (const double e : {off(got.value, want.value, tolerance + 4e-7 * std::abs(want.value)),
                            off(got.slope, want.slope, tolerance + 4e-7 * std::abs(want.slope) + jump),
@@ -323,7 +324,7 @@ void test_columns(Tests& tests) {
                 }, [&] { return text("column of divergence %d: log2 q %g, log2 p %g", divergence, log2_q, log2_p); });
 }
 
-// Two reads with each feature alone, in rows that end within a vector and start anywhere.
+// Runs two reads with each feature alone, in rows that end within a vector, aligned and not.
 void test_features(Tests& tests) {
     for (const int vocab : {263, 1031, 2048})
         for (const int feature : {0, 1, 2, 3, 4})
@@ -361,7 +362,7 @@ int test(int seeds) {
     return tests.status();
 }
 
-// The two kernels, one after the other.
+// Mutates both kernels in turn.
 int mutate(int seeds) {
     Features f;
     f.labels = f.stats = f.narrow = true, f.temperature = 2.f;
