@@ -80,12 +80,12 @@ class Divergence:
     @property
     def parameters(self) -> tuple[float, ...]:
         """Numeric parameters, in field order (they come before the flags)."""
-        return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "float")
+        return tuple(getattr(self, name) for name, f in self.__dataclass_fields__.items() if f.type == "float")
 
     @property
     def flags(self) -> dict[str, bool]:
         """Boolean parameters, by name."""
-        return {f.name: bool(getattr(self, f.name)) for f in dataclasses.fields(self) if f.type == "bool"}
+        return {name: bool(getattr(self, name)) for name, f in self.__dataclass_fields__.items() if f.type == "bool"}
 
     @property
     def kernel_parameters(self) -> tuple[float, float]:
@@ -93,8 +93,9 @@ class Divergence:
 
         ``1 - a`` is computed here in float64, because float32 would lose digits for a close to 1.
         """
-        first, *rest = *self.parameters, 0.0
-        return first, rest[0] if len(self.parameters) == 2 else 1.0 - first
+        parameters = self.parameters
+        first = parameters[0] if parameters else 0.0
+        return first, parameters[1] if len(parameters) == 2 else 1.0 - first
 
     def reference(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """Return f for each column, ``[..., V]``, as written in the papers; differentiable. All other forms must agree with it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,9 +51,6 @@ Product: TypeAlias = "Callable[[Tensor, Tensor, Tensor], None]"
 """``(hidden, weight, out)``: write ``hidden @ weight.T`` into ``out``."""
 
 
-@runtime_checkable
-class OwnProduct(Protocol):
-    """A backend that can multiply hidden states and a head in cases where torch would have to widen the operands."""
-
-    def product_of(self, weight: Tensor, dtype: Dtype, result: Dtype) -> Product | None:
-        """Return the product for this head with operands in ``dtype`` and ``out`` in ``result``, or None."""
+ProductOf: TypeAlias = "Callable[[Tensor, Dtype, Dtype], Product | None]"
+"""``product_of(weight, dtype, result)`` of a backend, optional: return the product for a head with operands in ``dtype`` and ``out`` in
+``result``, or None. For cases in which torch would have to widen the operands."""

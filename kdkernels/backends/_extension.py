@@ -41,6 +41,7 @@ except ImportError as error:
         warnings.warn(f"{_MISSING}: start Python in another folder, or run pip install -e . in this one", stacklevel=2)
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_POINTED = {*_DTYPES, torch.int64, torch.int32}
 _NORMALIZERS = {"softmax": 0, "mean": 1, "none": 2}
 
 
@@ -159,12 +160,7 @@ def address_of(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: 
     """Return the data pointer (0 for None) after checking device, dtype, shape and strides. Every pointer given to C++ comes from here."""
     if tensor is None:
         return 0
-    if (
-        tensor.device.type != device_type
-        or tensor.dtype != dtype
-        or tensor.dtype not in (*_DTYPES, torch.int64, torch.int32)
-        or tuple(tensor.shape) != shape
-    ):
+    if tensor.device.type != device_type or tensor.dtype != dtype or tensor.dtype not in _POINTED or tensor.shape != shape:
         raise ValueError(
             f"{name} must be {dtype} of shape {list(shape)} on {device_type}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )

@@ -61,22 +61,22 @@ class Options:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         return resolved
 
-    def call(self, divergence: Divergence, quantity: Quantity, student: Checked, teacher: Form | None = None) -> Call:
-        """Build the call for a quantity. The caller adds the fields that depend on labels and token weights."""
-        grad = torch.is_grad_enabled()
-        wants: dict[str, Any] = {f"wants_{name}": grad and tensor.requires_grad for name, tensor in student.tensors.items()}
+    def call(self, divergence: Divergence, quantity: Quantity, student: Checked, teacher: Form | None = None, **fields: Any) -> Call:
+        """Build the call for a quantity. ``fields`` are fields of the call that these options do not determine, or replace."""
+        grad = torch.is_grad_enabled() and quantity not in ("topk", "sample")
+        wants = {f"wants_{name}": grad and tensor.requires_grad for name, tensor in student.tensors.items()}
         same = ("t_squared", "kd_weight", "ce_weight", "ignore_index", "logits_dtype", "return_stats", "memory_budget", "chunk_rows")
-        return Call(
-            divergence=divergence,
-            vocab=student.vocab,
-            quantity=quantity,
-            temperature=max(self.temperature, SMALLEST_TEMPERATURE),
-            student=student.form,
-            teacher=Form() if teacher is None else teacher,
-            per_token=self.reduction == "none",
+        every: dict[str, Any] = {
+            "vocab": student.vocab,
+            "temperature": max(self.temperature, SMALLEST_TEMPERATURE),
+            "student": student.form,
+            "teacher": Form() if teacher is None else teacher,
+            "per_token": self.reduction == "none",
             **wants,
             **{name: getattr(self, name) for name in same},
-        )
+            **fields,
+        }
+        return Call(divergence, quantity=quantity, **every)
 
 
 def prepare(
@@ -109,8 +109,9 @@ def prepare(
         named["labels"] = labels.detach().to(torch.int64)  # uint8 cannot hold an ignore_index of -100
     if token_weights is not None:
         named["token_weights"] = token_weights.detach()
-    call = options.call(divergence, quantity, student_side, None if teacher_side is None else teacher_side.form)
-    return _chosen(replace(call, has_labels=labels is not None), options.backend, student_side), Tensors(named)
+    teacher_form = None if teacher_side is None else teacher_side.form
+    call = options.call(divergence, quantity, student_side, teacher_form, has_labels=labels is not None)
+    return _chosen(call, options.backend, student_side), Tensors(named)
 
 
 def prepare_head(side: Side, quantity: Quantity, options: Options, ids: Tensor | None = None, count: int = 0) -> tuple[Call, Tensors]:
@@ -121,9 +122,7 @@ def prepare_head(side: Side, quantity: Quantity, options: Options, ids: Tensor |
     if ids is not None:
         _check_ids(ids, checked)
         named["labels"] = ids.detach().to(torch.int64)  # uint8 cannot hold -1, int8 cannot hold the vocabulary
-    call = replace(options.call(divergence, quantity, checked), has_labels=ids is not None, count=count, ignore_index=-1, per_token=True)
-    if quantity in ("topk", "sample"):
-        call = replace(call, wants_input=False, wants_weight=False, wants_bias=False)
+    call = options.call(divergence, quantity, checked, has_labels=ids is not None, count=count, ignore_index=-1, per_token=True)
     return _chosen(call, options.backend, checked), Tensors(named)
 
 

@@ -35,7 +35,7 @@ def recycled(tensor: Tensor) -> Tensor:
 
     Small tensors, tensors on other devices, and all tensors on systems other than Linux are returned unchanged.
     """
-    if _ADVICE < 0 or not traits(tensor.device).recycled_pages or tensor.nbytes < 2 * _HUGE:
+    if tensor.nbytes < 2 * _HUGE or _ADVICE < 0 or not traits(tensor.device).recycled_pages:
         return tensor
     memory = _take(-(-tensor.nbytes // _HUGE) * _HUGE)
     view = memoryview(memory)

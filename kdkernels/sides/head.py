@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import OwnProduct, Product, selection
+from ..backends import Product, ProductOf, selection
 from ..backends.selection import traits
 from ..divergences import Divergence
 from ..fused import chunking, gemm
@@ -198,8 +198,8 @@ def _in_units(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 def own_product(call: Call, weight: Tensor, dtype: torch.dtype) -> Product | None:
     """Return the backend's matrix product for a head in ``dtype``, or None. Only for products that make torch widen the head."""
-    backend = selection.load(call.backend)
-    return backend.product_of(weight, dtype, call.storage(dtype)) if isinstance(backend, OwnProduct) else None
+    product_of: ProductOf | None = getattr(selection.load(call.backend), "product_of", None)
+    return None if product_of is None else product_of(weight, dtype, call.storage(dtype))
 
 
 def check_head(name: str, side: LMHead) -> Checked:

@@ -181,7 +181,7 @@ def no_computation(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(selection.load(name), "rows", fail)
 
 
-@pytest.mark.usefixtures("nothing_computed")
+@pytest.mark.usefixtures("no_computation")
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("case", INVALID)
 def test_invalid_arguments_raise_before_any_computation(case: str, backend: str) -> None:
