@@ -237,8 +237,8 @@ template <class Logit, class D> double run(bool one_read, const Shape& s, Featur
         if (f.labels) judge_lse(kTopS, kExpSumOne, 1, t.lse_ce), judge(at(kTarget), zs[r][labels[r]], 1e-5 * (1 + std::abs(zs[r][labels[r]])));
         for (int i = 0; f.stats && i < 5; ++i) judge(stats[i * s.rows + r], t.stats[i], i == 4 ? 1e-6 : 2 * t.unit * (1 + t.size + std::abs(t.stats[i])));
         const auto judge_best = [&](StateRow best, const std::vector<double>& z) {
-            const double top = *std::max_element(z.begin(), z.end());
-            judge(z.at(size_t(at(best))), top, 1e-6 * (1 + std::abs(top)));
+            const double top = *std::max_element(z.begin(), z.end()), column = at(best);
+            judge(column >= 0 && column < s.vocab ? z[size_t(column)] : INFINITY, top, 1e-6 * (1 + std::abs(top)));
         };
         if (f.stats) judge_best(kBestS, zs[r]), judge_best(kBestT, zt[r]);
         // If both sides are certain, rounding decides the sign of q - p, and the gradient of the other tokens with it.
