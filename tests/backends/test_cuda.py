@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import cuda_on_cpu
+import fibers
 import pytest
 import torch
 
@@ -222,8 +222,8 @@ def test_hopper_code_has_clusters_and_bulk_copies() -> None:
 @pytest.mark.slow
 def test_kernels_on_fibers() -> None:
     """Compare with float64 under a hostile scheduler. Then remove each synchronisation call in turn: a run must notice."""
-    cuda_on_cpu.run("test")
-    mutations = cuda_on_cpu.run("mutate")
+    fibers.run("test")
+    mutations = fibers.run("mutate")
     for calls in (17, 50):  # of the kernels of two sides, and of one side
         assert f"{calls} synchronisation calls, 0 removed without notice" in mutations
 
@@ -231,5 +231,5 @@ def test_kernels_on_fibers() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["tsan", "asan"])
 def test_kernels_on_fibers_under(sanitizer: str) -> None:
-    output = cuda_on_cpu.run(sanitizer, sanitizer)
+    output = fibers.run(sanitizer, sanitizer)
     assert len(re.findall(r"^[1-9]\d* runs, 0 failed$", output, re.MULTILINE)) == 3

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import require
-from cuda_on_cpu import CudaOnCpu
+from fibers import CudaOnCpu
 from more_divergences import Mixed, NegLogAcceptance
 from torch import Tensor
 

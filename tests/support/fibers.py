@@ -1,4 +1,4 @@
-"""The CUDA row kernels on CPU fibers: builds the programs and the module of tests/cuda_on_cpu, once for all tests."""
+"""Build and run the programs and the Python module of tests/cuda_on_cpu: the CUDA row kernels on CPU fibers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROGRAMS = ("rows", "heads", "launch")
 
 
 def make(*targets: str) -> str:
-    """Run make and return what it prints. Fails the test if make fails, and skips it without a C++ compiler."""
+    """Run make and return its output. The test fails if make fails; without a C++ compiler it is skipped."""
     if shutil.which(os.environ.get("CXX", "g++")) is None or shutil.which("make") is None:
         pytest.skip("no C++ compiler or no make")
     command = ["make", "--silent", *targets, f"BUILD={BUILD}", f"PYTHON={sys.executable}"]
