@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from runs import log
 from training import TEMPLATE, make_model, make_rows, make_tokenizer
 from typer.testing import CliRunner
 
@@ -26,10 +27,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from kdkernels.cli.root import app
-from kdkernels.cli.train.callbacks import Interrupt
+from kdkernels.cli.train.callbacks import Interrupt, LogFile
 from kdkernels.cli.train.command import EPILOG
 from kdkernels.cli.train.record import data_content
 from kdkernels.cli.train.settings import read_settings
+from kdkernels.support.files import Output
 from kdkernels.trainer import DistillationArguments, load_examples
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +169,23 @@ def test_run_killed_after_its_last_step_is_completed(home: Path, finished: tuple
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished[0], out)]
     assert summaries[0]["after"] == summaries[1]["after"]
     assert summaries[1]["steps"] == 42
+    assert log(out) == log(finished[0])
+
+
+def test_a_log_keeps_no_line_that_is_written_again(tmp_path: Path) -> None:
+    evaluations = [{"eval_loss": 3.0, "step": 0}, {"eval_loss": 2.0, "step": 2}, {"eval_loss": 1.0, "step": 2}]
+    lines = [evaluations[0], {"loss": 2.5, "step": 2}, evaluations[1], {"train_runtime": 9.0, "step": 2}, evaluations[2]]
+    checkpoint = SimpleNamespace(global_step=2, log_history=lines[1:3])
+    with Output(tmp_path / "out", "train") as output:
+        file = LogFile(output, "log.jsonl")
+        for line in lines:
+            file.append(line)
+        file.drop_final_evaluation(checkpoint)
+        assert log(output.folder) == [*lines[:3], {"step": 2}]  # ``log`` leaves times out
+        file.on_train_begin(None, SimpleNamespace(global_step=1), None)
+        assert log(output.folder) == lines[:1]
+        file.clear()
+        assert log(output.folder) == []
 
 
 def test_finished_run_continues_with_more_steps(home: Path, finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -111,13 +111,27 @@ def log_line(logs: Mapping[str, Any], state: Any) -> str | None:
 class LogFile(TrainerCallback):  # type: ignore[misc]
     """Append each log and evaluation with its step to a JSONL file in the output folder. NaN and infinity are written as text.
 
-    When the training begins, lines of later steps are removed, which a killed run may have written.
+    A resumed run first removes the lines that it will write again.
     """
 
     def __init__(self, output: Output | None, name: str) -> None:
         self._output, self._name = output, name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._keep(lambda row: row["step"] <= state.global_step)
+
+    def clear(self) -> None:
+        """Remove the lines of an earlier run that has not left a record."""
+        if self._output is not None and self._name in self._output:
+            self._keep(lambda row: False)
+
+    def drop_final_evaluation(self, state: Any) -> None:
+        """Remove the evaluation after the last step. ``state`` is that of the last checkpoint, which was saved before it."""
+        history = [{name: number(value) for name, value in entry.items()} for entry in state.log_history]
+        self._keep(lambda row: row["step"] < state.global_step or not any(name.startswith("eval_") for name in row) or row in history)
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Remove all other lines."""
         if self._output is None:
             return
         rows = []
@@ -125,7 +139,7 @@ class LogFile(TrainerCallback):  # type: ignore[misc]
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             with suppress(ValueError):  # the last line of a killed run may be half a line
                 rows.append(json.loads(line))
-        write_jsonl(path, (row for row in rows if row["step"] <= state.global_step))
+        write_jsonl(path, (row for row in rows if wanted(row)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs:

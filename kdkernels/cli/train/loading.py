@@ -149,7 +149,6 @@ def with_lora(model: Any, settings: Settings) -> Any:
             adapted = peft.get_peft_model(model, config)
         except ValueError as error:
             raise TrainError(f"--lora-target-modules {' '.join(settings.adapter.lora_target_modules)}: {error}") from None
-    path = settings.student
-    config.base_model_name_or_path = str(Path(path).absolute()) if Path(path).is_dir() else path
-    config.revision = None if Path(path).is_dir() else getattr(model.config, "_commit_hash", None)
+    config.base_model_name_or_path = settings.student
+    config.revision = None if Path(settings.student).is_dir() else getattr(model.config, "_commit_hash", None)
     return adapted

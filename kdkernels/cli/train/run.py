@@ -122,7 +122,7 @@ class Training:
     ) -> None:
         self.settings, self.args, self.console, self.record, self.old = settings, settings.args, console, record, old
         self.output, self.out = output, Path(settings.args.output_dir)
-        self.bar, self.interrupt, log = Bar(console), Interrupt(), LogFile(output, LOG)
+        self.bar, self.interrupt, self.log = Bar(console), Interrupt(), LogFile(output, LOG)
         self.trained = old is not None and is_last(checkpoint, total_steps(self.args, old.an_epoch))
         self.model = model_folder(checkpoint, self.args) if self.trained and checkpoint is not None else None
         student = student_of(settings, self.model)
@@ -131,13 +131,13 @@ class Training:
             self.trainer = OwnedTrainer(
                 model=student, teacher=teachers or None if cache is None else cache, args=self.args, train_dataset=data.train,
                 eval_dataset=data.held_out, processing_class=tokenizer,
-                callbacks=[self.bar, self.interrupt, log],
+                callbacks=[self.bar, self.interrupt, self.log],
             )  # fmt: skip
         self.trainer.output = output
         reports = settings.reports
         if reports.sample_every is not None:
             prompts = prompts_of(self.trainer, reports.sample_prompts)
-            self.trainer.add_callback(Samples(reports.sample_every, prompts, tokenizer, self.args.max_new_tokens, log, console))
+            self.trainer.add_callback(Samples(reports.sample_every, prompts, tokenizer, self.args.max_new_tokens, self.log, console))
         for callback in (transformers.PrinterCallback, *([transformers.ProgressCallback] if self.args.disable_tqdm else [])):
             self.trainer.remove_callback(callback)
         check_metric(self.trainer)
@@ -189,6 +189,7 @@ class Training:
             if self.checkpoint is not None:
                 self.console.print(f"Resuming at {self.checkpoint.name} of {self.out}")
         else:
+            self.log.clear()
             record.an_epoch = steps_per_epoch(len(self.trainer.train_dataset), args)
             before = self.trainer.evaluate() if self.trainer.eval_dataset is not None else None
             check_numbers(0, shown_metrics(before))
@@ -206,6 +207,7 @@ class Training:
                 trainer.objective.features.load(str(self.model))
             trainer.state = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
             trainer.state.best_model_checkpoint = str(self.model) if self.args.load_best_model_at_end else None
+            self.log.drop_final_evaluation(trainer.state)
             return
         with self.interrupt, self.bar:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
