@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Asking", "Server"]
 
-PANEL = "How it is asked"
+PANEL = "Requests"
 """Heading of these options in the help."""
 
 
@@ -21,18 +21,19 @@ PANEL = "How it is asked"
 class Server:
     """Options for requests to a server."""
 
-    concurrency: Annotated[int, typer.Option(rich_help_panel=PANEL, help="With --base-url: requests in flight, at most.")] = 64
-    timeout: Annotated[float, typer.Option(rich_help_panel=PANEL, help="With --base-url: seconds for one whole answer.")] = 60.0
+    concurrency: Annotated[int, typer.Option(rich_help_panel=PANEL, help="With --base-url: maximum number of parallel requests.")] = 64
+    timeout: Annotated[float, typer.Option(rich_help_panel=PANEL, help="With --base-url: time limit of a request in seconds.")] = 60.0
     retries: Annotated[
         int,
         typer.Option(
-            rich_help_panel=PANEL, help="With --base-url: after a full or failing server, a time-out, a cut connection or half an answer."
+            rich_help_panel=PANEL, help="With --base-url: retries of a request after a server error, a time-out or an incomplete answer."
         ),
     ] = 8
     price: Annotated[
         str,
         typer.Option(
-            rich_help_panel=PANEL, help="With --base-url: of a million prompt and completion tokens, as 0.5,1.5: adds up the cost."
+            rich_help_panel=PANEL,
+            help="With --base-url: prices of a million prompt tokens and a million completion tokens, such as 0.5,1.5, to show the cost.",
         ),
     ] = "0,0"
     key_variable: Annotated[
@@ -50,7 +51,7 @@ class Server:
         try:
             prompt, completion = (float(price) for price in self.price.split(","))
         except ValueError:
-            raise ValueError(f"--price {self.price}: two numbers are needed, as 0.5,1.5") from None
+            raise ValueError(f"--price {self.price}: expected two numbers, such as 0.5,1.5") from None
         return HTTPModel(
             base_url, model, key_variable=self.key_variable, concurrency=self.concurrency, timeout=self.timeout, retries=self.retries,
             prices=(prompt, completion), **options,
@@ -67,8 +68,8 @@ class Asking(Server):
             "--skip-refused", rich_help_panel=PANEL, help="With --base-url: skip rows that the server refuses, and report their number."
         ),
     ] = False
-    batch_size: Annotated[int, typer.Option(rich_help_panel=PANEL, help="Without a server: rows at a time.")] = 8
-    device: Annotated[str, typer.Option(rich_help_panel=PANEL, help="Without a server: auto, cpu, cuda or cuda:N.")] = "auto"
+    batch_size: Annotated[int, typer.Option(rich_help_panel=PANEL, help="Without --base-url: rows per batch.")] = 8
+    device: Annotated[str, typer.Option(rich_help_panel=PANEL, help="Without --base-url: auto, cpu, cuda or cuda:N.")] = "auto"
 
     def http(self, base_url: str, model: str, **options: Any) -> HTTPModel:
         return super().http(base_url, model, skip_refused=self.skip_refused, **options)

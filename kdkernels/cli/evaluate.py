@@ -46,7 +46,7 @@ class Overlong(str, Enum):
 
 AsDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
 NewTokens = Annotated[int, typer.Option(help="Maximum tokens of an answer.")]
 
 
@@ -58,17 +58,21 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    student: Annotated[list[str], typer.Option(help="Folder or hub name of a model or adapter. Several: all in one table.")],
-    data: Annotated[list[str] | None, typer.Option(help="Rows, as for `kdkernels train`, all in memory. Several: each for itself.")] = None,
-    teacher: Annotated[list[str] | None, typer.Option(help="Model to compare with. Several: an ensemble.")] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, as arc_easy,hellaswag. Needs `pip install 'kdkernels[lm-eval]'`.")] = "",
-    tasks_dir: Annotated[Path | None, typer.Option(help="Folder of further tasks, as lm-eval's YAML files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Maximum examples of each task.")] = None,
+    student: Annotated[list[str], typer.Option(help="Folder or hub id of a model or adapter. May be repeated: one table of all.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Rows, as for `kdkernels train`. Held in memory. May be repeated: each gets its own metrics.")
+    ] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="Model to compare with. May be repeated: an ensemble.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm-eval, such as arc_easy,hellaswag. Needs `pip install 'kdkernels[lm-eval]'`.")
+    ] = "",
+    tasks_dir: Annotated[Path | None, typer.Option(help="Folder with YAML files of further lm-eval tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of examples of each task.")] = None,
     divergence: Annotated[str, typer.Option(help=DIVERGENCE)] = "forward_kl",
     temperature: Annotated[float, typer.Option(help="T > 0 of the divergence; it is not multiplied by T^2.")] = 1.0,
     max_length: Annotated[int | None, typer.Option(help="Maximum tokens of an example. Default: the models' limit.")] = None,
     overlong: Annotated[Overlong, typer.Option(help="Longer rows: error, drop or truncate.")] = Overlong.error,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 8,
     student_dtype: Annotated[Dtype, typer.Option(help="Dtype of the students' weights; auto: as saved.")] = Dtype.float32,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Dtype of the teacher's weights; auto: as saved.")] = Dtype.auto,
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
@@ -89,21 +93,21 @@ def evaluate(
             "divergence": divergence, "temperature": temperature, "max_length": max_length, "overlong": overlong.value,
             "per_device_eval_batch_size": batch_size, "columns": columns,
         }  # fmt: skip
-        rows = harnessed = None
+        rows = task_rows = None
         if tasks:
             from .tasks import run_tasks
 
-            harnessed = run_tasks(student, tasks.split(","), tasks_dir, limit, batch_size, student_dtype.value, device)
+            task_rows = run_tasks(student, tasks.split(","), tasks_dir, limit, batch_size, student_dtype.value, device)
         if data:
             rows = measure(Evaluation(student, teacher or [], data, arguments, student_dtype.value, teacher_dtype.value, device))
         if as_json:
             about = {"teacher": teacher or [], "divergence": divergence, "temperature": temperature}
-            typer.echo(json.dumps({**about, "rows": rows or [], "tasks": harnessed or []}, indent=1))
+            typer.echo(json.dumps({**about, "rows": rows or [], "tasks": task_rows or []}, indent=1))
             return
         where = console()
-        for made, names in ((rows, FIGURES), (harnessed, {})):
-            if made:
-                where.print(_table(made, names))
+        for table_rows, names in ((rows, FIGURES), (task_rows, {})):
+            if table_rows:
+                where.print(_table(table_rows, names))
 
 
 def _table(rows: list[dict[str, Any]], names: Mapping[str, str]) -> Any:
@@ -122,13 +126,13 @@ def _cell(value: Any) -> str:
 
 
 def sample(
-    student: Annotated[list[str], typer.Option(help="Folder or hub name of a model or adapter. Several: side by side.")],
+    student: Annotated[list[str], typer.Option(help="Folder or hub id of a model or adapter. May be repeated.")],
     data: Annotated[list[str], typer.Option(help="Rows, as for `kdkernels train`; prompts suffice.")],
-    teacher: Annotated[list[str] | None, typer.Option(help="Further models, which read the teacher's view of a row.")] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="Further models, which get the teacher's prompt of a row.")] = None,
     max_new_tokens: NewTokens = 128,
-    rows: Annotated[int, typer.Option(help="How many rows, the first of each --data.")] = 4,
+    rows: Annotated[int, typer.Option(help="Number of rows to show, from the start of each --data.")] = 4,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; auto: as saved.")] = Dtype.auto,
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
     device: AsDevice = "auto",
@@ -141,14 +145,14 @@ def sample(
 
         how = Sampling(max_new_tokens, temperature, seed, dtype.value, device)
         roles = [*(("student", path) for path in student), *(("teacher", path) for path in teacher or [])]
-        made = draw(roles, data, rows, how, columns)
+        answered = draw(roles, data, rows, how, columns)
         if as_json:
-            typer.echo(json.dumps(made, indent=1))
+            typer.echo(json.dumps(answered, indent=1))
             return
         from rich.table import Table
 
         where = console()
-        for number, row in enumerate(made, 1):
+        for number, row in enumerate(answered, 1):
             where.print(f"{number}. {row['prompt']}")
             response = [row["response"]] if "response" in row else []
             table = Table(*(["data"] if response else []), *(f"{text['role']} {text['model']}" for text in row["texts"]), expand=True)
@@ -157,11 +161,11 @@ def sample(
 
 
 def chat(
-    student: Annotated[str, typer.Option(help="Folder or hub name of a model or adapter.")],
-    system: Annotated[str, typer.Option(help="The system's message.")] = "",
+    student: Annotated[str, typer.Option(help="Folder or hub id of a model or adapter.")],
+    system: Annotated[str, typer.Option(help="System message.")] = "",
     max_new_tokens: NewTokens = 512,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; auto: as saved.")] = Dtype.auto,
     device: AsDevice = "auto",
 ) -> None:

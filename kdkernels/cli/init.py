@@ -33,11 +33,13 @@ def register(app: typer.Typer) -> None:
 
 
 def init(
-    student: Annotated[str, typer.Option(help="Folder or hub name of the model to train, or of an adapter.")] = "",
-    teacher: Annotated[str, typer.Option(help="Folder or hub name of the model to learn from.")] = "",
-    data: Annotated[list[str] | None, typer.Option(help="Rows to train on, as for `kdkernels train`. Several: all of them.")] = None,
-    eval_data: Annotated[list[str] | None, typer.Option(help="Held-out rows.")] = None,
-    memory: Annotated[float | None, typer.Option(help="GiB of the device. Default: memory of the GPU here, else of this machine.")] = None,
+    student: Annotated[str, typer.Option(help="Folder or hub id of the model to train, or of an adapter.")] = "",
+    teacher: Annotated[str, typer.Option(help="Folder or hub id of the model to learn from.")] = "",
+    data: Annotated[list[str] | None, typer.Option(help="Rows to train on, as for `kdkernels train`. May be repeated.")] = None,
+    eval_data: Annotated[list[str] | None, typer.Option(help="Held-out rows. May be repeated.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Memory for training, in GiB. Default: that of the GPU, else of this machine.")
+    ] = None,
     output_dir: Annotated[str, typer.Option(help="Folder of the run.")] = "out",
     out: Annotated[Path, typer.Option(help="The config to write: a new file that ends in .yaml.")] = Path("run.yaml"),
 ) -> None:

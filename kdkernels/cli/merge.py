@@ -12,7 +12,7 @@ from ..support.terminal import console
 
 __all__ = ["merge", "register"]
 
-EPILOG = "Example: `kdkernels merge out --out merged` - of `kdkernels train --lora-r 16 --output-dir out`"
+EPILOG = "Example: `kdkernels merge out --out merged` - after `kdkernels train --lora-r 16 --output-dir out`"
 
 
 def register(app: typer.Typer) -> None:
@@ -29,8 +29,8 @@ class Dtype(str, Enum):
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Folder or hub name of an adapter, as `kdkernels train --lora-r` or peft saves it.")],
-    out: Annotated[Path, typer.Option(help="Folder of the merged model: new, or of this command.")],
+    adapter: Annotated[str, typer.Argument(help="Folder or hub id of an adapter that `kdkernels train --lora-r` or peft saved.")],
+    out: Annotated[Path, typer.Option(help="Folder of the merged model: a new one, or one that this command wrote.")],
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the saved weights. They are summed in float32 and rounded once.")] = Dtype.float32,
 ) -> None:
     """Merge an adapter into its base model, and write the whole model with its tokenizer.

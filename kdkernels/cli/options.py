@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 __all__ = ["COLUMNS", "DIVERGENCE", "Device", "grouped"]
 
-COLUMNS = "Names of columns for the fields of a row, as prompt=question,response=answer."
+COLUMNS = "Column names of a row's fields, such as prompt=question,response=answer."
 DIVERGENCE = "A name such as forward_kl, reverse_kl or jsd; the error for an unknown name lists all."
 """Help of ``--divergence``: the names are defined in ``kdkernels.divergences``, which imports torch."""
 
@@ -58,9 +58,9 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         groups[parameter.name] = hint, [field.name for field in fields]
 
     @functools.wraps(command)
-    def flat(**given: Any) -> None:
-        made = {name: cls(**{field: given.pop(field) for field in fields}) for name, (cls, fields) in groups.items()}
-        command(**made, **given)
+    def flat(**options: Any) -> None:
+        records = {name: cls(**{field: options.pop(field) for field in fields}) for name, (cls, fields) in groups.items()}
+        command(**records, **options)
 
     flat.__signature__ = inspect.Signature(list(shown.values()))  # type: ignore[attr-defined]
     flat.__annotations__ = {name: parameter.annotation for name, parameter in shown.items()}

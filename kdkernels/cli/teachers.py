@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..data.values import read_json
 from ..support.terminal import Commands, console, failing, say
@@ -53,7 +54,7 @@ and temperature, for training and evaluation
 
 - `kdkernels cache --teacher served-name --base-url http://localhost:8000/v1 --tokenizer big-model --data train.jsonl -k 20 --out top20`
 
-- `kdkernels cache --from-replies --tokenizer big-model --data answers.jsonl --out top20` - of `kdkernels generate --logprobs 20`
+- `kdkernels cache --from-replies --tokenizer big-model --data answers.jsonl --out top20` - after `kdkernels generate --logprobs 20`
 
 Run the same command again to continue an interrupted run. `kdkernels cache info DIR` describes a cache, `cache verify DIR` checks all its
 files, and `cache extend DIR --teacher T --data more.jsonl` adds examples.
@@ -70,7 +71,7 @@ Examples:
 
 - `kdkernels generate --model ./big-model --data prompts.jsonl --out answers.jsonl` - in this process, without a server
 
-Run the same command again to continue an interrupted run. Answers in the log, the output's name with `.log`, are not requested again.
+Run the same command again to continue an interrupted run. Replies in the log, named like the output with `.log`, are not requested again.
 """
 
 
@@ -86,15 +87,18 @@ class CacheCommands(Commands):
         parsed: list[str] = super().parse_args(context, args)
         return parsed
 
-    def resolve_command(self, context: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(context, args)
-        return "" if name == self.DEFAULT else name, command, rest  # messages show `kdkernels cache`
+
+class CreateCommand(TyperCommand):
+    """The default command of ``kdkernels cache``. Help and errors name it as the group."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return super().make_context(parent.info_name, args, parent.parent, **extra)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     caches = typer.Typer(name="cache", cls=CacheCommands, help="Run a teacher over the data once, and save its outputs.")
-    caches.command(CacheCommands.DEFAULT, epilog=CACHE_EXAMPLES, hidden=True)(grouped(cache))
+    caches.command(CacheCommands.DEFAULT, cls=CreateCommand, epilog=CACHE_EXAMPLES, hidden=True)(grouped(cache))
     caches.command()(info)
     caches.command()(verify)
     caches.command(epilog=EXTEND_EXAMPLES)(extend)
@@ -105,35 +109,35 @@ def register(app: typer.Typer) -> None:
 def cache(
     server: Server,
     data: Annotated[
-        list[str], typer.Option(help="Rows: files, folders or data sets of the hub, as for `kdkernels train`. All of them are in memory.")
+        list[str], typer.Option(help="Rows: files, folders or data sets of the hub, as for `kdkernels train`. Held in memory.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the cache: a new one, or that of an interrupted run.")],
     teacher: Annotated[str, typer.Option(help="Model: a folder or hub id; with --base-url the server's model name.")] = "",
     kind: Annotated[
         CacheKind,
-        typer.Option(help="topk: likeliest tokens. sampled: draws. hidden: last hidden states. text: responses written by the teacher."),
+        typer.Option(help="topk: likeliest tokens. sampled: drawn tokens. hidden: last hidden states. text: responses of the teacher."),
     ] = CacheKind.topk,
     k: Annotated[int, typer.Option("-k", "--k", help="topk: entries per token. sampled: draws per token.")] = 64,
     temperature: Annotated[float | None, typer.Option(help="Temperature of topk, sampled (default 1) or text (default 0, greedy).")] = None,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer of the data. Default: the teacher's.")] = "",
-    base_url: Annotated[str, typer.Option(help="Ask a server for topk (vLLM's prompt_logprobs), as http://localhost:8000/v1.")] = "",
+    base_url: Annotated[str, typer.Option(help="Server for topk (vLLM's prompt_logprobs), such as http://localhost:8000/v1.")] = "",
     from_replies: Annotated[bool, typer.Option("--from-replies", help="Make a topk cache from the teacher_logprobs in the data.")] = False,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an example, at most.")] = None,
-    overlong: Annotated[str, typer.Option(help="Longer examples: error, drop, truncate or split; as in training.")] = "error",
-    reasoning: Annotated[ReasoningChoice, typer.Option(help="Reasoning of a row, as in training.")] = ReasoningChoice.learn,
+    max_length: Annotated[int | None, typer.Option(help="Maximum tokens of an example.")] = None,
+    overlong: Annotated[str, typer.Option(help="Longer examples: error, drop, truncate or split, as in training.")] = "error",
+    reasoning: Annotated[ReasoningChoice, typer.Option(help="Learn or drop a row's reasoning, as in training.")] = ReasoningChoice.learn,
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
-    learn: Annotated[LearnChoice | None, typer.Option(help="Turns of a conversation that are learnt, as in training.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
+    learn: Annotated[LearnChoice | None, typer.Option(help="Turns of a conversation to learn, as in training.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 8,
     dtype: Annotated[
-        str, typer.Option(help="Dtype of the teacher: auto (as saved), float32, bfloat16 or float16. hidden keeps it.")
+        str, typer.Option(help="Dtype of the teacher: auto (as saved), float32, bfloat16 or float16. Hidden states are stored in it.")
     ] = "auto",
-    precision: Annotated[str, typer.Option(help="Dtype of log-probabilities in topk: float16 or float32.")] = "float16",
+    precision: Annotated[str, typer.Option(help="topk: dtype of the stored log-probabilities, float16 or float32.")] = "float16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     vocab_size: Annotated[int | None, typer.Option(help="Real vocabulary size, if the head is padded.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a model of the hub.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of draws and sampled text.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of a response with --kind text.")] = 256,
-    shard_mib: Annotated[int, typer.Option(help="Size of a shard before compression: a kill loses at most one.")] = 128,
+    seed: Annotated[int, typer.Option(help="sampled, text: random seed.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="text: maximum tokens of a response.")] = 256,
+    shard_mib: Annotated[int, typer.Option(help="MiB of a shard before compression. A kill loses at most one shard.")] = 128,
 ) -> None:
     """Run a teacher over the data once, and save its outputs for any number of trainings.
 
@@ -150,7 +154,7 @@ def cache(
     )  # fmt: skip
     if base_url or from_replies:
         if kind is not CacheKind.topk or temperature not in (None, 1.0):
-            raise ValueError("--base-url and --from-replies give topk at temperature 1: leave --kind and --temperature")
+            raise ValueError("--base-url and --from-replies give topk at temperature 1: leave out --kind and --temperature")
         model = server.http(base_url, teacher, api="completions") if base_url else None
         jobs.cache_of_server(options, model, console())
     else:
@@ -189,19 +193,19 @@ def verify(folder: CacheFolder) -> None:
 
 def extend(
     folder: CacheFolder,
-    teacher: Annotated[str, typer.Option(help="The model that the cache was made with: a folder or hub id. Its content is checked.")],
+    teacher: Annotated[str, typer.Option(help="Folder or hub id of the model that the cache was made with. Its content is checked.")],
     data: Annotated[list[str], typer.Option(help="Rows: files, folders or data sets of the hub. Rows in the cache are skipped.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer of the data. Default: the teacher's.")] = "",
     overlong: Annotated[str, typer.Option(help="Examples over the cache's --max-length: error, drop or truncate.")] = "error",
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a model of the hub.")] = None,
 ) -> None:
     """Add examples to a cache, with the cache's settings.
 
-    Adds new shards and does not change existing ones. The cache stays valid if the command is interrupted; run it again to continue.
-    Trainings from the cache can also continue.
+    Existing shards do not change. The cache stays valid if the command is interrupted; run it again to continue. Interrupted trainings
+    from the cache can be continued too.
     """
     from ..teachers import jobs
 
@@ -215,23 +219,25 @@ def extend(
 
 def generate(
     asking: Asking,
-    model: Annotated[str, typer.Option(help="With --base-url: the server's model name. Without: a folder or hub id, run in this process.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of a model to run in this process; with --base-url the server's model name.")
+    ],
     data: Annotated[str, typer.Option(help="Rows with prompt or messages: a file, a folder, or a data set of the hub.")],
     out: Annotated[Path, typer.Option(help="JSONL file of training rows, written when all rows are answered.")],
     base_url: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server, such as http://localhost:8000/v1.")] = "",
-    api: Annotated[Api, typer.Option(help="chat, or completions, which sends the prompt unchanged.")] = Api.chat,
-    logprobs: Annotated[int, typer.Option(help="Alternatives per token to save, 0 for none.")] = 0,
+    api: Annotated[Api, typer.Option(help="chat applies the model's chat template; completions sends the prompt unchanged.")] = Api.chat,
+    logprobs: Annotated[int, typer.Option(help="Number of likeliest tokens to save at each position; 0 for none.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens of a response.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response. May be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of draws.")] = None,
-    extra_body: Annotated[str, typer.Option(help="Further fields for the server, as JSON.")] = "{}",
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    extra_body: Annotated[str, typer.Option(help="JSON object with further fields of a request.")] = "{}",
     columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
 ) -> None:
     """Generate responses with a teacher, on an OpenAI-compatible server or in this process.
 
-    Each reply is logged at once, so that an interrupted run continues without requesting, or paying for, a reply twice. The API key is
-    read from the environment and is never written.
+    Each reply is logged at once, so that an interrupted run requests, and pays for, no reply twice. The API key is read from the
+    environment and is never written.
     """
     from ..data.rows import check_fits
     from ..teachers import jobs

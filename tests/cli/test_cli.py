@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,18 @@ def test_help_lists_the_commands(arguments: list[str]) -> None:
     result = runner.invoke(root.app, arguments)
     assert result.exit_code == 0
     assert all(word in result.output for word in ("env", "demo", "bench", "--version", "demo --quick"))
+
+
+@pytest.mark.parametrize(
+    "command", ["env", "train", "cache", "cache info", "cache verify", "cache extend", "merge", "recipe", "recipe sequence"]
+)
+def test_help_names_the_command_once(command: str) -> None:
+    """``cache`` without a subcommand runs a hidden one, which the user does not know."""
+    lines = runner.invoke(root.app, [*command.split(), "--help"]).output.splitlines()
+    usage = next(line.strip() for line in lines if "Usage:" in line)
+    assert re.fullmatch(rf"Usage: kdkernels {command}( \S+)+", usage)
+    error = runner.invoke(root.app, [*command.split(), "--no-such-option"]).output
+    assert command == "train" or error.endswith(f"See `kdkernels {command} --help`\n")
 
 
 def test_help_of_demo_shows_options_defaults_and_examples() -> None:

@@ -407,7 +407,7 @@ def test_teacher_in_a_folder_generates_each_reply_once(questions: Path, tmp_path
     result = runner.invoke(cli.app, [*arguments, "--teacher", str(folder), "--seed", "1"])
     assert "to another request" in result.output  # replies with other settings are not used
     result = runner.invoke(cli.app, [*arguments, "--teacher", str(tmp_path)])
-    assert "no folder of a transformers model" in result.output
+    assert "not a folder of a transformers model" in result.output
 
 
 def test_nothing_kept_is_an_error(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_disco_command_reports_agreement_and_warns_at_chance(
         cli.app, ["recipe", "disco", "--data", str(data), "--labels", "good,bad", "--out", str(tmp_path / "out"), "--teacher", "t"]
     )
     output = " ".join(result.output.split())
-    assert f"The judge names {0 if warns else 8} of 8 given labels ({'0' if warns else '100'}%)" in output
+    assert f"The judge agrees with {0 if warns else 8} of 8 labels of the data ({'0' if warns else '100'}%)" in output
     assert ("guesses would agree as often" in output) == warns
     assert "--threshold" in output or not warns, "the reason for a drop names its option"
 

@@ -36,15 +36,13 @@ def demo(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of text files, or one text file; up to 8 MB of UTF-8 are used. Default: the Python standard library's sources."
+            help="Text file, or folder of text files. Up to 8 MB of UTF-8 are used. Default: sources of the Python standard library."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-out"),
     seed: Annotated[
         int,
-        typer.Option(
-            help="Seed of weights, batches and the choice of held-out files. The same seed repeats the training, on a CPU bit for bit."
-        ),
+        typer.Option(help="Random seed of weights, batches and held-out files. The same seed repeats the training, on a CPU bit for bit."),
     ] = 0,
     steps: Annotated[
         int | None,
@@ -55,7 +53,7 @@ def demo(
     vocab_size: Annotated[
         int | None,
         typer.Option(
-            help=f"Size of the byte-level BPE vocabulary, at most. Default: {_DEFAULT.vocab_size}, quick {_QUICK.vocab_size}.",
+            help=f"Maximum size of the byte-level BPE vocabulary. Default: {_DEFAULT.vocab_size}, quick {_QUICK.vocab_size}.",
         ),
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, or a backend that `kdkernels env` lists, such as native.")] = "auto",
@@ -64,13 +62,13 @@ def demo(
         float, typer.Option(help="T > 0 of the distillation term: above 1, unlikely tokens count more.")
     ] = _DEFAULT.temperature,
     device: Annotated[Device, typer.Option(help="auto takes a CUDA device if there is one.")] = Device.auto,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny models and few steps: seconds, to see that everything runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models and few steps, to see in seconds that everything runs.")] = False,
 ) -> None:
     """Distil a small language model on real text, and measure the fused loss against a dense one.
 
     Trains a tokenizer and a Llama teacher, then two smaller students from the same initial weights, on the same batches,
     for the same number of steps: one with cross-entropy (CE) only, one with CE and distillation (KD) through
-    `kdkernels.distillation_loss`. Prints held-out losses, times and memory, and writes a figure and a JSON with all of it.
+    `kdkernels.distillation_loss`. Prints held-out losses, times and memory, and writes them to a figure and a JSON file.
     """
     from ..environment import environment
     from . import run

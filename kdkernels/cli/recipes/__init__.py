@@ -1,4 +1,4 @@
-"""``kdkernels recipe``: each recipe as a command, a file each. What a recipe needs is imported when it runs."""
+"""``kdkernels recipe``: one command and one file per recipe. Their implementations are imported when they run."""
 
 import typer
 
@@ -8,7 +8,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="recipe",
-    help="Training rows from a teacher's text: in-context learning, chain of thought, instruction following, sequence-level distillation.",
+    help="Write training rows from a teacher's text: sequence-level distillation, in-context learning, chain of thought, and more.",
     epilog="Then `kdkernels train --data OUT/rows.jsonl ...`. Papers, formulas and runnable examples: docs/recipes.md and docs/methods.md.",
     rich_markup_mode="markdown",
     no_args_is_help=True,

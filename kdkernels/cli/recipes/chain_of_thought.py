@@ -37,10 +37,10 @@ def chain_of_thought(
     ] = Style.fine_tune,
     kind: AnswerKind = Kind.number,
     examples: Annotated[
-        Path | None, typer.Option(help="JSONL of worked examples to show, with a field `rationale` each (few-shot).")
+        Path | None, typer.Option(help="JSONL of worked examples for the teacher's prompt (few-shot), each with a field `rationale`.")
     ] = None,
-    instruction: Annotated[str | None, typer.Option(help="Words that ask for the rationale, in place of the recipe's.")] = None,
-    most: Annotated[int | None, typer.Option(help="Rationales kept for each row, at most.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Request for a rationale, in place of the recipe's.")] = None,
+    most: Annotated[int | None, typer.Option(help="Maximum number of rationales to keep for each row.")] = None,
     rationale_weight: Annotated[
         float | None, typer.Option(help="step-by-step: lambda, default 1. mt-cot: w in (0, 1), default 0.5.")
     ] = None,
@@ -49,7 +49,7 @@ def chain_of_thought(
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = 256,
 ) -> None:
-    """Rationales of the teacher, kept if their final answer is the row's: Fine-tune-CoT, Distilling Step-by-Step, MT-CoT."""
+    """Chain of thought: rationales of the teacher with the right final answer (Fine-tune-CoT, Distilling Step-by-Step, MT-CoT)."""
     with writing(files.out, "chain-of-thought", data=files.data, examples=examples) as output:
         from ...recipes import chain_of_thought as recipe
         from ...recipes.rows import read_items
@@ -58,25 +58,25 @@ def chain_of_thought(
         worked = [] if examples is None else read_items(examples, files.prompt, files.response)
         weights = task_weights(style, rationale_weight)
         how = sampling(max_tokens, temperature, samples)
-        asked = teacher.text_model(files.seed)
-        found, tally = recipe.rationales(
-            items, asked, files.log, how,
+        model = teacher.text_model(files.seed)
+        rationales, tally = recipe.rationales(
+            items, model, files.log, how,
             kind=kind.value, examples=worked, most=most, **({} if instruction is None else {"instruction": instruction}),
         )  # fmt: skip
-        if style is Style.fine_tune or not found:
-            rows = recipe.fine_tune_cot(found, chat=not files.plain)
+        if style is Style.fine_tune or not rationales:
+            rows = recipe.fine_tune_cot(rationales, chat=not files.plain)
         else:
             named = "step-by-step" if style is Style.step_by_step else "mt-cot"
-            rows = recipe.multi_task(items, found, style=named, chat=not files.plain)  # type: ignore[arg-type]
+            rows = recipe.multi_task(items, rationales, style=named, chat=not files.plain)  # type: ignore[arg-type]
             rows = recipe.balance(rows, weights, lengths(rows, student))
-        finish(rows, tally, output, teacher=asked)
+        finish(rows, tally, output, teacher=model)
 
 
 def task_weights(style: Style, rationale_weight: float | None) -> dict[str, float]:
-    """Parse the weight of each task.
+    """Return the weight of each task.
 
     Raises:
-        RecipeError: a weight that makes no sense.
+        RecipeError: the weight is out of range, or the style has only one task.
     """
     from ...recipes.rows import RecipeError
 

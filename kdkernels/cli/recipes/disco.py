@@ -20,18 +20,20 @@ def register(app: typer.Typer) -> None:
 
 
 def disco(
-    data: Annotated[Path, typer.Option(help="JSONL: `text`, `label` and perhaps `context` in each row.")],
+    data: Annotated[Path, typer.Option(help="JSONL of rows with `text`, `label` and optionally `context`.")],
     out: Out,
     labels: Annotated[str, typer.Option(help="All labels, separated by commas.")],
     teacher: Teacher,
-    judge: Annotated[str | None, typer.Option(help="Folder of another model to judge; default: the teacher judges itself.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Folder of the judge. Default: the teacher judges.")] = None,
     judge_url: Annotated[str | None, typer.Option(help="Server of the judge.")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="Its name there.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Model name on that server.")] = None,
     judge_key_variable: KeyVariable = None,
-    samples: Annotated[int, typer.Option(help="Perturbations asked for, for each row and other label.")] = 4,
+    samples: Annotated[int, typer.Option(help="Perturbed texts to generate for each row and each other label.")] = 4,
     temperature: Temperature = 0.8,
     votes: Annotated[int, typer.Option(help="Votes of the judge on each text; 1 is one greedy vote.")] = 1,
-    threshold: Annotated[float, typer.Option(help="How far the label must move, in shares of votes.")] = 0.5,
+    threshold: Annotated[
+        float, typer.Option(help="Keep a text if it raises the share of votes for the new label by more than this.")
+    ] = 0.5,
     max_tokens: MaxTokens = 64,
     seed: Seed = 0,
     plain: Plain = False,
@@ -43,15 +45,15 @@ def disco(
 
         names = [name.strip() for name in labels.split(",") if name.strip()]
         if len(set(names)) < 2 or len(set(names)) < len(names):
-            raise RecipeError(f"--labels {labels}: two different labels at least are needed, each once")
+            raise RecipeError(f"--labels {labels}: at least two different labels are needed, each once")
         if votes < 1 or not -1 <= threshold < 1:
             raise RecipeError(f"--votes {votes} must be at least 1, --threshold {threshold} from -1 to below 1")
         filling, judging = sampling(max_tokens, temperature, samples), sampling(max_tokens, 0.0 if votes == 1 else 1.0, votes)
         items = recipe.read_texts(data)
-        asked = teacher.text_model(seed)
-        judges = teacher.other("judge", judge, judge_url, judge_model, seed, asked, judge_key_variable)
-        found, tally = recipe.counterfactuals(
-            items, names, asked, judges, out, seed=seed, threshold=threshold, filling=filling, judging=judging
+        model = teacher.text_model(seed)
+        judges = teacher.other("judge", judge, judge_url, judge_model, seed, model, judge_key_variable)
+        counterfactuals, tally = recipe.counterfactuals(
+            items, names, model, judges, out, seed=seed, threshold=threshold, filling=filling, judging=judging
         )  # fmt: skip
         report_judge(tally, recipe.at_chance(tally, names))
-        finish(recipe.rows(items, found, names, chat=not plain), tally, output, teacher=asked, judge=judges)
+        finish(recipe.rows(items, counterfactuals, names, chat=not plain), tally, output, teacher=model, judge=judges)

@@ -19,21 +19,23 @@ def register(app: typer.Typer) -> None:
 
 
 def lion(
-    data: Annotated[Path, typer.Option(help="JSONL of seed instructions: the field of --prompt.")],
-    out: Annotated[Path, typer.Option(help="Folder of the whole loop, a folder in it for each round.")],
+    data: Annotated[Path, typer.Option(help="JSONL of seed instructions, in the field --prompt.")],
+    out: Annotated[Path, typer.Option(help="Output folder, with a folder for each round.")],
     teacher: Teacher,
     student: Annotated[str | None, typer.Option(help="Folder of the student, trained on the latest imitate.jsonl.")] = None,
-    referee: Annotated[str | None, typer.Option(help="Folder of the referee; default: the teacher.")] = None,
+    referee: Annotated[str | None, typer.Option(help="Folder of the referee. Default: the teacher.")] = None,
     referee_url: Annotated[str | None, typer.Option(help="Server of the referee.")] = None,
-    referee_model: Annotated[str | None, typer.Option(help="Its name there.")] = None,
+    referee_model: Annotated[str | None, typer.Option(help="Model name on that server.")] = None,
     referee_key_variable: KeyVariable = None,
-    generator: Annotated[str | None, typer.Option(help="Folder of the generator; default: the teacher.")] = None,
+    generator: Annotated[str | None, typer.Option(help="Folder of the generator. Default: the teacher.")] = None,
     generator_url: Annotated[str | None, typer.Option(help="Server of the generator.")] = None,
-    generator_model: Annotated[str | None, typer.Option(help="Its name there.")] = None,
+    generator_model: Annotated[str | None, typer.Option(help="Model name on that server.")] = None,
     generator_key_variable: KeyVariable = None,
-    count: Annotated[int, typer.Option(help="New instructions of each round, half like hard ones, half like easy ones.")] = 100,
-    threshold: Annotated[float, typer.Option(help="Hard is a mean difference of at least this.")] = 1.0,
-    rouge: Annotated[float, typer.Option(help="A new instruction above this ROUGE-L to another is dropped.")] = 0.7,
+    count: Annotated[int, typer.Option(help="New instructions per round: half like hard ones, half like easy ones.")] = 100,
+    threshold: Annotated[
+        float, typer.Option(help="An instruction is hard if the teacher's mean rating exceeds the student's by at least this.")
+    ] = 1.0,
+    rouge: Annotated[float, typer.Option(help="Drop new instructions whose ROUGE-L with another instruction is above this.")] = 0.7,
     temperature: Annotated[float, typer.Option(help="Temperature of the generator.")] = 1.0,
     prompt: Prompt = "prompt",
     max_tokens: MaxTokens = 256,
@@ -42,8 +44,8 @@ def lion(
 ) -> None:
     """Lion (Jiang et al. 2023): imitate, discriminate, generate; one JSONL for each stage.
 
-    The first call writes round-0/imitate.jsonl to train on. Each call with the student so trained judges it, makes new instructions, and
-    writes the next round's imitate.jsonl. Whatever ends a call, the same call goes on.
+    The first call writes round-0/imitate.jsonl, on which you train the student. Each later call rates the trained student, generates new
+    instructions, and writes the next round's imitate.jsonl. Run an interrupted call again to continue it.
     """
     with writing(out, "lion", (), data=data) as output:
         from ...recipes import lion as recipe
@@ -65,33 +67,33 @@ def lion(
             path = recipe.folder_of(out, number) / "imitate.jsonl"
             say(f"Round {number - 1} is done with this student. Train it on {path} first.")
             return
-        asked = {}
+        models = {}
         if judging:
-            asked["teacher"] = model = teacher.text_model(seed)
-            asked["referee"] = teacher.other("referee", referee, referee_url, referee_model, seed, model, referee_key_variable)
-            asked["generator"] = teacher.other("generator", generator, generator_url, generator_model, seed, model, generator_key_variable)
-            asked["student"] = teacher.other("student", student, None, None, seed, model)
-            # Only once all models are there: a wrong path must not become the round's student.
+            models["teacher"] = model = teacher.text_model(seed)
+            models["referee"] = teacher.other("referee", referee, referee_url, referee_model, seed, model, referee_key_variable)
+            models["generator"] = teacher.other("generator", generator, generator_url, generator_model, seed, model, generator_key_variable)
+            models["student"] = teacher.other("student", student, None, None, seed, model)
+            # After loading all models: a wrong path must not be recorded as the round's student.
             for name in ("settings.json", "judged.jsonl", "generated.jsonl"):
                 output.claim(f"round-{number}/{name}")
             recipe.begin(recipe.folder_of(out, number), {"student": recipe.weights_of(str(student))})
             _, pool = recipe.instructions(seeds, out, number)
             judged, tally = recipe.discriminate(
-                pool, asked["teacher"], asked["student"], asked["referee"], out, number,
+                pool, models["teacher"], models["student"], models["referee"], out, number,
                 answering=answering, rating=sampling(32), threshold=threshold,
             )  # fmt: skip
             hard = sum(j.difficulty == "hard" for j in judged)
             report(tally, f"Round {number}: {hard} hard and {len(judged) - hard} easy instructions")
-            _, tally = recipe.generate(judged, pool, asked["generator"], out, number, making, count=count, seed=seed, threshold=rouge)
+            _, tally = recipe.generate(judged, pool, models["generator"], out, number, making, count=count, seed=seed, threshold=rouge)
             report(tally, f"Round {number}: {tally.kept} new instructions")
             number, waits_for = recipe.stage(out)
         path = recipe.folder_of(out, number) / "imitate.jsonl"
         if waits_for == "imitate":
-            model = asked["teacher"] if asked else teacher.text_model(seed)
-            asked["teacher"] = model
+            model = models["teacher"] if models else teacher.text_model(seed)
+            models["teacher"] = model
             train, _ = recipe.instructions(seeds, out, number)
             output.claim(f"round-{number}/imitate.jsonl")
             _, tally = recipe.imitate(train, model, out, number, answering, chat=not plain)
             report(tally, f"Round {number}: {path}")
-        report_usage(**asked)
-        say(f"Train the student on {path}, then give it to this command as --student.")
+        report_usage(**models)
+        say(f"Train the student on {path}, then run this command with it as --student.")

@@ -29,16 +29,16 @@ class Against(str, Enum):
 
 def scott(
     files: Rows,
-    teacher: Annotated[Path, typer.Option(help="Folder of a transformers model with a chat template: its log-probabilities are needed.")],
+    teacher: Annotated[Path, typer.Option(help="Folder of a transformers model with a chat template. A server cannot be used.")],
     strength: Annotated[
-        float, typer.Option(help="Weight of the log-probability under the other answer; 0 is plain greedy decoding.")
+        float, typer.Option(help="Weight of the log-probability given the other answer; 0 is plain greedy decoding.")
     ] = 0.5,
-    against: Annotated[Against, typer.Option(help="Contrast the gold answer with none at all, or with a wrong one.")] = Against.none,
+    against: Annotated[Against, typer.Option(help="The other answer: none (empty), or a wrong one.")] = Against.none,
     kind: AnswerKind = Kind.number,
     student: Student = None,
     counterfactual_weight: Annotated[float, typer.Option(help="Weight of the counterfactual task; the factual task has 1.")] = 1.0,
-    device: Annotated[str, typer.Option(help="Device of the teacher: auto, cpu, cuda, cuda:1.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Prompts decoded at once.")] = 8,
+    device: Annotated[str, typer.Option(help="Device of the teacher: auto, cpu, cuda or cuda:N.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
     max_tokens: MaxTokens = 128,
 ) -> None:
     """SCOTT (Wang et al. 2023): contrastive rationales for right and wrong answers, factual and counterfactual rows."""
@@ -54,15 +54,17 @@ def scott(
         right = [item.response or "" for item in items]
         from ...teachers.jobs import device_of
 
-        asked = recipe.Explainer.load(folder(teacher, "teacher"), device_of(device), strength=strength, max_tokens=max_tokens, batch=batch)
+        explainer = recipe.Explainer.load(
+            folder(teacher, "teacher"), device_of(device), strength=strength, max_tokens=max_tokens, batch=batch
+        )
 
         tally = Tally(len(items), 2 * len(items))
 
-        def explained(given: Sequence[str], other: Sequence[str], name: str) -> list[str]:
+        def explained(answers: Sequence[str], other: Sequence[str], name: str) -> list[str]:
             contrasted = other if against is Against.wrong else [""] * len(items)
             with progress(console(), f"rationales in {name}") as (start, advance, _):
                 start(len(items))
-                replies = asked.replies(items, given, contrasted, files.out / name, report=advance)
+                replies = explainer.replies(items, answers, contrasted, files.out / name, report=advance)
             for reply in replies:
                 if reason := cut_short(reply) or (None if reply.text else "empty"):
                     tally.drop(reason)

@@ -24,13 +24,13 @@ def sequence(
     max_tokens: MaxTokens = 256,
     closest: Annotated[bool, typer.Option("--closest", help="Keep the sample that is closest to the row's response (by ROUGE-L).")] = False,
 ) -> None:
-    """Sequence-level distillation (Kim and Rush 2016): the teacher's text as response."""
+    """Sequence-level distillation (Kim and Rush 2016): the teacher's text becomes the response."""
     with writing(files.out, "sequence", data=files.data) as output:
         from ...recipes.rows import read_items
         from ...recipes.sequence import sequence_level
 
         items = read_items(files.data, files.prompt, files.response, needs_response=closest)
         how = sampling(max_tokens, temperature, samples)
-        asked = teacher.text_model(files.seed)
-        rows, tally = sequence_level(items, asked, files.log, how, closest=closest, chat=not files.plain)
-        finish(rows, tally, output, teacher=asked)
+        model = teacher.text_model(files.seed)
+        rows, tally = sequence_level(items, model, files.log, how, closest=closest, chat=not files.plain)
+        finish(rows, tally, output, teacher=model)

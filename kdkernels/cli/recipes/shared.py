@@ -40,20 +40,25 @@ class Kind(str, Enum):
 
 
 Prompt = Annotated[str, typer.Option(help="Field of the question, in rows without `messages`.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Write `prompt` instead of `messages`, for students without a chat template.")]
-Out = Annotated[Path, typer.Option(help="Folder: rows.jsonl to train on, and the log of replies that a second run continues from.")]
-Samples = Annotated[int, typer.Option(help="Replies to each prompt; more than 1 needs a temperature.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-MaxTokens = Annotated[int, typer.Option(help="Largest number of tokens of a reply; a reply cut off there is dropped.")]
-Student = Annotated[Path | None, typer.Option(help="Its tokenizer counts the tokens of each task. Without it, bytes stand for tokens.")]
-KeyVariable = Annotated[str | None, typer.Option(help="Variable of its key. Without it, only the server of --base-url gets one.")]
+Out = Annotated[Path, typer.Option(help="Output folder: rows.jsonl to train on, and a log of replies, from which a second run continues.")]
+Samples = Annotated[int, typer.Option(help="Replies to each prompt; more than 1 needs a temperature > 0.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of a reply. Longer replies are cut off there, and dropped.")]
+Student = Annotated[
+    Path | None, typer.Option(help="Folder of the student, whose tokenizer measures the tasks' lengths. Without it, bytes are counted.")
+]
+KeyVariable = Annotated[
+    str | None,
+    typer.Option(help="Environment variable with the API key of that server. Default: --key-variable if it is the server of --base-url."),
+]
 AnswerKind = Annotated[Kind, typer.Option(help="Kind of the final answers.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Data in, rows out."""
+    """Options for the input data and the output rows."""
 
     data: Annotated[Path, typer.Option(help="JSONL: `prompt` (or `messages`) and the field of --response in each row.")]
     out: Out
@@ -69,32 +74,32 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher(Asking):
-    """The model that a recipe asks."""
+    """Options for the model that writes a recipe's text."""
 
-    teacher: Annotated[str | None, typer.Option(help="Folder of a transformers model to ask in this process.")] = None
-    base_url: Annotated[str | None, typer.Option(help="Server to ask instead, such as http://localhost:8000/v1 (OpenAI-compatible).")] = (
-        None
-    )
-    model: Annotated[str | None, typer.Option(help="The model's name at --base-url.")] = None
+    teacher: Annotated[str | None, typer.Option(help="Folder of a transformers model to run in this process.")] = None
+    base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible server to use instead, such as http://localhost:8000/v1.")] = None
+    model: Annotated[str | None, typer.Option(help="Model name on the server of --base-url.")] = None
 
     @property
-    def given(self) -> bool:
+    def is_named(self) -> bool:
+        """Return whether a folder or a server is named."""
         return self.teacher is not None or self.base_url is not None
 
     def text_model(self, seed: int) -> Watched:
-        """The teacher, with a bar while it is asked.
+        """Return the teacher. It shows a progress bar for its requests.
 
         Raises:
-            RecipeError: neither a folder nor a server, or both.
+            RecipeError: neither a folder nor a server was named, or both.
         """
         return self._watched(self.teacher, self.base_url, self.model, seed, "teacher")
 
     def other(
         self, role: str, path: str | None, url: str | None, model: str | None, seed: int, default: Watched, key_variable: str | None = None
     ) -> Watched:
-        """The model of another role, asked as the teacher is; ``default`` where none is named.
+        """Return the model of another role, with the teacher's request options; ``default`` if no folder or server is named.
 
-        A key goes to the server that it was named for: without a ``key_variable`` of its own, only the teacher's server gets the teacher's.
+        A key is only sent to the server that it was named for. Without a ``key_variable``, the teacher's key is sent if the server is the
+        teacher's.
         """
         if path is None and url is None:
             return default
@@ -108,9 +113,10 @@ class Teacher(Asking):
 
         url_option, model_option = ("--base-url", "--model") if role == "teacher" else (f"--{role}-url", f"--{role}-model")
         if (path is None) == (url is None):
-            raise RecipeError(f"give one of --{role} (a folder) and {url_option} (a server){'' if path is None else ', not both'}")
+            problem = "are missing: give one of them" if path is None else "are given: give one of them, not both"
+            raise RecipeError(f"--{role} (a folder) and {url_option} (a server) {problem}")
         if path is None and model is None:
-            raise RecipeError(f"{url_option} {url}: {model_option} is missing, the model's name there")
+            raise RecipeError(f"{url_option} {url}: {model_option} is missing; give the model's name on this server")
         return Watched(self._load(path, url, model, seed, role), console())
 
     def _load(self, path: str | None, url: str | None, model: str | None, seed: int, role: str) -> Counted:
@@ -120,15 +126,15 @@ class Teacher(Asking):
 
 
 def folder(path: str | Path, role: str) -> Path:
-    """``path``, once it is known to hold a model.
+    """Return ``path`` after checking that it contains a model.
 
     Raises:
-        RecipeError: it does not.
+        RecipeError: it does not contain one.
     """
     from ...recipes.rows import RecipeError
 
     if not (Path(path) / "config.json").is_file():
-        raise RecipeError(f"--{role} {path}: no folder of a transformers model (it has no config.json)")
+        raise RecipeError(f"--{role} {path}: not a folder of a transformers model: it has no config.json")
     return Path(path)
 
 
@@ -153,18 +159,21 @@ def lengths(rows: Sequence[Row], student: Path | None) -> list[int]:
 
 @contextmanager
 def writing(out: Path, recipe: str, names: Sequence[str] = (ROWS,), **inputs: Path | None) -> Iterator[Output]:
-    """Hold the folder ``out`` of a recipe, in which it may write files of these names; ``inputs`` are the options that it reads.
+    """Lock the output folder of a recipe, and check that it may write files of these names there.
+
+    Args:
+        inputs: the option names and paths of the files that the recipe reads.
 
     Raises:
-        FileError: the folder is in use or holds the output of another command; a name is taken by a file that this recipe did not make.
+        FileError: the folder is in use or contains another command's output, or another program's file has one of these names.
     """
     with Output(out, f"recipe {recipe}") as output:
         output.check(names, {f"--{option}": path for option, path in inputs.items()})
         yield output
 
 
-def finish(rows: Sequence[Row], tally: Tally, output: Output, **asked: Watched) -> None:
-    """Write the rows to ``rows.jsonl``, and report what became of the data and what each model was asked for.
+def finish(rows: Sequence[Row], tally: Tally, output: Output, **models: Watched) -> None:
+    """Write the rows to ``rows.jsonl``, and print how many were kept and dropped, and the usage of each model.
 
     Raises:
         RecipeError: no rows.
@@ -173,15 +182,15 @@ def finish(rows: Sequence[Row], tally: Tally, output: Output, **asked: Watched) 
 
     path = output.folder / ROWS
     if not rows or not tally.kept:
-        report_usage(**asked)
+        report_usage(**models)
         options = ", ".join(dict.fromkeys(option for reason in tally.dropped if (option := option_of(reason))))
         raise RecipeError(
-            f"nothing was kept of {tally.candidates} candidates ({reasons(tally)}): {path} is not written"
-            + (f". Options that change it: {options}" if options else "")
+            f"nothing was kept of {tally.candidates} candidates ({reasons(tally)}), so {path} is not written"
+            + (f". Options that change this: {options}" if options else "")
         )
     output.write_rows(ROWS, rows)
     report(tally, f"{counted(len(rows), 'row')} in {path}")
-    report_usage(**asked)
+    report_usage(**models)
 
 
 OPTIONS = {
@@ -202,11 +211,11 @@ OPTIONS = {
     "ROUGE-L above": "--rouge",
     "more than were wanted": "--count",
 }
-"""The options that change how many candidates are dropped, by a part of the reason."""
+"""Options that change how many candidates are dropped, by a part of the reason."""
 
 
 def option_of(reason: str) -> str:
-    """The option that changes how many are dropped for this reason; "" where there is none."""
+    """Return the option that changes how many candidates are dropped for this reason; "" if there is none."""
     known = [part for part in OPTIONS if part in reason]
     return OPTIONS[max(known, key=len)] if known else ""
 
@@ -229,21 +238,21 @@ def report(tally: Tally, title: str) -> None:
 
 
 def report_judge(tally: Tally, at_chance: bool) -> None:
-    """Print how often the judge agrees with the given labels, and a warning where guesses would."""
+    """Print how often the judge agrees with the labels of the data, and a warning if guesses would agree as often."""
     if not tally.judged:
         return
     where = console()
-    where.print(f"The judge names {tally.agreed:,} of {tally.judged:,} given labels ({tally.agreed / tally.judged:.0%}).")
+    where.print(f"The judge agrees with {tally.agreed:,} of {tally.judged:,} labels of the data ({tally.agreed / tally.judged:.0%}).")
     if at_chance:
-        where.print("Warning: guesses would agree as often. Take another --judge, or look at the labels of the data.", style="bold")
+        where.print("Warning: guesses would agree as often. Use another --judge, or check the labels of the data.", style="bold")
 
 
-def report_usage(**asked: Watched) -> None:
-    """Print the usage of each model; one with two roles is named once."""
+def report_usage(**models: Watched) -> None:
+    """Print the usage of each model, under its first role."""
     from ...teachers.progress import print_usage
 
-    said: list[Watched] = []
-    for role, model in asked.items():
-        if not any(model is other for other in said):
-            said.append(model)
+    printed: list[Watched] = []
+    for role, model in models.items():
+        if not any(model is other for other in printed):
+            printed.append(model)
             print_usage(console(), model.usage, role)

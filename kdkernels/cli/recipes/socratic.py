@@ -34,12 +34,12 @@ def socratic(
 
         items = read_items(files.data, files.prompt, files.response)
         how = sampling(max_tokens, temperature, samples)
-        asked = teacher.text_model(files.seed)
-        found, tally = recipe.decompose(items, asked, files.log, how, kind=kind.value)
+        model = teacher.text_model(files.seed)
+        solutions, tally = recipe.decompose(items, model, files.log, how, kind=kind.value)
         chat = not files.plain
-        questioner, solver = recipe.questioner_rows(found, chat=chat), recipe.solver_rows(found, chat=chat)
-        if found:
+        questioner, solver = recipe.questioner_rows(solutions, chat=chat), recipe.solver_rows(solutions, chat=chat)
+        if solutions:
             output.write_rows("questioner.jsonl", questioner)
             output.write_rows("solver.jsonl", solver)
         both = [{**row, "key": f"{row['key']}/{row['task']}"} for row in questioner + solver]
-        finish(both, tally, output, teacher=asked)
+        finish(both, tally, output, teacher=model)
