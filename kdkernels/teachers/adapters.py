@@ -1,4 +1,4 @@
-"""Adapters of peft: the model that an adapter is for, and the two put together."""
+"""Adapters of peft: find an adapter's base model, check that they match, and combine them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..support.files import digest, sample_digest
 __all__ = ["BASE", "CONFIG", "Adapter", "adapted", "base_content", "check_fits", "describe_base", "find_adapter", "quiet"]
 
 CONFIG, BASE = "adapter_config.json", "base_model.json"
-"""The file that peft writes beside the weights, and the file that kdkernels adds: the content of the base model."""
+"""The config that peft writes, and the file with which kdkernels identifies the base model's content."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Adapter:
     Attributes:
         path: its folder or hub id.
         base: folder or hub id of the model that it changes.
-        revision: of a base on the hub; None for its newest.
-        commit: of an adapter on the hub.
-        content: ``base_content`` of the base when the adapter was trained; None where it is not recorded.
+        revision: revision of a base model on the hub; None for the newest.
+        commit: commit of an adapter on the hub.
+        content: ``base_content`` of the base when the adapter was trained; None if not recorded.
     """
 
     path: str
@@ -38,10 +38,10 @@ class Adapter:
 
 
 def find_adapter(role: str, path: str, revision: str | None = None) -> Adapter | None:
-    """The adapter that a folder or hub id holds; None if it holds a whole model.
+    """Return the adapter in a folder or hub repository; None for a whole model.
 
     Raises:
-        ValueError: an adapter whose config is damaged or names no base model.
+        ValueError: the adapter's config is damaged or does not name a base model.
     """
     commit = None
     folder = Path(path)
@@ -70,7 +70,7 @@ def find_adapter(role: str, path: str, revision: str | None = None) -> Adapter |
 
 
 def base_content(adapter: Adapter) -> str:
-    """The content of the base model: of a folder a digest over its config and samples of its weights, of a hub model the commit."""
+    """Return an identity of the base model's content: a digest of a folder's config and samples of its weights, or a hub commit."""
     from .cache.manifest import model_files
 
     if not Path(adapter.base).is_dir():
@@ -83,12 +83,12 @@ def base_content(adapter: Adapter) -> str:
 
 
 def describe_base(adapter: Adapter) -> str:
-    """The text of ``base_model.json``."""
+    """Return the text of ``base_model.json``."""
     return json.dumps({"base": adapter.base, "content": base_content(adapter)}, indent=1) + "\n"
 
 
 def check_fits(role: str, adapter: Adapter, skeleton: Any) -> Any:
-    """Put the adapter on a model without weights, on the meta device, and compare what is saved with what the model needs.
+    """Add the adapter to a model on the meta device, and compare its saved weights with those that the model needs.
 
     Returns:
         The model with the adapter.
@@ -125,7 +125,7 @@ def check_fits(role: str, adapter: Adapter, skeleton: Any) -> Any:
 
 
 def adapted(adapter: Adapter, model: Any, trainable: bool) -> Any:
-    """The base ``model`` with the adapter on it, once ``check_fits`` has passed."""
+    """Return the base ``model`` with the adapter. Call ``check_fits`` first."""
     import peft
 
     with quiet():
@@ -134,7 +134,7 @@ def adapted(adapter: Adapter, model: Any, trainable: bool) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A context without the warnings of peft and transformers to each other about names that will change."""
+    """Suppress FutureWarnings that peft and transformers raise about each other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -1,7 +1,7 @@
-"""Answers of OpenAI-compatible servers: from the bytes of a body to the entry of a log of replies.
+"""Read answers of OpenAI-compatible servers: from the bytes of a body to the entry of a log of replies.
 
-Servers differ in how they write one and the same thing. What can be read is read; what is left is one of three errors, which decide
-whether the same request is worth asking, and paying for, again.
+All known forms are accepted, because servers write the same values in different ways. An answer that cannot be read raises one of three
+errors, which determine whether the request is sent, and paid for, again.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any
 __all__ = ["Incomplete", "NoLogprobs", "ServerError", "Unreadable", "counts_of", "parse", "read_number", "read_reply"]
 
 UNKNOWN = "unknown"
-"""The finish reason of a reply that gives none."""
+"""The finish reason of a reply without one."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message that hold thoughts."""
+"""Fields of a message that contain thoughts."""
 OPAQUE = ("redacted_thinking", "reasoning.encrypted", "encrypted_reasoning")
-"""Parts of a message that nobody but the server can read."""
+"""Types of message parts that are encrypted by the server."""
 
 
 class Incomplete(Exception):
-    """An answer that is not whole. The same request is worth another try."""
+    """The answer is incomplete. Sending the request again may help."""
 
 
 class Unreadable(Exception):
-    """A whole answer in a form that can't be read. Another try would cost the same, and give the same."""
+    """The answer is complete but has an unknown form. Sending the request again would cost the same and return the same."""
 
 
 class NoLogprobs(Unreadable):
-    """A whole answer without the log-probabilities that were asked for; the message says what to do."""
+    """The answer is complete but lacks the requested log-probabilities. The message says what to do."""
 
 
 class ServerError(Exception):
-    """An error in the body of an answer whose status is a success."""
+    """The body contains an error although the status is a success."""
 
     def __init__(self, error: object) -> None:
         super().__init__(str(error))
@@ -43,7 +43,7 @@ class ServerError(Exception):
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The answer in a body: JSON, or a stream of events that was not asked for. It has at least one choice, an object.
+    """Return the answer in a body, with at least one choice. The body is JSON, or a stream of events, which some servers always send.
 
     Raises:
         Incomplete, Unreadable, ServerError: see each.
@@ -71,14 +71,13 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 def read_reply(answer: Mapping[str, Any], logprobs: int) -> dict[str, Any]:
-    """The entry of the log for an answer of the chat or the completions API.
+    """Return the log entry for an answer of the chat or completions API.
 
     Args:
-        logprobs: alternatives per token that were asked for.
+        logprobs: number of requested alternatives per token.
 
     Raises:
-        Unreadable: see there.
-        NoLogprobs: there are none, though they were asked for.
+        Unreadable, NoLogprobs: see each.
     """
     choice = answer["choices"][0]
     message = choice.get("message")
@@ -88,7 +87,7 @@ def read_reply(answer: Mapping[str, Any], logprobs: int) -> dict[str, Any]:
         raise Unreadable(f"message must be an object, and it is a {type(message).__name__}")
     thoughts = [_joined(message.get(name, choice.get(name)), [], name) for name in REASONING]
     text = _joined(message.get("content"), thoughts, "content") or _joined(message.get("refusal"), [], "refusal")
-    thoughts = [thought for thought in dict.fromkeys(thoughts) if thought]  # servers that change the field's name send both
+    thoughts = [thought for thought in dict.fromkeys(thoughts) if thought]  # some servers send the same text in two fields
     if message.get("tool_calls") or message.get("function_call"):
         raise Unreadable("it calls tools, and only text is kept")
     if not message.keys() & {"content", "refusal", *REASONING} and not thoughts:
@@ -99,12 +98,12 @@ def read_reply(answer: Mapping[str, Any], logprobs: int) -> dict[str, Any]:
         entry["reasoning"] = "\n\n".join(thoughts)
     tokens = _tokens(choice.get("logprobs")) if logprobs else []
     if logprobs and not tokens and (text or thoughts):
-        raise NoLogprobs("the server gives no log-probabilities with its text: ask without --logprobs, or take another server")
+        raise NoLogprobs("the server gives no log-probabilities with its text: ask without --logprobs, or use another server")
     return {**entry, **counts_of(answer), "logprobs": tokens}
 
 
 def counts_of(answer: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens of prompt and completion, as the server counts them; 0 where it does not, or where it is not a number of tokens."""
+    """Return the numbers of prompt and completion tokens that the server reports; 0 without a valid number."""
     usage = answer.get("usage")
     counts = {}
     for name in ("prompt_tokens", "completion_tokens"):
@@ -114,7 +113,7 @@ def counts_of(answer: Mapping[str, Any]) -> dict[str, int]:
 
 
 def read_number(value: object) -> float | None:
-    """A finite number; None for anything else that stands in its place: null, text, NaN, infinity, 400 digits."""
+    """Return a finite number as float; None for any other value: null, text, NaN, infinity, 400 digits."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -125,12 +124,12 @@ def read_number(value: object) -> float | None:
 
 
 def whole_text(text: str) -> str:
-    """Text that UTF-8 can hold: halves of a surrogate pair are joined, or replaced where the other half is missing."""
+    """Return text that UTF-8 can encode: surrogate pairs are joined, and halves without a partner are replaced."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _joined(value: object, thoughts: list[str], name: str) -> str:
-    """The text of a field: text, or a list of parts, of which those that are thoughts go to ``thoughts``."""
+    """Return the text of a field: text, or a list of parts. Parts that are thoughts are added to ``thoughts``."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -160,33 +159,33 @@ def _part(part: object, thoughts: list[str], name: str) -> str:
     return text
 
 
-def _tokens(found: object) -> list[dict[str, Any]]:
-    """Log-probabilities as the log has them, from the form of chat replies (``content``) or of completions (three or four lists)."""
-    if not found:
+def _tokens(logprobs: object) -> list[dict[str, Any]]:
+    """Return log-probabilities in the form of the log, from those of chat replies (``content``) or completions (three or four lists)."""
+    if not logprobs:
         return []
-    if isinstance(found, dict) and isinstance(found.get("content"), list):
-        found = found["content"]
-    if isinstance(found, list):
-        return [{**_token(token), "top_logprobs": _alternatives(token.get("top_logprobs"))} for token in map(_object, found)]
-    if not isinstance(found, dict):
-        raise Unreadable(f"logprobs must be an object, and it is a {type(found).__name__}")
-    tokens = found.get("tokens")
+    if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
+        logprobs = logprobs["content"]
+    if isinstance(logprobs, list):
+        return [{**_token(token), "top_logprobs": _alternatives(token.get("top_logprobs"))} for token in map(_object, logprobs)]
+    if not isinstance(logprobs, dict):
+        raise Unreadable(f"logprobs must be an object, and it is a {type(logprobs).__name__}")
+    tokens = logprobs.get("tokens")
     if not tokens:
         return []
-    values, tops = (found.get(name) or [None] * len(tokens) for name in ("token_logprobs", "top_logprobs"))
+    values, tops = (logprobs.get(name) or [None] * len(tokens) for name in ("token_logprobs", "top_logprobs"))
     if not all(isinstance(column, list) and len(column) == len(tokens) for column in (tokens, values, tops)):
         raise Unreadable("logprobs: tokens, token_logprobs and top_logprobs must be lists of one length")
     rows = zip(tokens, values, tops, strict=True)
     return [{**_token({"token": token, "logprob": value}), "top_logprobs": _alternatives(top)} for token, value, top in rows]
 
 
-def _alternatives(found: object) -> list[dict[str, Any]]:
+def _alternatives(top: object) -> list[dict[str, Any]]:
     """Return the alternatives with a number as log-probability. The others belong to the tail."""
-    if isinstance(found, dict):
-        found = [{"token": token, **(value if isinstance(value, dict) else {"logprob": value})} for token, value in found.items()]
-    if not isinstance(found, (list, type(None))):
-        raise Unreadable(f"top_logprobs must be a list or an object, and it is a {type(found).__name__}")
-    tokens = [_token(_object(token)) for token in found or ()]
+    if isinstance(top, dict):
+        top = [{"token": token, **(value if isinstance(value, dict) else {"logprob": value})} for token, value in top.items()]
+    if not isinstance(top, (list, type(None))):
+        raise Unreadable(f"top_logprobs must be a list or an object, and it is a {type(top).__name__}")
+    tokens = [_token(_object(token)) for token in top or ()]
     return [token for token in tokens if token["logprob"] is not None]
 
 
@@ -196,11 +195,11 @@ def _object(token: object) -> dict[str, Any]:
     return token
 
 
-def _token(found: Mapping[str, Any]) -> dict[str, Any]:
-    text, raw, id = found.get("token"), found.get("bytes"), found.get("id")
+def _token(entry: Mapping[str, Any]) -> dict[str, Any]:
+    text, raw, id = entry.get("token"), entry.get("bytes"), entry.get("id")
     if not isinstance(text, (str, type(None))):
         raise Unreadable(f"a token of logprobs must be text, and it is a {type(text).__name__}")
-    token: dict[str, Any] = {"token": whole_text(text or ""), "logprob": read_number(found.get("logprob"))}
+    token: dict[str, Any] = {"token": whole_text(text or ""), "logprob": read_number(entry.get("logprob"))}
     if isinstance(raw, list) and all(isinstance(byte, int) and 0 <= byte < 256 for byte in raw):
         token["bytes"] = [int(byte) for byte in raw]
     if isinstance(id, int) and not isinstance(id, bool) and 0 <= id < 2**31:
@@ -209,7 +208,7 @@ def _token(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _events(text: str) -> Iterable[dict[str, Any]]:
-    """The events of a stream, each an object. The last is ``{"done": True}`` where the server says so."""
+    """Yield the events of a stream as objects. ``[DONE]`` becomes ``{"done": True}``."""
     data: list[str] = []
     for line in re.split(r"\r\n|\r|\n", text):
         if not line.startswith("data:"):
@@ -223,7 +222,7 @@ def _events(text: str) -> Iterable[dict[str, Any]]:
         try:
             event = json.loads("\n".join(data))
         except ValueError:
-            continue  # one event over several lines
+            continue  # an event in several lines
         data = []
         if event is not None and not isinstance(event, dict):
             raise Unreadable(f"an event of the stream must be an object, and it is a {type(event).__name__}")
@@ -233,7 +232,7 @@ def _events(text: str) -> Iterable[dict[str, Any]]:
 
 
 def _merged(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The answer that a stream of events adds up to.
+    """Merge the events of a stream into one answer.
 
     Raises:
         Incomplete: the stream ends before the reply does.
@@ -256,7 +255,7 @@ def _merged(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 choice["finish_reason"] = part["finish_reason"]
             _extend(logprobs, part.get("logprobs"), "logprobs")
             if part.get("delta") is None and isinstance(part.get("message"), dict):
-                fields = {}  # not a difference to what came before, but all of it
+                fields = {}  # the whole message, not an addition to it
             _extend(fields, part.get("delta") or part.get("message"), "delta")
             if "text" in part:
                 _extend(fields, {"content": part["text"]}, "text")
@@ -279,5 +278,5 @@ def _extend(columns: dict[str, list[Any]], part: object, name: str) -> None:
 
 
 def _sum(parts: Sequence[Any]) -> Any:
-    """The value that the parts of a stream add up to."""
+    """Join the parts of a streamed value."""
     return "".join(parts) if all(isinstance(part, str) for part in parts) else list(parts)

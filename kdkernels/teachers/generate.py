@@ -1,4 +1,4 @@
-"""Rows of data with a teacher's text for them: what ``kdkernels generate`` does."""
+"""Requests for the rows of data, and training rows with the replies, for ``kdkernels generate``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .text import Reply, Request
 __all__ = ["asked_of", "messages_of", "requests_of", "with_reply"]
 
 OF_RESPONSE = ("response", "completion", "finish_reason", "reasoning", "teacher_logprobs")
-"""Fields of a row that belong to its response, and go when it gets another."""
+"""Fields of a row that belong to its response. They are removed when the response is replaced."""
 
 
 def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The student's chat messages: a row's ``messages`` without the last one of the assistant, or its ``prompt``.
+    """Return the student's chat messages: a row's ``messages`` without a last one by the assistant, or its ``prompt``.
 
     Raises:
-        ValueError: a row without either.
+        ValueError: the row has neither.
     """
     return _messages(row, "messages", "prompt")
 
@@ -34,9 +34,9 @@ def asked_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """
     for name in ("demonstrations", "tools"):
         if row.get(name):
-            raise ValueError(f"it has {name}, which the teacher would not be given: write them into teacher_messages")
-    own = row.get("teacher_messages") or row.get("teacher_prompt")
-    return _messages(row, "teacher_messages", "teacher_prompt") if own else messages_of(row)
+            raise ValueError(f"it has {name}, which the teacher would not get: write them into teacher_messages")
+    separate = row.get("teacher_messages") or row.get("teacher_prompt")
+    return _messages(row, "teacher_messages", "teacher_prompt") if separate else messages_of(row)
 
 
 def _messages(row: Mapping[str, Any], several: str, one: str) -> list[dict[str, str]]:
@@ -65,14 +65,16 @@ def requests_of(
     logprobs: int = 0,
     places: Sequence[str] = (),
 ) -> list[Request]:
-    """One request a row. Its key is the row's own, else a hash of its messages, so that it stays the same wherever the row moves to;
-    equal rows are numbered, and each is asked.
+    """Return one request per row.
+
+    Its key is the row's ``key``, else a hash of its messages, which is independent of the row's position. Equal rows are numbered, and each
+    gets its own request.
 
     Args:
-        places: of each row, such as ``data.jsonl, row 3``, for errors. Default: its number.
+        places: name of each row for errors, such as ``data.jsonl, row 3``. Default: its number.
 
     Raises:
-        ValueError: a row that asks nothing.
+        ValueError: a row has no prompt.
     """
     requests, seen = [], Counter[str]()
     for place, row in zip(places or [f"row {number}" for number in range(1, len(rows) + 1)], rows, strict=True):
@@ -88,14 +90,14 @@ def requests_of(
 
 
 def with_reply(row: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
-    """A training row: ``row`` with the teacher's ``response`` instead of any other, its ``finish_reason``, the thoughts before it as
-    ``reasoning`` if there are any, and ``teacher_logprobs`` if they were asked for."""
-    made = {name: value for name, value in row.items() if name not in OF_RESPONSE}
-    made |= {"response": reply.text, "finish_reason": reply.finish_reason}
+    """Return a training row: ``row`` with the teacher's ``response``, its ``finish_reason``, and ``reasoning`` and ``teacher_logprobs`` if
+    the reply has them."""
+    answered = {name: value for name, value in row.items() if name not in OF_RESPONSE}
+    answered |= {"response": reply.text, "finish_reason": reply.finish_reason}
     if reply.reasoning:
-        made["reasoning"] = reply.reasoning
+        answered["reasoning"] = reply.reasoning
     if row.get("messages"):
-        made["messages"] = messages_of(row)
+        answered["messages"] = messages_of(row)
     if reply.logprobs:
-        made["teacher_logprobs"] = list(reply.logprobs)
-    return made
+        answered["teacher_logprobs"] = list(reply.logprobs)
+    return answered

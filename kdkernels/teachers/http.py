@@ -1,7 +1,8 @@
-"""Teachers behind the OpenAI-compatible HTTP API: vLLM, SGLang, llama.cpp, ``transformers serve``, or a vendor's.
+"""Teachers behind an OpenAI-compatible HTTP API: vLLM, SGLang, llama.cpp, ``transformers serve``, or a vendor's.
 
-Every reply is in the log when it is counted; what fails on the way (a full server, a cut connection, half an answer) is asked again
-after a while. The key comes from the environment, goes into one header to one server, and is cut out of all that comes back.
+Each reply is written to the log before it is counted. Requests that fail temporarily (a busy server, a lost connection, an incomplete
+answer) are sent again after a pause. The API key comes from the environment, is sent in one header to one server, and is removed from
+everything that the server returns.
 """
 
 from __future__ import annotations
@@ -36,28 +37,28 @@ __all__ = ["HTTPModel", "HTTPModelError", "Refused"]
 T = TypeVar("T")
 API = Literal["chat", "completions"]
 LONGEST_WAIT = 600.0
-"""Seconds that a server may ask to wait; beyond, the run ends and says so."""
+"""Maximum wait in seconds that a server may ask for. A longer one ends the run with an error."""
 LONGEST_BACKOFF = 30.0
 LARGEST_REPLY = 256 << 20
-"""Bytes of a reply that are read, after decompression."""
+"""Maximum bytes of a reply, after decompression."""
 LARGEST_ERROR = 1 << 16
 QUOTED = 300
-"""Characters of a reply that an error quotes."""
+"""Number of characters of a reply that an error quotes."""
 NAMED = 20
-"""Refused requests that an error names, at most."""
+"""Maximum number of refused requests that an error names."""
 INTERRUPTED = (
     "abort", "aborted", "canceled", "cancelled", "error", "insufficient_system_resource", "internal_error", "network_error", "overloaded",
     "server_error", "timeout",
 )  # fmt: skip
-"""Finish reasons of replies that the server itself broke off: another try may get a whole one."""
+"""Finish reasons of replies that the server interrupted. A retry may return a complete one."""
 
 
 class HTTPModelError(UserError):
-    """The server can't be used, or does not get better. What it has answered is in the log: the same call goes on from there."""
+    """The server cannot be used, or all retries failed. Replies so far are in the log, and the same call continues from there."""
 
 
 class Refused(HTTPModelError):
-    """The server refuses some requests whatever happens (too long, say). All others are answered and in the log."""
+    """The server permanently refuses some requests, for example because they are too long. All others are answered and in the log."""
 
     def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
         super().__init__(message)
@@ -66,7 +67,7 @@ class Refused(HTTPModelError):
 
 
 class _Again(Exception):
-    """Worth another try, after at least ``wait`` seconds. ``entry``: a reply that was broken off."""
+    """Retry after at least ``wait`` seconds. ``entry``: an interrupted reply."""
 
     def __init__(self, reason: str, wait: float = 0.0, entry: dict[str, Any] | None = None) -> None:
         super().__init__(reason)
@@ -74,19 +75,19 @@ class _Again(Exception):
 
 
 class _No(Exception):
-    """The server refuses this request; it may take others."""
+    """The server refuses this request, but may accept others."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One request to the server and what becomes of its answer."""
+    """One request to the server, and the function that reads its answer."""
 
     key: str
     request: str
-    """Hash of all that decides the answer."""
+    """Hash of everything that determines the answer."""
     body: Mapping[str, Any]
     read: Callable[[dict[str, Any]], dict[str, Any]]
-    """From the server's JSON to the entry of the log.
+    """Converts the server's JSON to the entry of the log.
 
     Raises:
         answers.Unreadable, or any error of Python about a value: the answer has another form.
@@ -99,25 +100,25 @@ class HTTPModel:
     """A ``TextModel`` over the OpenAI-compatible API.
 
     Args:
-        base_url: as ``http://localhost:8000/v1``.
-        model: the server's name of it.
-        api: ``"chat"``, or ``"completions"``, whose prompt is the content of the one message of a request.
-        key_variable: environment variable that holds the API key. "", or one that is not set: a server that asks for none.
-        concurrency: requests in flight, at most.
-        timeout: seconds for one whole answer, first byte to last.
-        retries: how often a request is tried again after 408, 409, 425, 429, 5xx, a time-out, a cut connection, an answer that is not
-            whole, or a reply that the server broke off. Each wait is twice as long as the last and then cut at random by up to a half;
-            never shorter than the server asks for.
-        backoff: seconds of the first wait.
-        seed: of draws. Each request sends a seed of its own, made of this one and its key: with one and the same, several samples of a
-            prompt would be one text. For servers that take a seed.
-        extra_body: further fields of every request, such as ``{"return_tokens_as_token_ids": True}`` for vLLM.
+        base_url: such as ``http://localhost:8000/v1``.
+        model: the model's name on the server.
+        api: ``"chat"``, or ``"completions"``, whose prompt is the content of a request's only message.
+        key_variable: environment variable with the API key; "" or an unset variable for a server without keys.
+        concurrency: maximum number of parallel requests.
+        timeout: time limit of a request in seconds, from the first byte to the last.
+        retries: number of retries after 408, 409, 425, 429, 5xx, a time-out, a lost connection, an incomplete answer, or a reply that the
+            server interrupted. Each pause is twice as long as the last, shortened at random by up to a half, but not shorter than the
+            server asks for.
+        backoff: seconds of the first pause.
+        seed: random seed, for servers that accept one. Each request sends its own seed, derived from this one and its key: with equal
+            seeds, several samples of a prompt would be the same text.
+        extra_body: further fields of each request, such as ``{"return_tokens_as_token_ids": True}`` for vLLM.
         prices: cost of a million prompt tokens and of a million completion tokens.
-        skip_refused: requests that the server refuses get an empty reply whose ``finish_reason`` is ``REFUSED``, and are in no log.
-        report: called after each reply, and before a request is asked again.
+        skip_refused: a request that the server refuses gets an empty reply with the ``finish_reason`` ``REFUSED``, which is not logged.
+        report: called after each reply, and before each retry.
 
     Raises:
-        ValueError: an argument that makes no sense; a URL with a key in it.
+        ValueError: an argument is invalid, or the URL contains a key.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class HTTPModel:
         if api not in ("chat", "completions"):
             raise ValueError(f"api must be 'chat' or 'completions', got {api!r}")
         if not model:
-            raise ValueError("give the server's name of the model")
+            raise ValueError("model is missing: give the model's name on the server")
         _check_extra_body(extra_body or {})
         self.base_url, self.model, self.api = base_url, model, api
         self.key_variable, self.concurrency, self.timeout, self.retries, self.backoff = key_variable, concurrency, timeout, retries, backoff
@@ -151,22 +152,22 @@ class HTTPModel:
         self.prices, self.skip_refused, self.report = prices, skip_refused, report
         self.usage = Usage()
         self._secret = Secret("")
-        self._not_before = 0.0  # on the clock of the loop: a server that is full is left alone by all
+        self._not_before = 0.0  # monotonic time before which no request is sent, because the server is busy
 
     def complete(self, requests: Sequence[Request], log: Path) -> list[Reply]:
-        """Replies in the order of the requests; see ``TextModel``.
+        """Return the replies in the order of the requests; see ``TextModel``.
 
         Raises:
-            ValueError: two requests with one key, or one that makes no sense.
-            Refused: requests that the server refuses, without ``skip_refused``; the others are answered.
-            HTTPModelError: a server that can't be reached, or rejects the key; that gives no log-probabilities where they are asked for.
-            FileError: the log is in use, damaged, or holds another request's reply under one of the keys.
+            ValueError: two requests have the same key, or a request is invalid.
+            Refused: the server refuses requests, and ``skip_refused`` is False. The others are answered.
+            HTTPModelError: the server cannot be reached, rejects the key, or does not return requested log-probabilities.
+            FileError: the log is in use or damaged, or has another request's reply under one of the keys.
         """
         check_requests(requests)
         return [reply_of(entry) for entry in self.run([self._job(request) for request in requests], log)]
 
     def run(self, jobs: Sequence[Job], log: Path) -> list[dict[str, Any]]:
-        """The entries of the log for ``jobs``, in their order, once all are there. Errors as of ``complete``."""
+        """Run ``jobs``, and return their log entries in order. Raises the same errors as ``complete``."""
         with ReplyLog(log) as replies:
             done = {job.key: entry for job in jobs if (entry := replies.find(job.key, job.request)) is not None}
             for entry in done.values():
@@ -191,16 +192,16 @@ class HTTPModel:
 
     def _count(self, entry: Mapping[str, Any], from_log: bool) -> None:
         self.usage.add(entry, from_log, self.prices)
-        self._tell()
+        self._report_usage()
 
-    def _tell(self) -> None:
+    def _report_usage(self) -> None:
         if self.report is not None:
             self.report(self.usage)
 
     def _job(self, request: Request) -> Job:
         body: dict[str, Any] = {"max_tokens": request.max_tokens, "temperature": request.temperature}
         if self.settings["seed"] is not None:
-            body["seed"] = seed_of(self.settings["seed"], request.key) >> 33  # 31 bits: more than some servers take
+            body["seed"] = seed_of(self.settings["seed"], request.key) >> 33  # 31 bits: some servers accept no more
         if request.stop:
             body["stop"] = list(request.stop)
         if self.api == "chat":
@@ -244,36 +245,38 @@ class HTTPModel:
             try:
                 await asyncio.wait(workers)
             except asyncio.CancelledError:
-                # Interrupted: what is in flight has been paid for, so it may still arrive.
+                # Interrupted: wait for requests that are under way, because they have been paid for.
                 stop.set()
                 await asyncio.wait(workers, timeout=self.timeout)
                 raise
             finally:
                 for task in workers:
                     task.cancel()
-            for error in [task.exception() for task in workers]:  # of all, so that none is reported as never looked at
+            for error in [task.exception() for task in workers]:  # of all tasks: asyncio warns about exceptions that are not retrieved
                 if error is not None:
                     raise error
         if refused:
             raise Refused(_refusal([job for job in jobs if job.key in refused], refused, len(jobs)), refused)
 
     def _client(self, transport: AsyncBaseTransport | None = None) -> AsyncClient:
-        """A client that sends the key, nothing else of the environment, and to no other server: it follows no redirect.
+        """Return a client that sends the key. It does not follow redirects, so that the key reaches no other server.
 
         Raises:
-            HTTPModelError: a key that can't be sent; a proxy or certificates of the environment that can't be used.
+            HTTPModelError: the key cannot be sent, or a proxy or certificate of the environment cannot be used.
         """
         from httpx2 import AsyncClient, InvalidURL, Limits
 
         key = os.environ.get(self.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
-            raise HTTPModelError(f"the key in {self.key_variable} holds a character that a header can't: set the variable to the key alone")
+            raise HTTPModelError(
+                f"the key in {self.key_variable} holds a character that a header can't hold: set the variable to the key alone"
+            )
         self._secret = Secret(key)
         try:
             for name in ("http", "https", "all"):
-                urlsplit(getproxies().get(name, "")).port  # noqa: B018  (an error if it is none; the client would raise when it connects)
+                urlsplit(getproxies().get(name, "")).port  # noqa: B018  (raises if invalid; the client would only raise when it connects)
             return AsyncClient(
-                # Some servers want a key even where they check none.
+                # Some servers require a key even if they do not check it.
                 headers={"Authorization": f"Bearer {key or 'none'}", "User-Agent": "kdkernels", "Content-Type": "application/json"},
                 limits=Limits(max_connections=None, max_keepalive_connections=self.concurrency),
                 timeout=self.timeout,
@@ -282,13 +285,13 @@ class HTTPModel:
             )
         except (InvalidURL, ValueError, ImportError, OSError) as error:
             raise HTTPModelError(
-                f"a proxy or certificate of the environment can't be used ({error}): look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY "
+                f"a proxy or certificate of the environment can't be used ({error}): check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY "
                 "and SSL_CERT_FILE"
             ) from None
 
     async def _ask(self, client: AsyncClient, job: Job, stop: asyncio.Event) -> dict[str, Any] | None:
-        """The entry for ``job``; None if stopped while waiting to try again."""
-        broken: list[str] = []
+        """Return the entry for ``job``; None if stopped while waiting."""
+        broken: list[str] = []  # finish reasons of interrupted replies
         for attempt in range(self.retries + 1):
             if not await self._wait(self._not_before - time.monotonic(), stop):
                 return None
@@ -298,9 +301,9 @@ class HTTPModel:
             except _Again as error:
                 if attempt == self.retries:
                     if error.entry is not None and error.entry["text"]:
-                        return {**error.entry, "interrupted": broken}  # cut in the middle, as its finish reason says
+                        return {**error.entry, "interrupted": broken}  # its finish reason shows that it is incomplete
                     raise HTTPModelError(
-                        f"gave up on {job.name} after {attempt + 1} tries: {error}. What was answered is in the log: run the same again"
+                        f"gave up on {job.name} after {attempt + 1} tries: {error}. Replies so far are in the log: run the same again"
                     ) from None
                 if error.wait > LONGEST_WAIT:
                     raise HTTPModelError(f"the server asks to wait {error.wait:.0f} s: run the same again after that") from None
@@ -309,7 +312,7 @@ class HTTPModel:
                     self.usage.interrupted[error.entry["finish_reason"]] += 1
                 self.usage.retries += 1
                 self.usage.waiting = str(error)
-                self._tell()
+                self._report_usage()
                 self._not_before = max(self._not_before, time.monotonic() + error.wait) if error.wait else self._not_before
                 pause = min(self.backoff * 2**attempt, LONGEST_BACKOFF) * random.uniform(0.5, 1)
                 if not await self._wait(max(pause, error.wait), stop):
@@ -318,7 +321,7 @@ class HTTPModel:
 
     @staticmethod
     async def _wait(seconds: float, stop: asyncio.Event) -> bool:
-        """False if stopped meanwhile."""
+        """Wait, and return whether to continue: False if stopped meanwhile."""
         if seconds > 0:
             with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
                 await asyncio.wait_for(stop.wait(), seconds)
@@ -332,7 +335,7 @@ class HTTPModel:
         except (asyncio.TimeoutError, TimeoutError, httpx2.TimeoutException):
             raise _Again(f"no whole answer within {self.timeout:g} s from {self.base_url}") from None
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
-            raise HTTPModelError(f"{self.base_url} can't be asked: {self._shown(str(error))}") from None
+            raise HTTPModelError(f"{self.base_url} can't be used: {self._shown(str(error))}") from None
         except httpx2.RequestError as error:
             raise _Again(f"no connection, or one that was cut ({type(error).__name__}), to {self.base_url}") from None
         except answers.Unreadable as error:
@@ -355,15 +358,15 @@ class HTTPModel:
         return entry
 
     async def _post(self, client: AsyncClient, fields: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and body of the answer; of an error only the beginning of the body.
+        """Return status, headers and body of the answer; for an error status only the beginning of the body.
 
         Raises:
-            Unreadable: a reply larger than ``LARGEST_REPLY``.
+            Unreadable: the reply is larger than ``LARGEST_REPLY``.
         """
-        sent = {"model": self.model, **fields, **self.settings["extra_body"]}
+        request = {"model": self.model, **fields, **self.settings["extra_body"]}
         path = "chat/completions" if "messages" in fields else "completions"
         body = bytearray()
-        async with client.stream("POST", f"{self.base_url.rstrip('/')}/{path}", content=json.dumps(sent, default=str)) as response:
+        async with client.stream("POST", f"{self.base_url.rstrip('/')}/{path}", content=json.dumps(request, default=str)) as response:
             async for piece in response.aiter_bytes():
                 body += piece
                 if not response.is_success and len(body) > LARGEST_ERROR:
@@ -373,20 +376,23 @@ class HTTPModel:
         return response.status_code, response.headers, bytes(body)
 
     def _failure(self, status: int, error: object, headers: Mapping[str, str]) -> Exception:
-        """Return the error for a status other than success: for this request, or for all of them."""
+        """Return the exception for a status other than success: for this request, or for all."""
         reason = self._shown(f"{status}: {message_of(error)}")[:500]
         if 300 <= status < 400:
             target = self._shown(headers.get("location", "another address"))
             return HTTPModelError(f"{reason} {self.base_url} redirects to {target}: ask there, if that is the server you mean")
         if concerns_all(status, error):
             hint = f" (the key is read from {self.key_variable}, which is {'' if os.environ.get(self.key_variable) else 'not '}set)"
-            hint = hint if self.key_variable else f" ({self.base_url} gets no key: name the variable of its own)"
+            hint = hint if self.key_variable else f" ({self.base_url} gets no key: name the variable of its key)"
             return HTTPModelError(reason + (hint if status in (401, 403) else ""))
         return _Again(reason, retry_after(headers)) if may_pass(status) else _No(reason)
 
     def _unreadable(self, job: Job, error: Exception, body: bytes) -> Exception:
-        """A reply that was paid for and can't be read. Others would be so too: only where some could be read, and rows may be left out,
-        it concerns its row alone."""
+        """Return the exception for a reply that cannot be read.
+
+        It ends the run, because other replies would have the same form and cost the same. If others could be read and rows may be skipped,
+        only this row is skipped.
+        """
         why = str(error) if isinstance(error, answers.Unreadable) else f"{type(error).__name__}: {error}"
         quoted = self._shown(body[: 16 * QUOTED].decode(errors="replace"))[:QUOTED]
         reason = f"the reply can't be read: {self._shown(why)[:QUOTED]}" + (f". The server sent: {quoted}" if quoted else "")
@@ -395,7 +401,7 @@ class HTTPModel:
         return HTTPModelError(f"{job.name}: {reason}")
 
     def _shown(self, text: str) -> str:
-        """Text of the server without the key, as a terminal can show it."""
+        """Return a server's text without the key and with control characters escaped."""
         return shown(self._secret.redact(text))
 
 
@@ -410,9 +416,10 @@ def _refusal(jobs: Sequence[Job], reasons: Mapping[str, str], total: int) -> str
 
 
 def _check_url(base_url: str, key_variable: str) -> None:
-    """
+    """Check ``base_url``.
+
     Raises:
-        ValueError: an address that can't be asked, or that holds a secret.
+        ValueError: it is not an HTTP address, or contains a secret.
     """
     try:
         url = urlsplit(base_url)
@@ -426,9 +433,10 @@ def _check_url(base_url: str, key_variable: str) -> None:
 
 
 def _check_extra_body(extra_body: Mapping[str, Any]) -> None:
-    """
+    """Check ``extra_body``.
+
     Raises:
-        ValueError: fields that are not JSON, or that ask for several replies at once.
+        ValueError: it cannot be written as JSON, or requests several replies.
     """
     try:
         json.dumps(extra_body, allow_nan=False)
@@ -436,11 +444,11 @@ def _check_extra_body(extra_body: Mapping[str, Any]) -> None:
         raise ValueError(f"extra_body can't be written as JSON: {error}") from None
     for name in ("n", "best_of"):
         if extra_body.get(name) not in (None, 1):
-            raise ValueError(f"extra_body has {name}={extra_body[name]!r}: one reply is read of each request, so ask for one")
+            raise ValueError(f"extra_body has {name}={extra_body[name]!r}: only one reply is read for each request, so leave it out")
 
 
 def _run_async(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Runs a coroutine to its end, from code that is not asynchronous, whether or not a loop runs in this thread (as in a notebook)."""
+    """Run a coroutine to its end from synchronous code, even if this thread already runs an event loop (as in a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Run ``kdkernels cache`` and ``kdkernels generate``: read files, ask the teacher, write files."""
+"""Run ``kdkernels cache`` and ``kdkernels generate``: read data, run the teacher, write files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..support.terminal import progress, shown
 from ..tap.weights import embedding_rows, head_width, logit_columns
 from .cache.api import from_replies, score, silent_positions, write_topk
 from .cache.extend import extend_cache, extendable
-from .cache.manifest import Identity, Kind, identity_of_model, identity_of_tokenizer, kept_date, kept_learn
+from .cache.manifest import Identity, Kind, cached_date, cached_learn, identity_of_model, identity_of_tokenizer
 from .cache.text import ROWS_PER_SHARD, write_text_cache
 from .cache.writer import Plan, bytes_per_token, check_folder, write_cache
 from .generate import requests_of, with_reply
@@ -39,7 +39,7 @@ from .text import REFUSED, Counted, Reply, Request
 __all__ = ["CacheOptions", "cache_of_model", "cache_of_server", "device_of", "generate", "options_of"]
 
 LEFT_OUT = ".left-out.jsonl"
-"""Ends the name of the list of rows that were left out."""
+"""Suffix of the file that lists the rows that were left out."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CacheOptions:
         if self.k < 1 or self.batch_size < 1 or self.shard_bytes < 1 or self.max_new_tokens < 1:
             raise ValueError("-k, --batch-size, --shard-mib and --max-new-tokens must be >= 1")
         if self.kind == "sampled" and self.k > 65535:
-            raise ValueError(f"-k {self.k}: a token can have 65535 draws at most")
+            raise ValueError(f"-k {self.k}: a token can have at most 65535 draws")
         if self.temperature is not None and not (0 < self.temperature < float("inf") or (self.kind == "text" and self.temperature == 0)):
             raise ValueError(f"--temperature {self.temperature}: it must be finite and > 0 (0 only for text)")
         if self.kind == "hidden" and self.temperature is not None:
@@ -86,10 +86,10 @@ class CacheOptions:
 
 
 def device_of(name: str) -> str:
-    """The device that ``--device`` names; with "auto" a GPU, if there is one.
+    """Return the device of ``--device``; for "auto" the GPU if torch sees one.
 
     Raises:
-        ValueError: torch has no such device here.
+        ValueError: torch cannot use the device here.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,7 +103,7 @@ def device_of(name: str) -> str:
 
 
 def options_of(folder: Path, **options: Any) -> CacheOptions:
-    """The options that the cache in ``folder`` was made with, and those of ``options`` beside them.
+    """Return the options that the cache in ``folder`` was made with, updated with ``options``.
 
     Raises:
         CacheError: see ``extendable``.
@@ -121,7 +121,7 @@ def options_of(folder: Path, **options: Any) -> CacheOptions:
 
 
 def cache_of_model(options: CacheOptions, console: Console, extend: bool = False) -> None:
-    """Make a cache of a model that runs here, or ``extend`` the one that is there."""
+    """Make a cache of a model that runs in this process, or ``extend`` an existing one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from .live import LiveTeacher
@@ -132,7 +132,7 @@ def cache_of_model(options: CacheOptions, console: Console, extend: bool = False
     of_teacher = o.tokenizer == o.teacher
     tokenizer = load(AutoTokenizer, "teacher" if of_teacher else "tokenizer", o.tokenizer, revision=o.revision if of_teacher else None)
     limit = length_limit(o.max_length, [load(AutoConfig, "teacher", o.teacher, revision=o.revision).get_text_config()])
-    examples = _examples(o, tokenizer, limit) if o.kind != "text" else []  # first: bad data is found before a large model is loaded
+    examples = _examples(o, tokenizer, limit) if o.kind != "text" else []  # before loading the model, so that data errors come early
     model = load(AutoModelForCausalLM, "teacher", o.teacher, dtype=o.dtype, revision=o.revision).to(device_of(o.device)).eval()
     check_ids(examples, tokenizer, embedding_rows(model))
     name, revision = identity_of_model(o.teacher, getattr(model.config, "_commit_hash", None) or o.revision)
@@ -172,7 +172,7 @@ def cache_of_model(options: CacheOptions, console: Console, extend: bool = False
 
 
 def _write_text(o: CacheOptions, model: Any, tokenizer: Any, identity: Identity, console: Console) -> None:
-    """Write a cache of the responses that a model writes."""
+    """Write a cache of a model's responses."""
     rows = [row.fields for row in training_rows(o.data, o.columns)]
     with progress(console, "rows") as (start, advance, _):
 
@@ -187,7 +187,7 @@ def _write_text(o: CacheOptions, model: Any, tokenizer: Any, identity: Identity,
 
 
 def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Console) -> None:
-    """A ``topk`` cache of what a server says of the data's own tokens, or (``model`` None) of what it said while it wrote them."""
+    """Make a ``topk`` cache of a server's log-probabilities for the data's tokens; without ``model``, of those saved in the data."""
     from transformers import AutoTokenizer
 
     o = options
@@ -199,12 +199,12 @@ def cache_of_server(options: CacheOptions, model: HTTPModel | None, console: Con
             tops = score(model, examples, o.k, o.out.with_name(o.out.name + ".log"))
         print_usage(console, model.usage)
     else:
-        taken = {example.where for example in examples}  # without those that are too long
-        rows = [row.fields for row in training_rows(o.data, o.columns) if row.where in taken]
+        used = {example.where for example in examples}  # without rows that are too long
+        rows = [row.fields for row in training_rows(o.data, o.columns) if row.where in used]
         tops, lost = from_replies(rows, examples, tokenizer)
         if lost:
             console.print(
-                f"{lost:,} of {len(examples):,} responses are cut into other tokens than the teacher's: they have no probabilities"
+                f"{lost:,} of {len(examples):,} responses are split into other tokens than the teacher's: they have no probabilities"
             )
         silent, ends = silent_positions(examples, tops, tokenizer)
         if silent:
@@ -233,17 +233,17 @@ def _examples(o: CacheOptions, tokenizer: Any, limit: int | None) -> list[Exampl
         tokenizer,
         max_length=limit,
         overlong=o.overlong,
-        date=kept_date(o.out),
+        date=cached_date(o.out),
         reasoning=o.reasoning,
         columns=o.columns,
-        learn=o.learn or cast("Learn | None", kept_learn(o.out)),
+        learn=o.learn or cast("Learn | None", cached_learn(o.out)),
     )
 
 
 def _announcing(
     console: Console, out: Path, identity: Identity, start: Callable[[int], None], hidden_size: int | None = None, head: int = 0
 ) -> Callable[[Plan], None]:
-    """Says how large the cache will be before the bar starts."""
+    """Return a function that prints the size of the planned cache and starts the progress bar."""
 
     def announce(plan: Plan) -> None:
         each, count = bytes_per_token(identity, hidden_size), len(plan.bounds)
@@ -278,11 +278,11 @@ def generate(
     logprobs: int,
     columns: str | None = None,
 ) -> None:
-    """Write training rows of ``data`` with the responses of ``model`` to ``out``; its log, and a list of what was left out, are beside it.
+    """Write training rows of ``data`` with the responses of ``model`` to ``out``. The log and the list of skipped rows are beside it.
 
     Raises:
-        FileError: an ``out`` that is the data, that this command did not make, or that was changed since.
-        Refused: rows that the server refuses, unless ``model`` skips them.
+        FileError: ``out`` is the data, was not made by this command, or was changed since.
+        Refused: the server refuses rows, and ``model`` does not skip them.
     """
     log = out.with_name(out.name + ".log")
     with Output(out, "generate", beside=True, adopt=lambda: [out.name] if is_unmarked_log(log) else []) as output:
@@ -293,7 +293,7 @@ def generate(
             [row.fields for row in rows], max_tokens=max_tokens, temperature=temperature, stop=stop, logprobs=logprobs, places=places
         )
         replies = _generate(model, rows, requests, output, log, console)
-    _say_what_was_cut(console, replies, max_tokens)
+    _print_unfinished(console, replies, max_tokens)
     print_usage(console, model.usage)
 
 
@@ -303,7 +303,7 @@ def _generate(model: Counted, rows: Sequence[Row], requests: Sequence[Request], 
     where = {request.key: request.where for request in requests}
 
     def list_left_out(reasons: Mapping[str, str]) -> Path:
-        """List the rows that were left out, or remove an older list where there are none."""
+        """Write the list of rows that were left out; without any, remove an older list."""
         name = out.name + LEFT_OUT
         if reasons:
             output.write_rows(name, [{"where": where[key], "key": key, "reason": reason} for key, reason in reasons.items()])
@@ -319,22 +319,24 @@ def _generate(model: Counted, rows: Sequence[Row], requests: Sequence[Request], 
         if len(where) > 1 and error.reasons.keys() == where.keys() and len(set(error.reasons.values())) == 1:
             advice = "as every row has the same reason, check --model and the other options"
         raise Refused(f"{str(error).removesuffix('.')}. {left_out} lists them: {advice}", error.reasons) from None
-    kept = [(row.fields, reply) for row, reply in zip(rows, replies, strict=True) if reply.finish_reason != REFUSED]
+    answered = [(row.fields, reply) for row, reply in zip(rows, replies, strict=True) if reply.finish_reason != REFUSED]
     left_out = list_left_out(model.usage.reasons)
-    output.write_rows(out.name, [with_reply(row, reply) for row, reply in kept])
-    refused = len(rows) - len(kept)
-    console.print(f"{out}: {len(kept):,} rows" + (f", {refused:,} refused and left out: see {left_out}" if refused else ""), markup=False)
-    return [reply for _, reply in kept]
+    output.write_rows(out.name, [with_reply(row, reply) for row, reply in answered])
+    refused = len(rows) - len(answered)
+    note = f", {refused:,} refused and left out: see {left_out}" if refused else ""
+    console.print(f"{out}: {len(answered):,} rows{note}", markup=False)
+    return [reply for _, reply in answered]
 
 
-def _say_what_was_cut(console: Console, replies: Sequence[Reply], max_tokens: int) -> None:
+def _print_unfinished(console: Console, replies: Sequence[Reply], max_tokens: int) -> None:
+    """Print how many responses are cut off or empty."""
     cut = Counter(reply.finish_reason for reply in replies if not ended(reply.finish_reason))
     if cut:
         reasons = ", ".join(f"{shown(reason)[:60]}: {count:,}" for reason, count in cut.most_common())
         limit = f"; length is --max-tokens {max_tokens}" if "length" in cut else ""
         console.print(
-            f"{cut.total():,} responses did not end by themselves (finish_reason {reasons}{limit}): no end is learnt after them",
+            f"{cut.total():,} responses did not end by themselves (finish_reason {reasons}{limit}): the student learns no end there",
             markup=False,
         )
     if empty := sum(not reply.text for reply in replies):
-        console.print(f"{empty:,} responses are empty: leave them out of a training")
+        console.print(f"{empty:,} responses are empty: remove them before training")

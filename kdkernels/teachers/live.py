@@ -1,4 +1,4 @@
-"""A teacher, or several, that runs in this process."""
+"""One or more teachers that run in this process."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["LiveTeacher"]
 
 
 class LiveTeacher:
-    """A ``TeacherSource`` that runs causal language models without their heads: the loss gets hidden states and head.
+    """A ``TeacherSource`` that runs causal language models without their heads, and passes hidden states and head to the loss.
 
-    The models are put into eval mode, run without gradients, and keep their dtype and their device; targets come to the view's device.
+    The models run in eval mode without gradients, and keep their dtype and device. Targets are moved to the view's device.
 
     Args:
-        models: a transformers model, or several, which become a ``kd.Ensemble``.
-        mode: of several: ``"probs"`` averages probabilities, ``"logits"`` logits. They differ, so it has to be said.
-        weights: of several, default equal.
-        vocab_size: real size of the vocabulary, where heads are padded. Default: every column.
+        models: a transformers model, or several, which form a ``kd.Ensemble``.
+        mode: for several models: ``"probs"`` averages probabilities, ``"logits"`` averages logits. The two differ, so it has no default.
+        weights: for several models; default: equal weights.
+        vocab_size: real size of the vocabulary if heads are padded. Default: all columns.
 
     Raises:
-        ValueError: several models without a mode, or of different vocabularies without a ``vocab_size``.
+        ValueError: several models without a mode, or with different vocabularies and without ``vocab_size``.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class LiveTeacher:
 
     @torch.no_grad()
     def targets(self, view: View) -> Side | Ensemble:
-        """An ``LMHead`` (logits where a head can't be taken apart), or a ``kd.Ensemble`` of them, ``[n]`` rows."""
+        """Return an ``LMHead`` (logits if the head is not a plain linear layer), or a ``kd.Ensemble`` of them, with ``[n]`` rows."""
         sides = [self._side(number, self._forward(number, view), view.scored) for number in range(len(self.models))]
         return sides[0] if self.mode is None else Ensemble(sides, self.weights, mode=self.mode)
 
     def prepare(self, input_ids: Tensor) -> None:
-        """Measures what each model does to its logits, on a few tokens of ``input_ids`` ``[B, L]``; else the first ``targets`` does."""
+        """Find each model's logit transform with a few tokens of ``input_ids`` ``[B, L]``. Otherwise the first ``targets`` does so."""
         for tap, model in zip(self.taps, self.models, strict=True):
             if tap.columns is None:
                 tap.prepare(model, input_ids.to(next(model.parameters()).device))
 
     def place(self, device: torch.device) -> None:
-        """Moves models that were left on the CPU; who has put them elsewhere, or quantised them, has decided."""
+        """Move models that are on the CPU to ``device``. Models on another device, or placed by a device map, are not moved."""
         for model in self.models:
             if device.type != "cpu" and not hasattr(model, "hf_device_map") and {p.device.type for p in model.parameters()} == {"cpu"}:
                 model.to(device)
@@ -77,8 +77,8 @@ class LiveTeacher:
     def _forward(self, number: int, view: View) -> Tapped:
         model = self.models[number]
         device = next(model.parameters()).device
-        given = {"input_ids": view.input_ids, "attention_mask": view.attention_mask, "position_ids": view.position_ids}
-        inputs: dict[str, Any] = {name: t.to(device) for name, t in given.items() if t is not None}
+        named = {"input_ids": view.input_ids, "attention_mask": view.attention_mask, "position_ids": view.position_ids}
+        inputs: dict[str, Any] = {name: t.to(device) for name, t in named.items() if t is not None}
         tapped: Tapped = self.taps[number](model, **inputs)
         return tapped
 

@@ -1,4 +1,4 @@
-"""Load the models and tokenizers that a command's options name, from a folder or the hub."""
+"""Load models and tokenizers from the folder or hub id in a command's option."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def load(cls: Any, role: str, path: str, *, trainable: bool = False, quantization: str | None = None, **options: Any) -> Any:
-    """The config, tokenizer or model of a folder or hub name, by ``cls.from_pretrained``. Code that comes with a model is never run.
+    """Load a config, tokenizer or model with ``cls.from_pretrained``. Code in a model's repository is never run.
 
-    Of an adapter the config is that of its base model, the tokenizer its own if it has one, and the model both together.
+    For an adapter, the config is that of its base model, the tokenizer is its own if it has one, and the model is the combination.
 
     Args:
-        trainable: an adapter is loaded to be trained on.
-        quantization: a name of ``QUANTIZATIONS``, of a model; what an adapter adds is not quantised.
+        trainable: load an adapter for training.
+        quantization: a name of ``QUANTIZATIONS``, for a model. An adapter's weights are not quantised.
 
     Raises:
-        ValueError: there is none, it can't be loaded, or weights of the model are missing. The message names the option, ``--role``.
+        ValueError: it does not exist or cannot be loaded, or weights are missing. The message names the option ``--role``.
     """
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"--{role} {path}: no such folder")
@@ -41,10 +41,10 @@ def load(cls: Any, role: str, path: str, *, trainable: bool = False, quantizatio
 
 
 def skeleton_of(role: str, path: str) -> Any:
-    """A causal language model without weights, on the meta device; with its adapter, if ``path`` holds one.
+    """Return a causal language model on the meta device, without weights; with its adapter if ``path`` has one.
 
     Raises:
-        ValueError: see ``load``; an adapter for another model.
+        ValueError: same as ``load``, or the adapter is for another model.
     """
     from transformers import AutoConfig
 
@@ -53,7 +53,7 @@ def skeleton_of(role: str, path: str) -> Any:
 
 
 def has_tokenizer(path: str) -> bool:
-    """True for a folder with the files of a tokenizer, and for a hub name, which is taken to have them."""
+    """Return whether a folder has a tokenizer's files. A hub id is assumed to have them."""
     return not Path(path).is_dir() or any(Path(path, name).is_file() for name in TOKENIZER_FILES)
 
 
@@ -81,7 +81,7 @@ def _load_base(cls: Any, role: str, adapter: Adapter, **options: Any) -> Any:
 
 def _load(cls: Any, role: str, path: str, **options: Any) -> Any:
     of_model = cls.__name__.startswith("AutoModel")
-    if of_model:  # transformers draws weights at random that it does not find
+    if of_model:  # transformers initialises missing weights at random
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loaded = cls.from_pretrained(path, trust_remote_code=False, **options)

@@ -1,4 +1,4 @@
-"""A transformers model in this process as a ``TextModel``: recipes run without a server."""
+"""A transformers model in this process as a ``TextModel``, so that recipes run without a server."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from .text import Reply, Request, Usage
 __all__ = ["LocalModel", "ends", "generate", "prompt_ids", "writing"]
 
 MARK_TOKENS = 16
-"""Last tokens of a prompt, in which the mark that opens thoughts is looked for."""
+"""Number of tokens at the end of a prompt that are searched for an opening mark of thoughts."""
 
 
 class LocalModel:
-    """Generates with a model and its tokenizer: greedily at temperature 0, else by seeded draws.
+    """Generates text with a model and its tokenizer: greedily at temperature 0, else with seeded draws.
 
-    A draw depends on the seed and the request's key, not on what else is in the batch. Rounding does depend on the batch: where two
-    tokens are nearly as likely, a run that was cut and resumed can pick the other one.
+    A draw depends on the seed and the request's key, not on the other rows of the batch. Rounding depends on the batch: if two tokens are
+    almost equally likely, an interrupted and resumed run may pick the other one.
 
     Args:
-        model: a causal language model with ``generate``; or the folder or hub id of one.
-        tokenizer: with its chat template, if it has one; else the contents of the messages are joined by line breaks. Default: the
-            one in the model's folder.
-        device, dtype: where the model is to run; dtype only of one that is loaded here.
-        batch_size: requests at a time.
-        seed: of draws.
-        name: in the log, so that another model's replies are not taken for this one's. Default: the folder's name and a hash of its
+        model: a causal language model with ``generate``, or its folder or hub id.
+        tokenizer: the model's tokenizer. Without a chat template, the contents of the messages are joined by line breaks. Default: the
+            tokenizer in the model's folder.
+        device: device of the model.
+        dtype: dtype of a model that is loaded from a folder or hub id.
+        batch_size: requests per batch.
+        seed: random seed.
+        name: name of the model in the log, which prevents using another model's replies. Default: the folder's name and a hash of its
             weights, or the hub id and its commit.
         report: called after each reply.
     """
@@ -73,7 +74,7 @@ class LocalModel:
         else:
             loaded = model
         if tokenizer is None:
-            raise ValueError("tokenizer is missing: a model that is given as a module needs it")
+            raise ValueError("tokenizer is missing: pass it if the model is a module")
         self.model = loaded if device is None else loaded.to(device)
         self.tokenizer, self.batch_size, self.seed, self.report = tokenizer, batch_size, seed, report
         self.usage = Usage()
@@ -83,22 +84,22 @@ class LocalModel:
         """See ``TextModel``.
 
         Raises:
-            ValueError: two requests with one key, or one that makes no sense.
-            FileError: the log is in use, damaged, or holds another request's reply under one of the keys, or one that was written with
-                another tokenizer, chat template or end token.
+            ValueError: two requests have the same key, or a request is invalid.
+            FileError: the log is in use or damaged, or has a reply under one of the keys to another request or from another tokenizer, chat
+                template or end token.
         """
         check_requests(requests)
         with ReplyLog(log) as replies:
             hashes = {r.key: fingerprint(r, model=self.name, seed=self.seed) for r in requests}
-            found = {r.key: entry for r in requests if (entry := replies.find(r.key, hashes[r.key])) is not None}
-            todo = [r for r in requests if r.key not in found]
+            done = {r.key: entry for r in requests if (entry := replies.find(r.key, hashes[r.key])) is not None}
+            todo = [r for r in requests if r.key not in done]
             tokens = self._tokens()
-            if any(entry.get("tokens", tokens) != tokens for entry in found.values()):  # logs of earlier versions have none
+            if any(entry.get("tokens", tokens) != tokens for entry in done.values()):  # logs of earlier versions lack the field
                 raise OtherRequest(
                     f"{log.name} holds replies that were written with another tokenizer, chat template or end token. Give another file, or "
                     "the model as it was"
                 )
-            for entry in found.values():
+            for entry in done.values():
                 self._count(entry, from_log=True)
             for batch in self._batches(todo):
                 for request, reply in zip(batch, self._generate(batch), strict=True):
@@ -108,12 +109,12 @@ class LocalModel:
                         **({"reasoning": reply.reasoning} if reply.reasoning else {}), "tokens": tokens,
                     }  # fmt: skip
                     replies.append(request.key, hashes[request.key], value)
-                    found[request.key] = value
+                    done[request.key] = value
                     self._count(value, from_log=False)
-            return [reply_of({**found[r.key], "key": r.key}) for r in requests]
+            return [reply_of({**done[r.key], "key": r.key}) for r in requests]
 
     def _tokens(self) -> str:
-        """Hash of what decides the tokens of a prompt and the end of a response."""
+        """Return a hash of everything that determines the tokens of a prompt and the end of a response."""
         from .cache.manifest import template_hash, tokenizer_hash
 
         return digest([tokenizer_hash(self.tokenizer), template_hash(self.tokenizer), ends(self.model, self.tokenizer)])
@@ -124,7 +125,7 @@ class LocalModel:
             self.report(self.usage)
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
-        """Consecutive requests of the same settings."""
+        """Yield batches of consecutive requests with equal settings."""
         for _, group in groupby(requests, key=lambda r: (r.max_tokens, r.temperature, tuple(r.stop), r.logprobs)):
             same = list(group)
             for i in range(0, len(same), self.batch_size):
@@ -145,7 +146,7 @@ class LocalModel:
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Any], date: datetime.date | None = None) -> list[int]:
-    """Token ids of a prompt that asks for the assistant's answer; a template that writes the date writes ``date``, by default today."""
+    """Return the token ids of a prompt for the assistant's answer. If the chat template writes the date, it is ``date``, default today."""
     if getattr(tokenizer, "chat_template", None):
         return TextEncoder(tokenizer)(chat_text(tokenizer, read_turns(messages, ValueError), date=date), begin=False)
     return TextEncoder(tokenizer)("\n".join(m["content"] for m in messages), begin=True)
@@ -153,8 +154,10 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Any], date: datetime.date | No
 
 @dataclass
 class Generated:
+    """A generated text."""
+
     ids: list[int]
-    """Without the token that ended it."""
+    """Token ids without the end token."""
     text: str
     finish_reason: str
     prompt_tokens: int
@@ -176,11 +179,11 @@ def generate(
     logprobs: int = 0,
     streamer: Any = None,
 ) -> list[Generated]:
-    """Continues one batch of prompts, padded on the left.
+    """Continue one batch of prompts, padded on the left.
 
     Args:
-        seeds: of each row, 64 bits.
-        streamer: a ``transformers.TextStreamer`` that shows a single prompt's text as it is written.
+        seeds: 64-bit seed of each row.
+        streamer: a ``transformers.TextStreamer`` that shows the text of a single prompt while it is generated.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -214,20 +217,22 @@ def generate(
 
 
 def ends(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a text of the model: its own, the tokenizer's, and the one that ends the turns of its chat template."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    every = *([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id, template_facts(tokenizer).end
+    """Return the ids that end a text: those of the model, of the tokenizer, and of the turns of its chat template."""
+    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    every = *([of_model] if isinstance(of_model, int) else of_model or []), tokenizer.eos_token_id, template_facts(tokenizer).end
     return sorted({end for end in every if end is not None})
 
 
 @contextmanager
 def writing(model: nn.Module) -> Iterator[None]:
-    """Generate in eval mode within the block, from the plain distributions: without the penalties and cut-offs of the model's own
-    generation config, which transformers merges into any other config."""
+    """Generate in eval mode from the plain distributions within the block.
+
+    The model's generation config is removed meanwhile, because transformers merges its penalties and cut-offs into any other config.
+    """
     from transformers import GenerationConfig
 
     holders: list[Any] = [module for module in model.modules() if "generation_config" in module.__dict__]
-    kept, training = [holder.generation_config for holder in holders], model.training
+    configs, training = [holder.generation_config for holder in holders], model.training
     model.eval()
     try:
         for holder in holders:
@@ -235,8 +240,8 @@ def writing(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-        for holder, own in zip(holders, kept, strict=True):
-            holder.generation_config = own
+        for holder, config in zip(holders, configs, strict=True):
+            holder.generation_config = config
 
 
 def _cut(
@@ -249,7 +254,7 @@ def _cut(
     prompt: Sequence[int],
     picks: _Picks,
 ) -> Generated:
-    """One row up to where it ends: an end token, or a stop text."""
+    """Return one row up to its end: an end token, or a stop text."""
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     reason = "length" if end is None and len(ids) >= max_tokens else "stop"
     ids = ids[:end]
@@ -263,15 +268,15 @@ def _cut(
         surplus = len(tokenizer.decode(ids, skip_special_tokens=True)) - min(places)
     opened = opens_thoughts(tokenizer.decode(prompt[-MARK_TOKENS:], skip_special_tokens=False))
     reasoning, answer = read_generated(tokenizer, ids, opened, surplus)
-    # The end token's own row too, where it was reached: it says how likely it was to end there.
-    kept = len(ids) + (end is not None and not places)
-    return Generated(ids, answer, reason, len(prompt), picks.logprobs(tokenizer, row, kept), reasoning)
+    # If the row reached an end token, include its log-probability: that of ending there.
+    count = len(ids) + (end is not None and not places)
+    return Generated(ids, answer, reason, len(prompt), picks.logprobs(tokenizer, row, count), reasoning)
 
 
 class _Picks:
-    """A logits processor under greedy search: adds Gumbel noise, so that the largest is an exact draw, and keeps log-probabilities.
+    """A logits processor for greedy search: adds Gumbel noise, so that the largest logit is an exact draw, and saves log-probabilities.
 
-    Gumbel, E. J. (1954). The noise of a row comes from a generator of its own.
+    Gumbel, E. J. (1954). Each row has its own random generator.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, logprobs: int) -> None:
@@ -288,8 +293,8 @@ class _Picks:
             logprobs = scores.float().log_softmax(-1)
             top = logprobs.topk(self._k)
             picked = noisy.argmax(-1)
-            own = logprobs.gather(1, picked[:, None])[:, 0]
-            self._steps.append((picked.cpu(), own.cpu(), top.indices.cpu(), top.values.cpu()))
+            logprob = logprobs.gather(1, picked[:, None])[:, 0]
+            self._steps.append((picked.cpu(), logprob.cpu(), top.indices.cpu(), top.values.cpu()))
         return noisy
 
     def logprobs(self, tokenizer: Any, row: int, count: int) -> list[dict[str, Any]]:
@@ -300,8 +305,8 @@ class _Picks:
 
         return [
             {
-                **token(int(picked[row]), float(own[row])),
+                **token(int(picked[row]), float(logprob[row])),
                 "top_logprobs": [token(i, p) for i, p in zip(ids[row].tolist(), values[row].tolist(), strict=True)],
             }
-            for picked, own, ids, values in self._steps[:count]
+            for picked, logprob, ids, values in self._steps[:count]
         ]

@@ -1,4 +1,4 @@
-"""Show the progress and the usage of a text model, for every command that asks one."""
+"""Progress bar and usage of a text model, for all commands that query one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Watched", "print_usage", "watching"]
 
 @contextmanager
 def watching(model: Counted, console: Console, unit: str, total: int) -> Iterator[None]:
-    """Show a bar of ``total`` replies while the model is asked, and what it waits for: a server that is away, with its address."""
+    """Show a bar of ``total`` replies while the model runs, and the reason for waiting, such as the address of an unreachable server."""
     replies = model.usage.replies
     with progress(console, unit) as bar:
 
@@ -35,7 +35,7 @@ def watching(model: Counted, console: Console, unit: str, total: int) -> Iterato
 
 
 class Watched:
-    """A ``TextModel`` that shows a bar while it is asked, of ``unit`` (default: replies, and the name of their log)."""
+    """A ``TextModel`` that shows a progress bar. ``unit`` is the bar's label; default: replies and the name of their log."""
 
     def __init__(self, model: Counted, console: Console, unit: str = "") -> None:
         self.model, self.console, self.unit = model, console, unit
@@ -51,7 +51,7 @@ class Watched:
 
 
 def print_usage(console: Console, usage: Usage, name: str = "") -> None:
-    """Print totals in one line that begins with the model's ``name``; and in another the replies that the server broke off."""
+    """Print one line of totals, which begins with the model's ``name``, and one about replies that the server interrupted, if any."""
     console.print(
         (f"{name}: " if name else "")
         + f"{usage.replies:,} replies ({usage.from_log:,} from the log), {usage.retries:,} retries, "

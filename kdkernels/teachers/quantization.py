@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits while a model is loaded, by bitsandbytes on a GPU or by torchao anywhere."""
+"""Quantise weights to 8 or 4 bits while a model is loaded: with bitsandbytes on a GPU, with torchao on any device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 __all__ = ["QUANTIZATIONS", "check_quantization", "quantization_config"]
 
 QUANTIZATIONS = {"bnb-4bit": "bitsandbytes", "bnb-8bit": "bitsandbytes", "int8": "torchao", "int4": "torchao"}
-"""Names, and the package that each needs."""
+"""The package of each quantisation."""
 GROUP = 32
-"""Weights with a scale of their own, of int4."""
+"""Number of int4 weights that share a scale."""
 
 
 def check_quantization(option: str, name: str) -> None:
-    """
+    """Check the value of ``option``.
+
     Raises:
-        ValueError: an unknown name, or a quantisation that this machine lacks; the message names ``option``.
+        ValueError: the name is unknown, or the quantisation cannot run on this machine.
     """
     if name not in QUANTIZATIONS:
         raise ValueError(f"{option} {name}: choose one of {', '.join(QUANTIZATIONS)}")
@@ -27,13 +28,13 @@ def check_quantization(option: str, name: str) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise ValueError(f"{option} {name} needs a CUDA GPU, and torch sees none here: take int8 or int4, which run on a CPU too")
+            raise ValueError(f"{option} {name} needs a CUDA GPU, and torch sees none here: take int8 or int4, which also run on a CPU")
 
 
 def quantization_config(name: str) -> Any:
     """Return the ``quantization_config`` for ``from_pretrained``. The head is not quantised.
 
-    ``int4`` has values of 4 bits with a scale for each 32 of them. They are held in a byte each, as those of ``int8``.
+    ``int4`` values have 4 bits and one scale for each group of 32, but each value takes a byte, as in ``int8``.
     """
     import torch
 

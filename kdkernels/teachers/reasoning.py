@@ -1,4 +1,4 @@
-"""The thoughts of a reasoning model, apart from its answer: the same for servers and for models in this process."""
+"""Separate a reasoning model's thoughts from its answer, for servers and for models in this process."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ MARKS = (
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),  # gpt-oss
     ("<|channel>thought", "<channel|>"),  # Gemma
 )
-"""How models write where their thoughts begin and end."""
+"""Marks before and after thoughts, by model."""
 ANSWER = "<|channel|>final<|message|>"
-"""How gpt-oss begins an answer without thoughts."""
+"""The mark of gpt-oss before an answer without thoughts."""
 
 
 def split_thoughts(text: str, opened: bool = False) -> tuple[str, str]:
-    """Thoughts and answer of a text that begins with thoughts; ``("", text)`` for any other.
+    """Return thoughts and answer of a text that begins with thoughts; ``("", text)`` for any other text.
 
-    Line breaks and spaces beside the marks go with the marks. Thoughts that do not end leave an empty answer.
+    White space beside the marks is removed. Thoughts without an end leave an empty answer.
 
     Args:
-        opened: the prompt ends with the mark that opens thoughts. A text that closes what it has not opened is read so, too.
+        opened: the prompt ends with an opening mark. A text with only a closing mark is read in the same way.
     """
     start = text.lstrip()
     if start.startswith(ANSWER):
@@ -40,22 +40,22 @@ def split_thoughts(text: str, opened: bool = False) -> tuple[str, str]:
 
 
 def of_entry(entry: Mapping[str, Any]) -> tuple[str, str]:
-    """Thoughts and answer of an entry of a log, which keeps the text as the server sent it."""
+    """Return thoughts and answer of a log entry, which has the text as the server sent it."""
     text = str(entry.get("text", ""))
     return (str(entry["reasoning"]), text) if entry.get("reasoning") else split_thoughts(text)
 
 
 def opens_thoughts(prompt: str) -> bool:
-    """True if a prompt ends with the mark that opens thoughts."""
+    """Return whether a prompt ends with an opening mark."""
     return prompt.rstrip().endswith(tuple(opening for opening, _ in MARKS))
 
 
 def read_generated(tokenizer: Any, ids: Sequence[int], opened: bool = False, surplus: int = 0) -> tuple[str, str]:
-    """Thoughts and answer of generated ids, both without special tokens; those that mark thoughts are heeded first.
+    """Return thoughts and answer of generated ids, without special tokens. Special tokens that are marks of thoughts are read first.
 
     Args:
         opened: see ``split_thoughts``.
-        surplus: characters at the end that do not count, from where a stop text begins.
+        surplus: number of characters to cut from the end, where a stop text begins.
     """
     plain, whole = (str(tokenizer.decode(ids, skip_special_tokens=skip)) for skip in (True, False))
     plain, whole = plain[: len(plain) - surplus], whole[: len(whole) - surplus]

@@ -1,4 +1,4 @@
-"""The log that a text model keeps of its replies, one JSON object a line: what it holds is not asked, or paid for, again."""
+"""The log of a text model's replies, one JSON object per line. Requests with a reply in the log are not sent, or paid for, again."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["OtherRequest", "ReplyLog", "check_requests", "check_text", "fingerpr
 
 HALF = re.compile("[\ud800-\udfff]")
 SYNC_SECONDS = 1.0
-"""A killed process loses no reply; a power cut at most those of this long."""
+"""A killed process loses no reply. A power cut loses at most the replies of this time."""
 
 
 class OtherRequest(FileError):
-    """A log that holds the reply to another request under the key of this one: of another model, prompt or setting."""
+    """The log has a reply under this key to another request: another model, prompt or setting."""
 
 
 class ReplyLog:
-    """The log at ``path``, as a context.
+    """The log at ``path``, as a context manager.
 
     Raises:
-        FileError: another process holds it, or it is damaged before its last line.
+        FileError: another process has locked it, or a line other than the last is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +45,7 @@ class ReplyLog:
         try:
             for entry in self._lines:
                 if not isinstance(entry.get("key"), str) or not isinstance(entry.get("request"), str):
-                    raise FileError(f"{self._path.name} holds lines without key and request: it is no log of replies. Give another file")
+                    raise FileError(f"{self._path.name} is not a log of replies: it has lines without key and request. Give another file")
                 self._entries.setdefault(entry["key"], entry)
         except BaseException:
             self._lines.__exit__(None, None, None)
@@ -56,23 +56,24 @@ class ReplyLog:
         self._lines.__exit__(kind, error, trace)
 
     def find(self, key: str, request: str) -> dict[str, Any] | None:
-        """The entry of ``key``, if there is one.
+        """Return the entry of ``key``; None without one.
 
         Args:
-            request: hash of all that decides the reply.
+            request: ``fingerprint`` of the request.
 
         Raises:
-            OtherRequest: an entry of another request.
+            OtherRequest: the entry is of another request.
         """
         entry = self._entries.get(key)
         if entry is not None and entry["request"] != request:
             raise OtherRequest(
                 f"{self._path.name} holds a reply for {key!r} to another request: the model, the prompt or a setting has changed. "
-                "Give another file, or the settings that it was begun with"
+                "Give another file, or the settings that it was made with"
             )
         return entry
 
     def append(self, key: str, request: str, value: dict[str, Any]) -> None:
+        """Write an entry."""
         entry = {"key": key, "request": request, **value}
         self._lines.append(entry)
         self._entries[key] = entry
@@ -82,21 +83,21 @@ class ReplyLog:
 
 
 def _is_entry(line: Mapping[str, Any]) -> bool:
-    """Report whether a line is an entry of a log, by the hash of its request."""
+    """Return whether a line is an entry of a log, by the hash of its request."""
     request = line.get("request")
     return isinstance(line.get("key"), str) and isinstance(request, str) and re.fullmatch("[0-9a-f]{64}", request) is not None
 
 
 def is_unmarked_log(path: Path) -> bool:
-    """Report whether a file is a log of replies, of a version that wrote no markers or moved here without its marker."""
+    """Return whether a file is a log of replies without a marker: written by an earlier version, or moved here without it."""
     return bool(Lines(path, _is_entry).unmarked())
 
 
 def check_requests(requests: Sequence[Request]) -> None:
-    """Refuse requests that can't be asked, before any is.
+    """Check all requests before any is sent.
 
     Raises:
-        ValueError: two requests with one key; a request that makes no sense, or with text that can't be sent.
+        ValueError: two requests have the same key, or a request is invalid or has text that cannot be encoded.
     """
     seen: set[str] = set()
     for request in requests:
@@ -114,10 +115,10 @@ def check_requests(requests: Sequence[Request]) -> None:
 
 
 def check_text(value: Any, name: str) -> None:
-    """Refuse text that can't be sent or tokenised.
+    """Check that text can be encoded. ``name`` is its name in the message.
 
     Raises:
-        ValueError: half of a surrogate pair in ``value``, which the message calls ``name``.
+        ValueError: ``value`` contains half of a surrogate pair.
     """
     if half := HALF.search(json.dumps(value, ensure_ascii=False, default=str)):
         raise ValueError(
@@ -126,24 +127,25 @@ def check_text(value: Any, name: str) -> None:
 
 
 def fingerprint(request: Request, **settings: Any) -> str:
-    """Hash of all that decides a reply: fields of the request, named one by one, and the model's own settings.
+    """Return a hash of everything that determines a reply: the fields of the request, and the model's settings.
 
-    A field of ``Request`` that is new must not change the hash of a request that does not use it: the replies in older logs are paid for.
+    The fields are listed one by one: a new field of ``Request`` must not change the hash of requests that do not use it, because older logs
+    have paid replies to them.
     """
-    asked = {
+    fields = {
         "messages": [dict(message) for message in request.messages], "max_tokens": request.max_tokens, "temperature": request.temperature,
         "stop": request.stop, "logprobs": request.logprobs,
     }  # fmt: skip
-    return digest([asked, settings])
+    return digest([fields, settings])
 
 
 def reply_of(entry: Mapping[str, Any]) -> Reply:
-    """The reply in an entry of the log."""
+    """Return the reply in an entry of the log."""
     known = {field.name: entry[field.name] for field in dataclasses.fields(Reply) if field.name in entry}
     reasoning, text = of_entry(entry)
     return Reply(**{**known, "text": text, "reasoning": reasoning})
 
 
 def seed_of(seed: int, key: str) -> int:
-    """64 random bits for the draws of one request."""
+    """Return 64 random bits for the draws of one request."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "little")

@@ -1,4 +1,4 @@
-"""An API key, cut out of whatever a server sends back."""
+"""Remove the API key from everything that a server returns."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Secret:
         ]
 
     def _inside(self, texts: Iterable[str]) -> Iterable[int]:
-        """Indices of the texts that hold a part of the secret, once all are joined."""
+        """Yield the indices of the texts that contain a part of the secret, which may span several texts."""
         parts = list(texts)
         assert self._pattern is not None
         spans = [match.span() for match in self._pattern.finditer("".join(parts))]
@@ -81,7 +81,7 @@ def _escaped(value: str) -> str:
 
 
 def _character(character: str) -> str:
-    """Any way to write one character: as it is, after backslashes, as an escape of JSON, of URLs (also twice), or of HTML."""
+    """Return a pattern for all spellings of a character: plain, after backslashes, or escaped for JSON, URLs (also twice) or HTML."""
     code = ord(character)
     digits = "".join(f"[{digit.lower()}{digit.upper()}]" if digit.isalpha() else digit for digit in f"{code:02x}")
     ways = {
@@ -96,7 +96,7 @@ def _hexadecimal(value: str) -> str:
 
 
 def _base64(value: str) -> Iterable[str]:
-    """Base64 of a text with ``value`` in it, for each of the three places where it can begin in a group of three bytes."""
+    """Yield patterns for the base64 of a text that contains ``value``, one for each offset within a group of three bytes."""
     data = value.encode()
     for offset in range(3):
         letters = base64.b64encode(bytes(offset) + data).decode().rstrip("=")

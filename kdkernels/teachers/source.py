@@ -17,9 +17,9 @@ class TeacherSource(Protocol):
     """Real size of the vocabulary that the targets are over."""
 
     def targets(self, view: View) -> Teacher:
-        """The teacher's side, leading shape ``[n]`` in the order of ``view.scored``; no gradient.
+        """Return the teacher's side, leading shape ``[n]`` in the order of ``view.scored``, without gradient.
 
         Raises:
-            KeyError: an example that the source does not hold.
+            KeyError: the source has no targets for an example.
         """
         ...

@@ -1,4 +1,4 @@
-"""HTTP statuses and errors of servers: whether they concern one request or all, and whether they may pass."""
+"""HTTP statuses and errors of servers: whether they affect one request or all, and whether they are temporary."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["concerns_all", "error_in", "may_pass", "message_of", "retry_after", 
 AGAIN = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed."""
 HOPELESS = (401, 402, 403, 404, 405, 407, 410)
-"""Statuses that every other request would get too."""
+"""Statuses that all other requests would get too."""
 _ACCOUNT_CODE = re.compile(
     r"insufficient.(quota|balance|credit|fund)|exceeded.current.quota|billing|payment|arrear|api.?key|authentication|unauthorized"
     r"|(account|organization|user|subscription|service).*(deactivated|suspended|disabled|inactive|expired)",
     re.IGNORECASE,
 )
-"""Codes and types of errors that concern the account, whatever the status: servers hide them in 400, 403 and 429."""
+"""Codes and types of errors that affect the whole account. Servers return them with statuses such as 400, 403 and 429."""
 _ACCOUNT_MESSAGE = re.compile(
     r"insufficient (account )?(quota|balance|credit|fund)|credit balance is too low|billing hard limit|payment required"
     r"|(invalid|incorrect|expired|missing) api key|api key (is )?(not valid|invalid|expired|missing)"
@@ -27,11 +27,11 @@ _ACCOUNT_MESSAGE = re.compile(
     re.IGNORECASE,
 )
 _BEGINNING = 80
-"""Characters of a message that are searched: further on, servers quote the prompt."""
+"""Number of characters of a message to search. Later parts may quote the prompt."""
 
 
 def error_in(body: bytes) -> object:
-    """The error in a body, as servers write it: the field ``error`` of an object, another JSON value, or plain text."""
+    """Return the error in a body: the field ``error`` of an object, another JSON value, or plain text."""
     text = body.decode("utf-8", "replace")
     try:
         value = json.loads(text)
@@ -42,12 +42,12 @@ def error_in(body: bytes) -> object:
 
 def message_of(error: object) -> str:
     """Return the message of an error in one line."""
-    said = next((error[name] for name in ("message", "detail", "msg") if error.get(name)), error) if isinstance(error, dict) else error
-    return " ".join((said if isinstance(said, str) else json.dumps(said, default=str)).split())
+    text = next((error[name] for name in ("message", "detail", "msg") if error.get(name)), error) if isinstance(error, dict) else error
+    return " ".join((text if isinstance(text, str) else json.dumps(text, default=str)).split())
 
 
 def status_of(error: object) -> int:
-    """The status that an error in a successful answer names; 500 where it names none, since the next answer may be whole."""
+    """Return the status in an error whose HTTP status is a success. Without one it is 500, because the next answer may be complete."""
     for name in ("status", "status_code", "code"):
         value = error.get(name) if isinstance(error, dict) else None
         if isinstance(value, (int, str)) and re.fullmatch(r"[345]\d\d", str(value)):
@@ -56,7 +56,7 @@ def status_of(error: object) -> int:
 
 
 def concerns_all(status: int, error: object) -> bool:
-    """True if every other request would get the same: the key, the account, the address or the model is refused."""
+    """Return whether all other requests would get this error: the key, account, address or model is refused."""
     if status in HOPELESS:
         return True
     named = " ".join(str(error[name]) for name in ("code", "type", "status") if error.get(name)) if isinstance(error, dict) else ""
@@ -64,12 +64,12 @@ def concerns_all(status: int, error: object) -> bool:
 
 
 def may_pass(status: int) -> bool:
-    """True if the same request may succeed later."""
+    """Return whether the same request may succeed later."""
     return status in AGAIN or status >= 500
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait, in any of the three ways of saying it; 0 if it does not, or not so that it can be read."""
+    """Return the number of seconds that a server asks to wait, in any of three header forms; 0 without a valid one."""
     try:
         if milliseconds := headers.get("retry-after-ms"):
             return max(0.0, float(milliseconds) / 1000)

@@ -1,4 +1,4 @@
-"""The interface to a black-box model: text for prompts, from an HTTP server or a model in this process."""
+"""The interface to a black-box model, which returns text for prompts: an HTTP server, or a model in this process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .reasoning import of_entry
 __all__ = ["REFUSED", "Counted", "Reply", "Request", "TextModel", "Usage"]
 
 REFUSED = "refused"
-"""The ``finish_reason`` of an empty reply that stands for a request which the server refuses."""
+"""The ``finish_reason`` of the empty reply to a request that the server refuses."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One text wanted. ``key`` is unique within a log and the same when the same work is done again."""
+    """One request for text. ``key`` is unique within a log, and the same when a run is repeated."""
 
     key: str
     messages: Sequence[Mapping[str, str]]
@@ -27,36 +27,42 @@ class Request:
     temperature: float = 0.0
     stop: tuple[str, ...] = ()
     logprobs: int = 0
-    """How many alternatives per generated token; 0 for none."""
+    """Number of alternatives per generated token; 0 for none."""
     where: str = ""
-    """The row that asks, such as ``data.jsonl, row 3``, for errors. It decides nothing."""
+    """Row of the request, such as ``data.jsonl, row 3``, for errors."""
 
     @property
     def name(self) -> str:
-        """The request as errors call it."""
+        """Name of the request in errors."""
         return self.where or f"request {self.key!r}"
 
 
 @dataclass(frozen=True)
 class Reply:
+    """The text of one reply, its end, and its tokens."""
+
     key: str
     text: str
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     completion_tokens: int = 0
     logprobs: Sequence[Mapping[str, Any]] = field(default=())
-    """Per generated token: ``token``, ``logprob`` (None where the server gives no number) and ``top_logprobs`` (a list of ``token``,
-    ``logprob``); ``bytes`` and ``id`` where the server names them."""
+    """Per generated token: ``token``, ``logprob`` (None if the server returns no number) and ``top_logprobs`` (a list of ``token``,
+    ``logprob``); ``bytes`` and ``id`` if the server returns them."""
     reasoning: str = ""
     """The model's thoughts before ``text``."""
 
 
 class TextModel(Protocol):
+    """A model that replies to requests."""
+
     def complete(self, requests: Sequence[Request], log: Path) -> list[Reply]:
-        """Replies in the order of the requests. Each is appended to ``log`` (JSONL) as it comes; what the log holds is not asked again.
+        """Return the replies in the order of the requests.
+
+        Each reply is appended to ``log`` (JSONL) as soon as it arrives. Requests with a reply in the log are not sent again.
 
         Raises:
-            ValueError: two requests with one key.
+            ValueError: two requests have the same key.
         """
         ...
 
@@ -67,14 +73,14 @@ class Usage:
 
     replies: int = 0
     from_log: int = 0
-    """Replies that were in the log already: not requested, not paid."""
+    """Replies that were already in the log, and were not requested again."""
     refused: int = 0
     """Refused requests, which ``replies`` does not count."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Reason of each refused request, by key."""
     retries: int = 0
     interrupted: Counter[str] = field(default_factory=Counter)
-    """Retries after a reply that the server broke off, by finish reason."""
+    """Retries after a reply that the server interrupted, by finish reason."""
     waiting: str = ""
     """The reason for the current retry, such as an unreachable server; empty after the next reply."""
     reasoning: int = 0
@@ -82,7 +88,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
-    """In the currency of the prices, replies from the log included."""
+    """In the currency of the prices, including replies from the log."""
 
     def add(self, entry: Mapping[str, Any], from_log: bool, prices: tuple[float, float] = (0.0, 0.0)) -> None:
         """Count one reply, an entry of the log. ``prices``: of a million prompt tokens and of a million completion tokens."""
@@ -97,8 +103,8 @@ class Usage:
 
 
 class Counted(TextModel, Protocol):
-    """A ``TextModel`` that says how far it is."""
+    """A ``TextModel`` that reports its progress."""
 
     usage: Usage
     report: Callable[[Usage], object] | None
-    """Called after each reply, those in the log included, and before a request is asked again."""
+    """Called after each reply, including those in the log, and before each retry."""

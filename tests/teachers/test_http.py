@@ -293,7 +293,7 @@ def test_damaged_foreign_or_locked_log_raises(server: Server, tmp_path: Path) ->
     with pytest.raises(FileError, match="line 1, is not a JSON object"):
         server.model().complete(requests(["a", "b"]), log)
     log.write_bytes(b'{"prompt": "x"}\n' + whole)
-    with pytest.raises(FileError, match="no log of replies"):
+    with pytest.raises(FileError, match="not a log of replies"):
         server.model().complete(requests(["a", "b"]), log)
     log.write_bytes(whole)
     holder = "import sys, time; from kdkernels.support.files import Lines\nfrom pathlib import Path\n"

@@ -1,4 +1,4 @@
-"""Caches of a teacher's answers: a folder with ``manifest.json`` and shards, written once, read in any order."""
+"""Caches of a teacher's outputs: a folder with ``manifest.json`` and shards, written once, read in any order."""
 
 from .manifest import CacheError, Identity, Kind, Manifest
 from .reader import CachedTeacher, open_cache, read_text

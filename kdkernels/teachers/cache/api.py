@@ -1,7 +1,7 @@
-"""A ``topk`` cache from what a server says of its tokens: while it generates, or of given tokens (vLLM's ``prompt_logprobs``).
+"""Write a ``topk`` cache from a server's log-probabilities: of tokens that it generated, or of given tokens (vLLM's ``prompt_logprobs``).
 
-A server names tokens by their text; the cache needs ids. They are found with the teacher's tokenizer, or the cache is not written.
-What a server leaves out is in the tail (``tail="bucket"``), which is what its log-probabilities leave of 1.
+A server names tokens by their text, but the cache needs ids. The teacher's tokenizer maps one to the other; if it cannot, the cache is not
+written. Tokens that the server does not list are part of the tail (``tail="bucket"``), whose probability is 1 minus the listed ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["TokenIds", "Top", "from_replies", "score", "silent_positions", "writ
 Top: TypeAlias = tuple[Array, Array]
 """The result for one example: ids int32 and log-probabilities float32, both ``[scored tokens, k]``, padded with -1."""
 MOST_LOST = 0.05
-"""Largest share of rows or alternatives without a match. With more, the tokenizer is not the teacher's."""
+"""Maximum share of rows or alternatives without a match. With more, the tokenizer is not the teacher's."""
 NAMED = re.compile(r"token_id:(\d+)")
 
 
@@ -48,18 +48,18 @@ class TokenIds:
                 self._ids.setdefault(data, []).append(id)
 
     def __call__(self, token: Mapping[str, Any]) -> int | None:
-        """The id of an entry of a server's list; None where none, or more than one, is such a token."""
+        """Return the id of an entry of a server's list; None if no token, or more than one, matches."""
         ids = self.candidates(token)
         return ids[0] if len(ids) == 1 else None
 
     def candidates(self, token: Mapping[str, Any]) -> Sequence[int]:
-        """The ids that an entry of a server's list can be: the one that it names, else those of its bytes, else of its text."""
+        """Return the ids that match an entry of a server's list: the id in the entry, else the ids of its bytes, else of its text."""
         if (id := named_id(token)) is not None:
             return [id]
         text, raw = token["token"], token.get("bytes")
         if raw:
             return self._ids.get(bytes(raw), [])
-        if "\ufffd" in text:  # half a character, which could be any
+        if "\ufffd" in text:  # part of an unknown character
             return []
         return self._ids.get(text.encode()) or ([self._pieces[text]] if text in self._pieces else [])
 
@@ -74,77 +74,78 @@ class TokenIds:
 
 
 def _bytes_of_tokens(tokenizer: Any, pieces: Sequence[str | None]) -> list[bytes]:
-    """The bytes that each id stands for; b"" where that is not known."""
+    """Return the bytes of each id; b"" if they are unknown."""
     added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
     letters = _byte_letters()
     plain = [piece for id, piece in enumerate(pieces) if piece is not None and id not in added]
     if letters.keys() >= {letter for piece in plain for letter in piece}:  # byte-level
         texts = [""] * len(pieces)
     else:
-        # Behind another token, so that a leading space is seen.
+        # Decode each token after another one, because a leading space is dropped at the start of a text.
         anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         before = tokenizer.decode(anchor)
         decoded = tokenizer.batch_decode([[*anchor, id] for id in range(len(pieces))])
         texts = [text[len(before) :] if text.startswith(before) else "" for text in decoded]
-    found = []
+    encoded = []
     for id, (piece, text) in enumerate(zip(pieces, texts, strict=True)):
         if id in added or piece is None:
-            found.append(added.get(id, "").encode())
+            encoded.append(added.get(id, "").encode())
         elif byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
-            found.append(bytes.fromhex(byte[1]))
+            encoded.append(bytes.fromhex(byte[1]))
         elif text:
-            found.append(b"" if "\ufffd" in text and "\ufffd" not in piece else text.encode())
+            encoded.append(b"" if "\ufffd" in text and "\ufffd" not in piece else text.encode())
         else:
-            found.append(bytes(letters.get(letter, 0) for letter in piece) if letters.keys() >= set(piece) else b"")
-    return found
+            encoded.append(bytes(letters.get(letter, 0) for letter in piece) if letters.keys() >= set(piece) else b"")
+    return encoded
 
 
 def _byte_letters() -> dict[str, int]:
-    """Bytes by the letters that byte-level tokenizers write them with: printable ones for themselves, others from 256 on, in order."""
+    """Return the byte of each letter of byte-level tokenizers: printable bytes are their own letter, the others follow from 256 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
 def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example], tokenizer: Any) -> tuple[list[Top], int]:
-    """The teacher's log-probabilities while it wrote each row's response (its ``teacher_logprobs``), for the row's example.
+    """Return the log-probabilities in each row's ``teacher_logprobs``, which the teacher had while it wrote the response.
 
-    A row whose response the tokenizer cuts into other tokens than the teacher did gets no probabilities (ids of -1). Models write such
-    tokens now and then ("C" and "at" for "Cat"); if the ids that the server names spell the response, the tokenizer is the teacher's all
-    the same. An end token that the server leaves out or does not name gets none either; ``silent_positions`` counts them.
+    A row gets no probabilities (ids of -1) if the tokenizer splits its response into other tokens than the teacher generated, as happens
+    now and then ("C" and "at" for "Cat"). If the ids that the server names spell the response, this does not count against the tokenizer.
+    An end token gets no probabilities if the server omits it or does not name it; ``silent_positions`` counts such positions.
 
     Returns:
-        Of each example, its ``Top``; and how many rows got none.
+        The ``Top`` of each example, and the number of rows without probabilities.
 
     Raises:
-        CacheError: rows without log-probabilities, or with some that can't be read; a tokenizer that knows too few of the tokens, or cuts
-            too many rows differently, where no ids show that it is the teacher's.
+        CacheError: log-probabilities are missing or cannot be read, or the tokenizer is not the teacher's: it lacks too many of the
+            alternatives, or splits too many rows differently.
     """
     ids_of = TokenIds(tokenizer)
     special = special_ids(tokenizer)
-    said = [_said(row, example.where or f"row {number}") for number, (row, example) in enumerate(zip(rows, examples, strict=True), 1)]
-    width = 1 + max((len(token["top_logprobs"]) for tokens in said for token in tokens), default=0)
+    named = [example.where or f"row {number}" for number, example in enumerate(examples, 1)]
+    listings = [_tokens_of(row, name) for row, name in zip(rows, named, strict=True)]
+    width = 1 + max((len(token["top_logprobs"]) for tokens in listings for token in tokens), default=0)
     tops, lost, foreign, known, unknown = [], [], [], 0, 0
-    for number, (row, tokens, example) in enumerate(zip(rows, said, examples, strict=True), 1):
+    for row, name, tokens, example in zip(rows, named, listings, examples, strict=True):
         scored = [example.teacher_ids[u + 1] for u in example.teacher_scored]
         top = _empty(len(scored), width)
         tops.append(top)
         reported = _matching(tokens, scored, ids_of, scored[-1] in special)
         if reported is None:
-            lost.append(example.where or f"row {number}")
+            lost.append(name)
             if not _spells(tokens, row, tokenizer):
-                foreign.append(lost[-1])
+                foreign.append(name)
             continue
         for i, token in enumerate(reported):
             if token is None:
                 continue
             others = [other for other in token["top_logprobs"] if other.get("logprob") is not None]
-            found = {id: a["logprob"] for a in others if (id := ids_of(a)) is not None and 0 <= id < len(tokenizer)}
-            known, unknown = known + len(found), unknown + len(others) - len(found)
+            logprobs = {id: a["logprob"] for a in others if (id := ids_of(a)) is not None and 0 <= id < len(tokenizer)}
+            known, unknown = known + len(logprobs), unknown + len(others) - len(logprobs)
             if token["logprob"] is not None:
-                listed_as = found.setdefault(scored[i], token["logprob"])
-                check_token(token, listed_as, f"{example.where or f'row {number}'}, token {i + 1} of the response")
-            _fill(top, i, found)
+                listed_as = logprobs.setdefault(scored[i], token["logprob"])
+                check_token(token, listed_as, f"{name}, token {i + 1} of the response")
+            _fill(top, i, logprobs)
     if len(foreign) > MOST_LOST * len(rows) or len(lost) == len(rows) or unknown > MOST_LOST * (known + unknown):
         thoughts = sum(bool(row.get("reasoning")) for row in rows)
         raise CacheError(
@@ -161,10 +162,13 @@ def from_replies(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example],
 
 
 def check_token(token: Mapping[str, Any], listed_as: float, where: str) -> None:
-    """Check what a server says of one token, alternatives without an id included.
+    """Check the log-probabilities of one token and its alternatives, those without an id too.
+
+    Args:
+        listed_as: log-probability of the token in the list of alternatives.
 
     Raises:
-        CacheError: log-probabilities above 0, more than a distribution, or of two temperatures.
+        CacheError: a log-probability is above 0, the probabilities sum to more than 1, or the two log-probabilities of the token differ.
     """
     values = [a["logprob"] for a in token["top_logprobs"] if a.get("logprob") is not None]
     numbers = np.asarray([[token["logprob"], *(values or [-np.inf])]])
@@ -177,20 +181,20 @@ def check_token(token: Mapping[str, Any], listed_as: float, where: str) -> None:
         )
 
 
-def _said(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """The tokens in a row's ``teacher_logprobs``, each with a list of alternatives.
+def _tokens_of(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the tokens in a row's ``teacher_logprobs``, each with a list of alternatives.
 
     Raises:
-        CacheError: there are none, or not in this form.
+        CacheError: the field is missing or has another form.
     """
     tokens = row.get("teacher_logprobs")
     if not tokens:
         raise CacheError(f"{name} has no teacher_logprobs: make the data with `kdkernels generate --logprobs K`")
     if isinstance(tokens, Sequence) and all(map(_is_token, tokens)):
-        said = [{"logprob": None, **token, "top_logprobs": token.get("top_logprobs") or []} for token in tokens]
-        listed_well = all(isinstance(token["top_logprobs"], Sequence) and all(map(_is_token, token["top_logprobs"])) for token in said)
-        if listed_well and any(token["logprob"] is not None for token in said):  # null in a row, which readers leave out
-            return said
+        entries = [{"logprob": None, **token, "top_logprobs": token.get("top_logprobs") or []} for token in tokens]
+        valid = all(isinstance(entry["top_logprobs"], Sequence) and all(map(_is_token, entry["top_logprobs"])) for entry in entries)
+        if valid and any(entry["logprob"] is not None for entry in entries):  # readers drop fields that are null
+            return entries
     raise CacheError(
         f"{name}, teacher_logprobs: a list is needed of objects with token (text), logprob and top_logprobs (a list of the same)"
     )
@@ -206,15 +210,15 @@ def _is_token(token: object) -> bool:
 
 
 def _matching(
-    said: Sequence[Mapping[str, Any]], scored: Sequence[int], ids_of: TokenIds, has_end: bool
+    tokens: Sequence[Mapping[str, Any]], scored: Sequence[int], ids_of: TokenIds, has_end: bool
 ) -> Sequence[Mapping[str, Any] | None] | None:
-    """The server's entry for each scored token, None where there is none; None where the server's tokens are others.
+    """Return the server's entry for each scored token (None without an entry), or None if the server's tokens are other tokens.
 
-    An entry that stands for several tokens has the probabilities of the last, if it names that. Of the last token, if it is the end token
-    (``has_end``), the server may say nothing, or what can't be reported from other tokens.
+    An entry for several tokens has the probabilities of the last one if it names its id. If the last token is the end token (``has_end``),
+    the server may omit its entry, or name it in a form that no token matches.
     """
     reported: list[Mapping[str, Any] | None] = []
-    for number, token in enumerate(said, 1):
+    for number, token in enumerate(tokens, 1):
         rest = scored[len(reported) :]
         if not rest:
             break
@@ -222,7 +226,7 @@ def _matching(
             reported.append(token)
         elif count := ids_of.spelling(token, rest):
             reported += [None] * (count - 1) + [token if token.get("id") == rest[count - 1] else None]
-        elif has_end and len(rest) == 1 and number == len(said):
+        elif has_end and len(rest) == 1 and number == len(tokens):
             reported.append(None)
         else:
             return None
@@ -230,9 +234,9 @@ def _matching(
     return [*reported, *[None] * missing] if missing <= 1 else None
 
 
-def _spells(said: Sequence[Mapping[str, Any]], row: Mapping[str, Any], tokenizer: Any) -> bool:
+def _spells(tokens: Sequence[Mapping[str, Any]], row: Mapping[str, Any], tokenizer: Any) -> bool:
     """Return whether the server names an id for every token, and the tokenizer decodes them to the row's response."""
-    ids = [named_id(token) for token in said]
+    ids = [named_id(token) for token in tokens]
     if any(id is None or not 0 <= id < len(tokenizer) for id in ids):
         return False
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -240,7 +244,7 @@ def _spells(said: Sequence[Mapping[str, Any]], row: Mapping[str, Any], tokenizer
 
 
 def named_id(token: Mapping[str, Any]) -> int | None:
-    """Return the id that a server names for an entry: llama.cpp in ``id``, vLLM in its text; None where it names none."""
+    """Return the id in a server's entry: in ``id`` for llama.cpp, in its text for vLLM; None without an id."""
     if isinstance(id := token.get("id"), int):
         return id
     named = NAMED.fullmatch(token["token"])
@@ -248,12 +252,12 @@ def named_id(token: Mapping[str, Any]) -> int | None:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of special tokens, those that end a turn among them."""
+    """Return the ids of the special tokens, including those that end a turn."""
     return {*tokenizer.all_special_ids, *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)}
 
 
 def silent_positions(examples: Sequence[Example], tops: Sequence[Top], tokenizer: Any) -> tuple[int, int]:
-    """Scored positions without any probability, and how many of them are ends: special tokens that end a response."""
+    """Return the number of scored positions without probabilities, and how many of them are a special token that ends a response."""
     special = special_ids(tokenizer)
     silent = ends = 0
     for example, (ids, _) in zip(examples, tops, strict=True):
@@ -265,7 +269,7 @@ def silent_positions(examples: Sequence[Example], tops: Sequence[Top], tokenizer
 
 
 def score(model: HTTPModel, examples: Sequence[Example], k: int, log: Path) -> list[Top]:
-    """The ``k`` most likely tokens at each scored position, by a server that takes token ids and ``prompt_logprobs`` (vLLM).
+    """Return the ``k`` most likely tokens at each scored position, from a server that accepts token ids and ``prompt_logprobs`` (vLLM).
 
     Raises:
         HTTPModelError, FileError: see ``HTTPModel.complete``.
@@ -277,15 +281,15 @@ def score(model: HTTPModel, examples: Sequence[Example], k: int, log: Path) -> l
         request = digest([ids, scored, k, model.settings])
 
         def read(answer: dict[str, Any], scored: list[int] = scored, length: int = len(ids)) -> dict[str, Any]:
-            said = answer["choices"][0].get("prompt_logprobs")
-            if said is None:
-                raise NoLogprobs("the server gives no prompt_logprobs: it takes vLLM, or another server that knows them")
-            if len(said) != length:
-                raise Unreadable(f"it has {len(said)} prompt_logprobs for {length} tokens")
+            listings = answer["choices"][0].get("prompt_logprobs")
+            if listings is None:
+                raise NoLogprobs("the server gives no prompt_logprobs: use vLLM, or another server that supports them")
+            if len(listings) != length:
+                raise Unreadable(f"it has {len(listings)} prompt_logprobs for {length} tokens")
             # The entry of token u + 1 is the distribution at position u.
-            kept = [{int(id): read_number(entry["logprob"]) for id, entry in (said[u + 1] or {}).items()} for u in scored]
-            kept = [{id: logprob for id, logprob in row.items() if logprob is not None and 0 <= id < 2**31} for row in kept]
-            return {"ids": [list(row) for row in kept], "prompt_logprobs": [list(row.values()) for row in kept], **counts_of(answer)}
+            rows = [{int(id): read_number(entry["logprob"]) for id, entry in (listings[u + 1] or {}).items()} for u in scored]
+            rows = [{id: logprob for id, logprob in row.items() if logprob is not None and 0 <= id < 2**31} for row in rows]
+            return {"ids": [list(row) for row in rows], "prompt_logprobs": [list(row.values()) for row in rows], **counts_of(answer)}
 
         jobs.append(Job(request, request, body, read, example.where or f"request {request!r}"))
     unique = {job.key: job for job in jobs}
@@ -302,9 +306,10 @@ def score(model: HTTPModel, examples: Sequence[Example], k: int, log: Path) -> l
 
 
 def check_tops(examples: Sequence[Example], tops: Sequence[Top]) -> None:
-    """
+    """Check ids and log-probabilities of all examples.
+
     Raises:
-        CacheError: log-probabilities that are not those of a distribution, with the row.
+        CacheError: the log-probabilities of a row are not those of a distribution; the message names the row.
     """
     for number, (example, (ids, logprobs)) in enumerate(zip(examples, tops, strict=True), 1):
         name = example.where or f"example {number}"
@@ -322,9 +327,9 @@ def _empty(tokens: int, width: int) -> Top:
     return np.full((tokens, width), -1, np.int32), np.zeros((tokens, width), np.float32)
 
 
-def _fill(top: Top, row: int, found: Mapping[int, float]) -> None:
-    """The most likely first, as many as there is room for."""
-    best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[: top[0].shape[1]]
+def _fill(top: Top, row: int, logprobs: Mapping[int, float]) -> None:
+    """Write the most likely tokens of a row, in falling order, as many as fit."""
+    best = sorted(logprobs.items(), key=lambda item: (-item[1], item[0]))[: top[0].shape[1]]
     top[0][row, : len(best)] = [id for id, _ in best]
     top[1][row, : len(best)] = [logprob for _, logprob in best]
 
@@ -340,11 +345,11 @@ def write_topk(
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
 ) -> Manifest:
-    """A ``topk`` cache of log-probabilities that are at hand; ``identity.k`` is their width.
+    """Write a ``topk`` cache of log-probabilities; ``identity.k`` is their width.
 
     Raises:
-        CacheError: an id beyond the vocabulary; log-probabilities that are not those of a distribution, with the row; and see
-            ``write_cache``.
+        CacheError: an id is outside the vocabulary, or the log-probabilities of a row are not those of a distribution (the message names
+            the row); see also ``write_cache``.
     """
     largest = max((int(top[0].max(initial=-1)) for top in tops), default=-1)
     if largest >= identity.vocab_size:

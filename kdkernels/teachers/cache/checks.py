@@ -1,4 +1,4 @@
-"""Log-probabilities are checked on every way into a cache and out of it: each column, each row's sum, and the row is named."""
+"""Checks of log-probabilities when they are written to a cache and when they are read from it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .shards import Array
 __all__ = ["SLACK", "check_finite", "check_logprobs", "place"]
 
 SLACK = 0.01
-"""How far above 0 a log-probability, and above 1 a row's sum, may be: float16, bfloat16 and servers that print few digits round by less."""
+"""Accepted excess of a log-probability over 0, and of a row's sum over 1. Rounding to float16, bfloat16 or few digits is smaller."""
 
 
 def check_logprobs(ids: Array, logprobs: Array, where: Callable[[int], str]) -> None:
-    """Checks log-probabilities of a teacher. ``-inf`` is a token that it rules out.
+    """Check a teacher's log-probabilities. ``-inf`` is probability 0.
 
     Args:
         ids, logprobs: ``[n, K]``, padded with ids of -1.
-        where: names the example of a row.
+        where: returns the name of a row for messages.
 
     Raises:
-        CacheError: naming the first row that holds NaN or values above 0, or whose probabilities sum to more than 1.
+        CacheError: a row has NaN or values above 0, or its probabilities sum to more than 1. The message names the first such row.
     """
     values = np.where(ids >= 0, logprobs, -np.inf).astype(np.float64)
     above = values > SLACK
@@ -34,22 +34,19 @@ def check_logprobs(ids: Array, logprobs: Array, where: Callable[[int], str]) -> 
         return
     row = int(wrong.argmax())
     if np.isnan(values[row]).any():
-        says = "a log-probability is NaN (not a number)"
+        problem = "a log-probability is NaN (not a number)"
     elif above[row].any():
-        says = f"a log-probability is {values[row].max():g}, above 0: of probabilities take the logarithm, of logits log_softmax"
+        problem = f"a log-probability is {values[row].max():g}, above 0: of probabilities take the logarithm, of logits log_softmax"
     else:
-        says = (
+        problem = (
             f"the probabilities of its {(ids[row] >= 0).sum()} tokens sum to {mass[row]:.4g}, more than 1: they must be those of one "
             "distribution, at one temperature"
         )
-    raise CacheError(f"{where(row)}: {says}")
+    raise CacheError(f"{where(row)}: {problem}")
 
 
 def check_finite(finite: bool, where: str) -> None:
-    """
-    Raises:
-        CacheError: the teacher's values are not finite.
-    """
+    """Raise ``CacheError`` if the teacher's values are not finite."""
     if not finite:
         raise CacheError(
             f"{where}: the teacher gives values that are not finite: check its --dtype (float16 overflows; try bfloat16 or float32)"
@@ -57,7 +54,7 @@ def check_finite(finite: bool, where: str) -> None:
 
 
 def place(examples: Sequence[Example], row: int) -> str:
-    """Names the example and the token of one row of the scored tokens of ``examples``, side by side."""
+    """Return the name of the example and the number of the token for a row of the scored tokens of all ``examples``."""
     ends = np.cumsum([len(example.teacher_scored) for example in examples])
     number = int(np.searchsorted(ends, row, side="right"))
     example = examples[number]

@@ -1,4 +1,4 @@
-"""A cache that is added to: new shards for new examples, while every older shard stays as it is."""
+"""Add examples to a cache, in new shards. Existing shards do not change."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = ["extend_cache", "extendable"]
 
 
 def extendable(out: Path) -> Manifest:
-    """The manifest of a whole cache that can be added to.
+    """Return the manifest of a complete cache to which examples can be added.
 
     Raises:
-        CacheError: no cache, an unfinished or damaged one, one of text, or one of a server.
+        CacheError: the folder has no cache, or the cache is unfinished, damaged, of text, or from a server.
     """
     manifest = Manifest.read(out)
     if manifest.identity.kind == "text":
         raise CacheError(f"{out} holds text: make another cache of the new rows, and train on both (--data several times)")
     if not manifest.identity.teacher_dtype:
-        raise CacheError(f"{out} holds what a server gave: make another cache; only those of a model that runs here are added to")
+        raise CacheError(f"{out} was made from a server's replies: make another cache; only a cache of a local model can be extended")
     open_cache(out)
     return manifest
 
@@ -49,15 +49,15 @@ def extend_cache(
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
 ) -> Manifest:
-    """Add the examples that the cache in ``out`` lacks. If this is interrupted, the folder holds a whole cache of the shards so far.
+    """Add the examples that the cache in ``out`` lacks. If it is interrupted, the cache is complete with the shards written so far.
 
     Args:
-        identity: identity of the teacher that runs; it must equal that of the cache.
-        batch_size: examples at a time. Default: as the cache was begun.
+        identity: identity of the running teacher; it must equal that of the cache.
+        batch_size: examples per batch. Default: the cache's.
         started: called with the plan of the missing examples.
 
     Raises:
-        CacheError: another teacher, tokenizer or kind; a cache that is not whole or in use; examples of another date.
+        CacheError: teacher, tokenizer or kind differ, the cache is incomplete or in use, or the examples have another date.
     """
     try:
         with opened(out) as output:
@@ -85,7 +85,7 @@ def extend_cache(
 
 
 def _compared(identity: Identity) -> dict[str, Any]:
-    """The fields that must be those of the cache. The name of the teacher does not count: its revision is its content."""
+    """Return the fields that must equal those of the cache. The teacher's name is not compared: ``revision`` identifies its weights."""
     return {name: value for name, value in dataclasses.asdict(identity).items() if name != "teacher"}
 
 
@@ -93,8 +93,8 @@ def _check_date(manifest: Manifest, examples: Sequence[Example]) -> None:
     dates = {example.date for example in examples} - {None, manifest.date}
     if dates:
         raise CacheError(
-            f"the chat template writes the date: the cache has {manifest.date}, these examples {', '.join(sorted(map(str, dates)))}. Load "
-            f"them with load_examples(..., date={manifest.date!r})"
+            f"the chat template writes the date: {manifest.date} in the cache, {', '.join(sorted(map(str, dates)))} in these examples. "
+            f"Load them with load_examples(..., date={manifest.date!r})"
         )
 
 

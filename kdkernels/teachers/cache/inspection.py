@@ -1,4 +1,4 @@
-"""Facts about a cache for its owner: what it holds, and whether every byte is as it was written."""
+"""Describe a cache, and find damaged files in it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["damage", "described"]
 
 
 def described(folder: Path) -> dict[str, Any]:
-    """The manifest's facts by name. Files are looked at for their size only.
+    """Return the facts in a cache's manifest by name, and the size of its files.
 
     Raises:
-        CacheError: no manifest, or a damaged one.
+        CacheError: the manifest is missing or damaged.
     """
     manifest = Manifest.read(folder)
     identity, files = manifest.identity, _files(manifest)
@@ -30,10 +30,10 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> list[str]:
-    """A line for each file that is missing or damaged, and for a cache that is unfinished. Reads every byte.
+    """Return a line for each missing or damaged file, and one if the cache is unfinished. Reads every byte.
 
     Raises:
-        CacheError: no cache is there.
+        CacheError: the folder has no manifest.
     """
     if not (folder / MANIFEST).is_file():
         raise CacheError(f"{folder} holds no {MANIFEST}: it is not a cache")
@@ -41,11 +41,11 @@ def damage(folder: Path) -> list[str]:
         manifest = Manifest.read(folder)
     except CacheError as error:
         return [str(error)]
-    found = [reason for file in _files(manifest) if (reason := _flaw(folder, file)) is not None]
+    flaws = [reason for file in _files(manifest) if (reason := _flaw(folder, file)) is not None]
     if not manifest.complete:
         done = sum(shard.rows for shard in manifest.shards)
-        found.append(f"{folder} is unfinished: {done:,} of {manifest.rows:,} examples. Run the command that began it again")
-    return found
+        flaws.append(f"{folder} is unfinished: {done:,} of {manifest.rows:,} examples. Run the command that began it again")
+    return flaws
 
 
 def _flaw(folder: Path, file: Shard | Head) -> str | None:

@@ -1,7 +1,7 @@
-"""The manifest of a cache: the teacher, the tokenizer, what is kept, and the shards that hold it. All of it is checked before any is used.
+"""The manifest of a cache: teacher, tokenizer, kind of targets, and the shards. It is checked as a whole before anything in it is used.
 
-Version 2 added to the identity what decides tokens beside the tokenizer's definition (``special_tokens``, ``rules``), and to the manifest
-``date`` and ``options``. A manifest of version 1 is read with None in their place, and its keys are salted without them.
+Version 2 added ``special_tokens`` and ``rules`` to the identity, which also determine a row's tokens, and ``date`` and ``options`` to the
+manifest. A manifest of version 1 is read with None for these fields, and its keys are salted without them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ...support.files import digest, digest_file, write_whole
 from ..adapters import find_adapter
 
 __all__ = [
-    "CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "identity_of_tokenizer", "kept_date",
-    "kept_learn", "learnt", "model_files", "template_hash", "tokenizer_hash",
+    "CacheError", "Head", "Identity", "Kind", "Manifest", "Shard", "identity_of_model", "identity_of_tokenizer", "cached_date",
+    "cached_learn", "learnt", "model_files", "template_hash", "tokenizer_hash",
 ]  # fmt: skip
 
 FORMAT, VERSION, READABLE = "kdkernels-cache", 2, (1, 2)
@@ -36,19 +36,19 @@ NAMES = {
     "chat_template": "the chat template", "vocab_size": "the vocabulary", "padded_vocab_size": "the padded vocabulary",
     "position": "the position convention", "special_tokens": "the tokens that begin and end a text", "rules": "the rules of tokenisation",
 }  # fmt: skip
-"""How a message names a field, where the field's own name is not clear."""
+"""Names of fields in messages, if the field's own name is not clear."""
 HASHES = ("revision", "tokenizer", "chat_template")
 ADDED = ("special_tokens", "rules")
 """Fields of the identity that version 1 lacks."""
 
 
 class CacheError(UserError):
-    """A cache that is damaged, unfinished, in use, or made from something else; the message names what differs and the way out."""
+    """The cache is damaged, unfinished, in use, or made from other inputs. The message gives the difference and the remedy."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that decides the content of a cache: two caches with equal identities store the same for an example."""
+    """All properties that determine a cache's content: caches with equal identities store the same values for an example."""
 
     teacher: str
     """Name of the teacher: a hub id, or the name of its folder."""
@@ -60,28 +60,28 @@ class Identity:
     chat_template: str
     """sha256, see ``template_hash``."""
     vocab_size: int
-    """Real size of the vocabulary: what the targets are over."""
+    """Real size of the vocabulary, which is that of the targets."""
     padded_vocab_size: int
     """Rows of the teacher's head."""
     kind: Kind
     k: int | None = None
     """Entries per token of ``topk``, draws per token of ``sampled``."""
     temperature: float | None = None
-    """Temperature of the log-probabilities or draws; None if the kind holds for any."""
+    """Temperature of the log-probabilities or draws; None if the kind is exact at any temperature."""
     dtype: str | None = None
     """Dtype of the stored log-probabilities or hidden states."""
     seed: int | None = None
     """Seed of draws and sampled text."""
     max_new_tokens: int | None = None
-    """Largest number of tokens of a text."""
+    """Maximum number of tokens of a text."""
     position: str = POSITION
     special_tokens: str | None = None
-    """The tokenizer's begin and end token as JSON text; None: not known."""
+    """The tokenizer's begin and end token as JSON text; None if unknown."""
     rules: int | None = None
-    """``RULES`` of ``kdkernels.data.tokenization`` that made rows into tokens; None: not known."""
+    """Version of the tokenisation rules, ``RULES`` of ``kdkernels.data.tokenization``; None if unknown."""
 
     def hash(self) -> str:
-        """The salt of row keys. Fields that version 1 lacks count where they are known, so that a cache of version 1 keeps its keys."""
+        """Return the salt of row keys. Fields that version 1 lacks are only included if they are known, so its caches keep their keys."""
         fields = dataclasses.asdict(self)
         return digest({name: value for name, value in fields.items() if name not in ADDED or value is not None})
 
@@ -100,7 +100,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a ``hidden`` cache: a safetensors file with ``weight`` and perhaps ``bias``, and what follows it."""
+    """The head of a ``hidden`` cache: a safetensors file with ``weight`` and optionally ``bias``, and the head's scale and softcap."""
 
     sha256: str
     scale: float
@@ -116,7 +116,7 @@ class Head:
 class Manifest:
     identity: Identity
     rows: int
-    """Examples, each counted once."""
+    """Number of distinct examples."""
     tokens: int
     examples: str
     """sha256 over the keys of all examples, in order."""
@@ -142,14 +142,14 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, **expected: Any) -> Manifest:
-        """The manifest of a folder, once all of it is known to be what was written, and what is ``expected``.
+        """Return the manifest of a folder after checking its checksum and the ``expected`` fields.
 
         Args:
-            expected: values of fields, of the manifest or its identity; None is not compared.
+            expected: values of fields of the manifest or its identity; None is not compared.
 
         Raises:
-            CacheError: no manifest; another format, version or position convention; a field that differs, with both values; or a
-                manifest that was changed since it was written.
+            CacheError: the manifest is missing or was changed since it was written; it has another format, version or position convention;
+                or a field differs (the message gives both values).
         """
         value = _json(folder)
         checksum = value.pop("checksum", None)
@@ -183,29 +183,30 @@ class Manifest:
             expected.pop("teacher", None)  # the same weights, in a folder of another name
         differing = []
         for name, now in expected.items():
-            kept = getattr(self if hasattr(self, name) else self.identity, name)
-            if now is not None and kept != now and not (kept is None and name in ADDED):
+            cached = getattr(self if hasattr(self, name) else self.identity, name)
+            if now is not None and cached != now and not (cached is None and name in ADDED):
                 short = 12 if name in HASHES else None
-                differing.append(f"{NAMES.get(name, name)} ({name}: {str(kept)[:short]} in the cache, {str(now)[:short]} now)")
+                differing.append(f"{NAMES.get(name, name)} ({name}: {str(cached)[:short]} in the cache, {str(now)[:short]} now)")
         if differing:
             raise CacheError(
-                f"the cache was made from something else; different is {', '.join(differing)}. Give what it was made with, or make another "
-                "with `kdkernels cache`, in a new folder"
+                f"the cache was made from something else; different is {', '.join(differing)}. Use what it was made from, or make another "
+                "cache with `kdkernels cache`, in a new folder"
             )
 
     @staticmethod
     def verify(folder: Path, shard: Shard | Head) -> None:
-        """
+        """Check the sha256 of a file.
+
         Raises:
-            CacheError: a file that is missing, or whose bytes are not those written.
+            CacheError: the file is missing, or its content has changed.
         """
         path = folder / shard.file
         if not path.is_file():
             raise CacheError(f"{shard.file} is missing from {folder}. Run the `kdkernels cache` command that made the cache again")
         if digest_file(path) != shard.sha256:
             raise CacheError(
-                f"{shard.file} is damaged: its sha256 is not that of the manifest. Run the `kdkernels cache` command that made the cache "
-                "again; it makes this file anew"
+                f"{shard.file} is damaged: its sha256 differs from the manifest's. Run the `kdkernels cache` command that made the cache "
+                "again; it writes this file anew"
             )
 
 
@@ -213,7 +214,7 @@ def _json(folder: Path) -> dict[str, Any]:
     try:
         value = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
-        raise CacheError(f"{folder} holds no {MANIFEST}: it is not a cache, or its writing has just begun") from None
+        raise CacheError(f"{folder} holds no {MANIFEST}: it is not a cache, or a cache that has just been begun") from None
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -221,25 +222,28 @@ def _json(folder: Path) -> dict[str, Any]:
     return value
 
 
-def kept_date(folder: Path) -> str | None:
-    """The date that the chat template wrote into the prompts of the cache in ``folder``; None where there is no cache, or no date."""
+def cached_date(folder: Path) -> str | None:
+    """Return the date that the chat template wrote into the prompts of the cache in ``folder``; None without a cache or a date."""
     return Manifest.read(folder).date if (folder / MANIFEST).is_file() else None
 
 
-def kept_learn(folder: Path) -> str | None:
-    """The turns of a conversation that the rows of the cache in ``folder`` learn, see ``learnt``; None where there is no cache."""
+def cached_learn(folder: Path) -> str | None:
+    """Return the turns of a conversation that the rows of the cache in ``folder`` learn (see ``learnt``); None without a cache."""
     return learnt(Manifest.read(folder)) if (folder / MANIFEST).is_file() else None
 
 
 def learnt(manifest: Manifest) -> str | None:
-    """The ``learn`` that ``load_examples`` was given for a cache; the last turn for a manifest of before that was noted."""
+    """Return the option ``learn`` of ``load_examples`` for a cache. Manifests of versions without the option mean the last turn."""
     turns: str | None = manifest.options.get("learn", "last")
     return turns
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of all that decides the ids a tokenizer gives: of a fast one its whole definition, but for the padding and truncation of the
-    last call; of a slow one its vocabulary and special tokens."""
+    """Return a sha256 of all properties that determine a tokenizer's ids.
+
+    For a fast tokenizer, these are its whole definition except padding and truncation, which belong to the last call. For a slow one, its
+    vocabulary and special tokens.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return digest([sorted(tokenizer.get_vocab().items()), {name: str(t) for name, t in tokenizer.special_tokens_map.items()}])
@@ -248,7 +252,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def identity_of_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """The fields of an ``Identity`` that decide the tokens of a row."""
+    """Return the fields of an ``Identity`` that determine the tokens of a row."""
     special = {name: getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos")}
     return {
         "tokenizer": tokenizer_hash(tokenizer), "chat_template": template_hash(tokenizer), "special_tokens": json.dumps(special),
@@ -257,23 +261,23 @@ def identity_of_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """sha256 of the chat template, or of there being none."""
+    """Return the sha256 of the chat template; a fixed value without one."""
     return digest(getattr(tokenizer, "chat_template", None))
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a folder that decide what a model computes: its config and weights."""
+    """Return the files of a folder that determine a model's outputs: config and weights."""
     configs, weights = ("config.json", "adapter_config.json"), (".safetensors", ".bin", ".gguf")
     return sorted(f for f in folder.iterdir() if f.name in configs or f.suffix in weights)
 
 
 def identity_of_model(path: str, commit: str | None) -> tuple[str, str]:
-    """Name and revision of a model: of a folder its name and a sha256 over its config and weights, of a hub id itself and the commit.
+    """Return name and revision of a model: the folder's name and a sha256 of config and weights, or the hub id and its commit.
 
     The revision of an adapter covers its base model.
 
     Raises:
-        CacheError: a hub model whose commit is not known.
+        CacheError: the commit of a hub model is unknown.
     """
     folder = Path(path)
     adapter = find_adapter("teacher", path)
@@ -283,9 +287,9 @@ def identity_of_model(path: str, commit: str | None) -> tuple[str, str]:
         if commit is None:
             raise CacheError(f"the revision of {path!r} is not known: give --revision")
         return path, commit
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for file in model_files(folder):
-        found.update(f"{file.name}\0{digest_file(file)}\0".encode())
+        content.update(f"{file.name}\0{digest_file(file)}\0".encode())
     if adapter is not None:
-        found.update(identity_of_model(adapter.base, commit)[1].encode())
-    return folder.resolve().name, found.hexdigest()
+        content.update(identity_of_model(adapter.base, commit)[1].encode())
+    return folder.resolve().name, content.hexdigest()

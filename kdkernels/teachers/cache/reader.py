@@ -1,4 +1,4 @@
-"""Reading a cache: a teacher source that finds each example by its key, whatever order, batch or packing it turns up in."""
+"""Read a cache: a teacher source that finds each example by its key, independent of order, batches and packing."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ def open_cache(
     tail: Tail = "bucket",
     verify: bool = True,
 ) -> CachedTeacher:
-    """Opens a cache for training, once all of it is known to be what was written and to fit.
+    """Open a cache for training, after checking its content and whether it fits the training.
 
     Args:
-        tokenizer: of the training data; with its chat template it must be the one the cache was made with.
-        teacher: expected name; revision: expected revision. None: not compared. Of the same revision, any name is the same teacher.
-        tail: of the ``TopK`` that a ``topk`` cache gives.
-        verify: compare the sha256 of every shard, which reads all of the cache once. Without it only sizes of files are looked at, as the
-            shards' readers need them.
+        tokenizer: tokenizer of the training data. It and its chat template must equal those that the cache was made with.
+        teacher: expected name; revision: expected revision. None is not compared. With an equal revision, the name may differ.
+        tail: tail of the ``TopK`` that a ``topk`` cache returns.
+        verify: compare the sha256 of every shard, which reads the whole cache once.
 
     Raises:
-        CacheError: naming what differs, is damaged or is missing; an unfinished cache; a cache of text (see ``read_text``).
+        CacheError: the cache differs, is damaged, unfinished or missing (the message says which), or is a cache of text (see
+            ``read_text``).
     """
     manifest = _checked(Path(path), tokenizer, teacher, revision, verify)
     if manifest.identity.kind == "text":
-        raise CacheError(f"{path} holds text, which has no probabilities to give: train on its rows (read_text)")
+        raise CacheError(f"{path} holds text, which has no probabilities: train on its rows (read_text)")
     return CachedTeacher(Path(path), manifest, tail)
 
 
 def read_text(path: str | Path, tokenizer: Any = None, *, verify: bool = True) -> list[dict[str, Any]]:
-    """The training rows of a ``text`` cache: each row of its data with the teacher's ``response``. Checks and errors of ``open_cache``.
+    """Return the training rows of a ``text`` cache: each row of its data with the teacher's ``response``.
 
     Raises:
-        CacheError: a cache of another kind, too.
+        CacheError: same as ``open_cache``, or the cache is of another kind.
     """
     folder = Path(path)
     manifest = _checked(folder, tokenizer, None, None, verify)
     if manifest.identity.kind != "text":
-        raise CacheError(f"{path} holds {manifest.identity.kind}, not text: give it to open_cache")
+        raise CacheError(f"{path} holds {manifest.identity.kind}, not text: read it with open_cache")
     return [row for shard in manifest.shards for row in read_text_shard(folder / shard.file)]
 
 
@@ -85,9 +85,9 @@ def _checked(folder: Path, tokenizer: Any, teacher: str | None, revision: str | 
 
 
 class CachedTeacher:
-    """A ``TeacherSource`` whose answers were kept. Made by ``open_cache``.
+    """A ``TeacherSource`` that reads its targets from a cache. ``open_cache`` creates it.
 
-    ``targets`` gives ``TopK``, ``Sampled``, or for ``hidden`` an ``LMHead``, on the device of the view.
+    ``targets`` returns a ``TopK``, a ``Sampled``, or for ``hidden`` an ``LMHead``, on the device of the view.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, tail: Tail) -> None:
@@ -97,7 +97,7 @@ class CachedTeacher:
         self.date = manifest.date
         """The date that the chat template wrote into every prompt; None for a template without a date."""
         self.learn = learnt(manifest)
-        """The turns of a conversation that its rows learn, see ``load_examples``."""
+        """The turns of a conversation that its rows learn: see ``load_examples``."""
         self.salt = identity.hash()
         """Salt of the keys of examples: ``example.key(cache.salt)``."""
         self._columns = {} if self.kind == "hidden" else columns_of(self.kind, identity.k or 0, identity.dtype)
@@ -108,14 +108,14 @@ class CachedTeacher:
         self._index()
 
     def __len__(self) -> int:
-        """Examples kept."""
+        """Return the number of examples."""
         return self.manifest.rows
 
     def _open_shard(self, number: int) -> ParquetShard | HiddenShard:
         shard = self.manifest.shards[number]
         try:
             return (HiddenShard if self.kind == "hidden" else ParquetShard)(self.folder / shard.file)
-        except Exception as error:  # of pyarrow, of safetensors: each has its own
+        except Exception as error:  # pyarrow and safetensors have error types of their own
             raise CacheError(f"{shard.file} can't be read: {error}") from None
 
     def _index(self) -> None:
@@ -124,7 +124,9 @@ class CachedTeacher:
         for number, shard in enumerate(self.manifest.shards):
             keys, counts, groups, firsts = self._open(number).index()
             if len(keys) != shard.rows or counts.sum() != shard.tokens:
-                raise CacheError(f"{shard.file} holds {len(keys)} examples, {counts.sum()} tokens; listed are {shard.rows}, {shard.tokens}")
+                raise CacheError(
+                    f"{shard.file} holds {len(keys)} examples and {counts.sum()} tokens, the manifest lists {shard.rows} and {shard.tokens}"
+                )
             parts.append((keys, counts, np.full(len(keys), number), groups, firsts))
         keys, counts, numbers, groups, firsts = (np.concatenate(column) for column in zip(*parts, strict=True))
         prefix = np.ascontiguousarray(keys[:, :8]).view("<u8")[:, 0]
@@ -133,7 +135,7 @@ class CachedTeacher:
         self._where = np.stack([counts, numbers, groups, firsts], axis=1)[order]  # [rows, 4]
 
     def _find(self, key: str) -> tuple[int, int, int, int] | None:
-        """Count, shard, row group and first token of an example."""
+        """Return count, shard, row group and first token of an example; None if it is not in the cache."""
         raw = bytes.fromhex(key)
         if len(raw) != KEY_BYTES:
             raise ValueError(f"a key is {2 * KEY_BYTES} hex digits, got {key!r}")
@@ -152,10 +154,10 @@ class CachedTeacher:
         """Check that every example is in the cache.
 
         Args:
-            options: what ``load_examples`` was given for them, such as ``max_length``.
+            options: options of ``load_examples`` for them, such as ``max_length``.
 
         Raises:
-            ValueError: naming file and row of those that are not, and what differs.
+            ValueError: some are missing; the message names their files and rows, and the difference.
         """
         missing = [example for example in examples if example.key(self.salt) not in self]
         if missing:
@@ -166,24 +168,24 @@ class CachedTeacher:
             )
 
     def check_loss(self, divergence: str, temperature: float) -> None:
-        """Check that the cache can serve a training's loss.
+        """Check that the cache has the targets for a training's loss.
 
         Raises:
-            ValueError: a temperature or divergence for which likeliest tokens or draws of this cache say nothing.
+            ValueError: the cache has no targets for this temperature or divergence.
         """
         form = {"topk": str(self.tail), "sampled": "sampled"}.get(self.kind)
         if form is None:
             return
         if form != "renorm" and self.temperature != temperature:
-            what = "drawn" if form == "sampled" else "made"
+            made = "drawn" if form == "sampled" else "made"
             raise ValueError(
-                f"temperature={temperature}, but the cache was {what} at {self.temperature} and holds nothing for another: train with "
+                f"temperature={temperature}, but the cache was {made} at {self.temperature} and holds nothing for another: train with "
                 f"--temperature {self.temperature:g}, or make a cache with `kdkernels cache --temperature {temperature:g}`"
             )
         if form not in parse(divergence).tails:
-            ways = ", ".join(defined_for(form))
+            names = ", ".join(defined_for(form))
             raise ValueError(
-                f"divergence={divergence} is not defined against a cache of kind {self.kind}: train with --divergence {ways}, or make a "
+                f"divergence={divergence} is not defined against a cache of kind {self.kind}: train with --divergence {names}, or make a "
                 "cache with `kdkernels cache --kind hidden`, which serves every divergence"
             )
 
@@ -191,7 +193,7 @@ class CachedTeacher:
         """Explain from the manifest how the missing examples differ from those of the cache."""
         dates = {example.date for example in missing} - {None, self.date}
         if dates:
-            then = f"{self.date} in the cache" if self.date else "not known of the cache, which an earlier version made"
+            then = f"{self.date} in the cache" if self.date else "unknown for the cache, which an earlier version made"
             return f"The chat template writes the date: it is {', '.join(sorted(map(str, dates)))} now, and {then}"
         longest = max(map(len, missing))
         for name, then in {**self.manifest.options, "learn": self.learn}.items():
@@ -201,16 +203,16 @@ class CachedTeacher:
                 rows = "some of these rows are that long" if name == "max_length" else "it decides the tokens of a row"
                 return f"The cache was made with --{name.replace('_', '-')} {then}, this training has {now}, and {rows}"
         if self.manifest.version == 1:
-            return "The cache is of an earlier version of kdkernels, in which rows could have other tokens; or it was made from other rows"
-        return "It was made from other rows, or other text in them"
+            return "The cache is of an earlier version of kdkernels, which could give rows other tokens, or it was made from other rows"
+        return "It was made from other rows, or their text has changed"
 
     def targets(self, view: View) -> LMHead | TopK | Sampled:
         """Return the stored targets for the scored positions of ``view``, leading shape ``[n]``. ``view.keys`` are salted with ``salt``.
 
         Raises:
-            KeyError: an example that is not in the cache.
-            CacheError: an example with another number of tokens than was kept; a view without keys; kept log-probabilities that are not
-                those of a distribution.
+            KeyError: an example is not in the cache.
+            CacheError: an example has another number of tokens than in the cache, the view has no keys, or the stored log-probabilities are
+                not those of a distribution.
         """
         if len(view.keys) != len(view.counts) or sum(view.counts) != view.scored.numel():
             raise CacheError(
@@ -249,19 +251,19 @@ class CachedTeacher:
         return TopK(ids, logprobs, self.tail, self.temperature)
 
     def _group(self, shard: int, group: int) -> dict[str, Array]:
-        found = self._groups.pop((shard, group), None)
-        if found is None:
+        arrays = self._groups.pop((shard, group), None)
+        if arrays is None:
             reader = self._open(shard)
             assert isinstance(reader, ParquetShard)
-            found = reader.group(group, self._columns)
+            arrays = reader.group(group, self._columns)
             if self.kind == "topk":
                 file = self.manifest.shards[shard].file
-                check_logprobs(found["ids"], found["logprobs"], lambda row: f"{self.folder / file}, row group {group}, token {row + 1}")
-            self._decoded += _size(found)
+                check_logprobs(arrays["ids"], arrays["logprobs"], lambda row: f"{self.folder / file}, row group {group}, token {row + 1}")
+            self._decoded += _size(arrays)
             while self._groups and self._decoded > DECODED_BYTES:
                 self._decoded -= _size(self._groups.popitem(last=False)[1])
-        self._groups[shard, group] = found
-        return found
+        self._groups[shard, group] = arrays
+        return arrays
 
     def _hidden(self, places: list[tuple[int, int, int, int]], device: torch.device) -> LMHead:
         parts = []
@@ -269,10 +271,10 @@ class CachedTeacher:
             reader = self._open(shard)
             assert isinstance(reader, HiddenShard)
             parts.append(reader.read(first, count))
-        head, kept = self._head(device), self.manifest.head
-        assert kept is not None
-        hidden = torch.cat(parts).to(device) if parts else head["weight"].new_empty(0, head["weight"].shape[1])
-        return LMHead(hidden, head["weight"], head.get("bias"), kept.scale, kept.softcap, self.vocab_size)
+        tensors, head = self._head(device), self.manifest.head
+        assert head is not None
+        hidden = torch.cat(parts).to(device) if parts else tensors["weight"].new_empty(0, tensors["weight"].shape[1])
+        return LMHead(hidden, tensors["weight"], tensors.get("bias"), head.scale, head.softcap, self.vocab_size)
 
     def _head(self, device: torch.device) -> dict[str, Tensor]:
         if device not in self._heads:
@@ -288,9 +290,9 @@ def _size(arrays: dict[str, Array]) -> int:
 
 
 def with_mass(logprobs: Tensor, ids: Tensor, log_mass: Tensor) -> Tensor:
-    """``logprobs`` ``[n, K]``, rounded when they were kept, shifted so that each row's probabilities add up to its mass again.
+    """Shift the rounded ``logprobs`` ``[n, K]`` so that each row's probabilities sum to its mass again.
 
-    The tail, ``1 - mass``, is then as exact as float32 has it; rounding alone would put it off by as much as 1e-3.
+    The tail, ``1 - mass``, is then exact to float32. The rounding of the log-probabilities alone would change it by up to 1e-3.
     """
     shift = log_mass - logprobs.masked_fill(ids < 0, -torch.inf).logsumexp(-1, keepdim=True)
     return logprobs + shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,10 +1,10 @@
-"""Shards on disk. One row is one example, its tokens side by side in binary columns, so that arrays move whole and no value is touched.
+"""Shards on disk. One row is one example, with the values of all its tokens in binary columns, which are read and written without copies.
 
 topk, sampled
     Parquet: ``key`` (32 bytes), ``count`` (int32, tokens), then little-endian arrays as bytes: ``ids`` int32 ``[count, k]``, and
     ``logprobs`` float16 or float32 ``[count, k]`` with ``log_mass`` float32 ``[count]``, or ``counts`` uint16 ``[count, k]``.
 text
-    Parquet: training rows as they are, a column a field.
+    Parquet: training rows unchanged, one column per field.
 hidden
     safetensors: ``keys`` uint8 ``[rows, 32]``, ``counts`` int64 ``[rows]``, ``hidden`` ``[tokens, D]`` in the teacher's dtype.
 """
@@ -37,11 +37,12 @@ def columns_of(kind: str, k: int, dtype: str | None) -> dict[str, tuple[str, int
 
 
 def suffix(kind: str) -> str:
+    """Return the file name extension of a kind's shards."""
     return "safetensors" if kind == "hidden" else "parquet"
 
 
 def write_parquet(path: Path, keys: Sequence[bytes], counts: Sequence[int], columns: dict[str, Array]) -> None:
-    """``columns``: each ``[tokens, ...]``, C-contiguous."""
+    """Write a shard of ``topk`` or ``sampled``. ``columns``: C-contiguous arrays ``[tokens, ...]``."""
     import pyarrow as pa
 
     lengths = np.asarray(counts, np.int64)
@@ -61,9 +62,10 @@ def write_parquet(path: Path, keys: Sequence[bytes], counts: Sequence[int], colu
 
 
 def write_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """
+    """Write a shard of ``text``.
+
     Raises:
-        ValueError: a field that holds values of different types.
+        ValueError: a field has values of different types.
     """
     import pyarrow as pa
 
@@ -71,12 +73,12 @@ def write_text(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
         table = pa.table({name: [row.get(name) for row in rows] for name in names})
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"a field of the data holds values of different types, which a column can't: {error}") from None
+        raise ValueError(f"a field of the data has values of different types, but a column can only have one: {error}") from None
     _write_table(path, table, [(0, len(rows))])
 
 
 def _groups(ends: Array, unit: int) -> list[tuple[int, int]]:
-    """Bounds of row groups of at least ``GROUP_BYTES``: rows until their running total passes the next multiple."""
+    """Return the bounds of row groups of at least ``GROUP_BYTES``. ``ends``: running token count of the rows; ``unit``: bytes per token."""
     bounds, start = [], 0
     while start < len(ends):
         before = int(ends[start - 1]) if start else 0
@@ -96,7 +98,7 @@ def _write_table(path: Path, table: Any, groups: list[tuple[int, int]]) -> None:
 
 
 def write_hidden(path: Path, keys: Sequence[bytes], counts: Sequence[int], hidden: Tensor) -> None:
-    """``hidden``: ``[tokens, D]``."""
+    """Write a shard of ``hidden``. ``hidden``: ``[tokens, D]``."""
     from safetensors.torch import save_file
 
     table = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
@@ -123,13 +125,13 @@ class ParquetShard:
         return keys, counts, groups, before - firsts[groups] if rows else before
 
     def group(self, number: int, columns: dict[str, tuple[str, int]]) -> dict[str, Array]:
-        """``[tokens, values]`` of each column of one row group."""
+        """Return an array ``[tokens, values]`` for each column of one row group."""
         table = self._file.read_row_group(number, columns=list(columns))
         return {name: _values(table[name], *form) for name, form in columns.items()}
 
 
 def read_text_shard(path: Path) -> list[dict[str, Any]]:
-    """The rows of a text shard; what Parquet fills with None was not there."""
+    """Return the rows of a text shard, without the None that Parquet stores for absent fields."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -162,6 +164,6 @@ class HiddenShard:
         return keys, counts, np.zeros(len(counts), np.int64), np.cumsum(counts) - counts
 
     def read(self, first: int, count: int) -> Tensor:
-        """``[count, D]``"""
+        """Return hidden states ``[count, D]``."""
         rows: Tensor = self._hidden[first : first + count]
         return rows

@@ -1,7 +1,7 @@
-"""Write a cache. Shards are fixed sets of examples. Each is written whole, then listed in the manifest, and never made again once listed.
+"""Write a cache. Shards are fixed sets of examples. A shard is listed in the manifest once it is complete, and is then not written again.
 
-The bytes do not depend on where a run was cut: batches never cross a shard, draws are seeded by the example, and no file holds a time of
-day. (A GPU whose sums differ from run to run can differ in the last bit.)
+An interrupted and continued run gives the same bytes: batches never cross a shard, draws are seeded by the example, and no file contains
+a time. (Sums on a GPU may differ in the last bit from run to run.)
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ __all__ = [
 
 DEFAULT_SHARD_BYTES = 128 << 20
 ROUNDING = 1e-6
-"""Largest rounding error of a log-sum in float32. A reader refuses or shifts rows with a larger sum."""
+"""Largest rounding error of a log-sum in float32. Rows with a larger sum are shifted."""
 Report = Callable[[int], object]
-"""Called with the number of tokens done, as they are done."""
+"""Called with the number of tokens of each finished batch."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """The keys and shards that the cache in a folder was begun with, which a resumed run must keep; the options for a new folder."""
+    """The settings that determine keys and shards: those of the cache in a folder, which a resumed run must keep, or of a new cache."""
 
     identity: Identity
     shard_bytes: int
@@ -54,21 +54,22 @@ class Begun:
 
     @classmethod
     def of(cls, out: Path, identity: Identity, shard_bytes: int, batch_size: int, date: str | None = None) -> Begun:
-        """
+        """Return the settings of the cache in ``out``; the arguments without one.
+
         Raises:
-            CacheError: ``out`` holds a cache of another teacher, tokenizer or kind; the message names what differs.
+            CacheError: ``out`` holds a cache of another teacher, tokenizer or kind; the message gives the difference.
         """
         if not (out / MANIFEST).is_file():
             return cls(identity, shard_bytes, batch_size, date, VERSION)
-        kept = Manifest.read(out, **dataclasses.asdict(identity))
-        return cls(kept.identity, kept.shard_bytes, kept.batch_size, kept.date, kept.version)
+        manifest = Manifest.read(out, **dataclasses.asdict(identity))
+        return cls(manifest.identity, manifest.shard_bytes, manifest.batch_size, manifest.date, manifest.version)
 
     @classmethod
     def for_examples(cls, out: Path, identity: Identity, examples: Sequence[Example], shard_bytes: int, batch_size: int) -> Begun:
         """Return the same as ``of``, with the date that the chat template wrote into the examples.
 
         Raises:
-            CacheError: examples of several dates, or of another than the cache in ``out``.
+            CacheError: the examples have several dates, or another date than the cache in ``out``.
         """
         dates = sorted({example.date for example in examples if example.date is not None})
         if len(dates) > 1:
@@ -84,19 +85,22 @@ class Begun:
 
 @dataclass(frozen=True)
 class Plan:
-    """Assign the examples to shards."""
+    """The assignment of examples to shards."""
 
     keys: list[bytes]
     counts: list[int]
-    """Tokens of each."""
+    """Number of tokens of each example."""
     source: list[int]
-    """Its index in the data."""
+    """Index of each example in the data."""
     bounds: list[tuple[int, int]]
+    """First and last example of each shard."""
 
     @classmethod
     def of(cls, keys: Sequence[bytes], counts: Sequence[int], token_bytes: int, shard_bytes: int, batch_size: int = 1) -> Plan:
-        """Examples of a key seen before, or without tokens, are left out. A shard ends with the batch that fills it, so that batches are
-        those of a training that takes the examples in their order."""
+        """Plan the shards. Examples with a repeated key or without tokens are left out.
+
+        A shard ends with the batch that fills it, so that batches are those of a training that takes the examples in order.
+        """
         seen: set[bytes] = set()
         source = []
         for i, (key, count) in enumerate(zip(keys, counts, strict=True)):
@@ -117,10 +121,10 @@ class Plan:
 
 
 def bytes_per_token(identity: Identity, hidden_size: int | None = None) -> int:
-    """Before compression, which takes another quarter off ``topk``. ``text``: of the UTF-8, about."""
+    """Return the bytes per token before compression, which saves about a quarter for ``topk``. For ``text``, an estimate of its UTF-8."""
     if identity.kind == "hidden":
         if hidden_size is None:
-            raise ValueError("hidden_size is needed to know the size of a hidden cache")
+            raise ValueError("hidden_size is missing: the size of a hidden cache depends on it")
         return hidden_size * torch.empty(0, dtype=getattr(torch, identity.dtype or "bfloat16")).element_size()
     if identity.kind == "text":
         return 4
@@ -143,22 +147,22 @@ def write_cache(
     started: Callable[[Plan], object] | None = None,
     report: Report | None = None,
 ) -> Manifest:
-    """Run ``teacher`` over ``examples`` in their order and keep its answers in the folder ``out``. Continues an interrupted cache.
+    """Run ``teacher`` over ``examples`` in order and save its targets in the folder ``out``. Continues an interrupted cache.
 
     Args:
-        teacher: gives an ``LMHead`` or logits; ``kind="hidden"`` needs an ``LMHead``.
-        identity: the kind of answers and the teacher.
+        teacher: source of an ``LMHead`` or logits; ``kind="hidden"`` needs an ``LMHead``.
+        identity: kind of targets and teacher.
         hidden_size: D, for ``kind="hidden"``.
-        batch_size: examples at a time. An interrupted cache continues with any value; its shards keep their examples.
-        collator: makes a batch. Default: padding to a multiple of 16.
-        shard_bytes: size of a new cache's shards, before compression. A killed process loses one shard at most.
-        options: arguments of ``load_examples`` beside the data, such as ``max_length``. A training that lacks rows compares them.
+        batch_size: examples per batch. An interrupted cache continues with any value; its shards keep their examples.
+        collator: creates the batches. Default: padding to a multiple of 16.
+        shard_bytes: size of a new cache's shards, before compression. A killed process loses at most one shard.
+        options: options of ``load_examples``, such as ``max_length``. If a training's rows are missing, they explain the difference.
         device: device of the batches.
         started: called with the plan before the first example.
 
     Raises:
-        CacheError: ``out`` is in use, holds something else, or another cache; a teacher that gives NaN or more than a distribution, with
-            the row.
+        CacheError: ``out`` is in use or holds other files or another cache, or the teacher's values are NaN or not a distribution (the
+            message names the row).
     """
     begun = Begun.for_examples(out, identity, examples, shard_bytes, batch_size)
     identity = begun.identity
@@ -166,7 +170,7 @@ def write_cache(
     plan = Plan.of(keys, counts, bytes_per_token(identity, hidden_size), begun.shard_bytes, begun.batch_size)
     if begun.batch_size != batch_size and not (identity.kind == "hidden" and torch.device(device).type == "cpu"):
         warnings.warn(
-            f"the cache was begun with --batch-size {begun.batch_size}: what is made with {batch_size} can differ from it in the last bit",
+            f"the cache was begun with --batch-size {begun.batch_size}: values computed with {batch_size} may differ in the last bit",
             stacklevel=2,
         )
     producer = Producer(teacher, examples, plan, identity, batch_size, collator, device, report)
@@ -177,19 +181,19 @@ def write_cache(
 
 
 def keys_and_counts(examples: Sequence[Example], identity: Identity) -> tuple[list[bytes], list[int]]:
-    """The key of each example in a cache of this identity, and how many tokens it scores."""
+    """Return the key of each example in a cache of this identity, and its number of scored tokens."""
     salt = identity.hash()
     return [bytes.fromhex(example.key(salt)) for example in examples], [len(example.teacher_scored) for example in examples]
 
 
 class Producer:
-    """Writes shards of a plan: runs the teacher over their examples.
+    """Runs the teacher over the examples of a plan, and writes its shards.
 
     Args:
-        batch_size: examples at a time.
-        collator: what makes a batch. Default: padding to a multiple of 16.
+        batch_size: examples per batch.
+        collator: creates the batches. Default: padding to a multiple of 16.
         device: device of the batches.
-        report: called with the tokens of each batch.
+        report: called with the number of tokens of each batch.
     """
 
     def __init__(
@@ -233,7 +237,7 @@ class Producer:
 
     def _states(self, side: Side, batch: list[Example]) -> Tensor:
         if not isinstance(side, LMHead):
-            raise CacheError("--kind hidden needs a teacher whose head can be taken apart; this one gives logits: take --kind topk")
+            raise CacheError("--kind hidden needs a teacher whose head is a plain linear layer; this teacher gives logits: use --kind topk")
         self._head = self._head or side
         states = side.hidden.detach()
         wrong = (~states.isfinite().all(-1)).nonzero()
@@ -241,7 +245,7 @@ class Producer:
         return states.to("cpu", getattr(torch, self._identity.dtype or "bfloat16"))
 
     def head(self, folder: Path) -> Head:
-        """Write the head of the teacher that has made a shard."""
+        """Write the teacher's head, after a shard has been written."""
         assert self._head is not None
         return _write_head(folder, self._head)
 
@@ -256,11 +260,11 @@ def write_shards(
     head: Callable[[Path], Head] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write the shards that are still to be made, under the folder's lock, and list each in the manifest. All kinds share this.
+    """Write the missing shards, and list each in the manifest, while the folder is locked. Used for all kinds.
 
     Args:
         produce: writes the shard of examples ``[start, stop)`` of the plan to a path.
-        head: writes the head once a shard has been made.
+        head: writes the head after the first shard.
     """
     if not plan.source:
         raise CacheError("there is nothing to keep: no example has a scored token")
@@ -276,7 +280,7 @@ def write_shards(
             if started is not None:
                 started(plan)
             if manifest.head is not None and not _intact(out, manifest.head):
-                manifest = dataclasses.replace(manifest, head=None)  # made anew with the first shard
+                manifest = dataclasses.replace(manifest, head=None)  # written again with the first shard
             for number, (start, stop) in enumerate(plan.bounds):
                 headless = head is not None and manifest.head is None
                 if number < len(manifest.shards) and not headless and _intact(out, manifest.shards[number]):
@@ -285,10 +289,10 @@ def write_shards(
                     continue
                 path = output.claim(files[number])
                 write_whole(path, lambda temporary, a=start, b=stop: produce(temporary, a, b))  # type: ignore[misc]
-                made = Shard.of(path, stop - start, sum(plan.counts[start:stop]))
+                shard = Shard.of(path, stop - start, sum(plan.counts[start:stop]))
                 if headless:
                     output.claim(HEAD)
-                listed = (*manifest.shards[:number], made, *manifest.shards[number + 1 :])
+                listed = (*manifest.shards[:number], shard, *manifest.shards[number + 1 :])
                 manifest = dataclasses.replace(manifest, shards=listed, head=head(out) if head and headless else manifest.head)
                 manifest.write(out)
             if not manifest.complete:
@@ -300,10 +304,10 @@ def write_shards(
 
 
 def check_folder(out: Path) -> None:
-    """Check that a cache may be written to ``out``, and leave the folder as it was.
+    """Check that a cache may be written to ``out``. The folder does not change.
 
     Raises:
-        CacheError: the folder is in use, or holds something else.
+        CacheError: the folder is in use, or has other files.
     """
     try:
         with opened(out):
@@ -314,10 +318,10 @@ def check_folder(out: Path) -> None:
 
 @contextmanager
 def opened(out: Path) -> Iterator[Output]:
-    """A context that holds the folder of a cache, once it is known to be empty or a cache.
+    """Lock the folder of a cache after checking that it is empty or has a cache.
 
     Raises:
-        FileError, CacheError: the folder is in use, or holds something else.
+        FileError, CacheError: the folder is in use, or has other files.
     """
     with Output(out, "cache", adopt=lambda: _unmarked(out)) as output:
         _check_others(output)
@@ -325,7 +329,7 @@ def opened(out: Path) -> Iterator[Output]:
 
 
 def _unmarked(out: Path) -> list[str]:
-    """The files that a manifest lists, for a cache without a marker."""
+    """Return the files that the manifest of a cache without a marker lists."""
     try:
         value = json.loads((out / MANIFEST).read_bytes())
         if value["format"] != FORMAT:
@@ -344,7 +348,7 @@ def _check_others(output: Output) -> None:
 
 
 def _resumed(output: Output, fresh: Manifest) -> Manifest:
-    """The manifest of the folder, if it is the beginning of the same cache; else a fresh one, written."""
+    """Return the manifest of the folder after checking that it is of the same cache. Without one, write and return ``fresh``."""
     out = output.path
     if not (out / MANIFEST).exists():
         output.claim(MANIFEST)
@@ -354,7 +358,7 @@ def _resumed(output: Output, fresh: Manifest) -> Manifest:
     if manifest.examples != fresh.examples:
         raise CacheError(
             f"{out} holds a cache of other data: {manifest.rows:,} examples with {manifest.tokens:,} tokens, and this data has "
-            f"{fresh.rows:,} with {fresh.tokens:,}. Give --data, --max-length and --overlong as it was begun, or a new folder as --out"
+            f"{fresh.rows:,} with {fresh.tokens:,}. Use the cache's --data, --max-length and --overlong, or a new folder as --out"
         )
     return manifest
 
@@ -372,7 +376,7 @@ def _side(teacher: TeacherSource, batch: dict[str, Any], device: torch.device | 
     where = {name: getattr(view, name).to(device) for name in ("input_ids", "attention_mask", "scored")}
     side = teacher.targets(dataclasses.replace(view, **where))
     if not isinstance(side, (LMHead, Tensor)):
-        raise CacheError(f"the teacher gives {type(side).__name__}, not an LMHead or logits: it is a cache already")
+        raise CacheError(f"the teacher gives a {type(side).__name__} instead of an LMHead or logits: it is already a cache")
     return side
 
 
@@ -387,13 +391,10 @@ def _topk(side: Side, identity: Identity, where: Callable[[int], str]) -> dict[s
 
 
 def topk_columns(top: TopK, dtype: str, where: Callable[[int], str]) -> dict[str, Array]:
-    """The columns of ``[n, k]`` log-probabilities, once they are known to be those of distributions.
-
-    A row whose sum is above 1 by rounding is shifted to 1.
-    """
+    """Return a shard's columns for log-probabilities ``[n, k]`` after checking them. A row whose sum is rounded above 1 is shifted to 1."""
     ids, logprobs = top.ids.cpu(), top.logprobs.cpu()
-    lost = (ids[:, 0] >= 0) & ~logprobs[:, 0].isfinite()  # NaN comes first
-    check_finite(not bool(lost.any()), where(int(lost.int().argmax())) if len(lost) else "")
+    bad = (ids[:, 0] >= 0) & ~logprobs[:, 0].isfinite()  # NaN sorts first
+    check_finite(not bool(bad.any()), where(int(bad.int().argmax())) if len(bad) else "")
     check_logprobs(ids.numpy(), logprobs.numpy(), where)
     mass = logprobs.masked_fill(ids < 0, -torch.inf).double().logsumexp(-1, keepdim=True)
     excess = torch.where(mass > ROUNDING, mass, 0.0)
@@ -402,7 +403,7 @@ def topk_columns(top: TopK, dtype: str, where: Callable[[int], str]) -> dict[str
 
 
 def _draws(side: Side, identity: Identity, key: bytes, where: str) -> dict[str, Array]:
-    """Draws of one example, equal ones merged: ids in rising order with how often each came, padded with -1 and 0."""
+    """Return the draws of one example: distinct ids in rising order, padded with -1, and their counts, padded with 0."""
     assert identity.k is not None
     assert identity.temperature is not None
     device = side.hidden.device if isinstance(side, LMHead) else side.device
@@ -413,15 +414,15 @@ def _draws(side: Side, identity: Identity, key: bytes, where: str) -> dict[str, 
 
 
 def merged(ids: Array) -> dict[str, Array]:
-    """``ids`` and ``counts`` ``[n, k]`` of draws ``[n, k]``."""
+    """Merge equal draws ``[n, k]``: return ``ids`` and ``counts``, both ``[n, k]``."""
     ids = np.sort(ids, axis=1)
     first = np.ones(ids.shape, bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     slot = np.cumsum(first, axis=1) - 1 + np.arange(len(ids))[:, None] * ids.shape[1]
     counts = np.bincount(slot.ravel(), minlength=ids.size).reshape(ids.shape).astype("<u2")
-    kept = np.full(ids.size, -1, "<i4")
-    kept[slot.ravel()] = ids.ravel()
-    return {"ids": kept.reshape(ids.shape), "counts": counts}
+    distinct = np.full(ids.size, -1, "<i4")
+    distinct[slot.ravel()] = ids.ravel()
+    return {"ids": distinct.reshape(ids.shape), "counts": counts}
 
 
 def _write_head(out: Path, side: LMHead) -> Head:
