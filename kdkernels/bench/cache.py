@@ -27,8 +27,8 @@ __all__ = ["measure"]
 def _top_tokens(rng: np.random.Generator, rows: int, k: int, vocab: int) -> dict[str, np.ndarray[Any, Any]]:
     """Return the columns of a shard of top-k tokens.
 
-    Nothing repeats within a shard, so that compression has no easier time than with real data. Most ids are small, as those of likely
-    tokens are: the earlier a tokenizer merged a token, the more often it occurs.
+    Nothing repeats within a shard, so that it compresses no better than real data. Most ids are small, as in real data: the earlier a
+    tokenizer merged a token, the more often it occurs.
     """
     ids = (vocab ** rng.random((rows, k))).astype("<i4")
     logprobs = -np.sort(rng.exponential(3.0, (rows, k)), axis=1)
@@ -37,12 +37,13 @@ def _top_tokens(rng: np.random.Generator, rows: int, k: int, vocab: int) -> dict
 
 
 def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int = 64, length: int = 500, batch: int = 8) -> dict[str, float]:
-    """Seconds of each step, and sizes in bytes.
+    """Return the seconds of each step, and sizes in bytes.
 
     Args:
-        folder: on the disk to be measured; nothing stays there.
-        kind: topk or hidden; of ``hidden``, 16 * k is the hidden size.
-        length: tokens of an example; batch: examples read at a time, in random order.
+        folder: folder on the disk to measure. Files in it are deleted afterwards.
+        kind: topk or hidden; for ``hidden``, the hidden size is 16 * k.
+        length: tokens per example.
+        batch: examples per read, in random order.
     """
     import torch
 
@@ -67,11 +68,11 @@ def measure(folder: Path, tokens: int = 1_000_000, kind: Kind = "topk", k: int =
         seconds[name] = timed_block.seconds
 
     def produce(path: Path, start: int, stop: int) -> None:
-        made = length * (stop - start)
+        rows = length * (stop - start)
         if kind == "hidden":
-            shards.write_hidden(path, plan.keys[start:stop], plan.counts[start:stop], hidden[:made])
+            shards.write_hidden(path, plan.keys[start:stop], plan.counts[start:stop], hidden[:rows])
         else:
-            shards.write_parquet(path, plan.keys[start:stop], plan.counts[start:stop], {name: v[:made] for name, v in block.items()})
+            shards.write_parquet(path, plan.keys[start:stop], plan.counts[start:stop], {name: v[:rows] for name, v in block.items()})
 
     def head(out: Path) -> object:
         from safetensors.torch import save_file
@@ -112,12 +113,12 @@ def main() -> None:
     parser.add_argument("--kind", choices=("topk", "hidden"), default="topk")
     parser.add_argument("-k", type=int, default=64)
     parser.add_argument("--folder", type=Path, default=Path())
-    given = parser.parse_args()
-    found = measure(given.folder, given.tokens, given.kind, given.k)
-    size, raw = found.pop("bytes"), found.pop("raw bytes")
-    print(f"{given.tokens:,} tokens, {given.kind}: {size / given.tokens:.0f} bytes a token ({raw / given.tokens:.0f} before compression)")
-    for name, seconds in found.items():
-        print(f"  {name:<55}{seconds:8.2f} s {given.tokens / seconds:14,.0f} tokens/s {size / seconds / 1e6:8,.0f} MB/s of the folder")
+    args = parser.parse_args()
+    results = measure(args.folder, args.tokens, args.kind, args.k)
+    size, raw = results.pop("bytes"), results.pop("raw bytes")
+    print(f"{args.tokens:,} tokens, {args.kind}: {size / args.tokens:.0f} bytes per token ({raw / args.tokens:.0f} before compression)")
+    for name, seconds in results.items():
+        print(f"  {name:<55}{seconds:8.2f} s {args.tokens / seconds:14,.0f} tokens/s {size / seconds / 1e6:8,.0f} MB/s of the folder")
 
 
 if __name__ == "__main__":

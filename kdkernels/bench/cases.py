@@ -13,13 +13,13 @@ from .. import LMHead
 from ..sides import Side
 
 LOGIT_STD = 3.0
-"""Standard deviation of the random logits: peaked like a trained model's, so that no kernel profits from a near-uniform softmax."""
+"""Standard deviation of the random logits. Their softmax is as peaked as a trained model's, so no kernel profits from a uniform one."""
 
 IGNORED = -100
 
 OPERATIONS = ("distillation", "cross_entropy")
-"""Operations of a case. A new one states its costs here (``Case.flop``, ``Case.floor_bytes``), and in variants.py what is true and
-who computes it (``TRUTHS``, ``BUILDERS``)."""
+"""Operations of a case. A new one needs its costs here (``Case.flop``, ``Case.floor_bytes``), and its true value and implementations in
+variants.py (``TRUTHS``, ``BUILDERS``)."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Case:
 
     Attributes:
         n, v: tokens and vocabulary.
-        ds, dt: hidden size of the student and of the teacher; both 0 where the two sides are given as logits.
-        dtype: of hidden states and heads, or of the logits: a torch dtype's name.
-        divergence: a name that ``kdkernels.distillation_loss`` takes.
-        masked: share of the tokens that do not count.
+        ds, dt: hidden sizes of student and teacher; both 0 if the sides are logits.
+        dtype: name of the torch dtype of hidden states and heads, or of the logits.
+        divergence: a name for ``kdkernels.distillation_loss``.
+        masked: share of the tokens that are ignored.
         frozen_head: only the hidden states are trained.
-        gap: None for independent sides; else the teacher is the student, its hidden states off by this many standard deviations.
+        gap: None for independent sides; else the teacher is the student with this many standard deviations of noise on its hidden states.
         operation: one of ``OPERATIONS``; cross-entropy has no teacher.
     """
 
@@ -57,11 +57,11 @@ class Case:
         if not 0 <= self.masked < 1:
             raise ValueError(f"masked is a share in [0, 1), got {self.masked}")
         if self.gap is not None and self.ds != self.dt:
-            raise ValueError(f"with a gap the teacher is the student, slightly off: ds and dt must agree, got {self.ds} and {self.dt}")
+            raise ValueError(f"with a gap the teacher is the student plus noise: ds and dt must be equal, got {self.ds} and {self.dt}")
 
     @staticmethod
     def parse_shape(text: str) -> tuple[int, int, int, int]:
-        """``"N,V,Ds,Dt"``, or ``"N,V"`` for logits."""
+        """Parse ``"N,V,Ds,Dt"``, or ``"N,V"`` for logits."""
         match = re.fullmatch(r"([1-9]\d*),([1-9]\d*)(?:,([1-9]\d*),([1-9]\d*))?", text)
         if match is None:
             raise ValueError(f"a shape is N,V,Ds,Dt (heads) or N,V (logits), such as 2048,32000,512,1024; got {text!r}")
@@ -80,7 +80,7 @@ class Case:
 
     @property
     def valid(self) -> int:
-        """Tokens that count."""
+        """Number of tokens that are not ignored."""
         return self.n - int(self.n * self.masked)
 
     @property
@@ -91,7 +91,7 @@ class Case:
 
     @property
     def floor_bytes(self) -> int:
-        """Bytes that an operation on given logits must move: read each side, write the gradient. 0 with heads (products)."""
+        """Bytes that an operation on logits must move: read each side, write the gradient. 0 with heads."""
         passes = 3 if self.operation == "distillation" else 2
         return 0 if self.has_heads else passes * self.valid * self.v * self.torch_dtype.itemsize
 
@@ -146,7 +146,7 @@ def tensors(side: Side) -> tuple[Tensor, ...]:
 
 
 def build(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
-    """Random data. In place throughout: a temporary would raise the peak that memory is measured from."""
+    """Return random inputs. They are filled in place, because a temporary would raise the peak memory before the measurement."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(rows: int, columns: int, std: float, trained: bool) -> Tensor:
@@ -168,7 +168,7 @@ def build(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
 
 
 def _near(student: Side, gap: float, generator: torch.Generator) -> Side:
-    """A teacher that all but agrees: the student's own head, its hidden states (or logits) off by ``gap``."""
+    """Return a teacher close to the student: the same head, and hidden states (or logits) with noise of size ``gap``."""
     source = tensors(student)[0].detach()
     noise = torch.empty_like(source).normal_(0, gap, generator=generator)
     near = source.mul(math.sqrt(1 - min(gap, 1.0) ** 2)).add_(noise)

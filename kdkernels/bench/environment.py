@@ -1,4 +1,4 @@
-"""The machine that results come from, and what else they depend on. ``python -m kdkernels.bench.environment`` prints the machine's name."""
+"""The machine and the versions that results depend on. ``python -m kdkernels.bench.environment`` prints the machine's name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cores() -> int:
 
 
 def machine(device: str) -> str:
-    """A short name for the kind of machine, never for the machine: ``cpu-2core-amd-epyc``, ``nvidia-h200``."""
+    """Return a short name for the kind of machine, without its host name: ``cpu-2core-amd-epyc``, ``nvidia-h200``."""
     if device == "cpu":
         model = re.sub(r"\((r|tm)\)|cpu|processor|@.*", " ", cpu_model(), flags=re.IGNORECASE)
         name = f"cpu-{cores()}core-{model}"
@@ -74,7 +74,7 @@ def _version(package: str) -> str | None:
 
 
 def _run(*command: str) -> str | None:
-    """The first line of what a program prints, "" of one that prints nothing; None where it cannot be run."""
+    """Return the first line of a program's output, "" if it prints nothing; None if it cannot run."""
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
@@ -83,9 +83,9 @@ def _run(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Short, with ``+`` if the package or its kernels differ from it."""
+    """Return the short commit, with ``+`` if the package or its kernels have changed since; None without a repository."""
     if not (ROOT / "csrc").exists():
-        return None  # installed: whatever repository lies around it is not ours
+        return None  # an installed package: a repository around it is another project's
     commit = _run("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
     changed = _run("git", "-C", str(ROOT), "status", "--porcelain", "--", "kdkernels", "csrc")
     return f"{commit}+" if commit and changed else commit

@@ -1,7 +1,7 @@
-"""The headline of a run: one case in a sentence, and before it whatever makes the times unreliable.
+"""The headline of a run: one case in a sentence, after warnings about unreliable times.
 
-The report, the terminal and the README print the same text. A time that cannot be relied on is not in it: nothing of a run on a busy
-machine or of a case with a time below its floor, and no factor between two variants whose spreads overlap.
+The report, the terminal and the README print the same text. It leaves out unreliable times: all times of a run on a busy machine, times of
+a case with a time below its floor, and the factor between two variants whose spreads overlap.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .variants import Variant
 from .visits import Measured
 
 SHOWN = 3
-"""The most times below their floor that the headline names."""
+"""Maximum number of times below their floor that the headline names."""
 
 
 def busy(record: dict[str, Any]) -> str:
-    """Return the load before the run if it was above the cores, as ``load 8.0 on 2 cores``; "" if not, or not known."""
+    """Return the load before the run if it was above the number of cores, such as ``load 8.0 on 2 cores``; else ""."""
     loads, cores = record["environment"].get("load_average"), record["environment"].get("cores")
     if not loads or cores is None or loads[0] <= cores:
         return ""
@@ -29,15 +29,15 @@ def busy(record: dict[str, Any]) -> str:
 
 def warnings(record: dict[str, Any]) -> list[str]:
     """Return a sentence for each reason not to rely on the times of a run."""
-    found = []
+    sentences = []
     if load := busy(record):
-        found.append(f"The machine was busy ({load}): these times are not to be relied on. Measure again on an idle machine.")
+        sentences.append(f"The machine was busy ({load}): these times are not to be relied on. Measure again on an idle machine.")
     below = [(measured, variant) for measured in record["cases"] for variant in table.below_floor(measured)]
     if below:
         named = "; ".join(_below(measured, variant) for measured, variant in below[:SHOWN])
         more = f"; and {len(below) - SHOWN} more" if len(below) > SHOWN else ""
-        found.append(f"Below the floor, which is impossible: {named}{more}. The measurement is unsound.")
-    return found
+        sentences.append(f"Below the floor, which is impossible: {named}{more}. The measurement is unsound.")
+    return sentences
 
 
 def _below(measured: Measured, variant: str) -> str:
@@ -52,8 +52,8 @@ def sentence(record: dict[str, Any]) -> str:
     row = _ours(measured) if measured is not None else None
     if measured is None or row is None:
         return ""
-    case, taken = Case(**measured["case"]), Spread.of(row["samples_ms"])
-    parts = [] if busy(record) or table.below_floor(measured) else [_times(measured, taken)]
+    case, times = Case(**measured["case"]), Spread.of(row["samples_ms"])
+    parts = [] if busy(record) or table.below_floor(measured) else [_times(measured, times)]
     parts += _memory(measured, row)
     if not parts:
         return ""
@@ -62,25 +62,25 @@ def sentence(record: dict[str, Any]) -> str:
 
 
 def headline(record: dict[str, Any]) -> str:
-    """Return the warnings and the sentence, as one text."""
+    """Return the warnings and the sentence as one text."""
     return " ".join([*warnings(record), *filter(None, [sentence(record)])])
 
 
 def _ours(measured: Measured) -> dict[str, Any] | None:
-    """Return the row of our first backend that ran: they are measured in the order of ``backend="auto"``."""
+    """Return the row of our first backend that ran. Backends are measured in the order of ``backend="auto"``."""
     return next((row for row in measured["results"] if table.is_ours(row["variant"]) and row.get("samples_ms")), None)
 
 
-def _times(measured: Measured, taken: Spread) -> str:
-    parts = [f"{number(taken.mid)} ms"]
+def _times(measured: Measured, times: Spread) -> str:
+    parts = [f"{number(times.mid)} ms"]
     if (floor := table.spread(measured, "floor")) is not None:
         bound = f"{'the matrix products' if measured['flop'] else 'one pass over memory'} alone ({number(floor.mid)} ms)"
-        differs = table.times_as_fast(taken, floor) is not None
-        parts.append(f"{taken.mid / floor.mid:.2f} x {bound}" if differs else f"no difference from {bound} beyond the spread")
+        differs = table.times_as_fast(times, floor) is not None
+        parts.append(f"{times.mid / floor.mid:.2f} x {bound}" if differs else f"no difference from {bound} beyond the spread")
     peer = table.best_peer(measured)
     for variant in ["eager", *([peer[0]] if peer is not None else [])]:
         if (other := table.spread(measured, variant)) is not None:
-            name, factor = f"{table.name_of(variant)} ({number(other.mid)} ms)", table.times_as_fast(taken, other)
+            name, factor = f"{table.name_of(variant)} ({number(other.mid)} ms)", table.times_as_fast(times, other)
             parts.append(f"no difference from {name} beyond the spread" if factor is None else f"{factor} times as fast as {name}")
     return ", ".join(parts)
 

@@ -26,27 +26,27 @@ from .variants import Step, Variant, prepare
 WARMUP = 1
 
 Event = dict[str, Any]
-"""An event of a measuring process: plain data, since it may come from another process.
+"""An event of a measuring process, as plain data, because it may come from another process.
 
-``{"variant", "doing"}``    what begins now; if the process dies of it, that is what this variant does
-``{"variant", "row"}``      what the variant's row gains; in ``skipped`` the reason why it goes no further
+``{"variant", "doing"}``    the step that begins; if the process dies, it is attributed to this variant
+``{"variant", "row"}``      entries for the variant's row; ``skipped`` is the reason why it is not measured further
 ``{"samples"}``             after every round: milliseconds of this visit so far, by variant
-``{"peak_extra_bytes"}``    what was asked for
+``{"peak_extra_bytes"}``    the result of a memory request
 """
 
-Tell = Callable[[Event], None]
+Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One case, and everything that is measured of it.
+    """One case and its measurements.
 
     Attributes:
-        variants: in the order of the table.
-        samples: timed rounds; 0 measures errors only, on the case itself and not on a small relative.
-        memory: whether peak memory is measured.
-        curve: the curve that the case is a point of, by name; "" if it stands for itself.
-        visits: processes that the rounds are spread over, one after another.
+        variants: names of variants, in the order of the table.
+        samples: timed rounds; 0 measures only errors, on the case itself instead of a small version of it.
+        memory: whether to measure peak memory.
+        curve: name of the curve that has the case as a point; "" for a case of its own.
+        visits: number of processes over which the rounds are distributed, one after another.
     """
 
     case: Case
@@ -62,7 +62,7 @@ class Job:
         return cls(**{**saved, "case": Case(**saved["case"]), "variants": tuple(saved["variants"])})
 
     def samples_of(self, visit: int) -> int:
-        """Timed rounds of a visit, counted from 1: as even as can be."""
+        """Return the number of timed rounds of a visit, counted from 1. Rounds are distributed as evenly as possible."""
         return len(range(visit - 1, self.samples, self.visits))
 
     def steps_of(self, visit: int) -> int:
@@ -81,7 +81,7 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 
 class Spread(NamedTuple):
-    """The 20th percentile, the median and the 80th percentile of samples, and how many there are."""
+    """The 20th percentile, the median and the 80th percentile of samples, and their number."""
 
     low: float
     mid: float
@@ -94,7 +94,7 @@ class Spread(NamedTuple):
         return cls(low, mid, high, len(samples))
 
     def overlaps(self, other: Spread) -> bool:
-        """Return True if the samples do not show which of the two is smaller; one sample alone never does."""
+        """Return whether the samples do not show which of the two is smaller. One sample alone never shows it."""
         return min(self.samples, other.samples) < 2 or (self.low <= other.high and other.low <= self.high)
 
 
@@ -104,22 +104,22 @@ def time_interleaved(
     samples: int,
     warmup: int = WARMUP,
     begins: Callable[[str], None] = lambda variant: None,
-    after_round: Callable[[dict[str, list[float]]], None] = lambda taken: None,
+    after_round: Callable[[dict[str, list[float]]], None] = lambda times: None,
     deadline: float = math.inf,
     seed: int = 0,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Each round runs every variant once, in an order of its own: what drifts drifts for all alike.
+    """Time the variants in rounds. Each round runs every variant once, in random order, so that drift affects all alike.
 
     Args:
-        begins: gets the variant whose turn it is.
-        after_round: gets the milliseconds so far.
-        deadline: of ``time.monotonic``; past it no further round begins once there is a sample.
-        seed: of the orders.
+        begins: called with each variant before it runs.
+        after_round: called with the milliseconds so far.
+        deadline: value of ``time.monotonic`` after which no round begins if there is at least one sample.
+        seed: random seed of the orders.
 
     Returns:
-        Milliseconds of every sample, by variant; and of those that failed, as for want of memory, why.
+        The milliseconds of all samples, by variant, and the reason for each variant that failed.
     """
-    taken: dict[str, list[float]] = {variant: [] for variant in steps}
+    times: dict[str, list[float]] = {variant: [] for variant in steps}
     failed: dict[str, str] = {}
     order = random.Random(seed)
     device = inputs.device
@@ -127,25 +127,25 @@ def time_interleaved(
         if round_ > warmup and time.monotonic() > deadline:
             break
         gc.collect()
-        for variant in order.sample(list(taken), len(taken)):
+        for variant in order.sample(list(times), len(times)):
             begins(variant)
             inputs.clear_gradients()
             try:
                 ms = _time(steps[variant], device)
-            except Exception as error:  # whatever it is, it is what this variant does with this case
+            except Exception as error:  # any error is the result of this variant
                 failed[variant] = first_line(error)
-                del taken[variant], error
+                del times[variant], error
                 release(device)
                 continue
             if round_ >= warmup:
-                taken[variant].append(round(ms, 4))
-        after_round(taken)
+                times[variant].append(round(ms, 4))
+        after_round(times)
     inputs.clear_gradients()
-    return taken, failed
+    return times, failed
 
 
 def release(device: torch.device) -> None:
-    """Gives back what a step that is over, or has failed, left in torch's cache."""
+    """Release memory that a finished or failed step left in torch's cache."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -173,37 +173,37 @@ def rates(device: str, dtypes: Sequence[str], samples: int = 7) -> dict[str, Any
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source).zero_()
     copied = _repeat(lambda: target.copy_(source), at, samples)
-    found: dict[str, Any] = {"copy_bytes": 2 * size, "copy_ms": copied, "copy_gb_s": 2 * size / quantile(copied, 0.5) / 1e6, "matrix": {}}
+    result: dict[str, Any] = {"copy_bytes": 2 * size, "copy_ms": copied, "copy_gb_s": 2 * size / quantile(copied, 0.5) / 1e6, "matrix": {}}
     side = 8192 if gpu else 2048
     for dtype in dtypes:
         a, b = (torch.empty(side, side, device=device).normal_().to(getattr(torch, dtype)) for _ in range(2))
         c = torch.empty_like(a)
         ms = _repeat(lambda a=a, b=b, c=c: torch.mm(a, b, out=c), at, samples)  # type: ignore[misc]
-        found["matrix"][dtype] = {"size": side, "ms": ms, "tflop_s": 2 * side**3 / quantile(ms, 0.5) / 1e9}
-    return found
+        result["matrix"][dtype] = {"size": side, "ms": ms, "tflop_s": 2 * side**3 / quantile(ms, 0.5) / 1e9}
+    return result
 
 
-def visit(job: Job, names: Sequence[str], number: int, device: str, tell: Tell, seconds_left: float = math.inf) -> None:
-    """Checks variants, then times them in turn, the first rounds to warm up.
+def visit(job: Job, names: Sequence[str], number: int, device: str, emit: Emit, seconds_left: float = math.inf) -> None:
+    """Check variants, then time them in interleaved rounds, after warm-up rounds.
 
     Args:
-        names: variants that there still is something to measure of.
-        number: of the visit, from 1.
-        tell: called with each ``Event``.
-        seconds_left: after them no further round begins once there is a sample.
+        names: the variants to measure.
+        number: number of the visit, from 1.
+        emit: called with each ``Event``.
+        seconds_left: time after which no round begins if there is at least one sample.
     """
     case, deadline = job.case, time.monotonic() + seconds_left
     try:
         inputs = build(case, device)
     except Exception as error:  # too large for any variant
         for name in names:
-            tell({"variant": name, "row": {"skipped": first_line(error)}})
+            emit({"variant": name, "row": {"skipped": first_line(error)}})
         del error
         release(torch.device(device))
         return
     steps: dict[str, Step] = {}
     for name in names:
-        tell({"variant": name, "doing": "checking"})
+        emit({"variant": name, "doing": "checking"})
         try:
             row = _checked(name, job, device)
             step = variants.build(name, case, inputs)
@@ -212,26 +212,26 @@ def visit(job: Job, names: Sequence[str], number: int, device: str, tell: Tell, 
             if device != "cpu" and job.memory and has_memory(name):
                 row["peak_extra_bytes"] = _peak_of(lambda step=step: step, inputs, device)  # type: ignore[misc]
             steps[name] = step
-        except Exception as error:  # whatever a compiler, a driver or a peer comes up with is this row's result
+        except Exception as error:  # any error of a compiler, driver or peer is the result of this row
             row = {"skipped": first_line(error)}
             del error
             release(inputs.device)
-        tell({"variant": name, "row": row})
+        emit({"variant": name, "row": row})
     if not job.samples:
         return
     _, failed = time_interleaved(
-        steps, inputs, job.samples_of(number), WARMUP, lambda name: tell({"variant": name, "doing": "timing"}),
-        lambda taken: tell({"samples": {name: ms for name, ms in taken.items() if ms}}), deadline, number,
+        steps, inputs, job.samples_of(number), WARMUP, lambda name: emit({"variant": name, "doing": "timing"}),
+        lambda times: emit({"samples": {name: ms for name, ms in times.items() if ms}}), deadline, number,
     )  # fmt: skip
     for name, reason in failed.items():
-        tell({"variant": name, "row": {"skipped": reason}})
+        emit({"variant": name, "row": {"skipped": reason}})
     steps.clear()
     del inputs
     release(torch.device(device))
 
 
 def _checked(variant: str, job: Job, device: str) -> dict[str, Any]:
-    """The errors of a variant. Raises: it does not compute the case."""
+    """Return the errors of a variant. Raises an exception if it does not compute the case."""
     if job.samples:
         return {"gradient_error": variants.check(variant, job.case, device)}
     return {f"{what.replace(' ', '_')}_error": error for what, error in variants.errors(variant, job.case, device).items()}
@@ -239,7 +239,7 @@ def _checked(variant: str, job: Job, device: str) -> dict[str, Any]:
 
 NO_MEMORY = {
     "floor": "it is not a loss",
-    "compile": "the compiler's own memory cannot be told from the loss's",
+    "compile": "the compiler's own memory cannot be separated from the loss's",
     "rows": "row kernels alone are not a loss",
 }
 """Variants whose peak memory would mislead, with the reason."""
@@ -266,7 +266,7 @@ def _peak_bytes(device: str) -> int:
     if device != "cpu":
         torch.cuda.synchronize()
     peak = peak_bytes(torch.device(device))
-    assert peak is not None, "a system that can reset its peak can say it"
+    assert peak is not None, "a system that can reset its peak can report it"
     return peak
 
 
@@ -288,10 +288,10 @@ def _peak_of(make: Callable[[], Step], inputs: Inputs, device: str) -> int | Non
 
 
 def peak_extra_bytes(variant: str, case: Case, device: str) -> int | None:
-    """Return how far one forward and backward pass raises the peak memory of this fresh process above its inputs.
+    """Return the increase of this fresh process's peak memory by one forward and backward pass, beyond the inputs.
 
-    The gradients of the student's tensors count, as a result of the loss; for the floor, the buffers that it writes to count. Code that
-    loads on first use does not: a tiny case of the same variant runs first. None where the system does not report it: on a CPU, Linux does.
+    It includes the gradients of the student's tensors; for the floor, the buffers that it writes to. It excludes code that is loaded at the
+    first use: a tiny case of the same variant runs first. None if the system does not report it; on a CPU, only Linux does.
     """
     tiny = replace(case, n=32, v=256)
     tiny_inputs = build(tiny, device)

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, and the plots as files beside it."""
+"""The report of a run: one self-contained HTML file, and the plots as files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .plots import Plot, machine_line, plots
 
 REPORT = "report.html"
 STATUS = {
-    "running": "It is not finished: it still runs, or it was killed. What it had measured is here.",
-    "interrupted": "It was interrupted. What it had measured is here.",
-    "out of time": "Its budget of time ran out. What it had measured is here.",
+    "running": "The run is still going on, or was killed. The measurements so far are shown.",
+    "interrupted": "The run was interrupted. The measurements so far are shown.",
+    "out of time": "The time budget ran out. The measurements so far are shown.",
     "complete": "",
 }
 """Text for each ``status`` of a record; empty if it is complete."""
@@ -47,18 +47,18 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
 """
 
 _COLUMNS = {
-    "ms p50 [p20, p80]": "milliseconds, median and spread of the samples of all processes",
-    "x of floor": "time over that of the floor: the matrix products alone, or one pass over the logits",
-    "x of best peer": "time over that of the fastest other library",
-    "eager / it": "how many times as fast as the dense formula in plain PyTorch",
-    "TFLOP/s, of copy bandwidth": "the floor's work in that time",
-    "peak extra MiB": "memory beyond the inputs, gradients included",
-    "gradient error": "largest relative error of a gradient against float64, on a small relative of the case",
+    "ms p50 [p20, p80]": "milliseconds: median, 20th and 80th percentile of the samples of all processes",
+    "x of floor": "time divided by the time of the floor: the matrix products alone, or one pass over the logits",
+    "x of best peer": "time divided by the time of the fastest other library",
+    "eager / it": "time of the dense formula in plain PyTorch, divided by this time",
+    "TFLOP/s, of copy bandwidth": "the floor's work divided by this time",
+    "peak extra MiB": "peak memory beyond the inputs, including gradients",
+    "gradient error": "largest relative error of a gradient against float64, on a small version of the case",
 }
 
 
 def write(output: Output, record: dict[str, Any]) -> None:
-    """``report.html``, and ``plots/*.svg`` and ``*.png`` where matplotlib is installed."""
+    """Write ``report.html`` and, if matplotlib is installed, ``plots/*.svg`` and ``*.png``."""
     drawn = [] if importlib.util.find_spec("matplotlib") is None or "rates" not in record else list(plots(record))
     for plot in drawn:
         svg, png = figures.draw(plot.kind, plot.data).encode(), figures.png(plot.kind, plot.data)
@@ -133,7 +133,7 @@ def _table(measured: dict[str, Any], rates: dict[str, Any] | None) -> str:
     below = "".join(f'<p class="soft">{_text(note)}</p>' for note in table.remarks(measured, table.name_of))
     if not measured["complete"]:
         done = f" after {measured['visits_done']} of {measured['visits']} processes" if measured["visits"] > 1 else ""
-        below += f'<p class="soft">This case was cut short{done}: what it has of samples is shown.</p>'
+        below += f'<p class="soft">This case was cut short{done}: its samples so far are shown.</p>'
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>{below}'
 
 

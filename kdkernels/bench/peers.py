@@ -1,4 +1,4 @@
-"""Other libraries, one adapter each: the library's public entry, told to compute the case. None of them is a dependency."""
+"""Other libraries: one adapter each, which calls the library's public function for a case. None of them is a dependency."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from .. import JSD, LMHead
 from .cases import IGNORED, Case, Inputs
 
 _BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": JSD().beta}
-"""Names of divergences in the peers; ``beta`` is kdkernels' own (the teacher's share of the mixture)."""
+"""The ``beta`` of each divergence in the peers. It is defined as in kdkernels: the teacher's share of the mixture."""
 
 Loss = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An adapter.
+    """The adapter of a library.
 
     Attributes:
-        title: for readers.
-        module: that has to be importable, and the distribution that it comes in.
-        build: makes the loss of a case with heads; imports the library only when called.
-        devices: where its kernels run.
-        divergences: that it has.
-        operation: what it computes; in a case of another operation it is a bound.
-        note: where what it does differs from what the case asks; shown with its figures.
+        title: name in tables.
+        module: module that must be importable.
+        distribution: package that contains the module.
+        build: returns the loss of a case with heads. Imports the library only when called.
+        devices: device types that its kernels support.
+        divergences: divergences that it has.
+        operation: its operation; in a case of another operation it is a bound.
+        note: difference between its work and the case's, shown with its figures.
     """
 
     title: str
@@ -44,14 +45,14 @@ class Peer:
 
     @property
     def version(self) -> str | None:
-        """None if it is not installed."""
+        """The installed version; None if it is not installed."""
         try:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
             return None
 
     def absent(self, device: str) -> str | None:
-        """Why it cannot run there at all, or None."""
+        """Return the reason why it cannot run on the device, or None."""
         if importlib.util.find_spec(self.module) is None:
             return f"{self.distribution} {self.version} has no {self.module}" if self.version else f"{self.distribution} is not installed"
         if device not in self.devices:
@@ -59,7 +60,7 @@ class Peer:
         return None
 
     def cannot(self, case: Case, device: str) -> str | None:
-        """Why it cannot run a case, nor a bound of it, or None."""
+        """Return the reason why it can run neither the case nor a bound of it, or None."""
         if (reason := self.absent(device)) is not None:
             return reason
         if not case.has_heads:
@@ -78,7 +79,7 @@ def heads(inputs: Inputs) -> tuple[LMHead, LMHead]:
 
 
 def _valid(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Hidden states of both sides; of the tokens that count, where the library leaves it to its caller to select them."""
+    """Return the hidden states of both sides for the valid tokens, for libraries without an ignore index."""
     s, t = heads(inputs)
     if not case.masked:
         return s.hidden, t.hidden
@@ -200,4 +201,4 @@ PEERS: dict[str, Peer] = {
     ),
     "quack_ce": Peer("QuACK linear CE (bound)", "quack", "quack-kernels", _quack_ce, _GPU, operation="cross_entropy", note=_BOUND),
 }  # fmt: skip
-"""By the name of their variant."""
+"""The adapters by the name of their variant."""

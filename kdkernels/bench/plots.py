@@ -1,4 +1,4 @@
-"""Select the figures of a record: plain data for ``figures``, by name. The report of a run and the documentation draw the same ones."""
+"""Select the figures of a record, as plain data for ``figures``. The report of a run and the documentation draw the same figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .visits import Measured
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure before it is drawn; ``cases`` are the indices in ``record["cases"]`` that it shows."""
+    """The data of a figure. ``cases`` are the indices in ``record["cases"]`` that it shows."""
 
     name: str
     kind: str
@@ -26,7 +26,7 @@ class Plot:
 
 
 def machine_line(record: dict[str, Any]) -> str:
-    """Return the device, version and date of a run in one line, and the load if it was above the cores."""
+    """Return the device, version and date of a run in one line, and the load if it was above the number of cores."""
     e = record["environment"]
     device = e["gpu"] or f"{e['cpu']}, {e['cores']} cores"
     load = f", {busy(record)}: times not to be relied on" if busy(record) else ""
@@ -34,7 +34,7 @@ def machine_line(record: dict[str, Any]) -> str:
 
 
 def plots(record: dict[str, Any]) -> Iterator[Plot]:
-    """Bars for each case that stands for itself, then the curves."""
+    """Yield bars for each case of its own, then the curves."""
     single = 0
     for at, measured in enumerate(record["cases"]):
         if not measured["curve"]:
@@ -46,8 +46,8 @@ def plots(record: dict[str, Any]) -> Iterator[Plot]:
 
 
 def bars(measured: Measured, machine: str) -> dict[str, Any] | None:
-    """Time and memory of one case; None if nothing but the floor ran."""
-    found = [
+    """Return the times and memory of one case; None if only the floor ran."""
+    measurements = [
         {
             "name": name_of(r["variant"]),
             "ours": is_ours(r["variant"]),
@@ -57,10 +57,10 @@ def bars(measured: Measured, machine: str) -> dict[str, Any] | None:
         for r in measured["results"]
         if Variant.parse(r["variant"]).name != "floor" and "samples_ms" in r and "skipped" not in r
     ]
-    if not found:
+    if not measurements:
         return None
-    what = "matrix products alone" if measured["flop"] else "one pass over memory"
-    return {"title": f"{title(measured)}\n{machine}", "floor": median(measured, "floor"), "floor_is": what, "bars": found}
+    floor_is = "matrix products alone" if measured["flop"] else "one pass over memory"
+    return {"title": f"{title(measured)}\n{machine}", "floor": median(measured, "floor"), "floor_is": floor_is, "bars": measurements}
 
 
 def _ms(measured: Measured, row: dict[str, Any], rates: dict[str, Any]) -> float | None:
@@ -92,7 +92,7 @@ CURVES: dict[str, tuple[str, Callable[[Case], float], list[tuple[str, Value]]]] 
     "gap": ("distance of the student from the teacher", lambda case: case.gap or 0.0, [("Gradient error", _error)]),
     "row kernels": ("vocabulary", lambda case: case.v, [("Share of copy bandwidth", _bandwidth)]),
 }
-"""Name -> (its x axis, a case's place on it, its y axes). Of "rows per chunk" the variants are the points."""
+"""Name -> (x axis, x value of a case, y axes). The points of "rows per chunk" are variants instead of cases."""
 
 
 def _curve(record: dict[str, Any], curve: str) -> Iterator[Plot]:
@@ -126,7 +126,7 @@ def _curve(record: dict[str, Any], curve: str) -> Iterator[Plot]:
 
 
 def _fixed(measured: Measured, curve: str) -> str:
-    """The case's title without what the axis varies."""
+    """Return the case's title without the quantity on the x axis."""
     varied = {"tokens": "N=", "vocabulary": "V=", "row kernels": "V=", "student width": "Ds=", "gap": "gap "}[curve]
     words = title(measured).split(" ")
     if curve == "gap":

@@ -1,7 +1,7 @@
-"""Measure in a separate process: ``ask`` starts one, which prints a line of JSON for each event.
+"""Measure in a separate process. ``ask`` starts it, and it prints a line of JSON for each event.
 
-``python -m kdkernels.bench.processes REQUEST`` is that process. After each line it waits for a byte on stdin, and it ends when the
-process that started it ends.
+The process runs ``python -m kdkernels.bench.processes REQUEST``. After each line it waits for a byte on stdin. It ends when the process
+that started it ends.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ import torch
 
 from . import measure
 from .cases import Case
-from .measure import Event, Job, Tell
+from .measure import Emit, Event, Job
 
 Request = dict[str, Any]
-"""``task``, ``"visit"`` or ``"memory"``, and the arguments of ``measure.visit`` or of ``measure.peak_extra_bytes`` as plain data."""
+"""``task`` (``"visit"`` or ``"memory"``), and the arguments of ``measure.visit`` or ``measure.peak_extra_bytes``, as plain data."""
 
 
 class OutOfProcessError(RuntimeError):
     """The measuring process failed; the message is its last line."""
 
 
-def answer(request: Request, tell: Tell) -> None:
-    """Measures what is asked for, in this process."""
+def answer(request: Request, emit: Emit) -> None:
+    """Run a request in this process."""
     arguments = {key: value for key, value in request.items() if key != "task"}
     if request["task"] == "visit":
-        measure.visit(**{**arguments, "job": Job.load(request["job"])}, tell=tell)
+        measure.visit(**{**arguments, "job": Job.load(request["job"])}, emit=emit)
     else:
-        tell({"peak_extra_bytes": measure.peak_extra_bytes(**{**arguments, "case": Case(**request["case"])})})
+        emit({"peak_extra_bytes": measure.peak_extra_bytes(**{**arguments, "case": Case(**request["case"])})})
 
 
-def ask(request: Request, tell: Tell) -> None:
-    """``answer`` in a fresh process, with as many threads as this one has.
+def ask(request: Request, emit: Emit) -> None:
+    """Run a request in a fresh process, with the same number of threads as this one.
 
     Raises:
-        OutOfProcessError: it failed, or was killed, as happens when memory runs out.
+        OutOfProcessError: the process failed or was killed, for example because memory ran out.
     """
     command = [sys.executable, "-m", "kdkernels.bench.processes", json.dumps({**request, "threads": torch.get_num_threads()})]
-    # A file, not a pipe: nobody would read it meanwhile.
+    # A file instead of a pipe, which would fill up because it is only read at the end.
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
@@ -57,8 +57,8 @@ def ask(request: Request, tell: Tell) -> None:
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                if line.endswith("\n"):  # else it was killed while it wrote
-                    tell(json.loads(line))
+                if line.endswith("\n"):  # otherwise the process was killed while writing
+                    emit(json.loads(line))
                     with suppress(BrokenPipeError):
                         os.write(process.stdin.fileno(), b"\n")
             code = process.wait()
@@ -72,7 +72,7 @@ def ask(request: Request, tell: Tell) -> None:
 
 
 def _main(request: Request) -> None:
-    # These may reach every process of a terminal or a machine: the one that asked keeps what there is, and then ends this one.
+    # These signals may reach all processes of a terminal. The parent handles them: it saves the results and then ends this process.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -84,16 +84,16 @@ def _main(request: Request) -> None:
         os._exit(1)  # the other end is closed: the parent has ended, possibly by SIGKILL
 
     threading.Thread(target=listen, daemon=True).start()
-    # What libraries print must not come between the lines, nor may a process that they start keep the pipe open.
+    # Output of libraries must not mix with the lines, and processes that they start must not keep the pipe open.
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def tell(event: Event) -> None:
+    def emit(event: Event) -> None:
         print(json.dumps(event), file=lines, flush=True)
-        heard.acquire()  # while it draws or saves, nothing is timed
+        heard.acquire()  # do not time anything while the parent draws or saves
 
     torch.set_num_threads(request.pop("threads"))
-    answer(request, tell)
+    answer(request, emit)
 
 
 if __name__ == "__main__":

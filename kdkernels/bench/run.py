@@ -1,7 +1,7 @@
-"""Goes through the jobs of a suite and keeps ``results.json`` as good as the last sample, so that whatever ends a run costs little.
+"""Run the jobs of a suite. ``results.json`` is saved after every round, so that an interrupted run loses little.
 
-Every case is visited once, in order of worth, then every one again: so a case's samples are spread over the run, and what drifts over
-minutes is in their spread.
+All cases are visited once, most important first, then all again. A case's samples are thus distributed over the run, and their spread
+includes drift over minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCHEMA = 1
 FILE = "results.json"
 
 Record = dict[str, Any]
-"""Content of ``results.json``: ``environment``, ``settings``, ``rates``, ``jobs`` as planned, ``cases`` as measured, in their order."""
+"""Content of ``results.json``: ``environment``, ``settings``, ``rates``, the planned ``jobs``, and the measured ``cases`` in order."""
 
 
 class BenchError(UserError):
@@ -41,15 +41,15 @@ class BenchError(UserError):
 
 
 def begin(jobs: Sequence[Job], device: str, settings: dict[str, Any], out: Path) -> Record:
-    """A new record.
+    """Write and return a new record.
 
     Raises:
-        BenchError: ``out`` holds an unfinished run, or cannot be written to.
+        BenchError: ``out`` has an unfinished run, or cannot be written to.
     """
     with output_of(out) as output:
         output.check([FILE, page.REPORT])
         if (out / FILE).exists() and load(out)["status"] != "complete":
-            raise BenchError(f"{out} holds a run that was cut short: --resume finishes it, or give another --out")
+            raise BenchError(f"{out} holds an unfinished run: --resume finishes it, or give another --out")
         record = _record(jobs, device, settings)
         output.claim(FILE)
         save(out, record)
@@ -57,12 +57,12 @@ def begin(jobs: Sequence[Job], device: str, settings: dict[str, Any], out: Path)
 
 
 def output_of(out: Path) -> Output:
-    """The folder of a run, to be entered as a context."""
+    """Return the folder of a run, as a context manager that locks it."""
     return Output(out, "bench", adopt=lambda: _unmarked(out))
 
 
 def _unmarked(out: Path) -> list[str]:
-    """The files of a run without a marker, which is known by its record."""
+    """Return the files of a run that has a record but no marker."""
     try:
         load(out)
     except BenchError:
@@ -75,7 +75,7 @@ def _record(jobs: Sequence[Job], device: str, settings: dict[str, Any]) -> Recor
     return {
         "schema": SCHEMA,
         "status": "running",
-        "environment": environment.environment(device),  # first: later the load is our own
+        "environment": environment.environment(device),  # first, because later the load is caused by this run
         "settings": {"device": device, **settings},
         "peers": {name: peer.absent(device) or f"{peer.distribution} {peer.version}" for name, peer in PEERS.items()},
         "seconds": 0.0,
@@ -85,10 +85,10 @@ def _record(jobs: Sequence[Job], device: str, settings: dict[str, Any]) -> Recor
 
 
 def resume(out: Path) -> Record:
-    """The record of a run that was cut short.
+    """Return the record of an unfinished run.
 
     Raises:
-        BenchError: there is no record, or another machine, another commit or other versions wrote it.
+        BenchError: the record is missing, or is of another machine, commit or version.
     """
     if not (out / FILE).exists():
         raise BenchError(f"--resume: {out} holds no {FILE}")
@@ -97,20 +97,20 @@ def resume(out: Path) -> Record:
     for what in ("machine", "commit", "torch", "triton", "threads"):
         if now[what] != record["environment"][what]:
             raise BenchError(
-                f"--resume: {out} was measured with {what} {record['environment'][what]}, and here it is {now[what]}: figures would not "
-                "compare. Give another --out for a new run"
+                f"--resume: {out} was measured with {what} {record['environment'][what]}, but here it is {now[what]}: the figures would "
+                "not be comparable. Give another --out for a new run"
             )
-    # The load at either start disturbs the times.
+    # The load at either start affects the times.
     record["environment"]["load_average"] = max(record["environment"]["load_average"], now["load_average"])
-    record["cases"] = [kept for measured in record["cases"] if (kept := visits.without_unfinished(measured)) is not None]
+    record["cases"] = [whole for measured in record["cases"] if (whole := visits.without_unfinished(measured)) is not None]
     return record
 
 
 def load(at: Path) -> Record:
-    """The record, whole or cut short, that a file or a run's folder holds.
+    """Return the record in a file or a run's folder. It may be unfinished.
 
     Raises:
-        BenchError: what is there is none.
+        BenchError: there is no valid record.
     """
     file = at if at.is_file() else at / FILE
     try:
@@ -119,14 +119,14 @@ def load(at: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchError(f"{file} is not a record of a benchmark: {type(error).__name__}") from None
     if schema != SCHEMA:
-        raise BenchError(f"{file} is of schema {schema}, and this version writes {SCHEMA}: give another --out")
+        raise BenchError(f"{file} has schema {schema}, but this version writes {SCHEMA}: give another --out")
     return record
 
 
 def save(out: Path, record: Record) -> None:
-    """Write the record in one piece, into a folder that need not exist: a process that is killed leaves the last state or this one."""
+    """Write the record atomically: a killed process leaves the previous state or this one. Creates the folder if necessary."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
-    # A list of numbers reads better on one line.
+    # Put each list of numbers on one line.
     text = re.sub(r"\[\s+([-\d.,\seE+]+?)\s+\]", lambda m: "[" + ", ".join(m[1].replace(",", " ").split()) + "]", text)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -136,13 +136,13 @@ def save(out: Path, record: Record) -> None:
 
 
 def run(record: Record, out: Path, console: Console, budget_minutes: float | None = None) -> Record:
-    """Measure what the record still lacks; show each case as it is done; write the report in the end, however it comes.
+    """Run the remaining measurements of a record, print each finished case, and write the report, even after an interruption.
 
     Returns:
-        The record, whose ``status`` says whether it is complete.
+        The record; ``status`` shows whether it is complete.
 
     Raises:
-        FileError: another process measures into the folder, or a file in it is not of this command.
+        FileError: another process has locked the folder, or a file in it was not made by this command.
     """
     with output_of(out) as output:
         output.check([FILE, page.REPORT])
@@ -155,8 +155,8 @@ def _run(record: Record, output: Output, console: Console, budget_minutes: float
     device, began, before = record["settings"]["device"], time.monotonic(), record["seconds"]
     deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
     jobs = [Job.load(saved) for saved in record["jobs"]]
-    # A record's cases stand in the order of its jobs: all have had their first visit when the second ones begin.
-    left = [
+    # Cases are in the order of the jobs. All first visits come before the second ones.
+    remaining = [
         (visit, at) for visit in range(1, 1 + max((job.visits for job in jobs), default=0)) for at, job in enumerate(jobs)
         if job.visits >= visit and not (at < len(record["cases"]) and record["cases"][at]["visits_done"] >= visit)
     ]  # fmt: skip
@@ -173,13 +173,13 @@ def _run(record: Record, output: Output, console: Console, budget_minutes: float
     try:
         with _terminable(), _bars(console) as progress:
             steps = sum(job.steps_of(visit) for job in jobs for visit in range(1, 1 + job.visits))
-            total = progress.add_task("", total=steps, completed=steps - sum(jobs[at].steps_of(visit) for visit, at in left))
+            total = progress.add_task("", total=steps, completed=steps - sum(jobs[at].steps_of(visit) for visit, at in remaining))
             if "rates" not in record:
                 progress.update(total, description="copy bandwidth and matrix rate")
                 dtypes = sorted({job.case.dtype for job in jobs})
                 record["rates"] = measure.rates(device, dtypes)
                 keep()
-            for visit, at in left:
+            for visit, at in remaining:
                 if time.monotonic() > deadline:
                     record["status"] = "out of time"
                     break
@@ -206,7 +206,7 @@ def _run(record: Record, output: Output, console: Console, budget_minutes: float
 
 
 def print_headline(console: Console, record: Record) -> None:
-    """Print the warnings and the sentence that the report begins with."""
+    """Print the warnings and the sentence at the beginning of the report."""
     for warning in headline.warnings(record):
         console.print(Text(shown(warning), style="bold yellow"))
     if sentence := headline.sentence(record):
@@ -240,9 +240,9 @@ def _bars(console: Console) -> Iterator[Progress]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """A SIGTERM, as of a machine that is taken back, ends the run like Ctrl-C; so does a SIGINT that a script's ``&`` had ignored."""
+    """Let SIGTERM end the run like Ctrl-C, and SIGINT too if it was ignored, as in a background job of a script."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # the caller decides
+        yield  # only the main thread can set signal handlers
         return
     previous = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,4 +1,4 @@
-"""Suites: the cases of a run, in order of worth, so that what a budget of time cuts off is missed least."""
+"""Suites: the cases of a run, most important first, because a time budget may cut off the last ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .cases import Case
 from .measure import Job
 
 SUITES = ("smoke", "standard", "full")
-"""Each has more cases than the one before."""
+"""Suites of increasing size."""
 
 PARTS = ("headline", "rows")
 """Suites for one question each: the whole loss at the sizes of the README, and the row kernels alone. A minute each on a GPU."""
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-"""Default samples of a case, by device."""
+"""Default dtype of a case, by device."""
 
 SHAPES = [
     (8192, 128256, 2048, 4096),
@@ -28,14 +28,14 @@ SHAPES = [
     (32768, 151936, 1024, 4096),
     (16384, 256000, 2304, 3584),
 ]
-"""N, V, Ds, Dt of students and teachers that people train, for a GPU."""
+"""N, V, Ds, Dt of common students and teachers, for a GPU."""
 
 ROW_VOCABULARIES = (32000, 128256, 151936, 256000)
 FEW = ("forward_kl", "jsd")
 ROWS_FEW = ("forward_kl", "reverse_kl", "jsd")
 SAMPLES = {"smoke": 6, "standard": 9, "full": 12, "headline": 7, "rows": 15}
 VISITS = {"cpu": 3, "cuda": 1}
-"""Processes that they are spread over."""
+"""Number of processes over which the samples are distributed."""
 
 
 def jobs(
@@ -52,7 +52,7 @@ def jobs(
     """Return the jobs of a run.
 
     Args:
-        shapes, divergences, dtypes: if any is given, only those cases, with the suite's number of samples.
+        shapes, divergences, dtypes: if any is not empty, run only these cases, with the suite's number of samples.
         backends: names of backends; None takes those that "auto" may select.
         peers: names of other libraries; None takes those that are installed and run on the device.
     """
@@ -69,9 +69,7 @@ def jobs(
     of_suite: dict[str, Callable[[], list[Job]]] = {
         "smoke": of.smoke, "standard": of.standard, "full": of.full, "headline": of.headline, "rows": lambda: of.rows(ROWS_FEW),
     }  # fmt: skip
-    found = of_suite[suite]()
-    seen: set[Job] = set()
-    return [job for job in found if not (job in seen or seen.add(job))]  # type: ignore[func-returns-value]
+    return list(dict.fromkeys(of_suite[suite]()))
 
 
 def _shape(case: Case) -> tuple[int, int, int, int]:
@@ -102,19 +100,19 @@ class _Cases:
 
     @property
     def best(self) -> list[str]:
-        """Our best backend, as a list of one; with its narrow logits where the dtype is narrow."""
+        """Our best backend, also with narrow logits if the dtype is narrow."""
         first = self.ours[:1]
         return first + [f"{name}/{self.dtype}" for name in first if self.dtype != "float32"]
 
     def smoke(self) -> list[Job]:
-        """Use only the best backend: the others are for machines where it cannot run."""
+        """Return a few small cases with the best backend only: the others are for machines where it cannot run."""
         best = _Cases(self.device, self.temperature, self.samples, self.ours[:1] if self.backends is None else self.backends, self.peers)
         n, v, ds, dt = (4096, 32000, 1024, 2048) if self.gpu else (512, 16000, 256, 512)
         heads = [best.job(Case(n, v, ds, dt, self.dtype, d), memory=d == FEW[0]) for d in FEW]
         return [*heads, best.job(Case(n, v, dtype=self.dtype))]
 
     def headline(self) -> list[Job]:
-        """Our compiled backends at two budgets, without torch.compile, which takes longer to compile than all the rest to run."""
+        """Return the README's cases for the compiled backends at two budgets, without torch.compile, which would take most of the time."""
         shapes = SHAPES[:2] if self.gpu else [(512, 16000, 256, 512)]
         budgets = (1024, 4096) if self.gpu else (16, 64)
         wide = ["floor/float32"] * (self.dtype != "float32")
@@ -135,7 +133,7 @@ class _Cases:
 
     def _standard_gpu(self) -> list[Job]:
         first = [self.job(Case(*SHAPES[0], self.dtype, d)) for d in FEW]
-        # Without torch.compile, which takes longer to compile than all else together.
+        # Without torch.compile, which would take most of the time.
         rest = [self._quick(self.job(Case(*shape, self.dtype, d))) for shape in SHAPES[1:] for d in FEW]
         small = [self.job(Case(n, *SHAPES[2][1:], self.dtype)) for n in (256, 1024)]
         masked = [self.job(Case(*SHAPES[0], self.dtype, masked=0.5)), self.job(Case(*SHAPES[0], self.dtype, frozen_head=True))]
@@ -157,13 +155,13 @@ class _Cases:
         wide = self.tokens((1024, 2048, 4096, 8192, 16384, 32768, 65536))
         return [*self.standard(), *every, *variations, *self.vocabulary(), *self.width(), *self.chunks(), *wide, *dense, *self.rows()]
 
-    # --- curves: each of a few variants at points that differ in one thing
+    # --- curves: a few variants each, at points that differ in one property
 
     def _curve(self, name: str, cases: Sequence[Case], only: Sequence[str], memory: bool = True) -> list[Job]:
         return [self.job(case, samples=min(self.samples, 6), memory=memory, curve=name, only=only) for case in cases]
 
     def tokens(self, counts: Sequence[int]) -> list[Job]:
-        """Narrow on a CPU, which has to get through: memory does not care."""
+        """Return cases for time and memory over the number of tokens. On a CPU the hidden sizes are small, to save time."""
         v, ds, dt = (128256, 2048, 4096) if self.gpu else (32000, 64, 128)
         only = ["floor", "eager", *self.best[:1], *(f"{name}@budget=128" for name in self.best[:1])]
         return self._curve("tokens", [Case(n, v, ds, dt, self.dtype) for n in counts], only)
@@ -179,7 +177,7 @@ class _Cases:
         )
 
     def chunks(self) -> list[Job]:
-        """One case; the variants are the points."""
+        """Return one case whose variants differ in the rows per chunk."""
         shape = SHAPES[0] if self.gpu else (2048, 32000, 256, 512)
         counts = [1 << k for k in range(6, 14) if 1 << k <= shape[0]]
         return self._curve(
@@ -187,12 +185,12 @@ class _Cases:
         )
 
     def precision(self) -> list[Job]:
-        """Errors against float64 as the student closes in on its teacher, with wide and with narrow logits."""
+        """Return cases for the errors against float64 as the student approaches its teacher, with wide and narrow logits."""
         n, v, d = (512, 128256, 2048) if self.gpu else (64, 32000, 256)
         ours = [f"{name}{narrow}" for name in self.ours[:1] for narrow in ("", "/bfloat16")]
         cases = [Case(n, v, d, d, "bfloat16", divergence, gap=gap) for divergence in FEW for gap in (1.0, 0.3, 0.1, 0.03)]
-        made = [self.job(case, samples=0, memory=False, curve="gap", only=()) for case in cases]
-        return [replace(job, variants=("eager", *self._peers(job.case), *ours)) for job in made]
+        jobs = [self.job(case, samples=0, memory=False, curve="gap", only=()) for case in cases]
+        return [replace(job, variants=("eager", *self._peers(job.case), *ours)) for job in jobs]
 
     def _peers(self, case: Case) -> list[str]:
         return [
@@ -201,9 +199,9 @@ class _Cases:
         ]  # fmt: skip
 
     def rows(self, divergences: Sequence[str] = tuple(REGISTRY)) -> list[Job]:
-        """The row kernels alone against one pass over the same memory, at every vocabulary.
+        """Return cases that compare the row kernels alone with one pass over the same memory, at several vocabularies.
 
-        On a GPU with float32 logits, too, and the gradient in bfloat16 over them: the default of the loss with a bfloat16 head.
+        On a GPU, also with float32 logits whose bfloat16 gradient overwrites them, as in the loss with a bfloat16 head.
         """
         ours = [f"rows:{name}" for name in variants.compiled(self.ours) if name != "torch"]
         wide = ["floor/float32", *(f"{name}/float32" for name in ours)] if self.gpu else []

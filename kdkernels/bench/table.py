@@ -22,7 +22,7 @@ DIVERGENCE_NAMES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd
 
 
 def loss_of(case: Case) -> str:
-    """Return the name of what a case computes, for readers."""
+    """Return the name of a case's operation, for readers."""
     if case.operation != "distillation":
         return case.operation.replace("_", "-")
     return DIVERGENCE_NAMES.get(case.divergence, case.divergence.replace("_", " "))
@@ -55,8 +55,8 @@ def spread(measured: Measured, name: str) -> Spread | None:
 
 def median(measured: Measured, name: str) -> float | None:
     """Return the median milliseconds of a variant; None if it did not run."""
-    taken = spread(measured, name)
-    return taken.mid if taken is not None else None
+    times = spread(measured, name)
+    return times.mid if times is not None else None
 
 
 def times_as_fast(ours: Spread, other: Spread) -> str | None:
@@ -68,16 +68,16 @@ def times_as_fast(ours: Spread, other: Spread) -> str | None:
 def below_floor(measured: Measured) -> list[str]:
     """Return the variants whose median is less than that of their floor, which is impossible: the measurement is unsound.
 
-    Bounds are left out: they compute less than the case.
+    Bounds are left out, because they compute less than the case.
     """
-    case, found = Case(**measured["case"]), []
+    case, names = Case(**measured["case"]), []
     for name in (row["variant"] for row in measured["results"]):
         variant = Variant.parse(name)
         if variant.name != "floor" and operation_of(name, case) == case.operation:
             ms, floor = median(measured, name), median(measured, variant.floor)
             if ms is not None and floor is not None and ms < floor:
-                found.append(name)
-    return found
+                names.append(name)
+    return names
 
 
 def is_rival(variant: str, case: Case) -> bool:
@@ -86,10 +86,10 @@ def is_rival(variant: str, case: Case) -> bool:
 
 
 def best_peer(measured: Measured) -> tuple[str, float] | None:
-    """The fastest other library, and its milliseconds."""
+    """Return the fastest other library and its milliseconds; None without one."""
     case = Case(**measured["case"])
-    found = [(ms, r["variant"]) for r in measured["results"] if is_rival(r["variant"], case) and (ms := median(measured, r["variant"]))]
-    return (lambda best: (best[1], best[0]))(min(found)) if found else None
+    rivals = [(r["variant"], ms) for r in measured["results"] if is_rival(r["variant"], case) and (ms := median(measured, r["variant"]))]
+    return min(rivals, key=lambda rival: rival[::-1], default=None)
 
 
 def columns(measured: Measured) -> tuple[str, ...]:
@@ -107,11 +107,11 @@ def largest_error(row: dict[str, Any]) -> float | None:
 
 
 NOTHING = "-"
-"""Fills the cells of a row whose second cell says why it has no figures."""
+"""Text of the cells in a row whose second cell is the reason why it has no figures."""
 
 
 def rows(measured: Measured, rates: dict[str, Any] | None) -> Iterator[tuple[str, ...]]:
-    """Yield the cells, a variant a row, as text. No cell is empty: one without a figure says so, and ``remarks`` say why."""
+    """Yield the cells of each variant's row as text. No cell is empty: a missing figure is named, and ``remarks`` give the reason."""
     eager, peer, width = median(measured, "eager"), best_peer(measured), len(columns(measured))
     for r in measured["results"]:
         name, error = r["variant"], largest_error(r)
@@ -122,44 +122,44 @@ def rows(measured: Measured, rates: dict[str, Any] | None) -> Iterator[tuple[str
         if width == 3:
             yield (name, f"{r['loss_error']:.1e}" if "loss_error" in r else "not measured", error_cell)
             continue
-        taken = spread(measured, name)
-        if taken is None:
+        times = spread(measured, name)
+        if times is None:
             yield (name, "not measured", *(NOTHING for _ in range(width - 2)))
             continue
         floor = median(measured, Variant.parse(name).floor)
         peak = r.get("peak_extra_bytes")
         yield (
             name,
-            f"{number(taken.mid)} [{number(taken.low)}, {number(taken.high)}]",
-            f"{taken.mid / floor:.2f}" if floor else "no floor",
-            f"{taken.mid / peer[1]:.2f}" if peer else "no peer",
-            f"{eager / taken.mid:.2f}" if eager else "no eager",
-            rate(measured, name, taken.mid, rates),
+            f"{number(times.mid)} [{number(times.low)}, {number(times.high)}]",
+            f"{times.mid / floor:.2f}" if floor else "no floor",
+            f"{times.mid / peer[1]:.2f}" if peer else "no peer",
+            f"{eager / times.mid:.2f}" if eager else "no eager",
+            rate(measured, name, times.mid, rates),
             f"{peak / 2**20:,.0f}" if peak is not None else "not measured",
             error_cell,
         )
 
 
 def rate(measured: Measured, variant: str, ms: float, rates: dict[str, Any] | None) -> str:
-    """The floor's operations or bytes over that time: what else a variant does counts for nothing."""
+    """Return the floor's operations or bytes per time. Any other work of a variant is not counted."""
     if measured["flop"]:
         return f"{measured['flop'] / ms / 1e9:.3g}"
     return f"{share_of_bandwidth(measured, variant, ms, rates):.0%}" if rates else "not measured"
 
 
 def share_of_bandwidth(measured: Measured, variant: str, ms: float, rates: dict[str, Any]) -> float:
-    """The bytes that the variant has to move over that time, as a share of the copy bandwidth measured in the same run."""
+    """Return the bytes that the variant must move per time, as a share of the copy bandwidth measured in the same run."""
     moved = Variant.parse(variant).floor_bytes(Case(**measured["case"]))
     return float(moved / ms / 1e6 / rates["copy_gb_s"])
 
 
 def notes(measured: Measured, name: Callable[[str], str] = str) -> list[str]:
-    """Return in what a variant, named by ``name``, does other work than the case asks for."""
+    """Return a sentence for each variant whose work differs from the case's. ``name`` returns a variant's name."""
     return [f"{name(row['variant'])}: {row['note']}." for row in _timed(measured) if "note" in row]
 
 
 def remarks(measured: Measured, name: Callable[[str], str] = str) -> list[str]:
-    """Return what stands below the table: times that are impossible, ``notes``, and why memory was not measured."""
+    """Return the lines below the table: impossible times, ``notes``, and reasons why memory was not measured."""
     unsound = [f"{name(variant)}: faster than its floor, so this measurement is unsound." for variant in below_floor(measured)]
     return [*unsound, *notes(measured, name), *_memory_notes(measured, _timed(measured), name)]
 
@@ -177,9 +177,9 @@ def _memory_notes(measured: Measured, timed: list[dict[str, Any]], name: Callabl
 
 
 def rich_table(measured: Measured, rates: dict[str, Any] | None) -> Table:
-    """Return the table for a terminal. Reasons stand below it: in a cell they would be a column of single words."""
+    """Return the table for a terminal. Reasons are below it, because in a narrow cell they would be a column of single words."""
     skipped = [f"{r['variant']}: did not run: {r['skipped']}" for r in measured["results"] if "skipped" in r]
-    # Text, not str: "[p20, p80]" or an error's "[Errno 12]" would be taken for markup.
+    # Text, not str: "[p20, p80]" or an error's "[Errno 12]" would be read as markup.
     table = Table(
         title=Text("\n" + shown(title(measured))),
         title_justify="left",

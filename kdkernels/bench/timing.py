@@ -34,13 +34,13 @@ def elapsed(device: torch.device = CPU) -> Iterator[Elapsed]:
 
 
 def milliseconds(step: Callable[[], Any], device: torch.device) -> float:
-    """Run ``step`` once. Returns its time: on CUDA of its kernels alone, from a cold L2 cache."""
+    """Run ``step`` once and return its time; on CUDA that of its kernels alone, with a cold L2 cache."""
     if device.type != "cuda":
         with elapsed() as result:
             step()
         return 1e3 * result.seconds
-    # Writing twice the size of L2 evicts the data of the step before. Half a millisecond of it keeps the GPU busy until the host has
-    # launched the first kernel of this step, so that the host's own time is not counted.
+    # Writing twice the size of L2 evicts the data of the previous step. It also keeps the GPU busy for half a millisecond, until the host
+    # has launched the first kernel of this step, so that the host's time is not counted.
     flushed = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
     for _ in range(16):
         flushed.zero_()

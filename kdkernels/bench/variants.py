@@ -1,12 +1,12 @@
-"""Variants: the implementations that compute a case. A variant is a name; ``build`` turns it into a step: one forward and backward pass.
+"""Variants: the implementations of a case. A variant is a name; ``build`` turns it into a step: one forward and backward pass.
 
-floor           what no loss can do without, and nothing else: the matrix products of the heads, or one pass over given logits;
+floor           only the work that no loss can avoid: the matrix products of the heads, or one pass over the logits;
                 ``floor/float32`` with float32 logits
 eager, compile  the dense formula
-native, ...     a backend of ours; ``native/bfloat16`` with that ``logits_dtype``, ``native@rows=512`` with that many rows per chunk,
+native, ...     a backend of kdkernels; ``native/bfloat16`` with that ``logits_dtype``, ``native@rows=512`` with that many rows per chunk,
                 ``native@budget=128`` with a memory budget in MiB
-rows:native     the backend's row kernels alone, on logits, into memory that is there already; ``rows:native/float32`` on float32
-                logits with the gradient written over them in the case's dtype, as the loss does by default for a 16-bit head on a GPU
+rows:native     the backend's row kernels alone, on logits, into preallocated memory; ``rows:native/float32`` on float32 logits, with the
+                gradient written over them in the case's dtype, as the loss does by default for a 16-bit head on a GPU
 trl, ...        another library: see peers.py
 """
 
@@ -34,15 +34,15 @@ from .cases import build as build_inputs
 from .peers import PEERS
 
 Step = Callable[[], Tensor | None]
-"""Leaves gradients in the inputs and returns the loss, 0-dim or one per token; the floor has neither. A step that overwrites what it
-reads has a method ``prepare``, which restores it and is not timed."""
+"""Writes gradients to the inputs and returns the loss, 0-dim or per token; the floor does neither. A step that overwrites its inputs has a
+method ``prepare``, which restores them and is not timed."""
 
 BACKENDS = ("cuda", "triton", "native", "torch")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant's name, taken apart."""
+    """The parsed name of a variant."""
 
     name: str
     logits_dtype: str | None = None
@@ -73,11 +73,11 @@ class Variant:
 
     @property
     def floor(self) -> str:
-        """The variant that bounds this one from below: the floor, for row kernels with the logits in the same dtype."""
+        """The variant that is the lower bound of this one: the floor; for row kernels, with logits of the same dtype."""
         return f"floor/{self.logits_dtype}" if self.rows_only and self.logits_dtype else "floor"
 
     def floor_bytes(self, case: Case) -> int:
-        """Bytes that given logits have to move: ``case.floor_bytes``, with the sides read in this variant's dtype of the logits."""
+        """Return the bytes that an operation on logits must move: ``case.floor_bytes``, with this variant's dtype of the logits."""
         if case.has_heads or self.logits_dtype is None:
             return case.floor_bytes
         sides = 2 if case.operation == "distillation" else 1
@@ -87,18 +87,18 @@ class Variant:
     @property
     def options(self) -> dict[str, Any]:
         """Keywords for ``distillation_loss``."""
-        found = {
+        options = {
             "backend": self.name,
             "logits_dtype": _dtype(self.logits_dtype) if self.logits_dtype else None,
             "chunk_rows": self.chunk_rows,
             "memory_budget": self.budget_mib << 20 if self.budget_mib else None,
         }
-        return {k: v for k, v in found.items() if v is not None}
+        return {k: v for k, v in options.items() if v is not None}
 
 
 def _dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, name)
-    return found
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def operation_of(variant: str, case: Case) -> str:
@@ -107,10 +107,10 @@ def operation_of(variant: str, case: Case) -> str:
 
 
 def build(variant: str, case: Case, inputs: Inputs) -> Step:
-    """The step of a variant.
+    """Return the step of a variant.
 
     Raises:
-        Exception: whatever says that it cannot run here, before anything is measured.
+        Exception: of any type, if the variant cannot run here.
     """
     v = Variant.parse(variant)
     if v.is_ours:
@@ -134,13 +134,13 @@ def peers_for(case: Case, device: str) -> list[str]:
 def backends_for(device: str, dtype: torch.dtype) -> list[str]:
     """Return the backends that "auto" may select, best first.
 
-    Not every backend that can run: with TRITON_INTERPRET=1 Triton runs on a CPU, but timing an interpreter is pointless.
+    Backends that can run but are not selected are left out: with TRITON_INTERPRET=1 Triton runs on a CPU, but timing it is pointless.
     """
     return [n for n in selection.auto_order(device) if selection.unavailable(n, device, (dtype, dtype)) is None]
 
 
 def compiled(backends: list[str]) -> list[str]:
-    """The backends with row kernels; the first of those given, where none has."""
+    """Return the backends with row kernels; if none has, the first backend."""
     return [name for name in backends if name != "torch"] or backends[:1]
 
 
@@ -156,7 +156,7 @@ def default_variants(case: Case, device: str, backends: list[str] | None = None,
 
 
 def prepare(step: Step) -> None:
-    """Restore what an earlier pass of a step has overwritten, where it has a method for it."""
+    """Restore inputs that an earlier pass of a step has overwritten."""
     getattr(step, "prepare", lambda: None)()
 
 
@@ -175,14 +175,14 @@ def _true_cross_entropy(case: Case, inputs: Inputs) -> Tensor:
 
 
 TRUTHS: dict[str, Callable[[Case, Inputs], Tensor]] = {"distillation": _true_distillation, "cross_entropy": _true_cross_entropy}
-"""Operation -> its value from float64 inputs, dense, differentiable."""
+"""The true value of each operation: dense and differentiable, from float64 inputs."""
 
 TOLERANCE = {8: 1e-10, 4: 1e-4, 2: 0.05}
-"""Relative error that a variant may have and still compute the case, by the bytes of its dtype."""
+"""Largest accepted relative error of a variant, by the bytes of its dtype."""
 
 
 def errors(variant: str, case: Case, device: str) -> dict[str, float]:
-    """Relative errors against float64, in the Frobenius norm: of the loss, and of the gradient by each trained tensor."""
+    """Return relative errors against float64, in the Frobenius norm: of the loss, and of the gradient by each trained tensor."""
     inputs = build_inputs(case, device)
     step = build(variant, case, inputs)
     prepare(step)
@@ -193,7 +193,7 @@ def errors(variant: str, case: Case, device: str) -> dict[str, float]:
     true_loss = TRUTHS[operation_of(variant, case)](case, truth)
     true_loss.backward()  # type: ignore[no-untyped-call]
     names = ["loss", *(f"gradient of {x}" for x in (("hidden", "weight") if case.has_heads else ("logits",)))]
-    # The mean over a row kernel's tokens: all of them count there.
+    # A row kernel returns losses per token, all of them valid.
     pairs: list[tuple[Any, Any]] = [(loss.double().mean(), true_loss.detach())]
     pairs += [(a.grad, b.grad) for a, b in zip(inputs.trained, truth.trained, strict=True)]
     return {name: float((a.double() - b).norm() / b.norm()) for name, (a, b) in zip(names, pairs, strict=False)}
@@ -206,21 +206,21 @@ def check(variant: str, case: Case, device: str) -> float | None:
         The largest relative error of a gradient; None for the floor, which has no gradients.
 
     Raises:
-        RuntimeError: the loss or a gradient is off by more than the dtype explains.
+        RuntimeError: the error of the loss or a gradient is larger than the dtype explains.
     """
-    found = errors(variant, replace(case, n=min(case.n, 96), v=min(case.v, 1000)), device)
+    by_name = errors(variant, replace(case, n=min(case.n, 96), v=min(case.v, 1000)), device)
     tolerance = TOLERANCE[case.torch_dtype.itemsize]
-    for name, error in found.items():
+    for name, error in by_name.items():
         if not error <= tolerance:
             raise RuntimeError(f"the {name} differs from the float64 reference by {error:.1e}, more than {tolerance:.0e}")
-    return max((error for name, error in found.items() if name != "loss"), default=None)
+    return max((error for name, error in by_name.items() if name != "loss"), default=None)
 
 
 # --- ours
 
 
 def _trained(loss_of: Callable[[], Tensor]) -> Step:
-    """Forward and backward of a loss."""
+    """Return a step of a loss: forward and backward."""
 
     def step() -> Tensor:
         loss = loss_of()
@@ -239,7 +239,7 @@ def _ours(v: Variant, case: Case, inputs: Inputs) -> Step:
     if case.operation == "cross_entropy":
         return _trained(lambda: kd.cross_entropy(inputs.student, inputs.labels, IGNORED, **v.options))
     options = _call(v, case, inputs)
-    kd.plan(inputs.student, inputs.teacher, **options)  # raises where the backend cannot run
+    kd.plan(inputs.student, inputs.teacher, **options)  # raises if the backend cannot run
     return _trained(lambda: kd.distillation_loss(inputs.student, inputs.teacher, **options))
 
 
@@ -266,9 +266,9 @@ def held(variant: str, case: Case, inputs: Inputs) -> dict[str, int]:
 
 
 def _rows(v: Variant, case: Case, inputs: Inputs) -> Step:
-    """The backend's ``rows`` on preallocated tensors: nothing is allocated, nothing else is launched."""
+    """Return a step that only calls the backend's ``rows`` on preallocated tensors, without any other allocation or launch."""
     if case.has_heads or case.masked or case.operation != "distillation":
-        raise ValueError("row kernels take logits of tokens that all count, in a distillation")
+        raise ValueError("row kernels take logits without masked tokens, in a distillation")
     z_s, z_t = (tensors(side)[0].detach() for side in (inputs.student, inputs.teacher))
     if v.logits_dtype:
         return _RowsInPlace(v, case, z_s, z_t, inputs.trained[0])
@@ -276,7 +276,7 @@ def _rows(v: Variant, case: Case, inputs: Inputs) -> Step:
 
 
 def _row_kernels(v: Variant, case: Case, z_s: Tensor, z_t: Tensor, dz: Tensor, trained: Tensor) -> Callable[[], Tensor]:
-    """One launch of the backend's ``rows``, which leaves ``dz`` as the gradient of ``trained``."""
+    """Return a step that calls the backend's ``rows`` once, and sets ``dz`` as the gradient of ``trained``."""
     form = Form(dtype=dz.dtype)
     problem = Call(
         divergences.resolve(case.divergence), case.v, temperature=case.temperature, student=form, teacher=form, wants_input=True,
@@ -284,7 +284,7 @@ def _row_kernels(v: Variant, case: Case, z_s: Tensor, z_t: Tensor, dz: Tensor, t
     )  # fmt: skip
     loss = torch.empty(case.n, dtype=problem.compute_dtype, device=z_s.device)
     state = torch.empty(len(STATE), case.n, dtype=problem.compute_dtype, device=z_s.device)
-    # dz_scale makes it the gradient of the mean.
+    # With this dz_scale, dz is the gradient of the mean.
     batch = RowBatch(z_s, z_t, None, None, None, None, state, loss=loss, dz=dz, dz_scale=1 / case.n)
     kernel = selection.load(problem.backend)
 
@@ -297,7 +297,7 @@ def _row_kernels(v: Variant, case: Case, z_s: Tensor, z_t: Tensor, dz: Tensor, t
 
 
 class _RowsInPlace:
-    """Row kernels on logits of a wider dtype than the case's, the gradient over them, each row's first bytes over its logits'."""
+    """Row kernels on logits of a wider dtype than the case's. The gradient overwrites them; each row begins where its logits begin."""
 
     def __init__(self, v: Variant, case: Case, z_s: Tensor, z_t: Tensor, trained: Tensor) -> None:
         wide = _dtype(str(v.logits_dtype))
@@ -311,7 +311,7 @@ class _RowsInPlace:
         self._step = _row_kernels(v, case, self._logits, rows[1][:, : case.v], dz, trained)
 
     def prepare(self) -> None:
-        """Write the student's logits again: the last pass left its gradient in their place."""
+        """Write the student's logits again, because the last pass overwrote them with the gradient."""
         self._logits.copy_(self._source)
 
     def __call__(self) -> Tensor:
@@ -322,7 +322,7 @@ class _RowsInPlace:
 
 
 def _floor(v: Variant, case: Case, inputs: Inputs) -> Step:
-    """Everything over all valid rows at once, into memory that is there already."""
+    """Return the step of the floor: all valid rows at once, into preallocated memory."""
     n, sides = case.valid, [inputs.student] + [inputs.teacher] * (case.operation == "distillation")
     rows = [[t.detach() for t in tensors(side)] for side in sides]
     dtype = _dtype(v.logits_dtype or case.dtype)
@@ -355,7 +355,7 @@ def _logits(side: tuple[Tensor, ...]) -> Tensor:
 
 
 def _dense_loss(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean over tokens of T^2 D from ``[N, V]`` logits, with float32 softmaxes, as a good engineer writes it."""
+    """Return a function of ``[N, V]`` logits: the mean over tokens of T^2 D, with float32 softmaxes, in idiomatic PyTorch."""
     t, beta = case.temperature, kd.JSD().beta
 
     def log_q_and_p(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,7 +409,7 @@ def _eager(case: Case, inputs: Inputs, transform: Callable[[Any], Any] = lambda 
 
 
 def _compile(case: Case, inputs: Inputs) -> Step:
-    # Without what was compiled for another shape, and for this one shape alone: that is as fast as it gets.
+    # Discard code for other shapes, and compile for this shape only, which gives the fastest code.
     torch.compiler.reset()
     return _eager(case, inputs, lambda f: torch.compile(f, dynamic=False))
 

@@ -1,8 +1,8 @@
-"""The record of a case, and how it fills: memory first, then visit by visit, on a CPU each in a process of its own.
+"""The record of a case: memory is measured first, then the times, visit by visit. On a CPU, each visit is a process.
 
-Times that hang on fresh memory from the system, or on where it lies, differ from process to process and over minutes, not from round to
-round: a spread over the rounds of one process would be too narrow for another run to fall into it. On a GPU, whose memory torch keeps, one
-visit in the process of the run itself does.
+Times that depend on fresh memory from the system, or on its address, vary between processes and over minutes, but not between rounds. The
+spread over the rounds of one process would be too narrow to include another run. On a GPU, where torch keeps the memory, one visit in the
+process of the run is enough.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Measured = dict[str, Any]
 """
 
 Progress = Callable[[str], None]
-"""Gets what begins now, one step of the job."""
+"""Called with the name of each step of the job before it begins."""
 
 
 def new(job: Job) -> Measured:
@@ -39,7 +39,7 @@ def new(job: Job) -> Measured:
 
 
 def without_unfinished(measured: Measured) -> Measured | None:
-    """Return the part of an interrupted record that a run can continue from: whole visits only. None: nothing."""
+    """Return the part of an interrupted record from which a run can continue: its complete visits; None without any."""
     if measured["complete"]:
         return measured
     done = measured["visits_done"]
@@ -49,10 +49,10 @@ def without_unfinished(measured: Measured) -> Measured | None:
 
 
 def _keep_samples(row: dict[str, Any], visits: int) -> None:
-    """Keep the samples of the first visits."""
-    kept = [(ms, visit) for ms, visit in zip(row.pop("samples_ms", []), row.pop("visit", []), strict=True) if visit <= visits]
-    if kept:
-        row["samples_ms"], row["visit"] = map(list, zip(*kept, strict=True))
+    """Remove all samples except those of the first ``visits`` visits."""
+    samples = [(ms, visit) for ms, visit in zip(row.pop("samples_ms", []), row.pop("visit", []), strict=True) if visit <= visits]
+    if samples:
+        row["samples_ms"], row["visit"] = map(list, zip(*samples, strict=True))
 
 
 def visit(
@@ -64,19 +64,19 @@ def visit(
     save: Callable[[], None] = lambda: None,
     seconds_left: float = math.inf,
 ) -> None:
-    """A case's next visit, which goes into its record. A variant that cannot run keeps its row, with the reason.
+    """Run a case's next visit, and add its results to the record. A variant that cannot run has a row with the reason.
 
     Args:
-        number: from 1; the first one measures memory before.
+        number: number of the visit, from 1. The first visit also measures memory.
         save: called after every round.
-        seconds_left: after them no further round begins once there is a sample.
+        seconds_left: time after which no round begins if there is at least one sample.
     """
     rows: dict[str, dict[str, Any]] = {row["variant"]: row for row in measured["results"]}
     if number == 1:
         _first_look(rows, job, device, progress)
     turn = ""
 
-    def tell(event: Event) -> None:
+    def emit(event: Event) -> None:
         nonlocal turn
         if "doing" in event:
             turn = event["variant"]
@@ -95,9 +95,9 @@ def visit(
     while names := [name for name, row in rows.items() if "skipped" not in row]:
         turn = ""
         try:
-            ask({**request, "names": names}, tell)
+            ask({**request, "names": names}, emit)
             break
-        except processes.OutOfProcessError as error:  # the others try again without the one whose turn it was
+        except processes.OutOfProcessError as error:  # run the others again, without the variant whose turn it was
             for name in [turn] if turn else names:
                 rows[name]["skipped"] = str(error)
             for row in rows.values():
@@ -138,16 +138,18 @@ def _kind(variant: str, case: Case) -> tuple[str, str, str, bool]:
 
 
 def _is_news(variant: str, case: Case) -> bool:
-    """Return whether another library runs a case of this kind for the first time. On a GPU it first runs in a process of its own, which
-    may crash or poison its CUDA context."""
+    """Return whether another library runs a case of this kind for the first time.
+
+    On a GPU, it then runs in a separate process first, because it may crash or corrupt the CUDA context.
+    """
     return variant in PEERS and _kind(variant, case) not in _survived
 
 
 def peak_extra_bytes(variant: str, case: Case, device: str = "cpu") -> int | None:
-    """``measure.peak_extra_bytes`` of a fresh process.
+    """Run ``measure.peak_extra_bytes`` in a fresh process.
 
     Raises:
-        OutOfProcessError: it failed, or was killed, as happens when memory runs out.
+        OutOfProcessError: the process failed or was killed, for example because memory ran out.
     """
     event: Event = {}
     processes.ask({"task": "memory", "variant": variant, "case": asdict(case), "device": device}, event.update)
@@ -156,11 +158,12 @@ def peak_extra_bytes(variant: str, case: Case, device: str = "cpu") -> int | Non
 
 
 DENSE_BYTES_PER_LOGIT = {"floor": 2, "eager": 7, "compile": 7, "liger_kl": 4}
-"""Number of [N, V] tensors (eager: of 4 bytes) held at once, to decide what to skip."""
+"""Number of ``[N, V]`` tensors (eager: of 4 bytes) that a variant holds at once, to decide whether to skip it."""
 
 
 def _too_large(variant: str, case: Case, device: str) -> str | None:
-    """On a CPU, where what does not fit is not refused but kills the process: whether not to try."""
+    """Return the reason to skip a variant that does not fit in memory, or None. Only for a CPU, where running out of memory kills the
+    process."""
     kind = variant.partition("/")[0]
     if device != "cpu" or kind not in DENSE_BYTES_PER_LOGIT:
         return None

@@ -103,9 +103,9 @@ def test_cases_are_visited_in_rounds_and_resumed_in_place(tmp_path: Path, monkey
     visited: list[tuple[int, int]] = []
     answer = processes.answer
 
-    def ask(request: processes.Request, report: measure.Tell) -> None:
+    def ask(request: processes.Request, emit: measure.Emit) -> None:
         visited.append((request["number"], [run.dataclasses.asdict(job) for job in jobs].index(request["job"])))
-        answer(request, report)
+        answer(request, emit)
 
     monkeypatch.setattr(processes, "ask", ask)
     with monkeypatch.context() as patch:
