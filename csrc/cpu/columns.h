@@ -1,8 +1,7 @@
-// Shared by the CPU kernels: storage formats, and sweeps over a row in scratch memory.
+// Storage formats, and sweeps over a row in scratch memory, for all CPU kernels.
 //
-// Part of each kernel's source file (internal linkage, one copy per instruction set): no standard-library template may be
-// instantiated here or there. The linker keeps one copy of each, and it could be one with instructions that the processor
-// does not have.
+// Included in each kernel's source file, which is compiled once per instruction set (internal linkage). Do not instantiate templates of
+// the standard library here or there: the linker keeps one copy of each, which may have instructions that the processor lacks.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -15,7 +14,7 @@
 namespace kd::KD_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // columns summed in the compute type before they join a double
+constexpr int64_t kBlock = 2048;  // columns summed in the compute type before they are added to a double
 
 // ---- storage formats ------------------------------------------------------------------------------------------------
 
@@ -26,7 +25,7 @@ KD_INLINE float widen(float x) { return x; }
 KD_INLINE double widen(double x) { return x; }
 KD_INLINE float widen(Bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
 KD_INLINE float widen(F16 x) {
-    // Exponent moved by a multiplication, which makes subnormals normal; infinities and NaN get the exponent they lost.
+    // A multiplication adjusts the exponent, which also normalises subnormals. Infinities and NaN get their exponent separately.
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
     const float scaled = bits<float>(rest) * bits<float>(uint32_t(254 - 15) << 23);
     const uint32_t special = rest >= (31u << 23) ? 255u << 23 : 0u;
@@ -98,7 +97,7 @@ template <class Real> void read_row(const Side& side, int64_t row, int64_t vocab
     }
 }
 
-// The same, and returns the largest. NaN is ignored here and shows in the sums.
+// The same, and returns the largest. NaN is ignored here; it propagates through the sums.
 template <class Real> Real load_row(const Side& side, int64_t row, int64_t vocab, Real* __restrict z) {
     read_row(side, row, vocab, z);
     Real top = -kInfinity<Real>;
@@ -129,7 +128,7 @@ template <class Real, class F> KD_INLINE void write_row(int64_t vocab, void* out
     });
 }
 
-// The gradient by the logits before softcap and scale, from that by the logits z: times `outer` and, with a cap, 1 - (z / cap)^2.
+// Writes the gradient by the logits before softcap and scale, from the gradient g by the logits z: g * outer * (1 - (z / cap)^2).
 template <class Real>
 void write_gradient(const Real* __restrict g, const Real* __restrict z, Real outer, Real per_cap, int64_t vocab, void* out, Dtype dtype,
                     int64_t offset) {

@@ -1,5 +1,5 @@
-// The row kernel of one side alone (log-sum-exp, entropy, log-probabilities, their gradient, the largest, draws), and softmax.
-// A row is read once, into scratch rows in the core's cache, as in rows.cpp.
+// The row kernel of one side (log-sum-exp, entropy, log-probabilities, their gradient, top-k, draws), and softmax.
+// Each row is read once, into scratch rows in the core's cache, as in rows.cpp.
 #include "../philox.h"
 #include "columns.h"
 
@@ -8,9 +8,9 @@ namespace {
 
 constexpr int64_t kTopBlock = 32;  // columns per block of the top-k search
 
-// ---- the k largest --------------------------------------------------------------------------------------------------
+// ---- top-k ----------------------------------------------------------------------------------------------------------
 
-// A heap of the k best (value, id) pairs, the worst on top. Ids must be offered in rising order: among equals the first stay.
+// A heap of the k best (value, id) pairs, the worst on top. Offer ids in rising order: of equal values, the first ones stay.
 template <class Real> struct Heap {
     Real* value;
     int32_t* id;
@@ -39,7 +39,7 @@ template <class Real> struct Heap {
             sift_down(0);
         }
     }
-    void sort() {  // best first; no longer a heap
+    void sort() {  // best first; destroys the heap
         while (size > 1) {
             swap(0, --size);
             sift_down(0);
@@ -47,8 +47,8 @@ template <class Real> struct Heap {
     }
 };
 
-// The k largest of a row into `heap`, sorted. The k-th largest of the blocks' largest is a bound that k columns reach, so
-// only blocks that reach it are searched. NaN counts as -inf.
+// Writes the k largest values of a row to `heap`, sorted. `largest` is the maximum of each block. At least k columns reach the k-th largest
+// of these maxima, so blocks whose maximum is below it are skipped. NaN counts as -inf.
 template <class Real> void find_largest(const Real* __restrict z, int64_t vocab, Real* __restrict largest, Heap<Real>& heap) {
     const int64_t blocks = (vocab + kTopBlock - 1) / kTopBlock, k = heap.capacity;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -78,9 +78,9 @@ template <class Real> void find_largest(const Real* __restrict z, int64_t vocab,
 
 // ---- draws ----------------------------------------------------------------------------------------------------------
 
-// The Gumbel-max draw as a race: E_v / exp(z_v / T) with E_v exponential; the first past the post is v with probability
-// softmax(z / T)_v. Times are compared as (z - reference) / T - log E in double, from the logits as they are stored, so that backends
-// whose float32 arithmetic differs in the last place agree all the same. The reference is the logit of one column.
+// Gumbel-max draw as a race: column v arrives at time E_v / exp(z_v / T), E_v exponential, and is first with probability softmax(z / T)_v.
+// Times are compared in double, as (z - reference) / T - log E (larger is earlier), from the stored logits. Backends whose float32 results
+// differ in the last place therefore draw the same ids. The reference is the logit of one column.
 template <class Real> double exact_logit(const HeadArguments& a, int64_t row, int64_t v) {
     double z = 0;
     with_dtype(a.side.dtype,
@@ -91,15 +91,16 @@ template <class Real> double exact_logit(const HeadArguments& a, int64_t row, in
 }
 KD_INLINE double log_exponential(uint32_t high, uint32_t low) { return std::log(-std::log1p(-uniform(high, low))); }
 
-// e: exp((z - top) / T), 0 from vocab to the end of its group. As E_v > u_v, only columns with u_v < e_v * exp(top - best) can
-// beat the best so far (top and best from the reference, the largest): one product and one comparison a column decide that on 24 bits, and a handful are then looked at.
+// Draws one id. e = exp((z - top) / T), 0 from vocab to the end of its group. Since E_v > u_v, only columns with
+// u_v < e_v * exp(top - best) can beat the best so far. One product and one comparison per column test this on 24 bits of u_v; the exact
+// time is computed only for the few columns that pass.
 template <class Real> int32_t draw_one(const HeadArguments& a, int64_t row, int64_t draw, const Real* __restrict e, Real top,
                                        int64_t argmax) {
     const int64_t number = a.first_row + row, groups = (a.vocab + kGroup - 1) / kGroup;
     const auto low_word = [&](int64_t v) {
         return words(a.seed, number, draw, uint32_t(v / kGroup * kWordColumns + v % kWordColumns), 1).w[v % kGroup / kWordColumns];
     };
-    // Rounding of e, whose argument is off by as much as logits are rounded.
+    // Allow for the rounding error of e, whose argument has the rounding error of the logits.
     const double margin = 0x1p24 * (1.0 + 1e-3 + 1e-6 * (std::fabs(double(top)) + a.side.softcap) * a.inv_temperature);
     const double reference = exact_logit<Real>(a, row, argmax);
     int64_t winner = argmax;
@@ -137,7 +138,7 @@ template <class Real> int32_t draw_one(const HeadArguments& a, int64_t row, int6
 
 struct Moments { double sum, weighted; };
 
-// e = exp(x), x = (z - top) / T; the sums of e and of e * x, whose quotient is the mean of x.
+// Writes e = exp(x), x = (z - top) / T, and returns sum(e) and sum(e * x). Their quotient is the mean of x.
 template <class Real> Moments moments(const Real* __restrict z, Real inv_t, Real top, int64_t vocab, Real* __restrict e) {
     const Real reference = top == -kInfinity<Real> ? Real(0) : top;
     Moments total{0, 0};
@@ -198,7 +199,7 @@ template <class Real> void one_row(const HeadArguments& a, int64_t row, void* me
     }
     if (!a.dz) return;
 
-    // (c0 + c1 log q) q, and the upstream gradients at the ids.
+    // dz = (c0 + c1 log q) q, plus the upstream gradients at the ids.
     const Real d_entropy = at<Real>(a.d_entropy, row), c1 = -d_entropy;
     Real c0 = at<Real>(a.d_lse, row) - (a.d_entropy ? d_entropy * entropy : Real(0));
     const Real* const d_logprobs = a.d_logprobs ? static_cast<const Real*>(a.d_logprobs) + row * a.num_ids : nullptr;

@@ -1,8 +1,8 @@
-// Logits of a bfloat16 head in float32. A BLAS gives 16-bit operands a 16-bit result, and widening the operands instead costs four
-// times the arithmetic; the processor's own instruction adds products of bfloat16 pairs to float32.
+// Float32 logits of a bfloat16 head. BLAS libraries return a 16-bit result for 16-bit operands, and widening the operands costs four times
+// the arithmetic. The AVX-512 BF16 instruction adds products of bfloat16 pairs to float32.
 //
-// A task is a few panels of 48 columns (tokens of the vocabulary). Each panel is packed once, pairs of its depth side by side, so that
-// one register holds a pair for each of 16 columns; then tiles of 8 rows by 48 columns go through it, their sums in 24 registers:
+// A task is a few panels of 48 columns (tokens of the vocabulary). Each panel is packed once: pairs along the depth are adjacent, so that a
+// register holds a pair for each of 16 columns. Tiles of 8 rows by 48 columns are then multiplied with it, with their sums in 24 registers:
 //
 //     packed[pair][48]   from L2, 3 registers        a[8][pair]   from L1, each pair broadcast to a register
 #include "product.h"
@@ -30,10 +30,10 @@ constexpr int64_t kLanes = 16;
 constexpr int kRegisters = 3;
 constexpr int64_t kColumns = kLanes * kRegisters;
 constexpr int kRows = 8;
-constexpr int64_t kDepth = 2048;             // of a panel: what does not fit is added to the result in parts
-constexpr int64_t kPackedBytes = 384 << 10;  // of a task: with a tile's rows, less than an L2
+constexpr int64_t kDepth = 2048;  // of a panel; a larger depth is added to the result in parts
+constexpr int64_t kPackedBytes = 384 << 10;  // of a task: with a tile's rows it fits in L2
 
-// 16 rows of 16 numbers from `rows[i] + at`, transposed: out[j * kColumns + i] is number j of row i.
+// Transposes 16 rows of 16 numbers from `rows[i] + at`: out[j * kColumns + i] is number j of row i.
 KD_BF16 inline void transpose(const uint32_t* const (&rows)[kLanes], int64_t at, uint32_t* out) {
     __m512i r[kLanes], t[kLanes];
     KD_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = _mm512_loadu_si512(rows[i] + at);
@@ -44,7 +44,7 @@ KD_BF16 inline void transpose(const uint32_t* const (&rows)[kLanes], int64_t at,
         r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
         r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
-    // r[4 g + c] now holds, in its quarter l, number 4 l + c of rows 4 g to 4 g + 3.
+    // Quarter l of r[4 g + c] now has number 4 l + c of rows 4 g to 4 g + 3.
     KD_UNROLL for (int c = 0; c < 4; ++c) {
         const __m512i even_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), even_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
         const __m512i odd_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), odd_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
@@ -55,7 +55,7 @@ KD_BF16 inline void transpose(const uint32_t* const (&rows)[kLanes], int64_t at,
     }
 }
 
-// packed[pair][48] of a panel. Missing columns repeat the last one and are not stored.
+// Writes packed[pair][48] of a panel. Missing columns repeat the last one; their results are not stored.
 KD_BF16 void pack(const uint16_t* b, int64_t stride, int64_t columns, int64_t pairs, uint32_t* packed) {
     for (int64_t j = 0; j < kColumns; j += kLanes) {
         const uint32_t* rows[kLanes];
@@ -67,7 +67,7 @@ KD_BF16 void pack(const uint16_t* b, int64_t stride, int64_t columns, int64_t pa
     }
 }
 
-// out[R, columns] = or += a[R, 2 pairs] packed
+// out[R, columns] = a[R, 2 pairs] packed, or += if `add`.
 template <int R>
 KD_BF16 void tile(const uint16_t* a, int64_t a_stride, const uint32_t* packed, int64_t pairs, float* out, int64_t out_stride,
                   int64_t columns, bool add) {
@@ -109,7 +109,7 @@ void cpu_product(const ProductArguments& p, int threads) {
     if (p.depth % 2) throw std::invalid_argument("the depth of the product must be even");
     if (p.rows <= 0 || p.columns <= 0) return;
     const int64_t panels = (p.columns + kColumns - 1) / kColumns, depth = std::min(p.depth, kDepth);
-    // As many panels as fit, since a tile's rows are read again for each task; but enough tasks for every thread to have some.
+    // As many panels per task as fit, because each task reads all rows again; but few enough that all threads have tasks.
     const int64_t fit = depth ? kPackedBytes / (kColumns * depth * int64_t(sizeof(uint16_t))) : panels;
     const int64_t each = std::clamp<int64_t>(std::min(fit, panels / (4 * int64_t(threads))), 1, panels);
     hand_out((panels + each - 1) / each, threads, size_t(each * kColumns * depth) * sizeof(uint16_t) + 1, [&](int64_t task, void* scratch) {

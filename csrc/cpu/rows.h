@@ -10,12 +10,12 @@ namespace kd {
 inline constexpr int64_t scratch_width(int64_t vocab) { return (vocab + 15) / 16 * 16; }
 constexpr int kScratchRows = 5;
 
-// Elements of scratch that one row of a side alone takes: logits and exponentials to the end of their last group of 512 columns,
-// the largest of every 32 columns, and the largest of all.
+// Elements of scratch for one row of one side: logits and exponentials to the end of their last group of 512 columns, the maximum of every
+// 32 columns, and the k largest.
 inline constexpr int64_t head_scratch(const HeadArguments& a) { return 2 * ((a.vocab + 511) / 512 * 512) + a.vocab / 32 + 1 + a.num_top; }
 
-// One row, or rows [begin, end), on the calling thread. Scratch holds, of the compute type, kScratchRows rows, head_scratch
-// elements, and two rows.
+// Process one row, or rows [begin, end), on the calling thread. Elements of scratch, in the compute type: kScratchRows rows for `rows`,
+// head_scratch for `head_row`, two rows for `softmax_row`.
 #define KD_DECLARE(isa)                                                        \
     namespace isa {                                                            \
     void rows(const RowArguments&, int64_t begin, int64_t end, void* scratch); \
@@ -27,11 +27,11 @@ KD_DECLARE(avx2)
 KD_DECLARE(baseline)
 #undef KD_DECLARE
 
-// Names of the instruction sets that are compiled in and that this processor has, best first; ends with null.
+// Names of the compiled instruction sets that this processor supports, best first; ends with null.
 const char* const* cpu_isas();
 
-// All rows on up to `threads` threads. Throws std::invalid_argument for an unknown divergence or instruction set; null is
-// the best one.
+// Process all rows on up to `threads` threads. A null `isa` is the best one. Throws std::invalid_argument for an unknown divergence or
+// instruction set.
 void cpu_rows(const RowArguments&, int threads, const char* isa = nullptr);
 void cpu_head_rows(const HeadArguments&, int threads, const char* isa = nullptr);
 void cpu_softmax_rows(const SoftmaxArguments&, int threads, const char* isa = nullptr);

@@ -12,10 +12,9 @@
 
 namespace kd {
 
-// work(item, scratch) for every item, on up to `threads` threads. One by one: cores differ in speed, and a short last item should
-// not wait for one of them.
+// Calls work(item, scratch) for every item, on up to `threads` threads. Threads take items one by one, because cores differ in speed.
 template <class Work> void hand_out(int64_t items, int64_t threads, size_t scratch_bytes, Work&& work_on) {
-    // Allocated here and not in a thread, so that running out of memory can be reported.
+    // Allocated here instead of in the threads, so that running out of memory can be reported.
     struct Free {
         void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
     };
