@@ -1,8 +1,8 @@
-"""Files that survive a ``kill -9``, and the one place that decides which files and folders kdkernels may replace or delete.
+"""Write files that survive a ``kill -9``, and decide which files and folders kdkernels may replace or delete.
 
-A marker file names what kdkernels made: ``.kdkernels`` in a folder, ``.NAME.kdkernels`` beside a file ``NAME``. Its first line has the
-kind of the contents. Each further line names one file or folder, and is written before that is created. Whatever no marker names belongs
-to the user.
+A marker lists the files and folders that kdkernels made: ``.kdkernels`` in a folder, ``.NAME.kdkernels`` beside a file ``NAME``. Its first
+line has the kind of the contents. Each further line names one file or folder, and is written before that is created. All other files
+belong to the user.
 """
 
 from __future__ import annotations
@@ -31,51 +31,51 @@ __all__ = [
 MARKER = ".kdkernels"
 _BLOCK = 1 << 20
 WHOLE_DIGEST = 256
-"""Blocks of 1 MiB that ``sample_digest`` reads, at most."""
+"""Maximum number of blocks of 1 MiB that ``sample_digest`` reads."""
 _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that JSON allows as they are and that a terminal obeys, or that UTF-8 can't encode."""
+"""Characters that JSON does not escape, but that control a terminal or that UTF-8 cannot encode."""
 
 
 class FileError(UserError):
-    """A folder or file that kdkernels did not make, that another process holds, or whose content is damaged."""
+    """A folder or file was not made by kdkernels, is locked by another process, or is damaged."""
 
 
 def canonical(value: Any) -> bytes:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII. What JSON does not have (dates, bytes) becomes text."""
+    """Return the canonical JSON of a value: sorted keys, no spaces, ASCII. Types that JSON lacks (dates, bytes) become text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
 
 
 def digest(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
+    """Return the sha256 of a value's canonical JSON."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    found = hashlib.sha256()
+    """Return the sha256 of a file's bytes."""
+    content = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            found.update(block)
-    return found.hexdigest()
+            content.update(block)
+    return content.hexdigest()
 
 
 def sample_digest(path: Path) -> str:
-    """sha256 of a file; of one with more than ``WHOLE_DIGEST`` blocks of 1 MiB, of its size and as many, evenly spaced, with both ends."""
+    """Return the sha256 of a file's size and content; for a large file, of ``WHOLE_DIGEST`` evenly spaced blocks, including both ends."""
     size = path.stat().st_size
     blocks = -(-size // _BLOCK)
-    found = hashlib.sha256(str(size).encode())
+    content = hashlib.sha256(str(size).encode())
     chosen: Sequence[int] = range(blocks)
     if blocks > WHOLE_DIGEST:
         chosen = [i * (blocks - 1) // (WHOLE_DIGEST - 1) for i in range(WHOLE_DIGEST)]
     with path.open("rb") as file:
         for block in chosen:
             file.seek(block * _BLOCK)
-            found.update(file.read(_BLOCK))
-    return found.hexdigest()
+            content.update(file.read(_BLOCK))
+    return content.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` outlast a power cut. Windows opens no folder, and has no need to."""
+    """Make renames in ``folder`` survive a power cut. Not necessary on Windows, which cannot open folders."""
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -86,10 +86,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object], ready: Callable[[Path], object] = lambda temporary: None) -> None:
-    """Fill a new temporary file beside ``path`` with ``write``, then put it in the place of ``path`` in one step.
+    """Write a temporary file beside ``path`` with ``write``, then atomically replace ``path`` by it.
 
     Args:
-        ready: called with the temporary file once it is on disk, before it takes the place of ``path``.
+        ready: called with the temporary file after it is on disk, before it replaces ``path``.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # never an existing file, never through a link
@@ -106,39 +106,40 @@ def write_whole(path: Path, write: Callable[[Path], object], ready: Callable[[Pa
 
 
 def line_of(row: Mapping[str, Any], **options: Any) -> str:
-    """The JSON of a row in one line of UTF-8; control characters, line separators and halves of surrogate pairs are escaped.
+    """Return a row's JSON in one line. Control characters, line separators and halves of surrogate pairs are escaped.
 
-    What JSON does not have (dates, bytes) becomes text. ``options`` are those of ``json.dumps``.
+    Types that JSON lacks (dates, bytes) become text. ``options`` are those of ``json.dumps``.
     """
     text = json.dumps(row, ensure_ascii=False, default=str, **options)
     return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write all rows or none: an existing file is whole, whenever the process was killed. What JSON does not have becomes text."""
+    """Write all rows atomically: a killed process leaves no incomplete file. Types that JSON lacks become text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: fill_jsonl(temporary, rows))
 
 
 def fill_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows to an existing or new file."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(line_of(row) + "\n" for row in rows)
 
 
 class Lock:
-    """Hold a file of kdkernels for this process, as a context. The system lets go of it however the process ends, so none is ever stale.
+    """Lock a file of kdkernels for this process, as a context manager. The system releases the lock when the process ends in any way.
 
-    The file is created where it does not exist, and removed on exit where it is empty.
+    The file is created if it does not exist, and removed on exit if it is empty.
 
     Raises:
-        FileError: another process holds ``what``; the path is a symbolic link, a hard link or not a regular file.
+        FileError: another process has locked ``what``, or the path is a symbolic link, a hard link or not a regular file.
     """
 
     def __init__(self, path: Path, what: str) -> None:
         self.path, self._what, self.handle = path, what, -1
 
     def __enter__(self) -> Lock:
-        import fcntl  # POSIX only: what does not write need not have it
+        import fcntl  # POSIX only; imported here, so that commands that only read work elsewhere
 
         while True:
             handle = _open_own(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -150,7 +151,7 @@ class Lock:
             if _is_at(self.path, handle):
                 self.handle = handle
                 return self
-            os.close(handle)  # its holder removed it between our opening and our locking
+            os.close(handle)  # the previous holder removed it after we opened it, before we locked it
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.handle >= 0:
@@ -161,18 +162,18 @@ class Lock:
 
 
 class Output:
-    """The files of one command in a folder, or one file: the marker, and a lock that ends with the process. A context.
+    """The output of one command, in a folder or a file: a context manager with the marker and a lock that ends with the process.
 
-    Nothing remains of an output in which nothing was made: the marker, and folders that were created for it, are removed on exit.
+    If no file was made, the marker and the folders that were created for it are removed on exit.
 
     Args:
         path: the folder, or with ``beside`` the file.
         kind: the command that makes the contents.
         beside: ``path`` is a file; the marker is beside it, and names are those of files in the same folder.
-        adopt: called where there is no marker. Returns the names of files that an earlier version of kdkernels made there.
+        adopt: called if there is no marker. Returns the names of files that an earlier version of kdkernels made.
 
     Raises:
-        FileError: another process holds the output; it is the output of another command; the marker's name is taken by another file.
+        FileError: another process has locked the output, it is the output of another command, or another file has the marker's name.
     """
 
     def __init__(self, path: Path, kind: str, *, beside: bool = False, adopt: Callable[[], Iterable[str]] = tuple) -> None:
@@ -200,7 +201,7 @@ class Output:
         self._leave()
 
     def _read(self) -> None:
-        """Read the marker's names, or write its first line."""
+        """Read the names in the marker; write its first line if it is new."""
         handle, marker = self._lock.handle, self._lock.path
         content = b"".join(iter(lambda: os.read(handle, _BLOCK), b""))
         whole, _, torn = content.rpartition(b"\n")
@@ -231,7 +232,7 @@ class Output:
         os.fsync(self._lock.handle)
 
     def _name(self, name: str, sha256: str = "") -> None:
-        """Write a name, and the sha256 of its coming content, to the marker, unless they are there already."""
+        """Add a name, and the sha256 of its future content, to the marker, unless they are already there."""
         known = self._made.get(name)
         if known is None or (sha256 and sha256 not in known):
             self._made.setdefault(name, set()).update([sha256] if sha256 else [])
@@ -255,7 +256,7 @@ class Output:
                     other.unlink()
 
     def __contains__(self, name: str) -> bool:
-        """Report whether the marker names it and it is still the file or folder that was made."""
+        """Return whether the marker lists the name, and the file or folder is still the one that was made."""
         path = self.folder / name
         if name not in self._made or _links_below(self.folder, name) or path.is_symlink() or not (path.is_file() or path.is_dir()):
             return False
@@ -265,11 +266,10 @@ class Output:
         """Check that files of these names may be written.
 
         Args:
-            inputs: what the command reads, by the option that names it.
+            inputs: inputs of the command, by the option that names them.
 
         Raises:
-            FileError: a name is taken by something that kdkernels did not make or that was changed since; an input is one of the names, or
-                the folder that it is in.
+            FileError: a file with such a name was not made by kdkernels or was changed since, or an input is such a file or its folder.
         """
         for name in names:
             path = self.folder / name
@@ -278,19 +278,19 @@ class Output:
             if (os.path.lexists(path) or _links_below(self.folder, name)) and name not in self:
                 changed = ", or was changed since" if self._made.get(name) else ""
                 raise FileError(f"{path} is not of this command{changed}: it would be overwritten. Move it away, or give another place")
-            for option, given in (inputs or {}).items():
-                if given is not None and _within(Path(given), path):
-                    raise FileError(f"{option} {given} is what this command writes ({path}): it would be overwritten. Give another place")
+            for option, source in (inputs or {}).items():
+                if source is not None and _within(Path(source), path):
+                    raise FileError(f"{option} {source} is what this command writes ({path}): it would be overwritten. Give another place")
                 if (
-                    given is not None
+                    source is not None
                     and option.endswith("data")
-                    and Path(given).is_dir()
-                    and path.parent.resolve() == Path(given).resolve()
+                    and Path(source).is_dir()
+                    and path.parent.resolve() == Path(source).resolve()
                 ):
                     raise FileError(f"{path} is in the folder of {option}: the next run would read it as input. Give another place")
 
     def claim(self, name: str) -> Path:
-        """The path of a file or folder that is about to be made, once the marker names it.
+        """Add the name of a file or folder to the marker before it is made, and return its path.
 
         Raises:
             FileError: see ``check``.
@@ -300,10 +300,10 @@ class Output:
         return self.folder / name
 
     def write(self, name: str, write: Callable[[Path], object], *, keep_edits: bool = False) -> Path:
-        """Write a file as ``write_whole`` does.
+        """Write a file atomically, see ``write_whole``.
 
         Args:
-            keep_edits: note the sha256 of the content, so that a later call does not write over the user's changes to the file.
+            keep_edits: record the sha256 of the content, so that later calls do not overwrite the user's changes to the file.
         """
         path = self.claim(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,11 +311,11 @@ class Output:
         return path
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-        """Write rows as ``write_jsonl`` does; the user's changes to them are never written over."""
+        """Write rows atomically, see ``write_jsonl``. The user's changes to them are not overwritten."""
         return self.write(name, lambda temporary: fill_jsonl(temporary, rows), keep_edits=True)
 
     def remove(self, name: str) -> None:
-        """Delete a file or folder that kdkernels made here; leave anything else."""
+        """Delete a file or folder if kdkernels made it."""
         path = self.folder / name
         if name not in self:
             return
@@ -326,17 +326,17 @@ class Output:
 
 
 class Lines:
-    """A JSONL file that is appended to, as a context: one object a line, each written by one call.
+    """A JSONL file for appending, as a context manager: one object per line, each written by one call.
 
-    A line is in the system's hands when ``append`` returns, so that a killed process loses none; it is on disk after ``sync``, which
-    the caller asks for as often as a power cut is feared. A last line that was cut short is removed on opening.
+    After ``append``, the operating system has the line, so that a killed process loses none. After ``sync`` it is on disk and survives a
+    power cut. An incomplete last line is removed on opening.
 
     Args:
-        recognize: reports whether the first line of a file without a marker shows that kdkernels wrote it.
+        recognize: returns whether the first line of a file without a marker shows that kdkernels wrote it.
 
     Raises:
-        FileError: another process holds the file, kdkernels did not make it, or a line before the last is not a JSON object; the message
-            names the line.
+        FileError: another process has locked the file, kdkernels did not make it, or a line other than the last is not a JSON object (the
+            message names the line).
     """
 
     def __init__(self, path: Path, recognize: Callable[[Mapping[str, Any]], bool] = lambda line: False) -> None:
@@ -371,7 +371,7 @@ class Lines:
         self._output.__exit__(None, None, None)
 
     def unmarked(self) -> list[str]:
-        """The file's name, if it has no marker and its first line is recognized."""
+        """Return the file's name in a list if its first line is recognized, else an empty list."""
         if self._path.is_symlink() or not self._path.is_file():
             return []
         with self._path.open("rb") as file:
@@ -382,7 +382,7 @@ class Lines:
         return [self._path.name] if isinstance(first, dict) and self._recognize(first) else []
 
     def _whole(self) -> int:
-        """Bytes up to the end of the last whole line."""
+        """Return the number of bytes up to the end of the last complete line."""
         size = 0
         with self._path.open("rb") as file:
             for line in file:
@@ -399,15 +399,17 @@ class Lines:
                     value = None
                 if not isinstance(value, dict):
                     raise FileError(
-                        f"{self._path.name}, line {number}, is not a JSON object: the file is damaged. Remove the line to go on"
+                        f"{self._path.name}, line {number}, is not a JSON object: the file is damaged. Remove the line to continue"
                     )
                 yield value
 
     def append(self, value: dict[str, Any]) -> None:
+        """Write a line."""
         _write_all(self._handle, line_of(value, separators=(",", ":")).encode() + b"\n")
         self._dirty = True
 
     def sync(self) -> None:
+        """Write all lines to disk."""
         if self._dirty:
             os.fsync(self._handle)
             self._dirty = False
@@ -420,7 +422,7 @@ def _write_all(handle: int, content: bytes) -> None:
 
 
 def _open_own(path: Path, flags: int) -> int:
-    """Open a regular file that has no other name, without following a link.
+    """Open a regular file that is not a link.
 
     Raises:
         FileError: it is a symbolic link, has a second name (a hard link), or is not a regular file.
@@ -431,11 +433,11 @@ def _open_own(path: Path, flags: int) -> int:
         if path.is_symlink() or path.is_dir():
             raise FileError(f"{path} is not a regular file: move it away, or give another place") from None
         raise error
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(handle)
-        what = "has a second name (a hard link), which would be changed with it" if stat.S_ISREG(found.st_mode) else "is not a regular file"
-        raise FileError(f"{path} {what}: move it away, or give another place")
+        why = "has a second name (a hard link), which would be changed with it" if stat.S_ISREG(status.st_mode) else "is not a regular file"
+        raise FileError(f"{path} {why}: move it away, or give another place")
     return handle
 
 
@@ -447,7 +449,7 @@ def _is_at(path: Path, handle: int) -> bool:
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Create a folder and its parents. Returns those that did not exist, the outermost first."""
+    """Create a folder and its parents. Return the created ones, outermost first."""
     created = []
     for part in [*reversed(folder.parents), folder]:
         if part.is_dir():
@@ -462,10 +464,10 @@ def _make_folders(folder: Path) -> list[Path]:
 
 
 def _links_below(folder: Path, name: str) -> bool:
-    """Report whether a folder between ``folder`` and its file ``name`` is a symbolic link."""
+    """Return whether a folder between ``folder`` and its file ``name`` is a symbolic link."""
     return any((folder / part).is_symlink() for part in PurePath(name).parents if part.name)
 
 
 def _within(inner: Path, outer: Path) -> bool:
-    place, given = outer.parent.resolve() / outer.name, inner.resolve()
-    return place == given or place in given.parents
+    place, target = outer.parent.resolve() / outer.name, inner.resolve()
+    return place == target or place in target.parents

@@ -1,4 +1,4 @@
-"""The memory of devices, and what a process has taken of it."""
+"""The memory of devices, and its use by this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP = Path("/sys/fs/cgroup")
 
 @lru_cache(maxsize=64)
 def total_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU in bytes; None for any other device, and where torch sees no GPU (fake tensors)."""
+    """Return the memory of a GPU in bytes; None for any other device, and if torch sees no GPU (fake tensors)."""
     if device.type != "cuda":
         return None
     import torch
@@ -28,14 +28,14 @@ def total_bytes(device: torch.device) -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Peak memory of this process so far: resident on the CPU, allocated by torch on CUDA. None: the system does not say."""
+    """Return this process's peak memory so far: resident on the CPU, allocated by torch on CUDA; None if the system does not report it."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        # Not ru_maxrss: a process that was forked begins with its parent's.
+        # Not ru_maxrss, which a forked process inherits from its parent.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     if sys.platform == "win32":
@@ -47,7 +47,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def available_bytes() -> int | None:
-    """Memory that this process can still take without swapping, within the limit of its container; None without psutil."""
+    """Return the memory that this process can still use without swapping, within its container's limit; None without psutil."""
     try:
         import psutil
     except ImportError:
@@ -58,7 +58,7 @@ def available_bytes() -> int | None:
 
 
 def _left_in_container() -> int | None:
-    """The limit of the control group less what its processes hold; None where there is no limit."""
+    """Return the limit of the control group minus the memory of its processes; None without a limit."""
     try:
         limit = int((GROUP / "memory.max").read_text())  # "max" without one
         held = next(int(line.split()[1]) for line in (GROUP / "memory.stat").read_text().splitlines() if line.startswith("anon "))

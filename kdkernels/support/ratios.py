@@ -1,4 +1,4 @@
-"""Logarithms of ratios and mixtures of probabilities: what the divergences are made of."""
+"""Logarithms of ratios and mixtures of probabilities, the building blocks of the divergences."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor
 
 
 def zero_where(empty: Tensor, x: Tensor) -> Tensor:
-    """0 where ``empty``, else x: the limit of 0 * log 0. In place, since x is always a fresh temporary."""
+    """Set x to 0 where ``empty``, the limit of 0 * log 0. In place: x is always a temporary."""
     return x.masked_fill_(empty, 0.0)
 
 
 def safe_product(weight: Tensor, factor: Tensor) -> Tensor:
-    """``weight * factor`` with 0 wherever weight is 0, in value and in gradient (reference formulas only)."""
+    """Return ``weight * factor``; 0 where the weight is 0, in value and gradient (reference formulas only)."""
     empty = weight == 0
     return torch.where(empty, torch.zeros_like(weight), weight * torch.where(empty, torch.zeros_like(factor), factor))
 
 
 def log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log(a / b), 0 where both are 0 (reference formulas only)."""
+    """Return log(a / b); 0 where both are 0 (reference formulas only)."""
     both = (log_a == -math.inf) & (log_b == -math.inf)
     zero = torch.zeros((), dtype=log_a.dtype, device=log_a.device)
     return torch.where(both, zero, torch.where(both, zero, log_a) - torch.where(both, zero, log_b))
 
 
 def log_mix(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log(weight * a + (1 - weight) * b) (reference formulas only). Both -inf gives -inf, with gradient 0."""
+    """Return log(weight * a + (1 - weight) * b); -inf with gradient 0 where both are 0 (reference formulas only)."""
     both = (log_a == -math.inf) & (log_b == -math.inf)
     zero = torch.zeros((), dtype=log_a.dtype, device=log_a.device)
     mixed = torch.logaddexp(torch.where(both, zero, log_a) + math.log(weight), torch.where(both, zero, log_b) + math.log1p(-weight))
@@ -40,15 +40,16 @@ def choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 
 
 def mixture(weight_q: float, weight_p: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """``(log(q / m), log(p / m))`` for ``m = weight_q * q + weight_p * p``, the weights adding to 1.
+    """Return ``(log(q / m), log(p / m))`` for ``m = weight_q * q + weight_p * p``; the weights sum to 1. NaN where p and q are both 0.
 
-    The larger of p and q is factored out of m, so that nothing overflows. m over it is 1 - small near p = q, and in general unless
-    the smaller one has nearly all of the weight, where that form would cancel. NaN where both are 0.
+    The larger of p and q is factored out of m, so that nothing overflows: ``m / larger = 1 + share * (smaller / larger - 1)``, where
+    ``share`` is the weight of the smaller one. This is accurate near p = q, but cancels if the smaller one has nearly all of the weight;
+    then ``m / larger`` is computed directly.
     """
     ratio = log_q - log_p
     q_larger = ratio >= 0
     size = ratio.abs().neg_()  # log(smaller / larger)
-    share = weight_q if weight_q == weight_p else choose(q_larger, weight_p, weight_q, ratio)  # weight in m of the smaller one
+    share = weight_q if weight_q == weight_p else choose(q_larger, weight_p, weight_q, ratio)
     lost = torch.expm1(size).mul_(share)  # m / larger - 1
     if max(weight_q, weight_p) <= 0.9:
         log_m = lost.log1p_()

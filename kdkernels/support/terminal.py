@@ -1,4 +1,4 @@
-"""The terminal of every command: a console that shows text as it is, errors in one line, and progress bars."""
+"""Terminal output of all commands: a console for plain text, errors in one line, and progress bars."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Bar", "Commands", "console", "fail", "failing", "progress", "say", "shown"]
 
 LIBRARIES = ("huggingface_hub", "jinja2", "pyarrow", "safetensors", "tokenizers", "yaml")
-"""Packages whose own exceptions are about the user's files: templates, tables, weights, configs."""
+"""Packages whose exceptions are about the user's files: templates, tables, weights, configs."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_WORDS = ("No space left", "os error 28", "File too large", "os error 27", "PytorchStreamWriter", "iostream error")
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -29,7 +29,7 @@ _USAGE: Any = typer.BadParameter.__base__  # UsageError, of click or of typer's 
 
 
 def console(soft_wrap: bool = False) -> Console:
-    """The console that a command writes to: as wide as the terminal, or wide enough for a file. Text is never markup."""
+    """Return the console of a command, as wide as the terminal, or 140 columns for a file. Text is never read as markup."""
     return _console_class()(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
 
 
@@ -51,7 +51,7 @@ def _console_class() -> type[Console]:
 
 
 def shown(text: str) -> str:
-    """``text`` from data or a server as a terminal can show it: what does not print, and could move the cursor, is escaped."""
+    """Escape the characters of ``text`` (from data or a server) that are not printable, and could control the terminal."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
@@ -67,13 +67,13 @@ def say(text: str) -> None:
 def fail(message: str) -> NoReturn:
     """End the command with one line and status 2."""
     _release_output()
-    with suppress(OSError):  # nobody reads it, or its disk is full
+    with suppress(OSError):  # its reader has gone, or the disk is full
         typer.echo(f"Error: {shown(' '.join(message.split()))}", err=True)
     raise typer.Exit(2)
 
 
 def _release_output() -> None:
-    """Flush standard output; if its reader has gone or its disk is full, drop what is left, which Python would fail to write at its end."""
+    """Flush standard output. If its reader has gone or the disk is full, discard the rest, so that Python does not fail at its end."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -83,11 +83,11 @@ def _release_output() -> None:
 
 @contextmanager
 def failing() -> Iterator[None]:
-    """End the command with one line instead of a traceback for what a user can put right, and with status 130 for Ctrl-C."""
+    """End the command with one line instead of a traceback for errors that the user can fix, and with status 130 for Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("\nInterrupted. The same command goes on from here.", err=True)
+        typer.echo("\nInterrupted. Run the same command again to continue.", err=True)
         raise typer.Exit(130) from None
     except ModuleNotFoundError as error:
         fail(f"this command needs {error.name}: pip install 'kdkernels[train]'")
@@ -107,7 +107,7 @@ def _explained(error: Exception) -> str | None:
         place = f"{error.filename}: " if error.filename else ""
         number, text = error.errno, f"{place}{error.strerror or text}"
     else:
-        # Libraries in C++ and Rust report a failed write in their own words.
+        # Libraries in C++ and Rust report a failed write only in the text.
         number = errno.ENOSPC if any(word in text for word in FULL_WORDS) else 0
     if number in FULL:
         return f"{text}: the disk is full, or a limit is reached. Make room, and run the same command again"
@@ -122,7 +122,7 @@ def _explained(error: Exception) -> str | None:
 
 
 class Commands(TyperGroup):
-    """A group of commands. Whatever a user can put right, wrong options included, ends each of them with one line."""
+    """A group of commands. Errors that the user can fix, such as wrong options, end a command with one line."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _usage():
@@ -131,7 +131,7 @@ class Commands(TyperGroup):
     def invoke(self, context: Any) -> Any:
         with failing(), _usage():
             result = super().invoke(context)
-            sys.stdout.flush()  # here, where a full disk can still be reported
+            sys.stdout.flush()  # report a full disk here, not at Python's end
             return result
 
 
@@ -150,15 +150,15 @@ class Bar(NamedTuple):
     """A bar of progress."""
 
     start: Callable[[int], None]
-    """Shows the bar, of so many steps in all."""
+    """Shows the bar, for this total number of steps."""
     advance: Callable[[int], None]
     note: Callable[[str], None]
-    """Says what the bar waits for; "" when it goes on. Where there is no terminal, each note is a line, once."""
+    """Shows the reason for waiting; "" removes it. Without a terminal, each note is printed once as a line."""
 
 
 @contextmanager
 def progress(where: Console, unit: str) -> Iterator[Bar]:
-    """A bar that appears when it starts."""
+    """Yield a progress bar, which appears when it starts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     waiting = TextColumn("{task.fields[waiting]}", style="bold", markup=False)
@@ -172,7 +172,7 @@ def progress(where: Console, unit: str) -> Iterator[Bar]:
     )
     bar = Progress(*columns, console=where)
     task = bar.add_task("", start=False, total=None, waiting="")
-    said = {""}
+    printed = {""}
 
     def start(total: int) -> None:
         bar.update(task, total=total)
@@ -181,8 +181,8 @@ def progress(where: Console, unit: str) -> Iterator[Bar]:
 
     def note(text: str) -> None:
         bar.update(task, waiting=shown(text))
-        if not where.is_terminal and text not in said:
-            said.add(text)
+        if not where.is_terminal and text not in printed:
+            printed.add(text)
             where.print(text, markup=False)
 
     try:

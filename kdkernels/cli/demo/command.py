@@ -1,4 +1,4 @@
-"""``kdkernels demo``. What it runs is imported when it runs."""
+"""``kdkernels demo``. Its implementation is imported when it runs."""
 
 from __future__ import annotations
 

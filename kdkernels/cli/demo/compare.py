@@ -1,6 +1,6 @@
-"""Fused against dense eager loss, forward and backward: each in fresh processes, so that neither inherits the other's memory.
+"""Compare the fused loss with a dense eager loss, forward and backward. Each runs in fresh processes, to measure its memory separately.
 
-``python -m kdkernels.cli.demo.compare '{"loss": "dense", ...}'`` is such a process.
+Such a process runs ``python -m kdkernels.cli.demo.compare '{"loss": "dense", ...}'``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Sample:
-    """One step in a fresh process, after one that warms up.
+    """One step in a fresh process, after a warm-up step.
 
     ``peak_bytes`` is the memory of the loss beyond its inputs: the rise of the process's peak resident memory on the CPU, of the
     allocator's peak on CUDA. It includes the gradients of the student's hidden states and head. None if it cannot be measured.
@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians over the processes of one loss. ``error`` is the reason why the last of them failed; then there are no numbers."""
+    """Medians over the processes of one loss. If a process failed, only ``error`` is set, to the reason of the last one."""
 
     backend: str | None = None
     value: float | None = None
@@ -69,24 +69,24 @@ class Measurement:
 
 
 def measure(settings: Settings, on_process: Callable[[], None]) -> dict[str, Measurement]:
-    """Measures every loss of ``LOSSES``, in turns: what slows the machine down for a while then slows all of them.
+    """Measure every loss of ``LOSSES``, alternating between them, so that a temporary load of the machine affects all of them.
 
-    A process that dies, as of too little memory, is a result too. ``on_process`` is called after each.
+    A process that dies, for example because memory runs out, is also a result. ``on_process`` is called after each process.
     """
     outcomes: dict[str, list[Sample | str]] = {loss: [] for loss in LOSSES}
     for _ in range(settings.loss_shape.samples):
-        for loss, seen in outcomes.items():
+        for loss, samples in outcomes.items():
             job = Job(
                 loss, settings.loss_shape, settings.seed, settings.device, settings.backend, settings.temperature,
                 settings.kd_weight, settings.ce_weight, torch.get_num_threads(),
             )  # fmt: skip
-            seen.append(_in_fresh_process(job))
+            samples.append(_in_fresh_process(job))
             on_process()
-    return {loss: _summary(seen) for loss, seen in outcomes.items()}
+    return {loss: _summary(samples) for loss, samples in outcomes.items()}
 
 
 def _in_fresh_process(job: Job) -> Sample | str:
-    """The sample, or the error in one line."""
+    """Return the sample, or the error in one line."""
     command = [sys.executable, "-m", __name__, json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode < 0:
@@ -108,13 +108,13 @@ def _summary(outcomes: list[Sample | str]) -> Measurement:
 
 
 def run(job: Job) -> Sample:
-    """The measurement itself, in this process."""
+    """Measure one loss in this process."""
     torch.set_num_threads(job.threads)
     device, shape = torch.device(job.device), job.shape
     generator = torch.Generator(device).manual_seed(job.seed)
 
     def side(hidden: int, trained: bool) -> LMHead:
-        # In place: a temporary here would raise the peak that the loss is measured from.
+        # In place: a temporary would raise the peak memory before the measurement.
         h = torch.randn(shape.rows, hidden, generator=generator, device=device)
         w = torch.randn(shape.vocab, hidden, generator=generator, device=device).mul_(hidden**-0.5)
         return LMHead(h.requires_grad_(trained), w.requires_grad_(trained))

@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has, or the user's own; split into training and held-out files; tokenised."""
+"""Read text (the user's, or the sources of the Python standard library), split it into training and held-out files, and tokenise it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["Corpus", "Document", "Tokens", "collect", "tokenize", "train_tokeniz
 END_OF_TEXT = "<|endoftext|>"
 
 MIN_BYTES = 100_000
-"""Text below this trains no tokenizer worth the name, and leaves no held-out windows."""
+"""Minimum size of the text. With less, there are too few pairs for a tokenizer and too few held-out windows."""
 
 HELD_OUT_SHARE = 0.1
-_FEWEST_HELD_OUT_SHARE = 0.05  # below it the files are too few and too large to split by file
+_FEWEST_HELD_OUT_SHARE = 0.05  # with less, the files are too few and too large to split by file
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
-_TEST_FOLDERS = {"test", "tests", "idle_test"}  # of the standard library: byte soup and generated tables
+_TEST_FOLDERS = {"test", "tests", "idle_test"}  # of the standard library: random bytes and generated tables
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text file; ``name`` is its path below the folder that was asked for."""
+    """A text file. ``name`` is its path within the data folder."""
 
     name: str
     text: str
@@ -44,7 +44,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """``split`` says in words how ``held_out`` was set apart from ``train``."""
+    """Training and held-out text. ``split`` describes how the held-out text was selected."""
 
     source: str
     train: list[Document]
@@ -56,14 +56,14 @@ class Corpus:
         """Return the hash of all names and texts: equal hashes mean equal inputs to the training."""
         digest = hashlib.sha256()
         for document in (*self.train, *self.held_out):
-            # A file's name need not be UTF-8, unlike its text.
+            # A file's text is UTF-8, but its name may not be.
             digest.update(f"{document.name}\0{document.text}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids of both halves, ``[tokens]`` int64 each, files joined by an end-of-text token."""
+    """Ids of training and held-out text, ``[tokens]`` int64 each. Files are joined by an end-of-text token."""
 
     train: Tensor
     held_out: Tensor
@@ -71,13 +71,13 @@ class Tokens:
 
 
 def collect(data: Path | None, max_bytes: int, seed: int) -> Corpus:
-    """Up to ``max_bytes`` of text from a folder or file; None is the Python standard library's sources.
+    """Return up to ``max_bytes`` of text from a folder or file; from the sources of the Python standard library for None.
 
-    Which files are taken, and which of them are held out, depends on the seed and the files alone. Hidden, binary,
-    unreadable, empty and repeated files are left out.
+    The selection of files, and of held-out files, depends only on the seed and the files. Hidden, binary, unreadable, empty and repeated
+    files are left out.
 
     Raises:
-        DemoError: no such path, or too little text.
+        DemoError: the path does not exist, or has too little text.
     """
     advice = "Give a larger text file or folder, or leave --data out to train on the Python standard library"
     if data is None:
@@ -96,13 +96,13 @@ def collect(data: Path | None, max_bytes: int, seed: int) -> Corpus:
     documents = _read(root, paths, max_bytes)
     size = sum(map(_size, documents))
     if size < MIN_BYTES:
-        found = f"{size:,} bytes of UTF-8 text in {len(documents)} of {len(paths)} file{'s' if len(paths) != 1 else ''}"
-        raise DemoError(f"--data {source}: found {found}, and the demo needs at least {MIN_BYTES:,} bytes. {advice}")
+        text = f"{size:,} bytes of UTF-8 text in {len(documents)} of {len(paths)} file{'s' if len(paths) != 1 else ''}"
+        raise DemoError(f"--data {source}: found {text}, and the demo needs at least {MIN_BYTES:,} bytes. {advice}")
     return _split(source, documents, size)
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Regular files below a folder, in an order that does not depend on the file system."""
+    """Yield the regular files below a folder, in an order that does not depend on the file system."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("."))
         for name in sorted(files):
@@ -118,11 +118,11 @@ def _read(root: Path, paths: list[Path], max_bytes: int) -> list[Document]:
             with path.open("rb") as file:
                 raw = file.read(room)
                 whole = not file.read(1)
-            # Where a file is cut short, the last character may be.
+            # If the file is cut off, its last character may be incomplete.
             text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)
         except (OSError, UnicodeDecodeError):
             continue
-        # A file in both halves of the split would be held-out text that the models have seen.
+        # A repeated file could be in training and held-out text.
         if not text.strip() or "\0" in text or text in seen:
             continue
         seen.add(text)
@@ -154,7 +154,7 @@ def _split(source: str, documents: list[Document], size: int) -> Corpus:
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most ``vocab_size`` tokens, trained on the training half; ``END_OF_TEXT`` is one of them."""
+    """Return a byte-level BPE of at most ``vocab_size`` tokens, including ``END_OF_TEXT``, trained on the training text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -171,7 +171,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
-    """Both halves in its tokens."""
+    """Tokenise training and held-out text."""
     end = tokenizer.token_to_id(END_OF_TEXT)
 
     def encode(documents: list[Document]) -> Tensor:

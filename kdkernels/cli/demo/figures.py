@@ -1,4 +1,4 @@
-"""The PNG: held-out loss while training, and what fused and dense loss took."""
+"""Draw the figure: held-out losses during training, and time and memory of the fused and the dense loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INK, _FAINT = "#1f2937", "#e5e7eb"
 
 
 def draw(record: dict[str, Any]) -> bytes:
-    """The figure of a run as PNG, drawn from its demo.json alone."""
+    """Return the figure of a run as PNG, drawn from its demo.json."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.style import context
@@ -54,7 +54,7 @@ def _curves(axes: Any, record: dict[str, Any]) -> None:
     for name, curve in curves.items():
         label = f"{models[name]['label']}: {curve['held_out'][-1]:.3f}"
         axes.plot(curve["step"], curve["held_out"], color=_COLORS[name], marker="o", markersize=3.5, linewidth=1.8, label=label)
-    # The untrained loss, the same log(vocabulary) for all, would squeeze what differs into a corner.
+    # The axis leaves out the untrained loss, log(vocabulary) for all models, which would compress the differences.
     top = max(curve["held_out"][1] for curve in curves.values())
     bottom = min(min(curve["held_out"]) for curve in curves.values())
     margin = 0.06 * (top - bottom) + 1e-3

@@ -16,7 +16,7 @@ __all__ = ["print_tables", "save"]
 
 
 def print_tables(record: dict[str, Any], console: Console) -> None:
-    """The results of a demo.json, as measured."""
+    """Print the results of a demo.json."""
     console.print(_models(record))
     difference = record["student_difference"]
     console.print(
@@ -79,10 +79,10 @@ def _losses(record: dict[str, Any]) -> Table:
 
 
 def save(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes whole files, after all of them have found room in a folder of their own on the same disk; creates ``folder``.
+    """Write all files, or none if the disk is full: they are first written to a temporary folder. Creates ``folder``.
 
     Raises:
-        DemoError: it cannot be written to; what was there before is as it was.
+        DemoError: the folder cannot be written to. Existing files are unchanged.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

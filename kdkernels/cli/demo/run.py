@@ -1,4 +1,4 @@
-"""The order of a demo: text, teacher, two students, comparison, results."""
+"""Run a demo: text, teacher, two students, comparison, results."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _TEACHER_STREAM, _STUDENT_STREAM = 0, 1  # of training batches: the students sha
 
 
 def check(settings: Settings, out: Path) -> None:
-    """Everything that can be known to fail before minutes of training.
+    """Check packages, options and output folder before minutes of training.
 
     Raises:
-        DemoError: a package is missing, an option makes no sense here, or the results could not be written.
+        DemoError: a package is missing, an option is invalid, or the folder cannot be written to.
     """
     missing = [name for name in ("transformers", "tokenizers", "matplotlib") if find_spec(name) is None]
     if missing:
@@ -70,20 +70,20 @@ def check(settings: Settings, out: Path) -> None:
 
 @contextmanager
 def _option(name: str) -> Iterator[None]:
-    """Names the option in errors of the library."""
+    """Add the name of the option to errors of the library."""
     try:
         yield
     except ValueError as error:
         raise DemoError(f"{name}: {error}") from None
     except selection.BackendUnavailable as error:
-        raise DemoError(f"{name}: {error}. Leave {name} out to take the best that can run") from None
+        raise DemoError(f"{name}: {error}. Leave {name} out to use the best backend that can run") from None
 
 
 def run(settings: Settings, data: Path | None, out: Path, environment: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Train, measure, print, and write ``demo.json`` and ``demo.png`` into ``out``; returns what demo.json holds.
+    """Train, measure, print, and write ``demo.json`` and ``demo.png`` to ``out``. Returns the content of demo.json.
 
     Raises:
-        DemoError: bad input; nothing has been written.
+        DemoError: invalid input; nothing has been written.
     """
     check(settings, out)
     with Output(out, "demo") as output:
@@ -121,7 +121,7 @@ def _progress(console: Console) -> Progress:
 
 
 def train_models(settings: Settings, data: Path | None, progress: Progress) -> dict[str, Any]:
-    """Everything in demo.json that does not depend on the clock alone: corpus, models, and the difference between students."""
+    """Return the parts of demo.json about corpus, models, and the difference between the students."""
     from . import train
 
     task = progress.add_task("Text and tokenizer", total=2, note="")
@@ -137,18 +137,18 @@ def train_models(settings: Settings, data: Path | None, progress: Progress) -> d
     student_batches = batches.training(settings.steps, _STUDENT_STREAM)
     kd_loss = train.kd_loss(teacher, settings)
 
-    def trained(name: str, model: Any, loss: train.Loss, its_batches: list[torch.Tensor], lr: float) -> dict[str, Any]:
-        task = progress.add_task(LABELS[name], total=len(its_batches), note="")
+    def trained(name: str, model: Any, loss: train.Loss, model_batches: list[torch.Tensor], lr: float) -> dict[str, Any]:
+        task = progress.add_task(LABELS[name], total=len(model_batches), note="")
         initial = train.fingerprint(model)
 
         def on_step(held_out: float) -> None:
             progress.update(task, advance=1, note=f"held-out loss {held_out:.3f}")
 
-        curve = train.train(model, loss, its_batches, batches.held_out, lr, settings.evaluations, on_step)
+        curve = train.train(model, loss, model_batches, batches.held_out, lr, settings.evaluations, on_step)
         return {
             "label": LABELS[name],
             "parameters": sum(p.numel() for p in model.parameters()),
-            "steps": len(its_batches),
+            "steps": len(model_batches),
             "initial_weights_sha256": initial,
             "final_weights_sha256": train.fingerprint(model),
             "held_out_loss": curve.held_out[-1],

@@ -1,4 +1,4 @@
-"""Every number of a demo run, in one place; demo.json repeats them."""
+"""The settings of a demo run. demo.json contains them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["DemoError", "LossShape", "ModelSize", "Settings"]
 
 
 class DemoError(UserError):
-    """The demo cannot go on; the message names the option or package at fault, what was given, and the way out."""
+    """The demo cannot continue. The message names the option or package, its value, and what to do."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Size of a Llama model; its attention heads are ``head_dim`` wide."""
+    """Size of a Llama model. ``head_dim`` is the width of an attention head."""
 
     hidden: int
     layers: int
@@ -30,7 +30,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class LossShape:
-    """Shape of the comparison of fused and dense losses: ``[rows, vocab]`` logits on both sides, and the processes for each loss."""
+    """Shape of the comparison of fused and dense losses: ``[rows, vocab]`` logits on both sides, and the number of processes per loss."""
 
     rows: int = 2048
     vocab: int = 32768
@@ -41,7 +41,7 @@ class LossShape:
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults take about four minutes on two CPU cores."""
+    """Settings of a run. The defaults take about four minutes on two CPU cores."""
 
     seed: int = 0
     device: str = "cpu"
@@ -69,7 +69,7 @@ class Settings:
 
     @classmethod
     def quick(cls) -> Settings:
-        """Seconds instead of minutes: shows that everything runs, too little training to learn anything from."""
+        """Return settings for a run of a few seconds, which shows that everything runs. The training is too short to learn much."""
         return cls(
             max_bytes=400_000,
             vocab_size=512,

@@ -19,9 +19,9 @@ from .settings import DemoError, ModelSize, Settings
 __all__ = ["Batches", "Curve", "Evaluation", "Loss", "build", "ce_loss", "compare_to_teacher", "fingerprint", "kd_loss", "train"]
 
 Loss = Callable[[LlamaForCausalLM, Tensor, Tensor], Tensor]
-"""From a model, token ids ``[B, T]`` and labels ``[B, T]`` to a scalar. Position i of the labels is the target of position i."""
+"""Loss of a model for token ids ``[B, T]`` and labels ``[B, T]``. Position i of the labels is the target of position i."""
 
-_EVALUATION_WINDOWS = 16  # at once
+_EVALUATION_WINDOWS = 16  # per batch
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """On the held-out windows, ``[windows]`` means over tokens. T = 1, nats."""
+    """Means over the tokens of each held-out window, ``[windows]``, in nats at T = 1."""
 
     cross_entropy: Tensor
     kl_to_teacher: Tensor
@@ -47,9 +47,10 @@ class Batches:
     """Training batches at random positions and fixed held-out windows of two token streams."""
 
     def __init__(self, train: Tensor, held_out: Tensor, settings: Settings) -> None:
-        """
+        """Select the held-out windows.
+
         Raises:
-            DemoError: too little text for one training window and two held-out ones, the fewest that have a spread.
+            DemoError: the text is too short for one training window and two held-out windows, which a standard error needs.
         """
         self._span = torch.arange(settings.window + 1)
         self._train, self._settings = train, settings
@@ -64,7 +65,7 @@ class Batches:
         self.held_out = self._windows(held_out, starts)
 
     def training(self, steps: int, stream: int) -> list[Tensor]:
-        """``steps`` batches ``[B, T + 1]``: the same for the same settings and stream number."""
+        """Return ``steps`` batches ``[B, T + 1]``, which depend only on the settings and the number of the stream."""
         generator = torch.Generator().manual_seed(self._settings.seed * 1000 + stream)
         last = len(self._train) - len(self._span)
         starts = torch.randint(last + 1, (steps, self._settings.batch), generator=generator)
@@ -75,7 +76,7 @@ class Batches:
 
 
 def build(size: ModelSize, vocab: int, settings: Settings) -> LlamaForCausalLM:
-    """A Llama with random weights that depend on its size and the seed alone; the global random state stays as it was."""
+    """Return a Llama with random weights, which depend only on its size and the seed. The global random state does not change."""
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=size.hidden,
@@ -95,7 +96,7 @@ def build(size: ModelSize, vocab: int, settings: Settings) -> LlamaForCausalLM:
 
 
 def fingerprint(model: LlamaForCausalLM) -> str:
-    """SHA-256 of all weights."""
+    """Return the SHA-256 of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -104,17 +105,17 @@ def fingerprint(model: LlamaForCausalLM) -> str:
 
 
 def head(model: LlamaForCausalLM, ids: Tensor) -> LMHead:
-    """Last hidden states and LM head of a model: its logits, without computing them."""
+    """Return the last hidden states and the LM head of a model, without computing logits."""
     return LMHead(model.model(ids).last_hidden_state, model.lm_head.weight)
 
 
 def ce_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Plain language modelling."""
+    """Return the cross-entropy of plain language modelling."""
     return F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
 
 
 def kd_loss(teacher: LlamaForCausalLM, settings: Settings) -> Loss:
-    """Cross-entropy and distillation from the teacher in one fused loss: neither model's LM head is called."""
+    """Return a loss with cross-entropy and distillation from the teacher, fused. It calls neither model's LM head."""
 
     def loss(student: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -142,10 +143,10 @@ def train(
     evaluations: int,
     on_step: Callable[[float], None],
 ) -> Curve:
-    """AdamW with linear warm-up and cosine decay, one step per batch; ``on_step`` gets the latest held-out loss.
+    """Train with AdamW, linear warm-up and cosine decay, one step per batch. ``on_step`` gets the latest held-out loss.
 
     Raises:
-        DemoError: the loss is no longer finite.
+        DemoError: the loss is not finite.
     """
     steps = len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -175,14 +176,14 @@ def train(
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, held_out: Tensor) -> float:
-    """Mean cross-entropy over ``[windows, T + 1]``, nats per token."""
+    """Return the mean cross-entropy of windows ``[windows, T + 1]`` in nats per token."""
     parts = [ce_loss(model, w[:, :-1], w[:, 1:]) * len(w) for w in torch.split(held_out, _EVALUATION_WINDOWS)]
     return float(torch.stack(parts).sum() / len(held_out))
 
 
 @torch.no_grad()
 def compare_to_teacher(student: LlamaForCausalLM, teacher: LlamaForCausalLM, held_out: Tensor, backend: str) -> Evaluation:
-    """Held-out cross-entropy of the student and its distance from the teacher, window by window."""
+    """Return the student's held-out cross-entropy and its divergence from the teacher, per window."""
     columns = []
     for windows in torch.split(held_out, _EVALUATION_WINDOWS):
         ids, labels = windows[:, :-1], windows[:, 1:]
