@@ -160,10 +160,10 @@ def _reduced(call: Call, tensors: Tensors, loss: Tensor, valid: Tensor | None) -
 
 def _values(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     """Return a quantity of one side per token, ``[...]`` or ``[..., K]``; 0 at ids of -1."""
-    ids, many = tensors.get("labels"), tensors.ids_per_row
-    index = None if ids is None else ids.long() if many is not None else ids.long().unsqueeze(-1)
-    none = None if index is None else index == call.ignore_index
-    valid = None if none is None else ~none.all(-1)
+    ids, several = tensors.get("labels"), tensors.ids_per_row is not None
+    index = None if ids is None else ids.long() if several else ids.long().unsqueeze(-1)
+    padding = None if index is None else index == call.ignore_index
+    valid = None if padding is None else ~padding.all(-1)
     z = _student_logits(call, tensors, valid)
     x = over_temperature(z, call)
     log_q = torch.log_softmax(x, -1)
@@ -173,10 +173,10 @@ def _values(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
         values = entropy_of(log_q)
     else:
         assert index is not None
-        assert none is not None
-        chosen = log_q.gather(-1, torch.where(none, torch.zeros_like(index), index))
-        values = torch.where(none, torch.zeros_like(chosen), chosen)
-        values = values if many is not None else values.squeeze(-1)
+        assert padding is not None
+        chosen = log_q.gather(-1, torch.where(padding, torch.zeros_like(index), index))
+        values = torch.where(padding, torch.zeros_like(chosen), chosen)
+        values = values if several else values.squeeze(-1)
     if call.quantity == "cross_entropy":
         return _reduced(call, tensors, -values, valid)
     return (values,)

@@ -29,8 +29,8 @@ SMALLEST_TEMPERATURE = 2.0**-100
 """Smaller temperatures are raised to this one. Here all logits below the largest already have probability 0, and 1 / T fits in float32."""
 
 _FORMAT = 5
-"""Version of the ops' results, part of every text. Increment it when a result's shape or dtype changes: torch.compile caches graphs on
-disk under this text and must not reuse a graph of an older version of the package."""
+"""Version of the ops' results, which begins the structure in every text. Increment it when a result's shape or dtype changes: torch.compile
+caches graphs on disk under this text and must not reuse a graph of an older version of the package."""
 
 Quantity = Literal["distillation", "cross_entropy", "logprobs", "logsumexp", "entropy", "topk", "sample", "softmax", "log_softmax"]
 """The quantity computed for each row: a loss between student and teacher, or a quantity of the student alone."""
@@ -43,6 +43,7 @@ _T = TypeVar("_T")
 def flat(cls: type[_T]) -> type[_T]:
     """Register a frozen dataclass that can be part of a ``Call``. Its flat form is derived from its fields and their types."""
     _CLASSES[cls.__name__] = cls
+    # f.type is a string such as "float | None": annotations are not evaluated.
     _FIELDS[cls] = tuple((f.name, str(f.type).partition(" ")[0]) for f in dataclasses.fields(cls))  # type: ignore[arg-type]
     return cls
 
@@ -124,8 +125,8 @@ class Call:
         """Return whether the quantity needs the label's column or the columns of given ids."""
         return self.quantity in ("cross_entropy", "logprobs")
 
-    def storage(self, dtype: torch.dtype) -> torch.dtype:
-        """Dtype in which a chunk stores logits that come from matrix products in ``dtype``."""
+    def head_storage(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of a chunk's logits that come from matrix products in ``dtype``."""
         return dtype if self.logits_dtype == dtype else self.compute_dtype
 
     @property
@@ -213,7 +214,8 @@ class Tensors:
 
 
 Flat = tuple[list[Tensor], Tensor, list[int], str]
-"""Tensors, float64 numbers on the host, sizes, and a text: the tensor names in order, a line break, then the remaining structure."""
+"""Tensors, float64 numbers on the host, sizes, and a text: the tensor names in order, a line break, ``_FORMAT``, and the structure of the
+call without numbers and sizes."""
 
 
 def flatten(call: Call, tensors: Tensors) -> Flat:
@@ -234,14 +236,17 @@ def rename(tensors: Tensors, text: str) -> str:
 
 def restore(tensors: Sequence[Tensor], numbers: Tensor | None, sizes: Sequence[int], text: str) -> tuple[Call, Tensors]:
     """Convert the arguments of a custom op back to a call. ``numbers=None`` (while compiling) fills in arbitrary numbers."""
-    spec = text.partition("\n")[2]
-    call: Call = _filled(_template(spec), None, iter(sizes)) if numbers is None else _call(spec, tuple(numbers.tolist()), tuple(sizes))
+    structure = text.partition("\n")[2]
+    if numbers is None:
+        call: Call = _filled(_template(structure), None, iter(sizes))
+    else:
+        call = _call(structure, tuple(numbers.tolist()), tuple(sizes))
     return call, Tensors(dict(zip(names_of(text), tensors, strict=True)))
 
 
 @lru_cache(maxsize=256)
-def _call(spec: str, numbers: tuple[float, ...], sizes: tuple[int, ...]) -> Call:
-    call: Call = _filled(_template(spec), iter(numbers), iter(sizes))
+def _call(structure: str, numbers: tuple[float, ...], sizes: tuple[int, ...]) -> Call:
+    call: Call = _filled(_template(structure), iter(numbers), iter(sizes))
     return call
 
 
@@ -280,8 +285,8 @@ def _stripped(value: Any, kind: str, numbers: list[float], sizes: list[int]) -> 
 
 
 @lru_cache(maxsize=256)
-def _template(spec: str) -> Any:
-    return ast.literal_eval(spec.partition(" ")[2])
+def _template(structure: str) -> Any:
+    return ast.literal_eval(structure.partition(" ")[2])  # without _FORMAT
 
 
 def _filled(template: Any, numbers: Iterator[float] | None, sizes: Iterator[int]) -> Any:

@@ -45,7 +45,7 @@ class Outputs(NamedTuple):
     num_selected: Tensor  # [] int64 on the host: a copy of num_valid
 
 
-KEPT = ("state", "d_student", "d_weight", "d_bias", "selected", "num_selected")
+SAVED = ("state", "d_student", "d_weight", "d_bias", "selected", "num_selected")
 """Outputs that backward reads."""
 
 
@@ -64,14 +64,14 @@ def forward(call: Call, tensors: Tensors) -> Outputs:
         if selected.index is not None:
             outputs.selected[:count] = selected.index
     dtype, device = call.compute_dtype, tensors.student.device
-    many = tensors.ids_per_row
-    labels = selected.take(tensors.get("labels"), torch.int64, many) if call.needs_ce or call.needs_ids else None
+    num_ids = tensors.ids_per_row
+    labels = selected.take(tensors.get("labels"), torch.int64, num_ids) if call.needs_ce or call.needs_ids else None
     arrays = Arrays(
         stages=FORWARD,
         state=torch.zeros(_state_rows(call), count, dtype=dtype, device=device),  # the backend writes only the rows it needs
         weight=selected.take(tensors.get("token_weights"), dtype),
         labels=labels,
-        loss=torch.empty((count,) if many is None else (count, many), dtype=dtype, device=device),
+        loss=torch.empty((count,) if num_ids is None else (count, num_ids), dtype=dtype, device=device),
         stats=torch.empty(len(STATS), count, dtype=torch.float32, device=device) if call.return_stats else None,
     )
     # With one upstream gradient per token, the head's gradient is not a multiple of one number.
@@ -105,7 +105,7 @@ def _store(call: Call, arrays: Arrays, selected: Selected, outputs: Outputs) -> 
 def backward(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by the student's hidden states or logits, weight and bias. Those that are not needed are empty.
 
-    ``tensors`` also holds ``upstream`` and, as ``saved.*``, the ``KEPT`` results of forward.
+    ``tensors`` also holds ``upstream`` and, as ``saved.*``, the ``SAVED`` results of forward.
     """
     if tensors["saved.state"].dim() != 2:  # no row state: forward computed the gradients, and the teacher was not saved
         return scale(tensors)
@@ -123,7 +123,7 @@ def backward(call: Call, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
 
 def recompute(call: Call, tensors: Tensors, selected: Selected) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute gradients from the rows, in final dtypes and scale: (logits, weight, bias). Those that are not needed are empty."""
-    student, dtype, many = tensors.student, call.compute_dtype, tensors.ids_per_row
+    student, dtype, num_ids = tensors.student, call.compute_dtype, tensors.ids_per_row
     factor = tensors["upstream"].to(dtype)
     if not call.per_token:
         factor = factor.expand(tensors.leading)
@@ -144,8 +144,8 @@ def recompute(call: Call, tensors: Tensors, selected: Selected) -> tuple[Tensor,
     arrays = Arrays(
         stages=stages,
         state=state,
-        weight=selected.take(factor, dtype, many),
-        labels=selected.take(tensors.get("labels"), torch.int64, many) if call.needs_ce or call.needs_ids else None,
+        weight=selected.take(factor, dtype, num_ids),
+        labels=selected.take(tensors.get("labels"), torch.int64, num_ids) if call.needs_ce or call.needs_ids else None,
     )
     gradients = Gradients(
         None if call.student.is_head else d_student, d_weight if call.wants_weight else None, d_bias if call.wants_bias else None
@@ -155,7 +155,7 @@ def recompute(call: Call, tensors: Tensors, selected: Selected) -> tuple[Tensor,
 
 
 def _sweep(call: Call, tensors: Tensors, selected: Selected, arrays: Arrays, gradients: Gradients) -> None:
-    """Loop over the chunks; both passes use it."""
+    """Loop over the chunks, in forward and in backward."""
     student = call.student.student_rows(call, tensors.of("student"), selected.index)
     sink = None
     if gradients.wanted:
@@ -202,23 +202,23 @@ def _scaled(gradient: Tensor, factor: Tensor, like: Tensor | None) -> Tensor:
 def empty_outputs(call: Call, tensors: Tensors) -> Outputs:
     """Return uninitialised outputs with the right shapes and dtypes. The custom op's fake implementation uses them as well."""
     student, leading, dtype = tensors.student, tensors.leading, call.compute_dtype
-    new, again, is_head = student.new_empty, call.recomputes, call.student.is_head
+    new, is_head = student.new_empty, call.student.is_head
     num_rows = math.prod(leading)
-    keeps_input = call.wants_input and (is_head or not again)
-    many = tensors.ids_per_row
-    of_row = () if many is None else (many,)
-    keeps_state = again or (keeps_input and many is not None)
+    saves_input = call.wants_input and (is_head or not call.recomputes)
+    num_ids = tensors.ids_per_row
+    ids = () if num_ids is None else (num_ids,)
+    saves_state = call.recomputes or (saves_input and num_ids is not None)
     # The gradient may fit in float16 only after backward multiplies it by the upstream gradient (1 / N, or a gradient scaler's).
-    wide = many is not None or (is_head and student.dtype == torch.float16)
+    wide = num_ids is not None or (is_head and student.dtype == torch.float16)
     return Outputs(
-        loss=new((*leading, *of_row) if call.per_token else (), dtype=dtype),
+        loss=new((*leading, *ids) if call.per_token else (), dtype=dtype),
         num_valid=new((), dtype=torch.int64),
         stats=new((len(STATS), *leading) if call.return_stats else (0,), dtype=torch.float32),
-        state=new((_state_rows(call) + sum(of_row), num_rows) if keeps_state else (0,), dtype=dtype),
-        d_student=new(student.shape if keeps_input else (0,), dtype=dtype if wide else student.dtype),
+        state=new((_state_rows(call) + sum(ids), num_rows) if saves_state else (0,), dtype=dtype),
+        d_student=new(student.shape if saves_input else (0,), dtype=dtype if wide else student.dtype),
         d_weight=_weight_accumulator(call, tensors, call.wants_weight and not call.per_token),
         d_bias=_accumulator(tensors.get("student.bias"), call.wants_bias and not call.per_token, call, student),
-        selected=new(num_rows if keeps_state and call.has_labels else 0, dtype=torch.int64),
+        selected=new(num_rows if saves_state and call.has_labels else 0, dtype=torch.int64),
         num_selected=new((), dtype=torch.int64, device="cpu"),
     )
 
@@ -231,14 +231,15 @@ def row_bytes(call: Call, tensors: Tensors) -> int:
 
 
 def _state_rows(call: Call) -> int:
+    """Return the number of rows of the state: with a teacher ``STATE``, else the log-sum-exp in two parts and, if needed, the entropy."""
     return len(STATE) if call.is_distillation else 3 if call.quantity == "entropy" else 2
 
 
 def _weight_accumulator(call: Call, tensors: Tensors, wanted: bool) -> Tensor:
-    """Allocate the head's gradient: in the compute dtype to sum several chunks, in bfloat16 if a single product computes all of it.
+    """Allocate the head's gradient: in the compute dtype, or in bfloat16 for a bfloat16 head if there is only one chunk.
 
-    A single product sums in float32 and rounds once, as in eager mode, and backward then moves a third fewer bytes. A CPU's GEMM does so
-    only for bfloat16 operands.
+    The one product then sums in float32 and rounds once, as in eager mode, and backward moves a third fewer bytes. Both of its operands
+    must be bfloat16, which depends on the device (``dz_dtype``).
     """
     weight = tensors.get("student.weight")
     out = _accumulator(weight, wanted, call, tensors.student)
@@ -254,4 +255,4 @@ def _accumulator(parameter: Tensor | None, wanted: bool, call: Call, like: Tenso
     return like.new_empty(parameter.shape if parameter is not None and wanted else (0,), dtype=call.compute_dtype)
 
 
-__all__ = ["KEPT", "Outputs", "backward", "empty_outputs", "forward", "plan", "recompute", "row_bytes", "scale", "select_rows"]
+__all__ = ["SAVED", "Outputs", "backward", "empty_outputs", "forward", "plan", "recompute", "row_bytes", "scale", "select_rows"]

@@ -27,12 +27,12 @@ class OneSided(Work):
         batch = HeadBatch(logits, self.student.bias, top=part.state[0], log_sum=part.state[1], dz=dz, dz_scale=self.dz_scale)
         slope = torch.ones_like(batch.top) if part.weight is None else part.weight
         if part.labels is not None:
-            many = part.labels.dim() == 2
-            batch.ids = part.labels if many else part.labels.unsqueeze(-1)
+            several = part.labels.dim() == 2  # ids per row
+            batch.ids = part.labels if several else part.labels.unsqueeze(-1)
             batch.logprobs = torch.empty(batch.ids.shape, dtype=part.state.dtype, device=part.state.device)
             if call.quantity == "cross_entropy":
                 batch.d_logprobs = -slope.unsqueeze(-1)
-            elif many and Stage.NORMALISERS in part.stages:  # m, see ``from_ids``
+            elif several and Stage.NORMALISERS in part.stages:  # dz = q f, from which ``HeadSink`` computes m: see ``from_ids``
                 batch.d_lse = slope
             else:
                 batch.d_logprobs = slope.view_as(batch.ids)
@@ -60,14 +60,14 @@ def from_ids(call: Call, tensors: Tensors, selected: Selected) -> Tensor:
     g is the upstream gradient, f the derivative of ``logits / T`` by ``hidden @ W.T``, and ``m = (q f) @ W`` the student's gradient saved
     by forward. The saved state is ``[2 + K, N]``: log-sum-exps in two parts, then log-probabilities.
     """
-    student, many, transform = tensors.student, tensors.ids_per_row, call.student
+    student, num_ids, transform = tensors.student, tensors.ids_per_row, call.student
     out = pages.recycled(student.new_empty(student.shape if call.wants_input else (0,)))
     if not call.wants_input:
         return out
     if selected.index is not None:
         out.zero_()
     dtype, state, count = call.compute_dtype, tensors["saved.state"], selected.count
-    ids, g = selected.take(tensors["labels"], torch.int64, many), selected.take(tensors["upstream"], dtype, many)
+    ids, g = selected.take(tensors["labels"], torch.int64, num_ids), selected.take(tensors["upstream"], dtype, num_ids)
     assert ids is not None
     assert g is not None
     g = g.masked_fill(ids < 0, 0.0)

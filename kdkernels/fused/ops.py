@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .. import reference
 from . import engine, one_side
 from .call import Call, Tensors, flatten, names_of, rename, restore
-from .engine import KEPT, Outputs
+from .engine import SAVED, Outputs
 from .work import check_values
 
 _NAMESPACE = __name__.partition(".")[0]  # "kdkernels", or the name under which this copy of the package was loaded
@@ -42,6 +42,9 @@ def define(name: str, tensors: str, results: str, kernel: Kernel, fake: Kernel, 
     op = getattr(getattr(torch.ops, _NAMESPACE), name).default
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    if function is None:
+        return op
+    in_list = tensors.startswith("Tensor[]")
 
     def plain(tensors: Sequence[Tensor], *call: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -53,9 +56,7 @@ def define(name: str, tensors: str, results: str, kernel: Kernel, fake: Kernel, 
             return function.apply(plain, numbers, sizes, text, *tensors)
         return plain(tensors, numbers, sizes, text)
 
-    in_list = tensors.startswith("Tensor[]")
-    if function is not None:
-        _LIBRARY.impl(name, recorded, "Autograd")
+    _LIBRARY.impl(name, recorded, "Autograd")
     return op
 
 
@@ -93,7 +94,7 @@ TRAINED = ("student.input", "student.weight", "student.bias")
 """Differentiable tensors, in the order of the results of ``distill_backward``."""
 
 
-_NAMES = {"distillation": "distillation_loss", "logprobs": "token_logprobs"}  # other functions have their quantity's name
+_NAMES = {"distillation": "distillation_loss", "logprobs": "token_logprobs"}  # public functions not named like their quantity
 
 
 def _no_second_derivative(sizes: Sequence[int], text: str) -> NoReturn:
@@ -121,7 +122,7 @@ class _Distill(torch.autograd.Function):
             # Without row state, backward only scales gradients and needs neither teacher nor labels. The head is saved for the shape and
             # dtype of its gradient; it is a parameter, so saving it costs no memory.
             named = {name: tensor for name, tensor in named.items() if name.startswith("student.")}
-        named |= {f"saved.{name}": getattr(outputs, name) for name in KEPT}
+        named |= {f"saved.{name}": getattr(outputs, name) for name in SAVED}
         ctx.names = tuple(named)
         ctx.save_for_backward(numbers, *named.values())
         return tuple(outputs)
@@ -202,6 +203,7 @@ def refuse_tangents(message: str, *tensors: Tensor | None) -> None:
 
 
 def refuse_forward_mode(call: Call, *tensors: Tensor | None) -> None:
+    """Raise ``RuntimeError`` if forward-mode AD differentiates by one of the tensors of a call."""
     refuse_tangents(
         f"kdkernels.{_NAMES.get(call.quantity, call.quantity)} has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode "
         '(backward, grad, jacrev), or backend="reference", which is plain torch (but stores all logits)',

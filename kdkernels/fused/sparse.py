@@ -127,8 +127,8 @@ def coarsened(call: Call, targets: Targets, log_q: Tensor) -> Slopes:
     p, log_p, rest = targets
     q = log_q.exp()
     rest_q = (1.0 - q.sum(-1)).clamp(min=FLOOR)
-    log_p, log_q = (torch.cat([log, of_rest.log().unsqueeze(-1)], -1) for log, of_rest in ((log_p, rest), (log_q, rest_q)))
-    p, q = (torch.cat([some, of_rest.unsqueeze(-1)], -1) for some, of_rest in ((p, rest), (q, rest_q)))
+    log_p, log_q = (torch.cat([log_ids, others.log().unsqueeze(-1)], -1) for log_ids, others in ((log_p, rest), (log_q, rest_q)))
+    p, q = (torch.cat([at_ids, others.unsqueeze(-1)], -1) for at_ids, others in ((p, rest), (q, rest_q)))
     div = call.divergence
     terms = div.terms(log_q, log_p, q, p)
     value, coefficients = div.finish([term.sum(-1, keepdim=True) for term in terms[: div.num_sums]])
@@ -182,10 +182,10 @@ class _Block:
     def run(self) -> None:
         """Compute loss, statistics and gradients of these rows."""
         call, form = self.call, self.work.form
-        cross_entropy, of_labels = torch.full_like(self.factor, math.nan), None
+        cross_entropy, label_dz = torch.full_like(self.factor, math.nan), None
         if self.labels is not None and not self.with_label:  # before the gradient overwrites the logits
-            of_labels = torch.empty_like(self.dz) if self.dz is not None and call.ce_weight else None
-            cross_entropy = self._cross_entropy(self.labels, of_labels)
+            label_dz = torch.empty_like(self.dz) if self.dz is not None and call.ce_weight else None
+            cross_entropy = self._cross_entropy(self.labels, label_dz)
         head = self._statistics()
         assert head.logprobs is not None
         targets = form.targets(self.ids, self.values)
@@ -196,8 +196,8 @@ class _Block:
         self._store(slopes.value, cross_entropy, targets, head)
         if self.dz is not None:
             self._gradient(self.dz, slopes, log_q, head.logprobs[:, -1:])
-            if of_labels is not None:
-                self.dz.add_(of_labels)
+            if label_dz is not None:
+                self.dz.add_(label_dz)
 
     def _batch(self, **parts: object) -> HeadBatch:
         top, log_sum = self.arrays.state[:2]
@@ -273,8 +273,8 @@ class _Block:
             values = values * (1 - (z / call.student.softcap).square())
         # A padded id must not change the row: point it at a column that the row writes anyway, with the same value, or rewrite the value
         # already there.
-        named = ids >= 0
-        one = named.to(torch.int8).argmax(-1, keepdim=True)
-        column = ids.gather(-1, one).clamp(min=0)
-        there = torch.where(named.gather(-1, one), values.gather(-1, one), dz.gather(-1, column).to(values.dtype))
-        dz.scatter_(-1, torch.where(named, ids, column), torch.where(named, values, there).to(dz.dtype))
+        present = ids >= 0  # not padding
+        first = present.to(torch.int8).argmax(-1, keepdim=True)  # slot of the row's first id
+        column = ids.gather(-1, first).clamp(min=0)
+        value = torch.where(present.gather(-1, first), values.gather(-1, first), dz.gather(-1, column).to(values.dtype))
+        dz.scatter_(-1, torch.where(present, ids, column), torch.where(present, values, value).to(dz.dtype))

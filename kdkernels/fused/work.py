@@ -197,7 +197,7 @@ class TeacherRows(Protocol):
         """Allocate buffers for chunks of at most this many rows."""
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """``[C, V]`` before bias, scale and softcap."""
+        """Return logits ``[C, V]`` before bias, scale and softcap."""
 
     def release(self) -> None:
         """Release the buffers."""
@@ -342,7 +342,7 @@ class Form(Transform):
         return False
 
     def storage(self, call: Call) -> torch.dtype:
-        """Dtype of the logits that a row kernel reads."""
+        """Return the dtype of the logits that a row kernel reads."""
         return self.dtype
 
     def student_rows(self, call: Call, tensors: Tensors, index: Tensor | None) -> StudentRows:

@@ -58,7 +58,7 @@ class HeadForm(DenseForm):
         return True
 
     def storage(self, call: Call) -> torch.dtype:
-        return call.storage(self.dtype)
+        return call.head_storage(self.dtype)
 
     def student_rows(self, call: Call, tensors: Tensors, index: Tensor | None) -> HeadRows:
         return HeadRows(call, self.dtype, tensors, index)
@@ -78,7 +78,7 @@ class HeadRows:
     def __init__(self, call: Call, dtype: torch.dtype, tensors: Tensors, index: Tensor | None) -> None:
         self.rows, self.dtype, self.vocab = Rows(tensors["input"], index), dtype, call.vocab
         self._weight, self._bias, self._bias_dtype = tensors["weight"], tensors.get("bias"), call.compute_dtype
-        self.storage = call.storage(dtype)
+        self.storage = call.head_storage(dtype)
         self.own_product = own_product(call, self._weight, dtype)
         self.buffer = self._weight.new_empty(0)
 
@@ -183,10 +183,9 @@ class HeadSink:
 
 
 def _in_units(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return ``(weight / unit, unit)``: ``unit``, [] on the device, is a power of two such that the largest quotient is in [1/2, 1).
+    """Return ``(weight / unit, unit)``, where ``unit`` ``[]`` is a power of two such that the largest quotient is in [1/2, 1).
 
-    Values that must fit in float16 are computed with the quotients, and float32 results are multiplied by ``unit``. Does not
-    synchronise with the host.
+    Float16 gradients are computed with the quotients, and float32 results are multiplied by ``unit``. Does not synchronise with the host.
     """
     if weight is None or not weight.numel():
         return weight, None
@@ -199,7 +198,7 @@ def _in_units(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def own_product(call: Call, weight: Tensor, dtype: torch.dtype) -> Product | None:
     """Return the backend's matrix product for a head in ``dtype``, or None. Only for products that make torch widen the head."""
     product_of: ProductOf | None = getattr(selection.load(call.backend), "product_of", None)
-    return None if product_of is None else product_of(weight, dtype, call.storage(dtype))
+    return None if product_of is None else product_of(weight, dtype, call.head_storage(dtype))
 
 
 def check_head(name: str, side: LMHead) -> Checked:

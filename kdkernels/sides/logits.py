@@ -60,7 +60,7 @@ class LogitsRows:
         """Do nothing: there is no buffer."""
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """``[C, V]``."""
+        """Return logits ``[C, V]``."""
         return self.rows.take(start, stop)
 
     @property
