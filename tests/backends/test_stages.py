@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import selection
-from kdkernels.backends.rows import FORWARD, STATE, STATS, RowBatch, Stage
+from kdkernels.backends.rows import FORWARD, STATE, STATS, HeadBatch, RowBatch, Stage
 from kdkernels.divergences import REGISTRY, Divergence
 from kdkernels.fused import merge
 from kdkernels.fused.call import Call
@@ -198,6 +198,34 @@ def sliced(module: Any, problem: Call, batch: RowBatch) -> tuple[Tensor, Tensor 
         stats = merge.statistics(problem, state, torch.stack([part.stats for part in parts if part.stats is not None]))
     gradient = torch.cat([part.dz for part in parts if part.dz is not None], -1)
     return merge.loss(problem, state, batch.weight, scales), stats, gradient
+
+
+def one_side(quantity: str, dtype: torch.dtype) -> HeadBatch:
+    """Return rows of one side with tensors for an entropy, or for log-probabilities at ids, and their gradients."""
+    generator = torch.Generator().manual_seed(5)
+    logits, d_logprobs = (torch.randn(ROWS, n, generator=generator, dtype=dtype) for n in (VOCAB, 3))
+    top, log_sum, entropy, upstream = (torch.full((ROWS,), value, dtype=dtype) for value in (math.nan, math.nan, math.nan, 0.7))
+    batch = HeadBatch(3 * logits, None, top, log_sum, d_lse=upstream, dz=torch.full_like(logits, math.nan), dz_scale=0.5)
+    if quantity == "entropy":
+        return replace(batch, entropy=entropy, d_entropy=2 * upstream)
+    ids = torch.tensor([[3, 60, 3], [-1, 100, 0], [7, 8, 9], [-1, -1, -1]])
+    return replace(batch, ids=ids, logprobs=torch.full_like(d_logprobs, math.nan), d_logprobs=d_logprobs)
+
+
+@pytest.mark.parametrize("quantity", ["entropy", "token_logprobs"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
+def test_stages_of_one_side_one_by_one_equal_stages_together(backend: str, quantity: str) -> None:
+    require(backend, "cpu")
+    module, dtype = selection.load(backend), torch.float32
+    call = Call(kd.ForwardKL(), VOCAB, quantity=quantity, temperature=1.7, student=Form(dtype=dtype))
+    together = one_side(quantity, dtype)
+    module.head_rows(call, together, ALL)
+    for parts in PARTS:
+        apart = one_side(quantity, dtype)
+        for stages in parts:
+            module.head_rows(call, apart, stages)
+        results = ([getattr(batch, name) for name in ("top", "log_sum", "entropy", "logprobs", "dz")] for batch in (apart, together))
+        assert_same(*results, 16)
 
 
 @pytest.fixture
