@@ -60,6 +60,25 @@ template <class Real> KD_INLINE Share<Real> share(Real own, Real other, Real log
     return {log, expm1(log)};
 }
 
+// A mixture m that is nearly one of q and p, on a GPU. log2_fast has an absolute error near 1, but here a value is as small as the weight
+// of the other or its square. So where t = m / heavy - 1 is small, log(1 + t) is t - bend, with a polynomial for bend.
+constexpr float kLight = 0.125f;  // the largest weight of the other
+struct LightMixture {
+    float size, bend, log_m;  // natural: log(other / heavy), limited to where results depend on it; t - log(1 + t) if close; log(1 + t)
+    bool close;
+};
+KD_INLINE LightMixture light_mixture(float light, float log2_light, float log2_heavy) {
+    const float size = fminf(fmaxf((log2_light - log2_heavy) * kLn2, -44.f), 44.f), t = light * expm1(size);
+    const float bend = t * t * (0.5f + t * (-0.3333294f + t * (0.2500239f + t * (-0.20080183f + t * (0.16693323f + t * -0.10811102f)))));
+    const bool close = t < 0.25f;
+    return {size, bend, close ? t - bend : log(1.f + t), close};
+}
+// KL(own || m) of a column, m = (1 - light) * own + light * other.
+KD_INLINE float light_skew(float light, float log_own, float log_other, float own, float other) {
+    const LightMixture m = light_mixture(light, log_other, log_own);
+    return m.close ? own * m.bend : light * (other - own) - own * m.log_m;
+}
+
 struct ForwardKL : SlopeSumKnown {
     static constexpr int id = 0;
     static constexpr const char* name = "forward_kl";
@@ -94,6 +113,14 @@ struct JSD : SlopeSumUnknown {
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real beta, Real rest) {
         const Mixture<Real> m = mixture(rest, beta, log_q, log_p);
         const Real slope = rest * kUnit<Real> * times(q, m.log_qm);
+        if constexpr (kSpecial<Real>) {
+            const bool light_q = rest <= kLight;
+            if (light_q || beta <= kLight) {
+                const Real from_q = rest * q, from_p = beta * p;
+                const LightMixture l = light_q ? light_mixture(rest, log_q, log_p) : light_mixture(beta, log_p, log_q);
+                return {(light_q ? from_q : from_p) * l.size - l.log_m * (from_q + from_p), slope};
+            }
+        }
         return {beta * kUnit<Real> * times(p, m.log_pm) + slope, slope};
     }
     // Only the slope, with fewer instructions.
@@ -107,6 +134,8 @@ struct SkewKL : SlopeSumUnknown {
     static constexpr const char* name = "skew_kl";
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
         const Share<Real> of_p = share(a, rest, log_p, log_q);
+        if constexpr (kSpecial<Real>)
+            if (rest <= kLight) return {light_skew(rest, log_p, log_q, p, q), -rest * times(q, of_p.excess)};
         return {kUnit<Real> * times(p, of_p.log) + rest * (q - p), -rest * times(q, of_p.excess)};
     }
 };
@@ -117,6 +146,8 @@ struct SkewReverseKL : SlopeSumUnknown {
     template <class Real> KD_INLINE static Terms<Real> terms(Real log_q, Real log_p, Real q, Real p, Real a, Real rest) {
         const Share<Real> of_q = share(a, rest, log_q, log_p);
         const Real value = kUnit<Real> * times(q, of_q.log);
+        if constexpr (kSpecial<Real>)
+            if (rest <= kLight) return {light_skew(rest, log_q, log_p, q, p), value - a * times(q, of_q.excess)};
         return {value + rest * (p - q), value - a * times(q, of_q.excess)};
     }
 };

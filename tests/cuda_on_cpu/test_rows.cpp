@@ -312,8 +312,29 @@ template <class D> double column_error(double log2_q, double log2_p) {
     return worst;
 }
 
+// The same for the value of a mixture that is nearly q or nearly p, relative to the value, which is as small as the weight or its square.
+template <class D> double light_error(double log2_q, double log2_p, double weight) {
+    Rows a{};
+    a.a = float(weight), a.b = float(1 - weight);
+    const float float_q = float(log2_q), float_p = float(log2_p);
+    const double lq = float_q * std::log(2.0), lp = float_p * std::log(2.0), q = std::exp(lq), p = std::exp(lp);
+    const double light = std::min(a.a, a.b), of_a = weight < .5 ? light : 1 - light;  // the floats do not sum to exactly 1
+    const double want = D::template terms<double>(lq, lp, q, p, of_a, 1 - of_a).value;
+    const double got = column_terms<D>(a, float_q, float_p, exp2_fast(float_q)).value;
+    // The value of JSD is a difference of two terms, each about the light weight times q - p.
+    const double terms = D::id == JSD::id ? light * std::abs(q - p) : 0;
+    return std::abs(got - want) / (2e-6 * terms + 2e-5 * std::abs(want) + 1e-30);
+}
+
 void test_columns(Tests& tests) {
     const double logs[] = {-1e-4, -.03, -.5, -1, -1.001, -3, -9.7, -24, -60, -119, -121, -127.5, -140, -300, -5000, -INFINITY};
+    for (const double weight : {.9, .99, .999, .1, .01, .001})
+        for (const double log2_q : logs)
+            for (const double log2_p : logs)
+                tests([&] {
+                    const double jsd = light_error<JSD>(log2_q, log2_p, weight);
+                    return weight < .5 ? jsd : std::max({jsd, light_error<SkewKL>(log2_q, log2_p, weight), light_error<SkewReverseKL>(log2_q, log2_p, weight)});
+                }, [&] { return text("column of a light mixture: log2 q %g, log2 p %g, weight %g", log2_q, log2_p, weight); });
     for (int divergence = 0; divergence < 9; ++divergence)
         for (const double log2_q : logs)
             for (const double log2_p : logs)
