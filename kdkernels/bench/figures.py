@@ -1,8 +1,8 @@
-"""Figures: plain data in, an SVG or a PNG out. They paint their own background, so that they read on light and on dark pages; ``inline``
-lets a page choose the colours instead.
+"""Draw figures from plain data, as SVG or PNG. They have their own background, so that they are legible on light and dark pages; with
+``inline``, the page chooses the colours.
 
-Each file ends in a comment with two digests, of what it was drawn from (data and this module's source) and of the drawing itself. So
-whether a committed figure is current can be told without drawing it again, on any platform and with any version of matplotlib.
+Each file ends with a comment with two digests: of its inputs (data and this module's source), and of the drawing. Checking whether a
+committed figure is current therefore does not need drawing it, and works on any platform and with any version of matplotlib.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STYLE = {
 LABEL_PADDING = 4
 """Points between a bar and its label."""
 TITLE_WIDTH = 72
-"""The most characters in a line of a figure's title."""
+"""Maximum number of characters in a line of a figure's title."""
 
 
 def digest(*parts: str) -> str:
@@ -50,13 +50,13 @@ def _seal(body: str, source: str) -> str:
 
 
 def draw(kind: str, data: Mapping[str, Any]) -> str:
-    """The SVG of one of ``KINDS``."""
+    """Return the SVG of one of ``KINDS``."""
     body = KINDS[kind](data)
     return body + _seal(body, signature(kind, data))
 
 
 def inline(kind: str, data: Mapping[str, Any]) -> str:
-    """The ``<svg>`` element for a page that defines the colours ``--ink``, ``--faint``, ``--page``, ``--ours`` and ``--others``."""
+    """Return an ``<svg>`` element for a page that defines the colours ``--ink``, ``--faint``, ``--page``, ``--ours`` and ``--others``."""
     text = KINDS[kind](data)
     text = text[text.index("<svg") :]
     for color, name in ((INK, "ink"), (AXIS, "faint"), (FAINT, "faint"), (OURS, "ours"), (OTHERS, "others"), ("#ffffff", "page")):
@@ -75,7 +75,7 @@ def png(kind: str, data: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def _figure(width: float, height: float, png_file: IO[bytes] | None) -> Iterator[tuple[Any, io.StringIO]]:
-    """A figure in inches, and the text that its SVG is in, in the end; or with a file, its PNG there."""
+    """Yield a figure (sizes in inches) and a buffer that gets its SVG at the end. With ``png_file``, its PNG is written there instead."""
     from matplotlib.figure import Figure
     from matplotlib.style import context
 
@@ -89,7 +89,7 @@ def _figure(width: float, height: float, png_file: IO[bytes] | None) -> Iterator
 
 
 def loss(data: Mapping[str, Any], png_file: IO[bytes] | None = None) -> str:
-    """Bars of time, with the floor as a line, and of peak memory where it was measured.
+    """Draw bars of time, with the floor as a line, and bars of peak memory if it was measured.
 
     ``{"title", "floor": ms or None, "floor_is": text, "bars": [{"name", "ours", "ms", "mib" or None}]}``
     """
@@ -162,7 +162,7 @@ MARKERS = "osD^vPX*"
 
 
 def curve(data: Mapping[str, Any], png_file: IO[bytes] | None = None) -> str:
-    """Lines over a logarithmic axis, ours in one colour and the others in another, told apart by marker and dash.
+    """Draw lines over a logarithmic axis: ours in one colour, the others in another, distinguished by marker and dash.
 
     ``{"title", "x", "y", "log": bool, "percent": bool, "curves": [{"name", "ours", "x": [...], "y": [...]}]}``; x and y name the axes.
     """
