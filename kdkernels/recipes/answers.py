@@ -1,4 +1,4 @@
-"""The final answer of a chain of thought: where it is in the text, and whether it is the right one."""
+"""Find the final answer in a chain of thought, and compare it with the right one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHOICE = re.compile(r"(?<![A-Za-z])\(?([A-Za-z])\)|(?<![A-Za-z'])([A-H])(?![A-Z
 
 
 def split(text: str) -> tuple[str, str]:
-    """The rationale and what follows the last "answer" marker, on its line; ``(text, "")`` without a marker."""
+    """Return the rationale, and the rest of the line after the last "answer" marker; ``(text, "")`` without a marker."""
     found = list(_MARKER.finditer(text))
     if not found:
         return text.strip(), ""
@@ -31,10 +31,10 @@ def split(text: str) -> tuple[str, str]:
 
 
 def extract(text: str, kind: Kind) -> str | None:
-    r"""The normalised final answer of a reply, or None if it gives none.
+    r"""Return the normalised final answer of a reply; None without one.
 
-    It stands after the last marker ("Answer: ...", "the answer is ..."), or in a ``\boxed{...}`` that comes later. Without either, a number
-    or choice is the last in the text, and free text has no answer.
+    It follows the last marker ("Answer: ...", "the answer is ..."), or is in a later ``\boxed{...}``. Without either, it is the last
+    number or choice in the text; free text then has no answer.
     """
     markers = list(_MARKER.finditer(text))
     inside = boxed(text[markers[-1].end() :] if markers else text)

@@ -1,16 +1,16 @@
-"""Chain of thought: the teacher's rationales, checked by their final answer, taught to a student.
+"""Chain of thought: the student learns the teacher's rationales whose final answer is right.
 
-- Rationales: asked for by instruction alone (zero-shot-CoT, Kojima et al. 2022, https://arxiv.org/abs/2205.11916) or after worked examples
-  (Wei et al. 2022, https://arxiv.org/abs/2201.11903). Kept if their final answer is the row's.
-- Fine-tune-CoT (Ho et al. 2022, https://arxiv.org/abs/2212.10071): several sampled rationales a question ("diverse reasoning"); the
+- Rationales: requested by an instruction alone (zero-shot-CoT, Kojima et al. 2022, https://arxiv.org/abs/2205.11916) or after worked
+  examples (Wei et al. 2022, https://arxiv.org/abs/2201.11903). Kept if their final answer is the row's.
+- Fine-tune-CoT (Ho et al. 2022, https://arxiv.org/abs/2212.10071): several sampled rationales per question ("diverse reasoning"); the
   student learns rationale and answer as one text, ``L = -log q(r, a | x)``.
-- Distilling Step-by-Step (Hsieh et al. 2023, https://arxiv.org/abs/2305.02301): two tasks told apart by a prefix,
-  ``L = L_label + lambda * L_rationale``, so that no rationale has to be written at inference.
+- Distilling Step-by-Step (Hsieh et al. 2023, https://arxiv.org/abs/2305.02301): two tasks, distinguished by a prefix,
+  ``L = L_label + lambda * L_rationale``, so that no rationale is needed at inference.
 - MT-CoT (Li et al. 2022, https://arxiv.org/abs/2210.06726): one task answers, the other explains and then answers,
   ``L = (1 - w) * L_answer + w * L_explain``.
 
-Each task's loss is a mean over its own tokens. ``balance`` says this with row weights, whatever the rows' lengths and however they are
-batched. Rationales are filtered by their final answer in all three, as in Fine-tune-CoT. Left out: its answer cleansing by data set; the
+Each task's loss is a mean over its own tokens. ``balance`` expresses this as row weights, independent of the rows' lengths and of batches.
+ Rationales are filtered by their final answer in all three, as in Fine-tune-CoT. Left out: its answer cleansing by data set; the
 prompt files of the papers (the wording here is ours).
 """
 
@@ -34,7 +34,7 @@ PREFIXES = {"label": "[label] ", "rationale": "[rationale] "}
 
 @dataclass(frozen=True)
 class Rationale:
-    """A rationale for an item whose final answer is the item's."""
+    """A rationale whose final answer is the item's."""
 
     item: Item
     text: str
@@ -55,11 +55,11 @@ def rationales(
     examples: Sequence[Item] = (),
     most: int | None = None,
 ) -> tuple[list[Rationale], Tally]:
-    """Distinct rationales that end in the row's answer, at most ``most`` an item. ``examples`` are worked ones: their ``rationale`` field
-    and answer.
+    """Return distinct rationales that end in the row's answer, at most ``most`` per item. ``examples`` are worked examples with a field
+    ``rationale`` and an answer.
 
     Raises:
-        RecipeError: a row whose answer is not of this ``kind``, or an example without a rationale.
+        RecipeError: a row's answer is not of this ``kind``, or an example has no rationale.
     """
     answers.check(items, kind)
     if most is not None and most < 1:
@@ -100,12 +100,12 @@ def rationales(
 
 
 def worked(rationale: str, answer: str) -> str:
-    """Rationale, then answer: the text that a student of Fine-tune-CoT learns."""
+    """Return rationale and answer, the text that a student of Fine-tune-CoT learns."""
     return f"{rationale}\nAnswer: {answer}"
 
 
 def fine_tune_cot(found: Sequence[Rationale], *, chat: bool = True) -> list[Row]:
-    """One row for each rationale: the question, then rationale and answer as one response."""
+    """Return one row per rationale: the question, then rationale and answer as one response."""
     return [
         student_row(r.item, worked(r.text, r.answer), suffix=f"/{n}", chat=chat, rationale=r.text)
         for n, r in _numbered(found)
@@ -120,7 +120,7 @@ def multi_task(
     prefixes: Mapping[str, str] = PREFIXES,
     chat: bool = True,
 ) -> list[Row]:
-    """A ``label`` row for each item, whatever became of its rationales, and a ``rationale`` row for each rationale: without the answer in
+    """Return a ``label`` row for each item, even without rationales, and a ``rationale`` row for each rationale: without the answer in
     ``step-by-step``, with it in ``mt-cot``.
 
     The rows have no weights yet: see ``balance``.
@@ -137,13 +137,13 @@ def multi_task(
 
 
 def balance(rows: Sequence[Row], task_weights: Mapping[str, float], lengths: Sequence[int]) -> list[Row]:
-    """Rows with weights under which the token-weighted mean loss of all rows is ``sum_task weight * (mean loss over that task's tokens)``.
+    """Add weights to rows, so that the token-weighted mean loss of all rows is ``sum_task weight * (mean loss over that task's tokens)``.
 
     The trainer divides by all N tokens, so a token of a task with N_task tokens gets ``weight * N / N_task``. ``lengths`` are the
-    numbers of tokens that each row's response has.
+    numbers of tokens of the rows' responses.
 
     Raises:
-        RecipeError: a weight for a task without rows, a task without a weight, or weights below 0 or all 0.
+        RecipeError: a task with a weight has no rows, a task has no weight, or weights are negative or all 0.
     """
     tokens: defaultdict[str, int] = defaultdict(int)
     for row, length in zip(rows, lengths, strict=True):
@@ -157,7 +157,7 @@ def balance(rows: Sequence[Row], task_weights: Mapping[str, float], lengths: Seq
 
 
 def _numbered(found: Sequence[Rationale]) -> list[tuple[int, Rationale]]:
-    """Each rationale with its number within its item."""
+    """Yield each rationale with its number within its item."""
     counts: defaultdict[str, int] = defaultdict(int)
     numbered = []
     for r in found:

@@ -1,4 +1,4 @@
-"""Distil in-context learning: the student learns, with or without demonstrations, what the teacher does with them.
+"""Distil in-context learning: the student learns the teacher's outputs with demonstrations, with or without reading them itself.
 
 Context distillation (Askell et al. 2021, https://arxiv.org/abs/2112.00861; Snell et al. 2022, https://arxiv.org/abs/2209.15189): the
 teacher reads k demonstrations and the question, the student the question alone,
@@ -12,9 +12,9 @@ to use them, by the teacher's soft labels, the hard label, and language modellin
 
     L = KL(p(y | C, x), q(y | C, x)) + a(t) * CE(y | C, x) + L_lm
 
-``a`` falls while training (``ce_weight`` to ``ce_weight_last`` of the trainer); that it falls on a line is our choice. The rows of L_lm are
-trained as the others are: the soft labels at their weight, the hard ones at their weight times ``a``. Left out: training over many tasks
-with held-out tasks (Meta-ICT): give rows of many tasks, each with its ``task``, and demonstrations are drawn within it.
+``a`` falls during training, from ``ce_weight`` to ``ce_weight_last`` of the trainer; the paper does not say how, here linearly. The rows of
+L_lm are trained like the others: soft labels with their weight, hard labels with their weight times ``a``. Left out: training over many
+tasks with held-out tasks (Meta-ICT): give rows of many tasks, each with its ``task``, and demonstrations are drawn within it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ __all__ = ["answered", "context_distillation", "demonstrations", "in_context_tun
 
 
 def demonstrations(items: Sequence[Item], k: int, seed: int, pool: Sequence[Item] | None = None) -> list[list[Item]]:
-    """``k`` demonstrations for each item, drawn from ``pool`` (default: the items) within the item's task; the same for the same seed.
+    """Draw ``k`` demonstrations for each item from ``pool`` (default: the items), within the item's task. They depend only on the seed.
 
-    An item is never its own demonstration, nor is any with the same question.
+    Items with the same question are not used as demonstrations.
 
     Raises:
-        RecipeError: a task with too few other questions, or a demonstration without a response.
+        RecipeError: a task has too few other questions, or a demonstration has no response.
     """
     by_task: defaultdict[str | None, dict[str, Item]] = defaultdict(dict)
     for other in items if pool is None else pool:
@@ -59,12 +59,12 @@ def demonstrations(items: Sequence[Item], k: int, seed: int, pool: Sequence[Item
 
 
 def context_distillation(items: Sequence[Item], shown: Sequence[Sequence[Item]], *, chat: bool = True) -> list[Row]:
-    """Rows whose teacher view has the demonstrations before the question, and whose student view has not.
+    """Return rows in which only the teacher's prompt has the demonstrations before the question.
 
-    As ``teacher_messages``; without chat as ``demonstrations``, which the trainer writes before the prompt.
+    They are in ``teacher_messages``; without chat in ``demonstrations``, which the trainer writes before the prompt.
 
     Raises:
-        RecipeError: an item without a response: take the gold ones, or the teacher's (``answered``).
+        RecipeError: an item has no response: use the data's, or the teacher's (``answered``).
     """
     rows = []
     for item, demos in zip(items, shown, strict=True):
@@ -76,7 +76,7 @@ def context_distillation(items: Sequence[Item], shown: Sequence[Sequence[Item]],
 
 
 def in_context_tuning(items: Sequence[Item], shown: Sequence[Sequence[Item]], *, chat: bool = True) -> list[Row]:
-    """Rows in which both views have the demonstrations; the response is what is scored."""
+    """Return rows in which both prompts have the demonstrations. The response is scored."""
     rows = []
     for item, demos in zip(items, shown, strict=True):
         row = student_row(item, _response(item), chat=chat, task=item.task)
@@ -89,15 +89,14 @@ def in_context_tuning(items: Sequence[Item], shown: Sequence[Sequence[Item]], *,
 
 
 def language_modelling(items: Sequence[Item], weight: float) -> list[Row]:
-    """Rows of plain text, question and response, every token of which is learnt with ``weight``: the LM term."""
+    """Return the rows of the LM term: question and response as plain text, of which every token is learnt with ``weight``."""
     return [{"key": f"{i.key}/lm", "text": f"{i.prompt}\n{_response(i)}", "weight": weight} for i in items]
 
 
 def answered(
     items: Sequence[Item], shown: Sequence[Sequence[Item]], teacher: TextModel, log: Path, sampling: Sampling
 ) -> tuple[list[Item], list[list[Item]], Tally]:
-    """The items with the teacher's own replies (given the demonstrations) for responses: for questions that have none, or for black-box
-    teachers.
+    """Return the items with the teacher's replies, given the demonstrations, as responses, for questions without one or black-box teachers.
 
     Items whose reply is empty or cut off are dropped, with their demonstrations.
     """
@@ -120,7 +119,7 @@ def answered(
 
 
 def with_demonstrations(item: Item, demos: Sequence[Item]) -> tuple[Message, ...]:
-    """The item's conversation with question and answer of each demonstration as turns before its last."""
+    """Return the item's conversation with each demonstration's question and answer as turns before the last one."""
     turns: list[Message] = []
     for demo in demos:
         turns += [{"role": "user", "content": demo.prompt}, {"role": "assistant", "content": _response(demo)}]

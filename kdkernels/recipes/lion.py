@@ -1,14 +1,14 @@
-"""Lion: the teacher finds what the student cannot do yet, and makes more of it.
+"""Lion: find instructions that the student cannot follow yet, and generate more of them.
 
 Jiang et al. 2023 (https://arxiv.org/abs/2305.12870), adversarial distillation of a closed model. A round:
 
 1. imitate: the student learns the teacher's answers to the training pool (cross-entropy).
-2. discriminate: a referee rates both models' answers to the cache pool, 1 to 10, in both orders, since it favours a place. With s the mean
-   over the orders, an instruction is hard if ``s_teacher - s_student >= 1``, else easy.
-3. generate: new instructions like the hard ones, and as many like the easy ones (to keep what is learnt). One whose ROUGE-L to any
-   instruction so far is above 0.7 is dropped. They are the next training pool, and join the cache pool.
+2. discriminate: a referee rates both models' answers to the cache pool, 1 to 10, in both orders, because it favours one position. With s
+   the mean over the orders, an instruction is hard if ``s_teacher - s_student >= 1``, else easy.
+3. generate: new instructions like the hard ones, and as many like the easy ones, against forgetting. Instructions whose ROUGE-L with an
+   earlier one is above 0.7 are dropped. The others form the next training pool, and are added to the cache pool.
 
-Each stage is one JSONL file, written whole; replies are logged as they come. So whatever ends a round, the same call goes on where it was.
+Each stage writes one JSONL file atomically, and replies are logged as they arrive, so that an interrupted round can be continued.
 Left out: instructions with a separate input field (write both into the prompt); the paper's prompts (the wording here is ours).
 """
 
@@ -41,7 +41,7 @@ _RATING = re.compile(r"(?<![\d.])(10|\d)(\.\d+)?(?:\s*/\s*10)?(?![\d.]*\d)")
 
 @dataclass(frozen=True)
 class Judged:
-    """An instruction with both models' mean ratings over the two orders."""
+    """An instruction with the mean rating of both models over the two orders."""
 
     instruction: str
     teacher: float
@@ -54,7 +54,7 @@ class Judged:
 
 
 def files_of(out: Path) -> list[str]:
-    """Names, below ``out``, of the files that the rounds so far and the next one write whole."""
+    """Return the names, below ``out``, of the files of all rounds so far and of the next one."""
     number, _ = stage(out)
     files = ("settings.json", "imitate.jsonl", "judged.jsonl", "generated.jsonl")
     return ["settings.json", *(f"{folder_of(Path(), n)}/{name}" for n in range(number + 2) for name in files)]
@@ -65,10 +65,10 @@ def folder_of(out: Path, number: int) -> Path:
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes what a folder is made with, or checks that it is being continued with the same.
+    """Write the settings of a folder, or check that they are those of the existing folder.
 
     Raises:
-        RecipeError: another setting than before.
+        RecipeError: a setting has changed.
     """
     path = folder / "settings.json"
     if not path.exists():
@@ -83,19 +83,19 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def weights_of(student: str) -> str:
-    """Identify a trained student, also if it replaces another in the same folder: its path, and the size and time of its weights."""
+    """Return the identity of a trained student: its path, and size and time of its weights, which change if it is replaced."""
     files = sorted(Path(student).glob("*.safetensors"))
     return fingerprint([student, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]])
 
 
 def student_of(out: Path, number: int) -> str | None:
-    """The ``weights_of`` the student that a round was done with."""
+    """Return the ``weights_of`` the student of a round."""
     path = folder_of(out, number) / "settings.json"
     return json.loads(path.read_text(encoding="utf-8")).get("student") if path.exists() else None
 
 
 def stage(out: Path) -> tuple[int, str]:
-    """Number of the round that is next, and what it waits for: ``imitate`` or ``student`` (a student trained on its ``imitate.jsonl``)."""
+    """Return the number of the next round, and its next step: ``imitate``, or ``student`` (one trained on its ``imitate.jsonl``)."""
     number = 0
     while (folder_of(out, number) / "generated.jsonl").exists():
         number += 1
@@ -103,7 +103,7 @@ def stage(out: Path) -> tuple[int, str]:
 
 
 def instructions(seeds: Sequence[str], out: Path, number: int) -> tuple[list[str], list[str]]:
-    """Training pool and cache pool of a round: the seeds at first, then the last round's new ones, and all so far."""
+    """Return training pool and cache pool of a round: the last round's new instructions (at first the seeds), and all so far."""
     pool, latest = list(dict.fromkeys(seeds)), list(dict.fromkeys(seeds))
     for n in range(number):
         latest = [row["instruction"] for _, row in read_jsonl(folder_of(out, n) / "generated.jsonl")]
@@ -114,7 +114,7 @@ def instructions(seeds: Sequence[str], out: Path, number: int) -> tuple[list[str
 def imitate(
     train: Sequence[str], teacher: TextModel, out: Path, number: int, sampling: Sampling, *, chat: bool = True
 ) -> tuple[list[Row], Tally]:
-    """Rows with the teacher's answers, written to ``imitate.jsonl``: train the student on them."""
+    """Write rows with the teacher's answers to ``imitate.jsonl``, for training the student."""
     rows, tally = sequence_level([_item(i) for i in train], teacher, out / "teacher.jsonl", sampling, chat=chat)
     if not rows:
         raise RecipeError(f"round {number}: no usable answer of the teacher to {len(train)} instructions ({dict(tally.dropped)})")
@@ -134,9 +134,9 @@ def discriminate(
     rating: Sampling,
     threshold: float = 1.0,
 ) -> tuple[list[Judged], Tally]:
-    """Rate both models' answers in both orders; written to ``judged.jsonl``.
+    """Rate both models' answers in both orders, and write the ratings to ``judged.jsonl``.
 
-    Dropped are instructions that the teacher gives no usable answer to, which are not rated, and those without two ratings in each order.
+    Instructions without a usable answer of the teacher, or without two ratings in each order, are dropped.
     """
     folder = folder_of(out, number)
     asked = [(_item(i).key, _item(i).messages) for i in cache]
@@ -187,12 +187,12 @@ def generate(
     threshold: float = 0.7,
     tries: int = 4,
 ) -> tuple[list[str], Tally]:
-    """Half of ``count`` new instructions after hard ones, half after easy ones; written to ``generated.jsonl``.
+    """Write ``count`` new instructions to ``generated.jsonl``: half like hard ones, half like easy ones.
 
-    At most ``tries * count`` are asked for, so there may be fewer. Where there is no hard (easy) one, all are made after the others.
+    At most ``tries * count`` are requested, so there may be fewer. Without hard (easy) instructions, all are like the others.
 
     Raises:
-        RecipeError: not one new instruction.
+        RecipeError: there is not a single new instruction.
     """
     folder = folder_of(out, number)
     pool, tally = Pool(cache, threshold), Tally(rows=len(judged))
@@ -241,7 +241,7 @@ def generate_prompt(instruction: str, difficulty: Difficulty) -> str:
 
 
 def ratings(reply: str) -> tuple[float, float] | None:
-    """The two ratings on the first line that is not empty, in [1, 10]; None unless there are exactly two."""
+    """Return the two ratings in [1, 10] on the first line that is not empty; None unless there are exactly two."""
     first = next((line for line in reply.splitlines() if line.strip()), "")
     found = [float(whole + part) for whole, part in _RATING.findall(first)]
     return (found[0], found[1]) if len(found) == 2 and all(1 <= f <= 10 for f in found) else None

@@ -1,4 +1,4 @@
-"""Near-duplicates among texts: ROUGE-L (Lin 2004) between their words."""
+"""Find near-duplicates among texts, by ROUGE-L (Lin 2004) of their words."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _WORD = re.compile(r"\w+")
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Lower-case words; what holds no word stands for itself, so that only equal texts of that kind are duplicates."""
+    """Return the lower-case words of a text. A text without words is one word, so that it is only a duplicate of an equal text."""
     return tuple(_WORD.findall(text.lower())) or (text.strip(),)
 
 
 def rouge_l(a: str, b: str) -> float:
-    """F1 of the longest common subsequence of words, in [0, 1]."""
+    """Return the F1 of the longest common subsequence of words, in [0, 1]."""
     return _f1(words(a), words(b))
 
 
@@ -27,20 +27,20 @@ def _f1(a: tuple[str, ...], b: tuple[str, ...]) -> float:
 
 
 class Pool:
-    """Texts of which no two are near-duplicates: their ROUGE-L is at most ``threshold``."""
+    """A set of texts without near-duplicates: the ROUGE-L of any two is at most ``threshold``."""
 
     def __init__(self, texts: Iterable[str] = (), threshold: float = 0.7) -> None:
-        """``texts`` are taken as they are, duplicates included."""
+        """Add all ``texts``, including duplicates."""
         self.threshold = threshold
         self._words = [words(text) for text in texts]
 
     def nearest(self, text: str) -> float:
-        """The highest ROUGE-L to any text of the pool; 0.0 for an empty pool."""
+        """Return the highest ROUGE-L with a text of the pool; 0.0 for an empty pool."""
         new = words(text)
         return max((_f1(new, old) for old in self._words), default=0.0)
 
     def add(self, text: str) -> bool:
-        """Takes ``text`` in unless it is a near-duplicate; says whether it did."""
+        """Add ``text`` unless it is a near-duplicate. Return whether it was added."""
         new = words(text)
         # F1 <= 2 min / (a + b): most of a large pool is ruled out by length alone.
         for old in self._words:

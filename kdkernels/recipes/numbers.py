@@ -1,4 +1,4 @@
-"""Numbers in answers as models write them. A number is read whole or not at all: its parts are never taken for it."""
+"""Read numbers in answers, as models write them. A number that cannot be read completely is not read at all."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _FUNCTIONS = re.compile(
 
 
 def read_numbers(text: str) -> list[Fraction | None]:
-    """The numbers of a text in their order; None for one that can't be read whole: an expression, a list, a time, a multiple of x."""
+    """Return the numbers of a text in order; None for each that cannot be read: an expression, a list, a time, a multiple of x."""
     text = _prepared(text)
     values: list[Fraction | None] = []
     at = 0
@@ -74,7 +74,7 @@ def read_numbers(text: str) -> list[Fraction | None]:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}``, whose braces may hold others; None without one."""
+    r"""Return the content of the last ``\boxed{...}``, which may contain braces; None without one."""
     at = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if at < 0:
         return None
@@ -88,7 +88,7 @@ def boxed(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """The text without commands and braces of LaTeX, dollar signs, and signs of emphasis."""
+    """Return the text without LaTeX commands and braces, dollar signs, and marks of emphasis."""
     text = re.sub(r"\\[,!;: ]|~|(?<=[A-Za-z])\$", " ", text.replace("\\%", "%").replace("\\$", "$"))
     text = re.sub(r"\\(?:times|cdot)(?![a-zA-Z])", "*", text)
     text = re.sub(r"\^ *\{? *\\circ *\}?", "°", text)
@@ -123,7 +123,7 @@ def _fraction(found: re.Match[str]) -> str:
 
 
 def _term(text: str, start: re.Match[str]) -> tuple[Fraction | None, int]:
-    """The signed number that follows ``start``, and where it ends."""
+    """Return the signed number at ``start``, and its end."""
     value, at = _quantity(text, start.end())
     sign = start.groupdict().get("sign") or ""
     return (-value if value is not None and sign.strip().lower() in ("-", "minus", "negative") else value), at
@@ -158,7 +158,7 @@ def _value(chunk: str) -> Fraction | None:
 
 
 def _raised(value: Fraction | None, ten: str | None, power: str | None) -> Fraction | None:
-    """``value * 10**ten``, or ``value**power``."""
+    """Return ``value * 10**ten``, or ``value**power``."""
     exponent = int(ten or power or 0)
     if value is None or abs(exponent) > _LARGEST_EXPONENT or (power and value == 0):
         return None
@@ -166,7 +166,7 @@ def _raised(value: Fraction | None, ten: str | None, power: str | None) -> Fract
 
 
 def _with_rest(text: str, at: int, value: Fraction | None) -> tuple[Fraction | None, int]:
-    """The value, if what is glued to it leaves it a number: a unit does."""
+    """Return the value if the characters directly after it, such as a unit, leave it a number."""
     if glued := _GLUED.match(text, at):
         at = glued.end()
         if _OTHER in glued[0] or glued[0] in _NOT_UNITS or text[at : at + 1].isdigit():
@@ -177,6 +177,6 @@ def _with_rest(text: str, at: int, value: Fraction | None) -> tuple[Fraction | N
 
 
 def _after(text: str, at: int) -> int:
-    """The end of the word or number at ``at``, which belongs to what stands before it."""
+    """Return the end of the word or number at ``at``, which belongs to the preceding text."""
     following = _FOLLOWING.match(text, at)
     return following.end() if following else at

@@ -28,12 +28,12 @@ Row = dict[str, Any]
 
 
 class RecipeError(ValueError):
-    """Data or options that a recipe cannot use; the message names the file, the row and the field, or the option."""
+    """A recipe cannot use the data or an option. The message names the file, the row and the field, or the option."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row of the user's data: a conversation that ends with the user's turn, and what is known of its answer."""
+    """One row of the data: a conversation that ends with the user's turn, and its response, if it has one."""
 
     key: str
     messages: tuple[Message, ...]
@@ -50,10 +50,10 @@ class Item:
         return self.row.get("task")
 
     def text(self, name: str) -> str:
-        """Another field of the row, as text.
+        """Return another field of the row as text.
 
         Raises:
-            RecipeError: the row lacks it, or it is neither text nor a number.
+            RecipeError: the row lacks the field, or it is neither text nor a number.
         """
         return _text(self.row, name, self.where)
 
@@ -63,7 +63,7 @@ class Sampling:
     """Sampling options: ``samples`` replies of at most ``max_tokens`` tokens to each prompt.
 
     Raises:
-        RecipeError: several samples at temperature 0, which would be the same text again.
+        RecipeError: several samples at temperature 0, which would all be the same text.
     """
 
     max_tokens: int = 256
@@ -100,21 +100,21 @@ class Tally:
 
 
 def read_jsonl(path: Path) -> list[tuple[str, Row]]:
-    """Rows of a JSONL (or Parquet) file, each with its place (``data.jsonl, row 3``) for error messages. Empty lines are skipped.
+    """Return the rows of a JSONL (or Parquet) file with their places (``data.jsonl, row 3``) for error messages. Empty lines are skipped.
 
     Raises:
-        DataError: no such file, no rows, or a line that is not a JSON object.
+        DataError: the file does not exist, has no rows, or a line is not a JSON object.
     """
     return [(row.where, row.fields) for row in read_rows(path)]
 
 
 def read_items(path: Path, prompt: str = "prompt", response: str = "response", needs_response: bool = True) -> list[Item]:
-    """Items of a JSONL file: ``messages``, or a prompt field; and a response field.
+    """Return the items of a JSONL file with ``messages`` or a prompt field, and a response field.
 
-    ``messages`` that end with the assistant's turn hold their own response. A row's ``key`` is kept; see ``keyed`` for one without.
+    The response of ``messages`` that end with the assistant's turn is that turn. For the keys, see ``keyed``.
 
     Raises:
-        RecipeError: a row without its prompt or response, or with two responses; two rows with one key.
+        RecipeError: a row lacks its prompt or response, or has two responses, or two rows have the same key.
         DataError: see ``read_jsonl``.
     """
     items: list[Item] = []
@@ -132,11 +132,11 @@ def read_items(path: Path, prompt: str = "prompt", response: str = "response", n
 
 
 def keyed(rows: Iterable[tuple[str, Row]]) -> list[tuple[str, str, Row]]:
-    """``(key, where, row)``: the row's own ``key``, else one of its content, so that a row keeps its replies and its draws wherever it
-    moves to; equal rows are numbered.
+    """Return ``(key, where, row)`` for each row. The key is the row's ``key``, else a hash of its content, so that its replies and draws do
+    not depend on its position. Equal rows are numbered.
 
     Raises:
-        RecipeError: two rows with one key.
+        RecipeError: two rows have the same key.
     """
     found, seen, equal = [], dict[str, str](), Counter[str]()
     for where, row in rows:
@@ -152,13 +152,12 @@ def keyed(rows: Iterable[tuple[str, Row]]) -> list[tuple[str, str, Row]]:
 
 
 def student_row(item: Item, response: str, *, prompt: str | None = None, suffix: str = "", chat: bool = True, **fields: Any) -> Row:
-    """A row for ``kdkernels train``: the student reads the item's conversation (its last turn replaced by ``prompt``) and learns
-    ``response``.
+    """Return a row for ``kdkernels train``: the item's conversation with ``prompt`` as its last turn, and ``response``.
 
     ``chat=False`` writes ``prompt`` instead of ``messages``, for students without a chat template. Fields that are None are left out.
 
     Raises:
-        RecipeError: ``chat=False`` for a conversation of more than one turn.
+        RecipeError: ``chat=False``, but the conversation has several turns.
     """
     messages = item.messages if prompt is None else extended(item.messages, prompt)
     view: Row = {"messages": [dict(m) for m in messages]}
@@ -170,19 +169,19 @@ def student_row(item: Item, response: str, *, prompt: str | None = None, suffix:
 
 
 def extended(messages: Sequence[Message], prompt: str) -> tuple[Message, ...]:
-    """The conversation with another last turn of the user."""
+    """Return the conversation with ``prompt`` as its last turn."""
     return (*messages[:-1], {"role": "user", "content": prompt})
 
 
 def ask(
     model: TextModel, log: Path, prompts: Sequence[tuple[str, Sequence[Message]]], sampling: Sampling, *, replaceable: bool = False
 ) -> list[list[Reply]]:
-    """Replies to each ``(key, messages)``, ``sampling.samples`` of them; what ``log`` holds is not asked again.
+    """Return ``sampling.samples`` replies to each ``(key, messages)``. Requests with a reply in ``log`` are not sent again.
 
-    The key of a request holds a hash of all that is asked, so a log never answers another question than it was asked.
+    The key of a request contains a hash of its content, so that a log cannot answer a changed request.
 
     Args:
-        replaceable: where ``log`` holds another model's replies, keep this one's in a log beside it (``judge-2.jsonl``), with a warning.
+        replaceable: if ``log`` has another model's replies, write to a log beside it (``judge-2.jsonl``), with a warning.
     """
     requests = [
         Request(
@@ -200,7 +199,7 @@ def ask(
 
 
 def _complete(model: TextModel, requests: Sequence[Request], log: Path, number: int = 1) -> list[Reply]:
-    """The replies of ``model``, from the first of ``log`` and its successors that holds no other model's."""
+    """Return the replies of ``model``, using the first of ``log`` and its successors without another model's replies."""
     path = log if number == 1 else log.with_stem(f"{log.stem}-{number}")
     try:
         return list(model.complete(requests, path))
@@ -211,7 +210,7 @@ def _complete(model: TextModel, requests: Sequence[Request], log: Path, number: 
 
 
 def cut_short(reply: Reply) -> str | None:
-    """Why a reply is dropped that did not end by itself; None for one that did."""
+    """Return the reason for dropping a reply that did not end by itself; None for any other reply."""
     if reply.finish_reason == REFUSED:
         return "refused by the server"
     if ended(reply.finish_reason):
@@ -237,10 +236,10 @@ def once_each(
     batch: int = 1,
     report: Callable[[int], object] = lambda count: None,
 ) -> list[dict[str, Any]]:
-    """An object with ``text`` for each key: ``make(keys)`` gives those of at most ``batch`` keys, which ``log`` (JSONL) then holds and
-    which are not made again. ``report`` is called with how many are there, as they come.
+    """Return an object with ``text`` for each key. Those in ``log`` (JSONL) are read; ``make(keys)`` makes the others, at most ``batch`` at
+    a time, and they are added to the log. ``report`` is called with the number of new objects.
 
-    A last line cut short by a kill is made again.
+    An incomplete last line, left by a killed process, is made again.
     """
     with Lines(log, _is_text) as lines:
         known = {str(line.get("key")): {"text": "", **line} for line in lines}
@@ -256,12 +255,12 @@ def once_each(
 
 
 def _is_text(line: Mapping[str, Any]) -> bool:
-    """Report whether a line is of ``once_each``, in a log of a version that wrote no markers."""
+    """Return whether a line was written by ``once_each``, for logs without a marker."""
     return set(line) == {"key", "text"} and re.fullmatch(r".+/[0-9a-f]{12}", str(line["key"])) is not None
 
 
 def fingerprint(value: Any) -> str:
-    """12 hexadecimal digits of the sha256 of a JSON value."""
+    """Return the first 12 hexadecimal digits of the sha256 of a JSON value."""
     return digest(value)[:12]
 
 
@@ -276,7 +275,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _messages(row: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], str | None]:
-    """The conversation up to the user's last turn, and the assistant's turn after it, if there is one."""
+    """Return the conversation up to the user's last turn, and the assistant's turn after it, if any."""
     turns = Fields(row, where).messages("messages")
     known = turns.pop().get("content") if turns[-1]["role"] == "assistant" else None
     if not turns or turns[-1]["role"] != "user":

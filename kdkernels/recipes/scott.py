@@ -1,16 +1,16 @@
-"""SCOTT: rationales that the answer makes likely, and a student that is held to its rationale.
+"""SCOTT: rationales that support the answer, and a student whose answer follows from its rationale.
 
 Wang et al. 2023 (https://arxiv.org/abs/2305.01879). The teacher explains the gold answer a* by contrastive decoding against a perturbed
 answer a' (none at all, or a wrong one):
 
     t_i = argmax log p(t | x, a*, t_<i) + G,   G = log p(t | x, a*, t_<i) - log p(t | x, a', t_<i)
 
-which is the argmax of ``log p(. | a*) - s log p(. | a')`` with strength s = 1/2. The student learns two tasks, told apart by a prefix:
+which is the argmax of ``log p(. | a*) - s log p(. | a')`` with strength s = 1/2. The student learns two tasks, distinguished by a prefix:
 
     factual:        L = -log q(r, a* | x)
-    counterfactual: L = -log q(a' | x, r'),  r' the rationale that the teacher gives for a wrong answer a'
+    counterfactual: L = -log q(a' | x, r'),  r' the teacher's rationale for a wrong answer a'
 
-so that its answer follows from its rationale. Left out: nucleus-sampled rationales as a baseline, and the paper's encoder-decoder student:
+Left out: nucleus-sampled rationales as a baseline, and the paper's encoder-decoder student:
 in a causal model, r' stands before the answer and is not scored.
 """
 
@@ -42,13 +42,13 @@ PREFIXES = {"factual": "[factual] ", "counterfactual": "[counterfactual] "}
 
 
 class Contrast(LogitsProcessor):  # type: ignore[misc]
-    """Scores ``log p(. | prompt) - strength * log p(. | other prompt)`` after the same generated tokens. Greedy or sampled, not beams.
+    """Compute ``log p(. | prompt) - strength * log p(. | other prompt)`` after the same generated tokens, for greedy decoding or sampling.
 
-    Where the teacher itself would stop, it stops: by the contrast alone it might go on for ever.
+    If the teacher alone would stop, generation stops, because with the contrast it might never do so.
     """
 
     def __init__(self, model: Any, other_ids: Tensor, other_mask: Tensor, prompt_length: int, strength: float, eos: Sequence[int]) -> None:
-        """``other_ids``, ``other_mask``: ``[B, L']``, padded on the left; ``prompt_length``: of the prompts that ``generate`` is given."""
+        """``other_ids`` and ``other_mask``: ``[B, L']``, padded on the left; ``prompt_length``: length of the prompts of ``generate``."""
         self.model, self.strength = model, strength
         self._ids, self._mask = other_ids, other_mask
         self._prompt_length = prompt_length
@@ -60,7 +60,7 @@ class Contrast(LogitsProcessor):  # type: ignore[misc]
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``[B, L]`` ids so far and ``[B, V]`` logits to ``[B, V]`` scores."""
+        """Return scores ``[B, V]`` for ids ``[B, L]`` and logits ``[B, V]``."""
         if len(input_ids) != len(self._ids):
             raise ValueError(f"{len(input_ids)} sequences for {len(self._ids)} other prompts: contrastive decoding has no beams")
         new = self._ids
@@ -75,7 +75,7 @@ class Contrast(LogitsProcessor):  # type: ignore[misc]
         self._cache = getattr(out, self._cache_name)
         own = scores.float().log_softmax(-1)
         mixed = own - self.strength * out.logits[:, -1].float().log_softmax(-1)
-        # A token that the teacher rules out stays out: -inf minus -inf is no score.
+        # A token with probability 0 under the teacher stays at -inf: -inf minus -inf would be NaN.
         mixed = mixed.masked_fill(own == -torch.inf, -torch.inf)
         stops = torch.isin(own.argmax(-1), self._eos)
         only_eos = torch.full_like(mixed, -torch.inf)
@@ -89,10 +89,10 @@ def explain_prompt(prompt: str, answer: str) -> str:
 
 
 def wrong_answers(items: Sequence[Item], kind: answers.Kind, seed: int) -> list[str]:
-    """A wrong answer for each item: one of its ``choices``, or the answer of another row; the same for the same seed.
+    """Return a wrong answer for each item: one of its ``choices``, or the answer of another row. It depends only on the seed.
 
     Raises:
-        RecipeError: an item to which there is none, whose own answer is not of this ``kind``, or ``choices`` that are no list of text.
+        RecipeError: an item has no wrong answer, its answer is not of this ``kind``, or its ``choices`` are not a list of text.
     """
     answers.check(items, kind)
     everyone = list(dict.fromkeys(i.response or "" for i in items))
@@ -116,7 +116,7 @@ class Explainer:
     """A teacher that explains answers by contrastive decoding, greedily.
 
     Raises:
-        RecipeError: ``strength`` below 0, or a tokenizer without a chat template or an end-of-text token.
+        RecipeError: ``strength`` is negative, or the tokenizer has no chat template or end-of-text token.
     """
 
     model: Any
@@ -206,7 +206,7 @@ class Explainer:
 
 
 def factual_rows(items: Sequence[Item], rationales: Sequence[str], *, chat: bool = True) -> list[Row]:
-    """Rationale and gold answer as one response. Items with an empty rationale are left out."""
+    """Return rows with rationale and gold answer as one response. Items with an empty rationale are left out."""
     return [
         student_row(
             item, worked(text, item.response or ""), prompt=PREFIXES["factual"] + item.prompt, suffix="/factual", chat=chat, task="factual"
@@ -217,7 +217,7 @@ def factual_rows(items: Sequence[Item], rationales: Sequence[str], *, chat: bool
 
 
 def counterfactual_rows(items: Sequence[Item], wrong: Sequence[str], rationales: Sequence[str], *, chat: bool = True) -> list[Row]:
-    """The rationale for a wrong answer is given, that answer is the response. Items with an empty rationale are left out."""
+    """Return rows with the rationale for a wrong answer in the prompt and that answer as response. Items without rationale are left out."""
     rows = []
     for item, answer, text in zip(items, wrong, rationales, strict=True):
         if text:

@@ -5,8 +5,8 @@ which is cross-entropy on the teacher's output ``y^``:
 
     L = -log q(y^ | x)
 
-Their interpolation takes, of several teacher outputs, the one closest to the reference. Left out: beam search over the API (greedy or
-sampled replies instead), and BLEU as the closeness (ROUGE-L instead, which the package has already).
+Their interpolation uses the teacher output, among several, that is closest to the reference. Left out: beam search over the API (greedy or
+sampled replies instead), and BLEU as the closeness (ROUGE-L instead).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["sequence_level"]
 def sequence_level(
     items: Sequence[Item], teacher: TextModel, log: Path, sampling: Sampling | None = None, *, closest: bool = False, chat: bool = True
 ) -> tuple[list[Row], Tally]:
-    """Rows with the teacher's text as response: every distinct sample, or with ``closest`` the one nearest to the row's own response.
+    """Return rows with the teacher's text as response: every distinct sample, or with ``closest`` the one closest to the row's response.
 
-    Empty replies and those cut off at ``max_tokens`` are dropped: a student would learn to stop in mid-sentence.
+    Empty replies and those cut off at ``max_tokens`` are dropped, because the student would learn to stop in mid-sentence.
 
     Raises:
-        RecipeError: ``closest`` for a row without a response.
+        RecipeError: ``closest``, but a row has no response.
     """
     sampling = sampling or Sampling()
     if closest and (lacking := next((i for i in items if i.response is None), None)):

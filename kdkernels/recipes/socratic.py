@@ -38,7 +38,7 @@ class Decomposition:
 
 
 def parse(text: str) -> tuple[tuple[str, str], ...] | None:
-    """Pairs of "Q: ..." and "A: ..." lines; None unless they alternate, beginning with Q and ending with A. Other lines are passed over."""
+    """Return pairs of "Q: ..." and "A: ..." lines; None unless they alternate, from Q to A. Other lines are ignored."""
     lines = [match.groups() for line in text.splitlines() if (match := _LINE.fullmatch(line))]
     asked, answered = lines[::2], lines[1::2]
     if not lines or len(asked) != len(answered) or any(k.upper() != "Q" for k, _ in asked) or any(k.upper() != "A" for k, _ in answered):
@@ -49,10 +49,10 @@ def parse(text: str) -> tuple[tuple[str, str], ...] | None:
 def decompose(
     items: Sequence[Item], teacher: TextModel, log: Path, sampling: Sampling, *, kind: answers.Kind, instruction: str = INSTRUCTION
 ) -> tuple[list[Decomposition], Tally]:
-    """The first decomposition of each item, of ``sampling.samples``, whose last sub-answer is the item's answer.
+    """Return the first of ``sampling.samples`` decompositions of each item whose last sub-answer is the item's answer.
 
     Raises:
-        RecipeError: a row whose answer is not of this ``kind``.
+        RecipeError: a row's answer is not of this ``kind``.
     """
     answers.check(items, kind)
     prompts = [(i.key, extended(i.messages, f"{i.prompt}\n{instruction}")) for i in items]
@@ -80,7 +80,7 @@ def decompose(
 
 
 def questioner_rows(found: Sequence[Decomposition], *, chat: bool = True) -> list[Row]:
-    """Rows of the student that asks: the problem, then all sub-questions, one a line."""
+    """Return rows for the student that asks: the problem, then all sub-questions, one per line."""
     return [
         student_row(d.item, "\n".join(q for q, _ in d.steps), prompt=question_prompt(d.item.prompt), chat=chat, task="question")
         for d in found
@@ -88,7 +88,7 @@ def questioner_rows(found: Sequence[Decomposition], *, chat: bool = True) -> lis
 
 
 def solver_rows(found: Sequence[Decomposition], *, chat: bool = True) -> list[Row]:
-    """Rows of the student that answers: the problem, the steps so far and one sub-question, then its answer."""
+    """Return rows for the student that answers: the problem, the steps so far and one sub-question, then its answer."""
     return [
         student_row(d.item, answer, prompt=solver_prompt(d.item.prompt, d.steps[:j], question), suffix=f"/{j}", chat=chat, task="solve")
         for d in found
@@ -107,7 +107,7 @@ def solver_prompt(problem: str, steps: Sequence[tuple[str, str]], question: str)
 def solve(
     items: Sequence[Item], questioner: TextModel, solver: TextModel, folder: Path, sampling: Sampling
 ) -> list[tuple[tuple[str, str], ...]]:
-    """Both students at work: the sub-questions of each item and the solver's answers, one step after the other; logs in ``folder``."""
+    """Run both students: return each item's sub-questions and the solver's answers, step by step. Logs are in ``folder``."""
     asked = ask(questioner, folder / "questions.jsonl", [(i.key, extended(i.messages, question_prompt(i.prompt))) for i in items], sampling)
     questions = [[line.strip() for line in replies[0].text.splitlines() if line.strip()] for replies in asked]
     steps: list[list[tuple[str, str]]] = [[] for _ in items]

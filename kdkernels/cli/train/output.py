@@ -67,7 +67,7 @@ def check_output(output: Output, settings: Settings) -> None:
     names += [MERGED] if settings.adapter.merge else []
     if (strange := [name for name in names if step_of(name) is not None and name not in output]) and RECORD not in names:
         raise TrainError(
-            f"--output-dir {output.path} holds checkpoints but no {RECORD}: {strange[0]} is of another program. Give another folder"
+            f"--output-dir {output.path} holds checkpoints but no {RECORD}: another program wrote {strange[0]}. Give another folder"
         )
     inputs = {f"--{role}": path for role, path, _ in settings.models} | {"--cache": settings.cache}
     for option, paths in (("--data", settings.sources), ("--eval-data", settings.eval_data)):

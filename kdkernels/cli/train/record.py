@@ -144,8 +144,8 @@ def check_expected(settings: Settings, now: Record, console: Console) -> None:
         return
     if other := other_content({**now.content, **expected.get("content", {})}, now.content):
         raise TrainError(
-            f"--config: its block {BLOCK} is of a run with another {', another '.join(other)}: give what that run had, or leave the block "
-            "out for a new run"
+            f"--config: its block {BLOCK} is from a run with another {', another '.join(other)}: use what that run used, or leave the "
+            "block out for a new run"
         )
     for name, (then, current) in differences(expected.get("machine", {}), _described(now), {}).items():
         if name in expected.get("machine", {}):

@@ -34,7 +34,7 @@ def known_record(settings: Settings, tokenizer: Any) -> tuple[Record, Record | N
     dates = [args.template_date, *(record.settings.get("template_date") for record in (old, other) if record is not None)]
     args.template_date = next(filter(None, dates), None) if writes_date(tokenizer) else None
     now = Record.of(settings, tokenizer, {} if old is None else old.files)
-    for record, where in ((old, f"--output-dir {out} holds"), (other, f"--resume-from-checkpoint {origin} is of")):
+    for record, where in ((old, f"--output-dir {out} holds"), (other, f"--resume-from-checkpoint {origin} is from")):
         differing = [] if record is None else record.unlike(now)
         if differing and record is old and not (out / SUMMARY).is_file() and not checkpoints(out):
             old = None  # it has no checkpoint, so nothing is lost
