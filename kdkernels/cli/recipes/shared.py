@@ -113,8 +113,7 @@ class Teacher(Asking):
 
         url_option, model_option = ("--base-url", "--model") if role == "teacher" else (f"--{role}-url", f"--{role}-model")
         if (path is None) == (url is None):
-            problem = "are missing: give one of them" if path is None else "are given: give one of them, not both"
-            raise RecipeError(f"--{role} (a folder) and {url_option} (a server) {problem}")
+            raise RecipeError(f"give one of --{role} (a folder) and {url_option} (a server){'' if path is None else ', not both'}")
         if path is None and model is None:
             raise RecipeError(f"{url_option} {url}: {model_option} is missing; give the model's name on this server")
         return Watched(self._load(path, url, model, seed, role), console())
