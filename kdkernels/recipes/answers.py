@@ -19,10 +19,10 @@ _CHOICE = re.compile(r"(?<![A-Za-z])\(?([A-Za-z])\)|(?<![A-Za-z'])([A-H])(?![A-Z
 
 def split(text: str) -> tuple[str, str]:
     """Return the rationale, and the rest of the line after the last "answer" marker; ``(text, "")`` without a marker."""
-    found = list(_MARKER.finditer(text))
-    if not found:
+    markers = list(_MARKER.finditer(text))
+    if not markers:
         return text.strip(), ""
-    last = found[-1]
+    last = markers[-1]
     # "So the answer is 4": the words before the marker belong to no rationale.
     start = text.rfind("\n", 0, last.start()) + 1
     lead = text[start : last.start()]
@@ -67,8 +67,8 @@ def normalise(answer: str, kind: Kind, first: bool = False) -> str | None:
 
 def same(reply: str, answer: str, kind: Kind) -> bool:
     """Return whether the reply's final answer is ``answer``; False for a reply without one."""
-    found = extract(reply, kind)
-    return found is not None and found == normalise(answer, kind)
+    final = extract(reply, kind)
+    return final is not None and final == normalise(answer, kind)
 
 
 def check(items: Sequence[Item], kind: Kind) -> None:

@@ -74,7 +74,7 @@ def rationales(
     for item in items:
         messages = extended(item.messages, f"{item.prompt}\n{instruction}")
         prompts.append((item.key, (*messages[:-1], *shown, messages[-1])))
-    tally, kept = Tally(rows=len(items)), []
+    tally, right = Tally(rows=len(items)), []
     for item, replies in zip(items, ask(teacher, log, prompts, sampling), strict=True):
         texts: list[str] = []
         for reply in replies:
@@ -94,9 +94,9 @@ def rationales(
                 tally.drop(f"more than {most} rationales")
             else:
                 texts.append(text)
-        kept += [Rationale(item, text) for text in texts]
-    tally.kept = len(kept)
-    return kept, tally
+        right += [Rationale(item, text) for text in texts]
+    tally.kept = len(right)
+    return right, tally
 
 
 def worked(rationale: str, answer: str) -> str:
@@ -104,17 +104,17 @@ def worked(rationale: str, answer: str) -> str:
     return f"{rationale}\nAnswer: {answer}"
 
 
-def fine_tune_cot(found: Sequence[Rationale], *, chat: bool = True) -> list[Row]:
+def fine_tune_cot(rationales: Sequence[Rationale], *, chat: bool = True) -> list[Row]:
     """Return one row per rationale: the question, then rationale and answer as one response."""
     return [
         student_row(r.item, worked(r.text, r.answer), suffix=f"/{n}", chat=chat, rationale=r.text)
-        for n, r in _numbered(found)
+        for n, r in _numbered(rationales)
     ]  # fmt: skip
 
 
 def multi_task(
     items: Sequence[Item],
-    found: Sequence[Rationale],
+    rationales: Sequence[Rationale],
     *,
     style: Literal["step-by-step", "mt-cot"],
     prefixes: Mapping[str, str] = PREFIXES,
@@ -129,7 +129,7 @@ def multi_task(
         student_row(item, item.response or "", prompt=prefixes["label"] + item.prompt, suffix="/label", chat=chat, task="label")
         for item in items
     ]
-    for n, r in _numbered(found):
+    for n, r in _numbered(rationales):
         text = r.text if style == "step-by-step" else worked(r.text, r.answer)
         prompt = prefixes["rationale"] + r.item.prompt
         rows.append(student_row(r.item, text, prompt=prompt, suffix=f"/rationale/{n}", chat=chat, task="rationale"))

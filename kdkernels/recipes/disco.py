@@ -93,13 +93,13 @@ def vote(reply: str, labels: Sequence[str]) -> str | None:
     If several labels match there, the longest counts.
     """
     places = [(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", reply, re.IGNORECASE), label) for label in labels]
-    found = [(place.start(), -len(label), label) for place, label in places if place]
-    return min(found)[2] if found else None
+    matches = [(place.start(), -len(label), label) for place, label in places if place]
+    return min(matches)[2] if matches else None
 
 
 def _blanks(items: Sequence[Item], labels: Sequence[str], seed: int) -> list[tuple[Item, str, str, str]]:
     """Return each item with each other label, its text with a blank, and the words that were there."""
-    asked = []
+    blanks = []
     for item in items:
         if item.text("label") not in labels:
             raise RecipeError(f"{item.where}, field 'label': {item.text('label')!r} is none of {', '.join(labels)}")
@@ -109,8 +109,8 @@ def _blanks(items: Sequence[Item], labels: Sequence[str], seed: int) -> list[tup
                     masked, span = blanked(item.text("text"), f"{seed}/{item.key}/{label}")
                 except RecipeError as error:
                     raise RecipeError(f"{item.where}, field 'text': {error}") from error
-                asked.append((item, label, masked, span))
-    return asked
+                blanks.append((item, label, masked, span))
+    return blanks
 
 
 def _fillings(replies: Sequence[Reply], masked: str, span: str, tally: Tally) -> list[str]:
@@ -150,12 +150,12 @@ def counterfactuals(
         RecipeError: a label is not one of ``labels``, or a text has no span to blank.
     """
     tally = Tally(rows=len(items))
-    asked = _blanks(items, labels, seed)
+    blanks = _blanks(items, labels, seed)
     prompts = [
-        (f"{item.key}/{label}", [_user(fill_prompt(masked, context(item), label))]) for item, label, masked, _ in asked
+        (f"{item.key}/{label}", [_user(fill_prompt(masked, context(item), label))]) for item, label, masked, _ in blanks
     ]  # fmt: skip
     candidates: list[tuple[Item, str, str]] = []
-    for (item, label, masked, span), replies in zip(asked, ask(generator, folder / "fill.jsonl", prompts, filling), strict=True):
+    for (item, label, masked, span), replies in zip(blanks, ask(generator, folder / "fill.jsonl", prompts, filling), strict=True):
         candidates += [(item, label, text) for text in _fillings(replies, masked, span, tally)]
 
     def votes(texts: Sequence[tuple[Item, str]]) -> list[list[str]]:
@@ -164,12 +164,12 @@ def counterfactuals(
         questions = [
             (f"{key}/{fingerprint(text)}", [_user(judge_prompt(text, context(item), labels))]) for (key, text), item in distinct.items()
         ]
-        asked = ask(judge, folder / "judge.jsonl", questions, judging, replaceable=True)
+        answers = ask(judge, folder / "judge.jsonl", questions, judging, replaceable=True)
         named = {
             place: [label for reply in replies if (label := vote(reply.text, labels)) is not None]
-            for place, replies in zip(distinct, asked, strict=True)
+            for place, replies in zip(distinct, answers, strict=True)
         }
-        return [found if 2 * len(found := named[item.key, text]) > judging.samples else [] for item, text in texts]
+        return [labels_of_text if 2 * len(labels_of_text := named[item.key, text]) > judging.samples else [] for item, text in texts]
 
     originals = [item for item in items if any(item is candidate for candidate, _, _ in candidates)]
     before = dict(zip((item.key for item in originals), votes([(i, i.text("text")) for i in originals]), strict=True))
@@ -177,7 +177,7 @@ def counterfactuals(
     tally.agreed = sum(bool(before[i.key]) and Counter(before[i.key]).most_common(1)[0][0] == i.text("label") for i in originals)
     usable = [(n, *candidate) for n, candidate in enumerate(candidates) if before[candidate[0].key]]
     after = votes([(item, text) for _, item, _, text in usable])
-    kept: list[Counterfactual] = []
+    shifted: list[Counterfactual] = []
     for _ in range(len(candidates) - len(usable)):
         tally.drop("the judge names no label for the original text")
     for (n, item, label, text), named in zip(usable, after, strict=True):
@@ -186,11 +186,11 @@ def counterfactuals(
             continue
         shift = named.count(label) / len(named) - before[item.key].count(label) / len(before[item.key])
         if shift > threshold:
-            kept.append(Counterfactual(item, text, label, shift, n))
+            shifted.append(Counterfactual(item, text, label, shift, n))
         else:
             tally.drop(f"label moved by {threshold:g} or less")
-    tally.kept = len(kept)
-    return kept, tally
+    tally.kept = len(shifted)
+    return shifted, tally
 
 
 def at_chance(tally: Tally, labels: Sequence[str]) -> bool:

@@ -101,8 +101,8 @@ def answered(
     Items whose reply is empty or cut off are dropped, with their demonstrations.
     """
     tally = Tally(rows=len(items))
-    kept: list[Item] = []
-    kept_shown: list[list[Item]] = []
+    answered_items: list[Item] = []
+    demonstrations_of: list[list[Item]] = []
     prompts = [(item.key, with_demonstrations(item, demos)) for item, demos in zip(items, shown, strict=True)]
     for item, demos, replies in zip(items, shown, ask(teacher, log, prompts, sampling), strict=True):
         tally.candidates += 1
@@ -112,10 +112,10 @@ def answered(
         elif not text:
             tally.drop("empty")
         else:
-            kept.append(Item(item.key, item.messages, text, item.row, item.where))
-            kept_shown.append(list(demos))
-    tally.kept = len(kept)
-    return kept, kept_shown, tally
+            answered_items.append(Item(item.key, item.messages, text, item.row, item.where))
+            demonstrations_of.append(list(demos))
+    tally.kept = len(answered_items)
+    return answered_items, demonstrations_of, tally
 
 
 def with_demonstrations(item: Item, demos: Sequence[Item]) -> tuple[Message, ...]:

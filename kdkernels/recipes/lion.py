@@ -139,19 +139,21 @@ def discriminate(
     Instructions without a usable answer of the teacher, or without two ratings in each order, are dropped.
     """
     folder = folder_of(out, number)
-    asked = [(_item(i).key, _item(i).messages) for i in cache]
+    prompted = [(_item(i).key, _item(i).messages) for i in cache]
     tally, usable = Tally(rows=len(cache), candidates=len(cache)), []
-    for instruction, prompt, (reply,) in zip(cache, asked, ask(teacher, out / "teacher.jsonl", asked, answering), strict=True):
+    for instruction, prompt, (reply,) in zip(cache, prompted, ask(teacher, out / "teacher.jsonl", prompted, answering), strict=True):
         if reason := cut_short(reply) or (None if reply.text.strip() else "empty"):
             tally.drop(f"the teacher's answer is {reason}")
         else:
             usable.append((instruction, prompt, reply.text.strip()))
-    theirs = [reply.text.strip() for (reply,) in ask(student, folder / "student.jsonl", [prompt for _, prompt, _ in usable], answering)]
+    student_answers = [
+        reply.text.strip() for (reply,) in ask(student, folder / "student.jsonl", [prompt for _, prompt, _ in usable], answering)
+    ]
     prompts = []
-    for (instruction, (key, _), ours), answer in zip(usable, theirs, strict=True):
+    for (instruction, (key, _), teacher_answer), answer in zip(usable, student_answers, strict=True):
         prompts += [
-            (f"{key}/teacher first", [_user(referee_prompt(instruction, ours, answer))]),
-            (f"{key}/student first", [_user(referee_prompt(instruction, answer, ours))]),
+            (f"{key}/teacher first", [_user(referee_prompt(instruction, teacher_answer, answer))]),
+            (f"{key}/student first", [_user(referee_prompt(instruction, answer, teacher_answer))]),
         ]
     replies = ask(referee, folder / "referee.jsonl", prompts, rating, replaceable=True)
     judged = []
@@ -203,9 +205,9 @@ def generate(
     new: list[Row] = []
     for difficulty, number_wanted in wanted.items():
         draw = random.Random(f"{seed}/{number}/{difficulty}")
-        made = 0
+        accepted = 0
         for attempt in range(tries):
-            if made == number_wanted:
+            if accepted == number_wanted:
                 break
             # Each attempt asks for as many as were wanted at first: the keys stay the same whatever came of them.
             models = [draw.choice(by[difficulty]) for _ in range(number_wanted)]
@@ -213,7 +215,7 @@ def generate(
             for model, replies in zip(models, ask(generator, folder / "generator.jsonl", prompts, sampling), strict=True):
                 tally.candidates += 1
                 text = replies[0].text.strip()
-                if made == number_wanted:
+                if accepted == number_wanted:
                     tally.drop("more than were wanted")
                 elif reason := cut_short(replies[0]) or _useless(text):
                     tally.drop(reason)
@@ -221,7 +223,7 @@ def generate(
                     tally.drop(f"ROUGE-L above {threshold:g} to another instruction")
                 else:
                     new.append({"instruction": text, "like": model, "difficulty": difficulty})
-                    made += 1
+                    accepted += 1
     tally.kept = len(new)
     if not new:
         raise RecipeError(f"round {number}: no new instruction among {tally.candidates} of the generator ({dict(tally.dropped)})")
@@ -243,8 +245,8 @@ def generate_prompt(instruction: str, difficulty: Difficulty) -> str:
 def ratings(reply: str) -> tuple[float, float] | None:
     """Return the two ratings in [1, 10] on the first line that is not empty; None unless there are exactly two."""
     first = next((line for line in reply.splitlines() if line.strip()), "")
-    found = [float(whole + part) for whole, part in _RATING.findall(first)]
-    return (found[0], found[1]) if len(found) == 2 and all(1 <= f <= 10 for f in found) else None
+    numbers = [float(whole + part) for whole, part in _RATING.findall(first)]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 and all(1 <= f <= 10 for f in numbers) else None
 
 
 def _useless(text: str) -> str | None:

@@ -138,7 +138,7 @@ def keyed(rows: Iterable[tuple[str, Row]]) -> list[tuple[str, str, Row]]:
     Raises:
         RecipeError: two rows have the same key.
     """
-    found, seen, equal = [], dict[str, str](), Counter[str]()
+    with_keys, seen, equal = [], dict[str, str](), Counter[str]()
     for where, row in rows:
         key = str(row["key"]) if row.get("key") is not None else fingerprint(row)
         if row.get("key") is None:
@@ -147,8 +147,8 @@ def keyed(rows: Iterable[tuple[str, Row]]) -> list[tuple[str, str, Row]]:
         if key in seen:
             raise RecipeError(f"{where}: key {key!r} is that of {seen[key]} already; keys must differ")
         seen[key] = where
-        found.append((key, where, row))
-    return found
+        with_keys.append((key, where, row))
+    return with_keys
 
 
 def student_row(item: Item, response: str, *, prompt: str | None = None, suffix: str = "", chat: bool = True, **fields: Any) -> Row:

@@ -154,10 +154,10 @@ class Explainer:
         log: Path,
         report: Callable[[int], object] = lambda count: None,
     ) -> list[str]:
-        """A rationale for each item that supports the answer ``given`` rather than the ``contrasted`` one ("" for none); "" if it is not
-        done within ``max_tokens``.
+        """Return a rationale for each item that supports the answer ``given`` rather than the ``contrasted`` one ("" for none); "" if it
+        does not end within ``max_tokens``.
 
-        What ``log`` holds is not made again; ``report`` is called with how many there are, as they come.
+        Rationales in ``log`` are read from there. ``report`` is called with the number of new ones.
         """
         return [reply.text if cut_short(reply) is None else "" for reply in self.replies(items, given, contrasted, log, report)]
 
@@ -196,13 +196,13 @@ class Explainer:
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         return [{"text": text.strip()} if w else {"text": "", "finish_reason": "length"} for text, w in zip(texts, whole, strict=True)]
 
-    def _encoded(self, asked: Sequence[tuple[Item, str]]) -> dict[str, Tensor]:
+    def _encoded(self, pairs: Sequence[tuple[Item, str]]) -> dict[str, Tensor]:
         texts = []
-        for item, answer in asked:
+        for item, answer in pairs:
             messages = list(map(dict, extended(item.messages, explain_prompt(item.prompt, answer))))
             texts.append(chat_text(self.tokenizer, messages))
-        found = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        return {name: found[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        encoded = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
 
 def factual_rows(items: Sequence[Item], rationales: Sequence[str], *, chat: bool = True) -> list[Row]:

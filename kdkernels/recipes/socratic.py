@@ -40,10 +40,10 @@ class Decomposition:
 def parse(text: str) -> tuple[tuple[str, str], ...] | None:
     """Return pairs of "Q: ..." and "A: ..." lines; None unless they alternate, from Q to A. Other lines are ignored."""
     lines = [match.groups() for line in text.splitlines() if (match := _LINE.fullmatch(line))]
-    asked, answered = lines[::2], lines[1::2]
-    if not lines or len(asked) != len(answered) or any(k.upper() != "Q" for k, _ in asked) or any(k.upper() != "A" for k, _ in answered):
+    pairs = list(zip(lines[::2], lines[1::2], strict=False))
+    if not lines or len(lines) % 2 or any((k.upper(), m.upper()) != ("Q", "A") for (k, _), (m, _) in pairs):
         return None
-    return tuple((q, a) for (_, q), (_, a) in zip(asked, answered, strict=True))
+    return tuple((question, answer) for (_, question), (_, answer) in pairs)
 
 
 def decompose(
@@ -56,9 +56,9 @@ def decompose(
     """
     answers.check(items, kind)
     prompts = [(i.key, extended(i.messages, f"{i.prompt}\n{instruction}")) for i in items]
-    tally, kept = Tally(rows=len(items)), []
+    tally, decompositions = Tally(rows=len(items)), []
     for item, replies in zip(items, ask(teacher, log, prompts, sampling), strict=True):
-        found: tuple[tuple[str, str], ...] | None = None
+        decomposition: tuple[tuple[str, str], ...] | None = None
         right = answers.normalise(item.response or "", kind)
         for reply in replies:
             tally.candidates += 1
@@ -69,29 +69,29 @@ def decompose(
                 tally.drop("no alternating questions and answers")
             elif answers.normalise(steps[-1][1], kind) != right:
                 tally.drop("wrong final answer")
-            elif found is not None:
+            elif decomposition is not None:
                 tally.drop("not the first right one")
             else:
-                found = steps
-        if found is not None:
-            kept.append(Decomposition(item, found))
-    tally.kept = len(kept)
-    return kept, tally
+                decomposition = steps
+        if decomposition is not None:
+            decompositions.append(Decomposition(item, decomposition))
+    tally.kept = len(decompositions)
+    return decompositions, tally
 
 
-def questioner_rows(found: Sequence[Decomposition], *, chat: bool = True) -> list[Row]:
+def questioner_rows(decompositions: Sequence[Decomposition], *, chat: bool = True) -> list[Row]:
     """Return rows for the student that asks: the problem, then all sub-questions, one per line."""
     return [
         student_row(d.item, "\n".join(q for q, _ in d.steps), prompt=question_prompt(d.item.prompt), chat=chat, task="question")
-        for d in found
+        for d in decompositions
     ]  # fmt: skip
 
 
-def solver_rows(found: Sequence[Decomposition], *, chat: bool = True) -> list[Row]:
+def solver_rows(decompositions: Sequence[Decomposition], *, chat: bool = True) -> list[Row]:
     """Return rows for the student that answers: the problem, the steps so far and one sub-question, then its answer."""
     return [
         student_row(d.item, answer, prompt=solver_prompt(d.item.prompt, d.steps[:j], question), suffix=f"/{j}", chat=chat, task="solve")
-        for d in found
+        for d in decompositions
         for j, (question, answer) in enumerate(d.steps)
     ]
 
@@ -108,8 +108,10 @@ def solve(
     items: Sequence[Item], questioner: TextModel, solver: TextModel, folder: Path, sampling: Sampling
 ) -> list[tuple[tuple[str, str], ...]]:
     """Run both students: return each item's sub-questions and the solver's answers, step by step. Logs are in ``folder``."""
-    asked = ask(questioner, folder / "questions.jsonl", [(i.key, extended(i.messages, question_prompt(i.prompt))) for i in items], sampling)
-    questions = [[line.strip() for line in replies[0].text.splitlines() if line.strip()] for replies in asked]
+    asking = ask(
+        questioner, folder / "questions.jsonl", [(i.key, extended(i.messages, question_prompt(i.prompt))) for i in items], sampling
+    )
+    questions = [[line.strip() for line in replies[0].text.splitlines() if line.strip()] for replies in asking]
     steps: list[list[tuple[str, str]]] = [[] for _ in items]
     for j in range(max(map(len, questions), default=0)):
         open_ones = [n for n in range(len(items)) if j < len(questions[n])]
