@@ -20,8 +20,8 @@ from ..backends.selection import traits
 from .call import Call, Tensors
 from .work import Arrays, Complaint, Form, Rows, Selected, Sink, StudentRows, Work
 
-_CACHE_BYTES = 16 << 20
-_SPARE_BYTES = 64 << 20
+_CACHE_BYTES = 16 << 20  # logits per block on a CPU, which stay in cache between the two kernel calls
+_SPARE_BYTES = 64 << 20  # logits per block elsewhere, if the cross-entropy's gradient needs a buffer of the same size
 _SORT_ELEMENTS = 1 << 21  # ids checked at a time: sorting needs more memory than its input
 FLOOR = torch.finfo(torch.float32).eps
 """Minimum for the total probability of all other tokens. Smaller values are lost in the rounding of the log-probabilities."""
@@ -80,7 +80,7 @@ class SparseForm(Form):
         raise NotImplementedError
 
     def complaint(self, ids: Tensor, values: Tensor) -> str:
-        """Return an error message for the first fault. All the rows have one."""
+        """Return an error message for the first fault. Each of the rows has a fault."""
         raise NotImplementedError
 
     def complaints(self, call: Call, tensors: Tensors, valid: Tensor | None) -> list[Complaint]:
@@ -151,9 +151,9 @@ class Sparse(Work):
         ids = self._ids.take(start, stop).to(torch.int64)
         values = self._values.take(start, stop).to(part.state.dtype)
         step, row_bytes = len(logits), logits.shape[1] * logits.element_size()
-        if traits(logits.device).host_memory:  # small enough for the rows to stay in cache between the two calls
+        if traits(logits.device).host_memory:
             step = max(1, _CACHE_BYTES // row_bytes)
-        elif self.call.needs_ce and self.call.temperature != 1.0:  # the chunk plan does not count the buffer of the cross-entropy gradient
+        elif self.call.needs_ce and self.call.temperature != 1.0:  # the chunk plan does not count this buffer
             step = max(1, _SPARE_BYTES // row_bytes)
         for first in range(0, len(logits), max(step, 1)):
             r = slice(first, first + step)

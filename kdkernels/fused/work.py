@@ -360,7 +360,7 @@ class Form(Transform):
         return Dense(call, student, teacher, arrays, sink)
 
     def complaints(self, call: Call, tensors: Tensors, valid: Tensor | None) -> list[Complaint]:
-        """Check the values of a teacher in the valid rows, on its device."""
+        """Check the values of a teacher in the valid rows, on its device: return one flag and message per check."""
         return []
 
     def reference_logits(self, call: Call, tensors: Tensors, valid: Tensor | None) -> Tensor:

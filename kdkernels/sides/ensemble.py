@@ -22,7 +22,8 @@ from .side import Checked, TeacherKind, check_fit
 
 EnsembleMode = Literal["probs", "logits"]
 
-_TILE, _BLOCK = 1 << 18, 1 << 21  # elements per block: on a CPU a few temporaries must fit in a core's cache; on other devices
+_CPU_BLOCK = 1 << 18  # elements of a block, of which a few temporaries must fit in a core's cache
+_BLOCK = 1 << 21  # on other devices
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +163,7 @@ class EnsembleRows:
     def _average(self, average: Tensor, member: Member, logits: Tensor, bias: Tensor | None) -> None:
         """Add a teacher's share, block by block."""
         call = self.call
-        step = max(1, (_TILE if traits(average.device).host_memory else _BLOCK) // call.vocab)
+        step = max(1, (_CPU_BLOCK if traits(average.device).host_memory else _BLOCK) // call.vocab)
         for first in range(0, len(logits), step):
             z, out = logits[first : first + step].to(call.compute_dtype), average[first : first + step]
             z = reference.transform(z if bias is None else z + bias, member.form)
