@@ -145,7 +145,7 @@ def main(
     record: dict[str, Any] = {"environment": where, "settings": settings, "groups": []}
     table = Table("what", "variant", "ms p50 [p20, p80]", "x of the yardstick", title=f"{where['machine']}, N={n} V={v} D={d}")
     for group in groups(n, v, d, backend, device):
-        samples_ms, failed = time_interleaved(group.steps, group, samples)  # type: ignore[arg-type]  (all it asks of inputs)
+        samples_ms, failed = time_interleaved(group.steps, group, samples)  # type: ignore[arg-type]  (a group has all that it reads)
         record["groups"].append({"name": group.name, "yardstick": group.yardstick, "samples_ms": samples_ms, "failed": failed})
         yardstick = quantile(samples_ms[group.yardstick], 0.5)
         for name, ms in samples_ms.items():

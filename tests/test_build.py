@@ -193,11 +193,11 @@ def test_cuda_is_built_if_nvcc_is_found(project: Path, nvcc: Path) -> None:
     assert "KDKERNELS_CUDA=0 skips them" in output
     assert in_python(LOAD + "print(m.cuda_targets)", project) == "80;86;90a"
     log = (nvcc / "bin" / "nvcc.log").read_text()
-    one = next(line for line in log.splitlines() if "one.cu" in line)
-    assert re.findall(r"-gencode (\S+)", one) == [
+    command = next(line for line in log.splitlines() if "one.cu" in line)
+    assert re.findall(r"-gencode (\S+)", command) == [
         "arch=compute_80,code=sm_80", "arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90",
     ]  # fmt: skip
-    assert "-DKD_WITH_CUDA=1" in one
+    assert "-DKD_WITH_CUDA=1" in command
     link = next(line for line in log.splitlines() if "-shared" in line)
     assert "-cudart static" in link
     assert "-lcuda" not in link

@@ -1,4 +1,4 @@
-"""The losses as a kernel for Hugging Face's package ``kernels``, loaded in the way of that package."""
+"""The losses as a kernel for Hugging Face's package ``kernels``, loaded as that package loads it."""
 
 from __future__ import annotations
 

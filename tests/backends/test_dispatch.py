@@ -112,8 +112,8 @@ def test_plan_counts_chunks_and_bytes(backend: str) -> None:
     assert plan.saved_bytes == plan.dense_bytes - plan.buffer_bytes
     student.hidden.requires_grad_()
     assert kd.plan(student, teacher, backend=backend).dense_bytes == N * 12288
-    whole = kd.plan(student, teacher, backend=backend)
-    assert (whole.rows_per_chunk, whole.num_chunks, whole.buffer_bytes) == (N, 1, N * 8192)
+    one_chunk = kd.plan(student, teacher, backend=backend)
+    assert (one_chunk.rows_per_chunk, one_chunk.num_chunks, one_chunk.buffer_bytes) == (N, 1, N * 8192)
     tight = kd.plan(student, teacher, backend=backend, memory_budget=130 * 8192)
     assert tight.rows_per_chunk == 128
     assert tight.buffer_bytes <= 130 * 8192
@@ -322,5 +322,5 @@ def test_traits_of_an_unknown_device_do_not_change_results(dtype: torch.dtype, m
         loss.backward()
         results.append((loss.detach(), student.hidden.grad, student.weight.grad))
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-4}
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, **tolerance)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, **tolerance)

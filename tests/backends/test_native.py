@@ -55,8 +55,8 @@ def test_columns_equal_the_python_terms(divergence: divergences.Divergence) -> N
             actual = _C.divergence_terms(divergence.id, log_q, log_p, lq.exp().item(), lp.exp().item(), a, b)
             # A value near p = q is a difference of two numbers of this size.
             size = max(math.exp(log_q), math.exp(log_p))
-            for ours, theirs in zip(actual, expected, strict=True):
-                assert ours == pytest.approx(theirs.item(), rel=1e-13, abs=4e-16 * size, nan_ok=True), (log_q, log_p)
+            for value, expected_value in zip(actual, expected, strict=True):
+                assert value == pytest.approx(expected_value.item(), rel=1e-13, abs=4e-16 * size, nan_ok=True), (log_q, log_p)
 
 
 def run_rows(student: Tensor, teacher: Tensor, divergence: divergences.Divergence, dz_dtype: torch.dtype, **options: float) -> RowBatch:
@@ -103,10 +103,10 @@ def test_instruction_sets_agree_for_two_sides(isa: str, dtype: torch.dtype, monk
     best = run_rows(student, teacher, kd.JSD(0.3), dtype, temperature=2.0)
     rows = _C.cpu_rows
     monkeypatch.setattr(_C, "cpu_rows", lambda arguments, threads: rows(arguments, threads, isa))
-    other = run_rows(student, teacher, kd.JSD(0.3), dtype, temperature=2.0)
+    result = run_rows(student, teacher, kd.JSD(0.3), dtype, temperature=2.0)
     close = {"rtol": 64 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
-    torch.testing.assert_close(other.loss, best.loss, **close)
-    torch.testing.assert_close(other.dz, best.dz, **close)
+    torch.testing.assert_close(result.loss, best.loss, **close)
+    torch.testing.assert_close(result.dz, best.dz, **close)
 
 
 def test_number_of_threads_does_not_change_a_bit() -> None:
@@ -115,15 +115,15 @@ def test_number_of_threads_does_not_change_a_bit() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = run_rows(student, teacher, kd.SkewKL(), torch.float32)
+        with_one_thread = run_rows(student, teacher, kd.SkewKL(), torch.float32)
         torch.set_num_threads(5)
-        five = run_rows(student, teacher, kd.SkewKL(), torch.float32)
+        with_five_threads = run_rows(student, teacher, kd.SkewKL(), torch.float32)
     finally:
         torch.set_num_threads(before)
-    assert one.dz is not None
-    assert five.dz is not None
-    assert torch.equal(one.dz, five.dz)
-    assert torch.equal(one.state, five.state)
+    assert with_one_thread.dz is not None
+    assert with_five_threads.dz is not None
+    assert torch.equal(with_one_thread.dz, with_five_threads.dz)
+    assert torch.equal(with_one_thread.state, with_five_threads.state)
 
 
 def test_arguments_of_compiled_kernels_are_checked() -> None:
@@ -170,12 +170,12 @@ def test_instruction_sets_agree_for_one_side(isa: str, dtype: torch.dtype, monke
     for name in ("cpu_head_rows", "cpu_softmax_rows"):
         run = getattr(_C, name)
         monkeypatch.setattr(_C, name, lambda arguments, threads, run=run: run(arguments, threads, isa))
-    other = head_rows(logits)
+    result = head_rows(logits)
     close = {"rtol": 64 * torch.finfo(dtype).eps, "atol": 32 * torch.finfo(dtype).eps}  # log q is a difference of numbers of up to 20
     for name in ("top", "log_sum", "entropy", "logprobs", "dz", "top_logprobs"):
-        torch.testing.assert_close(getattr(other, name), getattr(best, name), **close)
+        torch.testing.assert_close(getattr(result, name), getattr(best, name), **close)
     for name in ("top_ids", "draws"):
-        assert torch.equal(getattr(other, name), getattr(best, name)), name
+        assert torch.equal(getattr(result, name), getattr(best, name)), name
     torch.testing.assert_close(kd.softmax(logits, 0.7, backend="native"), softmax, **close)
 
 

@@ -126,10 +126,10 @@ def test_jit_divergences_equal_the_torch_terms() -> None:
         exact = divergence.terms(*(x.clone() for x in natural), *(x.exp() for x in natural))
         natural = [x.float() for x in natural]
         float32 = divergence.terms(*natural, *(x.exp() for x in natural))
-        for ours, same, truth in zip((value, slope), float32, exact, strict=True):
+        for actual, same, truth in zip((value, slope), float32, exact, strict=True):
             finite = torch.isfinite(truth)
-            assert torch.equal(torch.isfinite(ours), finite), name
-            error = (ours.double() - truth)[finite].abs().max()
+            assert torch.equal(torch.isfinite(actual), finite), name
+            error = (actual.double() - truth)[finite].abs().max()
             yardstick = (same.double() - truth)[finite].abs().max()
             step = 2.0**-23 * max(1.0, truth[finite].abs().max().item())
             assert error <= 2 * yardstick + step, f"{name}: error {error:.1e}, torch {yardstick:.1e}"
@@ -159,6 +159,6 @@ def test_values_and_slopes_keep_their_digits_with_a_light_weight(noise: float) -
         )  # fmt: skip
         exact = divergence.terms(*(x.clone() for x in natural), *(x.exp() for x in natural))
         float32 = divergence.terms(*(x.float() for x in natural), *(x.float().exp() for x in natural))
-        for ours, same, truth in zip((value, slope), float32, exact, strict=True):
-            error, yardstick, floor = ((x - truth).abs().sum() for x in (ours, same, truth * (1 + 2.0**-17)))
+        for actual, same, truth in zip((value, slope), float32, exact, strict=True):
+            error, yardstick, floor = ((x - truth).abs().sum() for x in (actual, same, truth * (1 + 2.0**-17)))
             assert error <= 2 * yardstick + floor, f"{divergence}: error {error:.1e}, torch {yardstick:.1e}, floor {floor:.1e}"

@@ -67,12 +67,12 @@ def test_headline_without_heads_uses_logits_and_warns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("native", "peers"),
     [([10, 10.4, 10.8], [10.2, 10.6, 11]), ([10.2, 10.6, 11], [10, 10.4, 10.8]), ([10, 10, 10], [10.01, 10.01, 10.01]), ([10], [20])],
     ids=["a little faster", "a little slower", "equal in the digits shown", "one sample each"],
 )
-def test_overlapping_spreads_are_not_a_difference(ours: list[float], theirs: list[float]) -> None:
-    record = fake_record(fake_case(HEADS, floor=[4, 4, 4], eager=theirs, liger_chunked=theirs, native=ours))
+def test_overlapping_spreads_are_not_a_difference(native: list[float], peers: list[float]) -> None:
+    record = fake_record(fake_case(HEADS, floor=[4, 4, 4], eager=peers, liger_chunked=peers, native=native))
     for text in headlines(record):
         assert "no difference from PyTorch eager" in text
         assert "no difference from Liger chunked JSD" in text

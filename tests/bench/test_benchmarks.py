@@ -260,10 +260,10 @@ def test_unavailable_peers_have_a_reason() -> None:
 def test_peer_with_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, lambda case, inputs: lambda: 2 * variants._true_distillation(case, inputs))
     measured = measure_all(Job(HEADS, ("eager", "other"), samples=1, memory=False))
-    eager, other = measured["results"]
+    eager, peer = measured["results"]
     assert len(eager["samples_ms"]) == 1
-    assert "samples_ms" not in other
-    assert "the loss differs from the float64 reference by 1.0e+00" in other["skipped"]
+    assert "samples_ms" not in peer
+    assert "the loss differs from the float64 reference by 1.0e+00" in peer["skipped"]
 
 
 @pytest.mark.usefixtures("visits_in_this_process")
@@ -328,13 +328,15 @@ def test_suites_grow_and_every_case_has_its_floor(device: str, monkeypatch: pyte
 
 
 def test_gpu_suites_measure_every_compiled_backend() -> None:
-    ours = ["triton", "cuda", "torch"]
-    for job in suites.jobs("rows", "cuda", backends=ours):
-        assert set(job.variants) == {"floor", "floor/float32"} | {f"rows:{name}{wide}" for name in ours[:2] for wide in ("", "/float32")}
-    for job in suites.jobs("headline", "cuda", backends=ours, peers=[]):
+    backends = ["triton", "cuda", "torch"]
+    for job in suites.jobs("rows", "cuda", backends=backends):
+        assert set(job.variants) == {"floor", "floor/float32"} | {
+            f"rows:{name}{wide}" for name in backends[:2] for wide in ("", "/float32")
+        }
+    for job in suites.jobs("headline", "cuda", backends=backends, peers=[]):
         assert {"triton@budget=1024", "triton@budget=4096", "cuda/bfloat16@budget=4096", "floor/float32", "eager"} <= set(job.variants)
         assert not {"compile", *PEERS} & set(job.variants)
-    assert "cuda/bfloat16" in suites.jobs("smoke", "cuda", backends=ours, peers=[])[0].variants
+    assert "cuda/bfloat16" in suites.jobs("smoke", "cuda", backends=backends, peers=[])[0].variants
     for suite in suites.PARTS:
         assert all("rows:native" in job.variants or "native@budget=16" in job.variants for job in suites.jobs(suite, "cpu"))
 

@@ -37,14 +37,14 @@ def plan(*arguments: str) -> dict[str, int]:
 def test_time_limits_of_both_parts_fit_their_calls(tmp_path: Path) -> None:
     (tmp_path / "kit").mkdir()
     kit = ("--kit", str(tmp_path / "kit"), "--out", str(tmp_path / "out"))
-    first, rest, both = (plan(*kit, "--part", part) for part in ("first", "rest", "all"))
+    first, rest, all_steps = (plan(*kit, "--part", part) for part in ("first", "rest", "all"))
     assert list(first) == ["unpack", "environment", "smoke-triton", "smoke-cuda", "rows", "headline"]
     assert list(rest) == ["unpack", "tests-triton", "tests-cuda", "peers", "ncu-triton", "ncu-cuda", "racecheck"]
     assert sum(first.values()) <= 200
     assert sum(rest.values()) <= 380
     assert first["smoke-triton"] + first["smoke-cuda"] <= 45
-    assert both == {**first, **rest}
-    assert sum(both.values()) <= 600
+    assert all_steps == {**first, **rest}
+    assert sum(all_steps.values()) <= 600
     assert not (tmp_path / "out").exists()
 
 

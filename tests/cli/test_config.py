@@ -50,8 +50,8 @@ def test_resolved_options_repeat_the_run_to_the_same_bits(finished: Path, tmp_pa
     assert "Warning" not in result.output
     assert weights(out) == weights(finished)
     assert log(out) == log(finished)
-    one, other = resolved(out), resolved(finished)
-    assert {name for name in one if one[name] != other[name]} == {"output-dir"}
+    repeated, original = resolved(out), resolved(finished)
+    assert {name for name in repeated if repeated[name] != original[name]} == {"output-dir"}
 
 
 def test_resolved_options_hold_every_default_and_no_secret(home: Path, finished: Path) -> None:

@@ -105,23 +105,23 @@ def test_quantised_teacher_is_close_to_the_original(home: Path, tmp_path: Path, 
     pytest.importorskip("torchao")
     for out, options in (("plain", {}), (name, {"teacher_quantization": name})):
         run_in(home, tmp_path / out, **options, max_steps=1, save_strategy="no", eval_data=[str(home / HELD_OUT)])
-    one, other = (summary(tmp_path / out)["before"]["eval_divergence"] for out in ("plain", name))
-    assert one != other
-    assert one == pytest.approx(other, rel=0.02 if name == "int8" else 0.2)
+    exact, quantised = (summary(tmp_path / out)["before"]["eval_divergence"] for out in ("plain", name))
+    assert exact != quantised
+    assert exact == pytest.approx(quantised, rel=0.02 if name == "int8" else 0.2)
 
 
 def test_resumed_lora_on_a_quantised_student_gives_the_same_bits(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     options = {"student_quantization": "int8", "lora_r": 2, "max_steps": 3, "eval_data": [str(home / HELD_OUT)]}
-    whole = tmp_path / "whole"
-    run_in(home, whole, **options)
-    assert summary(whole)["after"]["eval_loss"] < summary(whole)["before"]["eval_loss"]
-    resumed = killed_at(1, whole, tmp_path / "resumed")
+    uninterrupted = tmp_path / "whole"
+    run_in(home, uninterrupted, **options)
+    assert summary(uninterrupted)["after"]["eval_loss"] < summary(uninterrupted)["before"]["eval_loss"]
+    resumed = killed_at(1, uninterrupted, tmp_path / "resumed")
     run_in(home, resumed, **options)
-    one, other = ((out / "adapter_model.safetensors").read_bytes() for out in (whole, resumed))
-    assert one == other
+    expected, actual = ((out / "adapter_model.safetensors").read_bytes() for out in (uninterrupted, resumed))
+    assert expected == actual
     with pytest.raises(ValueError, match="--student-quantization"):
-        run_in(home, whole, **{**options, "student_quantization": None})
+        run_in(home, uninterrupted, **{**options, "student_quantization": None})
 
 
 def test_quantised_student_needs_an_adapter(home: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_page_lists_every_method() -> None:
 
 
 @pytest.mark.parametrize("row", METHODS, ids=lambda row: row[0].split(",")[0].strip("["))
-def test_test_of_the_method_exists(row: list[str]) -> None:
+def test_named_test_of_the_method_exists(row: list[str]) -> None:
     file, _, name = row[4].strip("`").partition("::")
     (path,) = (ROOT / "tests").rglob(file)
     tree = ast.parse(path.read_text(encoding="utf-8"))

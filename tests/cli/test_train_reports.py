@@ -185,9 +185,9 @@ def test_teacher_with_another_vocabulary_size_is_refused(make: Make) -> None:
 
 def test_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     args = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
-    tokenizer, other = make_tokenizer(), make_tokenizer(words=["green", "red"])
+    tokenizer, teacher_tokenizer = make_tokenizer(), make_tokenizer(words=["green", "red"])
     with pytest.raises(ValueError, match="tokenizers of teacher and student differ"):
-        DistillationTrainer(make_model(16), make_model(24), args, [], None, tokenizer, other)
+        DistillationTrainer(make_model(16), make_model(24), args, [], None, tokenizer, teacher_tokenizer)
 
 
 def test_bfloat16_weights_and_a_missing_end_token_warn(make: Make, tmp_path: Path) -> None:

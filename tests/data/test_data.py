@@ -153,8 +153,8 @@ def test_overlong_rows_raise_or_are_dropped_or_cut(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"row 1: 6 tokens, more than max_length=5.*overlong='drop'"):
         load_examples(rows, tokenizer, max_length=5)
     with pytest.warns(UserWarning, match=r"1 of 2 rows are over max_length=5 and left out; the longest has 6"):
-        kept = load_examples(rows, tokenizer, max_length=5, overlong="drop")
-    assert [texts(tokenizer, e)[0] for e in kept] == ["one"]
+        short_examples = load_examples(rows, tokenizer, max_length=5, overlong="drop")
+    assert [texts(tokenizer, e)[0] for e in short_examples] == ["one"]
     with pytest.warns(UserWarning, match=r"1 of 2 rows are over max_length=4: cut 1, by 2 tokens of their responses$"):
         cut = load_examples(rows, tokenizer, max_length=4, overlong="truncate")
     assert texts(tokenizer, cut[0]) == ("one two", "one two", " three four")
@@ -217,9 +217,9 @@ def test_response_is_tokenised_after_its_prompt() -> None:
 
 def test_cut_off_response_is_learnt_without_an_end(tokenizer: Any) -> None:
     rows = [{"prompt": "a", "response": " b"}, {"messages": CHAT, "response": "two"}, {"messages": [*CHAT, ANSWER]}]
-    whole = load_examples([{**row, "finish_reason": "stop"} for row in rows], tokenizer)
+    complete_examples = load_examples([{**row, "finish_reason": "stop"} for row in rows], tokenizer)
     cut = load_examples([{**row, "finish_reason": "length"} for row in rows], tokenizer)
-    for complete, truncated in zip(whole, cut, strict=True):
+    for complete, truncated in zip(complete_examples, cut, strict=True):
         assert texts(tokenizer, complete)[2] == texts(tokenizer, truncated)[2] + "<|end|>"
     # The same with a template that ends a turn with another token.
     turns = make_tokenizer(template=TEMPLATE.replace("<|end|>{% endfor", " <|bos|>{% endfor"))
@@ -261,13 +261,13 @@ def test_tokenizers_must_agree(tokenizer: Any) -> None:
 def test_templates_must_agree(tokenizer: Any) -> None:
     rows = [{"prompt": "a", "response": "b"}, {"messages": CHAT, "response": "two"}]
     check_templates(tokenizer, make_tokenizer(), rows)
-    other = make_tokenizer(template="{{ 'one ' }}" + TEMPLATE)
+    teacher_tokenizer = make_tokenizer(template="{{ 'one ' }}" + TEMPLATE)
     with pytest.raises(
         DataError,
         match=r"row 2, field 'messages': .*templates of student and teacher differ: token 0 is '<\|system\|>' \(id 5\) in one and 'one'",
     ):
-        check_templates(tokenizer, other, rows)
-    check_templates(tokenizer, other, rows[:1])  # without a conversation no template is used
+        check_templates(tokenizer, teacher_tokenizer, rows)
+    check_templates(tokenizer, teacher_tokenizer, rows[:1])  # without a conversation no template is used
     check_templates(tokenizer, make_tokenizer(template=None), rows)
 
 
@@ -329,24 +329,24 @@ def test_special_and_added_tokens_must_agree() -> None:
         check_tokenizers(special_tokens("<|user|>", "<|bot|>"), special_tokens("<|human|>", "<|ai|>"))
     with pytest.raises(DataError, match="2 of"):
         check_tokenizers(special_tokens("<|user|>", "<|bot|>"), special_tokens("<|bot|>", "<|user|>"))
-    one, other = special_tokens(), special_tokens()
-    one.add_tokens(["<tool>", "<call>"])
-    other.add_tokens(["<tool>", "<answer>", "<more>"])
+    student, teacher = special_tokens(), special_tokens()
+    student.add_tokens(["<tool>", "<call>"])
+    teacher.add_tokens(["<tool>", "<answer>", "<more>"])
     with pytest.raises(DataError, match="1 of"):
-        check_tokenizers(one, other)
-    check_tokenizers(special_tokens(), other)  # ids that only one of them has are allowed
+        check_tokenizers(student, teacher)
+    check_tokenizers(special_tokens(), teacher)  # ids that only one of them has are allowed
     moved = special_tokens()
     moved.add_tokens(["<more>", "<tool>"])
     with pytest.raises(DataError, match="ids stand for different tokens"):
-        check_tokenizers(one, moved)
+        check_tokenizers(student, moved)
 
 
 def test_added_tokens_with_other_stripping_are_refused() -> None:
-    one, other = special_tokens(), special_tokens()
-    one.add_tokens([AddedToken("<tool>", lstrip=False, normalized=False)])
-    other.add_tokens([AddedToken("<tool>", lstrip=True, normalized=False)])
+    student, teacher = special_tokens(), special_tokens()
+    student.add_tokens([AddedToken("<tool>", lstrip=False, normalized=False)])
+    teacher.add_tokens([AddedToken("<tool>", lstrip=True, normalized=False)])
     with pytest.raises(DataError, match="the ids are the same, but texts are split differently"):
-        check_tokenizers(one, other)
+        check_tokenizers(student, teacher)
 
 
 def test_pad_token_beyond_the_embeddings_is_replaced() -> None:

@@ -171,7 +171,7 @@ def test_empty_turn_of_the_assistant_is_refused(empty: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "field", "other"),
+    ("row", "field", "second_field"),
     [
         ({"text": "a", "prompt": "b", "response": "c"}, "prompt", "'text'"),
         ({"text": "a", "messages": [ASK, FOUR]}, "messages", "'text'"),
@@ -185,11 +185,11 @@ def test_empty_turn_of_the_assistant_is_refused(empty: str) -> None:
         ({"prompt": "a", "response": "b", "teacher_prompt": "c", "teacher_messages": [ASK]}, "teacher_prompt", "'teacher_messages'"),
     ],
 )
-def test_ambiguous_row_raises(row: dict[str, Any], field: str, other: str) -> None:
+def test_ambiguous_row_raises(row: dict[str, Any], field: str, second_field: str) -> None:
     with pytest.raises(DataError) as error:
         load_examples([{"prompt": "a", "response": "b"}, row], tokenizer())
     assert f"row 2, field '{field}': the row has" in str(error.value)
-    assert other in str(error.value)
+    assert second_field in str(error.value)
 
 
 def test_prompt_equal_to_the_message_is_not_ambiguous() -> None:

@@ -31,7 +31,7 @@ def held_out_flags(rows: list[dict[str, Any]], fraction: float = 0.5) -> list[bo
     """Return for each row whether it is held out."""
     read = list(training_rows(rows))
     _, held_out = hold_out(read, fraction)
-    return [any(row is other for other in held_out) for row in read]
+    return [any(row is held_out_row for held_out_row in held_out) for row in read]
 
 
 ROWS = [{"prompt": f"question {i}", "response": str(i)} for i in range(40)]
@@ -193,8 +193,8 @@ def test_resume_refuses_another_eval_fraction_or_shares(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [2, 3, 7, 100])
 def test_blocks_of_a_long_text_score_each_token_once(length: int) -> None:
     words, row = tokenizer(), {"text": "abcdefghijklm", "weight": 2, "task": "t"}
-    (whole,) = load_examples([row], words)
-    if length < len(whole):
+    (example,) = load_examples([row], words)
+    if length < len(example):
         with pytest.warns(UserWarning, match=rf"1 of 2 rows are over max_length={length}: split into \d+ blocks"):
             *blocks, short = load_examples([row, {"text": "a"}], words, max_length=length, overlong="split")
     else:
@@ -202,7 +202,7 @@ def test_blocks_of_a_long_text_score_each_token_once(length: int) -> None:
     assert len(short) == 2
     assert all(len(block) <= length and (block.weight, block.task) == (2.0, "t") for block in blocks)
     scored = [block.student_ids[position + 1] for block in blocks for position in block.student_scored]
-    assert scored == list(whole.student_ids)[1:]
+    assert scored == list(example.student_ids)[1:]
 
 
 def test_only_rows_of_text_are_split() -> None:

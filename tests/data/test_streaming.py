@@ -96,9 +96,9 @@ def test_stream_with_a_buffer_of_one_repeats_the_rows_in_order(files: dict[str, 
 @given(st.integers(1, 40), st.integers(0, 9))
 def test_each_pass_reads_every_row_once_in_an_order_from_the_seed(files: dict[str, Path], buffer: int, seed: int) -> None:
     plain = load_examples(files["a.jsonl"], WORDS)
-    one, other = (source([files[name]], buffer, str(seed)) for name in ("a.jsonl", "a.parquet"))
-    passes = [[next(one) for _ in plain] for _ in range(2)]
-    assert [[next(other) for _ in plain] for _ in range(2)] == passes
+    from_jsonl, from_parquet = (source([files[name]], buffer, str(seed)) for name in ("a.jsonl", "a.parquet"))
+    passes = [[next(from_jsonl) for _ in plain] for _ in range(2)]
+    assert [[next(from_parquet) for _ in plain] for _ in range(2)] == passes
     for drawn in passes:
         assert sorted(example.key() for example in drawn) == sorted(example.key() for example in plain)
     if buffer > 4:

@@ -244,15 +244,15 @@ def test_weights_are_not_passed_to_templates_or_servers() -> None:
 
 def test_truncation_drops_tokens_from_the_end_in_any_turn() -> None:
     words = tokenizer()
-    (whole,) = load_examples([{"messages": TALK}], words)
-    for length in range(whole.student_scored[0] + 2, len(whole)):
-        with pytest.warns(UserWarning, match=rf"cut 1, by {len(whole) - length} tokens"):
+    (example,) = load_examples([{"messages": TALK}], words)
+    for length in range(example.student_scored[0] + 2, len(example)):
+        with pytest.warns(UserWarning, match=rf"cut 1, by {len(example) - length} tokens"):
             (cut,) = load_examples([{"messages": TALK}], words, max_length=length, overlong="truncate")
-        assert list(cut.student_ids) == list(whole.student_ids)[:length]
-        assert list(cut.student_scored) == [position for position in whole.student_scored if position < length - 1]
+        assert list(cut.student_ids) == list(example.student_ids)[:length]
+        assert list(cut.student_scored) == [position for position in example.student_scored if position < length - 1]
         assert sum(count for count, _ in cut.parts) == len(cut.student_scored)
     with pytest.raises(DataError, match="no row is left"):
-        load_examples([{"messages": TALK}], words, max_length=whole.student_scored[0] + 1, overlong="truncate")
+        load_examples([{"messages": TALK}], words, max_length=example.student_scored[0] + 1, overlong="truncate")
 
 
 def test_rollout_replaces_the_last_learnt_turn_and_scores_only_it() -> None:
@@ -295,8 +295,8 @@ def test_training_multiplies_the_loss_by_weights_of_turns(tmp_path: Path) -> Non
         for scored in (list(item[0].student_scored)[:2], list(item[0].student_scored)[2:])
     )
     parts = [trainer.objective(student, Collator()([(part,)]), torch.tensor(1), 1)[0].item() for part in (first, second)]
-    both = trainer.objective(student, Collator()([item]), torch.tensor(1), 1)[0].item()
-    assert both == pytest.approx(0.5 * parts[0] + parts[1])
+    weighted_loss = trainer.objective(student, Collator()([item]), torch.tensor(1), 1)[0].item()
+    assert weighted_loss == pytest.approx(0.5 * parts[0] + parts[1])
 
 
 def test_cache_decides_which_turns_are_learnt(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def check_cover(chunks: Chunks, num_rows: int) -> None:
     assert all(0 < size <= chunks.rows for size in sizes)
 
 
-def test_chunks_of_examples() -> None:
+def test_chunks_of_known_sizes() -> None:
     assert plan_chunks(0, 100) == Chunks(0, 1)
     assert list(plan_chunks(0, 100)) == []
     assert plan_chunks(1000, 0) == Chunks(1000, 1000)  # both sides dense: no buffer, one chunk
@@ -103,12 +103,12 @@ def test_result_does_not_depend_on_chunks(
     student, teacher = (make_side((N,), V, d, seed=i, device=device, bias=True) for i, d in enumerate(dims))
     labels = make_labels((N,), V, device, masked=masked)
     options = {"labels": labels, "ce_weight": 0.5, "reduction": reduction, "divergence": kd.JSD(), "backend": engine_backend}
-    whole = run(kd.distillation_loss, student, teacher, {**options, "chunk_rows": N})
+    in_one_chunk = run(kd.distillation_loss, student, teacher, {**options, "chunk_rows": N})
     # A row takes 2 * 48 * 4 bytes: two float32 buffers whose rows are padded to 64 bytes. Budgets: one row, three rows, a tile.
     splits = [{"chunk_rows": c} for c in (1, 7, 128, 10_000)] + [{"memory_budget": 384 * r} for r in (1, 3, 128)] + [{}]
     for split in splits:
         actual = run(kd.distillation_loss, student, teacher, {**options, **split})
-        for name, value in whole.items():
+        for name, value in in_one_chunk.items():
             torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, w=split, n=name: f"{w} {n}: {m}")
 
 

@@ -84,11 +84,13 @@ def test_compiles_statistics_and_module() -> None:
     hidden, weight, bias, teacher, labels = samples()
     module = kd.DistillationLoss(divergence="skew_kl", ce_weight=0.5, return_stats=True, backend="torch")
 
-    def both(h: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_statistics(h: Tensor) -> tuple[Tensor, Tensor]:
         loss, stats = module(kd.LMHead(h, weight, bias), teacher, labels=labels)
         return loss, stats.divergence + stats.student_entropy
 
-    for actual, expected in zip(torch.compile(both, backend="aot_eager", fullgraph=True)(hidden), both(hidden), strict=True):
+    for actual, expected in zip(
+        torch.compile(loss_and_statistics, backend="aot_eager", fullgraph=True)(hidden), loss_and_statistics(hidden), strict=True
+    ):
         torch.testing.assert_close(actual, expected)
 
 
@@ -134,7 +136,7 @@ def test_compiles_with_a_num_items_tensor() -> None:
         torch.testing.assert_close(compiled(*args, options), step(*args, options))
 
 
-def test_inductor() -> None:
+def test_inductor_gives_equal_gradients() -> None:
     """The default compiler may fuse, reorder and reuse memory around the ops."""
     args = samples()
     options = {"reduction": "none", "ce_weight": 0.5, "backend": "torch"}
@@ -197,7 +199,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> tuple[tup
 
 
 @pytest.mark.parametrize("case", OP_CASES)
-def test_opcheck(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_passes_opcheck(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, backward = captured(monkeypatch, OP_CASES[case])
     torch.library.opcheck(torch.ops.kdkernels.distill.default, forward)
     # Differentiating the gradient op raises by design.

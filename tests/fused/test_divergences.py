@@ -166,7 +166,7 @@ def test_power_columns_keep_their_digits(d: Divergence, implementation: str) -> 
 
 
 @every
-def test_zero_at_equality(d: Divergence) -> None:
+def test_equal_logits_have_no_divergence(d: Divergence) -> None:
     x, _ = pair(6)
     for dtype in (torch.float64, torch.float32):
         value, gradient = value_and_gradient(d, x.to(dtype), x.to(dtype))

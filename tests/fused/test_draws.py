@@ -87,7 +87,7 @@ def test_topk_lists_excluded_columns_last(dtype: torch.dtype, any_backend: str, 
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(300, 4099), (3, 128_256), (2, 1_000_000)])
-def test_topk_and_draws_of_long_and_unaligned_rows(rows: int, vocab: int, engine_backend: str, device: str) -> None:
+def test_topk_and_draws_of_long_and_unaligned_rows_equal_torch(rows: int, vocab: int, engine_backend: str, device: str) -> None:
     """Rows are processed by one or many threads. They have many ties or almost none, and any alignment in memory."""
     z = make_side((rows,), vocab, None, device=device)
     for logits in (z, z.round(), z.bfloat16()[:, 3:]):
@@ -199,21 +199,21 @@ def test_draws_do_not_depend_on_chunks(side: str, engine_backend: str, device: s
 def test_backends_draw_the_same_ids_for_many_rows(device: str) -> None:
     """Draws compare differences in float64. In float32 some of the 100,000 rows would differ between backends."""
     z = make_side((100_000,), 16, None, device=device)
-    other = "native" if device == "cpu" else "triton"
-    require(other, device)
+    backend = "native" if device == "cpu" else "triton"
+    require(backend, device)
     ids = kd.sample(z, generator=seeded(8, device), backend="torch").ids
-    assert torch.equal(kd.sample(z, generator=seeded(8, device), backend=other, chunk_rows=40_000).ids, ids)
-    reseeded = kd.sample(z, generator=seeded(9, device), backend=other).ids
+    assert torch.equal(kd.sample(z, generator=seeded(8, device), backend=backend, chunk_rows=40_000).ids, ids)
+    reseeded = kd.sample(z, generator=seeded(9, device), backend=backend).ids
     assert 0.5 < (reseeded != ids).double().mean() < 1
 
 
-def test_more_draws_than_blocks_of_a_grid(device: str) -> None:
+def test_more_draws_than_grid_blocks_equal_those_of_torch(device: str) -> None:
     """A CUDA launch has at most 65535 blocks in its second dimension."""
     z = make_side((2,), 7, None, device=device)
-    other = "native" if device == "cpu" else "triton"
-    require(other, device)
+    backend = "native" if device == "cpu" else "triton"
+    require(backend, device)
     ids = kd.sample(z, 70_000, generator=seeded(8, device), backend="torch").ids
-    assert torch.equal(kd.sample(z, 70_000, generator=seeded(8, device), backend=other).ids, ids)
+    assert torch.equal(kd.sample(z, 70_000, generator=seeded(8, device), backend=backend).ids, ids)
 
 
 def test_equal_rows_draw_differently(backend: str, device: str) -> None:
@@ -263,7 +263,7 @@ functions = pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize("shape", [(5,), (3, 127), (2, 2, 4099)], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_softmax_values_and_gradients(
+def test_softmax_equals_torch(
     name: str, dtype: torch.dtype, shape: tuple[int, ...], temperature: float, any_backend: str, device: str
 ) -> None:
     require(any_backend, device, dtype)
@@ -285,10 +285,10 @@ def test_softmax_values_and_gradients(
 
 @functions
 @pytest.mark.parametrize("vocab", [33_000, 40_001])
-def test_softmax_of_rows_longer_than_the_registers(name: str, vocab: int, backend: str, device: str) -> None:
+def test_softmax_of_rows_longer_than_the_registers_equals_torch(name: str, vocab: int, backend: str, device: str) -> None:
     z = torch.randn(2, vocab, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
-    ours, theirs = FUNCTIONS[name]
-    value, expected = ours(z, 2.0, backend=backend), theirs(z / 2.0, -1)
+    fused, eager = FUNCTIONS[name]
+    value, expected = fused(z, 2.0, backend=backend), eager(z / 2.0, -1)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
     upstream = torch.randn(2, vocab, generator=torch.Generator().manual_seed(2)).to(device)
     torch.testing.assert_close(
@@ -334,13 +334,13 @@ def test_softmax_accepts_strided_logits(name: str, any_backend: str, device: str
 @functions
 def test_softmax_of_excluded_columns_and_empty_tensors(name: str, any_backend: str, device: str) -> None:
     """Rows with excluded columns, without a finite logit, and no rows."""
-    ours, theirs = FUNCTIONS[name]
+    fused, eager = FUNCTIONS[name]
     z = torch.zeros(3, 40, device=device)
     z[0, 5:] = -math.inf
     z[1] = -math.inf
-    torch.testing.assert_close(ours(z, backend=any_backend), theirs(z, -1), equal_nan=True)
-    assert ours(z[:0], backend=any_backend).shape == (0, 40)
-    assert ours(torch.zeros(2, 0, 3, device=device, requires_grad=True), backend=any_backend).requires_grad
+    torch.testing.assert_close(fused(z, backend=any_backend), eager(z, -1), equal_nan=True)
+    assert fused(z[:0], backend=any_backend).shape == (0, 40)
+    assert fused(torch.zeros(2, 0, 3, device=device, requires_grad=True), backend=any_backend).requires_grad
 
 
 def test_softmax_does_not_depend_on_chunks(engine_backend: str, device: str) -> None:

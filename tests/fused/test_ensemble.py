@@ -58,14 +58,14 @@ def run(student: Any, teacher: Any, options: dict[str, Any], loss_fn: Any, dtype
 
 def check(backend: str, student: Any, teacher: kd.Ensemble, options: dict[str, Any]) -> dict[str, Tensor]:
     temperature = options.get("temperature", 1.0)
-    ours = run(student, teacher, {**options, "backend": backend}, kd.distillation_loss)
+    result = run(student, teacher, {**options, "backend": backend}, kd.distillation_loss)
     eager = run(student, average(teacher, temperature), options, loss_of_one)
     truth = run(student, average(teacher, temperature, torch.float64), options, loss_of_one, torch.float64)
-    for name, value in ours.items():
+    for name, value in result.items():
         # The gradient is rounded twice: stored in the student's dtype in forward, multiplied by the upstream gradient in backward.
         scale = 2 * float(truth[name].abs().max()) if name == "d_logits" else None
         assert_close_2x(name, value, eager[name], truth[name], scale)
-    return ours
+    return result
 
 
 CASES = all_pairs(
@@ -83,7 +83,7 @@ CASES = all_pairs(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: ",".join(name_of(v) for v in c.values()))
-def test_values_and_gradients(case: dict[str, Any], any_backend: str, device: str) -> None:
+def test_ensemble_equals_one_averaged_teacher(case: dict[str, Any], any_backend: str, device: str) -> None:
     require(any_backend, device, case["dtype"])
     leading = (2, 4)
     student = make_side(leading, VOCAB, case["student"], dtype=case["dtype"], device=device)
@@ -96,12 +96,12 @@ def test_values_and_gradients(case: dict[str, Any], any_backend: str, device: st
 @pytest.mark.parametrize("mode", MODES)
 def test_ensemble_of_one_teacher_equals_that_teacher(mode: Any, any_backend: str, device: str) -> None:
     student, teacher = (make_side((5,), VOCAB, 8, device=device, seed=s) for s in (0, 1))
-    both = [
+    results = [
         run(student, t, {"temperature": 2.0, "backend": any_backend}, kd.distillation_loss)
         for t in (teacher, kd.Ensemble([teacher], mode=mode))
     ]
-    for name, value in both[0].items():
-        torch.testing.assert_close(both[1][name], value, rtol=2e-5, atol=1e-6)
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=2e-5, atol=1e-6)
 
 
 def test_modes_differ_and_weights_are_normalised() -> None:
@@ -129,13 +129,13 @@ def test_columns_that_some_or_all_teachers_exclude(mode: Any, any_backend: str, 
         # A column that the student excludes too has no effect.
         short = student.clone()
         short[:, 37:] = -math.inf
-        both = [
+        results = [
             run(x, kd.Ensemble([t[:, :n] for t in teachers], mode=mode), {"divergence": divergence, "backend": any_backend}, loss)
             for n, x in ((40, short), (37, short[:, :37]))
         ]
-        torch.testing.assert_close(both[0]["loss"], both[1]["loss"])
-        torch.testing.assert_close(both[0]["d_logits"][:, :37], both[1]["d_logits"])
-        assert (both[0]["d_logits"][:, 37:] == 0).all()
+        torch.testing.assert_close(results[0]["loss"], results[1]["loss"])
+        torch.testing.assert_close(results[0]["d_logits"][:, :37], results[1]["d_logits"])
+        assert (results[0]["d_logits"][:, 37:] == 0).all()
 
 
 def test_tiny_probabilities_of_all_teachers_are_not_lost(any_backend: str, device: str) -> None:
@@ -182,7 +182,7 @@ def test_result_does_not_depend_on_chunks_or_a_second_backward(kind: str, dim: i
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_gradcheck(mode: Any, reduction: str) -> None:
+def test_ensemble_passes_gradcheck(mode: Any, reduction: str) -> None:
     teacher = make_ensemble((3,), mode, "mixed", torch.float64, vocab=11)
     hidden, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (11, 4)))
 
@@ -228,7 +228,7 @@ def test_ensemble_compiles_into_one_graph(reduction: str, engine_backend: str) -
             torch.testing.assert_close(a, b)
 
 
-def test_autocast(engine_backend: str, device: str) -> None:
+def test_autocast_equals_bfloat16_operands(engine_backend: str, device: str) -> None:
     student = make_side((6,), 40, 8, device=device)
     teacher = make_ensemble((6,), "logits", device=device, vocab=40)
     half = kd.Ensemble([to_dtype(t, torch.bfloat16) for t in teacher.teachers], teacher.weights, mode="logits")
@@ -249,7 +249,7 @@ def test_plan_counts_two_teacher_buffers() -> None:
     assert kd.plan(meta, kd.Ensemble([meta, meta], mode="logits"), memory_budget=8 * row * 3).rows_per_chunk == 8
 
 
-def test_statistics(any_backend: str, device: str) -> None:
+def test_statistics_equal_those_of_the_average(any_backend: str, device: str) -> None:
     student = make_side((6,), VOCAB, 8, device=device)
     teacher = make_ensemble((6,), "probs", device=device)
     options = {"labels": make_labels((6,), VOCAB, device), "temperature": 2.0, "return_stats": True, "backend": any_backend}

@@ -96,11 +96,11 @@ def test_usual_calls_do_not_warn(any_backend: str) -> None:
 def test_self_distillation_of_one_tensor(any_backend: str) -> None:
     """The same logits are teacher and part of the student. Only the student's gradient flows."""
     logits = torch.randn(4, 9, requires_grad=True)
-    other = torch.randn(4, 9)
+    change = torch.randn(4, 9)
     with pytest.warns(UserWarning, match="detached"):
-        kd.distillation_loss(logits + other, logits, backend=any_backend).backward()
+        kd.distillation_loss(logits + change, logits, backend=any_backend).backward()
     expected = logits.detach().clone().requires_grad_()
-    dense_loss(expected + other, logits.detach()).backward()
+    dense_loss(expected + change, logits.detach()).backward()
     torch.testing.assert_close(logits.grad, expected.grad)
 
 
@@ -110,7 +110,7 @@ def test_self_distillation_of_one_tensor(any_backend: str) -> None:
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 @pytest.mark.parametrize("kind", ["head", "dense"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_gradcheck(divergence: Divergence, kind: str, reduction: str) -> None:
+def test_loss_passes_gradcheck(divergence: Divergence, kind: str, reduction: str) -> None:
     """Compare with central differences in float64, which need no formula of the package."""
     labels = torch.tensor([3, -100, 0])
     options = {
@@ -131,7 +131,7 @@ def test_gradcheck(divergence: Divergence, kind: str, reduction: str) -> None:
 
 
 @sides
-def test_upstream_gradients_of_any_sign(dims: tuple[int | None, int | None], any_backend: str, device: str) -> None:
+def test_upstream_gradients_may_have_any_sign(dims: tuple[int | None, int | None], any_backend: str, device: str) -> None:
     student, teacher = pair(dims, (2, 4), device=device, bias=True)
     upstream = torch.tensor([[-1.5, 0.0, 2.0, 1e-3], [0.0, -30.0, 1.0, 0.5]], device=device)
     options = {"reduction": "none", "labels": make_labels((2, 4), 33, device), "ce_weight": 0.5, "token_weights": upstream.abs()}
@@ -148,10 +148,10 @@ def test_loss_in_a_larger_graph(dims: tuple[int | None, int | None], any_backend
         side = first if isinstance(side, Tensor) else kd.LMHead(first, side.weight * 1.5)
         return (loss_fn(side, teacher, reduction="none", **kw) ** 2).mean()
 
-    ours, theirs = (to_dtype(student, None, requires_grad=True) for _ in range(2))
-    total(kd.distillation_loss, ours, backend=any_backend).backward()
-    total(dense_loss, theirs).backward()
-    for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+    fused, dense = (to_dtype(student, None, requires_grad=True) for _ in range(2))
+    total(kd.distillation_loss, fused, backend=any_backend).backward()
+    total(dense_loss, dense).backward()
+    for a, b in zip(tensors(fused), tensors(dense), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -225,5 +225,5 @@ def test_loss_and_gradients_are_deterministic(
         "backend": engine_backend,
         "divergence": kd.JSD(),
     }
-    one, two = (run(kd.distillation_loss, student, teacher, options) for _ in range(2))
-    assert all(torch.equal(one[n], two[n]) for n in one)
+    first, second = (run(kd.distillation_loss, student, teacher, options) for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)

@@ -80,7 +80,7 @@ def sides_of(case: dict[str, Any], leading: tuple[int, ...], vocab: int, device:
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=case_id)
-def test_pairs_of_settings(case: dict[str, Any], backend: str, device: str) -> None:
+def test_each_pair_of_settings_equals_the_oracle(case: dict[str, Any], backend: str, device: str) -> None:
     require(backend, device, case["dtype"])
     leading, vocab = (2, 4), 61
     options, upstream = options_of(case, leading, vocab, device)
@@ -113,7 +113,7 @@ ALONE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("case", ALONE, ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "defaults")
-def test_one_setting(case: dict[str, Any], any_backend: str, device: str) -> None:
+def test_each_setting_alone_equals_the_oracle(case: dict[str, Any], any_backend: str, device: str) -> None:
     leading, vocab = (2, 3), 40
     options, upstream = options_of(case, leading, vocab, device)
     check(any_backend, *sides_of(case, leading, vocab, device), options, upstream)
@@ -122,7 +122,7 @@ def test_one_setting(case: dict[str, Any], any_backend: str, device: str) -> Non
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
-def test_sides_dtypes_reductions(dtype: torch.dtype, sides: str, reduction: str, backend: str, device: str) -> None:
+def test_each_dtype_side_and_reduction_equals_the_oracle(dtype: torch.dtype, sides: str, reduction: str, backend: str, device: str) -> None:
     """Sides, dtype and reduction decide products, buffers, and whether gradients come from forward or are recomputed in backward."""
     require(backend, device, dtype)
     leading, vocab = (5,), 61
@@ -132,7 +132,7 @@ def test_sides_dtypes_reductions(dtype: torch.dtype, sides: str, reduction: str,
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
-def test_divergences(divergence: Divergence, any_backend: str, device: str) -> None:
+def test_each_divergence_equals_the_oracle(divergence: Divergence, any_backend: str, device: str) -> None:
     """With dense sides only the row kernel runs. With a head, the gradient is computed in forward."""
     options = {"divergence": divergence, "temperature": 1.5}
     check(any_backend, *sides_of({"sides": "dense/dense"}, (6,), 200, device), {**options, "reduction": "sum"})
@@ -155,7 +155,7 @@ def test_close_student_keeps_accuracy(divergence: Divergence, gap: float, backen
 # float32 sums over the row. N and D are small, since only the length of a row matters.
 @pytest.mark.parametrize("vocab", [1, 2, 127, 4097, 50257, 151937])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_vocabularies(vocab: int, dtype: torch.dtype, backend: str, device: str) -> None:
+def test_vocabulary_of_any_size_equals_the_oracle(vocab: int, dtype: torch.dtype, backend: str, device: str) -> None:
     if interpreted(backend, device) and vocab > 5000:
         pytest.skip("large vocabularies take the interpreter minutes")
     for divergence in (kd.ForwardKL(), kd.JSD()):
@@ -165,7 +165,7 @@ def test_vocabularies(vocab: int, dtype: torch.dtype, backend: str, device: str)
 
 
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
-def test_several_blocks_per_row(divergence: Divergence, backend: str, device: str) -> None:
+def test_rows_of_several_blocks_equal_the_oracle(divergence: Divergence, backend: str, device: str) -> None:
     """A kernel that reads a row in blocks must carry its sums. The last block here has one column."""
     case = {"divergence": divergence, "labels": "given + ce", "sides": "dense/dense", "reduction": "none"}
     options, upstream = options_of(case, (2,), 8193, device)
@@ -177,7 +177,7 @@ def test_several_blocks_per_row(divergence: Divergence, backend: str, device: st
 
 @pytest.mark.parametrize("leading", [(7,), (2, 3), (2, 1, 3), (1,)])
 @pytest.mark.parametrize("sides", SIDES)
-def test_leading_shapes(leading: tuple[int, ...], sides: str, engine_backend: str, device: str) -> None:
+def test_loss_keeps_the_leading_shape(leading: tuple[int, ...], sides: str, engine_backend: str, device: str) -> None:
     case = {"sides": sides, "reduction": "none", "labels": "masked + ce", "token_weights": True}
     options, upstream = options_of(case, leading, 33, device)
     result = check(engine_backend, *sides_of(case, leading, 33, device), options, upstream)
@@ -199,7 +199,7 @@ MIXED = [
 @pytest.mark.parametrize(("student_dtype", "teacher_dtype"), MIXED, ids=name_of)
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_mixed_dtypes(
+def test_sides_of_different_dtypes_equal_the_oracle(
     student_dtype: torch.dtype, teacher_dtype: torch.dtype, sides: str, reduction: str, any_backend: str, device: str
 ) -> None:
     require(any_backend, device, student_dtype, teacher_dtype)
@@ -212,7 +212,7 @@ def test_mixed_dtypes(
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_logits_dtype_bfloat16(reduction: str, backend: str, device: str) -> None:
+def test_bfloat16_logits_are_as_accurate_as_eager_ones(reduction: str, backend: str, device: str) -> None:
     """bfloat16 logits halve the memory and are as accurate as eager bfloat16."""
     require(backend, device, torch.bfloat16)
     case = {"dtype": torch.bfloat16, "reduction": reduction, "labels": "masked", "bias": True}
@@ -238,7 +238,7 @@ def test_default_logits_are_not_rounded(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast(sides: str, reduction: str, backend: str, device: str) -> None:
+def test_autocast_gives_float32_gradients_near_the_truth(sides: str, reduction: str, backend: str, device: str) -> None:
     """Autocast of float32 parameters computes products in bfloat16 and gives float32 gradients near the truth."""
     require(backend, device, torch.float32)
     case = {"sides": sides, "reduction": reduction, "labels": "masked + ce", "bias": True, "softcap": 8.0}
@@ -250,13 +250,13 @@ def test_autocast(sides: str, reduction: str, backend: str, device: str) -> None
         with torch.autocast(device, torch.bfloat16):
             return kd.distillation_loss(*args, **kwargs)
 
-    ours = run(under_autocast, student, teacher, {**options, "backend": backend}, upstream=upstream)
-    for name, value in ours.items():
+    result = run(under_autocast, student, teacher, {**options, "backend": backend}, upstream=upstream)
+    for name, value in result.items():
         assert value.dtype == torch.float32, name
         torch.testing.assert_close(value.double(), truth[name], rtol=0.03, atol=0.03 * float(truth[name].abs().max()))
     if "head" in sides:  # equal losses would mean that autocast was ignored
         full = run(kd.distillation_loss, student, teacher, {**options, "backend": backend}, upstream=upstream)
-        assert not torch.equal(full["loss"], ours["loss"])
+        assert not torch.equal(full["loss"], result["loss"])
 
 
 def test_autocast_accepts_heads_of_mixed_dtypes(device: str) -> None:
@@ -275,7 +275,7 @@ def test_autocast_accepts_heads_of_mixed_dtypes(device: str) -> None:
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=name_of)
 @pytest.mark.parametrize("sides", ["head/head", "dense/dense"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
-def test_statistics(divergence: Divergence, sides: str, dtype: torch.dtype, any_backend: str, device: str) -> None:
+def test_statistics_equal_the_oracle(divergence: Divergence, sides: str, dtype: torch.dtype, any_backend: str, device: str) -> None:
     require(any_backend, device, dtype)
     case = {
         "divergence": divergence, "sides": sides, "dtype": dtype, "labels": "masked + ce", "temperature": 2.0, "kd_weight": 0.3,

@@ -217,7 +217,7 @@ def test_statistics_with_empty_columns(any_backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [-INF])
-def test_minus_infinity_by_bias(bias: float, any_backend: str, device: str) -> None:
+def test_bias_of_minus_infinity_excludes_a_token(bias: float, any_backend: str, device: str) -> None:
     """A bias of -inf in both heads excludes a token."""
     student, teacher = heads(device=device, bias=True)
     plain = {"divergence": kd.JSD(), "reduction": "none", "backend": any_backend}
@@ -250,14 +250,14 @@ def check_extreme(
     student, teacher = torch.tensor(rows, dtype=torch.float64).t()[:, None, :].to(device, dtype)
     options = {"divergence": d, "temperature": temperature, "reduction": "none"}
     truth = truth_of(student, teacher, options)
-    ours = run(kd.distillation_loss, student, teacher, {**options, "backend": backend})
+    result = run(kd.distillation_loss, student, teacher, {**options, "backend": backend})
     assert torch.isfinite(truth["loss"]).all()
     # A logit has an error of half an ulp, and the loss is linear in it (quadratic for LogitMSE, whose value is large).
     size = float(max(student.abs().max(), teacher.abs().max())) * max(1.0, temperature)
     eager = run(dense_loss, student, teacher, options)
-    assert_close_2x("loss", ours["loss"], eager["loss"].nan_to_num(0.0), truth["loss"], scale=size)
+    assert_close_2x("loss", result["loss"], eager["loss"].nan_to_num(0.0), truth["loss"], scale=size)
     if dtype == torch.float32 or float(truth["d_logits"].abs().max()) < 6e4:
-        assert_close_2x("d_logits", ours["d_logits"], eager["d_logits"].nan_to_num(0.0), truth["d_logits"], scale=size)
+        assert_close_2x("d_logits", result["d_logits"], eager["d_logits"].nan_to_num(0.0), truth["d_logits"], scale=size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
@@ -266,7 +266,9 @@ def check_extreme(
     d=st.sampled_from(BOUNDED),
     temperature=st.sampled_from([0.5, 1.0, 4.0]),
 )
-def test_extreme_logits(dtype: torch.dtype, rows: list[tuple[float, float]], d: Divergence, temperature: float) -> None:
+def test_random_extreme_logits_keep_accuracy(
+    dtype: torch.dtype, rows: list[tuple[float, float]], d: Divergence, temperature: float
+) -> None:
     for backend in ("torch", "native"):
         if selection.unavailable(backend, "cpu", (dtype, dtype)) is None:
             check_extreme(backend, "cpu", rows, d, dtype, temperature)
@@ -274,7 +276,7 @@ def test_extreme_logits(dtype: torch.dtype, rows: list[tuple[float, float]], d: 
 
 @pytest.mark.parametrize("d", BOUNDED, ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
-def test_extreme_rows(d: Divergence, dtype: torch.dtype, backend: str, device: str) -> None:
+def test_fixed_extreme_logits_keep_accuracy(d: Divergence, dtype: torch.dtype, backend: str, device: str) -> None:
     """Use fixed rows for every backend, since hypothesis is too slow on a GPU or in an interpreter."""
     require(backend, device, dtype)
     for row in (
@@ -306,9 +308,9 @@ def test_common_offset_of_logits_keeps_accuracy(d: Divergence, kind: str, offset
     labels = make_labels((6,), 40, device, masked=False)
     for more in ({}, {"temperature": 2.0, "labels": labels, "ce_weight": 0.5}):
         options = {"divergence": d, "reduction": "none", **more}
-        ours = run(kd.distillation_loss, student, teacher, {**options, "backend": backend})
+        result = run(kd.distillation_loss, student, teacher, {**options, "backend": backend})
         eager, truth = run(dense_loss, student, teacher, options), truth_of(student, teacher, options)
-        for name, value in ours.items():
+        for name, value in result.items():
             floor = 2.0**-19 * float(truth[name].abs().max())
             kernel_error, torch_error = error(value, truth[name]), error(eager[name], truth[name])
             assert kernel_error <= 2 * torch_error + floor, (
@@ -346,15 +348,15 @@ finite = st.floats(-80, 80, width=32)
     ),
     d=st.sampled_from(BOUNDED),
 )
-def test_any_shape_any_values(rows: list[list[float]], d: Divergence) -> None:
-    both = torch.tensor(rows, dtype=torch.float32)
-    student, teacher = both.chunk(2, -1)
+def test_random_shapes_and_values_equal_the_oracle(rows: list[list[float]], d: Divergence) -> None:
+    pairs = torch.tensor(rows, dtype=torch.float32)
+    student, teacher = pairs.chunk(2, -1)
     for backend in ("torch", "native"):
         if selection.unavailable(backend, "cpu", (torch.float32,) * 2) is None:
-            ours = run(kd.distillation_loss, student, teacher, {"divergence": d, "reduction": "none", "backend": backend})
+            result = run(kd.distillation_loss, student, teacher, {"divergence": d, "reduction": "none", "backend": backend})
             truth = divergence(d, student.double(), teacher.double())
-            assert error(ours["loss"], truth) <= 1e-5 * max(1.0, float(both.abs().max()), float(truth.max()))
-            assert float(ours["loss"].min()) >= -1e-6
+            assert error(result["loss"], truth) <= 1e-5 * max(1.0, float(pairs.abs().max()), float(truth.max()))
+            assert float(result["loss"].min()) >= -1e-6
 
 
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
@@ -409,7 +411,9 @@ def test_weights_and_scales_do_not_overflow_float16(
         ({"reduction": "none", "token_weights": 1e-4}, 2.0**14),
     ],
 )
-def test_dense_float16_students_beside_a_teacher_head(options: dict[str, Any], upstream: float, backend: str, device: str) -> None:
+def test_gradient_of_float16_logits_does_not_overflow_or_vanish(
+    options: dict[str, Any], upstream: float, backend: str, device: str
+) -> None:
     """The gradient fits in float16 only after all factors have been multiplied."""
     require(backend, device, torch.float16)
     student = make_side((4,), 3000, None, seed=1, device=device, dtype=torch.float16)
@@ -422,7 +426,7 @@ def test_dense_float16_students_beside_a_teacher_head(options: dict[str, Any], u
     assert (result["d_logits"] != 0).float().mean() > 0.9
 
 
-def test_softcap_at_saturation(any_backend: str, device: str) -> None:
+def test_saturated_softcap_is_as_accurate_as_eager(any_backend: str, device: str) -> None:
     """Near saturation 1 - tanh^2 loses digits, but not more than in eager torch."""
     student, teacher = heads(device=device, softcap=2.0, spread=12.0)
     check(any_backend, student, teacher, {"reduction": "none"})

@@ -53,8 +53,8 @@ def test_memory_is_reused_when_no_tensor_refers_to_it(free: deque[object]) -> No
     assert first.dtype == torch.bfloat16
     address, part = first.data_ptr(), first.fill_(3)[5:7, ::2]
     del first
-    other = pages.recycled(torch.empty(2000, 1000))
-    assert other.data_ptr() != address, "a view still uses the memory"
+    second = pages.recycled(torch.empty(2000, 1000))
+    assert second.data_ptr() != address, "a view still uses the memory"
     assert (part == 3).all()
     del part
     recycled = pages.recycled(torch.empty(2000, 1000))

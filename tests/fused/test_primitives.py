@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import require
-from one_side import HEADS, PER_TOKEN, arguments, check, make_ids, ours, tensors
+from one_side import HEADS, PER_TOKEN, arguments, check, fused, make_ids, tensors
 from oracle import FLOATS, all_pairs, make_side, name_of, to_dtype
 from torch import Tensor
 
@@ -32,7 +32,9 @@ CASES = all_pairs(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize(("rows", "vocab"), [(300, 4099), (3, 128_256), (2, 1_000_000)])
 @pytest.mark.parametrize("name", PER_TOKEN)
-def test_rows_of_any_length(name: str, rows: int, vocab: int, dtype: torch.dtype, engine_backend: str, device: str) -> None:
+def test_rows_of_any_length_equal_the_dense_result(
+    name: str, rows: int, vocab: int, dtype: torch.dtype, engine_backend: str, device: str
+) -> None:
     """Rows that fit in a CPU core's cache, a CTA, a cluster of CTAs, or none of them."""
     require(engine_backend, device, dtype)
     side = make_side((rows,), vocab, None, dtype=dtype, device=device)
@@ -40,7 +42,7 @@ def test_rows_of_any_length(name: str, rows: int, vocab: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: ",".join(name_of(v) for v in c.values()))
-def test_values_and_gradients(case: dict[str, Any], backend: str, device: str) -> None:
+def test_primitives_equal_the_dense_result(case: dict[str, Any], backend: str, device: str) -> None:
     require(backend, device, case["dtype"])
     leading, vocab = case["shape"]
     name, _, k = case["name"].partition(" of ")
@@ -50,20 +52,20 @@ def test_values_and_gradients(case: dict[str, Any], backend: str, device: str) -
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
-def test_long_rows(name: str, backend: str, device: str) -> None:
+def test_rows_of_several_blocks_equal_the_dense_result(name: str, backend: str, device: str) -> None:
     """A row of several blocks, the last of which is not full."""
     side = make_side((2,), 50257, None, device=device)
     check(backend, name, side, arguments(name, (2,), 50257, None, device), temperature=2.0)
 
 
-def test_many_ids(backend: str, device: str) -> None:
+def test_more_ids_than_a_block_holds_equal_the_dense_result(backend: str, device: str) -> None:
     """More ids than a kernel's block holds, many of them equal."""
     side = make_side((3,), 40, 8, device=device)
     check(backend, "token_logprobs", side, (make_ids((3,), 40, 100, device),))
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
-def test_excluded_columns_and_peaked_rows(name: str, backend: str, device: str) -> None:
+def test_excluded_columns_and_peaked_rows_are_finite(name: str, backend: str, device: str) -> None:
     """Rows with -inf logits, with a token of probability 1, and with logits in the thousands."""
     z = make_side((4,), 70, None, device=device)
     assert isinstance(z, Tensor)
@@ -100,7 +102,7 @@ def test_logprob_of_an_excluded_id_is_minus_infinity(any_backend: str, device: s
 @pytest.mark.parametrize("name", [*PER_TOKEN, "token_logprobs of 3"])
 @pytest.mark.parametrize("side", HEADS)
 @pytest.mark.parametrize("backend", ["torch", "native"])
-def test_gradcheck(name: str, side: str, backend: str) -> None:
+def test_primitives_pass_gradcheck(name: str, side: str, backend: str) -> None:
     require(backend, "cpu", torch.float64)
     name, _, k = name.partition(" of ")
     args = arguments(name, (3,), 11, int(k) if k else None)
@@ -109,17 +111,17 @@ def test_gradcheck(name: str, side: str, backend: str) -> None:
 
     def function(*leaves: Tensor) -> Tensor:
         if isinstance(sample, Tensor):
-            return ours(name, leaves[0], *args, backend=backend, chunk_rows=2, **options)
+            return fused(name, leaves[0], *args, backend=backend, chunk_rows=2, **options)
         bias = leaves[2] if len(leaves) > 2 else None
         head = kd.LMHead(leaves[0], leaves[1], bias, sample.scale, sample.softcap)
-        return ours(name, head, *args, backend=backend, chunk_rows=2, **options)
+        return fused(name, head, *args, backend=backend, chunk_rows=2, **options)
 
     torch.autograd.gradcheck(function, tuple(tensors(sample).values()))
 
 
 @pytest.mark.parametrize("function", [kd.softmax, kd.log_softmax])
 @pytest.mark.parametrize("backend", ["torch", "native"])
-def test_gradcheck_softmax(function: Callable[..., Tensor], backend: str) -> None:
+def test_softmax_passes_gradcheck(function: Callable[..., Tensor], backend: str) -> None:
     require(backend, "cpu", torch.float64)
     z = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda x: function(x, 0.6, backend=backend), (z,))
@@ -131,10 +133,10 @@ def test_only_tensors_that_require_grad_get_gradients(name: str, trained: tuple[
     name, _, k = name.partition(" of ")
     args = arguments(name, (5,), 23, int(k) if k else None, device)
     side = to_dtype(make_side((5,), 23, 8, bias=True, device=device), None, requires_grad=True)
-    expected = torch.autograd.grad(ours(name, side, *args, backend=engine_backend).sum(), list(tensors(side).values()))
+    expected = torch.autograd.grad(fused(name, side, *args, backend=engine_backend).sum(), list(tensors(side).values()))
     for n, t in tensors(side).items():
         t.requires_grad_(n in trained)
-    value = ours(name, side, *args, backend=engine_backend, chunk_rows=2)
+    value = fused(name, side, *args, backend=engine_backend, chunk_rows=2)
     assert value.requires_grad == bool(trained)
     if trained:
         value.sum().backward()
@@ -151,7 +153,7 @@ def test_second_backward_through_a_primitive_is_identical(name: str, dim: int | 
     """Two backward passes through a retained graph give equal gradients."""
     name, _, k = name.partition(" of ")
     side = to_dtype(make_side((5,), 23, dim, device=device), None, requires_grad=True)
-    value = ours(name, side, *arguments(name, (5,), 23, int(k) if k else None, device), backend=engine_backend)
+    value = fused(name, side, *arguments(name, (5,), 23, int(k) if k else None, device), backend=engine_backend)
     leaves = list(tensors(side).values())
     first = torch.autograd.grad(value.sum(), leaves, retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(value.sum(), leaves), strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import interpreted
-from one_side import PER_TOKEN, arguments, make_ids, ours, run, tensors
+from one_side import PER_TOKEN, arguments, fused, make_ids, run, tensors
 from oracle import make_labels, make_side, to_dtype
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -29,12 +29,12 @@ def test_primitives_do_not_depend_on_chunks(name: str, dim: int | None, engine_b
     name, _, k = name.partition(" of ")
     side = make_side((2, 11), 301, dim, device=device)
     args = arguments(name, (2, 11), 301, int(k) if k else None, device)
-    whole = run(ours, name, side, args, {"backend": engine_backend})
+    in_one_chunk = run(fused, name, side, args, {"backend": engine_backend})
     for options in ({"chunk_rows": 1}, {"chunk_rows": 7}, {"memory_budget": 3000}):
-        for quantity, value in run(ours, name, side, args, {"backend": engine_backend, **options}).items():
+        for quantity, value in run(fused, name, side, args, {"backend": engine_backend, **options}).items():
             if dim is None:  # dense logits: identical bits
-                assert torch.equal(value, whole[quantity]) or (name, quantity) == ("cross_entropy", "value"), (quantity, options)
-            torch.testing.assert_close(value, whole[quantity], rtol=2e-5, atol=2e-6)
+                assert torch.equal(value, in_one_chunk[quantity]) or (name, quantity) == ("cross_entropy", "value"), (quantity, options)
+            torch.testing.assert_close(value, in_one_chunk[quantity], rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_primitives_do_not_depend_on_chunks(name: str, dim: int | None, engine_b
         ("token_logprobs of 3", False, (1, 1, 0), (1, 0, 1)),
     ],
 )
-def test_number_of_matrix_products(
+def test_primitives_take_no_needless_matrix_product(
     name: str, frozen: bool, forward: tuple[int, ...], backward: tuple[int, ...], calls: dict[str, int]
 ) -> None:
     """The gradient of the hidden states is computed in forward. Only a trainable head with per-token results multiplies again."""
@@ -59,7 +59,7 @@ def test_number_of_matrix_products(
     assert isinstance(side, kd.LMHead)
     side.hidden.requires_grad_()
     side.weight.requires_grad_(not frozen)
-    value = ours(name, side, *arguments(name, (6,), 23, int(k) if k else None), backend="torch")
+    value = fused(name, side, *arguments(name, (6,), 23, int(k) if k else None), backend="torch")
     assert tuple(calls.values()) == forward
     value.sum().backward()
     assert tuple(b - f for b, f in zip(calls.values(), forward, strict=True)) == backward
@@ -104,7 +104,7 @@ def test_rows_without_an_id_are_not_read(k: int | None, dim: int | None, any_bac
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_ids_of_any_integer_dtype(dtype: torch.dtype, any_backend: str, device: str) -> None:
+def test_ids_may_have_any_integer_dtype(dtype: torch.dtype, any_backend: str, device: str) -> None:
     """Narrow dtypes can't hold the vocabulary size, and unsigned ones can't hold -1."""
     z = torch.randn(2, 70_000, device=device)
     ids = torch.tensor([torch.iinfo(dtype).max % 70_000, 3], device=device)
@@ -144,7 +144,7 @@ def test_primitives_without_valid_rows_are_zero(name: str, dim: int | None, case
     side = to_dtype(make_side(leading, 23, dim, device=device), None, requires_grad=True)
     args = arguments(name, (2, 3), 23, int(k) if k else None, device)
     args = tuple(a[:, : leading[1]].clone().fill_(-100 if name == "cross_entropy" else -1) for a in args)
-    value = ours(name, side, *args, backend=any_backend)
+    value = fused(name, side, *args, backend=any_backend)
     assert value.shape == (() if name == "cross_entropy" else args[0].shape if args else leading)
     assert (value == 0).all()
     value.sum().backward()
@@ -155,7 +155,7 @@ def test_primitives_without_valid_rows_are_zero(name: str, dim: int | None, case
 
 
 @pytest.mark.parametrize("dim", [8, None])
-def test_sample_and_topk_of_no_rows(dim: int | None, any_backend: str, device: str) -> None:
+def test_sample_and_topk_accept_no_rows(dim: int | None, any_backend: str, device: str) -> None:
     side = make_side((2, 0), 23, dim, device=device)
     assert kd.sample(side, 3, backend=any_backend).ids.shape == (2, 0, 3)
     assert kd.topk_logprobs(side, 3, backend=any_backend).ids.shape == (2, 0, 3)
@@ -167,14 +167,14 @@ def test_nan_stays_in_its_row(any_backend: str, device: str) -> None:
     z[1, 5] = math.nan
     for name in ("logsumexp", "entropy", "token_logprobs"):
         args = (torch.tensor([1, 2, 3], device=device),) if name == "token_logprobs" else ()
-        value = ours(name, z, *args, backend=any_backend)
+        value = fused(name, z, *args, backend=any_backend)
         assert torch.isnan(value).tolist() == [False, True, False]
 
 
 # ---- ways to call
 
 
-def test_dtypes_of_results(any_backend: str, device: str) -> None:
+def test_results_have_documented_dtypes(any_backend: str, device: str) -> None:
     for dtype, result in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
         side = make_side((3,), 20, 8, dtype=dtype, device=device)
         assert kd.logsumexp(side, backend=any_backend).dtype == result
@@ -185,18 +185,18 @@ def test_dtypes_of_results(any_backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
-def test_inference_mode_and_autocast(name: str, engine_backend: str, device: str) -> None:
+def test_inference_mode_and_autocast_keep_results(name: str, engine_backend: str, device: str) -> None:
     side = make_side((5,), 23, 8, device=device)
     assert isinstance(side, kd.LMHead)
     args = arguments(name, (5,), 23, None, device)
     with torch.inference_mode():
-        plain = ours(name, side, *args, backend=engine_backend)
-    torch.testing.assert_close(plain, ours(name, side, *args, backend=engine_backend))
+        plain = fused(name, side, *args, backend=engine_backend)
+    torch.testing.assert_close(plain, fused(name, side, *args, backend=engine_backend))
     half = to_dtype(side, torch.bfloat16, requires_grad=True)
     with torch.autocast(device, torch.bfloat16):
         leaf = to_dtype(side, None, requires_grad=True)
-        mixed = ours(name, leaf, *args, backend=engine_backend)
-    exact = ours(name, half, *args, backend=engine_backend)
+        mixed = fused(name, leaf, *args, backend=engine_backend)
+    exact = fused(name, half, *args, backend=engine_backend)
     torch.testing.assert_close(mixed, exact)
     mixed.sum().backward()
     exact.sum().backward()
@@ -207,23 +207,23 @@ def test_inference_mode_and_autocast(name: str, engine_backend: str, device: str
 
 
 @pytest.mark.parametrize("name", [*PER_TOKEN, "token_logprobs of 3"])
-def test_strided_sides(name: str, engine_backend: str, device: str) -> None:
+def test_strided_sides_equal_copies(name: str, engine_backend: str, device: str) -> None:
     """logits[:, :-1] has no single row stride."""
     name, _, k = name.partition(" of ")
     z = make_side((2, 5), 23, None, device=device)
     args = arguments(name, (2, 4), 23, int(k) if k else None, device)
     leaf = z.clone().requires_grad_()
-    value = ours(name, leaf[:, :-1], *args, backend=engine_backend, chunk_rows=3)
+    value = fused(name, leaf[:, :-1], *args, backend=engine_backend, chunk_rows=3)
     value.sum().backward()
     copy = z[:, :-1].contiguous().requires_grad_()
-    expected = ours(name, copy, *args, backend=engine_backend)
+    expected = fused(name, copy, *args, backend=engine_backend)
     expected.sum().backward()
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(leaf.grad[:, :-1], copy.grad)
     assert (leaf.grad[:, -1] == 0).all()
 
 
-def test_activation_checkpointing() -> None:
+def test_activation_checkpointing_keeps_gradients() -> None:
     side, ids = make_side((6,), 31, 8), make_ids((6,), 31, 3)
     assert isinstance(side, kd.LMHead)
 
@@ -242,7 +242,7 @@ def test_token_logprobs_are_deterministic(backend: str, device: str) -> None:
     if interpreted(backend, device):
         pytest.skip("the interpreter runs in order")
     side, ids = make_side((64,), 301, 8, device=device), torch.randint(5, (64, 9), device=device)
-    first, second = (run(ours, "token_logprobs", side, (ids,), {"backend": backend}) for _ in range(2))
+    first, second = (run(fused, "token_logprobs", side, (ids,), {"backend": backend}) for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
@@ -312,7 +312,7 @@ def test_unavailable_backend_raises_with_a_reason() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_generator_of_another_device() -> None:
+def test_generator_of_another_device_raises() -> None:
     with pytest.raises(ValueError, match="generator is on cpu, the side on cuda"):
         kd.sample(torch.randn(2, 5, device="cuda"), generator=torch.Generator())
 

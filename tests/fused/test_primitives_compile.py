@@ -116,7 +116,7 @@ def test_changed_temperature_does_not_recompile() -> None:
     assert frames[-1] == frames[2], frames
 
 
-def test_inductor() -> None:
+def test_inductor_compiles_primitives() -> None:
     """Compile with the default compiler."""
     head = make_side((2, 5), 31, 8)
     assert isinstance(head, kd.LMHead)
@@ -171,7 +171,7 @@ GRADIENT_TESTS = (
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dim", [8, None])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_opcheck(name: str, dim: int | None, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_primitives_pass_opcheck(name: str, dim: int | None, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # No ignored rows: then every element of the saved state is defined, and opcheck can compare it.
     for constant, ids in (("LABELS", LABELS), ("IDS", IDS), ("MANY", MANY)):
         monkeypatch.setitem(globals(), constant, ids.clamp(min=0))
@@ -188,7 +188,7 @@ def test_opcheck(name: str, dim: int | None, frozen: bool, monkeypatch: pytest.M
         library.opcheck(torch.ops.kdkernels.distill_backward.default, args, test_utils=GRADIENT_TESTS)
 
 
-def test_opcheck_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_softmax_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(2, 3, 21, requires_grad=True)
     ops = torch.ops.kdkernels
     arguments = captured(monkeypatch, ("softmax", "softmax_backward"), lambda: kd.softmax(z, 2.0, backend="torch").square(), softmax)
@@ -202,7 +202,7 @@ def test_opcheck_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
         library.opcheck(ops.softmax_out.default, (z.detach().clone(), logits, *rest))
 
 
-def test_opcheck_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_topk_and_sample_pass_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_side((2, 3), 21, 8, bias=True)
     arguments = captured(
         monkeypatch,

@@ -86,13 +86,13 @@ def test_loss_uses_the_product_for_bfloat16_heads(
     product = cpu.product
     monkeypatch.setattr(cpu, "product", lambda *tensors: (calls.append(tensors), product(*tensors))[1])
     truth = truth_of(student, teacher, {})
-    ours = run(kd.distillation_loss, student, teacher, {"backend": "native", "chunk_rows": chunk_rows})
+    result = run(kd.distillation_loss, student, teacher, {"backend": "native", "chunk_rows": chunk_rows})
     assert len(calls) == (1 + (student_dtype == torch.bfloat16)) * (1 if chunk_rows is None else 3)
     monkeypatch.setattr(cpu, "product_of", lambda *arguments: None)
     widened = run(kd.distillation_loss, student, teacher, {"backend": "native", "chunk_rows": chunk_rows})
     for name, true in truth.items():
         rounding = 2**-8 if name.startswith("d_") and student_dtype == torch.bfloat16 else 1e-6
-        assert error(ours[name], true) <= 2 * error(widened[name], true) + rounding * true.abs().max().item(), name
+        assert error(result[name], true) <= 2 * error(widened[name], true) + rounding * true.abs().max().item(), name
 
 
 def test_unsupported_products_use_torch() -> None:

@@ -49,7 +49,7 @@ def test_loss_without_valid_tokens_is_zero(
 
 @sides
 @reductions
-def test_one_valid_row(dims: tuple[int | None, int | None], reduction: str, backend: str, device: str) -> None:
+def test_one_valid_row_equals_the_oracle(dims: tuple[int | None, int | None], reduction: str, backend: str, device: str) -> None:
     labels = torch.full((5,), -100, device=device)
     labels[3] = 7
     student, teacher = pair(dims, (5,), device=device, bias=True)
@@ -66,10 +66,10 @@ def test_ignored_rows_have_no_effect(dims: tuple[int | None, int | None], engine
         return side[keep] if isinstance(side, Tensor) else kd.LMHead(side.hidden[keep], side.weight)
 
     options = {"ce_weight": 0.5, "backend": engine_backend, "divergence": kd.JSD()}
-    whole = run(kd.distillation_loss, student, teacher, {**options, "labels": labels})
+    all_rows = run(kd.distillation_loss, student, teacher, {**options, "labels": labels})
     part = run(kd.distillation_loss, cut(student), cut(teacher), {**options, "labels": labels[keep]})
     for name, value in part.items():
-        value_of_all = whole[name]
+        value_of_all = all_rows[name]
         if name in ("d_hidden", "d_logits"):
             assert (value_of_all[~keep] == 0).all()
             value_of_all = value_of_all[keep]
@@ -150,7 +150,7 @@ def test_micro_batches_with_num_items_equal_one_batch(dims: tuple[int | None, in
     student, teacher = pair(dims, (9,), device=device, dtype=torch.float64)
     labels = make_labels((9,), 33, device)
     options = {"ce_weight": 0.5, "temperature": 2.0, "num_items": int((labels != -100).sum()), "backend": "torch"}
-    whole = run(kd.distillation_loss, student, teacher, {**options, "labels": labels})
+    one_batch = run(kd.distillation_loss, student, teacher, {**options, "labels": labels})
     accumulated = to_dtype(student, None, requires_grad=True)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for start, stop in ((0, 2), (2, 3), (3, 9)):
@@ -161,9 +161,9 @@ def test_micro_batches_with_num_items_equal_one_batch(dims: tuple[int | None, in
         loss = kd.distillation_loss(cut(accumulated), cut(teacher), labels=labels[start:stop], **options)
         loss.backward()
         total += loss.detach()
-    torch.testing.assert_close(total, whole["loss"], rtol=1e-12, atol=1e-12)
-    for t, name in zip(tensors(accumulated), list(whole)[1:], strict=True):
-        torch.testing.assert_close(t.grad, whole[name], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total, one_batch["loss"], rtol=1e-12, atol=1e-12)
+    for t, name in zip(tensors(accumulated), list(one_batch)[1:], strict=True):
+        torch.testing.assert_close(t.grad, one_batch[name], rtol=1e-12, atol=1e-12)
 
 
 # ---- shapes and strides
@@ -211,22 +211,22 @@ def test_strides_do_not_change_results(
 
 @pytest.mark.parametrize("expanded", ["rows", "columns"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_expanded_logits(expanded: str, reduction: str, engine_backend: str, device: str) -> None:
+def test_expanded_logits_get_their_gradient(expanded: str, reduction: str, engine_backend: str, device: str) -> None:
     """The gradient must not be written through a stride of 0."""
     base = make_side((1,) if expanded == "rows" else (4,), 33 if expanded == "rows" else 1, None, device=device)
-    other = make_side((4,), 33, None, device=device, seed=3)
+    plain = make_side((4,), 33, None, device=device, seed=3)
     for order in (1, -1):
-        ours, theirs = (base.clone().requires_grad_() for _ in range(2))
-        for loss_fn, leaf, kw in ((kd.distillation_loss, ours, {"backend": engine_backend}), (dense_loss, theirs, {})):
-            student, teacher = (leaf.expand(4, 33), other)[::order]
+        fused, dense = (base.clone().requires_grad_() for _ in range(2))
+        for loss_fn, leaf, kw in ((kd.distillation_loss, fused, {"backend": engine_backend}), (dense_loss, dense, {})):
+            student, teacher = (leaf.expand(4, 33), plain)[::order]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 loss = loss_fn(student, teacher, reduction=reduction, **kw)
             if order == 1:
                 loss.sum().backward()
         if order == 1:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
-            assert ours.grad.abs().sum() > 0 or expanded == "columns"
+            torch.testing.assert_close(fused.grad, dense.grad, rtol=1e-4, atol=1e-6)
+            assert fused.grad.abs().sum() > 0 or expanded == "columns"
 
 
 @sides

@@ -102,8 +102,8 @@ def test_call_survives_its_flat_form(call: Call) -> None:
 def test_numbers_and_sizes_are_not_in_the_text_of_the_flat_form() -> None:
     """Otherwise torch.compile would recompile for another temperature or batch size."""
     call = Call(kd.JSD(0.3), 7, temperature=2.0, chunk_rows=4, student=HeadForm(2.0, 30.0))
-    other = Call(kd.JSD(0.7), 9, temperature=3.0, chunk_rows=8, student=HeadForm(1.0, 20.0))
-    assert flatten(call, Tensors({}))[3] == flatten(other, Tensors({}))[3]
+    with_other_numbers = Call(kd.JSD(0.7), 9, temperature=3.0, chunk_rows=8, student=HeadForm(1.0, 20.0))
+    assert flatten(call, Tensors({}))[3] == flatten(with_other_numbers, Tensors({}))[3]
     for changed in (replace(call, chunk_rows=None), replace(call, divergence=kd.ForwardKL()), replace(call, student=Form())):
         assert flatten(changed, Tensors({}))[3] != flatten(call, Tensors({}))[3]
 

@@ -124,16 +124,18 @@ def run(loss_fn: Any, student: Any, teacher: Any, options: dict[str, Any], dtype
 
 
 def check(backend: str, student: Any, teacher: Any, options: dict[str, Any]) -> None:
-    ours = run(kd.distillation_loss, student, teacher, {**options, "backend": backend})
+    result = run(kd.distillation_loss, student, teacher, {**options, "backend": backend})
     eager, truth = run(dense_loss, student, teacher, options), run(dense_loss, student, teacher, options, torch.float64)
-    for name, value in ours.items():
+    for name, value in result.items():
         assert_close_2x(name, value, eager[name], truth[name])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
 @pytest.mark.parametrize("dim", [None, 24], ids=["logits", "head"])
-def test_every_mode(any_backend: str, device: str, tail: str, divergence: Any, dim: int | None, dtype: torch.dtype) -> None:
+def test_each_mode_equals_the_dense_formula(
+    any_backend: str, device: str, tail: str, divergence: Any, dim: int | None, dtype: torch.dtype
+) -> None:
     require(any_backend, device, dtype)
     leading = (2, 4)
     side = make_side(
@@ -145,7 +147,7 @@ def test_every_mode(any_backend: str, device: str, tail: str, divergence: Any, d
 
 @pytest.mark.parametrize("many", [1, 64, 512])
 @pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
-def test_numbers_of_ids_at_a_temperature(engine_backend: str, device: str, tail: str, divergence: Any, many: int) -> None:
+def test_any_number_of_ids_equals_the_dense_formula(engine_backend: str, device: str, tail: str, divergence: Any, many: int) -> None:
     """The loss includes cross-entropy at T = 1 and has an upstream gradient for each token."""
     leading = (7,)
     options = {
@@ -157,7 +159,7 @@ def test_numbers_of_ids_at_a_temperature(engine_backend: str, device: str, tail:
         check(engine_backend, make_side(leading, VOCAB, dim, device=device), teacher, options)
 
 
-def test_ids_of_every_dtype_and_repeated_draws(engine_backend: str, device: str) -> None:
+def test_ids_of_every_dtype_may_repeat(engine_backend: str, device: str) -> None:
     ids = torch.tensor([[0, 5, 5, 12, -1], [12, 12, 12, 0, 12]], device=device)
     counts = torch.tensor([[1, 2, 3, 1, 9], [1, 1, 1, 1, 1]], device=device)
     z = make_side((2,), 13, None, device=device)
@@ -205,13 +207,13 @@ def test_listed_tokens_with_probability_0(tail: str, divergence: Any, any_backen
     shares = torch.tensor([[0.0, 3.0, 1.0], [1.0, 0.0, 1.0], [2.0, 1.0, 0.0]], device=device) / 5
     teacher = kd.Sampled(ids, shares) if tail == "sampled" else kd.TopK(ids, shares.log(), tail)  # type: ignore[arg-type]
     options = {"divergence": divergence, "reduction": "none"}
-    ours = run(kd.distillation_loss, z, teacher, {**options, "backend": any_backend})
+    result = run(kd.distillation_loss, z, teacher, {**options, "backend": any_backend})
     shorter = torch.where(ids == 3, -1, ids)
     same = kd.Sampled(shorter, shares) if tail == "sampled" else kd.TopK(shorter, shares.log(), tail)  # type: ignore[arg-type]
     expected = run(dense_loss, z[:, [*range(3), *range(4, 12)]], without_token_3(same), options)
-    torch.testing.assert_close(ours["loss"], expected["loss"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours["d_logits"][:, [*range(3), *range(4, 12)]], expected["d_logits"], rtol=1e-5, atol=1e-6)
-    assert (ours["d_logits"][:, 3] == 0).all()
+    torch.testing.assert_close(result["loss"], expected["loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result["d_logits"][:, [*range(3), *range(4, 12)]], expected["d_logits"], rtol=1e-5, atol=1e-6)
+    assert (result["d_logits"][:, 3] == 0).all()
     z[0, 5] = -math.inf  # the teacher's most likely token
     loss = kd.distillation_loss(z, teacher, **options, backend=any_backend)
     assert bool(loss[0] == math.inf) == isinstance(divergence, kd.ForwardKL)
@@ -240,13 +242,13 @@ def test_gradients_of_a_confident_student_are_accurate(engine_backend: str, devi
 
 
 @pytest.mark.parametrize("tail", ["bucket", "sampled"])
-def test_more_ids_than_a_block_holds(tail: str, engine_backend: str, device: str) -> None:
+def test_more_ids_than_a_block_holds_equal_the_dense_formula(tail: str, engine_backend: str, device: str) -> None:
     teacher = make_teacher(tail, 1500, (2,), vocab=2000, device=device)
     check(engine_backend, make_side((2,), 2000, 8, device=device), teacher, {"divergence": kd.ForwardKL()})
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_label_inside_and_outside_the_ids(temperature: float, any_backend: str, device: str) -> None:
+def test_label_may_be_inside_or_outside_the_ids(temperature: float, any_backend: str, device: str) -> None:
     """Padding must not write to token 0. Each column's gradient is written once, including the label's part."""
     ids = torch.tensor([[0, 4, 7], [-1, 4, 7], [-1, -1, -1], [-1, -1, -1], [0, -1, -1], [7, -1, 0]], device=device)
     labels = torch.tensor([4, 0, 0, 5, 0, 0], device=device)
@@ -258,7 +260,7 @@ def test_label_inside_and_outside_the_ids(temperature: float, any_backend: str, 
             check(any_backend, side, kd.TopK(ids, logprobs, temperature=temperature), options)
 
 
-def test_strided_views_of_a_teacher(engine_backend: str, device: str) -> None:
+def test_strided_views_of_a_teacher_equal_copies(engine_backend: str, device: str) -> None:
     """Use the first 3 of 8 ids at every other position, which is a strided view."""
     z = make_side((2, 3), 40, None, device=device)
     top = kd.topk_logprobs(make_side((2, 6), 40, None, seed=1, device=device), 8)
@@ -275,7 +277,7 @@ def test_strided_views_of_a_teacher(engine_backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_16_bit_gradients_over_float32_logits(
+def test_16_bit_logit_gradients_are_as_accurate_as_eager(
     dtype: torch.dtype, temperature: float, engine_backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logit gradients are 16-bit, scaled by a power of two, as on a GPU."""
@@ -287,7 +289,7 @@ def test_16_bit_gradients_over_float32_logits(
         check(engine_backend, side, make_teacher(tail, 8, (6,), temperature=temperature, device=device), options)
 
 
-def test_module_under_autocast(engine_backend: str, device: str) -> None:
+def test_module_under_autocast_equals_bfloat16_operands(engine_backend: str, device: str) -> None:
     side = make_side((6,), VOCAB, 8, device=device)
     teacher = make_teacher("bucket", 8, (6,), temperature=2.0, device=device)
     loss = kd.DistillationLoss(temperature=2.0, divergence="jsd", backend=engine_backend)
@@ -313,7 +315,7 @@ def test_second_backward_gives_equal_gradients(engine_backend: str, device: str)
 
 
 @pytest.mark.parametrize(("tail", "divergence"), MODES, ids=name_of)
-def test_gradcheck(tail: str, divergence: Any) -> None:
+def test_sparse_losses_pass_gradcheck(tail: str, divergence: Any) -> None:
     teacher = make_teacher(tail, 5, (3,), 11)
     hidden, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (11, 4)))
 
@@ -323,7 +325,7 @@ def test_gradcheck(tail: str, divergence: Any) -> None:
     assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
-def test_statistics(any_backend: str, device: str) -> None:
+def test_statistics_equal_those_of_a_dense_teacher(any_backend: str, device: str) -> None:
     z, zt = make_side((6,), VOCAB, None, device=device), make_side((6,), VOCAB, None, seed=1, device=device)
     labels = make_labels((6,), VOCAB, device)
     top = kd.topk_logprobs(zt, VOCAB)

@@ -73,11 +73,11 @@ def test_three_steps_equal_the_dense_formula(
 
 def test_first_gradient_equals_that_of_the_distillation_trainer(tmp_path: Path) -> None:
     student = make_model(16, 1, VOCAB, seed=1, initializer_range=0.2)
-    ours = trainers(tmp_path, make_tokenizer())(
+    distillation_trainer = trainers(tmp_path, make_tokenizer())(
         student, teacher(), rows=make_rows(12), dtype=torch.float32, temperature=2.0, ce_weight=0.5, divergence="reverse_kl",
         per_device_train_batch_size=12,
     )  # fmt: skip
-    expected = gradients(ours)
+    expected = gradients(distillation_trainer)
     trainer = build(tmp_path, per_device_train_batch_size=12, max_steps=1)
     distill(trainer, teacher(), divergence="reverse_kl", temperature=2.0, ce_weight=0.5)
     actual = run(trainer, VOCAB).gradients

@@ -46,8 +46,10 @@ def assert_same(actual: Tensor, expected: Tensor, *parameters: Tensor, tolerance
     """Check values and gradients, also for a scaled loss."""
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
     for scale in (1.0, 3.0):
-        for ours, theirs in zip(gradients(actual, *parameters, scale=scale), gradients(expected, *parameters, scale=scale), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=10 * tolerance)
+        for gradient, expected_gradient in zip(
+            gradients(actual, *parameters, scale=scale), gradients(expected, *parameters, scale=scale), strict=True
+        ):
+            torch.testing.assert_close(gradient, expected_gradient, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

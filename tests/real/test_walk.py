@@ -126,11 +126,11 @@ def test_train_from_the_live_teacher_killed_and_resumed(home: Path) -> None:
     train("live", *live)
     before, after = summary(home / "live")["before"], summary(home / "live")["after"]
     assert after["eval_divergence"] < before["eval_divergence"], "two steps bring the student closer to the teacher"
-    whole = weights(home / "live")
+    uninterrupted = weights(home / "live")
     (home / "live").rename("finished")
     killed_at(1, home / "finished", home / "live")
     train("live", *live)
-    assert weights(home / "live") == whole, "a resumed run ends with the same weights"
+    assert weights(home / "live") == uninterrupted, "a resumed run ends with the same weights"
 
 
 def test_train_on_responses_of_the_student() -> None:

@@ -111,12 +111,12 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_plain_rows_need_one_turn() -> None:
-    one = items_of(1)[0]
-    assert student_row(one, "r", chat=False) == {"key": "k0", "prompt": "question 0", "response": "r"}
-    assert student_row(one, "r", prompt="other")["messages"] == [{"role": "user", "content": "other"}]
-    two = Item("k", ({"role": "system", "content": "s"}, *one.messages), "r", {}, "d.jsonl, line 7")
+    item = items_of(1)[0]
+    assert student_row(item, "r", chat=False) == {"key": "k0", "prompt": "question 0", "response": "r"}
+    assert student_row(item, "r", prompt="other")["messages"] == [{"role": "user", "content": "other"}]
+    conversation = Item("k", ({"role": "system", "content": "s"}, *item.messages), "r", {}, "d.jsonl, line 7")
     with pytest.raises(RecipeError, match="line 7: a conversation of 2 turns is not a plain prompt"):
-        student_row(two, "r", chat=False)
+        student_row(conversation, "r", chat=False)
 
 
 # Requests and logs

@@ -291,7 +291,7 @@ def test_contrastive_scores_equal_the_formula(teacher: Any) -> None:
 
 def test_contrast_keeps_the_teachers_end_and_impossible_tokens(teacher: Any) -> None:
     model, tokenizer = teacher
-    other = tokenizer("x", return_tensors="pt").input_ids
+    other_prompt = tokenizer("x", return_tensors="pt").input_ids
     logits = torch.zeros(1, model.config.vocab_size)
     logits[0, 7] = -torch.inf
 
@@ -299,12 +299,12 @@ def test_contrast_keeps_the_teachers_end_and_impossible_tokens(teacher: Any) -> 
         def forward(self, **_: Any) -> Any:
             return SimpleNamespace(logits=logits[None], past_key_values=None)
 
-    contrast = scott.Contrast(ImpossibleToken(), other, torch.ones_like(other), 3, 0.5, [1])
+    contrast = scott.Contrast(ImpossibleToken(), other_prompt, torch.ones_like(other_prompt), 3, 0.5, [1])
     assert contrast(torch.ones(1, 3, dtype=torch.long), logits)[0, 7] == -torch.inf
-    contrast = scott.Contrast(model, other, torch.ones_like(other), 3, 50.0, [1])
+    contrast = scott.Contrast(model, other_prompt, torch.ones_like(other_prompt), 3, 50.0, [1])
     assert contrast(torch.ones(1, 3, dtype=torch.long), logits)[0, 7] == -torch.inf
     logits[0, 1] = 1.0
-    contrast = scott.Contrast(model, other, torch.ones_like(other), 3, 50.0, [1])
+    contrast = scott.Contrast(model, other_prompt, torch.ones_like(other_prompt), 3, 50.0, [1])
     scores = contrast(torch.ones(1, 3, dtype=torch.long), logits)
     assert scores.isfinite().nonzero().tolist() == [[0, 1]]
 

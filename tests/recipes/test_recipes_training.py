@@ -107,11 +107,14 @@ def test_demonstrations_are_tokenised_only_for_the_teacher(chat: bool) -> None:
         ],
         TOKENIZER,
     )
-    for one, both, plain in zip(distilled, tuned, alone, strict=True):
-        assert list(one.student_ids) == list(plain.student_ids)
-        assert list(one.teacher_ids) == list(both.student_ids) == list(both.teacher_ids)
-        assert len(one.teacher_ids) > len(one.student_ids)
-        assert list(one.teacher_ids)[-len(one.teacher_scored) :] == list(one.student_ids)[-len(one.student_scored) :]
+    for distillation, tuning, plain in zip(distilled, tuned, alone, strict=True):
+        assert list(distillation.student_ids) == list(plain.student_ids)
+        assert list(distillation.teacher_ids) == list(tuning.student_ids) == list(tuning.teacher_ids)
+        assert len(distillation.teacher_ids) > len(distillation.student_ids)
+        assert (
+            list(distillation.teacher_ids)[-len(distillation.teacher_scored) :]
+            == list(distillation.student_ids)[-len(distillation.student_scored) :]
+        )
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -1,4 +1,4 @@
-"""A kind of teacher used only in tests, defined in the way of a new file in ``kdkernels/sides``."""
+"""A kind of teacher used only in tests, defined as a new file in ``kdkernels/sides`` would define it."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def dense(name: str, side: kd.LMHead | Tensor, *args: Tensor, temperature: float
     return -chosen.sum() / valid.sum() if name == "cross_entropy" else chosen
 
 
-def ours(name: str, side: kd.LMHead | Tensor, *args: Tensor, **options: Any) -> Tensor:
+def fused(name: str, side: kd.LMHead | Tensor, *args: Tensor, **options: Any) -> Tensor:
     result: Tensor = getattr(kd, name)(side, *args, **options)
     return result
 
@@ -80,7 +80,7 @@ def run(
 def check(backend: str, name: str, side: kd.LMHead | Tensor, args: tuple[Tensor, ...], **options: Any) -> dict[str, Tensor]:
     temperature = options.pop("temperature", 1.0)
     t = {} if name == "cross_entropy" else {"temperature": temperature}
-    actual = run(ours, name, side, args, {**t, **options, "backend": backend})
+    actual = run(fused, name, side, args, {**t, **options, "backend": backend})
     eager, truth = run(dense, name, side, args, t), run(dense, name, side, args, t, dtype=torch.float64)
     assert actual.keys() == truth.keys()
     for quantity, value in actual.items():

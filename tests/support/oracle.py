@@ -379,8 +379,10 @@ def assert_close_2x(name: str, kernel: Tensor, same_dtype_torch: Tensor, truth: 
     Args:
         scale: the floor is relative to this, if it is larger than the largest true value.
     """
-    ours, theirs, floor = errors(kernel, same_dtype_torch, truth, scale)
-    assert ours <= 2 * theirs + floor, f"{name} ({kernel.dtype}): error {ours:.3e}, same-dtype torch {theirs:.3e}, floor {floor:.1e}"
+    kernel_error, torch_error, floor = errors(kernel, same_dtype_torch, truth, scale)
+    assert kernel_error <= 2 * torch_error + floor, (
+        f"{name} ({kernel.dtype}): error {kernel_error:.3e}, same-dtype torch {torch_error:.3e}, floor {floor:.1e}"
+    )
 
 
 def check(
@@ -392,15 +394,15 @@ def check(
     scales: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """Compare a backend's loss and gradients with float64 and with eager torch in the same dtype. Return them."""
-    ours = run(kd.distillation_loss, student, teacher, {**options, "backend": backend}, upstream=upstream)
+    result = run(kd.distillation_loss, student, teacher, {**options, "backend": backend}, upstream=upstream)
     eager = run(dense_loss, student, teacher, options, upstream=upstream)
     truth = truth_of(student, teacher, options, upstream=upstream)
-    assert ours.keys() == truth.keys()
+    assert result.keys() == truth.keys()
     scales = dict(scales or {})
     if isinstance(student, Tensor) and isinstance(teacher, kd.LMHead) and student.dtype != torch.float16:
         # The gradient is rounded twice: stored in the student's dtype in forward, multiplied by the upstream gradient in backward.
         scales.setdefault("d_logits", 2 * float(truth["d_logits"].abs().nan_to_num(posinf=0.0).max()))
-    for name, value in ours.items():
+    for name, value in result.items():
         assert value.dtype == eager[name].dtype, f"{name}: {value.dtype}, expected {eager[name].dtype}"
         assert_close_2x(name, value, eager[name], truth[name], scales.get(name))
-    return ours
+    return result

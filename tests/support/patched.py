@@ -108,16 +108,16 @@ def assert_agree(unpatched: Run, patched: Run, tolerance: float = 1e-5) -> None:
     assert min(unpatched.losses) > 1e-3
     assert patched.losses == pytest.approx(unpatched.losses, rel=tolerance)
     assert [entry.keys() for entry in patched.logs] == [entry.keys() for entry in unpatched.logs]
-    for ours, theirs in zip(patched.logs, unpatched.logs, strict=True):
-        assert ours == pytest.approx(theirs, rel=10 * tolerance, abs=tolerance)
+    for entry, expected in zip(patched.logs, unpatched.logs, strict=True):
+        assert entry == pytest.approx(expected, rel=10 * tolerance, abs=tolerance)
     for name in ("gradients", "weights"):
-        ours, theirs = getattr(patched, name), getattr(unpatched, name)
-        assert ours.keys() == theirs.keys()
-        assert max(tensor.abs().max() for tensor in theirs.values()) > 1e-3
-        for key, expected in theirs.items():
-            scale = expected.abs().max().item()
+        with_patch, without_patch = getattr(patched, name), getattr(unpatched, name)
+        assert with_patch.keys() == without_patch.keys()
+        assert max(tensor.abs().max() for tensor in without_patch.values()) > 1e-3
+        for key, tensor in without_patch.items():
+            scale = tensor.abs().max().item()
             torch.testing.assert_close(
-                ours[key], expected, rtol=0, atol=tolerance * max(scale, 1e-3), msg=lambda text, k=key: f"{k}: {text}"
+                with_patch[key], tensor, rtol=0, atol=tolerance * max(scale, 1e-3), msg=lambda text, k=key: f"{k}: {text}"
             )
 
 

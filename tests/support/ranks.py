@@ -1,4 +1,4 @@
-"""The end of the scripts that run in several processes."""
+"""End a script that runs in several processes."""
 
 from __future__ import annotations
 

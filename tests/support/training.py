@@ -131,12 +131,12 @@ def gradients(trainer: DistillationTrainer) -> dict[str, Tensor]:
     return grads
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-10) -> None:
-    assert one.keys() == other.keys()
-    assert max(g.abs().max() for g in one.values()) > 1e-4
-    for name in one:
-        scale = other[name].abs().max().item()
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=rtol * scale + 1e-15, msg=lambda text, n=name: f"{n}: {text}")
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-10) -> None:
+    assert actual.keys() == expected.keys()
+    assert max(g.abs().max() for g in actual.values()) > 1e-4
+    for name in actual:
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=rtol * scale + 1e-15, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def dense(trainer: DistillationTrainer, batch: dict[str, Any]) -> Tensor:

@@ -123,13 +123,13 @@ def test_logits_that_do_not_come_from_the_head_fall_back() -> None:
     head = model.lm_head
     original = type(model).forward
 
-    def other(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def with_added_term(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         if not hasattr(head.__dict__.get("forward"), "of_thread") or output.logits.abs().max() < 1e3:
             output.logits = output.logits + 0.01 * output.logits.square()
         return output
 
-    model.forward = types.MethodType(other, model)
+    model.forward = types.MethodType(with_added_term, model)
     with pytest.warns(UserWarning, match="differ from what its head gives"):
         side = HeadTap(model)(model, input_ids=IDS).side(ROWS)
     assert isinstance(side, Tensor)

@@ -127,12 +127,12 @@ def test_tokens_are_found_by_text_bytes_and_name(local: LocalModel) -> None:
 
 def test_another_tokenizer_than_the_teachers_is_refused(speaker: LocalModel, tmp_path: Path) -> None:
     rows = answered(speaker, tmp_path / "log")
-    other = tiny.tokenizer()
+    tokenizer = tiny.tokenizer()
     foreign = [{**row, "teacher_logprobs": [{**t, "token": t["token"] + "~"} for t in row["teacher_logprobs"]]} for row in rows]
     with pytest.raises(CacheError, match="can't be mapped to ids"):
-        from_replies(foreign, load_examples(rows, other), other)
+        from_replies(foreign, load_examples(rows, tokenizer), tokenizer)
     with pytest.raises(CacheError, match="row 1 has no teacher_logprobs"):
-        from_replies([{"prompt": "a", "response": "b"}], load_examples([{"prompt": "a", "response": "b"}], other), other)
+        from_replies([{"prompt": "a", "response": "b"}], load_examples([{"prompt": "a", "response": "b"}], tokenizer), tokenizer)
 
 
 @pytest.mark.parametrize("form", ["id", "token_id"])

@@ -108,13 +108,15 @@ def test_samples_follow_the_teachers_distribution(tmp_path: Path, live: LiveTeac
 
 def test_draws_depend_on_the_example_and_not_on_its_position(tmp_path: Path, live: LiveTeacher, examples: list[Example], text: Any) -> None:
     identity = identity_of(text, "sampled")
-    one = open_cache(write(tmp_path / "a", live, examples[:12], identity))
-    other = open_cache(write(tmp_path / "b", live, examples[11:3:-1], identity, batch_size=1, shard_bytes=1 << 20))
+    in_order = open_cache(write(tmp_path / "a", live, examples[:12], identity))
+    reversed_order = open_cache(write(tmp_path / "b", live, examples[11:3:-1], identity, batch_size=1, shard_bytes=1 << 20))
     for example in examples[4:12]:
-        a, b = (cache.targets(view([example], cache.salt)) for cache in (one, other))
+        a, b = (cache.targets(view([example], cache.salt)) for cache in (in_order, reversed_order))
         assert torch.equal(a.ids, b.ids)
     reseeded = open_cache(write(tmp_path / "c", live, examples[:12], dataclasses.replace(identity, seed=1)))
-    assert not torch.equal(one.targets(view(examples[:12], one.salt)).ids, reseeded.targets(view(examples[:12], reseeded.salt)).ids)
+    assert not torch.equal(
+        in_order.targets(view(examples[:12], in_order.salt)).ids, reseeded.targets(view(examples[:12], reseeded.salt)).ids
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -432,14 +434,14 @@ def test_another_tokenizer_template_or_teacher_raises_with_its_name(
     out = write(tmp_path / "c", live, examples[:3], identity_of(text, "topk"))
     text(["one", "two words"], padding=True)  # a call leaves state in the tokenizer, which must not matter
     open_cache(out, text, teacher="tiny", revision="1")
-    other = tiny.tokenizer()
-    other.add_tokens(["new"])
+    changed = tiny.tokenizer()
+    changed.add_tokens(["new"])
     with pytest.raises(CacheError, match="the tokenizer"):
-        open_cache(out, other)
-    other = tiny.tokenizer()
-    other.chat_template = tiny.TEMPLATE.replace(": ", ":")
+        open_cache(out, changed)
+    changed = tiny.tokenizer()
+    changed.chat_template = tiny.TEMPLATE.replace(": ", ":")
     with pytest.raises(CacheError, match="the chat template"):
-        open_cache(out, other)
+        open_cache(out, changed)
     with pytest.raises(CacheError, match=r"revision \(revision: 1 in the cache, 2 now\)"):
         open_cache(out, text, revision="2")
     with pytest.raises(CacheError, match=r"teacher \(teacher: tiny in the cache, large now\)"):

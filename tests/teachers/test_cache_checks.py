@@ -127,12 +127,12 @@ def test_alternatives_are_checked_and_must_have_the_same_temperature(text: Any) 
     (example,) = load_examples(ROWS[:1], text)
     scored = [example.teacher_ids[u + 1] for u in example.teacher_scored]
 
-    def row(logprob: float, listed: float, other: float) -> dict[str, Any]:
+    def row(logprob: float, listed: float, unknown_token: float) -> dict[str, Any]:
         return {
             **ROWS[0],
             "teacher_logprobs": [
                 {"token": f"token_id:{id}", "logprob": logprob,
-                 "top_logprobs": [{"token": f"token_id:{id}", "logprob": listed}, {"token": "not one token", "logprob": other}]}
+                 "top_logprobs": [{"token": f"token_id:{id}", "logprob": listed}, {"token": "not one token", "logprob": unknown_token}]}
                 for id in scored
             ],
         }  # fmt: skip

@@ -85,10 +85,10 @@ def test_extended_cache_equals_a_cache_written_at_once(folder: Path, tmp_path: P
     text = tiny.tokenizer()
     examples = load_examples(every, text)
     caches = [open_cache(tmp_path / name, text) for name in ("cache", "whole")]
-    one, other = (cache.targets(view(examples, cache.salt)) for cache in caches)
+    extended, expected = (cache.targets(view(examples, cache.salt)) for cache in caches)
     for name in ("ids", "logprobs", "counts", "hidden", "weight"):
-        if hasattr(other, name):
-            assert getattr(one, name).equal(getattr(other, name)), name
+        if hasattr(expected, name):
+            assert getattr(extended, name).equal(getattr(expected, name)), name
     assert (len(caches[0]), caches[0].manifest.tokens) == (12, caches[1].manifest.tokens)
     extend(tmp_path / "cache", folder, every)  # no new rows
     assert bytes_of(tmp_path / "cache") == after
@@ -120,16 +120,18 @@ def test_interrupted_extension_leaves_a_valid_cache(
     assert len(open_cache(cache, tiny.tokenizer())) == 12
 
 
-@pytest.mark.parametrize("other", ["weights", "tokenizer"])
-def test_extension_by_another_teacher_is_refused(cache_of_8: Path, folder: Path, tmp_path: Path, other: str) -> None:
-    teacher = tiny.save(tmp_path / "tiny-teacher", seed=4) if other == "weights" else shutil.copytree(folder, tmp_path / "tiny-teacher")
-    if other == "tokenizer":
+@pytest.mark.parametrize("difference", ["weights", "tokenizer"])
+def test_extension_by_another_teacher_is_refused(cache_of_8: Path, folder: Path, tmp_path: Path, difference: str) -> None:
+    teacher = (
+        tiny.save(tmp_path / "tiny-teacher", seed=4) if difference == "weights" else shutil.copytree(folder, tmp_path / "tiny-teacher")
+    )
+    if difference == "tokenizer":
         text = tiny.tokenizer()
         text.chat_template = text.chat_template.replace(": ", "> ")
         text.save_pretrained(teacher)
     before = bytes_of(cache_of_8)
     message = extend(cache_of_8, teacher, tiny.write(tmp_path / "data.jsonl", ROWS), status=2)
-    assert ("the teacher's revision" if other == "weights" else "the chat template") in message
+    assert ("the teacher's revision" if difference == "weights" else "the chat template") in message
     assert bytes_of(cache_of_8) == before
 
 

@@ -110,12 +110,12 @@ def test_error_for_missing_rows_of_a_version_1_cache_names_the_version() -> None
 def test_another_end_token_or_other_tokenisation_rules_raise(tmp_path: Path, text: Any, live: LiveTeacher, examples: list[Example]) -> None:
     write_cache(live, examples[:2], tmp_path / "c", identity_of(text))
     open_cache(tmp_path / "c", text)
-    other = tiny.tokenizer()
-    other.pad_token = other.eos_token  # the pad token is not learnt
-    open_cache(tmp_path / "c", other)
-    other.eos_token = "<pad>"
+    changed = tiny.tokenizer()
+    changed.pad_token = changed.eos_token  # the pad token is not learnt
+    open_cache(tmp_path / "c", changed)
+    changed.eos_token = "<pad>"
     with pytest.raises(CacheError, match="different is the tokens that begin and end a text") as error:
-        open_cache(tmp_path / "c", other)
+        open_cache(tmp_path / "c", changed)
     assert "the tokenizer" not in str(error.value)
     write_cache(live, examples[:2], tmp_path / "d", identity_of(text, rules=1))
     with pytest.raises(CacheError, match=r"the rules of tokenisation \(rules: 1 in the cache, \d+ now\)"):

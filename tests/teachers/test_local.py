@@ -37,8 +37,8 @@ def test_greedy_text_does_not_depend_on_the_batch(local: LocalModel, tmp_path: P
         output = local.model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert reply.text == local.tokenizer.decode(output, skip_special_tokens=True)
         assert reply.prompt_tokens == ids["input_ids"].shape[1]
-    one = LocalModel(local.model, local.tokenizer, batch_size=1)
-    assert [r.text for r in one.complete(batch, tmp_path / "b")] == [r.text for r in replies]
+    one_by_one = LocalModel(local.model, local.tokenizer, batch_size=1)
+    assert [r.text for r in one_by_one.complete(batch, tmp_path / "b")] == [r.text for r in replies]
     assert all(r.finish_reason == "length" and r.completion_tokens == 8 for r in replies if r.completion_tokens == 8)
 
 
@@ -55,8 +55,8 @@ def test_draws_follow_the_model_and_repeat_with_the_seed(local: LocalModel, tmp_
             assert abs(texts[text] / 3000 - share) <= 6 * (share * (1 - share) / 3000) ** 0.5
     again = LocalModel(local.model, local.tokenizer, batch_size=7).complete(batch[:20], tmp_path / "b")
     assert [r.text for r in again] == [r.text for r in model.complete(batch[:20], tmp_path / "a")]
-    other = LocalModel(local.model, local.tokenizer, seed=1).complete(batch[:20], tmp_path / "c")
-    assert [r.text for r in again] != [r.text for r in other]
+    reseeded = LocalModel(local.model, local.tokenizer, seed=1).complete(batch[:20], tmp_path / "c")
+    assert [r.text for r in again] != [r.text for r in reseeded]
 
 
 @pytest.mark.parametrize("part", ["template", "tokens", "end"])
