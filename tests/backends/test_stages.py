@@ -47,9 +47,9 @@ class Features:
 PLAIN = Features(temperature=2.0)
 FEATURES = {
     "plain": PLAIN,
-    "empty": Features(empty=True),
+    "empty": Features(labels=True, stats=True, empty=True),
     "labels": Features(labels=True, weight=True, scale=0.7),
-    "statistics": Features(temperature=1.7, labels=True, stats=True, bias=True, softcap=20.0, empty=True),
+    "statistics": Features(temperature=1.7, labels=True, stats=True, bias=True, softcap=20.0),  # the cap makes -inf finite
 }
 
 
@@ -77,7 +77,7 @@ def batch_of(features: Features, dtype: torch.dtype) -> RowBatch:
         student[:, 90:] = teacher[:, 90:] = -math.inf
     return RowBatch(
         stored(student), stored(teacher), *(bias if features.bias else (None, None)),
-        labels=torch.tensor([3, 60, 37, 89]) if features.labels else None,
+        labels=torch.tensor([36, 60, 37, 89]) if features.labels else None,
         weight=torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=compute) if features.weight else None,
         state=torch.full((len(STATE), ROWS), math.nan, dtype=compute), loss=torch.full((ROWS,), math.nan, dtype=compute),
         stats=torch.full((len(STATS), ROWS), math.nan) if features.stats else None,
