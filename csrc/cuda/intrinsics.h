@@ -16,7 +16,7 @@
 #define KD_KERNEL __global__ void
 #define KD_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)
 
-// Clusters, bulk copies and distributed shared memory; elsewhere the kernels that use them are empty and never launched.
+// Older GPUs have no clusters, bulk copies or distributed shared memory. There the kernels that use them are empty and never launched.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define KD_NO_CLUSTERS 1
 #endif
@@ -45,7 +45,7 @@ template <class T> KD_DEVICE T shuffle_xor(T value, int mask) {
     return value;
 }
 
-// clang-format off: an instruction of PTX is a line
+// clang-format off: one line for each PTX instruction
 #ifndef KD_NO_CLUSTERS
 KD_DEVICE int cluster_rank() { unsigned r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return int(r); }
 KD_DEVICE int cluster_size() { unsigned r; asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r)); return int(r); }
@@ -114,7 +114,7 @@ template <class T> KD_DEVICE Pair<T> pair_of(uint32_t word) {
     memcpy(&p, &word, 4);
     return p;
 }
-// Elementwise maximum; if one operand is NaN, the other.
+// Returns the elementwise maximum. Where one operand is NaN, returns the other.
 template <class T> KD_DEVICE uint32_t larger_pair(uint32_t x, uint32_t y) {
     const Pair<T> larger = __hmax2(pair_of<T>(x), pair_of<T>(y));
     uint32_t word;

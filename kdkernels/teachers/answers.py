@@ -1,7 +1,7 @@
 """Read answers of OpenAI-compatible servers: from the bytes of a body to the entry of a log of replies.
 
-All known forms are accepted, because servers write the same values in different ways. An answer that cannot be read raises one of three
-errors, which determine whether the request is sent, and paid for, again.
+All known forms are accepted, because servers write the same values in different ways. The error for an answer that cannot be
+read determines whether the request is sent, and paid for, again.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _part(part: object, thoughts: list[str], name: str) -> str:
 
 
 def _tokens(logprobs: object) -> list[dict[str, Any]]:
-    """Return log-probabilities in the form of the log, from those of chat replies (``content``) or completions (three or four lists)."""
+    """Return the log entries of tokens from a reply's ``logprobs``: of the chat API (a list) or the completions API (parallel lists)."""
     if not logprobs:
         return []
     if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
@@ -265,7 +265,7 @@ def _merged(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         raise Incomplete("it is a stream without choices")
     if not done and "finish_reason" not in choice:
         raise Incomplete("it is a stream that was cut off")
-    choice["message"] = {"content": "", **{name: _sum(parts) for name, parts in fields.items()}}
+    choice["message"] = {"content": "", **{name: _join_streamed(parts) for name, parts in fields.items()}}
     choice["logprobs"] = logprobs
     return {**answer, "choices": [choice]}
 
@@ -277,6 +277,6 @@ def _extend(columns: dict[str, list[Any]], part: object, name: str) -> None:
         columns.setdefault(field, []).extend(value if isinstance(value, list) else [] if value is None else [value])
 
 
-def _sum(parts: Sequence[Any]) -> Any:
+def _join_streamed(parts: Sequence[Any]) -> Any:
     """Join the parts of a streamed value."""
     return "".join(parts) if all(isinstance(part, str) for part in parts) else list(parts)

@@ -40,7 +40,7 @@ def split_thoughts(text: str, opened: bool = False) -> tuple[str, str]:
 
 
 def of_entry(entry: Mapping[str, Any]) -> tuple[str, str]:
-    """Return thoughts and answer of a log entry, which has the text as the server sent it."""
+    """Return thoughts and answer of a log entry, whose text can still contain the thoughts."""
     text = str(entry.get("text", ""))
     return (str(entry["reasoning"]), text) if entry.get("reasoning") else split_thoughts(text)
 
@@ -51,7 +51,7 @@ def opens_thoughts(prompt: str) -> bool:
 
 
 def read_generated(tokenizer: Any, ids: Sequence[int], opened: bool = False, surplus: int = 0) -> tuple[str, str]:
-    """Return thoughts and answer of generated ids, without special tokens. Special tokens that are marks of thoughts are read first.
+    """Return thoughts and answer of generated ids. Marks of thoughts can be special tokens, which are removed after reading them.
 
     Args:
         opened: see ``split_thoughts``.

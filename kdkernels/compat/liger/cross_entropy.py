@@ -48,15 +48,15 @@ class _Options:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         valid = target != self.ignore_index
-        entropy = F.cross_entropy(
+        ce = F.cross_entropy(
             logits, target, self.class_weights, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, reduction="none"
         )
         z_loss = torch.where(valid, self.z_scale * torch.logsumexp(logits, -1) ** 2, 0.0)
         if self.scale_tokens:
             of_target = logits.detach().softmax(-1).gather(1, target.clamp(min=0)[:, None]).squeeze(1)
             scale = torch.where(valid, of_target, 0.0)
-            entropy, z_loss = entropy * scale, z_loss * scale
-        return entropy, z_loss
+            ce, z_loss = ce * scale, z_loss * scale
+        return ce, z_loss
 
 
 class _Chunked(torch.autograd.Function):
@@ -72,12 +72,12 @@ class _Chunked(torch.autograd.Function):
         for piece in _pieces(x, weight):
             logits = F.linear(x[piece], weight, bias)
             parts.append((*options.values(logits, target[piece]), logits.argmax(-1)))
-        entropy, z_loss, predicted = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        ce, z_loss, predicted = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         ctx.mark_non_differentiable(predicted)
-        return entropy, z_loss, predicted
+        return ce, z_loss, predicted
 
     @staticmethod
-    def backward(ctx: Any, grad_entropy: Tensor, grad_z: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, grad_ce: Tensor, grad_z: Tensor, _: Tensor) -> Any:
         x, weight, bias, target = ctx.saved_tensors
         sides = [side for side in (x, weight, bias) if side is not None]
         sums = [torch.zeros_like(side, dtype=torch.float32) for side in sides]
@@ -85,7 +85,7 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = [side.detach().requires_grad_() for side in (x[piece], *sides[1:])]
                 values = ctx.options.values(F.linear(*leaves), target[piece])
-            gradients = torch.autograd.grad(values, leaves, (grad_entropy[piece], grad_z[piece]))
+            gradients = torch.autograd.grad(values, leaves, (grad_ce[piece], grad_z[piece]))
             sums[0][piece] = gradients[0]
             for total, gradient in zip(sums[1:], gradients[1:], strict=True):
                 total += gradient
@@ -164,18 +164,18 @@ class LigerFusedLinearCrossEntropyFunction:
         if fused and not (return_token_accuracy or return_predicted_tokens):
             return cross_entropy(LMHead(input, weight, bias, softcap=softcap), target, ignore_index, reduction=reduction), None, None, None
         options = _Options(ce_weight, ignore_index, lse_square_scale, label_smoothing, softcap, use_token_scaling)
-        entropy, z_loss, predicted = _Chunked.apply(input, weight, bias, target, options)  # type: ignore[no-untyped-call]
+        ce, z_loss, predicted = _Chunked.apply(input, weight, bias, target, options)  # type: ignore[no-untyped-call]
         valid = target != ignore_index
         count = valid.sum().clamp(min=1)
         correct = torch.where(valid, (predicted == target).float(), 0.0)
         if reduction != "none":
             correct = correct.sum() / count
             divisor = count if ce_weight is None else ce_weight[target[valid]].sum()
-            entropy, z_loss = entropy.sum(), z_loss.sum()
+            ce, z_loss = ce.sum(), z_loss.sum()
             if reduction == "mean":
-                entropy, z_loss = entropy / divisor, z_loss / count
+                ce, z_loss = ce / divisor, z_loss / count
         return (
-            entropy + z_loss,
+            ce + z_loss,
             z_loss if return_z_loss else None,
             correct if return_token_accuracy else None,
             predicted.masked_fill(~valid, -1) if return_predicted_tokens else None,

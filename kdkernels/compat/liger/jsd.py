@@ -37,7 +37,7 @@ def liger_fused_linear_jsd(
     temperature: float = 1.0,
     accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the mean JSD over the tokens, without those of ``ignore_index``.
+    """Return the mean JSD over the tokens whose label is not ``ignore_index``.
 
     Args:
         student_input, teacher_input: ``[N, D]``; the widths may differ.
