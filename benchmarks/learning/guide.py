@@ -101,7 +101,7 @@ def _run(command: str, folder: Path, environment: Mapping[str, str]) -> dict[str
 def printed(output: str) -> str:
     """Return what a terminal shows of a command's output, without progress bars and trailing spaces."""
     lines = (line.split("\r")[-1].rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output).split("\n"))
-    return "\n".join(line for line in lines if line)
+    return "\n".join(line for line in lines if line and not line.startswith("━"))
 
 
 def exact_match(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -29,16 +29,16 @@ from kdkernels.trainer import DistillationArguments, DistillationTrainer
 from .comparison import CE, CPU, EXACT, KL
 from .sentences import make_student, spread
 
-LAYERS, STEPS, ROWS, RATE = 6, 32, 4, 5e-4
+LAYERS, STEPS, ROWS, RATE = 6, 128, 4, 5e-4
 """Layers of the student; optimizer steps, rows per step and learning rate of a run."""
 RATES, TEMPERATURES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), (1.0, 2.0, 4.0)
 """Values of the sweeps."""
 LOOK = 64
 """Steps of the runs that choose the number of layers."""
-EVERY = 16
+EVERY = 32
 """Steps between two held-out measurements."""
 WARM = STEPS // 2
-"""Steps of forward KL before the student writes responses itself."""
+"""Steps of forward KL of a warm start."""
 
 BASE = "forward KL"
 """The method of the sweeps."""
@@ -69,6 +69,8 @@ def methods(layers: int = LAYERS, teacher_layers: int = 30) -> dict[str, Method]
         "T = 2 with labels": Method({"temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.5}),
         "JSD": Method({"divergence": "jsd"}),
         "skew KL": Method({"divergence": "skew_kl"}),
+        "JSD, warm start": Method({"divergence": "jsd"}, warm=WARM),
+        "skew KL, warm start": Method({"divergence": "skew_kl"}, warm=WARM),
         "forward KL and features": Method(features, live=True),
         "half on-policy, warm start": Method({"on_policy_fraction": 0.5, "max_new_tokens": 16}, live=True, warm=WARM),
     }
@@ -94,7 +96,7 @@ def sweeps() -> dict[str, dict[str, Run]]:
             "4 layers, learning rate 1e-3": Run("student-4", labels, LOOK, {"learning_rate": 1e-3}),
             "6 layers, learning rate 5e-4": Run("student", labels, LOOK),
         },
-        "steps": {f"{times * STEPS}": Run(steps=times * STEPS) for times in (1, 3, 6)},
+        "steps": {f"{steps}": Run(steps=steps) for steps in (STEPS // 4, STEPS // 2, STEPS, 2 * STEPS)},
     }
 
 
