@@ -140,7 +140,7 @@ def test_triton_issues_no_more_than_its_target(divergence: str, limit: float) ->
 @pytest.mark.parametrize(
     ("kernel", "divergence", "limit"),
     [
-        ("one_read", "forward_kl", 35), ("one_read", "reverse_kl", 50), ("one_read", "jsd", 60),
+        ("one_read", "forward_kl", 35), ("one_read", "reverse_kl", 50), ("one_read", "jsd", 61),
         ("two_read", "forward_kl", 44), ("two_read", "reverse_kl", 70), ("two_read", "jsd", 72),
     ],
 )  # fmt: skip
