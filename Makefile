@@ -25,11 +25,11 @@ demo: $(VENV)/.built
 	$(BIN)/kdkernels demo
 
 test: $(VENV)/.built $(OLDER_TRITONS)
-	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -n 2
+	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The same, slower, and which lines no test runs.
 coverage: $(VENV)/.built $(OLDER_TRITONS)
-	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -n 2 --cov=kdkernels --cov-report=term-missing:skip-covered
+	TRITON_INTERPRET=$(INTERPRET) $(BIN)/python -m pytest -n 2 --dist worksteal --cov=kdkernels --cov-report=term-missing:skip-covered
 
 # Patches for other trainers against the real packages, one environment each: INTEGRATIONS="trl" for one of them. Minutes, and a download each.
 # Python 3.11 or newer; the output is committed, in tests/integrations/results.
