@@ -75,7 +75,7 @@ class Turn:
     transcendental: int = 0
     """Smallest number of exponentials and logarithms."""
     stores: bool = False
-    """Whether the path must store a vector of 8 or 16 bytes to global memory."""
+    """True if the path must store a vector of 8 or 16 bytes to global memory."""
 
 
 def pipes(code: Sequence[Instruction]) -> Counter[str]:

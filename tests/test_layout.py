@@ -46,7 +46,7 @@ def test_a_room_imports_from_rooms_before_it(room: str) -> None:
 
 
 GUESTS = ("integrations", "compat")
-"""What other libraries' users import: it knows the loss and the tap, and nothing here knows it."""
+"""Modules for users of other libraries: they import the loss and the tap, and nothing imports them."""
 
 
 @pytest.mark.parametrize("guest", GUESTS)
@@ -90,7 +90,7 @@ def test_training_loop_is_not_overridden() -> None:
 
 
 DIVERGENCE_FILES = {"kdkernels/divergences.py", "kdkernels/backends/triton/divergences.py", "csrc/divergence.h"}
-"""Where a divergence is written; tests/backends/test_stages.py adds two through these places alone."""
+"""Files that define a divergence. tests/backends/test_stages.py adds two through these alone."""
 
 
 def test_no_other_file_knows_the_divergences() -> None:

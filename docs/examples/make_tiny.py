@@ -153,7 +153,7 @@ TASKS: tuple[Callable[[random.Random], Turns], ...] = (
 
 
 def fixed_sentences() -> list[str]:
-    """What the recipes' prompts hold whatever the data is."""
+    """Return the fixed text of the recipes' prompts."""
     marked = [
         lion.referee_prompt("@", "@", "@"), lion.generate_prompt("@", "hard"), lion.generate_prompt("@", "easy"),
         scott.explain_prompt("@", "@"), disco.fill_prompt("@", None, "@"), disco.judge_prompt("@", None, LABELS),

@@ -24,7 +24,7 @@ def shadowed(package: Path) -> Path | None:
 
     Python prefers ``kdkernels/`` in the current folder, such as a clone after ``pip install .``, to the installed package.
     """
-    folders = (Path(str(found.locate_file("kdkernels"))).resolve() for found in distributions(name="kdkernels"))
+    folders = (Path(str(copy.locate_file("kdkernels"))).resolve() for copy in distributions(name="kdkernels"))
     return next((folder for folder in folders if folder != package and any(folder.glob("_C.*"))), None)
 
 

@@ -55,7 +55,7 @@ def _executed(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _mutated(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Of the barriers that the sources write, each must be missed by some case (others may have no use for it)."""
+    """Remove each barrier of the sources in turn. At least one case must fail without it; others may not need it."""
     from .mutation import CASES, mutants
 
     noticed: dict[tuple[str, str], bool] = {}

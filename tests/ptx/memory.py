@@ -99,7 +99,7 @@ def _grains(at: Index, size: int) -> Index:
 
 
 def _conflicts(owner: npt.NDArray[Any], epoch: npt.NDArray[Any], warp: Index, now: Index) -> npt.NDArray[np.bool_]:
-    """Where ``owner`` is another warp that no barrier keeps apart from ``warp``: of the same CTA and epoch, or of another CTA."""
+    """Return True for each ``owner`` that no barrier separates from ``warp``: another warp of the same CTA and epoch, or of another CTA."""
     unordered = (owner // _MAX_WARPS != warp // _MAX_WARPS) | (epoch == now)
     conflicts: npt.NDArray[np.bool_] = (owner != -1) & (owner != warp) & unordered
     return conflicts

@@ -319,7 +319,7 @@ _ORDERED: dict[str, Callable[..., Lanes]] = {
 
 
 def _comparison(name: str, kind: str) -> Callable[..., Lanes]:
-    """Of numbers, false where one is NaN; of names that end in u, true there."""
+    """Return the comparison of a name. If an operand is NaN, it is false, or true for names that end in u."""
     if name in ("nan", "num"):
         return lambda x, y: (np.isnan(x) | np.isnan(y)) == (name == "nan")
     unordered = kind.startswith("f") and name.endswith("u")

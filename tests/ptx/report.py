@@ -20,7 +20,7 @@ RUNS = (("--all",), ("--arch", "80"), ("--mutate", "--all"))
 
 
 def lines(version: str | None, arguments: tuple[str, ...]) -> list[dict[str, Any]]:
-    """What ``python -m ptx`` prints; failing cases are lines as well."""
+    """Return the lines that ``python -m ptx`` prints, failing cases included."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     if version is not None:
         environment["PYTHONPATH"] = str(Path(sys.prefix) / f"triton-{version}")
